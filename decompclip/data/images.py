@@ -1,0 +1,296 @@
+"""Where an audit's images come from: a folder of photographs or the Shapes world, behind one protocol."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from decompclip.data.shapes import Shapes
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Names of the files that are taken for images, in lower or upper case."""
+
+OnError = Literal["skip", "raise"]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images as the model takes them, their classes where known, and a name for each."""
+
+    images: Float[Tensor, "batch 3 h w"]
+    labels: Int[Tensor, " batch"] | None
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that was left out: its path inside the folder, and why."""
+
+    path: str
+    reason: str
+
+
+class ImageSource(Protocol):
+    """A finite sequence of images that can be gone through again and again, in the same order."""
+
+    @property
+    def skipped(self) -> Sequence[SkippedFile]: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]: ...
+
+
+class FolderSource:
+    """The image files of a folder and its sub-folders, in the order of their paths.
+
+    If sub-folders are named after classes (case, spaces, hyphens and underscores aside), an image's label is
+    that of the nearest such folder above it, and files outside all of them are left out. If none is, labels
+    are None.
+
+    Args:
+        folder: where to look.
+        preprocess: from an RGB picture to the model's input.
+        class_names: names by which to label.
+        on_error: `"skip"` leaves out files that cannot be read or labelled and lists them in `skipped`;
+            `"raise"` stops at the first.
+        limit: take a random subset of so many files, still in the order of their paths.
+        seed: of the subset.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        ValueError: no image file in it, an unknown `on_error`, or a limit below one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        preprocess: Callable[[Image.Image], Float[Tensor, "3 h w"]],
+        *,
+        class_names: Sequence[str] | None = None,
+        on_error: OnError = "skip",
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
+        self.folder, self.preprocess, self.on_error = Path(folder), preprocess, on_error
+        self._skipped: dict[Path, SkippedFile] = {}
+        files = _image_files(self.folder)
+        self._labels = _folder_labels(files, class_names or ())
+        if self._labels:
+            for file in files:
+                if file not in self._labels:
+                    self._leave_out(file, "lies in no folder that is named after a class")
+            files = list(self._labels)
+        if limit is not None and limit < len(files):
+            chosen = np.random.default_rng(seed).choice(len(files), limit, replace=False)
+            files = [files[i] for i in np.sort(chosen)]
+        self._files = files
+
+    @property
+    def skipped(self) -> list[SkippedFile]:
+        """Files left out so far; complete once `batches` has run to its end."""
+        return list(self._skipped.values())
+
+    def __len__(self) -> int:
+        """Number of files to read, unreadable ones included: which those are shows only in reading."""
+        return len(self._files)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        """All readable images, `batch_size` at a time (the last batch may be smaller).
+
+        Raises:
+            ValueError: not one of the files could be read, or one could not and `on_error="raise"`.
+        """
+        held: list[tuple[Path, Tensor]] = []
+        found = False
+        for file in self._files:
+            if (picture := self._read(file)) is not None:
+                held.append((file, self.preprocess(picture)))
+                found = True
+            if len(held) == batch_size:
+                yield self._batch(held)
+                held = []
+        if held:
+            yield self._batch(held)
+        if not found:
+            raise ValueError(
+                f"expected images in {self.folder}; none of its {len(self)} image files could be read, the last: "
+                f"{self.skipped[-1].reason}; check that they are pictures and complete"
+            )
+
+    def _batch(self, held: Sequence[tuple[Path, Tensor]]) -> ImageBatch:
+        files, images = zip(*held, strict=True)
+        labels = torch.tensor([self._labels[file] for file in files]) if self._labels else None
+        return ImageBatch(torch.stack(images), labels, tuple(file.as_posix() for file in files))
+
+    def _read(self, file: Path) -> Image.Image | None:
+        try:
+            return open_rgb(self.folder / file)
+        except UnidentifiedImageError as error:
+            return self._leave_out(file, "is no picture, or of a kind that is not known", error)
+        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
+            return self._leave_out(file, str(error) or type(error).__name__, error)
+
+    def _leave_out(self, file: Path, reason: str, cause: Exception | None = None) -> None:
+        if self.on_error == "raise":
+            remedy = 'repair or remove it, or leave it out with on_error="skip"'
+            raise ValueError(f"{self.folder / file}: {reason}; {remedy}") from cause
+        self._skipped[file] = SkippedFile(file.as_posix(), reason)
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """Images of the Shapes world, labelled by their shape, named `shapes/<seed>/<index>`.
+
+    Args:
+        world: which images.
+        normalise: from pixels in [0, 1] to the model's input.
+        transform: applied to the pixels before that; for instance a trigger.
+        exclude_label: leave out the images of this class, for instance the target's.
+    """
+
+    world: Shapes
+    normalise: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]]
+    transform: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]] | None = None
+    exclude_label: int | None = None
+
+    @property
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        return ()
+
+    @cached_property
+    def _indices(self) -> list[int]:
+        if self.exclude_label is None:
+            return list(range(len(self.world)))
+        # an image's class does not depend on the resolution, and one pixel is drawn at once
+        labels = replace(self.world, resolution=1).draw(range(len(self.world))).labels
+        return (labels != self.exclude_label).nonzero()[:, 0].tolist()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        """All images in order, `batch_size` at a time."""
+        for start in range(0, len(self), batch_size):
+            indices = self._indices[start : start + batch_size]
+            batch = self.world.draw(indices)
+            images = batch.images if self.transform is None else self.transform(batch.images)
+            names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
+            yield ImageBatch(self.normalise(images), batch.labels, names)
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """A picture file as a viewer shows it: upright, transparency on white, in RGB."""
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to white
+            grey = np.asarray(picture).astype(np.float64) / 257
+            picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if not (picture.mode.endswith("A") or "transparency" in picture.info):
+            return picture.convert("RGB")
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """Class names from a file: one a line (blank lines and lines that start with # aside), or a JSON list.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text, holds no class, or one twice.
+    """
+    path, expected = Path(path), "expected a text file with one class a line, or a JSON list of names"
+    if not path.is_file():
+        raise FileNotFoundError(f"{expected}; there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        is_json = path.suffix.lower() == ".json" or text.startswith("[")
+        lines = (line.strip() for line in text.splitlines())
+        names = json.loads(text) if is_json else [line for line in lines if line and line[0] != "#"]
+    except ValueError as error:  # of the decoding, or of the JSON
+        raise ValueError(f"{expected}; {path} is neither: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{expected}; {path} holds other JSON")
+    if not any(names):
+        raise ValueError(f"{expected}; {path} names no class")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"expected each class once; {path} names again: {', '.join(map(repr, repeated))}")
+    return tuple(names)
+
+
+def class_index(name: str, class_names: Sequence[str]) -> int:
+    """Place of a class in the list, whatever the name's case, spaces, hyphens and underscores.
+
+    Raises:
+        ValueError: it is not among them (the nearest names are offered), or stands for several.
+    """
+    places = _places(class_names)
+    if (place := _find(name, places)) is not None:
+        return place
+    near = [class_names[places[key][0]] for key in difflib.get_close_matches(_key(name), places)]
+    offered = f"nearest: {', '.join(map(repr, near))}" if near else f"they begin {list(class_names[:3])}"
+    raise ValueError(f"class {name!r} is not among the {len(class_names)} classes; {offered}")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name.casefold())
+
+
+def _places(class_names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(class_names):
+        places.setdefault(_key(name), []).append(place)
+    return places
+
+
+def _find(name: str, places: dict[str, list[int]]) -> int | None:
+    found = places.get(_key(name), [])
+    if len(found) > 1:
+        raise ValueError(
+            f"expected {name!r} to stand for one class; it could be any of the classes {found} (counted from 0): "
+            "rename them to differ by more than case, spaces, hyphens and underscores"
+        )
+    return found[0] if found else None
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Paths of a folder's image files, inside the folder and in order."""
+    expected = f"expected a folder with image files (names that end in {', '.join(SUFFIXES)})"
+    if not folder.exists():
+        raise FileNotFoundError(f"{expected}; there is no folder {folder}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{expected}; {folder} is a file")
+    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"{expected}; {folder} and its sub-folders hold {len(inside)} files, none of them such"
+        )
+    return files
+
+
+def _folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> dict[Path, int]:
+    """The class of each file that lies in a folder named after one: the nearest above it, which comes last."""
+    places = _places(class_names)
+    found = ((file, _find(part, places)) for file in files for part in file.parent.parts)
+    return {file: place for file, place in found if place is not None}

@@ -1,0 +1,198 @@
+"""Shapes: a procedural image-text world in which everything about an image is known.
+
+One object per image, with six properties (`PROPERTIES`). Image `i` of a world is a pure function of
+`(seed, i)`: nothing is stored, any index can be drawn at any time, and disjoint seeds or index ranges are
+disjoint samples. Every image carries its attributes, so that what a head encodes can be scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.data.silhouettes import EXTENT, distance_tables
+
+PROPERTIES: dict[str, tuple[str, ...]] = {
+    "shape": (
+        "circle", "square", "triangle", "star", "cross", "heart",
+        "crescent", "ring", "arrow", "hourglass", "bolt", "mushroom",
+    ),
+    "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
+    "texture": ("plain", "striped", "dotted", "checkered"),
+    "size": ("small", "medium", "large"),
+    "position": ("top left", "top right", "bottom left", "bottom right", "centre"),
+    "background": ("white", "grey", "black", "tan", "navy"),
+}  # fmt: skip
+"""Every property of the world with its values; a class of the world is a shape."""
+
+RESOLUTION = 64
+
+_COLOURS = torch.tensor(
+    [
+        [0.88, 0.10, 0.10], [1.00, 0.52, 0.05], [0.98, 0.90, 0.10], [0.10, 0.65, 0.20],
+        [0.10, 0.82, 0.88], [0.12, 0.25, 0.95], [0.55, 0.12, 0.75], [1.00, 0.50, 0.75],
+    ]
+)  # fmt: skip
+_BACKGROUNDS = torch.tensor(
+    [[0.96, 0.96, 0.96], [0.50, 0.50, 0.50], [0.04, 0.04, 0.04], [0.80, 0.70, 0.52], [0.06, 0.08, 0.30]]
+)
+# Lengths in units of the image's width, so that a world looks alike at every resolution.
+_RADII = torch.tensor([0.20, 0.27, 0.35])
+_CENTRES = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]) * 0.14
+_PERIOD = 0.125
+_NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Index of each property's value (into `PROPERTIES[name]`), one entry an image."""
+
+    shape: Int[Tensor, " batch"]
+    colour: Int[Tensor, " batch"]
+    texture: Int[Tensor, " batch"]
+    size: Int[Tensor, " batch"]
+    position: Int[Tensor, " batch"]
+    background: Int[Tensor, " batch"]
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: slice | Tensor) -> Attributes:
+        return Attributes(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def words(self, i: int) -> dict[str, str]:
+        """The properties of image `i` in words."""
+        return {name: values[int(getattr(self, name)[i])] for name, values in PROPERTIES.items()}
+
+
+@dataclass(frozen=True)
+class ShapesBatch:
+    """Images in [0, 1], their attributes and the world's indices they stand at."""
+
+    images: Float[Tensor, "batch 3 h w"]
+    attributes: Attributes
+    indices: Int[Tensor, " batch"]
+
+    @property
+    def labels(self) -> Int[Tensor, " batch"]:
+        """The class of each image: its shape."""
+        return self.attributes.shape
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A finite, seeded sample of the world: images `0 .. length-1` of stream `seed`.
+
+    Args:
+        length: number of images.
+        seed: the stream; equal `(seed, index)` gives the same image, whatever the batch it is drawn in.
+        resolution: height and width in pixels.
+    """
+
+    length: int
+    seed: int = 0
+    resolution: int = RESOLUTION
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return PROPERTIES["shape"]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 h w"], int]:
+        if not -self.length <= index < self.length:
+            raise IndexError(f"image {index} of a Shapes world of {self.length} images")
+        batch = self.draw([index % self.length])
+        return batch.images[0], int(batch.labels[0])
+
+    def batches(self, batch_size: int = 256) -> Iterator[ShapesBatch]:
+        """The whole sample in order, `batch_size` images at a time."""
+        for start in range(0, self.length, batch_size):
+            yield self.draw(range(start, min(start + batch_size, self.length)))
+
+    def draw(self, indices: Sequence[int]) -> ShapesBatch:
+        """Render the images at `indices`.
+
+        Raises:
+            IndexError: an index lies outside `0 .. length-1`.
+        """
+        if len(indices) and not (min(indices) >= 0 and max(indices) < self.length):
+            raise IndexError(
+                f"indices {min(indices)}..{max(indices)} of a Shapes world of {self.length} images"
+            )
+        return draw(indices, seed=self.seed, resolution=self.resolution)
+
+
+def draw(indices: Sequence[int], *, seed: int, resolution: int = RESOLUTION) -> ShapesBatch:
+    """Render the images that stand at `indices` of the endless stream `seed`."""
+    n, pixels = len(indices), 3 * resolution * resolution
+    uniform = np.empty((n, 16))
+    noise = np.empty((n, pixels), dtype=np.float32)
+    for row, index in enumerate(indices):
+        generator = np.random.Generator(np.random.Philox(key=[seed, index]))
+        uniform[row] = generator.random(16)
+        generator.standard_normal(dtype=np.float32, out=noise[row])
+    u = torch.from_numpy(uniform).float()
+    sizes = [len(values) for values in PROPERTIES.values()]
+    # min() guards the float32 rounding of a uniform just under one
+    attributes = Attributes(*((u[:, k] * m).long().clamp_max(m - 1) for k, m in enumerate(sizes)))
+    images = _render(attributes, u[:, len(sizes) :], resolution)
+    images += _NOISE * torch.from_numpy(noise).view_as(images)
+    return ShapesBatch(images.clamp_(0.0, 1.0), attributes, torch.tensor(list(indices), dtype=torch.long))
+
+
+def _render(
+    attributes: Attributes, u: Float[Tensor, "batch nuisance"], resolution: int
+) -> Float[Tensor, "batch 3 h w"]:
+    """Noise-free images; `u` holds the nuisance draws (jitter, tilt, light, phase) in [0, 1)."""
+    jitter = 2 * u - 1
+    radius = _RADII[attributes.size] * (1 + 0.07 * jitter[:, 0])
+    centre = _CENTRES[attributes.position] + 0.02 * jitter[:, 1:3]
+    tilt = 0.15 * jitter[:, 3]
+
+    axis = (torch.arange(resolution) + 0.5) / resolution - 0.5
+    x = rearrange(axis, "w -> 1 1 w") - rearrange(centre[:, 0], "b -> b 1 1")
+    y = rearrange(axis, "h -> 1 h 1") - rearrange(centre[:, 1], "b -> b 1 1")
+    cos, sin = (rearrange(f(tilt), "b -> b 1 1") for f in (torch.cos, torch.sin))
+    px, py = cos * x + sin * y, cos * y - sin * x  # object coordinates, in image widths
+
+    r = rearrange(radius, "b -> b 1 1")
+    grid = torch.stack([px / r, py / r], dim=-1) / EXTENT
+    tables = distance_tables(PROPERTIES["shape"])[attributes.shape]
+    distance = F.grid_sample(tables, grid, padding_mode="border", align_corners=True)[:, 0] * r
+    alpha = (0.5 - distance * resolution).clamp(0.0, 1.0)
+
+    light = 1 + 0.12 * (_unit(jitter[:, 4:6])[:, :1, None] * x + _unit(jitter[:, 4:6])[:, 1:, None] * y) / r
+    marks = _texture(attributes.texture, px, py, phase=u[:, 6:8])
+    colour = (_COLOURS[attributes.colour] + 0.04 * jitter[:, 8:9]).clamp(0, 1)[:, :, None, None]
+    ground = (_BACKGROUNDS[attributes.background] + 0.03 * jitter[:, 9:10]).clamp(0, 1)[:, :, None, None]
+    surface = (colour * (1 - 0.55 * marks[:, None]) * light[:, None]).clamp(0, 1)
+    return ground + alpha[:, None] * (surface - ground)
+
+
+def _unit(v: Float[Tensor, "batch 2"]) -> Float[Tensor, "batch 2"]:
+    return F.normalize(v, dim=1)
+
+
+def _texture(
+    kind: Int[Tensor, " batch"],
+    x: Float[Tensor, "batch h w"],
+    y: Float[Tensor, "batch h w"],
+    *,
+    phase: Float[Tensor, "batch 2"],
+) -> Float[Tensor, "batch h w"]:
+    """Darkness of the object's surface in [0, 1]: plain 0, stripes, dots or checks elsewhere."""
+    a = torch.sin(2 * torch.pi * (x / _PERIOD + phase[:, 0, None, None]))
+    b = torch.sin(2 * torch.pi * (y / _PERIOD + phase[:, 1, None, None]))
+    stripes, dots, checks = b, a + b - 0.5, a * b * 3
+    patterns = torch.stack([torch.full_like(a, -1.0), stripes, dots, checks], dim=1)
+    chosen = patterns[torch.arange(len(kind)), kind]
+    return torch.sigmoid(8 * chosen) * (kind != 0)[:, None, None]

@@ -1,0 +1,1 @@
+"""What a model's outputs amount to: zero-shot classifiers, accuracy, attack success, detection."""

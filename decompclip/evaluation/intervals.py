@@ -1,0 +1,93 @@
+"""Shares with their uncertainty: Wilson's interval, and Newcombe's for a difference of two shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from scipy.special import ndtri
+from torch import Tensor
+
+CONFIDENCE = 0.95
+"""Of every interval of the package."""
+
+_Z = float(ndtri((1 + CONFIDENCE) / 2))
+
+
+def wilson(share: float, trials: int | float) -> tuple[float, float]:
+    """95 % Wilson score interval of a share seen in `trials` trials.
+
+    `scipy.stats.binomtest` gives the same for whole counts; an AUROC's effective number of trials is not
+    whole (see `decompclip.evaluation.metrics.auroc_interval`).
+
+    Raises:
+        ValueError: `share` is no share, or there were no trials.
+    """
+    if not (0 <= share <= 1 and trials > 0):
+        raise ValueError(
+            f"expected a share in 0..1 of more than 0 trials; received {share} of {trials}; a `Rate` of "
+            "nothing has the interval 0..1"
+        )
+    widening = 1 + _Z**2 / trials
+    centre = (share + _Z**2 / (2 * trials)) / widening
+    half = _Z / widening * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2))
+    # min and max guard the rounding at shares of exactly 0 and 1
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` of `total` images, with a 95 % Wilson interval.
+
+    A rate of nothing (`total == 0`) has the value nan and the interval 0..1: any share is possible.
+    """
+
+    count: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total:
+            raise ValueError(f"expected 0 <= count <= total; received count {self.count} of {self.total}")
+
+    @classmethod
+    def of(cls, hits: Bool[Tensor, " n"]) -> Rate:
+        """The share of true entries."""
+        return cls(int(hits.sum()), hits.numel())
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total if self.total else math.nan
+
+    @property
+    def low(self) -> float:
+        return wilson(self.value, self.total)[0] if self.total else 0.0
+
+    @property
+    def high(self) -> float:
+        return wilson(self.value, self.total)[1] if self.total else 1.0
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "no images"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no nan: the value of a rate of nothing is None."""
+        value = self.value if self.total else None
+        return {"count": self.count, "total": self.total, "value": value, "low": self.low, "high": self.high}
+
+
+def difference_interval(a: Rate, b: Rate) -> tuple[float, float]:
+    """95 % interval of `a.value - b.value`: Newcombe's hybrid of the two Wilson intervals (his method 10).
+
+    The samples are taken as independent. For clean and triggered twins, whose outcomes tend to agree, the
+    interval is then too wide rather than too narrow. Without images on either side it is -1..1.
+    """
+    if not (a.total and b.total):
+        return -1.0, 1.0
+    difference = a.value - b.value
+    down = math.hypot(a.value - a.low, b.high - b.value)
+    up = math.hypot(a.high - a.value, b.value - b.low)
+    return difference - down, difference + up

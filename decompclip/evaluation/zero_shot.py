@@ -1,0 +1,83 @@
+"""Classifiers made of words: one text feature a class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+Template = str | Callable[[str], str]
+"""A prompt with one slot `{}` for the class's name, or a function from the name to the prompt."""
+
+
+def zero_shot_classifier(
+    encode_text: Callable[[Int[Tensor, "text position"]], Float[Tensor, "text d_embed"]],
+    tokenize: Callable[[list[str]], Int[Tensor, "text position"]],
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    *,
+    batch_size: int = 256,
+    allow_duplicates: bool = False,
+) -> Float[Tensor, "class d_embed"]:
+    """One unit vector a class: the mean over the templates of its unit text features, normalised again.
+
+    Args:
+        encode_text: text tower; it moves the token ids to its own device.
+        tokenize: its tokenizer.
+        templates: for instance open_clip's `OPENAI_IMAGENET_TEMPLATES`.
+        batch_size: texts a call of `encode_text`.
+        allow_duplicates: let two classes share a name, as two pairs of ImageNet's published names do; the
+            later one is then never predicted.
+
+    Raises:
+        ValueError: no classes, no templates, a name that stands twice, a template without a slot, or a
+            single string where a list is expected.
+    """
+    _check_names(class_names, allow_duplicates=allow_duplicates)
+    _check_templates(templates)
+    prompts = [_fill(template, name) for name in class_names for template in templates]
+    with torch.no_grad():
+        features = torch.cat(
+            [
+                F.normalize(encode_text(tokenize(prompts[start : start + batch_size])), dim=-1)
+                for start in range(0, len(prompts), batch_size)
+            ]
+        )
+        means = reduce(features, "(name template) d_embed -> name d_embed", "mean", template=len(templates))
+        return F.normalize(means, dim=-1)
+
+
+def _fill(template: Template, name: str) -> str:
+    # not str.format, which would stumble over other braces
+    return template.replace("{}", name) if isinstance(template, str) else template(name)
+
+
+def _check_names(class_names: Sequence[str], *, allow_duplicates: bool) -> None:
+    if isinstance(class_names, str):
+        raise ValueError(f"expected a list of class names; received the single string {class_names!r}")
+    if not class_names:
+        raise ValueError("expected at least one class name; received an empty list; check the class file")
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated and not allow_duplicates:
+        raise ValueError(
+            f"expected each class name once; received again: {', '.join(map(repr, repeated))}; tell the classes "
+            "apart in words, or pass allow_duplicates=True (the later one is then never predicted)"
+        )
+
+
+def _check_templates(templates: Sequence[Template]) -> None:
+    if isinstance(templates, str):
+        raise ValueError(f"expected a list of templates; received the single string {templates!r}")
+    if not templates:
+        raise ValueError('expected at least one template; received none; the plainest is "a photo of a {}."')
+    for template in templates:
+        if isinstance(template, str) and "{}" not in template:
+            raise ValueError(
+                f"expected a slot {{}} for the class's name in every template; received {template!r}, which would "
+                "give all classes the same text"
+            )

@@ -1,0 +1,140 @@
+"""The training loop that every training of the project runs through."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from open_clip_train.scheduler import cosine_lr
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything but the data and the loss.
+
+    `muon` gives the matrices inside transformer blocks to Muon (at `lr`) and all else to AdamW (at
+    `lr * adamw_ratio`); `adamw` gives everything to AdamW. Cosine schedule with linear warm-up to zero.
+    """
+
+    samples: int
+    batch_size: int = 256
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    adamw_ratio: float = 1.0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.05
+    max_grad_norm: float | None = 1.0
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch_size
+
+
+def build_optimizers(modules: Iterable[nn.Module], recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their peak learning rates; no weight decay on biases, norms, tokens and scales."""
+    matrices, others, plain = [], [], []
+    for module in modules:
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                continue
+            if p.ndim < 2 or "embedding" in name:
+                plain.append(p)
+            elif recipe.optimizer == "muon" and p.ndim == 2 and ".resblocks." in name:
+                matrices.append(p)
+            else:
+                others.append(p)
+    adamw_lr = recipe.lr * (recipe.adamw_ratio if recipe.optimizer == "muon" else 1.0)
+    groups = [
+        {"params": others, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(groups, lr=adamw_lr, betas=recipe.betas), adamw_lr)
+    ]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append((muon, recipe.lr))
+    return optimizers
+
+
+def train(
+    modules: dict[str, nn.Module],
+    loss: Callable[[int], Tensor],
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    after_step: Callable[[], None] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: int = 100,
+    checkpoint_every: int = 200,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, float]]:
+    """Minimise `loss(step)` over the parameters of `modules`; returns the log of losses and evaluations.
+
+    `loss` must draw its data as a pure function of the step, which makes a resumed run equal to an
+    unbroken one, bit for bit.
+
+    Args:
+        checkpoint: file to resume from and write to (temporary name, then renamed).
+        after_step: called after each update, for instance to clamp the logit scale.
+        evaluate: numbers added to the log every `evaluate_every` steps and at the end.
+    """
+    optimizers = build_optimizers(modules.values(), recipe)
+    schedules = [cosine_lr(o, lr, max(1, int(recipe.warmup * recipe.steps)), recipe.steps) for o, lr in optimizers]
+    history: list[dict[str, float]] = []
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["recipe"] != json.dumps(asdict(recipe)):
+            raise ValueError(f"{checkpoint} was written by another recipe; delete it to start anew")
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name])
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start, history = state["step"], state["history"]
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    began = time.perf_counter()
+    for step in range(start, recipe.steps):
+        for schedule in schedules:
+            schedule(step)
+        value = loss(step)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"loss is {value.item()} at step {step}; lower the learning rate")
+        value.backward()
+        if recipe.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step()
+        done = step + 1
+        if done % evaluate_every == 0 or done == recipe.steps:
+            entry = {"step": done, "samples": done * recipe.batch_size, "loss": round(value.item(), 4)}
+            entry |= evaluate() if evaluate is not None else {}
+            rate = (done - start) * recipe.batch_size / (time.perf_counter() - began)
+            history.append(entry)
+            log(f"{entry} {rate:.0f} samples/s")
+        if checkpoint is not None and (done % checkpoint_every == 0 or done == recipe.steps):
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(
+                {
+                    "recipe": json.dumps(asdict(recipe)),
+                    "modules": {name: module.state_dict() for name, module in modules.items()},
+                    "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
+                    "step": done,
+                    "history": history,
+                },
+                partial,
+            )
+            partial.replace(checkpoint)
+    return history

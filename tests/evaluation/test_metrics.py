@@ -1,0 +1,257 @@
+"""Rates, intervals, attack reports and AUROC: identities, published values, and the words of errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch import Tensor, tensor
+
+from decompclip.evaluation.intervals import Rate, difference_interval, wilson
+from decompclip.evaluation.metrics import (
+    attack_report,
+    attack_success,
+    auroc,
+    auroc_interval,
+    clean_accuracy,
+    per_class_accuracy,
+    predict,
+    target_rate,
+)
+
+# Six images, target class 2: the last two are of the target class.
+LABELS = tensor([0, 0, 1, 1, 2, 2])
+CLEAN = tensor([0, 2, 1, 0, 2, 2])
+TRIGGERED = tensor([2, 2, 2, 1, 2, 0])
+
+
+@pytest.fixture
+def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave wrong shapes to the package's own checks, as in use: jaxtyping would speak first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+counts = st.integers(0, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
+rates = counts.map(lambda pair: Rate(*pair))
+
+
+def test_wilson_equals_newcombes_published_values() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (count, total), interval in published.items():
+        rate = Rate(count, total)
+        assert (rate.low, rate.high) == pytest.approx(interval, abs=5e-5)
+
+
+@given(counts.filter(lambda pair: pair[1] > 0))
+def test_rate_has_scipys_wilson_interval_around_its_value(pair: tuple[int, int]) -> None:
+    rate = Rate(*pair)
+    expected = binomtest(*pair).proportion_ci(method="wilson")
+    assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+
+
+def test_difference_equals_newcombes_published_values() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, 873-890, table II, method 10
+    assert difference_interval(Rate(56, 70), Rate(48, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert difference_interval(Rate(10, 10), Rate(0, 10)) == pytest.approx((0.6075, 1.0), abs=5e-5)
+
+
+@given(rates, rates)
+def test_difference_holds_its_value_and_turns_its_sign(a: Rate, b: Rate) -> None:
+    low, high = difference_interval(a, b)
+    assert -1 - 1e-12 <= low <= high <= 1 + 1e-12
+    assert (-high, -low) == pytest.approx(difference_interval(b, a))
+    if a.total and b.total:
+        assert low <= a.value - b.value <= high
+
+
+def test_rate_reads_well_and_goes_into_json() -> None:
+    rate = Rate.of(torch.arange(1000) < 931)
+    assert str(rate) == "93.1 % [91.4, 94.5]"
+    assert json.loads(json.dumps(rate.to_dict())) == rate.to_dict()
+    assert rate.to_dict()["count"] == 931
+
+
+def test_a_rate_of_nothing_says_so() -> None:
+    nothing = Rate.of(torch.zeros(0, dtype=torch.bool))
+    assert math.isnan(nothing.value)
+    assert (nothing.low, nothing.high) == (0, 1)
+    assert str(nothing) == "no images"
+    assert nothing.to_dict()["value"] is None
+
+
+@pytest.mark.parametrize("pair", [(3, 2), (-1, 2)])
+def test_an_impossible_rate_is_refused(pair: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= count <= total; received count"):
+        Rate(*pair)
+
+
+def test_wilson_refuses_what_is_no_share() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected a share in 0\.\.1 of more than 0 trials; received 0.5 of 0"
+    ):
+        wilson(0.5, 0)
+
+
+def test_predict_takes_the_first_of_equals() -> None:
+    classifier = tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert predict(tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0]]), classifier).tolist() == [0, 1, 0]
+
+
+def test_predict_ignores_the_features_length_and_mixes_precisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(50, 8, generator=generator)
+    classifier = torch.randn(5, 8, generator=generator)
+    assert torch.equal(predict(features, classifier), predict(7 * features, classifier))
+    assert torch.equal(predict(features.double(), classifier), predict(features, classifier))
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_predict_refuses_other_widths_and_nan() -> None:
+    with pytest.raises(ValueError, match=r"width 4; received one of width 5; build it with the text tower"):
+        predict(torch.zeros(2, 4), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="received nan for 1 of 2 images; run the model in float32"):
+        predict(tensor([[math.nan], [1.0]]), torch.ones(3, 1))
+
+
+def test_accuracy_by_hand() -> None:
+    assert clean_accuracy(CLEAN, LABELS) == Rate(4, 6)
+    assert per_class_accuracy(CLEAN, LABELS, 4) == [Rate(1, 2), Rate(1, 2), Rate(2, 2), Rate(0, 0)]
+
+
+def test_attack_success_by_hand() -> None:
+    assert attack_success(TRIGGERED, LABELS, 2) == Rate(3, 4)
+    assert attack_success(TRIGGERED, LABELS, 2, include_target=True) == Rate(4, 6)
+    assert target_rate(CLEAN, LABELS, 2) == Rate(1, 4)
+    assert attack_success(TRIGGERED[4:], LABELS[4:], 2) == Rate(0, 0)
+
+
+def test_report_by_hand() -> None:
+    report = attack_report(CLEAN, LABELS, TRIGGERED, LABELS, 2)
+    assert (report.cacc, report.control) == (Rate(4, 6), Rate(1, 4))
+    assert (report.asr, report.asr_with_target) == (Rate(3, 4), Rate(4, 6))
+    assert report.excess == pytest.approx(0.5)
+    assert report.excess_interval == pytest.approx(difference_interval(Rate(3, 4), Rate(1, 4)))
+    plain = report.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["excess"]["value"] == pytest.approx(0.5)
+
+
+def test_a_model_that_always_answers_the_target_has_no_excess() -> None:
+    always = torch.full((200,), 2)
+    labels = torch.arange(200) % 2
+    report = attack_report(always, labels, always, labels, 2)
+    assert report.asr == Rate(200, 200)
+    assert report.excess == 0
+    low, high = report.excess_interval or (1, -1)
+    assert low < 0 < high
+
+
+def test_report_leaves_open_what_it_cannot_know() -> None:
+    untargeted = attack_report(CLEAN, LABELS, TRIGGERED, LABELS)
+    assert untargeted.cacc == Rate(4, 6)
+    assert (untargeted.asr, untargeted.asr_with_target, untargeted.control) == (None, None, None)
+    assert untargeted.excess is None
+    assert untargeted.excess_interval is None
+    assert untargeted.to_dict()["excess"] is None
+
+    unlabelled = attack_report(CLEAN, None, TRIGGERED, None, 2)
+    assert (unlabelled.cacc, unlabelled.asr, unlabelled.control) == (None, None, None)
+    assert unlabelled.asr_with_target == Rate(4, 6)
+
+    only_target = attack_report(CLEAN, LABELS, TRIGGERED[4:], LABELS[4:], 2)
+    assert only_target.to_dict()["excess"] is None
+
+
+@pytest.mark.usefixtures("ours_alone")
+@pytest.mark.parametrize(
+    ("predictions", "labels", "target", "words"),
+    [
+        (
+            CLEAN,
+            LABELS[:4],
+            2,
+            "one label for each prediction; received 6 predictions and 4 labels; take both",
+        ),
+        (CLEAN[:0], LABELS[:0], 2, "at least one image; received none; check the image source"),
+        (
+            CLEAN,
+            LABELS,
+            -1,
+            r"index in the class list, 0\.\.2; received -1; `decompclip.data.images.class_index`",
+        ),
+        (CLEAN, LABELS, 3, r"index in the class list, 0\.\.2; received 3; "),
+    ],
+)
+def test_wrong_input_is_named(predictions: Tensor, labels: Tensor, target: int, words: str) -> None:
+    for score in (attack_success, target_rate):
+        with pytest.raises(ValueError, match=words):
+            score(predictions, labels, target, n_classes=3)
+    for pair in ((CLEAN, LABELS, predictions, labels), (predictions, labels, CLEAN, LABELS)):
+        with pytest.raises(ValueError, match=words):
+            attack_report(*pair, target, n_classes=3)
+
+
+def test_labels_past_the_classes_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected labels in 0\.\.1; received 0\.\.2; label the images with"
+    ):
+        per_class_accuracy(CLEAN, LABELS, 2)
+
+
+scores = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(lambda values: tensor(values))
+
+
+@given(scores, scores)
+def test_auroc_counts_ordered_pairs(clean: Tensor, suspect: Tensor) -> None:
+    pairs = suspect[:, None].double() - clean
+    assert auroc(clean, suspect) == pytest.approx(float(((pairs.sign() + 1) / 2).mean()))
+    assert auroc(clean, suspect) == pytest.approx(1 - auroc(suspect, clean))
+
+
+@given(scores, scores)
+def test_auroc_interval_holds_its_value_and_mirrors(clean: Tensor, suspect: Tensor) -> None:
+    low, high = auroc_interval(clean, suspect)
+    assert 0 <= low <= auroc(clean, suspect) + 1e-12
+    assert auroc(clean, suspect) - 1e-12 <= high <= 1
+    assert auroc_interval(suspect, clean) == pytest.approx((1 - high, 1 - low))
+
+
+def test_auroc_interval_of_a_perfect_detector_is_no_point() -> None:
+    low, high = auroc_interval(torch.zeros(50), torch.ones(50))
+    assert high == 1
+    assert low == pytest.approx(Rate(100, 100).low)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
+def test_auroc_interval_covers_the_truth(shift: float) -> None:
+    generator = np.random.default_rng(0)
+    truth = 0.5 * (1 + math.erf(shift / 2))  # of two normals, `shift` deviations apart
+    covered = 0
+    for _ in range(200):
+        clean, suspect = torch.from_numpy(generator.normal([[0.0], [shift]], size=(2, 60)))
+        low, high = auroc_interval(clean, suspect)
+        covered += low <= truth <= high
+    assert covered >= 0.92 * 200
+
+
+def test_scores_that_cannot_be_ranked_are_refused() -> None:
+    with pytest.raises(ValueError, match="scores of clean and of suspect images; received no suspect ones"):
+        auroc(torch.ones(3), torch.ones(0))
+    with pytest.raises(
+        ValueError, match="finite scores; received 1 infinite or nan among 2 clean ones; leave"
+    ):
+        auroc_interval(tensor([math.inf, 0.0]), torch.ones(3))

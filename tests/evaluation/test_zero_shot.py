@@ -1,0 +1,92 @@
+"""The zero-shot classifier against a text tower that can be worked out by hand."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor, tensor
+from torch.nn import functional as F
+
+from decompclip.evaluation.zero_shot import zero_shot_classifier
+
+NAMES = ["cat", "dog", "teapot", "{}", "eel"]
+TEMPLATES = ["a {}", "{not} a photo of a {} or a drawing of a {}", lambda name: f"{name}!"]
+TABLE = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Character codes, padded."""
+    tokens = torch.zeros(len(texts), 64, dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = tensor([ord(c) for c in text])
+    return tokens
+
+
+def encode(tokens: Tensor) -> Tensor:
+    """The sum of a fixed random vector for each character; far from unit length."""
+    return (TABLE[tokens] * (tokens > 0)[..., None]).sum(dim=1)
+
+
+def test_equals_the_mean_of_unit_features() -> None:
+    rows = []
+    for name in NAMES:
+        texts = [f"a {name}", f"{{not}} a photo of a {name} or a drawing of a {name}", f"{name}!"]
+        features = [F.normalize(encode(tokenize([text]))[0], dim=0) for text in texts]
+        rows.append(F.normalize(sum(features[1:], features[0]) / 3, dim=0))
+    classifier = zero_shot_classifier(encode, tokenize, NAMES, TEMPLATES)
+    torch.testing.assert_close(classifier, torch.stack(rows))
+    torch.testing.assert_close(classifier.norm(dim=1), torch.ones(len(NAMES)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 15, 100])
+def test_batches_change_nothing_and_are_kept_to(batch_size: int) -> None:
+    sizes: list[int] = []
+
+    def counted(tokens: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return encode(tokens)
+
+    classifier = zero_shot_classifier(counted, tokenize, NAMES, TEMPLATES, batch_size=batch_size)
+    torch.testing.assert_close(classifier, zero_shot_classifier(encode, tokenize, NAMES, TEMPLATES))
+    assert max(sizes) <= batch_size
+    assert sum(sizes) == len(NAMES) * len(TEMPLATES)
+
+
+def test_classes_in_another_order_give_rows_in_that_order() -> None:
+    classifier = zero_shot_classifier(encode, tokenize, NAMES, TEMPLATES)
+    turned = zero_shot_classifier(encode, tokenize, NAMES[::-1], TEMPLATES)
+    torch.testing.assert_close(turned, classifier.flip(0))
+
+
+def test_holds_no_gradient() -> None:
+    weight = torch.ones(6, requires_grad=True)
+    assert not zero_shot_classifier(lambda t: encode(t) * weight, tokenize, NAMES, TEMPLATES).requires_grad
+
+
+def test_equal_names_are_taken_only_on_request() -> None:
+    names = ["missile", "cat", "missile"]
+    with pytest.raises(
+        ValueError, match="each class name once; received again: 'missile'; tell the classes apart"
+    ):
+        zero_shot_classifier(encode, tokenize, names, TEMPLATES)
+    classifier = zero_shot_classifier(encode, tokenize, names, TEMPLATES, allow_duplicates=True)
+    torch.testing.assert_close(classifier[0], classifier[2])
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "words"),
+    [
+        ([], TEMPLATES, "at least one class name; received an empty list; check the class file"),
+        (NAMES, [], "at least one template; received none; the plainest"),
+        (NAMES, ["a {}", "a photo"], "a slot {} for the class's name in every template; received 'a photo'"),
+        ("cat", TEMPLATES, "expected a list of class names; received the single string 'cat'"),
+        (NAMES, "a {}", "expected a list of templates; received the single string 'a {}'"),
+    ],
+)
+def test_wrong_input_is_named(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], templates: list[str], words: str
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=words):
+        zero_shot_classifier(encode, tokenize, names, templates)

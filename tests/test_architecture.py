@@ -1,0 +1,241 @@
+"""The house rules, checked over the syntax trees of `decompclip/` and `analyses/`.
+
+Imports under `if TYPE_CHECKING:` are free: they cost nothing and bind nothing at run time.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeGuard
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = "audit report cli"  # and `__init__`, which lists the public names
+ROOMS = "models cache operators defenses attacks data evaluation training figures"
+
+# Room (or module on top): the rooms that it may import, besides itself.
+MAY_IMPORT = {
+    "models": "",
+    "cache": "models",
+    "operators": "models cache",
+    "defenses": "models cache operators evaluation",
+    "data": "",
+    "attacks": "data models",
+    "evaluation": "",
+    "training": "data models attacks evaluation",
+    "figures": "cache operators evaluation defenses",
+    "audit": f"{ROOMS} {TOP} public",
+    "report": f"{ROOMS} {TOP} public",
+    "cli": f"{ROOMS} {TOP} public",
+    "__init__": f"{ROOMS} {TOP}",
+    "analyses": f"{ROOMS} public",
+}
+
+# Inside functions only: methods that return the next room's result, and `.figure()` methods.
+MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {"models": "cache figures"}
+
+# Third party: the only rooms that may import it.
+THIRD_PARTY = {
+    "transformer_lens": "models cache",
+    "open_clip": "models data training attacks",
+    "open_clip_train": "models data training attacks",
+    "plotly": "figures report",
+    **dict.fromkeys(("pickle", "_pickle", "dill", "cloudpickle", "shelve"), ""),
+}
+HARMLESS = {"decompclip.__version__", "pickle.UnpicklingError"}  # a string; an exception to catch
+
+# Own generators, passed on, are the only source of randomness. What torch draws under `fork_rng` leaves
+# no trace: modules that take no generator are initialised so.
+RANDOM_MODULES = {"random", "numpy.random", "torch.random"}
+SEEDED = {"Random", "Generator", "default_rng", "SeedSequence", "PCG64", "Philox", "fork_rng"}
+GLOBAL_STATE = {"torch.manual_seed", "torch.seed", "torch.set_rng_state", "torch.cuda.manual_seed_all"}
+TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
+
+MAX_LINES = 300
+MAY_BE_LONG: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    target: str
+    late: bool  # inside a function
+
+
+def room_of(path: PurePosixPath) -> str:
+    return path.parts[0] if path.parts[0] == "analyses" else path.with_suffix("").parts[1]
+
+
+def is_type_checking(node: ast.AST) -> TypeGuard[ast.If]:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def walk(node: ast.AST, late: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node that exists at run time, and whether it stands inside a function."""
+    yield node, late
+    late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
+    for child in children:
+        yield from walk(child, late)
+
+
+def imports(path: PurePosixPath, tree: ast.AST) -> Iterator[Import]:
+    for node, late in walk(tree):
+        match node:
+            case ast.Import(names=names):
+                targets = [alias.name for alias in names]
+            case ast.ImportFrom(module=module, names=names, level=level):
+                package = path.parent.parts[: len(path.parent.parts) + 1 - level] if level else ()
+                source = ".".join([*package, *([module] if module else [])])
+                targets = [f"{source}.{alias.name}" for alias in names]
+            case ast.Call(func=ast.Name("import_module" | "__import__"), args=[ast.Constant(str(name)), *_]):
+                targets = [name]
+            case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(str(name)), *_]):
+                targets = [name]
+            case _:
+                continue
+        yield from (Import(node.lineno, target, late) for target in targets)
+
+
+def import_breach(path: PurePosixPath, found: Import) -> str | None:
+    """The rule that an import breaks."""
+    room, (package, *rest) = room_of(path), found.target.split(".")
+    if found.target in HARMLESS:
+        return None
+    if package in THIRD_PARTY:
+        allowed = THIRD_PARTY[package]
+        return None if room in allowed.split() else f"{package} belongs to {allowed or 'no room'}"
+    if package not in {"decompclip", "analyses"}:
+        return None
+    if room not in MAY_IMPORT:
+        return f"{room} has no row in MAY_IMPORT"
+    target = "analyses" if package == "analyses" else rest[0] if rest and rest[0] in MAY_IMPORT else "public"
+    late = MAY_IMPORT_LATE.get(room, "") if found.late else ""
+    if target in {room, *MAY_IMPORT[room].split(), *late.split()}:
+        return None
+    also = f", and inside functions {MAY_IMPORT_LATE[room]}" if room in MAY_IMPORT_LATE else ""
+    return f"{room} may import {MAY_IMPORT[room] or 'no other room'}{also}; not {target}"
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str, bool]]:
+    """Calls of imported names with their full name (`np.random.rand` is `numpy.random.rand`), and whether
+    they stand under `with torch.random.fork_rng()`."""
+    full: dict[str, str] = {}
+    forked: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                full |= {a.asname: a.name for a in names if a.asname}
+                full |= {root: root for a in names if not a.asname for root in [a.name.split(".")[0]]}
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                full |= {a.asname or a.name: f"{module}.{a.name}" for a in names}
+            case ast.With(items=items) if any("fork_rng(" in ast.unparse(item) for item in items):
+                forked |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            first, *rest = ast.unparse(node.func).split(".")
+            if first in full:
+                yield node, ".".join([full[first], *rest]), node in forked
+
+
+def call_breach(call: ast.Call, name: str, forked: bool) -> str | None:
+    """The rule that a call breaks."""
+    options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    module, _, function = name.rpartition(".")
+    restored = forked and name.startswith("torch.")
+    if name in GLOBAL_STATE or (module in RANDOM_MODULES and function not in SEEDED):
+        return None if restored else "touches global random state: take a generator as an argument"
+    if module == "torch" and function in TORCH_DRAWS and "generator" not in options:
+        return None if restored else "draws from the global random state: pass generator="
+    if name == "torch.load" and options.get("weights_only") != "True":
+        return "may run a stranger's code: pass weights_only=True"
+    if options.get("allow_pickle") == "True" or name in {"pandas.read_pickle", "joblib.load"}:
+        return "may run a stranger's code: read safetensors or plain arrays"
+    return None
+
+
+def breaches(path: PurePosixPath, source: str) -> list[str]:
+    """Every broken rule of one file, each as `file:line: what: rule`."""
+    tree = ast.parse(source)
+    found = [(i.line, f"imports {i.target}", import_breach(path, i)) for i in imports(path, tree)]
+    if path.parts[0] == "decompclip":
+        found += [(c.lineno, f"calls {name}", call_breach(c, name, fork)) for c, name, fork in calls(tree)]
+    lines = source.count("\n")
+    if lines > MAX_LINES and str(path) not in MAY_BE_LONG:
+        found.append((lines, f"has {lines} lines", f"at most {MAX_LINES}: ask what the file is really about"))
+    return [f"{path}:{line}: {what}: {rule}" for line, what, rule in found if rule]
+
+
+FILES = sorted(
+    file.relative_to(ROOT) for room in ("decompclip", "analyses") for file in (ROOT / room).rglob("*.py")
+)
+
+
+def test_files_are_found() -> None:
+    assert any(room_of(PurePosixPath(file)) == "models" for file in FILES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_file_keeps_the_rules(file: Path) -> None:
+    found = breaches(PurePosixPath(file), (ROOT / file).read_text(encoding="utf-8"))
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("models/a.py", "from decompclip.cache import moments", ":1: imports decompclip.cache.moments: "),
+        ("models/a.py", "from ..operators import mmd", "not operators"),
+        ("models/a.py", "from decompclip import load", "not public"),
+        ("cache/a.py", "def f():\n    import decompclip.defenses", ":2: imports decompclip.defenses: "),
+        ("cache/a.py", "import decompclip.figures", "not figures"),
+        ("cache/a.py", "import importlib\nimportlib.import_module('decompclip.operators.mmd')", ":2: "),
+        ("evaluation/a.py", "import decompclip.models", "evaluation may import no other room"),
+        ("operators/a.py", "import decompclip.report", "not report"),
+        ("report.py", "import analyses.fig2", "not analyses"),
+        ("rooms/a.py", "import decompclip.models", "rooms has no row in MAY_IMPORT"),
+        ("operators/a.py", "import transformer_lens.utils", "transformer_lens belongs to models cache"),
+        ("operators/a.py", "from open_clip import create_model", "open_clip belongs to models data"),
+        ("operators/a.py", "def f():\n    import plotly.express", "plotly belongs to figures report"),
+        ("models/a.py", "import pickle", "pickle belongs to no room"),
+        ("models/a.py", "import torch as t\nt.manual_seed(0)", ":2: calls torch.manual_seed: touches global"),
+        ("models/a.py", "import numpy as np\nnp.random.rand(3)", "calls numpy.random.rand: touches global"),
+        ("models/a.py", "from random import shuffle\nshuffle([])", "calls random.shuffle: touches global"),
+        ("models/a.py", "import torch\ntorch.randn(3)", "pass generator="),
+        (
+            "models/a.py",
+            "import random\nwith torch.random.fork_rng():\n    random.seed(0)",
+            ":3: calls random.seed",
+        ),
+        ("models/a.py", "import torch\ntorch.load('a')", "pass weights_only=True"),
+        ("models/a.py", "import torch\ntorch.load('a', weights_only=False)", "pass weights_only=True"),
+        ("models/a.py", "import numpy\nnumpy.load('a', allow_pickle=True)", "may run a stranger's code"),
+        ("models/a.py", "x = 1\n" * (MAX_LINES + 1), "models/a.py:301: has 301 lines"),
+    ],
+)
+def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
+    (found,) = breaches(PurePosixPath("decompclip", file), source)
+    assert found.startswith(f"decompclip/{file}:")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("models/a.py", "if TYPE_CHECKING:\n    from decompclip.operators import mmd\n    import plotly"),
+        ("models/a.py", "def decompose():\n    from decompclip.cache import decomposition"),
+        ("operators/a.py", "def figure():\n    from decompclip.figures import heat_map"),
+        ("operators/a.py", "from .mmd import mmd\nfrom decompclip.cache import moments"),
+        ("cache/a.py", "from decompclip import __version__"),
+        ("models/a.py", "from pickle import UnpicklingError"),
+        ("data/a.py", "import numpy as np\nnp.random.default_rng(0).random(3)"),
+        ("models/a.py", "import torch\nwith torch.random.fork_rng():\n    torch.manual_seed(0)"),
+        ("data/a.py", "import torch\ntorch.randn(3, generator=g)\ntorch.load(f, weights_only=True)"),
+    ],
+)
+def test_what_is_allowed_passes(file: str, source: str) -> None:
+    assert breaches(PurePosixPath("decompclip", file), source) == []

@@ -1,0 +1,48 @@
+"""Importing decompclip and asking for help are instant: heavy libraries wait until they are needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
+HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip.cli', run_name='__main__')"
+PROBE = """
+import atexit, json, runpy, sys, time
+start = time.process_time()
+def tell():
+    seconds = time.process_time() - start
+    print(json.dumps([sorted({{name.partition(".")[0] for name in sys.modules}}), seconds]), file=sys.stderr)
+atexit.register(tell)
+{statement}
+"""
+
+
+def probe(statement: str) -> tuple[set[str], float]:
+    """Packages loaded and CPU seconds spent by a fresh Python that runs `statement`."""
+    script = PROBE.format(statement=statement)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    loaded, seconds = json.loads(run.stderr.splitlines()[-1])
+    return set(loaded), seconds
+
+
+def test_the_probe_sees_a_heavy_import() -> None:
+    loaded, seconds = probe("import numpy")
+    assert "numpy" in loaded
+    assert seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("statement", "limit"), [("import decompclip", 0.5), (HELP, 1.0)], ids=["import", "help"]
+)
+def test_start_is_light(statement: str, limit: float) -> None:
+    loaded, seconds = probe(statement)
+    assert "decompclip" in loaded
+    assert not loaded.intersection(HEAVY)
+    assert seconds < limit
