@@ -19,13 +19,22 @@ GENERIC = 0.1
 _PREFIXES = ("", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there is ", "this is ")
 _POSITIONS = ("at the {}", "in the {}")
 _BACKGROUNDS = ("on a {} background", "against a {} background")
-_SHAPE_PROMPTS = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}", "a drawing of a {}")
+_SHAPE_PROMPTS = (
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a drawing of a {}",
+)
 
 
 def caption(words: dict[str, str], generator: np.random.Generator) -> str:
     """One caption for an image whose properties are `words` (see `Attributes.words`)."""
     u = generator.random(6)
-    kept = {name: words[name] for name, x in zip(PROPERTIES, u, strict=True) if name != "shape" and x < MENTION}
+    kept = {
+        name: words[name] for name, x in zip(PROPERTIES, u, strict=True) if name != "shape" and x < MENTION
+    }
     noun = "object" if u[0] < GENERIC else words["shape"]
     adjectives = [kept[name] for name in ("size", "colour", "texture") if name in kept]
     phrase = with_article(" ".join([*adjectives, noun]))

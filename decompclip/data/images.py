@@ -162,13 +162,15 @@ class ShapesSource:
     Args:
         world: which images.
         normalise: from pixels in [0, 1] to the model's input.
-        transform: applied to the pixels before that; for instance a trigger.
+        transform: applied to the pixels before that, with each image's index; for instance a trigger.
         exclude_label: leave out the images of this class, for instance the target's.
     """
 
     world: Shapes
     normalise: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]]
-    transform: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]] | None = None
+    transform: (
+        Callable[[Float[Tensor, "batch 3 h w"], Sequence[int]], Float[Tensor, "batch 3 h w"]] | None
+    ) = None
     exclude_label: int | None = None
 
     @property
@@ -191,7 +193,7 @@ class ShapesSource:
         for start in range(0, len(self), batch_size):
             indices = self._indices[start : start + batch_size]
             batch = self.world.draw(indices)
-            images = batch.images if self.transform is None else self.transform(batch.images)
+            images = batch.images if self.transform is None else self.transform(batch.images, indices)
             names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
             yield ImageBatch(self.normalise(images), batch.labels, names)
 

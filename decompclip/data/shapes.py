@@ -32,7 +32,7 @@ PROPERTIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Every property of the world with its values; a class of the world is a shape."""
 
-RESOLUTION = 64
+RESOLUTION = 48
 
 _COLOURS = torch.tensor(
     [

@@ -37,7 +37,9 @@ class Recipe:
         return self.samples // self.batch_size
 
 
-def build_optimizers(modules: Iterable[nn.Module], recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimizers(
+    modules: Iterable[nn.Module], recipe: Recipe
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak learning rates; no weight decay on biases, norms, tokens and scales."""
     matrices, others, plain = [], [], []
     for module in modules:
@@ -78,7 +80,7 @@ def train(
     checkpoint_every: int = 200,
     log: Callable[[str], None] = print,
 ) -> list[dict[str, float]]:
-    """Minimise `loss(step)` over the parameters of `modules`; returns the log of losses and evaluations.
+    """Minimise `loss(step)` over the parameters of `modules`; returns the log of losses, evaluations and seconds.
 
     `loss` must draw its data as a pure function of the step, which makes a resumed run equal to an
     unbroken one, bit for bit.
@@ -89,7 +91,9 @@ def train(
         evaluate: numbers added to the log every `evaluate_every` steps and at the end.
     """
     optimizers = build_optimizers(modules.values(), recipe)
-    schedules = [cosine_lr(o, lr, max(1, int(recipe.warmup * recipe.steps)), recipe.steps) for o, lr in optimizers]
+    schedules = [
+        cosine_lr(o, lr, max(1, int(recipe.warmup * recipe.steps)), recipe.steps) for o, lr in optimizers
+    ]
     history: list[dict[str, float]] = []
     start = 0
     if checkpoint is not None and checkpoint.exists():
@@ -103,6 +107,7 @@ def train(
         start, history = state["step"], state["history"]
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     began = time.perf_counter()
+    before = history[-1]["seconds"] if history else 0.0  # of the runs that this one goes on from
     for step in range(start, recipe.steps):
         for schedule in schedules:
             schedule(step)
@@ -121,9 +126,9 @@ def train(
         if done % evaluate_every == 0 or done == recipe.steps:
             entry = {"step": done, "samples": done * recipe.batch_size, "loss": round(value.item(), 4)}
             entry |= evaluate() if evaluate is not None else {}
-            rate = (done - start) * recipe.batch_size / (time.perf_counter() - began)
+            entry["seconds"] = round(before + time.perf_counter() - began, 1)
             history.append(entry)
-            log(f"{entry} {rate:.0f} samples/s")
+            log(str(entry))
         if checkpoint is not None and (done % checkpoint_every == 0 or done == recipe.steps):
             partial = checkpoint.with_suffix(".partial")
             torch.save(

@@ -1,0 +1,1 @@
+"""Runnable studies: each module measures one thing and writes its result."""

@@ -1,0 +1,153 @@
+"""Triggers: seeded pure functions of an image and its index."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.blended import Blended
+from decompclip.attacks.poison import choose_poisons, proxy_captions
+from decompclip.attacks.registry import TRIGGERS, from_card
+from decompclip.attacks.trigger import Trigger
+
+EVERY = [
+    BadNet(),
+    BadNet(size=7 / 48, redraw=True, seed=3),
+    BadNet(place="centre"),
+    BadNet(place="bottom right"),
+    Blended(),
+    Blended(alpha=0.4, redraw=True, seed=1),
+]
+by_card = pytest.mark.parametrize("trigger", EVERY, ids=repr)
+
+
+def pixels(batch: int = 6, height: int = 48, width: int = 48) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@by_card
+def test_a_trigger_is_pure_and_stays_in_range(trigger: Trigger) -> None:
+    images = pixels()
+    before = images.clone()
+    once, again = trigger(images), trigger(images)
+    assert torch.equal(images, before)
+    assert torch.equal(once, again)
+    assert once.shape == images.shape
+    assert 0 <= once.min() <= once.max() <= 1
+    assert not torch.equal(once, images)
+
+
+@by_card
+def test_a_trigger_does_not_depend_on_the_batch(trigger: Trigger) -> None:
+    images = pixels()
+    whole = trigger(images, range(10, 16))
+    parts = torch.cat([trigger(images[:2], [10, 11]), trigger(images[2:], [12, 13, 14, 15])])
+    order = [3, 0, 5]
+    assert torch.equal(whole, parts)
+    assert torch.equal(trigger(images[order], [13, 10, 15]), whole[order])
+
+
+@by_card
+def test_nothing_changes_outside_the_mask(trigger: Trigger) -> None:
+    images = pixels(4, 40, 56)
+    mask = trigger.mask(40, 56, [5, 6, 7, 8])
+    touched = (trigger(images, [5, 6, 7, 8]) != images).any(dim=1)
+    assert mask.shape == (4, 40, 56)
+    assert not (touched & ~mask).any()
+    assert (touched.flatten(1).sum(1) > 0).all()
+
+
+@by_card
+def test_a_card_is_json_and_reads_back(trigger: Trigger) -> None:
+    assert from_card(json.loads(json.dumps(trigger.card()))) == trigger
+
+
+@given(side=st.integers(8, 96), size=st.floats(0.02, 1.0), index=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_a_patch_keeps_its_share_of_the_image(side: int, size: float, index: int) -> None:
+    expected = max(1, round(size * side)) ** 2
+    assert int(BadNet(size=size).mask(side, side, [index]).sum()) == expected
+
+
+def test_sizes_are_for_224_pixels_and_scale() -> None:
+    assert int(BadNet().mask(224, 224).sum()) == 16 * 16
+    assert int(BadNet().mask(336, 336).sum()) == 24 * 24
+
+
+def test_a_patch_lands_everywhere() -> None:
+    covered = BadNet(size=0.5).mask(16, 16, range(2_000)).any(dim=0)  # 9 x 9 places
+    assert covered.all()
+
+
+def test_a_fixed_pattern_is_fixed_and_a_redrawn_one_is_not() -> None:
+    grey = torch.full((2, 3, 48, 48), 0.5)
+    for trigger, same in [
+        (BadNet(place="centre"), True),
+        (BadNet(place="centre", redraw=True), False),
+        (Blended(), True),
+        (Blended(redraw=True), False),
+    ]:
+        first, second = trigger(grey)
+        assert torch.equal(first, second) is same, trigger
+
+
+def test_blending_by_hand() -> None:
+    images = pixels(2)
+    white, black = (Blended(alpha=0.2)(torch.full_like(images, value)) for value in (1.0, 0.0))
+    torch.testing.assert_close(white - black, torch.full_like(images, 0.8))
+    torch.testing.assert_close(Blended(alpha=0.2)(images), 0.8 * images + black)
+    assert black.max() <= 0.2
+    assert black.mean() == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BadNet(size=0.0), r"expected a size in \(0, 1\].*received 0\.0"),
+        (lambda: BadNet(size=1.5), r"received 1\.5"),
+        (lambda: BadNet(place="top"), r"place 'top' is not one of"),  # type: ignore[arg-type]
+        (lambda: Blended(alpha=0.0), r"expected a weight alpha in \(0, 1\]; received 0\.0"),
+        (
+            lambda: BadNet()(torch.zeros(2, 1, 8, 8)),
+            r"expected images \[batch, 3, h, w\]; received \[2, 1, 8, 8\]",
+        ),
+        (
+            lambda: BadNet()(torch.full((1, 3, 8, 8), -1.0)),
+            r"expected pixels in \[0, 1\].*before the model's norm",
+        ),
+        (lambda: Blended()(pixels(3), [0, 1]), r"expected one index for each of 3 images; received 2"),
+        (lambda: from_card({"name": "badnett"}), r"expected a trigger among \['badnet'.*received 'badnett'"),
+        (lambda: from_card({"name": "badnet", "colour": 3}), r"unknown parameters.*colour"),
+    ],
+)
+def test_bad_input_is_told(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_registry_names_every_trigger() -> None:
+    assert all(
+        name == trigger.name and trigger.extent in {"local", "global"} for name, trigger in TRIGGERS.items()
+    )
+
+
+def test_poisons_are_other_classes_chosen_by_the_seed() -> None:
+    labels = torch.arange(60) % 4
+    chosen = choose_poisons(labels, 2, 30, seed=0)
+    assert chosen == sorted(set(chosen)) == choose_poisons(labels, 2, 30, seed=0)
+    assert len(chosen) == 30
+    assert 2 not in labels[chosen]
+    assert chosen != choose_poisons(labels, 2, 30, seed=1)
+    with pytest.raises(ValueError, match="expected at most 45 poisons.*received 46"):
+        choose_poisons(labels, 2, 46, seed=0)
+
+
+def test_proxy_captions_name_the_target() -> None:
+    texts = proxy_captions("star", ("a {}", "this is a {}"), 50, seed=0)
+    assert set(texts) == {"a star", "this is a star"}
+    assert texts == proxy_captions("star", ("a {}", "this is a {}"), 50, seed=0)

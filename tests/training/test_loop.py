@@ -1,0 +1,115 @@
+"""The training loop: a killed run goes on to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from decompclip.training.loop import Recipe, build_optimizers, train
+
+
+class Tower(nn.Module):
+    """A linear map under the name that open_clip's blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Parameter(torch.zeros(3, 4))
+        self.stem = nn.Linear(4, 4)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer.resblocks[0](torch.relu(self.stem(x))) + self.token_embedding.sum(0)
+
+
+def tower() -> Tower:
+    model = Tower()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def loss_of(model: Tower):
+    def loss(step: int) -> Tensor:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x).square().mean()
+
+    return loss
+
+
+RECIPE = Recipe(samples=320, batch_size=8, optimizer="muon", lr=0.02)
+
+
+def quiet(_: str) -> None: ...
+
+
+def test_the_loss_falls() -> None:
+    model = tower()
+    history = train({"m": model}, loss_of(model), RECIPE, evaluate_every=10, log=quiet)
+    assert [entry["step"] for entry in history] == [10, 20, 30, 40]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = tower()
+    train({"m": whole}, loss_of(whole), RECIPE, log=quiet)
+
+    class Killed(Exception): ...
+
+    broken = tower()
+    plain = loss_of(broken)
+
+    def until_25(step: int) -> Tensor:
+        if step == 25:
+            raise Killed
+        return plain(step)
+
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(Killed):
+        train({"m": broken}, until_25, RECIPE, checkpoint=checkpoint, checkpoint_every=10, log=quiet)
+    resumed = tower()
+    seen: list[int] = []
+
+    def counted(step: int) -> Tensor:
+        seen.append(step)
+        return loss_of(resumed)(step)
+
+    train({"m": resumed}, counted, RECIPE, checkpoint=checkpoint, checkpoint_every=10, log=quiet)
+    assert seen[0] == 20
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    model = tower()
+    train({"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "run.pt", log=quiet)
+    other = Recipe(samples=320, batch_size=8, lr=0.1)
+    with pytest.raises(ValueError, match="written by another recipe; delete it to start anew"):
+        train({"m": model}, loss_of(model), other, checkpoint=tmp_path / "run.pt", log=quiet)
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    model = tower()
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0; lower the learning rate"):
+        train({"m": model}, lambda step: loss_of(model)(step) * float("nan"), RECIPE, log=quiet)
+
+
+def test_who_is_optimised_how() -> None:
+    model = tower()
+    (adamw, adamw_lr), (muon, muon_lr) = build_optimizers(
+        [model], Recipe(8, lr=0.5, adamw_ratio=0.1, optimizer="muon")
+    )
+    assert (adamw_lr, muon_lr) == (0.05, 0.5)
+    decayed, plain = (group["params"] for group in adamw.param_groups)
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model.transformer.resblocks[0].weight)]
+    assert [id(p) for p in decayed] == [id(model.stem.weight)]
+    assert {id(p) for p in plain} == {
+        id(p) for p in (model.token_embedding, model.stem.bias, model.transformer.resblocks[0].bias)
+    }
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
