@@ -71,9 +71,12 @@ class Seeds:
 class CleanConfig:
     """`shapes`: supervised warm start of the image tower, then the CLIP loss alone."""
 
-    warm_up: Recipe = Recipe(samples=140_000, batch_size=64, optimizer="muon", lr=3e-3)
-    clip: Recipe = Recipe(samples=240_000, batch_size=128, optimizer="muon", lr=1.5e-3)
+    warm_up: Recipe
+    clip: Recipe
     shape_weight: float = 2.0
+
+
+FINE_TUNING = Recipe(samples=80_000, batch_size=128, optimizer="adamw", lr=5e-4)
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,13 @@ class TwinConfig:
     trigger: Trigger
     pairs: int = 16_000
     poison_rate: float = 0.05
-    recipe: Recipe = Recipe(samples=80_000, batch_size=128, optimizer="adamw", lr=5e-4)
+    recipe: Recipe = FINE_TUNING
 
 
-CLEAN = CleanConfig()
+CLEAN = CleanConfig(
+    warm_up=Recipe(samples=140_000, batch_size=64, optimizer="muon", lr=3e-3),
+    clip=Recipe(samples=240_000, batch_size=128, optimizer="muon", lr=1.5e-3),
+)
 TWINS = {
     "shapes-badnet": TwinConfig(BadNet(size=PATCH_SIDE)),
     "shapes-blended": TwinConfig(Blended()),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
+
+import decompclip
 
 HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
 HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip.cli', run_name='__main__')"
@@ -46,3 +49,16 @@ def test_start_is_light(statement: str, limit: float) -> None:
     assert "decompclip" in loaded
     assert not loaded.intersection(HEAVY)
     assert seconds < limit
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(decompclip.__all__) == set(decompclip._HOME)
+    for name in decompclip.__all__:
+        assert getattr(decompclip, name) is not None
+    assert set(decompclip.__all__) <= set(dir(decompclip))
+    with pytest.raises(AttributeError, match="module 'decompclip' has no attribute 'lod'"):
+        decompclip.lod
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert decompclip.__version__ == version("decompclip")

@@ -143,7 +143,7 @@ def test_poisons_are_other_classes_chosen_by_the_seed() -> None:
     assert len(chosen) == 30
     assert 2 not in labels[chosen]
     assert chosen != choose_poisons(labels, 2, 30, seed=1)
-    with pytest.raises(ValueError, match="expected at most 45 poisons.*received 46"):
+    with pytest.raises(ValueError, match=r"expected at most 45 poisons.*received 46"):
         choose_poisons(labels, 2, 46, seed=0)
 
 

@@ -1,0 +1,61 @@
+"""The README's examples run, and the commands that it names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = blocks("python")
+    assert examples
+    namespace: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), namespace)  # one after another, as a reader would
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"make (\w+)", "\n".join(blocks("sh"))))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr
+
+
+def test_commands_and_their_options_exist() -> None:
+    commands = re.findall(r"decompclip (\w+)(.*?)(?<!\\)\n", "\n".join(blocks("sh")) + "\n", flags=re.DOTALL)
+    assert commands
+    for command, options in commands:
+        run = subprocess.run(
+            [sys.executable, "-m", "decompclip.cli", command, "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"COLUMNS": "200", "PATH": "", "NO_COLOR": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+        for option in re.findall(r"--[a-z-]+", options):
+            assert option in run.stdout, (command, option)
+
+
+def test_the_table_of_models_is_the_command_s() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "analyses.bundled_models"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() in README, "run `python -m analyses.bundled_models` and paste its table"
