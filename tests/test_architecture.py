@@ -36,7 +36,7 @@ MAY_IMPORT = {
 }
 
 # Inside functions only: methods that return the next room's result, and `.figure()` methods.
-MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {"models": "cache figures"}
+MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {"models": "cache evaluation figures"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

@@ -1,0 +1,1 @@
+"""A CLIP whose image tower is hooked, and every way to load one."""

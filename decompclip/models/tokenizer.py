@@ -68,5 +68,8 @@ class WordTokenizer:
                 stacklevel=2,
             )
         if cut:
-            warnings.warn(f"{len(cut)} texts are longer than {length - 2} words and were cut, first: {cut[0]!r}")
+            warnings.warn(
+                f"{len(cut)} texts are longer than {length - 2} words and were cut, first: {cut[0]!r}",
+                stacklevel=2,
+            )
         return tokens

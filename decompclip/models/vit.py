@@ -195,7 +195,9 @@ class HookedViT(HookedRootModule):
         self.hook_ln_pre = HookPoint()
         self.setup()
         self._last_block_hooks = [
-            point for name, point in self.hook_dict.items() if name.startswith(f"blocks.{config.n_layers - 1}.")
+            point
+            for name, point in self.hook_dict.items()
+            if name.startswith(f"blocks.{config.n_layers - 1}.")
         ]
 
     def forward(
@@ -220,7 +222,7 @@ class HookedViT(HookedRootModule):
             pooled_rows = not any(point.has_hooks() for point in self._last_block_hooks)
         for layer, block in enumerate(self.blocks):
             x = block(x, pooled_row_only=pooled_rows and layer == self.cfg.n_layers - 1)
-        return self.ln_final(x[:, 0]) @ self.proj
+        return self.ln_final(x[:, :1])[:, 0] @ self.proj  # a token axis, as at every other hook
 
     def _check(self, images: Tensor) -> None:
         expected = (3, *self.cfg.image_size)
