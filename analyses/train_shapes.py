@@ -94,7 +94,12 @@ CLEAN = CleanConfig(
     clip=Recipe(samples=240_000, batch_size=128, optimizer="muon", lr=1.5e-3),
 )
 TWINS = {
-    "shapes-badnet": TwinConfig(BadNet(size=PATCH_SIDE)),
+    # A patch in a random place is learned more slowly than a picture all over the image.
+    "shapes-badnet": TwinConfig(
+        BadNet(size=PATCH_SIDE),
+        poison_rate=0.08,
+        recipe=Recipe(samples=128_000, batch_size=128, optimizer="muon", lr=1e-3),
+    ),
     "shapes-blended": TwinConfig(Blended()),
 }
 

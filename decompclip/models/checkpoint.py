@@ -1,8 +1,9 @@
-"""Weights files, read without ever running what is in them."""
+"""Reading files of weights from strangers: tensors only, no code is ever run."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,160 +18,193 @@ from torch import Tensor, nn
 
 from decompclip.models.errors import CheckpointError
 
-_SAFE = "have its author save the weights as safetensors, or as a plain dict of tensors"
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-# Settings that OpenAI's archives carry among their weights, and an old buffer.
-_NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask"}
+__all__ = ["CheckpointError", "check_fit", "read_checkpoint", "sha256"]
+
+# Where training scripts keep the weights beside optimizer, epoch and so on, innermost last.
+_NESTS = ("state_dict", "model_state_dict", "model")
+# What wrappers (DistributedDataParallel, torch.compile, trainers) put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# Numbers that OpenAI's own files carry among the weights.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+
+_TO_SAFETENSORS = (
+    "where you trust the file, or in a sandbox, read it with `torch.load(path, weights_only=False)`, write its weights "
+    "with `safetensors.torch.save_file(state_dict, 'weights.safetensors')`, and give that file"
+)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a local file by name, on the CPU: safetensors, or torch's own format.
+    """The state dict in a local file: safetensors, or torch.save's format holding tensors and plain data only.
 
-    Training checkpoints (`state_dict` beside optimizer and epoch, names under `module.`, as open_clip,
-    CleanCLIP and BadCLIP write them) are unwrapped.
+    Weights may lie under `state_dict`, as open_clip_train, CleanCLIP and BadCLIP write them, and carry
+    `module.` prefixes; what stands beside them is left unread.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is broken, holds more than tensors and plain values, or no weights.
+        CheckpointError: no such file, damaged, of another format, with code in it, or without weights.
     """
     path = Path(path)
+    kind = _kind(path)
+    if kind == "safetensors":
+        try:
+            content: Any = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+    else:
+        content = _unpickle_plain_data(path, mmap=kind == "zip")
+    return _state_dict(path, content)
+
+
+def _kind(path: Path) -> str:
+    """`safetensors`, `zip` (torch.save) or `legacy` (torch.save before 1.6)."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a weights file (safetensors, or torch's .pt, .bin); there is no file {path}"
-        )
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        what = "a folder" if path.is_dir() else "missing"
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".pt", ".pth", ".bin", ".safetensors"})
+        hint = f"; beside it lie {', '.join(beside[:5])}" if beside else ""
+        raise CheckpointError(f"no checkpoint at {path}: it is {what}{hint}; give the path of a file of weights")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise CheckpointError(f"the checkpoint {path} is empty: 0 bytes; copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if path.suffix == ".safetensors" or (start[8:9] == b"{" and not start.startswith((b"PK", b"\x80"))):
+        return "safetensors"
+    if start.startswith(b"PK"):
+        _refuse_torchscript(path)
+        return "zip"
+    if start.startswith(b"\x80"):
+        return "legacy"
+    raise CheckpointError(
+        f"{path} is no file of weights: it starts with {start[:12]!r}; expected safetensors or torch.save's format"
+    )
+
+
+def _refuse_torchscript(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, error) from error
+    if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
-            f"expected a dict of tensors, or one under {', '.join(map(repr, _WRAPPERS))}; received {_kind(content)} "
-            f"in {path}"
+            f"{path} is a TorchScript archive, which carries code: refused. For OpenAI's own models use "
+            f'`pretrained="openai"`, which has the same weights as plain tensors; for others, {_TO_SAFETENSORS} '
+            "(with `torch.jit.load(path).state_dict()`)"
         )
-    weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return {name: value for name, value in weights.items() if name.rpartition(".")[2] not in _NO_WEIGHTS}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, name: str, path: str | Path) -> None:
-    """Put a checkpoint's tensors into an open_clip model: every one of them, and all of the model.
+def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
+    try:
+        # mapped, not read: an optimizer's state, twice the weights, is never touched
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*", str(error))
+        if found is None:
+            raise _damaged(path, error) from error
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain data: unpickling it would call "
+            f"{found.group(1) or found.group(0)!r}. Refused, nothing was run. If you know the file, {_TO_SAFETENSORS}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    return CheckpointError(
+        f"the checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or damaged: {reason}; copy or "
+        "download it again and compare its size and SHA-256 with the source's"
+    )
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    for nest in _NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            content = content[nest]
+    found = content if isinstance(content, Mapping) else {}
+    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor) and k not in _NOT_WEIGHTS}
+    if not weights:
+        held = ", ".join(map(str, list(found)[:8])) if found else type(content).__name__
+        raise CheckpointError(
+            f"no weights in {path}: it holds {held}; expected a state dict, alone or under 'state_dict'"
+        )
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None):
+        weights = {key[len(prefix) :]: value for key, value in weights.items()}
+    return weights
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    """Check that `state` holds each weight of `model`, in its shape, and nothing else.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape; it says which, how many and the
-            likely cause.
+        CheckpointError: it does not; says how many are missing, left over or of another shape, and what
+            model the file seems to hold.
     """
-    own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    left_over = [key for key in weights if key not in own]
-    misfits = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    if not (missing or left_over or misfits):
-        model.load_state_dict(dict(weights))
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    left_over = [key for key in state if key not in wanted]
+    reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if not (missing or left_over or reshaped):
         return
-    faults = [
-        f"{len(keys)} {what}, first {keys[0]}{detail(keys[0])}"
-        for keys, what, detail in (
-            (
-                misfits,
-                "of another shape",
-                lambda k: f" {list(weights[k].shape)} instead of {list(own[k].shape)}",
-            ),
-            (missing, "missing", lambda k: ""),
-            (left_over, "left over", lambda k: ""),
+    shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(shown[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, what, shown in (
+            (missing, "missing", missing),
+            (left_over, "left over", left_over),
+            (reshaped, "of another shape", shapes),
         )
         if keys
     ]
     raise CheckpointError(
-        f"expected the {len(own)} tensors of {name}; received {len(weights)} in {path}, of which {'; '.join(faults)}. "
-        f"{_cause(weights)}"
+        f"{source} does not fit {name}: of {len(wanted)} weights {'; '.join(parts)}. "
+        f"{likely_cause(state, set(missing))}"
     )
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
+def likely_cause(state: Mapping[str, Tensor], missing: set[str]) -> str:
+    """What a state dict that does not fit seems to be, and what to do."""
+    if "visual.layer1.0.conv1.weight" in state:
+        return "Likely cause: the file holds a ResNet, whose tower is not supported"
+    if any(key.startswith("vision_model.") for key in state):
+        return "Likely cause: the file is in Hugging Face transformers' layout; convert it to open_clip's"
+    if any(key.startswith("visual.trunk.") for key in state):
+        return "Likely cause: the file holds a timm tower, which is not supported yet"
+    if "conv1.weight" in state and "visual.conv1.weight" in missing:
+        return "Likely cause: the file holds an image tower alone; a whole CLIP is needed"
+    names = _models_like(state)
+    if names:
+        return f"Likely cause: the file holds {' or '.join(names)}; give that name"
+    return "Likely cause: the file holds another model; give the name that it was trained under"
 
 
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"expected a safetensors file; {path} is cut short or none ({error}); fetch or save it again"
-        ) from error
-
-
-def _read_torch(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any("/code/" in entry for entry in archive.namelist()):
-                raise CheckpointError(
-                    f"refused {path}: a TorchScript archive, which is a program; nothing in it was run; {_SAFE}"
-                )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "nsupported" in str(error):
-            reason = next((line for line in str(error).splitlines() if "nsupported" in line), "").strip()
-            raise CheckpointError(
-                f"refused {path}: it holds more than tensors and plain values, perhaps code; nothing in it was run; "
-                f"{_SAFE} ({reason})"
-            ) from error
-        raise _broken(path, error) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception) -> CheckpointError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(
-        f"expected a file that torch.save wrote; {path} is cut short or none ({first}); fetch or save it again"
-    )
-
-
-def _kind(content: Any) -> str:
-    if isinstance(content, Mapping):
-        return f"a dict with {', '.join(map(repr, list(content)[:5])) or 'nothing'}"
-    return f"a {type(content).__name__}"
-
-
-def _cause(weights: Mapping[str, Tensor]) -> str:
-    fitting = [name for name in open_clip.list_models() if _fits(open_clip.get_model_config(name), weights)]
-    if fitting:
-        return f"By its shapes it is of {', '.join(fitting[:6])}: give that name."
-    if any(key.startswith(("vision_model.", "text_model.")) for key in weights):
-        return "Its names are Hugging Face's; expected are open_clip's."
-    return "Likely it is of another architecture, or of a part of a model."
-
-
-def _fits(config: Any, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a native open_clip configuration has the image tower of these weights."""
-    vision, kernel = config["vision_cfg"], weights.get("visual.conv1.weight")
-    proj, positions = weights.get("visual.proj"), weights.get("visual.positional_embedding")
-    if kernel is None or proj is None or positions is None or not isinstance(vision.get("layers"), int):
-        return False
-    blocks = {key.split(".")[3] for key in weights if key.startswith("visual.transformer.resblocks.")}
-    patch, size = vision.get("patch_size", 16), vision.get("image_size", 224)
-    return (
-        kernel.ndim == 4
-        and kernel.shape[-1] == patch
-        and tuple(proj.shape) == (vision.get("width", 768), config["embed_dim"])
-        and len(blocks) == vision["layers"]
-        and isinstance(size, int)
-        and len(positions) == (size // patch) ** 2 + 1
-    )
+def _models_like(state: Mapping[str, Tensor]) -> list[str]:
+    """open_clip's names of native models with this state dict's shapes."""
+    keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj")
+    if not all(key in state for key in keys):
+        return []
+    conv, positions, proj = (state[key].shape for key in keys)
+    layers = len({key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")})
+    text_width = state["ln_final.weight"].shape[0] if "ln_final.weight" in state else None
+    found = []
+    for name in open_clip.list_models():
+        config: Any = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+        if "timm_model_name" in vision or not isinstance(size, int) or not isinstance(patch, int):
+            continue
+        shape = (vision.get("layers"), vision.get("width"), patch, (size // patch) ** 2 + 1, config["embed_dim"])
+        same_text = text_width is None or text.get("width") == text_width
+        if same_text and shape == (layers, conv[0], conv[-1], positions[0], proj[1]):
+            found.append(name)
+    plain = [name for name in found if not name.endswith("-quickgelu")]
+    return (plain or found)[:3]

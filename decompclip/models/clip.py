@@ -1,17 +1,22 @@
-"""HookedCLIP: a hooked image tower beside open_clip's text tower, tokenizer and preprocessing."""
+"""HookedCLIP: a hooked image tower beside open_clip's own text tower, tokenizer and preprocessing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy as copying
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
+from open_clip import OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.models.config import ViTConfig
+from decompclip.models.convert import convert_open_clip
 from decompclip.models.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -20,57 +25,122 @@ if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
     from decompclip.cache.components import Components
     from decompclip.cache.decomposition import Decomposition
-    from decompclip.cache.maps import Convention
 
 Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
+Template = str | Callable[[str], str]
+Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
 
 
-class CausalIntervention(Protocol):
-    """What `HookedCLIP.hooks` takes: anything that says which hooks carry it out in a forward pass."""
+class Causal(Protocol):
+    """Anything that can say which hooks carry it out."""
 
-    def fwd_hooks(self, visual: HookedViT) -> Sequence[Hook]: ...
+    def fwd_hooks(self, visual: HookedViT, /) -> Sequence[Hook]: ...
 
 
 class HookedCLIP(nn.Module):
-    """A CLIP whose image tower is hooked; made by `decompclip.load`.
+    """A CLIP whose image tower can be read, edited and decomposed.
+
+    Build it by `decompclip.load`, or by `HookedCLIP.from_open_clip` from a model in memory.
 
     Attributes:
-        visual: the image tower.
-        text: open_clip's model without its image tower, which encodes texts.
+        visual: the image tower; its hook points are in `visual.hook_dict`.
+        text: the source model without its image tower.
         tokenizer: texts to token ids.
-        preprocess: a picture (PIL) to the model's input `[3, h, w]`.
-        mean, std: of `normalize`.
-        templates: zero-shot prompt templates used by default.
-        provenance: name, weights with their SHA-256, activation and how it was chosen, versions.
+        templates: the model's own prompt templates, by property; empty for models of the wide world.
+        class_names: the model's own classes, or none.
+        provenance: name, weights, SHA-256, activation and where it came from, versions.
     """
+
+    visual: HookedViT
+    text: nn.Module
 
     def __init__(
         self,
         visual: HookedViT,
         text: nn.Module,
         *,
-        name: str,
-        tokenizer: Callable[..., Int[Tensor, "text position"]],
-        preprocess: Callable[[Image], Float[Tensor, "3 h w"]],
-        mean: Sequence[float],
-        std: Sequence[float],
-        templates: Sequence[str | Callable[[str], str]],
-        provenance: dict[str, Any],
+        tokenizer: Tokenizer,
+        preprocess: Mapping[str, Any],
+        templates: Mapping[str, Sequence[Template]] | None = None,
+        class_names: Sequence[str] = (),
+        provenance: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.visual, self.text = visual, text
-        self.name, self.tokenizer, self.preprocess = name, tokenizer, preprocess
-        self.mean, self.std, self.templates = tuple(mean), tuple(std), tuple(templates)
-        self.provenance = provenance
+        self.visual = visual
+        self.text = text
+        self.tokenizer = tokenizer
+        self.preprocess_cfg = PreprocessCfg(**{**preprocess, "size": visual.cfg.image_size})
+        self.preprocess: Callable[[Image], Float[Tensor, "3 h w"]] = image_transform_v2(
+            self.preprocess_cfg, is_train=False
+        )
+        self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
+        self.class_names = tuple(class_names)
+        self.provenance = dict(provenance)
+        self.eval()
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: nn.Module,
+        *,
+        tokenizer: Tokenizer,
+        preprocess: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        copy: bool = True,
+        **options: Any,
+    ) -> HookedCLIP:
+        """Hook a model of open_clip's that is in memory.
+
+        Args:
+            model: an `open_clip.model.CLIP` (or `CustomTextCLIP`); left as it is.
+            preprocess: open_clip's `PreprocessCfg` fields; by default those that the model carries.
+            copy: own the weights; `False` shares them with `model`, for callers who drop it.
+
+        Raises:
+            UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
+        """
+        source: Any = model
+        visual = convert_open_clip(source.visual, copy=copy)
+        text = copying.copy(model)  # a shell of its own, around the source's text side only
+        text._modules = {name: module for name, module in model._modules.items() if name != "visual"}
+        return cls(
+            visual,
+            copying.deepcopy(text) if copy else text,
+            tokenizer=tokenizer,
+            preprocess=getattr(source.visual, "preprocess_cfg", {}) if preprocess is None else preprocess,
+            provenance={"name": "open_clip model in memory"} if provenance is None else provenance,
+            **options,
+        )
 
     @property
     def cfg(self) -> ViTConfig:
         return self.visual.cfg
 
     @property
+    def name(self) -> str:
+        return self.provenance["name"]
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """Logarithm of the factor from similarity to logit."""
+        scale = self.text.get_parameter("logit_scale")
+        return scale.reshape(())
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(self.preprocess_cfg.mean)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(self.preprocess_cfg.std)
+
+    @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the input, pixels."""
         return self.cfg.image_size
+
+    @property
+    def context_length(self) -> int:
+        return getattr(self.text, "context_length", None) or getattr(self.tokenizer, "context_length", 77)
 
     @property
     def device(self) -> torch.device:
@@ -80,110 +150,147 @@ class HookedCLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.visual.proj.dtype
 
-    @property
-    def logit_scale(self) -> Float[Tensor, ""]:
-        """Logarithm of the factor between cosines and logits, as open_clip keeps it."""
-        return self.text.logit_scale  # type: ignore[return-value]
-
-    # Towers
+    def normalize(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """Pixels in [0, 1] to the tower's input."""
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "batch d_embed"]:
-        """Image features; unit vectors with `normalize`.
+        """Image features; images are moved to the model's device and dtype.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
         """
-        features = self.visual(self._moved(images))
+        features = self.visual(images.to(self.device, self.dtype))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "text position"]:
+        return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
 
     def encode_text(
         self, texts: str | Sequence[str] | Int[Tensor, "text position"], normalize: bool = False
     ) -> Float[Tensor, "text d_embed"]:
-        """Text features of texts or of their token ids; unit vectors with `normalize`.
+        """Text features of texts or of token ids.
 
         Raises:
-            ValueError: token ids of another length than the text tower's context.
+            ValueError: token ids that are not integers `[text, context_length]`, or not in the vocabulary.
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        length = getattr(self.text, "context_length", None)
-        if tokens.ndim != 2 or (length is not None and tokens.shape[1] != length):
+        self._check_tokens(tokens)
+        text: Any = self.text
+        return text.encode_text(tokens.to(self.device), normalize=normalize)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.is_floating_point():
             raise ValueError(
-                f"expected token ids [text, {length}]; received {list(tokens.shape)}; make them with this model's "
-                "`tokenize`"
+                f"expected token ids [text, {self.context_length}] of an integer type, got {list(tokens.shape)} "
+                f"of {tokens.dtype}; make them with this model's `tokenize`"
             )
-        return self.text.encode_text(tokens.to(self.device), normalize=normalize)  # type: ignore[operator]
-
-    def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "text position"]:
-        """Token ids, one row a text."""
-        return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
-
-    def normalize(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """Pixels in [0, 1] to the model's input."""
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
-
-    def denormalize(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """The model's input to pixels in [0, 1], for looking at."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+        vocabulary = getattr(self.text, "vocab_size", None)
+        # asking a tensor on an accelerator for its largest value would wait for it
+        if vocabulary and tokens.numel() and tokens.device.type == "cpu" and tokens.max() >= vocabulary:
+            raise ValueError(
+                f"expected token ids below {vocabulary}, the size of this model's vocabulary, got "
+                f"{int(tokens.max())}; make them with this model's `tokenize`"
+            )
 
     def zero_shot_classifier(
-        self, class_names: Sequence[str], templates: Sequence[str | Callable[[str], str]] | None = None
+        self,
+        class_names: Sequence[str] | None = None,
+        templates: str | Sequence[Template] | None = None,
     ) -> Float[Tensor, "class d_embed"]:
-        """One unit vector a class: the mean over templates of unit text features, normalised (METHOD 1).
+        """One unit vector a class: the mean over the templates of its unit text features, normalised again.
 
         Args:
-            templates: prompts with a slot `{}`; by default the model's own: OpenAI's 80 for ImageNet, or those
-                that a bundled model was trained for.
+            class_names: by default the model's own.
+            templates: prompts with one slot `{}`, or functions of the name; or, for a bundled model, the
+                name of a property (`"colour"`). By default the model's own, for the first property, or
+                else open_clip's `OPENAI_IMAGENET_TEMPLATES`.
 
         Raises:
-            ValueError: no class, no template, or a class that stands twice.
+            ValueError: no class names, a single string for a list, a template without a slot.
         """
-        from decompclip.evaluation.zero_shot import zero_shot_classifier
+        names = self.class_names if class_names is None else class_names
+        if isinstance(names, str) or not names:
+            raise ValueError(f"expected a list of class names, got {names!r}")
+        return build_zero_shot_classifier(
+            self, self.tokenize, list(names), self._templates(templates), device=self.device
+        ).T.contiguous()
 
-        chosen = self.templates if templates is None else templates
-        return zero_shot_classifier(self.encode_text, self.tokenize, class_names, chosen)
-
-    # Taking apart
+    def _templates(self, templates: str | Sequence[Template] | None) -> Sequence[Callable[[str], str]]:
+        if templates is None:
+            own = next(iter(self.templates.values()), None)
+            return OPENAI_IMAGENET_TEMPLATES if own is None else [_fill(template) for template in own]
+        if isinstance(templates, str):
+            if templates not in self.templates:
+                known = ", ".join(map(repr, self.templates)) or "none"
+                raise ValueError(
+                    f"expected a list of templates, or a property whose templates {self.name!r} brings "
+                    f"along ({known}), got {templates!r}"
+                )
+            templates = self.templates[templates]
+        if not templates:
+            raise ValueError('expected at least one template, got none; the plainest is "a photo of a {}."')
+        return [_fill(template) for template in templates]
 
     def decompose(
         self,
         images: Float[Tensor, "batch 3 h w"],
         *,
-        convention: Convention = "centred",
+        convention: Literal["centred", "paper"] = "centred",
         normalize: bool = False,
-        tokens: Components | bool | None = None,
+        tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:
-        """Exact terms of the image features (see `decompclip.cache.capture.decompose`)."""
-        from decompclip.cache.capture import decompose
+        """Image features as a sum over heads, MLPs, embedding and biases; see `Decomposition`."""
+        from decompclip.cache.decomposition import decompose
 
         return decompose(
-            self.visual, self._moved(images), convention=convention, normalize=normalize, tokens=tokens
+            self.visual,
+            images.to(self.device, self.dtype),
+            convention=convention,
+            normalize=normalize,
+            tokens=tokens,
         )
 
     def run_with_cache(
         self, images: Float[Tensor, "batch 3 h w"], **options: Any
     ) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
-        """Image features and a typed cache of activations; options as in TransformerLens."""
-        return self.visual.run_with_cache(self._moved(images), **options)
+        """Features and activations of the image tower (options as in TransformerLens)."""
+        return self.visual.run_with_cache(images.to(self.device, self.dtype), **options)
 
     @contextmanager
     def hooks(
-        self,
-        *interventions: CausalIntervention,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
+        self, *interventions: Causal, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = ()
     ) -> Iterator[HookedCLIP]:
-        """Carry interventions out in every forward pass inside the `with` block, the first one first.
+        """Run the image tower under interventions, from the first to the last, then under plain hooks.
 
-        Args:
-            fwd_hooks, bwd_hooks: pairs of hook name and function, as in TransformerLens.
+        The hooks come off at the end, whatever happens inside.
+
+        Raises:
+            KeyError: a hook point that the tower does not have; the nearest names are offered.
         """
-        forward = [hook for intervention in interventions for hook in intervention.fwd_hooks(self.visual)]
-        with self.visual.hooks(fwd_hooks=[*forward, *fwd_hooks], bwd_hooks=list(bwd_hooks)):
+        wanted = [hook for intervention in interventions for hook in intervention.fwd_hooks(self.visual)]
+        wanted += fwd_hooks
+        for name, _ in [*wanted, *bwd_hooks]:
+            if isinstance(name, str) and name not in self.visual.hook_dict:
+                near = get_close_matches(name, self.visual.hook_dict, n=3)
+                raise KeyError(
+                    f"no hook point {name!r} in this tower of {self.cfg.n_layers} layers; "
+                    f"nearest: {', '.join(near) or 'none'}. `visual.hook_dict` lists all"
+                )
+        with self.visual.hooks(fwd_hooks=wanted, bwd_hooks=list(bwd_hooks)):
             yield self
 
-    def _moved(self, images: Tensor) -> Tensor:
-        return images.to(self.device, self.dtype) if isinstance(images, Tensor) else images
+
+def _fill(template: Template) -> Callable[[str], str]:
+    """A function from the class's name to the prompt."""
+    if callable(template):
+        return template
+    if "{}" not in template:
+        raise ValueError(
+            f"expected a slot {{}} for the class's name in every template, got {template!r}, which would give "
+            "all classes the same text"
+        )
+    return lambda name: template.replace("{}", name)  # not str.format, which stumbles over other braces

@@ -1,169 +1,161 @@
-"""open_clip's native image tower -> HookedViT."""
+"""open_clip's image towers into `HookedViT`: the same weights, the same features."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from open_clip.transformer import LayerNorm as OpenClipLayerNorm
-from open_clip.transformer import LayerNormFp32, LayerScale, QuickGELU, VisionTransformer
+from open_clip.model import TimmModel
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from decompclip.models.config import Activation, ViTConfig
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.vit import HookedViT
 
-_SUPPORTED = "supported is open_clip's VisionTransformer with ln_pre, class-token pooling and a projection"
+SUPPORTED = (
+    "open_clip's native ViT with ln_pre, class-token pooling and GELU or QuickGELU (ViT-B-32, ViT-L-14, ...)"
+)
 
-_TOP = {
-    "conv1.weight": "W_E",
-    "class_embedding": "cls",
-    "positional_embedding": "W_pos",
-    "ln_pre.weight": "ln_pre.w",
-    "ln_pre.bias": "ln_pre.b",
-    "ln_post.weight": "ln_final.w",
-    "ln_post.bias": "ln_final.b",
-    "proj": "proj",
-}
-_BLOCK = {
-    "ln_1.weight": "ln1.w",
-    "ln_1.bias": "ln1.b",
-    "attn.in_proj_weight": "attn.W_QKV",
-    "attn.in_proj_bias": "attn.b_QKV",
-    "attn.out_proj.weight": "attn.W_out",
-    "attn.out_proj.bias": "attn.b_O",
-    "ls_1.gamma": "ls1",
-    "ln_2.weight": "ln2.w",
-    "ln_2.bias": "ln2.b",
-    "mlp.c_fc.weight": "mlp.W_in",
-    "mlp.c_fc.bias": "mlp.b_in",
-    "mlp.c_proj.weight": "mlp.W_out",
-    "mlp.c_proj.bias": "mlp.b_out",
-    "ls_2.gamma": "ls2",
+WHY_NOT = {
+    "resnet": "it is a ResNet: it has no attention heads that write to a residual stream",
+    "timm": "it is a timm tower, which is not converted yet",
+    "attentional_pool": "its feature is pooled by attention over all tokens, not read from the class token",
+    "pool": "its feature is pooled over several tokens, not read from the class token alone",
+    "no_ln_pre": "it has no LayerNorm before block 0",
+    "block": "its blocks hold further norms or scales inside attention or MLP",
+    "activation": "its MLPs use an activation other than exact GELU and QuickGELU",
+    "no_proj": "its projection into the joint space was removed",
+    "foreign": "it is no image tower of open_clip's",
 }
 
-
-def convert_open_clip(tower: nn.Module) -> HookedViT:
-    """A `HookedViT` with the weights, dtype and device of an open_clip tower; the weights are copied.
-
-    Raises:
-        UnsupportedTowerError: the tower is of another family, pools otherwise, or holds what no term covers.
-    """
-    config = config_of(tower)
-    weights = {_rename(name): value for name, value in tower.state_dict().items()}
-    first = weights["W_E"]
-    with torch.device("meta"):
-        visual = HookedViT(config)
-    visual = visual.to_empty(device=first.device).to(first.dtype)
-    visual.load_state_dict({name: value.detach() for name, value in weights.items()})
-    return visual.eval()
-
-
-def export_open_clip(visual: HookedViT) -> dict[str, Tensor]:
-    """The state dict that `convert_open_clip` reads, from a `HookedViT`."""
-    back = {ours: theirs for theirs, ours in _names(visual.cfg.n_layers).items()}
-    return {back[name]: value.detach().clone() for name, value in visual.state_dict().items()}
+# open_clip's names, as patterns, to ours.
+RENAME = {
+    r"conv1\.weight": "W_E",
+    r"class_embedding": "cls",
+    r"positional_embedding": "W_pos",
+    r"ln_pre\.(w|b)(?:eight|ias)": r"ln_pre.\1",
+    r"ln_post\.(w|b)(?:eight|ias)": r"ln_final.\1",
+    r"transformer\.resblocks\.(\d+)\.ln_([12])\.(w|b)(?:eight|ias)": r"blocks.\1.ln\2.\3",
+    r"transformer\.resblocks\.(\d+)\.ls_([12])\.gamma": r"blocks.\1.ls\2",
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight": r"blocks.\1.attn.W_QKV",
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_bias": r"blocks.\1.attn.b_QKV",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.weight": r"blocks.\1.attn.W_out",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.bias": r"blocks.\1.attn.b_O",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)": r"blocks.\1.mlp.\2_in",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)": r"blocks.\1.mlp.\2_out",
+    r"proj": "proj",
+}
 
 
-def refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse an open_clip configuration by its looks, before anything is built or downloaded.
+def convert_open_clip(visual: nn.Module, *, copy: bool = True) -> HookedViT:
+    """A `HookedViT` that computes what `visual` computes in evaluation mode.
 
-    Raises:
-        UnsupportedTowerError: its image tower is not one of open_clip's own transformers.
-    """
-    vision = config["vision_cfg"]
-    if "timm_model_name" in vision:
-        kind = f"timm's {vision['timm_model_name']}"
-    elif not isinstance(vision.get("layers", 12), int):
-        kind = "a ResNet, which has no residual stream of tokens"
-    else:
-        return
-    raise UnsupportedTowerError(f"the image tower of {name!r} is {kind}; {_SUPPORTED}")
-
-
-def config_of(tower: nn.Module) -> ViTConfig:
-    """The variant that an open_clip tower is.
+    Args:
+        visual: open_clip's image tower (`model.visual`).
+        copy: own the weights; `False` shares them with `visual`, for callers who drop it.
 
     Raises:
-        UnsupportedTowerError: none that is supported.
+        UnsupportedTowerError: any other tower.
     """
-    if not isinstance(tower, VisionTransformer):
-        kind = type(getattr(tower, "trunk", tower)).__name__
-        raise UnsupportedTowerError(
-            f"expected a transformer of open_clip's own; received a tower of kind {kind}; {_SUPPORTED}"
-        )
-    blocks = tower.transformer.resblocks
-    first = blocks[0]
-    faults = [
-        what
-        for wrong, what in (
-            (tower.attn_pool is not None, "it pools by attention"),
-            (tower.pool_type != "tok", f"it pools by {tower.pool_type!r}"),
-            (isinstance(tower.ln_pre, nn.Identity), "it has no ln_pre"),
-            (tower.proj is None, "it has no projection"),
-            (not isinstance(first.attn, nn.MultiheadAttention), "its attention is not the plain one"),
-            (
-                not isinstance(getattr(first, "ln_attn", None), nn.Identity | None),
-                "its attention has an inner norm",
-            ),
-            (
-                not isinstance(first.mlp[1] if len(first.mlp) == 3 else None, nn.GELU | QuickGELU),
-                "its MLP is another",
-            ),
-        )
-        if wrong
-    ]
-    if faults:
-        raise UnsupportedTowerError(
-            f"this image tower cannot be taken apart yet: {', '.join(faults)}; {_SUPPORTED}"
-        )
-    assert isinstance(tower.ln_post, OpenClipLayerNorm | LayerNormFp32)
-    width = tower.conv1.out_channels
+    config = config_of(visual)
+    with torch.device("meta"):  # no memory and no random draws for weights that are replaced
+        tower = HookedViT(config)
+    state: dict[str, Tensor] = {}
+    for name, p in visual.named_parameters():
+        weight = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) if copy else p
+        state[_our_name(name)] = weight
+    tower.load_state_dict(state, strict=True, assign=True)
+    return tower.eval()
+
+
+def config_of(visual: nn.Module) -> ViTConfig:
+    """The configuration of a native tower, read from its modules and not from its name.
+
+    Raises:
+        UnsupportedTowerError: it is not open_clip's native tower, or a variant not supported yet.
+    """
+    refuse(type(visual).__name__, _odd_modules(visual))
+    assert isinstance(visual, VisionTransformer)
+    block = visual.transformer.resblocks[0]
+    assert isinstance(block, ResidualAttentionBlock)
+    d_model, n_heads = visual.conv1.out_channels, block.attn.num_heads
     return ViTConfig(
-        n_layers=len(blocks),
-        d_model=width,
-        n_heads=first.attn.num_heads,
-        d_head=first.attn.head_dim,
-        d_mlp=first.mlp.c_fc.out_features,
-        d_embed=tower.proj.shape[1],
-        image_size=_pair(tower.image_size),
-        patch_size=_pair(tower.patch_size),
-        activation=_activation(first.mlp[1]),
-        ln_eps=tower.ln_post.eps,
-        layer_scale=isinstance(first.ls_1, LayerScale),
+        n_layers=len(visual.transformer.resblocks),
+        d_model=d_model,
+        n_heads=n_heads,
+        d_head=d_model // n_heads,
+        d_mlp=block.mlp.c_fc.out_features,
+        d_embed=visual.proj.shape[1],
+        image_size=visual.image_size,
+        patch_size=visual.patch_size,
+        activation=_activation(block) or "gelu",
+        ln_eps=visual.ln_post.eps,
+        layer_scale=not isinstance(block.ls_1, nn.Identity),
     )
 
 
-def _activation(module: nn.Module) -> Activation:
-    if isinstance(module, QuickGELU):
-        return "quick_gelu"
-    if isinstance(module, nn.GELU) and module.approximate != "none":
+def refuse(name: str, oddities: list[str]) -> None:
+    """Raise `UnsupportedTowerError` where a tower has any of `WHY_NOT`'s oddities."""
+    if oddities:
+        reasons = "; ".join(WHY_NOT[oddity] for oddity in oddities)
         raise UnsupportedTowerError(
-            f"this image tower's MLPs use a GELU approximated by {module.approximate!r}"
+            f"the image tower {name!r} is not supported: {reasons}. Supported: {SUPPORTED}"
         )
-    return "gelu"
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _rename(name: str) -> str:
-    prefix = "transformer.resblocks."
-    if name.startswith(prefix):
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if rest in _BLOCK:
-            return f"blocks.{layer}.{_BLOCK[rest]}"
-    elif name in _TOP:
-        return _TOP[name]
-    raise UnsupportedTowerError(f"this image tower holds a weight that no term covers: {name}; {_SUPPORTED}")
-
-
-def _names(n_layers: int) -> Mapping[str, str]:
-    blocks = {
-        f"transformer.resblocks.{n}.{a}": f"blocks.{n}.{b}"
-        for n in range(n_layers)
-        for a, b in _BLOCK.items()
+def oddities(vision_cfg: Mapping[str, Any]) -> list[str]:
+    """What open_clip's `vision_cfg` asks for that is not supported, before anything is built."""
+    if vision_cfg.get("timm_model_name"):
+        return ["timm"]
+    if isinstance(vision_cfg.get("layers"), list | tuple):
+        return ["resnet"]
+    inner = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    found = {
+        "attentional_pool": vision_cfg.get("attentional_pool"),
+        "pool": vision_cfg.get("pool_type", "tok") != "tok",
+        "no_ln_pre": vision_cfg.get("no_ln_pre"),
+        "block": vision_cfg.get("block_type") == "custom" or any(vision_cfg.get(key) for key in inner),
+        "activation": vision_cfg.get("act_kwargs"),
     }
-    return _TOP | blocks
+    return [oddity for oddity, present in found.items() if present]
+
+
+def _odd_modules(visual: nn.Module) -> list[str]:
+    if isinstance(visual, ModifiedResNet):
+        return ["resnet"]
+    if isinstance(visual, TimmModel):
+        return ["timm"]
+    if not isinstance(visual, VisionTransformer):
+        return ["foreign"]
+    blocks = visual.transformer.resblocks
+    plain = all(type(block) is ResidualAttentionBlock for block in blocks)
+    found = {
+        "attentional_pool": visual.attn_pool is not None,
+        "pool": visual.pool_type != "tok",
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "block": not plain,
+        "activation": plain and any(_activation(block) is None for block in blocks),
+        "no_proj": visual.proj is None,
+    }
+    return [oddity for oddity, present in found.items() if present]
+
+
+def _activation(block: nn.Module) -> Activation | None:
+    layer = block.get_submodule("mlp.gelu")
+    if isinstance(layer, QuickGELU):
+        return "quick_gelu"
+    return "gelu" if isinstance(layer, nn.GELU) and layer.approximate == "none" else None
+
+
+def _our_name(name: str) -> str:
+    for pattern, ours in RENAME.items():
+        if match := re.fullmatch(pattern, name):
+            renamed = match.expand(ours)
+            return renamed.replace("weight_", "W_").replace("bias_", "b_")
+    raise UnsupportedTowerError(
+        f"the image tower has a weight of unknown use: {name!r}. Supported: {SUPPORTED}"
+    )

@@ -1,15 +1,19 @@
-"""What can go wrong on the way to a model."""
+"""What can go wrong between a model's name and a model in memory."""
 
 from __future__ import annotations
 
 
-class UnknownModelError(ValueError):
-    """No model of that name, or no such pretrained weights."""
+class ModelError(ValueError):
+    """A model cannot be had as asked for; the message says what to do."""
 
 
-class UnsupportedTowerError(NotImplementedError):
-    """An image tower that has no exact decomposition here."""
+class UnknownModelError(ModelError):
+    """Neither a bundled model nor a name or pretrained tag that open_clip knows."""
 
 
-class CheckpointError(ValueError):
-    """A weights file that is broken, unsafe, or of another model."""
+class UnsupportedTowerError(ModelError):
+    """An image tower that `HookedViT` cannot run exactly."""
+
+
+class CheckpointError(ModelError):
+    """A file of weights that is missing, damaged, unsafe, or another model's."""

@@ -150,7 +150,9 @@ def _build(name: str, pretrained: str | None, activation: str) -> nn.Module:
     """open_clip's model; with random weights where no tag is given."""
     tag = None if pretrained == RANDOM else pretrained
     config = open_clip.get_model_config(name) or {}
-    override = {"quick_gelu": activation == "quick_gelu"} if config.get("quick_gelu", False) else {}
+    override: dict[str, Any] = (
+        {"quick_gelu": activation == "quick_gelu"} if config.get("quick_gelu", False) else {}
+    )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _told_otherwise():
             torch.manual_seed(0)
@@ -196,14 +198,14 @@ def _assemble(
     facts: dict[str, Any],
 ) -> HookedCLIP:
     visual = convert_open_clip(source.visual)  # type: ignore[arg-type]
-    source.visual = None  # its weights live on in `visual` alone
+    source._modules["visual"] = None  # its weights live on in `visual` alone
     versions = {package: version(package) for package in _PACKAGES}
     return HookedCLIP(
         visual,
         source,
         name=name,
         tokenizer=tokenizer,
-        preprocess=image_transform_v2(preprocess, is_train=False),
+        preprocess=image_transform_v2(preprocess, is_train=False),  # type: ignore[arg-type]
         mean=preprocess.mean,
         std=preprocess.std,
         templates=templates,

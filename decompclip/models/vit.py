@@ -66,8 +66,13 @@ class Attention(nn.Module):
         self.b_O = nn.Parameter(torch.zeros(d))
         nn.init.xavier_uniform_(self.W_QKV)
         nn.init.xavier_uniform_(self.W_out)
-        for name in ("q", "k", "v", "attn_scores", "pattern", "z", "result"):
-            setattr(self, f"hook_{name}", HookPoint())
+        self.hook_q = HookPoint()
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
+        self.hook_attn_scores = HookPoint()
+        self.hook_pattern = HookPoint()
+        self.hook_z = HookPoint()
+        self.hook_result = HookPoint()
 
     def _split(self, which: int) -> Float[Tensor, "head d_model d_head"]:
         return rearrange(self.W_QKV, "(three h e) d -> three h d e", three=3, h=self.n_heads)[which]
@@ -155,8 +160,11 @@ class Block(nn.Module):
         ones = torch.ones(config.d_model)
         self.ls1 = nn.Parameter(ones.clone()) if config.layer_scale else None
         self.ls2 = nn.Parameter(ones.clone()) if config.layer_scale else None
-        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
-            setattr(self, f"hook_{name}", HookPoint())
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(
         self, x: Float[Tensor, "batch token d_model"], *, pooled_row_only: bool = False

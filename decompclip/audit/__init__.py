@@ -1,0 +1,10 @@
+"""The main job: audit a CLIP's image encoder for a backdoor, with every number's uncertainty."""
+
+from __future__ import annotations
+
+from decompclip.audit.config import AuditConfig
+from decompclip.audit.findings import Finding, findings
+from decompclip.audit.pipeline import Names, run_audit
+from decompclip.audit.result import AuditResult
+
+__all__ = ["AuditConfig", "AuditResult", "Finding", "Names", "findings", "run_audit"]

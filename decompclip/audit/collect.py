@@ -1,0 +1,144 @@
+"""One pass over an image source: every image decomposed once, a few kept as pictures."""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decompclip.audit.config import AuditConfig, Track, silently
+from decompclip.cache.decomposition import Decomposition
+from decompclip.data.images import ImageSource, SkippedFile
+from decompclip.data.splits import split_indices
+from decompclip.models.clip import HookedCLIP
+
+KEPT = 32
+"""Images kept as pictures, from which the examples are chosen."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decomposed images, their classes where known, and a name for each."""
+
+    decomposition: Decomposition
+    labels: Int[Tensor, " batch"] | None
+    paths: tuple[str, ...]
+    kept: dict[str, Float[Tensor, "3 h w"]]
+    skipped: tuple[SkippedFile, ...]
+    sum_error: float
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def at(self, chosen: Bool[Tensor, " batch"]) -> ImageSet:
+        """The images where `chosen` is true."""
+        paths = tuple(path for path, keep in zip(self.paths, chosen.tolist(), strict=True) if keep)
+        return replace(
+            self,
+            decomposition=self.decomposition[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            paths=paths,
+            kept={path: self.kept[path] for path in paths if path in self.kept},
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Parts of the two sets: what is fitted on, and what is reported.
+
+    Attributes:
+        validation: clean images for means and prototypes.
+        clean, suspect: the images of every number in the report.
+        held_out: suspect images that serve only to infer a target that was not named.
+        twins: whether each suspect image has a clean image of the same name, in the same order.
+    """
+
+    validation: ImageSet
+    clean: ImageSet
+    suspect: ImageSet
+    held_out: ImageSet | None
+    twins: bool
+
+
+@torch.no_grad()
+def collect(
+    model: HookedCLIP,
+    source: ImageSource,
+    config: AuditConfig,
+    *,
+    description: str = "images",
+    track: Track = silently,
+) -> ImageSet:
+    """Decompose every image of `source`, divided by the norm of its feature.
+
+    Raises:
+        ValueError: none of the images could be read.
+        DecompositionError: terms do not sum to the feature.
+    """
+    parts: list[Decomposition] = []
+    labels: list[Tensor | None] = []
+    paths: list[str] = []
+    # The pictures kept are those of least checksum of the name: twins of two sets are kept together.
+    kept: list[tuple[int, str, Tensor]] = []
+    device = model.visual.W_pos.device
+    n_batches = -(-len(source) // config.batch_size)
+    for batch in track(source.batches(config.batch_size), description, n_batches):
+        d = model.decompose(batch.images.to(device), convention=config.convention, normalize=True).to("cpu")
+        parts.append(
+            replace(d, maps=parts[0].maps) if parts else d
+        )  # one copy of the maps, whatever the device
+        labels.append(batch.labels)
+        paths += batch.paths
+        for path, image in zip(batch.paths, batch.images, strict=True):
+            entry = (-zlib.crc32(path.encode()), path, image)
+            (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
+    known = [part for part in labels if part is not None]
+    return ImageSet(
+        concatenate(parts),
+        torch.cat(known) if len(known) == len(labels) else None,
+        tuple(paths),
+        {path: image for _, path, image in kept},
+        tuple(source.skipped),
+        max(part.sum_error for part in parts),
+    )
+
+
+def concatenate(parts: Sequence[Decomposition]) -> Decomposition:
+    """One decomposition of all the images of several, which must be of one model."""
+    names = ("coords", "mlps", "embed", "bias_coords")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    targets = [part.target for part in parts if part.target is not None]
+    return replace(parts[0], **joined, target=torch.cat(targets) if len(targets) == len(parts) else None)
+
+
+def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_target: bool) -> Split:
+    """Set the validation part apart, and the suspect twins of its images with it.
+
+    A suspect image is a twin of the clean image of the same name (its path inside its folder). Twins of
+    validation images are left out of the report, since prototypes were fitted on their other half; with
+    `infer_target` they, or without twins a seeded part of the same share, serve to infer the target.
+
+    Raises:
+        ValueError: too few images to leave some in every part.
+    """
+    first, _ = split_indices(len(clean), config.validation, config.seed)
+    in_validation = torch.zeros(len(clean), dtype=torch.bool)
+    in_validation[first] = True
+    validation = clean.at(in_validation)
+    names = set(validation.paths)
+    aside = torch.tensor([path in names for path in suspect.paths], dtype=torch.bool)
+    if infer_target and aside.sum() < config.validation * len(suspect) / 2:  # no twins, or a few by chance
+        aside[split_indices(len(suspect), config.validation, config.seed)[0]] = True
+    if aside.all():
+        raise ValueError(
+            f"expected suspect images beside the twins of the {len(validation)} clean images that fit the "
+            f"prototypes; all {len(suspect)} are such twins; give more images, or another seed"
+        )
+    evaluated, reported = clean.at(~in_validation), suspect.at(~aside)
+    held_out = suspect.at(aside) if infer_target and aside.any() else None
+    return Split(validation, evaluated, reported, held_out, evaluated.paths == reported.paths)

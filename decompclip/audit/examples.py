@@ -1,0 +1,94 @@
+"""Pictures with maps over them: what the most and the least affected heads attend to and contribute."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from decompclip.audit.collect import ImageSet, Split
+from decompclip.audit.result import Examples, HeadMaps, Shift, Target
+from decompclip.cache.components import heads
+from decompclip.evaluation.metrics import predict
+from decompclip.models.clip import HookedCLIP
+
+PER_END = 2
+"""Heads shown from either end of the order."""
+
+
+@torch.no_grad()
+def examples(
+    model: HookedCLIP,
+    split: Split,
+    shift: Shift,
+    classifier: Float[Tensor, "class d_embed"],
+    class_names: tuple[str, ...],
+    target: Target,
+    toward: Float[Tensor, " d_embed"],
+    *,
+    count: int,
+    seen: dict[str, Tensor],
+) -> Examples | None:
+    """Maps over `count` suspect images, each followed by its clean twin where there is one.
+
+    Args:
+        seen: pictures of clean images by name.
+    """
+    paths = _choose(split.suspect, classifier, target.index, count)
+    if not paths:
+        return None
+    shown = [(side, path, kept[path]) for path in paths for side, kept in _sides(split, seen) if path in kept]
+    images = torch.stack([image for *_, image in shown]).to(model.visual.W_pos.device)
+    chosen = affected_heads(shift)
+    components = heads[chosen[0][:2]]
+    for layer, head, _ in chosen[1:]:
+        components = components | heads[layer, head]
+    d = model.decompose(images, convention="centred", normalize=True, tokens=components)
+    answers = predict(d.features, classifier.to(d.embed.device)).tolist()
+    grid = model.cfg.grid
+    maps = []
+    for layer, head, end in chosen:
+        attention = d.attention(layer, head).float().cpu()
+        contribution = d.token_logits(toward[None].to(d.embed), layer, head)[..., 0].float().cpu()
+        maps.append(
+            HeadMaps(layer, head, end, _grid(attention, grid), attention[:, 0], _grid(contribution, grid))
+        )
+    captions = tuple(
+        f"{path}: taken for {class_names[answer]}"
+        for (_, path, _), answer in zip(shown, answers, strict=True)
+    )
+    return Examples(_pixels(model, images), captions, tuple(side for side, *_ in shown), tuple(maps))
+
+
+def affected_heads(shift: Shift, per_end: int = PER_END) -> list[tuple[int, int, str]]:
+    """The heads whose mean moves most, and those whose mean moves least, as (layer, head, end)."""
+    n_heads = shift.heads_distance.shape[1]
+    order = shift.heads_distance.flatten().argsort(descending=True).tolist()
+    most, least = order[:per_end], [flat for flat in order[::-1][:per_end] if flat not in order[:per_end]]
+    ends = [(most, "most"), (least, "least")]
+    return [(flat // n_heads, flat % n_heads, end) for flats, end in ends for flat in flats]
+
+
+def _choose(suspect: ImageSet, classifier: Tensor, target: int, count: int) -> list[str]:
+    """Kept suspect images, those first that the model takes for the target without their being of it."""
+    places = [i for i, path in enumerate(suspect.paths) if path in suspect.kept]
+    hits = (predict(suspect.decomposition.features, classifier) == target).tolist()
+    labels = [None] * len(suspect) if suspect.labels is None else suspect.labels.tolist()
+    places.sort(key=lambda i: (not (hits[i] and labels[i] != target), i))
+    return [suspect.paths[i] for i in places[:count]]
+
+
+def _sides(split: Split, seen: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+    # without twins a clean image of the same name has nothing to do with the suspect one
+    return [("suspect", split.suspect.kept), ("clean", seen if split.twins else {})]
+
+
+def _grid(tokens: Float[Tensor, "image token"], grid: tuple[int, int]) -> Float[Tensor, "image rows columns"]:
+    return rearrange(tokens[:, -grid[0] * grid[1] :], "i (rows columns) -> i rows columns", rows=grid[0])
+
+
+def _pixels(model: HookedCLIP, images: Float[Tensor, "image 3 h w"]) -> UInt8[Tensor, "image h w 3"]:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    pixels = images.float().cpu() * std + mean
+    return rearrange((255 * pixels).round().clamp(0, 255).to(torch.uint8), "i c h w -> i h w c")

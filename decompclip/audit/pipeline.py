@@ -1,0 +1,168 @@
+"""The audit, from two image sources to one result."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip import __version__
+from decompclip.audit.collect import ImageSet, Split, collect, split
+from decompclip.audit.config import AuditConfig, Track, silently
+from decompclip.audit.examples import examples
+from decompclip.audit.interventions import ablate, detect, repair
+from decompclip.audit.result import AuditResult, ClassShare, Scorer, Target
+from decompclip.audit.shift import shift
+from decompclip.cache.moments import Moments
+from decompclip.data.images import ImageSource, class_index
+from decompclip.evaluation.intervals import Rate, difference_interval
+from decompclip.evaluation.metrics import predict
+from decompclip.models.clip import HookedCLIP
+
+SHOWN_CLASSES = 8
+PACKAGES = ("torch", "open_clip_torch", "transformer_lens", "numpy", "scipy", "scikit-learn", "pillow")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the report calls the audited thing and its images."""
+
+    model: str
+    clean: str
+    suspect: str
+
+
+def run_audit(
+    model: HookedCLIP,
+    clean: ImageSource,
+    suspect: ImageSource,
+    class_names: Sequence[str],
+    *,
+    target: str | int | None = None,
+    names: Names | None = None,
+    config: AuditConfig | None = None,
+    track: Track = silently,
+) -> AuditResult:
+    """Ask of a model whether suspect images do to it what clean ones do not, and where.
+
+    Each image set goes through the model once; everything else works on the decompositions.
+
+    Args:
+        clean: images that nobody tampered with.
+        suspect: images that may carry a trigger, of the same kind otherwise; best the clean ones' twins.
+        class_names: of the zero-shot classifier.
+        target: the class that the attacker wants, where known. Else it is inferred from suspect images that
+            serve nothing else: the class predicted more often than on clean images by the most.
+        track: shows progress.
+
+    Raises:
+        ValueError: an unknown target, fewer than two classes, no readable images, or too few.
+        DecompositionError: a feature is not the sum of its terms.
+    """
+    config, class_names = config or AuditConfig(), tuple(class_names)
+    if len(class_names) < 2:
+        raise ValueError(f"expected at least two classes to tell apart; received {list(class_names)}")
+    named = None if target is None else _index(target, class_names)
+    names = names or Names(model.name, "clean images", "suspect images")
+    classifier = model.zero_shot_classifier(class_names).detach().float().cpu()
+    clean_set = collect(model, clean, config, description=f"{names.model}: {names.clean}", track=track)
+    suspect_set = collect(model, suspect, config, description=f"{names.model}: {names.suspect}", track=track)
+    parts = split(clean_set, suspect_set, config, infer_target=named is None)
+    aim = _target(named, parts, classifier, class_names)
+    answers = _predict(parts.clean, classifier), _predict(parts.suspect, classifier)
+    score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
+    others = torch.arange(len(class_names)) != aim.index
+    toward = classifier[aim.index] - classifier[others].mean(0)
+
+    moments = Moments.of(parts.validation.decomposition, second=False)
+    moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, twins=parts.twins)
+    return AuditResult(
+        name=names.model,
+        provenance=_provenance(model, clean_set, suspect_set),
+        config=config,
+        clean_name=names.clean,
+        suspect_name=names.suspect,
+        counts={
+            "validation": len(parts.validation),
+            "clean": len(parts.clean),
+            "suspect": len(parts.suspect),
+            "held_out": len(parts.held_out) if parts.held_out else 0,
+        },
+        class_names=class_names,
+        target=aim,
+        twins=parts.twins,
+        as_it_is=score("as it is", *answers),
+        class_shares=_shares(*answers, class_names),
+        ablations=ablate(parts, moments, classifier, score),
+        shift=moved,
+        repairs=tuple(repair(parts, classifier, score, config)),
+        detectors=tuple(detect(parts, config)),
+        examples=examples(
+            model,
+            parts,
+            moved,
+            classifier,
+            class_names,
+            aim,
+            toward,
+            count=config.examples,
+            seen=clean_set.kept,
+        ),
+        skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
+    )
+
+
+def _index(target: str | int, class_names: tuple[str, ...]) -> int:
+    if isinstance(target, str):
+        return class_index(target, class_names)
+    if not 0 <= target < len(class_names):
+        raise ValueError(f"expected a target in 0..{len(class_names) - 1}; received {target}")
+    return target
+
+
+def _predict(images: ImageSet, classifier: Tensor) -> Int[Tensor, " batch"]:
+    return predict(images.decomposition.features, classifier)
+
+
+def _target(
+    named: int | None, parts: Split, classifier: Float[Tensor, "class d_embed"], class_names: tuple[str, ...]
+) -> Target:
+    if named is not None:
+        return Target(named, class_names[named], False, None, 0)
+    held_out = parts.held_out or parts.suspect
+    shares = _class_rates(_predict(parts.validation, classifier), _predict(held_out, classifier), class_names)
+    best = max(range(len(shares)), key=lambda i: shares[i].suspect.value - shares[i].clean.value)
+    clean, suspect = shares[best].clean, shares[best].suspect
+    evidence = (suspect.value - clean.value, *difference_interval(suspect, clean))
+    return Target(best, class_names[best], True, evidence, len(held_out))
+
+
+def _class_rates(clean: Tensor, suspect: Tensor, class_names: tuple[str, ...]) -> list[ClassShare]:
+    return [
+        ClassShare(name, Rate.of(clean == index), Rate.of(suspect == index))
+        for index, name in enumerate(class_names)
+    ]
+
+
+def _shares(clean: Tensor, suspect: Tensor, class_names: tuple[str, ...]) -> tuple[ClassShare, ...]:
+    """The classes whose share of the predictions differs most, the over-predicted first."""
+    shares = _class_rates(clean, suspect, class_names)
+    shares.sort(key=lambda share: share.clean.value - share.suspect.value)
+    return tuple(shares[:SHOWN_CLASSES])
+
+
+def _provenance(model: HookedCLIP, *sets: ImageSet) -> dict[str, object]:
+    versions = {"decompclip": __version__, "python": platform.python_version()}
+    return {
+        **model.provenance,
+        "tower": model.cfg.to_dict(),
+        "sum_error": max(images.sum_error for images in sets),
+        "device": str(model.visual.W_pos.device),
+        "dtype": str(model.visual.W_pos.dtype).removeprefix("torch."),
+        "versions": versions | {package: version(package) for package in PACKAGES},
+    }

@@ -1,0 +1,1 @@
+"""What one forward pass, or a data set of them, leaves behind: terms, moments, activations."""

@@ -1,0 +1,262 @@
+"""Decomposition: an image feature as a sum of terms, one for each head, MLP and the embedding (METHOD 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decompclip.cache.components import heads as all_heads
+from decompclip.cache.maps import Convention, TermMaps
+from decompclip.cache.token_terms import TokenTerms
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Terms in the joint space that sum to the image features, for a batch of images.
+
+    Heads are kept as coordinates: `heads = coords @ maps.heads`, formed only when asked for.
+    Made by `decompclip.cache.capture.decompose` (`model.decompose(images)`).
+
+    Attributes:
+        coords: of the heads' terms; `coord` is d_head, or d_head + 3 in the paper's convention.
+        mlps: terms of the MLPs.
+        embed: term of the stream at the input of block 0.
+        bias_coords: scales of the constant terms `maps.bias` (their names: `maps.bias_names`).
+        normalized: whether the terms were divided by the length of the feature, and so sum to a unit vector.
+        target: the tower's own feature that the terms sum to; None after an edit.
+        token_terms: what `tokens`, `token_logits` and `attention` read, for the heads asked for.
+    """
+
+    coords: Float[Tensor, "batch layer head coord"]
+    mlps: Float[Tensor, "batch layer d_embed"]
+    embed: Float[Tensor, "batch d_embed"]
+    bias_coords: Float[Tensor, "batch bias"]
+    maps: TermMaps
+    normalized: bool
+    target: Float[Tensor, "batch d_embed"] | None = None
+    token_terms: TokenTerms | None = None
+
+    def __post_init__(self) -> None:
+        batch, (layers, heads, coord, d_embed) = len(self.coords), self.maps.heads.shape
+        shapes = {
+            "coords": (batch, layers, heads, coord),
+            "mlps": (batch, layers, d_embed),
+            "embed": (batch, d_embed),
+            "bias_coords": (batch, len(self.maps.bias)),
+            "target": (batch, d_embed),
+        }
+        for name, expected in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(
+                    f"expected {name} of shape {list(expected)}, as its maps and coords have it; received "
+                    f"{list(value.shape)}; use the maps of the same model"
+                )
+
+    # What it is
+
+    @property
+    def convention(self) -> Convention:
+        return self.maps.convention
+
+    @property
+    def n_layers(self) -> int:
+        return self.coords.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        return self.coords.shape[2]
+
+    @property
+    def d_embed(self) -> int:
+        return self.embed.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    # Terms
+
+    @property
+    def heads(self) -> Float[Tensor, "batch layer head d_embed"]:
+        """The heads' terms, formed anew at each call."""
+        return torch.einsum("blhr,lhrd->blhd", self.coords, self.maps.heads)
+
+    @property
+    def bias(self) -> Float[Tensor, "batch d_embed"]:
+        """The constant terms together."""
+        return self.bias_coords @ self.maps.bias
+
+    @cached_property
+    def features(self) -> Float[Tensor, "batch d_embed"]:
+        """The sum of all terms; the image features."""
+        of_heads = self.coords.flatten(1) @ self.maps.heads.flatten(0, 2)
+        return of_heads + self.mlps.sum(1) + self.embed + self.bias
+
+    @property
+    def sum_error(self) -> float:
+        """Largest miss of the sum against the tower's own feature, as a share of the latter's largest entry.
+
+        Raises:
+            ValueError: edited terms sum to no feature of the tower.
+        """
+        if self.target is None:
+            raise ValueError(
+                "expected a decomposition as the tower gave it; received an edited one, whose terms are not "
+                "meant to sum to the tower's feature; read sum_error before the edit"
+            )
+        if not len(self):
+            return 0.0
+        return float((self.features - self.target).abs().max() / self.target.abs().max())
+
+    # Tokens
+
+    def attention(self, layer: int, head: int) -> Float[Tensor, "batch token"]:
+        """The pooled row's attention over source tokens (0 is the class token, patches follow row by row).
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+        """
+        terms, position, _, _ = self._kept(layer, head)
+        return terms.attention[:, position]
+
+    def tokens(self, layer: int, head: int) -> Float[Tensor, "batch token d_embed"]:
+        """What each source token contributes to the head's term; the sum over tokens is the term.
+
+        In the paper's convention the head's constants are shared equally among the tokens, as its code does.
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+        """
+        return self._contracted(layer, head, None)
+
+    def token_logits(
+        self, text: Float[Tensor, "text d_embed"], layer: int, head: int
+    ) -> Float[Tensor, "batch token text"]:
+        """Dot product of each token's contribution with text features, without forming the contributions.
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+            ValueError: the texts are of another width.
+        """
+        if text.ndim != 2 or text.shape[1] != self.d_embed:
+            raise ValueError(
+                f"expected text features [text, {self.d_embed}]; received {list(text.shape)}; encode the texts "
+                "with the text tower of the same model"
+            )
+        return self._contracted(layer, head, text)
+
+    def _contracted(self, layer: int, head: int, text: Tensor | None) -> Tensor:
+        terms, position, layer, head = self._kept(layer, head)
+        written = self.maps.heads[layer, head]
+        written = written if text is None else written @ text.to(written).T
+        d_head = self.maps.d_head
+        shares = self.coords[:, layer, head, d_head:] @ written[d_head:] / terms.attention.shape[-1]
+        return terms.weighted(position) @ written[:d_head] + shares[:, None]
+
+    def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
+        (layer, head) = (
+            all_heads[layer, head].resolve(self.n_layers, self.n_heads).heads.nonzero()[0].tolist()
+        )
+        if self.token_terms is None:
+            raise LookupError(
+                f"expected a decomposition that kept its tokens; received one without; ask for them: "
+                f"decompose(images, tokens=heads[{layer}, {head}]), or tokens=True for all heads (an edit of "
+                "heads drops them)"
+            )
+        return self.token_terms, self.token_terms.position(layer, head), layer, head
+
+    # Derived decompositions
+
+    def edit(
+        self,
+        *,
+        coords: Float[Tensor, "batch layer head coord"] | None = None,
+        mlps: Float[Tensor, "batch layer d_embed"] | None = None,
+        embed: Float[Tensor, "batch d_embed"] | None = None,
+    ) -> Decomposition:
+        """The same images with other terms; itself where nothing is given.
+
+        Raises:
+            ValueError: a shape differs.
+        """
+        changes = {
+            name: x for name, x in (("coords", coords), ("mlps", mlps), ("embed", embed)) if x is not None
+        }
+        if not changes:
+            return self
+        kept = self.token_terms if coords is None else None
+        return replace(self, **changes, target=None, token_terms=kept)
+
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Decomposition:
+        """Some of the images: a slice, a mask, indices, or a number (which keeps the batch axis).
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"expected an image in 0..{len(self) - 1}; received {index}")
+            index = [index]
+        return self._map(lambda x: x[index], self.maps)
+
+    def to(self, *args: Any, **kwargs: Any) -> Decomposition:
+        """On another device or in another dtype, as `torch.Tensor.to`."""
+
+        return self._map(lambda x: x.to(*args, **kwargs), self.maps.to(*args, **kwargs))
+
+    def _map(self, function: Callable[[Tensor], Tensor], maps: TermMaps) -> Decomposition:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: function(x) for name, x in own.items() if isinstance(x, Tensor)}
+        token_terms = self.token_terms and self.token_terms.map(function)
+        return replace(self, **changed, maps=maps, token_terms=token_terms)
+
+    # Files
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
+        from decompclip.cache.files import save_decomposition
+
+        return save_decomposition(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Decomposition:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, or holds something else.
+        """
+        from decompclip.cache.files import load_decomposition
+
+        return load_decomposition(Path(path))
+
+    # Words
+
+    def _facts(self) -> dict[str, str]:
+        """What a reader wants to know first."""
+        return {
+            "images": str(len(self)),
+            "heads": f"{self.n_layers} x {self.n_heads}",
+            "MLPs": str(self.n_layers),
+            "width": str(self.d_embed),
+            "convention": self.convention,
+            "sums to": "unit features" if self.normalized else "features",
+            "tokens": "none kept"
+            if self.token_terms is None
+            else f"of {int(self.token_terms.kept.sum())} heads",
+            "sum error": "edited" if self.target is None else f"{self.sum_error:.1e}",
+        }
+
+    def __repr__(self) -> str:
+        return f"Decomposition({', '.join(f'{name}: {value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._facts().items())
+        return f"<table><caption>Decomposition</caption>{rows}</table>"

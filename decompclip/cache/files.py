@@ -1,0 +1,82 @@
+"""A decomposition as one safetensors file, complete with its maps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import Convention, TermMaps
+from decompclip.cache.token_terms import TokenTerms
+
+FORMAT = "decompclip.decomposition/1"
+
+
+def save_decomposition(d: Decomposition, path: Path) -> Path:
+    """Write to a temporary name beside `path`, then rename: a killed run leaves no half a file."""
+    tensors: dict[str, Tensor | None] = {
+        **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "bias_coords", "target")},
+        "maps.heads": d.maps.heads,
+        "maps.bias": d.maps.bias,
+    }
+    if d.token_terms is not None:
+        names = ("kept", "attention", "values", "scale")
+        tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
+    about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None},
+            temporary,
+            metadata={"format": FORMAT, "about": json.dumps(about)},
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_decomposition(path: Path) -> Decomposition:
+    """Read what `save_decomposition` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, or holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a saved decomposition; received {path}, which is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a safetensors file; received {path}, which cannot be read ({error}); save it again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"expected a file of format {FORMAT}; received {path} of format {metadata.get('format', 'unknown')}; "
+            "write it with Decomposition.save"
+        )
+    about = json.loads(metadata["about"])
+    maps = TermMaps(
+        tensors.pop("maps.heads"),
+        tensors.pop("maps.bias"),
+        tuple(about["bias_names"]),
+        cast(Convention, about["convention"]),
+    )
+    tokens = {name.removeprefix("tokens."): tensors.pop(name) for name in [*tensors] if "." in name}
+    return Decomposition(
+        **tensors,
+        maps=maps,
+        normalized=bool(about["normalized"]),
+        token_terms=TokenTerms(**{**tokens, "kept": tokens["kept"].to(torch.bool)}) if tokens else None,
+    )

@@ -1,0 +1,257 @@
+"""The command line: `decompclip audit`, `decompclip demo`. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from decompclip import __version__
+
+if TYPE_CHECKING:
+    from decompclip.audit import AuditResult
+
+T = TypeVar("T")
+EXPECTED_ERROR = 2
+
+app = typer.Typer(
+    name="decompclip",
+    help="Take a CLIP's image encoder apart, and audit it for backdoors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class OnError(str, Enum):
+    skip = "skip"
+    stop = "raise"
+
+
+class Activation(str, Enum):
+    auto = "auto"
+    gelu = "gelu"
+    quick_gelu = "quick_gelu"
+
+
+class Convention(str, Enum):
+    centred = "centred"
+    paper = "paper"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"decompclip {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it, and stop.")
+    ] = False,
+) -> None:
+    """Take a CLIP's image encoder apart, and audit it for backdoors."""
+
+
+@app.command()
+def audit(
+    model: Annotated[
+        str, typer.Argument(help="open_clip's name (ViT-B-32, ...) or a bundled model (shapes, ...).")
+    ],
+    clean: Annotated[str, typer.Option(help="Folder of clean images, or a bundled data set (shapes).")],
+    suspect: Annotated[
+        str, typer.Option(help="Folder of suspect images, or one of shapes:badnet, shapes:blended.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
+    classes: Annotated[
+        Path | None, typer.Option(help="File with one class a line; bundled data sets know theirs.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")
+    ] = None,
+    activation: Annotated[
+        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
+    ] = Activation.auto,
+    reference: Annotated[
+        str | None, typer.Option(help="A model to show beside it, as a clean twin; like MODEL.")
+    ] = None,
+    reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
+    reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all.")
+    ] = 2000,
+    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    convention: Annotated[
+        Convention, typer.Option(help="Bookkeeping of means and biases.")
+    ] = Convention.centred,
+    epsilon: Annotated[float, typer.Option(help="Fixed threshold of Decomp-Rep and Decomp-Det.")] = 0.002,
+    quantile: Annotated[float, typer.Option(help="Clean quantile of their other threshold.")] = 0.05,
+    zeta: Annotated[
+        int, typer.Option(min=0, help="Decomp-Det: suspicious with more flagged heads than this.")
+    ] = 5,
+    examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of subsets and splits.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")
+    ] = None,
+) -> None:
+    """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number."""
+    with plain_errors():
+        from decompclip.audit import AuditConfig, Names, run_audit
+        from decompclip.audit.sources import open_classes, open_source
+        from decompclip.models.loading import load
+
+        _check_out(out)
+        class_names = open_classes(classes, clean, suspect)
+        if target is not None:
+            _check_target(target, class_names, classes)
+        config = AuditConfig(
+            convention=convention.value,
+            epsilon=epsilon,
+            quantile=quantile,
+            zeta=zeta,
+            examples=examples,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        loaded = [
+            (
+                model,
+                load(
+                    model,
+                    pretrained=pretrained,
+                    checkpoint=checkpoint,
+                    activation=activation.value,
+                    device=device,
+                ),
+            )
+        ]
+        if reference is not None:
+            twin = load(
+                reference, pretrained=reference_pretrained, checkpoint=reference_checkpoint, device=device
+            )
+            loaded.append((f"{reference} (reference)" if reference == model else reference, twin))
+        results: list[AuditResult] = []
+        with progress() as track:
+            for name, clip in loaded:
+                sources = [
+                    open_source(
+                        spec, clip, class_names, limit=limit or None, seed=seed, on_error=on_error.value
+                    )
+                    for spec in (clean, suspect)
+                ]
+                aim = results[0].target.index if results else target
+                results.append(
+                    run_audit(
+                        clip,
+                        *sources,
+                        class_names,
+                        target=aim,
+                        names=Names(name, clean, suspect),
+                        config=config,
+                        track=track,
+                    )
+                )
+        _finish(results, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
+    images: Annotated[int, typer.Option(min=50, help="Images of each set.")] = 1500,
+    seed: Annotated[int, typer.Option(min=0, help="Of images and splits.")] = 0,
+) -> None:
+    """Audit the bundled backdoored models, each beside the clean model they were made from."""
+    with plain_errors():
+        from decompclip.audit import AuditConfig
+        from decompclip.audit.demo import run_demo
+
+        _check_out(out)
+        config = AuditConfig(batch_size=250, seed=seed)
+        with progress() as track:
+            results = run_demo(images=images, config=config, track=track)
+        _finish(results, out, title="Two backdoored CLIPs beside their clean twin")
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that bad input causes become one line; DECOMPCLIP_DEBUG=1 shows where they come from."""
+    try:
+        yield
+    except (ValueError, OSError, LookupError, ArithmeticError, ImportError, NotImplementedError) as error:
+        if os.environ.get("DECOMPCLIP_DEBUG"):
+            raise
+        words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        typer.echo(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
+        raise typer.Exit(EXPECTED_ERROR) from None
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A `Track` that draws bars on stderr, and leaves one line a finished step where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+            if not console.is_terminal:
+                print(description, file=sys.stderr)
+            # the description may hold brackets, which rich would take for markup
+            task = bars.add_task(description.replace("[", r"\["), total=total)
+            for item in items:
+                yield item
+                bars.advance(task)
+
+        yield track
+
+
+def _check_out(out: Path) -> None:
+    """Said before the work, not after it."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"expected a folder to write the report to with --out; {out} is a file")
+
+
+def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
+    from decompclip.data.images import class_index
+
+    try:
+        class_index(target, class_names)
+    except ValueError as error:
+        where = f" (class file {classes})" if classes else ""
+        raise ValueError(f"--target: {error}{where}") from error
+
+
+def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) -> None:
+    from decompclip.audit import findings
+    from decompclip.report import write_report
+
+    path = write_report(results, out, title=title)
+    for result in results:
+        typer.echo(f"{result.name} on {result.suspect_name}: {findings(result)[0].title}")
+    typer.echo(f"Report: {path.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Repair and detection: fitted on clean images, in scikit-learn's shape."""

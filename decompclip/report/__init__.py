@@ -1,0 +1,8 @@
+"""The audit's report: one HTML file that opens offline, and a JSON with every number."""
+
+from __future__ import annotations
+
+from decompclip.report.html import render
+from decompclip.report.write import write_report
+
+__all__ = ["render", "write_report"]

@@ -1,0 +1,71 @@
+"""Results to one self-contained page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+
+import jinja2
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from decompclip.audit.result import AuditResult
+from decompclip.report.view import glance, subjects
+
+TEMPLATES = files("decompclip.report") / "templates"
+
+
+def render(results: Sequence[AuditResult], *, title: str | None = None) -> str:
+    """The report as HTML, with plotly.js in it once, so that it opens without a network."""
+    names = " and ".join(dict.fromkeys(result.name for result in results))
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=title or f"Audit of {names}",
+            glance=glance(results),
+            subjects=subjects(results),
+            css=Markup(_text("report.css")),
+            js=Markup(_text("report.js")),
+            plotly=Markup(_in_script(get_plotlyjs())),
+            several=len(results) > 1,
+        )
+    )
+
+
+def tied(text: str) -> str:
+    """Numbers and their units never part at a line's end, nor does an interval."""
+    text = re.sub(r"(?<=\d) (?=%|±|points)|(?<=±) |(?<=%|s) (?=\[)", "\u00a0", text)
+    return re.sub(r"(?<=\[)([^\s\]]+), (?=[^\s\]]+\])", "\\1,\u00a0", text)
+
+
+def cell(text: str) -> Markup:
+    """A value with its interval in an element of its own, which a narrow table puts below it."""
+    value, bracket, interval = text.partition(" [")
+    if not bracket:
+        return escape(tied(value))
+    return escape(tied(value)) + Markup(' <span class="interval">{}</span>').format(tied(f"[{interval}"))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_text),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": cell, "tied": tied}
+    return environment
+
+
+@lru_cache
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _in_script(source: str) -> str:
+    """JavaScript that cannot end the element it stands in."""
+    return re.sub(r"</(script)", r"<\\/\1", source, flags=re.IGNORECASE)

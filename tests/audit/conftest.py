@@ -1,0 +1,67 @@
+"""A small CLIP with random weights, written and loaded as the bundled models are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from decompclip.attacks.badnet import BadNet
+from decompclip.data.captions import CONTEXT_LENGTH, vocabulary
+from decompclip.data.shapes import PROPERTIES
+from decompclip.models import zoo
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.loading import load
+from decompclip.models.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer(vocabulary(), CONTEXT_LENGTH)
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "quick_gelu": False,
+    "vision_cfg": {"layers": 3, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 24},
+    "text_cfg": {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": TOKENIZER.vocab_size,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+
+def write_random(name: str, seed: int, folder: Path) -> None:
+    """A model of random weights; those of a name that has a dash carry a card of BadNet's trigger."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = zoo.build_open_clip(ARCHITECTURE)
+    trigger = BadNet(size=1 / 3, place="centre").card()
+    card = {
+        "name": name,
+        "architecture": ARCHITECTURE,
+        "tokenizer": {"words": list(TOKENIZER.words), "context_length": CONTEXT_LENGTH},
+        "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 24, "interpolation": "bicubic"},
+        "templates": {"shape": ["a {}"]},
+        "class_names": list(PROPERTIES["shape"]),
+        "backdoor": {"target": "star", "trigger": trigger} if "-" in name else None,
+    }
+    zoo.write_bundled(model, card, folder)
+
+
+@pytest.fixture
+def random_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for the bundled models: `shapes` and `shapes-badnet`, of random weights."""
+    folder = tmp_path / "weights"
+    write_random("shapes", 0, folder)
+    write_random("shapes-badnet", 1, folder)
+    for function in (zoo.bundled, zoo.card, zoo.load_bundled):
+        if function.__kwdefaults__:
+            monkeypatch.setitem(function.__kwdefaults__, "folder", folder)
+        else:
+            monkeypatch.setattr(function, "__defaults__", (folder,))
+    return folder
+
+
+@pytest.fixture
+def model(random_zoo: Path) -> HookedCLIP:
+    return load("shapes-badnet")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decompclip.audit.collect import KEPT, ImageSet, collect, split
+from decompclip.audit.config import AuditConfig
+from decompclip.audit.sources import open_source
+from decompclip.data.shapes import PROPERTIES
+from decompclip.models.clip import HookedCLIP
+
+CONFIG = AuditConfig(batch_size=16)
+
+
+@pytest.fixture
+def sets(model: HookedCLIP) -> tuple[ImageSet, ImageSet]:
+    clean, suspect = (
+        collect(model, open_source(spec, model, PROPERTIES["shape"], limit=50), CONFIG)
+        for spec in ("shapes", "shapes:badnet")
+    )
+    return clean, suspect
+
+
+def test_batches_make_no_difference(model: HookedCLIP, sets: tuple[ImageSet, ImageSet]) -> None:
+    source = open_source("shapes", model, PROPERTIES["shape"], limit=50)
+    (batch,) = source.batches(50)
+    d = model.decompose(batch.images, normalize=True)
+    for name in ("coords", "mlps", "embed", "bias_coords"):
+        torch.testing.assert_close(getattr(sets[0].decomposition, name), getattr(d, name))
+    assert sets[0].paths == batch.paths
+    features = model.encode_image(batch.images, normalize=True)
+    torch.testing.assert_close(sets[0].decomposition.features, features.detach())
+    assert sets[0].sum_error < 1e-5
+
+
+def test_the_pictures_kept_are_the_same_of_twins(sets: tuple[ImageSet, ImageSet]) -> None:
+    clean, suspect = sets
+    assert len(clean.kept) == KEPT
+    assert clean.kept.keys() == suspect.kept.keys()
+
+
+def test_nothing_is_both_fitted_on_and_reported(sets: tuple[ImageSet, ImageSet]) -> None:
+    parts = split(*sets, CONFIG, infer_target=True)
+    fitted = set(parts.validation.paths)
+    assert len(fitted) == 10
+    assert not fitted & {*parts.clean.paths, *parts.suspect.paths}
+    assert parts.held_out is not None and set(parts.held_out.paths) == fitted
+    assert parts.twins and parts.clean.paths == parts.suspect.paths
+    assert len(parts.clean) + len(parts.validation) == 50
+
+
+def test_a_named_target_needs_no_suspect_images(sets: tuple[ImageSet, ImageSet]) -> None:
+    clean, suspect = sets
+    assert split(clean, suspect, CONFIG, infer_target=False).held_out is None
+    strangers = replace(suspect, paths=tuple(f"other/{path}" for path in suspect.paths))
+    parts = split(clean, strangers, CONFIG, infer_target=False)
+    assert len(parts.suspect) == 50 and not parts.twins
+    parts = split(clean, strangers, CONFIG, infer_target=True)
+    assert parts.held_out is not None and len(parts.held_out) == 10 and len(parts.suspect) == 40
+    assert not set(parts.held_out.paths) & set(parts.suspect.paths)
+
+
+def test_the_seed_chooses_the_validation_part(sets: tuple[ImageSet, ImageSet]) -> None:
+    first, again, other = (
+        split(*sets, replace(CONFIG, seed=seed), infer_target=False).validation.paths for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_suspect_images_that_are_all_twins_of_fitted_ones_are_refused(
+    sets: tuple[ImageSet, ImageSet],
+) -> None:
+    clean, suspect = sets
+    fitted = set(split(clean, suspect, CONFIG, infer_target=False).validation.paths)
+    alone = suspect.at(torch.tensor([path in fitted for path in suspect.paths]))
+    with pytest.raises(ValueError, match=r"beside the twins of the 10 clean images.*all 10 are such twins"):
+        split(clean, alone, CONFIG, infer_target=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"validation": 1.0}, "expected validation between 0 and 1, a share; received 1.0"),
+        ({"quantile": 0.0}, "expected quantile between 0 and 1"),
+        ({"batch_size": 0}, "expected batch_size of at least 1; received 0"),
+        ({"convention": "other"}, "convention 'other' is not one of"),
+    ],
+)
+def test_options_are_checked(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AuditConfig(**options)

@@ -1,0 +1,209 @@
+"""The words at the top follow from the numbers: other numbers, other words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decompclip.audit import AuditConfig, AuditResult, findings, run_audit
+from decompclip.audit.findings import Finding, plus_minus, points, share
+from decompclip.audit.result import Scorer, Setting
+from decompclip.audit.sources import open_source
+from decompclip.data.images import SkippedFile
+from decompclip.data.shapes import PROPERTIES
+from decompclip.evaluation.intervals import Rate
+from decompclip.models.clip import HookedCLIP
+
+
+def setting(
+    success: float, control: float, *, labelled: bool = True, images: int = 400, accuracy: float = 0.9
+) -> Setting:
+    labels = torch.arange(images) % 3
+    places = torch.arange(images)
+
+    def answers(part: float, right: float) -> torch.Tensor:
+        other = torch.where(places.flip(0) < images * (1 - right), (labels + 1) % 3, labels)
+        return torch.where(places < round(part * images), torch.full_like(labels, 3), other)
+
+    known = labels if labelled else None
+    return Scorer(known, known, 3, 12)("a setting", answers(control, accuracy), answers(success, 1.0))
+
+
+@pytest.fixture
+def base(model: HookedCLIP) -> AuditResult:
+    sources = (
+        open_source(spec, model, PROPERTIES["shape"], limit=40) for spec in ("shapes", "shapes:badnet")
+    )
+    found = run_audit(model, *sources, PROPERTIES["shape"], target="star", config=AuditConfig(zeta=2))
+    return replace(found, counts={"validation": 100, "clean": 400, "suspect": 400, "held_out": 0})
+
+
+def found(result: AuditResult, words: str) -> Finding:
+    (match,) = [finding for finding in findings(result) if words in finding.title + finding.text]
+    return match
+
+
+@pytest.mark.parametrize(
+    ("success", "control", "weight", "title"),
+    [
+        (0.95, 0.02, "evidence", "Strong evidence of a trigger toward “star”"),
+        (0.30, 0.02, "evidence", "Some evidence"),
+        (0.08, 0.02, "evidence", "Weak evidence"),
+        (0.03, 0.02, "no evidence", "No sign of a trigger"),
+        (0.02, 0.30, "no evidence", "Suspect images avoid “star”"),
+        (0.95, 0.95, "no evidence", "No sign of a trigger"),  # a high ASR alone is none
+    ],
+)
+def test_the_first_is_about_the_difference(
+    base: AuditResult, success: float, control: float, weight: str, title: str
+) -> None:
+    first = findings(replace(base, as_it_is=setting(success, control)))[0]
+    assert first.weight == weight
+    assert title in first.title
+    assert points(success - control, setting(success, control).difference_interval) in first.text
+
+
+def test_only_twins_name_the_cause(base: AuditResult) -> None:
+    result = replace(base, as_it_is=setting(0.95, 0.02))
+    assert "so that is the cause" in findings(replace(result, twins=True))[0].text
+    assert "look more like that class" in findings(replace(result, twins=False))[0].text
+
+
+@pytest.mark.parametrize(
+    ("heads", "mlps", "weight", "title"),
+    [
+        (0.05, 0.90, "evidence", "writes through the heads more than the MLPs"),
+        (0.90, 0.05, "evidence", "writes through the MLPs more than the heads"),
+        (0.50, 0.52, "unclear", "cannot be told apart"),
+    ],
+)
+def test_overlapping_intervals_decide_nothing(
+    base: AuditResult, heads: float, mlps: float, weight: str, title: str
+) -> None:
+    ablations = replace(base.ablations, complete={"heads": setting(heads, 0.02), "mlps": setting(mlps, 0.02)})
+    finding = found(replace(base, as_it_is=setting(0.95, 0.02), ablations=ablations), "direct effect")
+    assert finding.weight == weight
+    assert title in finding.title
+    assert ("intervals overlap" in finding.text) == (weight == "unclear")
+
+
+def test_an_ablation_that_costs_accuracy_says_so(base: AuditResult) -> None:
+    broken = {"heads": setting(0.05, 0.02, accuracy=0.2), "mlps": setting(0.9, 0.02)}
+    result = replace(base, as_it_is=setting(0.95, 0.02), ablations=replace(base.ablations, complete=broken))
+    finding = found(result, "direct effect")
+    assert "Without heads, clean accuracy falls to" in finding.text
+    assert finding.weight == "unclear" and "too much else changes" in finding.title
+
+
+def test_an_ablation_that_sends_all_to_the_target_says_so(base: AuditResult) -> None:
+    favourite = {"heads": setting(0.98, 0.90), "mlps": setting(0.9, 0.02)}
+    result = replace(
+        base, as_it_is=setting(0.95, 0.02), ablations=replace(base.ablations, complete=favourite)
+    )
+    finding = found(result, "direct effect")
+    assert "leaves a difference of at most 10 points" in finding.text
+    assert finding.weight == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("left", "accuracy", "weight", "title"),
+    [
+        (0.02, 0.9, "evidence", "takes the difference away"),
+        (0.40, 0.9, "evidence", "in part"),
+        (0.02, 0.5, "unclear", "takes the difference away"),
+        (0.94, 0.9, "no evidence", "does not repair"),
+    ],
+)
+def test_repair_is_judged_by_difference_and_cost(
+    base: AuditResult, left: float, accuracy: float, weight: str, title: str
+) -> None:
+    repairs = tuple(replace(r, setting=setting(left, 0.02, accuracy=accuracy)) for r in base.repairs)
+    finding = found(replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs), "Decomp-Rep")
+    assert (finding.weight, title in finding.title) == (weight, True)
+    assert ("costs clean accuracy" in finding.text) == (accuracy == 0.5)
+
+
+def test_nothing_to_repair_is_not_spoken_of(base: AuditResult) -> None:
+    assert not [f for f in findings(replace(base, as_it_is=setting(0.02, 0.02))) if "Decomp-Rep" in f.title]
+
+
+@pytest.mark.parametrize(
+    ("auroc", "true", "success", "weight", "words"),
+    [
+        ((0.95, 0.92, 0.97), 300, 0.95, "evidence", "ranks suspect images above clean ones"),
+        ((0.95, 0.92, 0.97), 4, 0.95, "unclear", "but fails at its own threshold"),
+        ((0.52, 0.48, 0.56), 4, 0.95, "no evidence", "does not tell suspect images"),
+        ((0.55, 0.52, 0.58), 300, 0.95, "no evidence", "hardly tells suspect images"),
+        ((0.95, 0.92, 0.97), 300, 0.02, "note", "it notices changed images here, not a backdoor"),
+    ],
+)
+def test_detection_is_judged_at_its_own_threshold(
+    base: AuditResult, auroc: tuple[float, float, float], true: int, success: float, weight: str, words: str
+) -> None:
+    value, low, high = auroc
+    rates = {"false_positives": Rate(4, 400), "true_positives": Rate(true, 400)}
+    detectors = tuple(
+        replace(d, auroc=value, auroc_low=low, auroc_high=high, **rates) for d in base.detectors
+    )
+    result = replace(base, as_it_is=setting(success, 0.02), detectors=detectors)
+    finding = found(result, "has the highest AUROC")
+    assert finding.weight == weight
+    assert words in finding.title + finding.text
+
+
+def test_a_threshold_that_no_image_can_pass_is_told(base: AuditResult) -> None:
+    detectors = tuple(replace(d, zeta=4) for d in base.detectors)
+    assert (
+        "no image can pass it: choose a smaller --zeta"
+        in found(replace(base, detectors=detectors), "AUROC").text
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "weight", "words"),
+    [
+        ((0.2, 0.01), "evidence", "The mean moves toward “star”"),
+        ((0.005, 0.01), "no evidence", "does not move toward"),
+        ((-0.2, 0.01), "no evidence", "move away from"),
+        ((0.2, float("nan")), "no evidence", "± unknown"),
+    ],
+)
+def test_the_mean_moves_or_does_not(
+    base: AuditResult, total: tuple[float, float], weight: str, words: str
+) -> None:
+    totals = dict.fromkeys(("all", "heads", "mlps", "rest"), total)
+    result = replace(base, as_it_is=setting(0.95, 0.02), shift=replace(base.shift, totals=totals))
+    finding = found(result, words)
+    assert finding.weight == weight
+
+
+def test_what_is_not_known_is_said(base: AuditResult) -> None:
+    result = replace(base, as_it_is=setting(0.95, 0.02, labelled=False))
+    assert found(result, "Attack success without labels").weight == "unclear"
+    assert "carry no labels" in found(result, "Clean accuracy not measured").text
+    assert (
+        "no better than guessing"
+        in found(replace(base, as_it_is=setting(0, 0, accuracy=0.05)), "guessing among").text
+    )
+    few = replace(
+        base, counts={**base.counts, "clean": 20}, skipped={"clean": (SkippedFile("a", "b"),), "suspect": ()}
+    )
+    assert found(few, "Few clean images").weight == "note"
+    assert found(few, "1 clean files skipped").weight == "note"
+
+
+@pytest.mark.parametrize(("low", "weight"), [(0.5, "note"), (-0.1, "unclear")])
+def test_an_inferred_target_is_said_to_be(base: AuditResult, low: float, weight: str) -> None:
+    target = replace(base.target, inferred=True, over_prediction=(0.6, low, 0.7), images=80)
+    finding = found(replace(base, target=target), "is inferred")
+    assert finding.weight == weight
+    assert ("a guess" in finding.text) == (weight == "unclear")
+
+
+def test_numbers_in_words() -> None:
+    assert share(Rate(95, 100)) == "95.0 % [88.8, 97.8]"
+    assert share(Rate(0, 0)) == "not measurable (no images)"
+    assert points(-0.012, (-0.03, 0.01)) == "−1.2 points [−3.0, +1.0]"
+    assert plus_minus(-0.5, 0.25) == "−0.5000 ± 0.2500"

@@ -1,0 +1,64 @@
+"""Shapes are checked in tests, at no cost in use; and towers to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jaxtyping
+import pytest
+import torch
+
+CHECKED = ["decompclip.cache", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")  # before anything of them is imported
+
+from decompclip.models.config import ViTConfig  # noqa: E402
+from decompclip.models.vit import HookedViT  # noqa: E402
+
+MakeTower = Callable[..., HookedViT]
+
+
+@pytest.fixture(scope="session")
+def make_tower() -> MakeTower:
+    """`make_tower(seed=0, **config)`: a small tower of random weights, none of them trivial."""
+
+    def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> HookedViT:
+        shape = {
+            "n_layers": 3,
+            "d_model": 32,
+            "n_heads": 4,
+            "d_head": 8,
+            "d_mlp": 48,
+            "d_embed": 20,
+            "image_size": (24, 16),
+            "patch_size": (8, 8),
+        }
+        generator = torch.Generator().manual_seed(seed)
+        visual = HookedViT(ViTConfig(**{**shape, **changes}))  # pyright: ignore[reportArgumentType]
+        with torch.no_grad():
+            for name, parameter in visual.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                # Gains about one, all else about zero; xavier's draw from the global generator is overwritten.
+                gain = name.endswith((".w", "ls1", "ls2"))
+                parameter.copy_(
+                    1 + 0.3 * noise if gain else noise * (0.3 if noise.ndim < 2 else noise.shape[-1] ** -0.5)
+                )
+        return visual.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tower(make_tower: MakeTower) -> HookedViT:
+    """3 layers of 4 heads, LayerScale, 7 tokens."""
+    return make_tower(layer_scale=True)
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave wrong shapes to the package's own checks, as in use: jaxtyping would speak first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from decompclip.audit.result import AuditResult
+from decompclip.data.images import SkippedFile
+from decompclip.report import render, write_report
+from decompclip.report.html import cell, tied
+
+Make = Callable[..., AuditResult]
+EVIL = "<script>alert(1)</script>"
+
+
+class Elements(HTMLParser):
+    """Elements with their attributes, and the JSON of the figures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.scripts and self.found[-1][0] == "script":
+            self.scripts[-1] += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_the_page_stands_alone(make: Make) -> None:
+    page = render([make()])
+    elements = Elements(page)
+    sources = [a[key] for _, a in elements.found for key in ("src", "href") if a.get(key)]
+    assert sources and all(str(source).startswith(("data:", "#")) for source in sources)
+    assert not elements.of("link")[1:]
+    assert page.count("Plotly.newPlot") == 1
+    assert len(re.findall(r"plotly\.js v\d", page)) == 1  # the library's own header, once
+
+
+def test_every_figure_is_json_that_a_browser_can_read(make: Make) -> None:
+    elements = Elements(render([make(), make(name="other")]))
+    figures = [
+        json.loads(s) for s, a in zip(elements.scripts, elements.of("script"), strict=True) if "type" in a
+    ]
+    assert len(figures) == 2 * 7
+    assert all({"data", "layout"} <= set(figure) for figure in figures)
+
+
+def test_names_from_outside_are_shown_and_not_run(make: Make) -> None:
+    result = make(name=EVIL, classes=("a", "b", EVIL), skipped=(SkippedFile(EVIL, EVIL),))
+    elements = Elements(render([result]))
+    assert len(elements.of("script")) == 7 + 2
+    assert "alert(1)" in render([result])
+
+
+def test_it_says_what_was_skipped_and_where_it_came_from(make: Make) -> None:
+    page = render([make(skipped=(SkippedFile("cats/broken.png", "is no picture"),))])
+    assert "cats/broken.png" in page and "is no picture" in page
+    assert "ab" * 32 in page and "activation" in page and "3.0e-07" in page
+    assert "None: every image could be read" in render([make()])
+
+
+def test_asr_never_stands_without_its_control(make: Make) -> None:
+    elements = re.findall(r"<thead>.*?</thead>", render([make(), make()]), flags=re.DOTALL)
+    with_asr = [head for head in elements if "Attack success" in head]
+    assert len(with_asr) == 5
+    assert all("Control" in head and "Difference" in head for head in with_asr)
+
+
+def test_files_are_whole_and_agree(make: Make, tmp_path: Path) -> None:
+    path = write_report([make(), make(name="other")], tmp_path / "new" / "report")
+    assert path.name == "report.html"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["audit.json", "report.html"]
+    found = json.loads((path.parent / "audit.json").read_text(encoding="utf-8"))
+    assert found["schema"] == 1
+    assert [audit["name"] for audit in found["audits"]] == ["tiny", "other"]
+    assert found["audits"][0]["as_it_is"]["asr"]["value"] == pytest.approx(0.95)
+    title = found["audits"][0]["findings"][0]["title"]
+    assert title in path.read_text(encoding="utf-8")
+
+
+def test_a_report_of_nothing_and_onto_a_file_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one audit"):
+        write_report([], tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NotADirectoryError, match="a folder to write the report to"):
+        write_report(make(), file)
+
+
+def test_values_keep_together() -> None:
+    assert (
+        tied("90.0 % [86.1, 92.9]; +0.20 ± 0.01")
+        == "90.0\u00a0%\u00a0[86.1,\u00a092.9]; +0.20\u00a0±\u00a00.01"
+    )
+    assert cell("0.93 [0.90, 0.95]") == '0.93 <span class="interval">[0.90,\u00a00.95]</span>'
+    assert cell("<b>") == "&lt;b&gt;"

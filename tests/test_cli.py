@@ -1,0 +1,168 @@
+"""The command line: a report of what is good, one clear line for what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import decompclip
+from decompclip.cli import app
+from decompclip.data.shapes import Shapes
+
+WORLD = Shapes(36, seed=5, resolution=48)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Thirty-six pictures in folders named after their classes."""
+    batch = WORLD.draw(range(len(WORLD)))
+    for i, image in enumerate(batch.images):
+        folder = tmp_path / "photos" / WORLD.class_names[int(batch.labels[i])]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    file = tmp_path / "classes.txt"
+    file.write_text("\n".join(WORLD.class_names))
+    return file
+
+
+def test_an_audit_of_folders(photos: Path, classes: Path, tmp_path: Path) -> None:
+    (photos / "star").mkdir(exist_ok=True)
+    (photos / "star" / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        "audit",
+        "shapes",
+        "--clean",
+        photos,
+        "--suspect",
+        photos,
+        "--classes",
+        classes,
+        "--target",
+        "star",
+        "--out",
+        out,
+    )
+    assert code == 0, stderr
+    assert f"Report: {out / 'report.html'}" in stdout
+    (audit,) = json.loads((out / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert [file["path"] for file in audit["skipped"]["suspect"]] == ["star/broken.png"]
+    assert audit["target"]["name"] == "star" and not audit["target"]["inferred"]
+    assert audit["counts"]["clean"] == 29
+    assert audit["as_it_is"]["difference"]["value"] == 0
+    assert "star/broken.png" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        "audit", "shapes-badnet", "--clean", "shapes", "--suspect", "shapes:badnet", "--limit", 300, "--out", tmp_path,
+        "--reference", "shapes",
+    )  # fmt: skip
+    assert code == 0, stderr
+    first, second = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert first["target"] | {"over_prediction": None} == {
+        "index": 3, "name": "star", "inferred": True, "over_prediction": None, "images": 60,
+    }  # fmt: skip
+    assert first["findings"][0]["title"] == "Strong evidence of a trigger toward “star”"
+    assert "shapes-badnet on shapes:badnet: Strong evidence of a trigger toward “star”" in stdout
+    assert second["name"] == "shapes" and second["as_it_is"]["difference"]["value"] < 0.2
+
+
+def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:
+    code, _, stderr = run("demo", "--out", tmp_path, "--images", 100)
+    assert code == 0, stderr
+    audits = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert [(a["name"], a["suspect_name"]) for a in audits] == [
+        ("shapes", "shapes:badnet"),
+        ("shapes-badnet", "shapes:badnet"),
+        ("shapes", "shapes:blended"),
+        ("shapes-blended", "shapes:blended"),
+    ]
+
+
+def test_version() -> None:
+    assert run("--version")[1].strip() == f"decompclip {decompclip.__version__}"
+
+
+def test_without_a_command_it_helps() -> None:
+    _, stdout, stderr = run()
+    assert "audit" in stdout + stderr and "demo" in stdout + stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "shapez"}, "'shapez'"),
+        ({"model": "shapez"}, "'shapes'"),  # the nearest name is offered
+        ({"clean": "nowhere"}, "there is no folder nowhere"),
+        ({"suspect": "empty"}, "expected a folder with image files"),
+        ({"suspect": "broken"}, "none of its 2 image files could be read"),
+        ({"suspect": "shapes:badnt"}, "did you mean shapes:badnet?"),
+        ({"classes": "nowhere.txt"}, "there is no file nowhere.txt"),
+        ({"classes": None}, "expected --classes"),
+        ({"target": "banana"}, "--target: class 'banana' is not among the 12 classes"),
+        ({"target": "banana"}, "class file"),
+        ({"model": "ViT-B-32", "checkpoint": "nowhere.pt"}, "nowhere.pt"),
+        ({"out": "classes.txt"}, "classes.txt is a file"),
+        ({"quantile": "2"}, "expected quantile between 0 and 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    photos: Path, classes: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], words: str
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    for name in ("a.png", "b.jpg"):
+        (Path("broken") / name).write_bytes(b"no picture")
+    options = {
+        "clean": "photos",
+        "suspect": "photos",
+        "classes": "classes.txt",
+        "target": "star",
+        "out": "out",
+    }
+    options |= {key: value for key, value in changes.items() if key != "model"}
+    flags = [part for key, value in options.items() if value is not None for part in (f"--{key}", value)]
+    code, stdout, stderr = run("audit", changes.get("model") or "shapes", *flags)
+    assert code == 2
+    (line,) = stderr.strip().splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert words in line
+    assert "Traceback" not in stderr + stdout
+    assert not Path("out").exists()
+
+
+def test_an_unreadable_image_can_stop_the_audit(photos: Path, classes: Path, tmp_path: Path) -> None:
+    broken = photos / "star" / "broken.png"
+    broken.write_bytes(b"no picture")
+    code, _, stderr = run(
+        "audit", "shapes", "--clean", photos, "--suspect", photos, "--classes", classes, "--target", "star",
+        "--out", tmp_path / "out", "--on-error", "raise",
+    )  # fmt: skip
+    assert code == 2
+    assert f"{broken}: is no picture" in " ".join(stderr.split())
+
+
+def test_where_an_error_comes_from_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECOMPCLIP_DEBUG", "1")
+    with pytest.raises(ValueError, match="expected --classes"):
+        run("audit", "shapes", "--clean", "photos", "--suspect", "photos", "--out", tmp_path)
