@@ -67,9 +67,13 @@ def _kind(path: Path) -> str:
     """`safetensors`, `zip` (torch.save) or `legacy` (torch.save before 1.6)."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
-        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".pt", ".pth", ".bin", ".safetensors"})
+        beside = sorted(
+            p.name for p in path.parent.glob("*") if p.suffix in {".pt", ".pth", ".bin", ".safetensors"}
+        )
         hint = f"; beside it lie {', '.join(beside[:5])}" if beside else ""
-        raise CheckpointError(f"no checkpoint at {path}: it is {what}{hint}; give the path of a file of weights")
+        raise CheckpointError(
+            f"no checkpoint at {path}: it is {what}{hint}; give the path of a file of weights"
+        )
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -202,7 +206,13 @@ def _models_like(state: Mapping[str, Tensor]) -> list[str]:
         size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
         if "timm_model_name" in vision or not isinstance(size, int) or not isinstance(patch, int):
             continue
-        shape = (vision.get("layers"), vision.get("width"), patch, (size // patch) ** 2 + 1, config["embed_dim"])
+        shape = (
+            vision.get("layers"),
+            vision.get("width"),
+            patch,
+            (size // patch) ** 2 + 1,
+            config["embed_dim"],
+        )
         same_text = text_width is None or text.get("width") == text_width
         if same_text and shape == (layers, conv[0], conv[-1], positions[0], proj[1]):
             found.append(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from open_clip import OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -212,17 +212,14 @@ class HookedCLIP(nn.Module):
         Raises:
             ValueError: no class names, a single string for a list, a template without a slot.
         """
-        names = self.class_names if class_names is None else class_names
-        if isinstance(names, str) or not names:
-            raise ValueError(f"expected a list of class names, got {names!r}")
-        return build_zero_shot_classifier(
-            self, self.tokenize, list(names), self._templates(templates), device=self.device
-        ).T.contiguous()
+        from decompclip.evaluation.zero_shot import zero_shot_classifier
 
-    def _templates(self, templates: str | Sequence[Template] | None) -> Sequence[Callable[[str], str]]:
+        names = self.class_names if class_names is None else class_names
+        return zero_shot_classifier(self.encode_text, self.tokenize, names, self._templates(templates))
+
+    def _templates(self, templates: str | Sequence[Template] | None) -> Sequence[Template]:
         if templates is None:
-            own = next(iter(self.templates.values()), None)
-            return OPENAI_IMAGENET_TEMPLATES if own is None else [_fill(template) for template in own]
+            return next(iter(self.templates.values()), tuple(OPENAI_IMAGENET_TEMPLATES))
         if isinstance(templates, str):
             if templates not in self.templates:
                 known = ", ".join(map(repr, self.templates)) or "none"
@@ -230,10 +227,8 @@ class HookedCLIP(nn.Module):
                     f"expected a list of templates, or a property whose templates {self.name!r} brings "
                     f"along ({known}), got {templates!r}"
                 )
-            templates = self.templates[templates]
-        if not templates:
-            raise ValueError('expected at least one template, got none; the plainest is "a photo of a {}."')
-        return [_fill(template) for template in templates]
+            return self.templates[templates]
+        return templates
 
     def decompose(
         self,
@@ -244,7 +239,7 @@ class HookedCLIP(nn.Module):
         tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:
         """Image features as a sum over heads, MLPs, embedding and biases; see `Decomposition`."""
-        from decompclip.cache.decomposition import decompose
+        from decompclip.cache.capture import decompose
 
         return decompose(
             self.visual,
@@ -282,15 +277,3 @@ class HookedCLIP(nn.Module):
                 )
         with self.visual.hooks(fwd_hooks=wanted, bwd_hooks=list(bwd_hooks)):
             yield self
-
-
-def _fill(template: Template) -> Callable[[str], str]:
-    """A function from the class's name to the prompt."""
-    if callable(template):
-        return template
-    if "{}" not in template:
-        raise ValueError(
-            f"expected a slot {{}} for the class's name in every template, got {template!r}, which would give "
-            "all classes the same text"
-        )
-    return lambda name: template.replace("{}", name)  # not str.format, which stumbles over other braces

@@ -5,29 +5,24 @@ from __future__ import annotations
 import difflib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from torch import nn
 
-from decompclip.models.checkpoint import load_weights, read_checkpoint, sha256
+from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.config import Activation
-from decompclip.models.convert import convert_open_clip, refuse_unsupported
+from decompclip.models.convert import oddities, refuse
 from decompclip.models.errors import UnknownModelError
-from decompclip.models.tokenizer import WordTokenizer
-from decompclip.models.zoo import bundled, load_bundled
+from decompclip.models.spec import ModelSpec, versions
+from decompclip.models.zoo import bundled, card, load_bundled, spec_of
 
 RANDOM = "random"
-"""The `pretrained` that asks for seeded random weights, for tests and benchmarks."""
-
-_PACKAGES = ("decompclip", "torch", "transformer_lens", "open_clip_torch")
+"""The `pretrained` that asks for seeded random weights: for tests and benchmarks."""
 
 
 def load(
@@ -39,66 +34,76 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedCLIP:
-    """A CLIP whose image tower is hooked.
+    """A CLIP whose image tower is hooked, in evaluation mode.
 
     Args:
         name: a bundled model (`decompclip.bundled()`), or an architecture of open_clip (`open_clip.list_models()`).
-        pretrained: a tag of open_clip's for that architecture, downloaded if need be; `"random"` for seeded
+        pretrained: one of open_clip's tags for that architecture, downloaded if need be; `"random"` for seeded
             random weights.
         checkpoint: a local weights file instead: safetensors, or torch's format as open_clip, CleanCLIP and
             BadCLIP write it. No code in it is ever run.
         activation: of the MLPs. `"auto"` follows the pretrained tag; a checkpoint does not say it, and then the
-            architecture's name decides (`ViT-B-32-quickgelu` or `ViT-B-32`), with a warning.
+            architecture's name decides (`ViT-B-32-quickgelu` or `ViT-B-32`), with a warning. The choice and its
+            reason are kept in `provenance`.
+        device, dtype: where to, and in what; by default the CPU and fp32.
 
     Raises:
         UnknownModelError: no such model or tag, or neither weights nor a tag were named.
         UnsupportedTowerError: the image tower has no exact decomposition here.
-        CheckpointError, FileNotFoundError: the checkpoint is missing, broken, unsafe or of another model.
+        CheckpointError: the checkpoint is missing, broken, unsafe or of another model.
         ConnectionError: the pretrained weights could not be fetched.
+        ValueError: an unknown activation, or one that a bundled model was not trained with.
     """
     if activation not in ("auto", *get_args(Activation)):
         raise ValueError(f"activation {activation!r} is not one of {('auto', *get_args(Activation))}")
-    if name in bundled() and checkpoint is None:
-        if pretrained is not None:
-            raise UnknownModelError(
-                f"{name!r} is bundled with its weights; leave pretrained={pretrained!r} out"
-            )
-        model = _load_bundled(name, activation)
+    if name in bundled():
+        model = _bundled(name, pretrained, checkpoint, activation)
     else:
-        model = _load_open_clip(name, pretrained, checkpoint, activation)
+        model = _of_open_clip(name, pretrained, checkpoint, activation)
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _load_bundled(name: str, activation: str) -> HookedCLIP:
-    source, card = load_bundled(name)
-    own = "quick_gelu" if card["architecture"].get("quick_gelu") else "gelu"
-    if activation not in ("auto", own):
+def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str) -> HookedCLIP:
+    if pretrained not in (None, RANDOM):
+        raise UnknownModelError(f"{name!r} is bundled with its weights; leave pretrained={pretrained!r} out")
+    spec = spec_of(card(name))
+    if activation not in ("auto", spec.activation):
         raise ValueError(
-            f"expected activation {own!r}, with which {name!r} was trained; received {activation!r}"
+            f"expected activation {spec.activation!r}, with which {name!r} was trained; received {activation!r}"
         )
-    tokenizer = WordTokenizer(tuple(card["tokenizer"]["words"]), card["tokenizer"]["context_length"])
-    preprocess = PreprocessCfg(**card["preprocess"])
-    facts = {
-        "pretrained": "bundled",
-        "sha256": card["sha256"],
-        "activation": own,
-        "activation_source": "card",
-    }
-    return _assemble(name, source, tokenizer, preprocess, card["templates"]["shape"], facts)
+    if pretrained is None and checkpoint is None:
+        return load_bundled(name)
+    return _filled(spec, pretrained, checkpoint, "card")
 
 
-def _load_open_clip(
+def _of_open_clip(
     name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str
 ) -> HookedCLIP:
     config = open_clip.get_model_config(name)
     if config is None:
-        known = [*bundled(), *open_clip.list_models()]
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*bundled(), *open_clip.list_models()], n=4, cutoff=0.5)
         raise UnknownModelError(
-            f"there is no model {name!r}; nearest: {', '.join(map(repr, near)) or 'none'}; "
-            "`decompclip.bundled()` and `open_clip.list_models()` list all"
+            f"there is no model {name!r}; nearest: {', '.join(map(repr, near)) or 'none'}; `decompclip.bundled()` "
+            "and `open_clip.list_models()` list all"
         )
-    refuse_unsupported(name, config)
+    refuse(name, oddities(config["vision_cfg"]))
+    _check_weights_named(name, pretrained, checkpoint)
+    chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
+    if pretrained in (None, RANDOM):
+        spec = ModelSpec(
+            name=name, architecture=config, tokenizer=open_clip.get_tokenizer(name)
+        ).with_activation(chosen)
+        return _filled(spec, pretrained, checkpoint, reason)
+    model = _fetched(name, pretrained, chosen)
+    return HookedCLIP.from_open_clip(
+        model,
+        tokenizer=open_clip.get_tokenizer(name),
+        provenance=_provenance(name, pretrained, None, chosen, reason),
+        copy=False,
+    )
+
+
+def _check_weights_named(name: str, pretrained: str | None, checkpoint: str | Path | None) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     listed = f"{', '.join(tags[:8]) or 'none'}{f' and {len(tags) - 8} more' if len(tags) > 8 else ''}"
     if (pretrained is None) == (checkpoint is None):
@@ -109,105 +114,87 @@ def _load_open_clip(
     if pretrained is not None and pretrained not in (*tags, RANDOM):
         near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4)
         raise UnknownModelError(
-            f"there are no pretrained weights {pretrained!r} for {name!r}; its tags: {listed}"
-            f"{f'; nearest: {near[0]}' if near else ''}"
+            f"there are no pretrained weights {pretrained!r} for {name!r}; nearest: {', '.join(near) or 'none'}; its "
+            f"tags: {listed}"
         )
-    chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
-    facts: dict[str, Any] = {"pretrained": pretrained, "activation": chosen, "activation_source": reason}
-    source = _build(name, pretrained, chosen)
-    if checkpoint is not None:
-        weights = read_checkpoint(checkpoint)
-        load_weights(source, weights, name=name, path=checkpoint)
-        facts |= {"checkpoint": str(checkpoint), "sha256": sha256(checkpoint)}
-    templates = list(open_clip.OPENAI_IMAGENET_TEMPLATES)
-    preprocess = PreprocessCfg(**source.visual.preprocess_cfg)  # type: ignore[union-attr,arg-type]
-    return _assemble(name, source, open_clip.get_tokenizer(name), preprocess, templates, facts)
 
 
 def _activation(
-    name: str, config: dict[str, Any], pretrained: str | None, checkpoint: str | Path | None, activation: str
-) -> tuple[str, str]:
+    name: str,
+    config: Mapping[str, Any],
+    pretrained: str | None,
+    checkpoint: str | Path | None,
+    activation: str,
+) -> tuple[Activation, str]:
     """The activation to take, and what decided it."""
-    of_name = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    of_name: Activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     if activation != "auto":
-        return activation, "argument"
-    if pretrained is not None and pretrained != RANDOM:
+        return ("quick_gelu" if activation == "quick_gelu" else "gelu"), "argument"
+    if pretrained not in (None, RANDOM):
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         return ("quick_gelu" if quick else of_name), "pretrained tag"
     base = name.removesuffix("-quickgelu")
-    twins = [twin for twin in (base, f"{base}-quickgelu") if twin in open_clip.list_models()]
-    if checkpoint is not None and len(twins) == 2:
+    if checkpoint is not None and {base, f"{base}-quickgelu"} <= set(open_clip.list_models()):
         warnings.warn(
             f"{checkpoint} does not say which activation it was trained with; {of_name!r} was taken, after the name "
             f"{name!r}. Weights that descend from OpenAI's need 'quick_gelu', most others 'gelu', and the wrong one "
-            "costs accuracy: pass activation='quick_gelu' or 'gelu' to choose.",
+            "costs accuracy: pass activation='quick_gelu' or activation='gelu' to choose.",
             stacklevel=4,
         )
     return of_name, "model name"
 
 
-def _build(name: str, pretrained: str | None, activation: str) -> nn.Module:
-    """open_clip's model; with random weights where no tag is given."""
-    tag = None if pretrained == RANDOM else pretrained
-    config = open_clip.get_model_config(name) or {}
-    override: dict[str, Any] = (
-        {"quick_gelu": activation == "quick_gelu"} if config.get("quick_gelu", False) else {}
-    )
+def _filled(
+    spec: ModelSpec, pretrained: str | None, checkpoint: str | Path | None, reason: str
+) -> HookedCLIP:
+    """A model of `spec` with the checkpoint's weights, or with random ones."""
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    model = spec.build()
+    if state is not None:
+        check_fit(model, state, source=str(checkpoint), name=spec.name)
+        model.load_state_dict({key: value.float() for key, value in state.items()})
+    return spec.hook(model, _provenance(spec.name, pretrained, checkpoint, spec.activation, reason))
+
+
+def _fetched(name: str, tag: str, activation: str) -> torch.nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _told_otherwise():
-            torch.manual_seed(0)
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the choice above has settled it
+        with warnings.catch_warnings(), _quiet_about_downloads():
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the choice has settled it
             return open_clip.create_model(
-                name,
-                pretrained=tag,
-                force_quick_gelu=activation == "quick_gelu",
-                require_pretrained=tag is not None,
-                **override,
+                name, pretrained=tag, force_quick_gelu=activation == "quick_gelu", require_pretrained=True
             )
     except (OSError, RuntimeError) as error:
-        if tag is None:
-            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(
-            f"the weights {name} / {tag} could not be fetched: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; download them where there is a "
-            "network, and pass checkpoint=PATH"
+            f"the weights {name} / {tag} could not be fetched ({first}); download them where there is a network, "
+            "and pass checkpoint=PATH"
         ) from error
 
 
 @contextmanager
-def _told_otherwise() -> Iterator[None]:
-    """Keep open_clip from telling that the model is random, where a checkpoint follows or it was asked for."""
+def _quiet_about_downloads() -> Iterator[None]:
+    """Keep the error that follows from standing beside open_clip's log of the same."""
     root = logging.getLogger()
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "No pretrained weights loaded" not in record.getMessage()
-
-    root.addFilter(keep)
+    root.addFilter(_tells_more)
     try:
         yield
     finally:
-        root.removeFilter(keep)
+        root.removeFilter(_tells_more)
 
 
-def _assemble(
-    name: str,
-    source: nn.Module,
-    tokenizer: Any,
-    preprocess: PreprocessCfg,
-    templates: Any,
-    facts: dict[str, Any],
-) -> HookedCLIP:
-    visual = convert_open_clip(source.visual)  # type: ignore[arg-type]
-    source._modules["visual"] = None  # its weights live on in `visual` alone
-    versions = {package: version(package) for package in _PACKAGES}
-    return HookedCLIP(
-        visual,
-        source,
-        name=name,
-        tokenizer=tokenizer,
-        preprocess=image_transform_v2(preprocess, is_train=False),  # type: ignore[arg-type]
-        mean=preprocess.mean,
-        std=preprocess.std,
-        templates=templates,
-        provenance={"name": name, "checkpoint": None, "sha256": None, **facts, "versions": versions},
-    )
+def _tells_more(record: logging.LogRecord) -> bool:
+    return "Failed to download weights" not in record.getMessage()
+
+
+def _provenance(
+    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str, reason: str
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "pretrained": pretrained,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "sha256": None if checkpoint is None else sha256(Path(checkpoint)),
+        "activation": activation,
+        "activation_source": reason,
+        "versions": versions(),
+    }

@@ -27,7 +27,9 @@ _REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "cl
 
 def bundled(folder: Path = WEIGHTS) -> tuple[str, ...]:
     """Names of the bundled models."""
-    return tuple(sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".safetensors").exists()))
+    return tuple(
+        sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".safetensors").exists())
+    )
 
 
 def card(name: str, folder: Path = WEIGHTS) -> dict[str, Any]:
@@ -115,7 +117,9 @@ def write_bundled(
     stored = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     unfit = [key for key, value in stored.items() if not value.isfinite().all()]
     if unfit:
-        raise ValueError(f"{len(unfit)} weights are not finite in {dtype}, first {unfit[0]}; pass torch.float32")
+        raise ValueError(
+            f"{len(unfit)} weights are not finite in {dtype}, first {unfit[0]}; pass torch.float32"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.safetensors.partial"
     save_file(stored, partial)
