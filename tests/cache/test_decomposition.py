@@ -354,12 +354,12 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor) -> None:
 
 def test_a_write_past_the_components_is_caught(tower: HookedViT, images: Tensor) -> None:
     for name in ("blocks.1.hook_attn_out", "blocks.2.hook_resid_mid", "ln_final.hook_normalized"):
-        with tower.hooks(fwd_hooks=[(name, lambda x, hook: x + 1)]):
+        with tower.hooks(fwd_hooks=[(name, lambda x, hook: x * 1.5)]):
             with pytest.raises(
                 DecompositionError, match=r"a miss of .*: a hook edits the stream where no term"
             ):
                 decompose(tower, images)
-    with tower.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: x + 1)]):
+    with tower.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: x * 1.5)]):
         assert decompose(tower, images, tolerance=1e9).sum_error > 1e-3
     with pytest.raises(DecompositionError, match="finite features; received infinite ones or nan"):
         decompose(tower, images * torch.nan)
@@ -371,7 +371,7 @@ def test_an_edited_run_is_decomposed_as_edited(tower: HookedViT, images: Tensor)
         "blocks.0.attn.hook_z": lambda z, hook: z.flip(1),
         "blocks.1.attn.hook_v": lambda v, hook: v * 0.5,
         "blocks.1.attn.hook_pattern": lambda p, hook: p.roll(1, -1),
-        "blocks.2.hook_mlp_out": lambda x, hook: x[:, :7] + 0.1,
+        "blocks.2.hook_mlp_out": lambda x, hook: x * 1.5,
         "ln_final.hook_scale": lambda s, hook: s * 2,
     }
     clean = tower(images)
