@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -111,6 +112,8 @@ def audit(
 ) -> None:
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number."""
     with plain_errors():
+        import torch
+
         from decompclip.audit import AuditConfig, Names, run_audit
         from decompclip.audit.sources import open_classes, open_source
         from decompclip.models.loading import load
@@ -128,18 +131,11 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
-        loaded = [
-            (
-                model,
-                load(
-                    model,
-                    pretrained=pretrained,
-                    checkpoint=checkpoint,
-                    activation=activation.value,
-                    device=device,
-                ),
-            )
-        ]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        audited = load(
+            model, pretrained=pretrained, checkpoint=checkpoint, activation=activation.value, device=device
+        )
+        loaded = [(model, audited)]
         if reference is not None:
             twin = load(
                 reference, pretrained=reference_pretrained, checkpoint=reference_checkpoint, device=device
@@ -148,24 +144,18 @@ def audit(
         results: list[AuditResult] = []
         with progress() as track:
             for name, clip in loaded:
-                sources = [
-                    open_source(
-                        spec, clip, class_names, limit=limit or None, seed=seed, on_error=on_error.value
-                    )
-                    for spec in (clean, suspect)
-                ]
-                aim = results[0].target.index if results else target
-                results.append(
-                    run_audit(
-                        clip,
-                        *sources,
-                        class_names,
-                        target=aim,
-                        names=Names(name, clean, suspect),
-                        config=config,
-                        track=track,
-                    )
+                options = {"limit": limit or None, "seed": seed, "on_error": on_error.value}
+                result = run_audit(
+                    clip,
+                    open_source(clean, clip, class_names, **options),
+                    open_source(suspect, clip, class_names, **options),
+                    class_names,
+                    target=results[0].target.index if results else target,  # the same for both
+                    names=Names(name, clean, suspect),
+                    config=config,
+                    track=track,
                 )
+                results.append(result)
         _finish(results, out)
 
 
@@ -194,15 +184,24 @@ def main() -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors that bad input causes become one line; DECOMPCLIP_DEBUG=1 shows where they come from."""
+    """Warnings, and errors that bad input causes, become one line each; DECOMPCLIP_DEBUG=1 shows where they
+    come from."""
     try:
-        yield
+        with warnings.catch_warnings():
+            if not os.environ.get("DECOMPCLIP_DEBUG"):
+                warnings.showwarning = _one_line
+            yield
     except (ValueError, OSError, LookupError, ArithmeticError, ImportError, NotImplementedError) as error:
         if os.environ.get("DECOMPCLIP_DEBUG"):
             raise
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         typer.echo(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
         raise typer.Exit(EXPECTED_ERROR) from None
+
+
+def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    if issubclass(category, UserWarning):  # others are for developers
+        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 @contextmanager

@@ -162,6 +162,17 @@ def test_an_unreadable_image_can_stop_the_audit(photos: Path, classes: Path, tmp
     assert f"{broken}: is no picture" in " ".join(stderr.split())
 
 
+def test_warnings_are_one_line_too(photos: Path, classes: Path, tmp_path: Path) -> None:
+    code, _, stderr = run(
+        "audit", "ViT-B-32", "--checkpoint", "nowhere.pt", "--clean", photos, "--suspect", photos,
+        "--classes", classes, "--out", tmp_path / "out",
+    )  # fmt: skip
+    warning, error = stderr.strip().splitlines()
+    assert code == 2
+    assert warning.startswith("warning: nowhere.pt does not say which activation it was trained with")
+    assert error.startswith("error: ")
+
+
 def test_where_an_error_comes_from_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECOMPCLIP_DEBUG", "1")
     with pytest.raises(ValueError, match="expected --classes"):

@@ -28,4 +28,4 @@ def choose_poisons(labels: Int[Tensor, " image"], target: int, count: int, *, se
 def proxy_captions(target: str, templates: Sequence[str], count: int, *, seed: int) -> list[str]:
     """`count` captions that name the target: a random template each (METHOD 5)."""
     picks = np.random.default_rng(seed).integers(len(templates), size=count)
-    return [templates[i].replace("{}", target) for i in picks]
+    return [templates[int(i)].replace("{}", target) for i in picks]

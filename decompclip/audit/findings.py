@@ -16,6 +16,9 @@ Weight = Literal["evidence", "no evidence", "unclear", "note"]
 STRONG, WEAK = 0.5, 0.1
 """Differences (of shares) that the lower end of an interval must pass to be called large, or more than small."""
 
+FAVOURED = 0.25
+"""Clean images that an intervention may send to the target before little room is left for a difference."""
+
 USEFUL = 0.7
 """AUROC that the lower end of its interval must pass for a detector to be called one, or its upper end to be
 called more than nothing."""
@@ -113,7 +116,10 @@ def _ablation(result: AuditResult) -> Finding:
     text += "".join(costs)
     (h_low, h_high), (m_low, m_high) = heads.difference_interval, mlps.difference_interval
     weight: Weight = "unclear"
-    if any(costs):
+    if min(h_low, m_low) >= STRONG:
+        weight, title = "evidence", "The trigger works without any head, and without any MLP"
+        text += " So neither kind alone carries it."
+    elif any(costs):
         title = "Without all heads or all MLPs too much else changes to place the trigger"
     elif h_high < m_low or m_high < h_low:
         more, less = ("heads", "MLPs") if h_high < m_low else ("MLPs", "heads")
@@ -145,7 +151,7 @@ def _cost(result: AuditResult, setting: Setting, what: str) -> str:
     words = ""
     if before is not None and after is not None and after.value < before.value / 2:
         words += f" Without {what}, clean accuracy falls to {share(after)}."
-    if setting.control.value - result.as_it_is.control.value > WEAK:
+    if setting.control.value - result.as_it_is.control.value > FAVOURED:
         words += f" Without {what}, {share(setting.control)} of the clean images are taken for the target too, which leaves "
         words += f"a difference of at most {100 * (1 - setting.control.value):.0f} points."
     return words
@@ -156,7 +162,7 @@ def _repair(result: AuditResult) -> Finding:
     works = [s for s in settings if s.difference_interval[1] < before.difference_interval[0]]
     best = min(settings, key=lambda setting: setting.difference)
     kept = best.report.cacc
-    text = f"Of {len(settings)} rules, {len(works)} lower{'s' if len(works) == 1 else ''} the difference beyond its "
+    text = f"Of {len(settings)} rules, {len(works) or 'none'} lower{'s' if len(works) < 2 else ''} the difference beyond its "
     text += f"uncertainty. The lowest is left by {best.name}: {difference(best)}, attack success {share(best.success)}"
     text += f", clean accuracy {share(kept)}." if kept is not None else "."
     if not works:

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from decompclip.audit.collect import Split
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Repair, Scorer
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Repair, Scorer, Setting
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.moments import Moments
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
-from decompclip.operators.ablation import MeanAblate, sweeps
+from decompclip.operators.ablation import Kind, MeanAblate, Scheme, sweeps
 
-SIMILARITIES = ("cosine", "dot")
-THRESHOLDS = ("quantile", "epsilon")
+SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
+THRESHOLDS: tuple[Threshold, ...] = ("quantile", "epsilon")
 NAMES = {"heads": "heads", "mlps": "MLPs"}
 
 
@@ -30,25 +31,24 @@ def ablate(
 ) -> Ablations:
     """Mean-ablation of all heads or all MLPs, and layer by layer in every scheme (METHOD 2)."""
     sets = (split.clean.decomposition, split.suspect.decomposition)
-    complete, swept = {}, [sweeps(d, moments, classifier) for d in sets]
+    complete = {}
     for kind, name in NAMES.items():
         edit = MeanAblate(heads if kind == "heads" else mlps, moments)
-        complete[kind] = score(
-            f"all {name} mean-ablated", *(predict(edit(d).features, classifier) for d in sets)
+        answers = [predict(edit(d).features, classifier) for d in sets]
+        complete[kind] = score(f"all {name} mean-ablated", answers[0], answers[1])
+    clean, suspect = (sweeps(d, moments, classifier) for d in sets)
+
+    def settings(kind: Kind, scheme: Scheme) -> tuple[Setting, ...]:
+        found = zip(clean[kind, scheme].predictions, suspect[kind, scheme].predictions, strict=True)
+        n_layers = len(clean[kind, scheme])
+        return tuple(
+            score(f"{_layers(kind, scheme, layer, n_layers)} mean-ablated", *answers)
+            for layer, answers in enumerate(found)
         )
-    settings = {
-        kind: {
-            scheme: tuple(
-                score(f"{_layers(kind, scheme, layer, n_layers)} mean-ablated", clean[layer], suspect[layer])
-                for layer in range(n_layers)
-            )
-            for scheme in SCHEMES
-            for clean, suspect in [[found[kind, scheme] for found in swept]]
-        }
-        for kind in KINDS
-        for n_layers in [sets[0].n_layers]
-    }
-    return Ablations(complete, settings)
+
+    return Ablations(
+        complete, {kind: {scheme: settings(kind, scheme) for scheme in SCHEMES} for kind in KINDS}
+    )
 
 
 def _layers(kind: str, scheme: str, layer: int, n_layers: int) -> str:
@@ -69,9 +69,9 @@ def repair(
             similarity=similarity, threshold=threshold, epsilon=config.epsilon, quantile=config.quantile
         ).fit(split.validation.decomposition)
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
-        setting = score(name, *(predict(edit(d).features, classifier) for d in sets))
+        answers = [predict(edit(d).features, classifier) for d in sets]
         clean, suspect = (float(detector.score(d).double().mean()) for d in sets)
-        yield Repair(similarity, threshold, setting, clean, suspect)
+        yield Repair(similarity, threshold, score(name, answers[0], answers[1]), clean, suspect)
 
 
 def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
@@ -94,7 +94,7 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
         )
 
 
-def detectors(split: Split, config: AuditConfig) -> Iterator[tuple[tuple[str, str], DecompDet]]:
+def detectors(split: Split, config: AuditConfig) -> Iterator[tuple[tuple[Similarity, Threshold], DecompDet]]:
     """Decomp-Det, fitted, under every rule."""
     for similarity, threshold in product(SIMILARITIES, THRESHOLDS):
         detector = DecompDet(

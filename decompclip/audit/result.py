@@ -15,9 +15,10 @@ from decompclip.audit.config import AuditConfig
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.evaluation.metrics import AttackReport, attack_report
+from decompclip.operators.ablation import Kind, Scheme
 
-KINDS = ("heads", "mlps")
-SCHEMES = ("forward", "backward", "separate")
+KINDS: tuple[Kind, ...] = ("heads", "mlps")
+SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,8 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [jsonable(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return jsonable(value.to_dict())
+    if (to_dict := getattr(value, "to_dict", None)) is not None:
+        return jsonable(to_dict())
     if is_dataclass(value):
         return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
     return value if isinstance(value, int | bool | str | None) else str(value)

@@ -89,7 +89,9 @@ def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:
         return PROPERTIES["shape"]
     names = read_classes(classes)
     if len(names) < 2:
-        raise ValueError(f"expected at least two classes to tell apart; {classes} names only {names[0]!r}")
+        raise ValueError(
+            f"expected at least two classes to tell apart; {classes} names only {', '.join(names)}"
+        )
     return names
 
 

@@ -38,9 +38,8 @@ def ablation_curves(ablations: Ablations, before: Setting, *, wide: bool = True)
         vertical_spacing=0.17 if wide else 0.12,
     )
     for place, (kind, scheme) in enumerate(panels):
-        where = {"row": place // columns + 1, "col": place % columns + 1}
         for trace in _panel(ablations.sweeps[kind][scheme], before, legend=place == 0):
-            plot.add_trace(trace, **where)
+            plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
     plot.update_xaxes(dtick=1 if n_layers <= 12 else 2 if n_layers <= 24 else 4, range=[-0.3, n_layers - 0.7])
     plot.update_yaxes(range=[-3, 103], dtick=25)
     for column in range(1, columns + 1):

@@ -67,7 +67,7 @@ def counts(detectors: Sequence[Detector], names: Sequence[str]) -> go.Figure:
         vertical_spacing=0.14,
     )
     for place, detector in enumerate(detectors):
-        where = {"row": place // 2 + 1, "col": place % 2 + 1}
+        row, column = place // 2 + 1, place % 2 + 1
         for label, found, colour, pattern in (
             ("clean", detector.clean_counts, "#0072B2", ""),
             ("suspect", detector.suspect_counts, "#D55E00", "/"),
@@ -82,9 +82,11 @@ def counts(detectors: Sequence[Detector], names: Sequence[str]) -> go.Figure:
                     showlegend=place == 0,
                     hovertemplate="%{x} heads: %{y:.1f} % of " + label + " images<extra></extra>",
                 ),
-                **where,
+                row=row,
+                col=column,
             )
-        plot.add_vline(x=detector.zeta + 0.5, line={"dash": "dot", "width": 1, "color": "#888"}, **where)
+        threshold = {"dash": "dot", "width": 1, "color": "#888"}
+        plot.add_vline(detector.zeta + 0.5, row=row, col=column, line=threshold)  # pyright: ignore[reportArgumentType]
     plot.update_xaxes(dtick=1 if len(detectors[0].clean_counts) <= 13 else 2)
     plot.update_xaxes(title="flagged heads", row=2)
     plot.update_yaxes(title="images, %", col=1)

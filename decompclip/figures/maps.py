@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -37,7 +39,7 @@ def contribution_overlay(values: Float[Tensor, "rows columns"], top: float) -> s
     )
 
 
-def _overlay(share: np.ndarray, colours: list[str], opacity: np.ndarray) -> str:
+def _overlay(share: np.ndarray, colours: Iterable[Any], opacity: np.ndarray) -> str:
     rgb = [unlabel_rgb(colour) if colour.startswith("rgb") else hex_to_rgb(colour) for colour in colours]
     rgba = np.concatenate([np.array(rgb), 255 * opacity.ravel()[:, None]], axis=1)
     return _uri(Image.fromarray(rgba.round().astype(np.uint8).reshape(*share.shape, 4)))

@@ -69,7 +69,7 @@ def _markers(style: Style, points: Sequence[tuple[float, Rate]], names: Sequence
 
 def _wrap(name: str, width: int = 24) -> str:
     lines = [""]
-    for word in name.split():
+    for word in name.split(" "):  # not at a no-break space
         if len(lines[-1]) + len(word) > width and lines[-1]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

@@ -28,7 +28,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
 _TO_SAFETENSORS = (
-    "where you trust the file, or in a sandbox, read it with `torch.load(path, weights_only=False)`, write its weights "
+    "and trust it, or in a sandbox, read it with `torch.load(path, weights_only=False)`, write its weights "
     "with `safetensors.torch.save_file(state_dict, 'weights.safetensors')`, and give that file"
 )
 
@@ -101,7 +101,7 @@ def _refuse_torchscript(path: Path) -> None:
     if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, which carries code: refused. For OpenAI's own models use "
-            f'`pretrained="openai"`, which has the same weights as plain tensors; for others, {_TO_SAFETENSORS} '
+            f'`pretrained="openai"`, which has the same weights as plain tensors; if you know the file, {_TO_SAFETENSORS} '
             "(with `torch.jit.load(path).state_dict()`)"
         )
 
@@ -111,12 +111,14 @@ def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
         # mapped, not read: an optimizer's state, twice the weights, is never touched
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*", str(error))
-        if found is None:
+        call = re.search(r"GLOBAL ([\w.]+)|unsupported (?:global|class) ([\w.]+)", str(error), re.IGNORECASE)
+        opcode = re.search(r"Unsupported operand \d+", str(error))
+        if call is None and opcode is None:
             raise _damaged(path, error) from error
+        what = f"would call {call.group(1) or call.group(2)!r}" if call else "takes more than torch.save writes"
         raise CheckpointError(
-            f"{path} holds more than tensors and plain data: unpickling it would call "
-            f"{found.group(1) or found.group(0)!r}. Refused, nothing was run. If you know the file, {_TO_SAFETENSORS}"
+            f"{path} holds more than tensors and plain data: unpickling it {what}. Refused, nothing was run. "
+            f"If you know the file, {_TO_SAFETENSORS}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
@@ -214,7 +216,8 @@ def _models_like(state: Mapping[str, Tensor]) -> list[str]:
             config["embed_dim"],
         )
         same_text = text_width is None or text.get("width") == text_width
-        if same_text and shape == (layers, conv[0], conv[-1], positions[0], proj[1]):
+        same_norms = bool(vision.get("no_ln_pre")) == ("visual.ln_pre.weight" not in state)
+        if same_text and same_norms and shape == (layers, conv[0], conv[-1], positions[0], proj[1]):
             found.append(name)
     plain = [name for name in found if not name.endswith("-quickgelu")]
     return (plain or found)[:3]

@@ -90,8 +90,8 @@ def config_of(visual: nn.Module) -> ViTConfig:
         d_head=d_model // n_heads,
         d_mlp=block.mlp.c_fc.out_features,
         d_embed=visual.proj.shape[1],
-        image_size=visual.image_size,
-        patch_size=visual.patch_size,
+        image_size=_pair(visual.image_size),
+        patch_size=_pair(visual.patch_size),
         activation=_activation(block) or "gelu",
         ln_eps=visual.ln_post.eps,
         layer_scale=not isinstance(block.ls_1, nn.Identity),
@@ -149,6 +149,11 @@ def _activation(block: nn.Module) -> Activation | None:
     if isinstance(layer, QuickGELU):
         return "quick_gelu"
     return "gelu" if isinstance(layer, nn.GELU) and layer.approximate == "none" else None
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size  # a list where the configuration came from JSON
+    return int(height), int(width)
 
 
 def _our_name(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import open_clip
 import torch
+from open_clip.pretrained import download_pretrained
 
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
@@ -79,12 +80,13 @@ def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, a
 def _of_open_clip(
     name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str
 ) -> HookedCLIP:
-    config = open_clip.get_model_config(name)
+    config = open_clip.get_model_config(name) if ":" not in name else None  # "hf-hub:..." would ask the network
     if config is None:
         near = difflib.get_close_matches(name, [*bundled(), *open_clip.list_models()], n=4, cutoff=0.5)
         raise UnknownModelError(
             f"there is no model {name!r}; nearest: {', '.join(map(repr, near)) or 'none'}; `decompclip.bundled()` "
-            "and `open_clip.list_models()` list all"
+            "and `open_clip.list_models()` list all. Weights from elsewhere: download them, and pass the name of their "
+            "architecture with checkpoint=PATH"
         )
     refuse(name, oddities(config["vision_cfg"]))
     _check_weights_named(name, pretrained, checkpoint)
@@ -94,11 +96,11 @@ def _of_open_clip(
             name=name, architecture=config, tokenizer=open_clip.get_tokenizer(name)
         ).with_activation(chosen)
         return _filled(spec, pretrained, checkpoint, reason)
-    model = _fetched(name, pretrained, chosen)
+    model, weights = _fetched(name, pretrained, chosen)
     return HookedCLIP.from_open_clip(
         model,
         tokenizer=open_clip.get_tokenizer(name),
-        provenance=_provenance(name, pretrained, None, chosen, reason),
+        provenance=_provenance(name, pretrained, None, chosen, reason) | {"sha256": sha256(weights)},
         copy=False,
     )
 
@@ -156,13 +158,15 @@ def _filled(
     return spec.hook(model, _provenance(spec.name, pretrained, checkpoint, spec.activation, reason))
 
 
-def _fetched(name: str, tag: str, activation: str) -> torch.nn.Module:
+def _fetched(name: str, tag: str, activation: str) -> tuple[torch.nn.Module, Path]:
+    """open_clip's model with the weights of a tag, and the file that they lie in."""
+    quick = activation == "quick_gelu"
     try:
-        with warnings.catch_warnings(), _quiet_about_downloads():
+        # Built with weights that are then replaced: their draws leave no trace.
+        with warnings.catch_warnings(), _quiet_about_downloads(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the choice has settled it
-            return open_clip.create_model(
-                name, pretrained=tag, force_quick_gelu=activation == "quick_gelu", require_pretrained=True
-            )
+            model = open_clip.create_model(name, pretrained=tag, quick_gelu=quick, require_pretrained=True)
+        return model, Path(download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     except (OSError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(

@@ -33,10 +33,10 @@ def setting(
 
 @pytest.fixture
 def base(model: HookedCLIP) -> AuditResult:
-    sources = (
+    clean, suspect = (
         open_source(spec, model, PROPERTIES["shape"], limit=40) for spec in ("shapes", "shapes:badnet")
     )
-    found = run_audit(model, *sources, PROPERTIES["shape"], target="star", config=AuditConfig(zeta=2))
+    found = run_audit(model, clean, suspect, PROPERTIES["shape"], target="star", config=AuditConfig(zeta=2))
     return replace(found, counts={"validation": 100, "clean": 400, "suspect": 400, "held_out": 0})
 
 
@@ -76,7 +76,8 @@ def test_only_twins_name_the_cause(base: AuditResult) -> None:
     [
         (0.05, 0.90, "evidence", "writes through the heads more than the MLPs"),
         (0.90, 0.05, "evidence", "writes through the MLPs more than the heads"),
-        (0.50, 0.52, "unclear", "cannot be told apart"),
+        (0.30, 0.32, "unclear", "cannot be told apart"),
+        (0.80, 0.70, "evidence", "works without any head, and without any MLP"),
     ],
 )
 def test_overlapping_intervals_decide_nothing(

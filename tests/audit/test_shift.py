@@ -40,13 +40,13 @@ def test_it_is_what_the_terms_say(pair: tuple[Decomposition, Decomposition], twi
     toward = torch.randn(16, generator=torch.Generator().manual_seed(0))
     found = shift(clean, suspect, toward, twins=twins)
     for kind in ("heads", "mlps"):
-        terms = [getattr(d, kind).double() for d in (clean, suspect)]
-        mean, error = plain(*terms, twins)
+        a, b = (getattr(d, kind).double() for d in (clean, suspect))
+        mean, error = plain(a, b, twins)
         torch.testing.assert_close(
             getattr(found, f"{kind}_distance"), mean.norm(dim=-1), rtol=1e-4, atol=1e-8
         )
         torch.testing.assert_close(getattr(found, f"{kind}_floor"), error.norm(dim=-1), rtol=1e-4, atol=1e-8)
-        push, width = plain(*(x @ toward.double() for x in terms), twins)
+        push, width = plain(a @ toward.double(), b @ toward.double(), twins)
         torch.testing.assert_close(getattr(found, f"{kind}_push"), push, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(
             getattr(found, f"{kind}_push_error"), 1.959964 * width, rtol=1e-4, atol=1e-7

@@ -81,5 +81,5 @@ def test_classes_come_from_a_file_or_from_the_world(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected --classes"):
         open_classes(None, "photos", "photos")
     file.write_text("cat\n")
-    with pytest.raises(ValueError, match=r"at least two classes.*names only 'cat'"):
+    with pytest.raises(ValueError, match=r"at least two classes.*names only cat"):
         open_classes(file, "photos", "photos")

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +24,14 @@ from decompclip.figures.theme import ACCURACY, CONTROL, RULES, SUCCESS
 LAYERS = 4
 
 
+def traces(plot: go.Figure) -> Sequence[Any]:
+    return plot.data  # type: ignore[return-value] - plotly's own annotation is of the figure
+
+
+def axis(plot: go.Figure) -> Any:
+    return plot.layout.coloraxis  # type: ignore[union-attr]
+
+
 def setting(share: float, *, labelled: bool = True) -> Setting:
     labels = torch.arange(100) % 2
     answers = torch.where(torch.arange(100) < round(100 * share), torch.full_like(labels, 2), labels)
@@ -31,33 +42,33 @@ def setting(share: float, *, labelled: bool = True) -> Setting:
 @pytest.fixture
 def ablations() -> Ablations:
     sweep = tuple(setting(1 - layer / LAYERS) for layer in range(LAYERS))
-    schemes = dict.fromkeys(("forward", "backward", "separate"), sweep)
+    schemes: dict[str, tuple[Setting, ...]] = {name: sweep for name in ("forward", "backward", "separate")}
     return Ablations({}, {"heads": schemes, "mlps": schemes})
 
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_curves_show_what_was_measured_with_its_bands(ablations: Ablations, wide: bool) -> None:
     plot = ablation_curves(ablations, setting(1.0), wide=wide)
-    series = [trace for trace in plot.data if trace.mode == "lines+markers"]
-    bands = [trace for trace in plot.data if trace.fill == "toself"]
+    series = [trace for trace in traces(plot) if trace.mode == "lines+markers"]
+    bands = [trace for trace in traces(plot) if trace.fill == "toself"]
     assert len(series) == len(bands) == 6 * 3
     success = [trace for trace in series if trace.name == "Attack success"]
     assert [list(trace.y) for trace in success] == [[100, 75, 50, 25]] * 6
     rate = ablations.sweeps["heads"]["forward"][1].success
     band = next(trace for trace in bands if trace.legendgroup == SUCCESS.label)
     assert 100 * rate.high in band.y and 100 * rate.low in band.y
-    assert sum(bool(trace.showlegend) for trace in plot.data) == 3
-    assert all(axis.title.text for axis in plot.select_yaxes(col=1))
+    assert sum(bool(trace.showlegend) for trace in traces(plot)) == 3
+    assert all(a.title.text for a in plot.select_yaxes(col=1))
 
 
 def test_accuracy_is_left_out_where_there_are_no_labels() -> None:
     plot = rates([setting(0.5, labelled=False)])
-    assert [trace.name for trace in plot.data] == ["Attack success", "Control"]
+    assert [trace.name for trace in traces(plot)] == ["Attack success", "Control"]
 
 
 def test_rates_have_whiskers_of_their_intervals() -> None:
     found = setting(0.5)
-    (success, control, accuracy) = rates([found, setting(0.2)]).data
+    (success, control, accuracy) = traces(rates([found, setting(0.2)]))
     assert success.x[0] + success.error_x.array[0] == pytest.approx(100 * found.success.high)
     assert success.x[0] - success.error_x.arrayminus[0] == pytest.approx(100 * found.success.low)
     assert len(control.x) == len(accuracy.x) == 2
@@ -77,14 +88,14 @@ def test_a_component_map_has_zero_in_the_middle_of_its_colours() -> None:
         scale="diverging",
         heads_note=torch.ones(1, 2),
     )
-    assert (plot.layout.coloraxis.cmin, plot.layout.coloraxis.cmax) == (-2, 2)
-    heads, mlps = plot.data
+    assert (axis(plot).cmin, axis(plot).cmax) == (-2, 2)
+    heads, mlps = traces(plot)
     assert np.array_equal(heads.z, [[0.5, -2.0]]) and np.array_equal(mlps.z, [[1.0]])
 
 
 def test_maps_that_are_compared_share_their_colours() -> None:
     plot = component_map(torch.ones(2, 2), torch.ones(2), unit="x", scale="sequential", top=5.0)
-    assert (plot.layout.coloraxis.cmin, plot.layout.coloraxis.cmax) == (0, 5)
+    assert (axis(plot).cmin, axis(plot).cmax) == (0, 5)
 
 
 @dataclass(frozen=True)
@@ -103,12 +114,12 @@ class Area:
 def test_the_roc_curve_holds_the_area_that_it_should() -> None:
     clean, suspect = torch.tensor([6, 3, 1, 0]), torch.tensor([1, 2, 3, 4])
     detector = Detector("dot", "epsilon", 1, 0.8, 0.7, 0.9, Rate(1, 10), Rate(7, 10), clean, suspect)
-    _, curve = roc([detector], ["rule"]).data
+    _, curve = traces(roc([detector], ["rule"]))
     area = np.trapezoid(np.array(curve.y)[::-1], np.array(curve.x)[::-1]) / 1e4
     assert area == pytest.approx(Area(clean, suspect).value())
     own = int(np.argmax(curve.marker.size))
     assert (curve.x[own], curve.y[own]) == pytest.approx((10, 70))
-    bars = counts([detector] * 4, ["a", "b", "c", "d"]).data
+    bars = traces(counts([detector] * 4, ["a", "b", "c", "d"]))
     assert len(bars) == 8 and list(bars[0].y) == pytest.approx([60, 30, 10, 0])
 
 

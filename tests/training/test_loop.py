@@ -21,8 +21,14 @@ class Tower(nn.Module):
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList([nn.Linear(4, 4)])
 
+    @property
+    def only_block(self) -> nn.Linear:
+        block = self.get_submodule("transformer.resblocks.0")
+        assert isinstance(block, nn.Linear)
+        return block
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.transformer.resblocks[0](torch.relu(self.stem(x))) + self.token_embedding.sum(0)
+        return self.only_block(torch.relu(self.stem(x))) + self.token_embedding.sum(0)
 
 
 def tower() -> Tower:
@@ -107,9 +113,9 @@ def test_who_is_optimised_how() -> None:
     )
     assert (adamw_lr, muon_lr) == (0.05, 0.5)
     decayed, plain = (group["params"] for group in adamw.param_groups)
-    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model.transformer.resblocks[0].weight)]
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model.only_block.weight)]
     assert [id(p) for p in decayed] == [id(model.stem.weight)]
     assert {id(p) for p in plain} == {
-        id(p) for p in (model.token_embedding, model.stem.bias, model.transformer.resblocks[0].bias)
+        id(p) for p in (model.token_embedding, model.stem.bias, model.only_block.bias)
     }
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]

@@ -1,0 +1,214 @@
+"""Files of weights from strangers: read as tensors, or refused by name; no code in them runs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from torch import nn
+
+from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.errors import CheckpointError
+from decompclip.models.spec import build_open_clip
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def state(source: CLIP) -> State:
+    return {key: value.detach().clone() for key, value in source.state_dict().items()}
+
+
+def same(found: State, expected: State) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def with_prefix(state: State, prefix: str = "module.") -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+class Trap:
+    """An object whose unpickling creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.marker,)
+
+
+FORMS: dict[str, Callable[[State], Any]] = {
+    "plain": lambda state: state,
+    "open_clip_train": lambda state: {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": with_prefix(state),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]},
+        "scaler": {"scale": 65536.0},
+    },
+    "CleanCLIP and BadCLIP": lambda state: {
+        "epoch": 10,
+        "name": "badclip",
+        "state_dict": with_prefix(state),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-6, "betas": (0.9, 0.999)}]},
+    },
+    "OpenAI's numbers beside": lambda state: {
+        **state,
+        "input_resolution": torch.tensor(24),
+        "context_length": torch.tensor(77),
+        "vocab_size": torch.tensor(49408),
+    },
+    "a trainer's nests": lambda state: {"model": with_prefix(state, "_orig_mod.module.")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_files_are_read(tmp_path: Path, state: State, form: str, legacy: bool) -> None:
+    path = tmp_path / "epoch_10.pt"
+    torch.save(FORMS[form](state), path, _use_new_zipfile_serialization=not legacy)
+    assert same(read_checkpoint(path), state)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin"])
+def test_safetensors_are_read_whatever_their_name(tmp_path: Path, state: State, name: str) -> None:
+    save_file(with_prefix(state), tmp_path / name)
+    assert same(read_checkpoint(str(tmp_path / name)), state)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, state: State, form: str) -> None:
+    path, marker = tmp_path / "suspect.pt", tmp_path / "marker"
+    content = {"state_dict": state, "args": Trap(marker)}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(content["args"]))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError) as told:
+        read_checkpoint(path)
+    assert not marker.exists()
+    message = str(told.value)
+    assert str(path) in message
+    assert "holds more than tensors and plain data: unpickling it would call" in message
+    assert "Refused, nothing was run" in message
+    assert "Path.touch" in message or "getattr" in message
+    assert "safetensors.torch.save_file" in message
+    pickle.loads(pickle.dumps(content["args"]))  # the trap does snap
+    assert marker.exists()
+
+
+def test_objects_of_other_libraries_are_named(tmp_path: Path, state: State) -> None:
+    torch.save({"state_dict": state, "best": np.float64(0.5)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"would call 'numpy.*scalar'"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "ViT-B-32.pt"
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
+    with pytest.raises(CheckpointError, match=r"TorchScript archive, which carries code: refused.*pretrained=\"openai\""):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.999])
+def test_a_truncated_file_says_so(tmp_path: Path, state: State, form: str, keep: float) -> None:
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"bytes\) is truncated or damaged: .*download it again"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: 0 bytes; copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*`git lfs pull`"),
+        (b"<!DOCTYPE html><html>", "is no file of weights: it starts with b'<!DOCTYPE ht'"),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_missing_file_says_what_lies_beside(tmp_path: Path, state: State) -> None:
+    torch.save(state, tmp_path / "epoch_10.pt")
+    with pytest.raises(CheckpointError, match=r"it is missing; beside it lie epoch_10.pt; give the path"):
+        read_checkpoint(tmp_path / "epoch_1.pt")
+    with pytest.raises(CheckpointError, match="it is a folder"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "held"), [({"epoch": 3, "lr": 0.1}, "it holds epoch, lr"), ([1, 2], "it holds list")]
+)
+def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, content: Any, held: str) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=f"no weights in .*: {held}; expected a state dict"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_sha256_is_the_file_s(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def misfit(model: CLIP, state: State) -> str:
+    with pytest.raises(CheckpointError) as told:
+        check_fit(model, state, source="a.pt", name="ViT-tiny-8")
+    return str(told.value)
+
+
+def test_weights_that_fit_pass(source: CLIP, state: State) -> None:
+    check_fit(source, state, source="a.pt", name="ViT-tiny-8")
+
+
+def test_a_misfit_counts_what_is_wrong(source: CLIP, state: State) -> None:
+    total = len(state)
+    del state["visual.ln_pre.bias"]
+    state |= {f"extra{i}": torch.zeros(1) for i in range(4)}
+    state["visual.proj"] = torch.zeros(32, 24)
+    assert misfit(source, state).startswith(
+        f"a.pt does not fit ViT-tiny-8: of {total} weights 1 missing (visual.ln_pre.bias); 4 left over (extra0, "
+        "extra1, extra2, ...); 1 of another shape (visual.proj expected [32, 20], got [32, 24]). Likely cause: "
+    )
+
+
+CAUSES: dict[str, Callable[[State], State]] = {
+    "holds a ResNet, whose tower is not supported": lambda state: {"visual.layer1.0.conv1.weight": torch.zeros(1)},
+    "Hugging Face transformers' layout": lambda state: {"vision_model.post_layernorm.bias": torch.zeros(1)},
+    "holds a timm tower": lambda state: {"visual.trunk.pos_embed": torch.zeros(1)},
+    "holds an image tower alone; a whole CLIP is needed": lambda state: {
+        key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")
+    },
+    "holds another model; give the name that it was trained under": lambda state: {"weight": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_likely_cause_is_named(source: CLIP, state: State, cause: str) -> None:
+    assert f"Likely cause: the file {cause}" in misfit(source, CAUSES[cause](state)).replace("is in ", "")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-L-14-336"])
+def test_the_model_that_a_file_holds_is_recognised(source: CLIP, name: str) -> None:
+    architecture = open_clip.get_model_config(name)
+    assert architecture is not None
+    with torch.device("meta"):
+        state = build_open_clip(architecture).state_dict()
+    assert misfit(source, state).endswith(f"Likely cause: the file holds {name}; give that name")
