@@ -256,5 +256,7 @@ def _notes(result: AuditResult) -> Iterator[Finding]:
             yield Finding("note", f"Few {side} images", text)
         if skipped := len(result.skipped[side]):
             yield Finding(
-                "note", f"{skipped} {side} files skipped", "They are listed at the end of the report."
+                "note",
+                f"{skipped} {side} file{'s' if skipped > 1 else ''} skipped",
+                "The end of the report lists what and why.",
             )

@@ -192,7 +192,7 @@ def test_what_is_not_known_is_said(base: AuditResult) -> None:
         base, counts={**base.counts, "clean": 20}, skipped={"clean": (SkippedFile("a", "b"),), "suspect": ()}
     )
     assert found(few, "Few clean images").weight == "note"
-    assert found(few, "1 clean files skipped").weight == "note"
+    assert found(few, "1 clean file skipped").weight == "note"
 
 
 @pytest.mark.parametrize(("low", "weight"), [(0.5, "note"), (-0.1, "unclear")])

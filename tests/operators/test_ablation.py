@@ -1,0 +1,213 @@
+"""Ablation, direct and causal from one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.components import embed, everything, heads, mlps
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.moments import Moments
+from decompclip.models.vit import HookedViT
+from decompclip.operators.ablation import MeanAblate, ZeroAblate, sweep, sweeps
+from decompclip.operators.intervention import Composition, Intervention
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+NOTHING = heads[0] - heads[0]
+
+
+@pytest.fixture(scope="module")
+def clean() -> Tensor:
+    return torch.randn(16, 3, 24, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def moments(tower: HookedViT, clean: Tensor) -> Moments:
+    return Moments.fit(tower, clean.split(6))
+
+
+@pytest.fixture(scope="module")
+def d(tower: HookedViT, images: Tensor) -> Decomposition:
+    return decompose(tower, images)
+
+
+def causal(tower: HookedViT, images: Tensor, edit: Intervention, **options: Any) -> Tensor:
+    with tower.hooks(fwd_hooks=edit.fwd_hooks(tower, **options)):
+        return tower(images)
+
+
+def test_only_the_chosen_terms_change(d: Decomposition, moments: Moments) -> None:
+    edited = MeanAblate(heads[1, 2] | mlps[-1] | embed, moments)(d)
+    for layer in range(3):
+        for head in range(4):
+            expected = (
+                moments.heads[1, 2].float().expand(5, -1)
+                if (layer, head) == (1, 2)
+                else d.heads[:, layer, head]
+            )
+            torch.testing.assert_close(edited.heads[:, layer, head], expected, **CLOSE)
+    torch.testing.assert_close(edited.mlps[:, :2], d.mlps[:, :2])
+    torch.testing.assert_close(edited.mlps[:, 2], moments.mlps[2].float().expand(5, -1))
+    torch.testing.assert_close(edited.embed, moments.embed.float().expand(5, -1))
+    with pytest.raises(ValueError, match="edited"):
+        edited.sum_error
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+def test_features_change_by_the_replaced_terms(
+    tower: HookedViT, images: Tensor, clean: Tensor, convention
+) -> None:
+    d = decompose(tower, images, convention=convention, normalize=True)
+    moments = Moments.fit(tower, [clean], convention=convention, normalize=True)
+    edited = MeanAblate(heads[-1], moments)(d)
+    change = moments.heads[-1].float().sum(0) - d.heads[:, -1].sum(1)
+    torch.testing.assert_close(edited.features, d.features + change, **CLOSE)
+    gone = ZeroAblate(everything)(d)
+    torch.testing.assert_close(gone.features, d.bias, **CLOSE)
+
+
+def test_an_empty_intervention_changes_nothing(
+    tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments
+) -> None:
+    for edit in (MeanAblate(NOTHING, moments), ZeroAblate(NOTHING), Composition()):
+        assert edit(d) is d
+        assert edit.fwd_hooks(tower) == []
+        torch.testing.assert_close(causal(tower, images, edit), tower(images), rtol=0, atol=0)
+
+
+def test_everything_replaced_by_the_mean_is_the_mean_feature(d: Decomposition, moments: Moments) -> None:
+    edited = MeanAblate(everything, moments)(d)
+    spread = (edited.features - edited.features.mean(0)).abs().max()
+    assert spread <= (d.bias - d.bias.mean(0)).abs().max() + 1e-4  # only the constants' scale is left
+
+
+@pytest.mark.parametrize("components", [mlps[-1], heads[-1], heads[-1, 2], heads[-1] | mlps[-1]])
+def test_direct_is_causal_in_the_last_block_at_a_frozen_scale(
+    tower: HookedViT, images: Tensor, d: Decomposition, components
+) -> None:
+    """Nothing reads the last MLP but the last LayerNorm, whose scale a direct edit holds at its clean value."""
+    scales: list[Tensor] = []
+    with tower.hooks(fwd_hooks=[("ln_final.hook_scale", lambda s, hook: scales.append(s.clone()))]):
+        tower(images)
+    hooks = ZeroAblate(components).fwd_hooks(tower)
+    if components != mlps[-1]:  # what the heads no longer write, the last MLP must not see either
+        _, cache = tower.run_with_cache(images)
+        hooks.append(("blocks.2.ln2.hook_normalized", lambda x, hook: cache["blocks.2.ln2.hook_normalized"]))
+    if components == heads[-1] | mlps[-1]:
+        hooks = ZeroAblate(components).fwd_hooks(tower)
+    frozen: list[Any] = [*hooks, ("ln_final.hook_scale", lambda s, hook: scales[0])]
+    with tower.hooks(fwd_hooks=frozen):
+        features = tower(images)
+    torch.testing.assert_close(features, ZeroAblate(components)(d).features, **CLOSE)
+
+
+def test_later_layers_see_a_causal_edit_and_no_direct_one(
+    tower: HookedViT, images: Tensor, d: Decomposition
+) -> None:
+    edit = ZeroAblate(heads[0])
+    with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):
+        seen = decompose(tower, images)
+    torch.testing.assert_close(seen.features, causal(tower, images, edit), **CLOSE)
+    torch.testing.assert_close(seen.heads[:, 0], torch.zeros_like(seen.heads[:, 0]), atol=1e-5, rtol=0)
+    assert not torch.allclose(seen.heads[:, 1:], d.heads[:, 1:], **CLOSE)
+    torch.testing.assert_close(edit(d).heads[:, 1:], d.heads[:, 1:])
+
+
+def test_causal_mean_ablation_writes_the_stream_means(
+    tower: HookedViT, images: Tensor, moments: Moments
+) -> None:
+    edit = MeanAblate(heads[1, 3] | mlps[0] | embed, moments)
+    assert moments.streams is not None
+    with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):
+        _, cache = tower.run_with_cache(images)
+    torch.testing.assert_close(
+        cache["z", 1][:, :, 3], moments.streams.z[1, :, 3].float().expand(5, -1, -1), **CLOSE
+    )
+    torch.testing.assert_close(
+        cache["mlp_out", 0], moments.streams.mlp_out[0].float().expand(5, -1, -1), **CLOSE
+    )
+    torch.testing.assert_close(
+        cache["resid_pre", 0], moments.streams.embed.float().expand(5, -1, -1), **CLOSE
+    )
+
+
+def test_pooled_rows_alone(tower: HookedViT, images: Tensor) -> None:
+    _, before = tower.run_with_cache(images)
+    with tower.hooks(fwd_hooks=ZeroAblate(mlps[0], rows="pooled").fwd_hooks(tower)):
+        _, after = tower.run_with_cache(images)
+    assert not after["mlp_out", 0][:, 0].any()
+    torch.testing.assert_close(after["mlp_out", 0][:, 1:], before["mlp_out", 0][:, 1:])
+
+
+def test_where_restricts_heads_image_by_image(tower: HookedViT, images: Tensor, d: Decomposition) -> None:
+    where = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    edited = ZeroAblate(heads[1:])(d, where=where)
+    where[:, 0] = False
+    torch.testing.assert_close(edited.coords, d.coords * ~where[..., None])
+    hidden = causal(tower, images, ZeroAblate(heads[1:]), where=where)
+    for i in range(5):
+        alone = causal(tower, images[i : i + 1], ZeroAblate(heads[1:]), where=where[i : i + 1])
+        torch.testing.assert_close(hidden[i : i + 1], alone, **CLOSE)
+
+
+def test_composition_goes_left_to_right(d: Decomposition, moments: Moments) -> None:
+    mean, zero = MeanAblate(heads[1], moments), ZeroAblate(heads[1, :2] | mlps[0])
+    torch.testing.assert_close((mean | zero)(d).features, zero(mean(d)).features)
+    torch.testing.assert_close((zero | mean)(d).coords, mean(zero(d)).coords)
+    chain = mean | zero | mean
+    assert len(chain.steps) == 3
+    assert repr(mean | zero) == f"{mean!r} | {zero!r}"
+    assert "ZeroAblate(heads[1, :2] | mlps[0])" in repr(zero)
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Moments, fill: str) -> None:
+    classifier = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
+    found = sweeps(d, moments if fill == "mean" else None, classifier)
+    assert len(found) == 6
+    for (kind, scheme), result in found.items():
+        assert len(result) == 3
+        for layer in range(3):
+            parts = result.components(layer)
+            edit = MeanAblate(parts, moments) if fill == "mean" else ZeroAblate(parts)
+            expected = (edit(d).features @ classifier.T).argmax(1)
+            assert torch.equal(result[layer], expected), (kind, scheme, layer)
+        single = sweep(d, moments if fill == "mean" else None, classifier, kind, scheme)
+        assert torch.equal(single.predictions, result.predictions)
+        assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
+
+
+def test_errors_say_what_to_do(
+    tower: HookedViT, make_tower: Callable[..., HookedViT], images: Tensor, d: Decomposition, moments: Moments
+) -> None:
+    with pytest.raises(IndexError, match=r"expected a layer in 0\.\.2 .*received layer 7 in mlps\[7\]"):
+        ZeroAblate(mlps[7])(d)
+    with pytest.raises(IndexError, match=r"expected a head in 0\.\.3 .*received head 4 in heads\[0, 4\]"):
+        ZeroAblate(heads[0, 4]).fwd_hooks(tower)
+    with pytest.raises(ValueError, match=r"convention='centred'.*received convention='paper'"):
+        MeanAblate(heads, moments)(decompose(tower, images, convention="paper"))
+    with pytest.raises(ValueError, match="other weights; fit the moments on the model they are used with"):
+        MeanAblate(heads, moments).fwd_hooks(make_tower(seed=4, layer_scale=True))
+    bare = Moments.of(d)
+    with pytest.raises(ValueError, match="expected moments with stream means.*stream=True"):
+        MeanAblate(heads, bare).fwd_hooks(tower)
+    with pytest.raises(ValueError, match=r"expected rows of \('all', 'pooled'\); received 'cls'"):
+        ZeroAblate(heads, rows="cls")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        ZeroAblate(heads) | 3  # type: ignore[operator]
+
+
+def test_wrong_masks_and_classifiers_are_told(ours_alone: None, d: Decomposition) -> None:
+    with pytest.raises(
+        ValueError, match=r"boolean mask \[batch, layer, head\] = \[5, 3, 4\]; received .* \[5, 4\]"
+    ):
+        ZeroAblate(heads)(d, where=torch.ones(5, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"expected a classifier \[class, 20\]; received \[9, 21\]"):
+        sweep(d, None, torch.zeros(9, 21))
+    with pytest.raises(ValueError, match=r"expected a scheme of .*'forward'.*; received 'up'"):
+        sweep(d, None, torch.zeros(9, 20), scheme="up")  # type: ignore[arg-type]
