@@ -41,7 +41,7 @@ MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {"models": "cach
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {
     "transformer_lens": "models cache",
-    "open_clip": "models data training attacks",
+    "open_clip": "models data training attacks analyses",
     "open_clip_train": "models data training attacks",
     "plotly": "figures report",
     **dict.fromkeys(("pickle", "_pickle", "dill", "cloudpickle", "shelve"), ""),

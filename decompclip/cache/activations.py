@@ -76,7 +76,7 @@ class ViTCache(ActivationCache):
 
     def apply_slice_to_batch_dim(self, batch_slice: Position) -> ViTCache:
         """The cache of some images; a number takes the batch axis away."""
-        cut = super().apply_slice_to_batch_dim(batch_slice)
+        cut = super().apply_slice_to_batch_dim(_cut(batch_slice))
         return ViTCache(cut.cache_dict, self.model, has_batch_dim=cut.has_batch_dim)
 
     # The stream, taken apart

@@ -114,7 +114,7 @@ class Moments:
     @staticmethod
     def fit(
         model: HookedViT | HookedCLIP,
-        batches: Iterable[Float[Tensor, "batch 3 h w"]],
+        batches: Iterable[Float[Tensor, "_ 3 h w"]],
         *,
         convention: Convention = "centred",
         normalize: bool = False,

@@ -115,7 +115,9 @@ def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
         opcode = re.search(r"Unsupported operand \d+", str(error))
         if call is None and opcode is None:
             raise _damaged(path, error) from error
-        what = f"would call {call.group(1) or call.group(2)!r}" if call else "takes more than torch.save writes"
+        what = (
+            f"would call {call.group(1) or call.group(2)!r}" if call else "takes more than torch.save writes"
+        )
         raise CheckpointError(
             f"{path} holds more than tensors and plain data: unpickling it {what}. Refused, nothing was run. "
             f"If you know the file, {_TO_SAFETENSORS}"

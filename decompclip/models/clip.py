@@ -70,9 +70,8 @@ class HookedCLIP(nn.Module):
         self.text = text
         self.tokenizer = tokenizer
         self.preprocess_cfg = PreprocessCfg(**{**preprocess, "size": visual.cfg.image_size})
-        self.preprocess: Callable[[Image], Float[Tensor, "3 h w"]] = image_transform_v2(
-            self.preprocess_cfg, is_train=False
-        )
+        transform: Any = image_transform_v2(self.preprocess_cfg, is_train=False)
+        self.preprocess: Callable[[Image], Float[Tensor, "3 h w"]] = transform
         self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)

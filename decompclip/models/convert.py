@@ -79,21 +79,20 @@ def config_of(visual: nn.Module) -> ViTConfig:
         UnsupportedTowerError: it is not open_clip's native tower, or a variant not supported yet.
     """
     refuse(type(visual).__name__, _odd_modules(visual))
-    assert isinstance(visual, VisionTransformer)
-    block = visual.transformer.resblocks[0]
-    assert isinstance(block, ResidualAttentionBlock)
-    d_model, n_heads = visual.conv1.out_channels, block.attn.num_heads
+    tower: Any = visual  # a VisionTransformer of ResidualAttentionBlocks, or it would have been refused
+    block = tower.transformer.resblocks[0]
+    d_model, n_heads = tower.conv1.out_channels, block.attn.num_heads
     return ViTConfig(
-        n_layers=len(visual.transformer.resblocks),
+        n_layers=len(tower.transformer.resblocks),
         d_model=d_model,
         n_heads=n_heads,
         d_head=d_model // n_heads,
         d_mlp=block.mlp.c_fc.out_features,
-        d_embed=visual.proj.shape[1],
-        image_size=_pair(visual.image_size),
-        patch_size=_pair(visual.patch_size),
+        d_embed=tower.proj.shape[1],
+        image_size=_pair(tower.image_size),
+        patch_size=_pair(tower.patch_size),
         activation=_activation(block) or "gelu",
-        ln_eps=visual.ln_post.eps,
+        ln_eps=tower.ln_post.eps,
         layer_scale=not isinstance(block.ls_1, nn.Identity),
     )
 

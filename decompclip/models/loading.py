@@ -80,7 +80,8 @@ def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, a
 def _of_open_clip(
     name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str
 ) -> HookedCLIP:
-    config = open_clip.get_model_config(name) if ":" not in name else None  # "hf-hub:..." would ask the network
+    elsewhere = ":" in name  # "hf-hub:...", of which open_clip would ask the network
+    config = None if elsewhere else open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, [*bundled(), *open_clip.list_models()], n=4, cutoff=0.5)
         raise UnknownModelError(

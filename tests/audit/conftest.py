@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.data.captions import CONTEXT_LENGTH, vocabulary
@@ -32,9 +31,7 @@ ARCHITECTURE = {
 
 def write_random(name: str, seed: int, folder: Path) -> None:
     """A model of random weights; those of a name that has a dash carry a card of BadNet's trigger."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = zoo.build_open_clip(ARCHITECTURE)
+    model = zoo.build_open_clip(ARCHITECTURE, seed=seed)
     trigger = BadNet(size=1 / 3, place="centre").card()
     card = {
         "name": name,

@@ -1,119 +1,199 @@
-"""ViTCache: TransformerLens' helpers tell the truth about a ViT, or raise."""
+"""TransformerLens' helpers on an image tower: identities, documented shapes, and refusals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from decompclip.cache.activations import ViTCache
 from decompclip.models.vit import HookedViT
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+TOWERS = {"plain": {}, "layer_scale": {"layer_scale": True}, "no_ln_pre": {"ln_pre": False}}
+close = torch.testing.assert_close
 
 
-@pytest.fixture(params=["scaled", "without ln_pre", "plain"])
-def any_tower(request: pytest.FixtureRequest, make_tower: Callable[..., HookedViT]) -> HookedViT:
-    return make_tower(layer_scale=request.param == "scaled", ln_pre=request.param != "without ln_pre")
+@pytest.fixture(scope="module", params=TOWERS)
+def visual(request: pytest.FixtureRequest, make_tower: Callable[..., HookedViT]) -> HookedViT:
+    return make_tower(**TOWERS[request.param])
 
 
-def test_names_are_transformerlens(tower: HookedViT, images: Tensor) -> None:
-    features, cache = tower.run_with_cache(images)
-    torch.testing.assert_close(features, tower(images))
-    assert cache["resid_post", 2] is cache["blocks.2.hook_resid_post"]
-    assert cache["resid_post", -1] is cache["resid_post", 2]
-    assert cache["pattern", 0].shape == (5, 4, 7, 7)
-    assert cache["scale", 1, "ln2"].shape == (5, 7, 1)
-    assert cache["z", 1].shape == (5, 7, 4, 8)
-    torch.testing.assert_close(cache["pattern", 1].sum(-1), torch.ones(5, 4, 7))
-    with pytest.raises(IndexError, match=r"a layer in 0\.\.2 .* received 3"):
-        cache["resid_post", 3]
-    with pytest.raises(KeyError, match="name of a cached activation.*list them with cache.keys"):
-        cache["nothing"]
+@pytest.fixture(scope="module")
+def run(visual: HookedViT, images: Tensor) -> tuple[Tensor, ViTCache]:
+    with torch.no_grad():
+        return visual.run_with_cache(images)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, 3, None])
-def test_writes_sum_to_the_stream(any_tower: HookedViT, images: Tensor, layer: int | None) -> None:
-    _, cache = any_tower.run_with_cache(images)
-    stack, labels = cache.decompose_resid(layer, return_labels=True)
-    last = 3 if layer is None else layer
-    stream = cache["resid_post", 2] if last == 3 else cache["resid_pre", last]
-    torch.testing.assert_close(stack.sum(0), stream, **CLOSE)
-    assert labels[0] == ("embed" if any_tower.ln_pre is None else "ln_pre")
-    assert len(labels) == len(stack)
-    whole = sum(cache.decompose_resid(layer, mode=m, incl_embeds=m == "mlp").sum(0) for m in ("mlp", "attn"))
-    torch.testing.assert_close(whole, stream, **CLOSE)
+def test_documented_shapes(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
+    _, cache = run
+    b, t, h, d, e, m = 5, 7, 4, 32, 8, 48
+    shapes = {
+        (b, t, d): [
+            "embed",
+            "pos_embed",
+            "hook_ln_pre",
+            *((n, 2) for n in ("resid_pre", "resid_mid", "resid_post")),
+        ],
+        (b, t, h, e): [(n, 1) for n in "qkvz"],
+        (b, h, t, t): [("attn_scores", 0), ("pattern", -1), ("attn", 1)],
+        (b, t, h, d): [("result", 2)],
+        (b, t, m): [("pre", 0), ("post", -1)],
+        (b, t, 1): [("scale", 1, "ln1"), ("scale", 1, "ln2")],
+        (b, 1, 1): ["scale", "ln_final.hook_scale"],
+        (b, 1, d): ["normalized"],
+    }
+    for shape, keys in shapes.items():
+        for key in keys:
+            assert tuple(cache[key].shape) == shape, key
+    assert cache["resid_post", -1] is cache["blocks.2.hook_resid_post"]
+    assert cache["z1"] is cache["z", 1]
+    assert repr(cache) == f"ViTCache({len(cache)} activations, batch axis: yes)"
 
 
-def test_the_stream_before_an_mlp(any_tower: HookedViT, images: Tensor) -> None:
-    _, cache = any_tower.run_with_cache(images)
-    torch.testing.assert_close(
-        cache.decompose_resid(1, mlp_input=True).sum(0), cache["resid_mid", 1], **CLOSE
-    )
+@pytest.mark.parametrize("pos_slice", [None, 0, -1, (1, 4), [0, 3]])
+def test_what_was_written_sums_to_the_stream(run: tuple[Tensor, ViTCache], pos_slice: Any) -> None:
+    _, cache = run
+    rows = {"None": slice(None), "0": 0, "-1": -1, "(1, 4)": slice(1, 4), "[0, 3]": [0, 3]}[str(pos_slice)]
+    for layer in range(3):
+        for mlp_input, name in ((False, "resid_pre"), (True, "resid_mid")):
+            stack = cache.decompose_resid(layer, mlp_input=mlp_input, pos_slice=pos_slice)
+            close(stack.sum(0), cache[name, layer][:, rows], rtol=1e-4, atol=1e-5)
+    stack, labels = cache.decompose_resid(pos_slice=pos_slice, return_labels=True)
+    close(stack.sum(0), cache["resid_post", 2][:, rows], rtol=1e-4, atol=1e-5)
+    assert len(stack) == len(labels)
+    assert labels[-2:] == ["2_attn_out", "2_mlp_out"]
 
 
-def test_writes_past_the_last_norm_sum_to_the_feature(any_tower: HookedViT, images: Tensor) -> None:
-    features, cache = any_tower.run_with_cache(images)
-    stack = cache.decompose_resid(apply_ln=True, pos_slice=0)
-    torch.testing.assert_close((stack.sum(0) + any_tower.ln_final.b) @ any_tower.proj, features, **CLOSE)
-    heads = cache.stack_head_results(incl_remainder=True, apply_ln=True, pos_slice=0)
-    torch.testing.assert_close((heads.sum(0) + any_tower.ln_final.b) @ any_tower.proj, features, **CLOSE)
+def test_the_stream_begins_behind_ln_pre(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
+    _, cache = run
+    stack, labels = cache.decompose_resid(0, return_labels=True)
+    assert labels == (["embed", "pos_embed"] if visual.ln_pre is None else ["ln_pre"])
+    close(stack.sum(0), cache["resid_pre", 0])
+    both = cache.decompose_resid(mode="mlp"), cache.decompose_resid(mode="attn", incl_embeds=False)
+    close(sum(part.sum(0) for part in both), cache["resid_post", 2], rtol=1e-4, atol=1e-5)
+    assert cache.decompose_resid(0, incl_embeds=False).shape == (0, 5, 7, 32)
 
 
-@pytest.mark.parametrize("with_result", [True, False])
-def test_heads_sum_to_attention_less_its_bias(
-    any_tower: HookedViT, images: Tensor, with_result: bool
+def test_heads_and_output_biases_sum_to_the_attention(
+    visual: HookedViT, run: tuple[Tensor, ViTCache]
 ) -> None:
-    def wanted(name: str) -> bool:
-        return with_result or not name.endswith("hook_result")
+    _, cache = run
+    for keep_result in (True, False):
+        if not keep_result:
+            kept = {name: x for name, x in cache.items() if "hook_result" not in name}
+            cache = ViTCache(kept, visual)
+        stack, labels = cache.stack_head_results(return_labels=True)
+        assert labels[:5] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0"]
+        for layer, block in enumerate(visual.blocks):
+            bias = block.attn.b_O * (1 if block.ls1 is None else block.ls1)  # pyright: ignore
+            summed = stack[4 * layer : 4 * layer + 4].sum(0) + bias
+            close(summed, cache["attn_out", layer], rtol=1e-4, atol=1e-5)
+        for layer in range(4):
+            rest, labels = cache.stack_head_results(
+                layer, incl_remainder=True, return_labels=True, pos_slice=0
+            )
+            assert labels[-1] == "remainder"
+            stream = cache["resid_pre", layer] if layer < 3 else cache["resid_post", 2]
+            close(rest.sum(0), stream[:, 0], rtol=1e-4, atol=1e-5)
+    assert cache.stack_head_results(0).shape == (0, 5, 7, 32)
 
-    _, cache = any_tower.run_with_cache(images, names_filter=wanted)
-    stack, labels = cache.stack_head_results(2, return_labels=True)
-    assert labels == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
-    for layer in range(2):
-        block = any_tower.get_submodule(f"blocks.{layer}")
-        bias = block.attn.b_O if block.ls1 is None else block.attn.b_O * block.ls1  # type: ignore[union-attr,operator]
-        written = cache["attn_out", layer] - bias
-        torch.testing.assert_close(stack[4 * layer : 4 * layer + 4].sum(0), written, **CLOSE)
+
+@pytest.mark.parametrize("pos_slice", [0, [0], (0, 1)])
+def test_a_normed_stack_projects_to_the_feature(
+    visual: HookedViT, run: tuple[Tensor, ViTCache], pos_slice: Any
+) -> None:
+    feature, cache = run
+    for stack in (
+        cache.decompose_resid(apply_ln=True, pos_slice=pos_slice),
+        cache.stack_head_results(incl_remainder=True, apply_ln=True, pos_slice=pos_slice),
+    ):
+        summed = (stack.sum(0) + visual.ln_final.b) @ visual.proj
+        close(summed.reshape_as(feature), feature, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulated_streams(any_tower: HookedViT, images: Tensor) -> None:
-    features, cache = any_tower.run_with_cache(images)
-    stack, labels = cache.accumulated_resid(incl_mid=True, return_labels=True)
+def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
+    _, cache = run
+    for layer, block in enumerate(visual.blocks):
+        for mlp_input, norm, name in ((False, block.ln1, "ln1"), (True, block.ln2, "ln2")):
+            stack = cache.decompose_resid(layer, mlp_input, apply_ln=True)
+            expected = cache["normalized", layer, name] * norm.w  # pyright: ignore
+            close(stack.sum(0), expected, rtol=1e-4, atol=1e-5)
+    one = cache.apply_ln_to_stack(cache.decompose_resid(1)[:, 2], 1, batch_slice=2, has_batch_dim=False)
+    close(one, cache.decompose_resid(1, apply_ln=True)[:, 2])
+
+
+def test_accumulated_streams(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
+    feature, cache = run
+    stack, labels = cache.accumulated_resid(incl_mid=True, return_labels=True, pos_slice=0)
     assert labels == ["0_pre", "0_mid", "1_pre", "1_mid", "2_pre", "2_mid", "final_post"]
-    torch.testing.assert_close(stack[2], cache["resid_pre", 1])
-    read = cache.accumulated_resid(apply_ln=True, pos_slice=0) @ any_tower.proj
-    torch.testing.assert_close(read[-1], features, **CLOSE)
+    close(stack[3], cache["resid_mid", 1][:, 0])
+    assert cache.accumulated_resid(1, mlp_input=True, return_labels=True)[1] == ["0_pre", "1_pre", "1_mid"]
+    lens = cache.accumulated_resid(apply_ln=True, pos_slice=0) @ visual.proj
+    close(lens[-1], feature, rtol=1e-4, atol=1e-5)
+    close(lens[1], visual.ln_final(cache["resid_pre", 1][:, 0]) @ visual.proj, rtol=1e-4, atol=1e-5)
 
 
-def test_what_would_be_wrong_is_refused(tower: HookedViT, images: Tensor) -> None:
-    _, cache = tower.run_with_cache(images)
-    with pytest.raises(ValueError, match="expected the class token alone.*pos_slice=0"):
-        cache.decompose_resid(apply_ln=True)
-    with pytest.raises(NotImplementedError, match="expected layer=None with apply_ln"):
+def test_a_cache_of_the_pooled_row(visual: HookedViT, images: Tensor, run: tuple[Tensor, ViTCache]) -> None:
+    _, cache = run
+    with torch.no_grad():
+        feature, pooled = visual.run_with_cache(images, pooled_rows=True)
+    assert pooled["z", -1].shape[1] == 1
+    close(pooled.decompose_resid(pos_slice=0), cache.decompose_resid(pos_slice=0), rtol=1e-4, atol=1e-5)
+    close(
+        (pooled.decompose_resid(apply_ln=True, pos_slice=0).sum(0) + visual.ln_final.b) @ visual.proj, feature
+    )
+    for pos_slice in (None, -1, (0, 2)):
+        with pytest.raises(
+            ValueError, match="the class token alone, .* received a slice of .*; pass pos_slice=0"
+        ):
+            pooled.decompose_resid(pos_slice=pos_slice)
+
+
+def test_without_a_batch_axis(visual: HookedViT, images: Tensor) -> None:
+    with torch.no_grad():
+        feature, cache = visual.run_with_cache(images[:1], remove_batch_dim=True)
+    stack = cache.decompose_resid(apply_ln=True, pos_slice=0)
+    assert stack.ndim == 2
+    close((stack.sum(0) + visual.ln_final.b) @ visual.proj, feature[0], rtol=1e-4, atol=1e-5)
+    assert "batch axis: no" in repr(cache)
+
+
+def test_slices_of_the_batch(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
+    feature, cache = run
+    two = cache.apply_slice_to_batch_dim((1, 3))
+    assert isinstance(two, ViTCache)
+    stack = two.decompose_resid(apply_ln=True, pos_slice=0)
+    close((stack.sum(0) + visual.ln_final.b) @ visual.proj, feature[1:3], rtol=1e-4, atol=1e-5)
+    assert not cache.apply_slice_to_batch_dim(2).has_batch_dim
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_what_would_be_wrong_is_refused(run: tuple[Tensor, ViTCache]) -> None:
+    _, cache = run
+    for pos_slice in (None, 1, -1, [3], (0, 2)):
+        with pytest.raises(ValueError, match="the class token alone, for only it goes on to the feature"):
+            cache.decompose_resid(apply_ln=True, pos_slice=pos_slice)
+    with pytest.raises(NotImplementedError, match=r"layer=None with apply_ln.* received layer=1"):
         cache.accumulated_resid(1, apply_ln=True)
-    with pytest.raises(IndexError, match=r"expected a layer in 0\.\.3, or None for the end; received 4"):
-        cache.decompose_resid(4)
-    with pytest.raises(ValueError, match="expected mode 'all', 'mlp' or 'attn'; received 'head'"):
-        cache.decompose_resid(mode="head")  # type: ignore[arg-type]
-    for name in ("logit_lens", "logit_attrs", "stack_neuron_results", "get_full_resid_decomposition"):
+    with pytest.raises(NotImplementedError, match="recompute_ln"):
+        cache.apply_ln_to_stack(cache.decompose_resid(1), 1, recompute_ln=True)
+    for name in ("logit_lens", "logit_attrs", "get_neuron_results", "stack_neuron_results"):
         with pytest.raises(NotImplementedError, match=f"{name} is written for language models; use "):
             getattr(cache, name)()
-
-
-def test_a_cache_of_the_pooled_row(tower: HookedViT, images: Tensor) -> None:
-    features, cache = tower.run_with_cache(images, pooled_rows=True)
-    assert cache["resid_post", 2].shape == (5, 1, 32)
-    stack = cache.decompose_resid(apply_ln=True, pos_slice=0)
-    torch.testing.assert_close((stack.sum(0) + tower.ln_final.b) @ tower.proj, features, **CLOSE)
-    with pytest.raises(ValueError, match="expected the class token alone"):
-        cache.decompose_resid()
-
-
-def test_one_image_of_a_cache(tower: HookedViT, images: Tensor) -> None:
-    _, cache = tower.run_with_cache(images)
-    one = cache.apply_slice_to_batch_dim(3)
-    torch.testing.assert_close(one["resid_post", 1], cache["resid_post", 1][3])
-    assert not one.has_batch_dim
-    assert "batch axis: no" in repr(one)
+    with pytest.raises(NotImplementedError, match="use decompose_resid and stack_head_results"):
+        cache.get_full_resid_decomposition()
+    with pytest.raises(
+        IndexError, match=r"a layer in 0\.\.3, or None for the end; received 4; the tower has 3"
+    ):
+        cache.decompose_resid(4)
+    with pytest.raises(IndexError, match=r"a layer in 0\.\.2 with mlp_input; received 3"):
+        cache.decompose_resid(3, mlp_input=True)
+    with pytest.raises(ValueError, match="mode 'all', 'mlp' or 'attn'; received 'heads'"):
+        cache.decompose_resid(mode="heads")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(IndexError, match=r"a layer in 0\.\.2 \(or -3\.\.-1 from the end\); received 3 in"):
+        cache["resid_post", 3]
+    with pytest.raises(KeyError, match=r"received 'logits' \(hook_logits\); cached are"):
+        cache["logits"]

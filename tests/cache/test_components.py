@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from decompclip.cache.components import ComponentMask, Components, embed, everything, heads, mlps
 
+# beartype looks at a random element of a list; what the strategies draw does not depend on it.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
 L, H = 5, 3
 
 

@@ -100,7 +100,10 @@ class Reference:
         beta = self.p["ln_final.b"] @ self.p["proj"]
         L, H = self.cfg.n_layers, self.cfg.n_heads
         if convention == "centred":
-            head = [[self.read(w - b) for w, b in zip(*pair)] for pair in zip(self.writes, self.value_bias)]
+            head = [
+                [self.read(w - b) for w, b in zip(*pair, strict=True)]
+                for pair in zip(self.writes, self.value_bias, strict=True)
+            ]
             mlp, embed = [self.read(m) for m in self.mlps], self.read(self.embed)
             biases = [
                 self.read(sum(self.value_bias[l], self.p[f"blocks.{l}.attn.b_O"] * self.scale(l, 1)))
@@ -146,8 +149,8 @@ def test_terms_equal_the_slow_reference(
     visual = make_tower(dtype=torch.float64, **changes)
     images = images[..., : visual.cfg.image_size[0], :].double()
     d = decompose(visual, images, convention=convention, normalize=normalize)
-    for image, i in zip(images, range(2), strict=False):
-        reference = Reference(visual, image)
+    for i in range(2):
+        reference = Reference(visual, images[i])
         torch.testing.assert_close(visual(images)[i], reference.feature, rtol=1e-10, atol=1e-12)
         for name, expected in reference.terms(convention, normalize).items():
             torch.testing.assert_close(getattr(d, name)[i], expected, rtol=1e-9, atol=1e-11)
@@ -354,8 +357,9 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor) -> None:
 
 def test_a_write_past_the_components_is_caught(tower: HookedViT, images: Tensor) -> None:
     for name in ("blocks.1.hook_attn_out", "blocks.2.hook_resid_mid", "ln_final.hook_normalized"):
-        with tower.hooks(fwd_hooks=[(name, lambda x, hook: x * 1.5)]), pytest.raises(
-            DecompositionError, match=r"a miss of .*: a hook edits the stream where no term"
+        with (
+            tower.hooks(fwd_hooks=[(name, lambda x, hook: x * 1.5)]),
+            pytest.raises(DecompositionError, match=r"a miss of .*: a hook edits the stream where no term"),
         ):
             decompose(tower, images)
     with tower.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: x * 1.5)]):
@@ -386,9 +390,11 @@ def test_tokens_of_an_edited_run(tower: HookedViT, images: Tensor) -> None:
     with tower.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda p, hook: p.roll(1, -1))]):
         d = decompose(tower, images, tokens=heads[1])
     torch.testing.assert_close(d.tokens(1, 2).sum(1), d.heads[:, 1, 2], rtol=1e-5, atol=1e-6)
-    with tower.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z + 1)]):
-        with pytest.raises(DecompositionError, match="hook edits hook_z; decompose that run without tokens"):
-            decompose(tower, images, tokens=heads[1])
+    with (
+        tower.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z + 1)]),
+        pytest.raises(DecompositionError, match="hook edits hook_z; decompose that run without tokens"),
+    ):
+        decompose(tower, images, tokens=heads[1])
     with tower.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda p, hook: p / 2)]):
         with pytest.raises(DecompositionError, match=r"attention that sums to one .* hook_pattern changed"):
             decompose(tower, images, tokens=heads[1])

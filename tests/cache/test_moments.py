@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -50,7 +51,7 @@ def test_moments_are_means_and_covariances(tower: HookedViT, convention) -> None
 def test_any_batches_give_the_same(cuts: list[int], tower: HookedViT) -> None:
     images = many()
     edges = [0, *sorted(cuts), len(images)]
-    parts = [images[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [images[a:b] for a, b in itertools.pairwise(edges)]
     assert_same(Moments.fit(tower, parts), Moments.fit(tower, [images]))
 
 

@@ -21,7 +21,14 @@ MakeSource = Callable[..., CLIP]
 @pytest.fixture
 def config() -> dict[str, Any]:
     """open_clip's configuration of a model for images of 24 x 16 pixels: 2 layers of 4 heads."""
-    vision = {"image_size": [24, 16], "patch_size": 8, "width": 32, "layers": 2, "head_width": 8, "mlp_ratio": 1.5}
+    vision = {
+        "image_size": [24, 16],
+        "patch_size": 8,
+        "width": 32,
+        "layers": 2,
+        "head_width": 8,
+        "mlp_ratio": 1.5,
+    }
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
     return {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}
 
@@ -31,14 +38,15 @@ def make_source(config: dict[str, Any]) -> MakeSource:
     """`make_source(quick_gelu=..., **vision)`: open_clip's model of that configuration, nothing in it trivial."""
 
     def make(*, quick_gelu: bool = False, seed: int = 0, **vision: Any) -> CLIP:
-        changed = deepcopy(config) | {"quick_gelu": quick_gelu}
+        changed: dict[str, Any] = {**deepcopy(config), "quick_gelu": quick_gelu}
         changed["vision_cfg"] |= vision
         model = build_open_clip(changed, seed=seed)
         assert isinstance(model, CLIP)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # gains, biases, LayerScales: a mistake in ones and zeros would not show
+                # gains, biases, LayerScales: a mistake in ones and zeros would not show
+                if parameter.ndim == 1:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
         return model.eval()
 

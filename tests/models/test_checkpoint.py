@@ -84,12 +84,13 @@ def test_safetensors_are_read_whatever_their_name(tmp_path: Path, state: State, 
     assert same(read_checkpoint(str(tmp_path / name)), state)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "bare pickle, protocol 4"])
 def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, state: State, form: str) -> None:
     path, marker = tmp_path / "suspect.pt", tmp_path / "marker"
     content = {"state_dict": state, "args": Trap(marker)}
-    if form == "bare pickle":
-        path.write_bytes(pickle.dumps(content["args"]))
+    if form.startswith("bare pickle"):
+        path.write_bytes(pickle.dumps(content["args"], protocol=4 if "4" in form else 2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(CheckpointError) as told:
@@ -97,9 +98,10 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, state: State,
     assert not marker.exists()
     message = str(told.value)
     assert str(path) in message
-    assert "holds more than tensors and plain data: unpickling it would call" in message
+    # Path.touch is asked for by `getattr`; torch stops at the first opcode of protocol 4, before any name
+    what = "takes more than torch.save writes" if "4" in form else "would call 'getattr'"
+    assert f"holds more than tensors and plain data: unpickling it {what}" in message
     assert "Refused, nothing was run" in message
-    assert "Path.touch" in message or "getattr" in message
     assert "safetensors.torch.save_file" in message
     pickle.loads(pickle.dumps(content["args"]))  # the trap does snap
     assert marker.exists()
@@ -107,14 +109,18 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, state: State,
 
 def test_objects_of_other_libraries_are_named(tmp_path: Path, state: State) -> None:
     torch.save({"state_dict": state, "best": np.float64(0.5)}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"would call 'numpy.*scalar'"):
+    with pytest.raises(CheckpointError, match=r"unpickling it would call 'numpy\.\S*scalar'\. Refused"):
         read_checkpoint(tmp_path / "a.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = tmp_path / "ViT-B-32.pt"
-    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
-    with pytest.raises(CheckpointError, match=r"TorchScript archive, which carries code: refused.*pretrained=\"openai\""):
+    script: Any = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    script.save(str(path))
+    with pytest.raises(
+        CheckpointError, match=r"TorchScript archive, which carries code: refused.*pretrained=\"openai\""
+    ):
         read_checkpoint(path)
 
 
@@ -136,7 +142,10 @@ def test_a_truncated_file_says_so(tmp_path: Path, state: State, form: str, keep:
     ("content", "message"),
     [
         (b"", "is empty: 0 bytes; copy or download it again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*`git lfs pull`"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer.*`git lfs pull`",
+        ),
         (b"<!DOCTYPE html><html>", "is no file of weights: it starts with b'<!DOCTYPE ht'"),
     ],
 )
@@ -190,8 +199,12 @@ def test_a_misfit_counts_what_is_wrong(source: CLIP, state: State) -> None:
 
 
 CAUSES: dict[str, Callable[[State], State]] = {
-    "holds a ResNet, whose tower is not supported": lambda state: {"visual.layer1.0.conv1.weight": torch.zeros(1)},
-    "Hugging Face transformers' layout": lambda state: {"vision_model.post_layernorm.bias": torch.zeros(1)},
+    "holds a ResNet, whose tower is not supported": lambda state: {
+        "visual.layer1.0.conv1.weight": torch.zeros(1)
+    },
+    "is in Hugging Face transformers' layout": lambda state: {
+        "vision_model.post_layernorm.bias": torch.zeros(1)
+    },
     "holds a timm tower": lambda state: {"visual.trunk.pos_embed": torch.zeros(1)},
     "holds an image tower alone; a whole CLIP is needed": lambda state: {
         key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")
@@ -202,7 +215,7 @@ CAUSES: dict[str, Callable[[State], State]] = {
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_the_likely_cause_is_named(source: CLIP, state: State, cause: str) -> None:
-    assert f"Likely cause: the file {cause}" in misfit(source, CAUSES[cause](state)).replace("is in ", "")
+    assert f"Likely cause: the file {cause}" in misfit(source, CAUSES[cause](state))
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-L-14-336"])

@@ -60,7 +60,10 @@ def test_a_checkpoint_under_a_name_with_a_twin_warns(checkpoint: Path, name: str
     with pytest.warns(UserWarning) as told:
         model = load(name, checkpoint=checkpoint)
     (message,) = (str(warning.message) for warning in told)
-    assert f"does not say which activation it was trained with; '{taken}' was taken, after the name '{name}'" in message
+    assert (
+        f"does not say which activation it was trained with; '{taken}' was taken, after the name '{name}'"
+        in message
+    )
     assert "pass activation='quick_gelu' or activation='gelu' to choose" in message
     assert told[0].filename == __file__
     assert model.cfg.activation == model.provenance["activation"] == taken
@@ -79,7 +82,9 @@ def test_a_chosen_activation_is_taken_without_a_warning(
     assert model.provenance["activation"] == model.cfg.activation == activation
     assert model.provenance["activation_source"] == "argument"
     reference = make_source(quick_gelu=activation == "quick_gelu")
-    torch.testing.assert_close(model.encode_image(images), reference.encode_image(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode_image(images), reference.encode_image(images), rtol=1e-5, atol=1e-5
+    )
     tokens = model.tokenize("a star")  # and so does the text tower
     torch.testing.assert_close(model.encode_text(tokens), reference.encode_text(tokens))
 
@@ -101,7 +106,11 @@ def test_an_unknown_activation_lists_the_known() -> None:
 @pytest.mark.parametrize("name", ["ViT-tiny-8", "ViT-tiny-8-quickgelu"])
 @pytest.mark.parametrize(
     ("activation", "taken", "decided"),
-    [("auto", "quick_gelu", "pretrained tag"), ("gelu", "gelu", "argument"), ("quick_gelu", "quick_gelu", "argument")],
+    [
+        ("auto", "quick_gelu", "pretrained tag"),
+        ("gelu", "gelu", "argument"),
+        ("quick_gelu", "quick_gelu", "argument"),
+    ],
 )
 @torch.no_grad()
 def test_a_tag_decides_unless_told(
@@ -123,7 +132,9 @@ def test_a_tag_decides_unless_told(
     assert model.provenance["activation_source"] == decided
     assert model.provenance["pretrained"] == "openai"
     reference = make_source(quick_gelu=taken == "quick_gelu")
-    torch.testing.assert_close(model.encode_image(images), reference.encode_image(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode_image(images), reference.encode_image(images), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_tag_brings_its_preprocessing_and_its_hash(tagged: Callable[..., Path]) -> None:
@@ -186,7 +197,12 @@ def test_random_weights_are_seeded_and_leave_no_trace() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("ViT-B32", "'ViT-B-32'"), ("ViT-B/32", "'ViT-B-32'"), ("shape", "'shapes'"), ("hf-hub:x/CLIP", "checkpoint=PATH")],
+    [
+        ("ViT-B32", "'ViT-B-32'"),
+        ("ViT-B/32", "'ViT-B-32'"),
+        ("shape", "'shapes'"),
+        ("hf-hub:x/CLIP", "checkpoint=PATH"),
+    ],
 )
 def test_an_unknown_name_offers_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UnknownModelError, match=f"there is no model '{name}'; nearest: .*{nearest}"):
@@ -216,7 +232,9 @@ def test_an_unsupported_tower_says_why_before_anything_is_fetched(name: str, rea
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"epoch_3.pt does not fit shapes: of \d+ weights .* Likely cause: "):
+    with pytest.raises(
+        CheckpointError, match=r"epoch_3.pt does not fit shapes: of \d+ weights .* Likely cause: "
+    ):
         load("shapes", checkpoint=checkpoint)
 
 
@@ -234,7 +252,9 @@ def test_one_type_of_error_covers_them() -> None:
 def test_dtype_is_honoured(images: torch.Tensor, dtype: torch.dtype) -> None:
     model, wide = (load("ViT-tiny-8", pretrained="random", dtype=d) for d in (dtype, None))
     assert model.dtype == model.encode_image(images).dtype == model.encode_text("a star").dtype == dtype
-    torch.testing.assert_close(model.encode_image(images).float(), wide.encode_image(images), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        model.encode_image(images).float(), wide.encode_image(images), rtol=0.1, atol=0.1
+    )
 
 
 def test_device_is_honoured() -> None:
@@ -246,10 +266,14 @@ def test_device_is_honoured() -> None:
 def test_a_bundled_model_takes_its_own_weights_and_activation(tmp_path: Path) -> None:
     model = load("shapes")
     assert model.provenance["activation_source"] == "card"
-    with pytest.raises(UnknownModelError, match="'shapes' is bundled with its weights; leave pretrained='openai' out"):
+    with pytest.raises(
+        UnknownModelError, match="'shapes' is bundled with its weights; leave pretrained='openai' out"
+    ):
         load("shapes", pretrained="openai")
     other = "quick_gelu" if model.cfg.activation == "gelu" else "gelu"
-    with pytest.raises(ValueError, match=f"expected activation '{model.cfg.activation}', with which 'shapes' was trained"):
+    with pytest.raises(
+        ValueError, match=f"expected activation '{model.cfg.activation}', with which 'shapes' was trained"
+    ):
         load("shapes", activation=other)  # pyright: ignore[reportArgumentType]
 
 

@@ -27,12 +27,16 @@ def test_one_text_is_a_row() -> None:
 
 
 def test_unknown_words_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"vocabulary of 3: green, wug; .*`model.tokenizer.words` lists the known"):
+    with pytest.warns(
+        UserWarning, match=r"vocabulary of 3: green, wug; .*`model.tokenizer.words` lists the known"
+    ):
         tokens = TOKENIZER(["a green wug"])
     assert tokens.tolist() == [[1, 2, 5, 5, 6, 0]]
 
 
 def test_a_long_text_is_cut_and_keeps_its_end() -> None:
-    with pytest.warns(UserWarning, match="1 texts are longer than 4 words and were cut, first: 'a a a a blue'"):
+    with pytest.warns(
+        UserWarning, match="1 texts are longer than 4 words and were cut, first: 'a a a a blue'"
+    ):
         tokens = TOKENIZER(["a a a a blue", "a"])
     assert tokens[0].tolist() == [1, 2, 2, 2, 2, 6]

@@ -56,7 +56,12 @@ def test_every_step_has_its_hook_point() -> None:
         *(f"{norm}.{name}" for norm in ("ln1", "ln2") for name in norms),
         *("mlp.hook_pre", "mlp.hook_post"),
     }
-    outside = {"hook_embed", "hook_pos_embed", "hook_ln_pre", *(f"{n}.{h}" for n in ("ln_pre", "ln_final") for h in norms)}
+    outside = {
+        "hook_embed",
+        "hook_pos_embed",
+        "hook_ln_pre",
+        *(f"{n}.{h}" for n in ("ln_pre", "ln_final") for h in norms),
+    }
     assert set(HOOK_POINTS) == outside | {f"blocks.{layer}.{name}" for layer in (0, 1) for name in block}
 
 
@@ -92,10 +97,17 @@ def test_every_hook_point_sees_gradients(tower: HookedViT, images: torch.Tensor,
 
 
 @torch.no_grad()
-def test_unheard_steps_are_never_computed(tower: HookedViT, images: torch.Tensor, spied: dict[str, int]) -> None:
+def test_unheard_steps_are_never_computed(
+    tower: HookedViT, images: torch.Tensor, spied: dict[str, int]
+) -> None:
     tower(images)
     layers = tower.cfg.n_layers
-    assert spied == {"scaled_dot_product_attention": layers, "layer_norm": 2 * layers + 2, "softmax": 0, "einsum": 0}
+    assert spied == {
+        "scaled_dot_product_attention": layers,
+        "layer_norm": 2 * layers + 2,
+        "softmax": 0,
+        "einsum": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,9 @@ def test_the_last_block_computes_one_row_unless_heard(tower: HookedViT, images: 
     handle = tower.blocks[last].register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     try:
         short = tower(images)
-        long = tower.run_with_hooks(images, fwd_hooks=[(f"blocks.{last}.hook_resid_post", lambda value, hook: None)])
+        long = tower.run_with_hooks(
+            images, fwd_hooks=[(f"blocks.{last}.hook_resid_post", lambda value, hook: None)]
+        )
     finally:
         handle.remove()
     assert rows == [1, tower.cfg.n_tokens]

@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 from decompclip.cache.capture import decompose
-from decompclip.cache.components import embed, everything, heads, mlps
+from decompclip.cache.components import Components, embed, everything, heads, mlps
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
 from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, sweep, sweeps
 from decompclip.operators.intervention import Composition, Intervention
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 NOTHING = heads[0] - heads[0]
+CHOICES = [heads[1, 2], heads[-1] | mlps[0], mlps, embed, everything, everything - heads[:, 0]]
 
 
 @pytest.fixture(scope="module")
 def clean() -> Tensor:
     return torch.randn(16, 3, 24, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def classifier() -> Tensor:
+    return torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
@@ -182,32 +188,81 @@ def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Mome
         assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
 
 
-def test_errors_say_what_to_do(
-    tower: HookedViT, make_tower: Callable[..., HookedViT], images: Tensor, d: Decomposition, moments: Moments
+@pytest.mark.parametrize("components", CHOICES, ids=repr)
+@pytest.mark.parametrize("rows", ["all", "pooled"])
+def test_hooks_compose_with_decompose(
+    tower: HookedViT, images: Tensor, moments: Moments, components: Components, rows: str
 ) -> None:
-    with pytest.raises(IndexError, match=r"expected a layer in 0\.\.2 .*received layer 7 in mlps\[7\]"):
-        ZeroAblate(mlps[7])(d)
-    with pytest.raises(IndexError, match=r"expected a head in 0\.\.3 .*received head 4 in heads\[0, 4\]"):
-        ZeroAblate(heads[0, 4]).fwd_hooks(tower)
-    with pytest.raises(ValueError, match=r"convention='centred'.*received convention='paper'"):
-        MeanAblate(heads, moments)(decompose(tower, images, convention="paper"))
-    with pytest.raises(ValueError, match="other weights; fit the moments on the model they are used with"):
-        MeanAblate(heads, moments).fwd_hooks(make_tower(seed=4, layer_scale=True))
-    bare = Moments.of(d)
-    with pytest.raises(ValueError, match="expected moments with stream means.*stream=True"):
-        MeanAblate(heads, bare).fwd_hooks(tower)
-    with pytest.raises(ValueError, match=r"expected rows of \('all', 'pooled'\); received 'cls'"):
-        ZeroAblate(heads, rows="cls")  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        ZeroAblate(heads) | 3  # type: ignore[operator]
+    for edit in (MeanAblate(components, moments, rows=rows), ZeroAblate(components, rows=rows)):  # pyright: ignore
+        feature = causal(tower, images, edit).detach()
+        for convention in ("centred", "paper"):
+            with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):
+                edited = decompose(tower, images, convention=convention)
+            torch.testing.assert_close(edited.features, feature, **CLOSE)
+    # Under zero-ablation what was removed is gone from the edited run's terms too.
+    with tower.hooks(fwd_hooks=ZeroAblate(components).fwd_hooks(tower)):
+        gone = decompose(tower, images)
+    mask = components.resolve(3, 4)
+    assert gone.coords[:, mask.heads].abs().sum() == 0
+    assert gone.mlps[:, mask.mlps].abs().sum() == 0
 
 
-def test_wrong_masks_and_classifiers_are_told(ours_alone: None, d: Decomposition) -> None:
+def test_a_sweep_names_its_settings(d: Decomposition, moments: Moments) -> None:
+    classifier = torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
+    forward, backward = (sweep(d, moments, classifier, "mlps", scheme) for scheme in ("forward", "backward"))
+    assert [repr(forward.components(i)) for i in range(3)] == ["mlps[:1]", "mlps[:2]", "mlps[:3]"]
+    assert repr(backward.components(1)) == "mlps[1:]"
+    assert repr(forward) == "Sweep(mean-ablation of mlps, forward: 3 settings, 5 images)"
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_errors_say_what_to_do(
+    tower: HookedViT,
+    images: Tensor,
+    d: Decomposition,
+    moments: Moments,
+    classifier: Tensor,
+    make_tower: Callable[..., HookedViT],
+) -> None:
+    with pytest.raises(IndexError, match=r"a layer in 0\.\.2 .*received layer 3 in heads\[3\]"):
+        ZeroAblate(heads[3])(d)
+    with pytest.raises(IndexError, match=r"a head in 0\.\.3 .*received head 4 in heads\[1, 4\]"):
+        MeanAblate(heads[1, 4], moments).fwd_hooks(tower)
     with pytest.raises(
-        ValueError, match=r"boolean mask \[batch, layer, head\] = \[5, 3, 4\]; received .* \[5, 4\]"
+        ValueError, match="expected terms with convention='centred', .* received convention='paper'"
     ):
-        ZeroAblate(heads)(d, where=torch.ones(5, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"expected a classifier \[class, 20\]; received \[9, 21\]"):
-        sweep(d, None, torch.zeros(9, 21))
-    with pytest.raises(ValueError, match=r"expected a scheme of .*'forward'.*; received 'up'"):
-        sweep(d, None, torch.zeros(9, 20), scheme="up")  # type: ignore[arg-type]
+        MeanAblate(mlps, moments)(decompose(tower, images, convention="paper"))
+    with pytest.raises(
+        ValueError, match="normalize=False, as these moments have it; received normalize=True"
+    ):
+        sweep(decompose(tower, images, normalize=True), moments, classifier)
+    other = make_tower(n_layers=2)
+    for ask in (
+        lambda: MeanAblate(mlps, moments)(decompose(other, images)),
+        lambda: MeanAblate(mlps, moments).fwd_hooks(other),
+    ):
+        with pytest.raises(
+            ValueError, match=r"received \[2, 4, 8, 20\]; fit the moments on the model they are used"
+        ):
+            ask()
+    with pytest.raises(ValueError, match="received moments of terms alone; .*stream=True"):
+        MeanAblate(mlps, Moments.of(d)).fwd_hooks(tower)
+    where = torch.ones(4, 3, 4, dtype=torch.bool)
+    with pytest.raises(
+        ValueError, match=r"\[batch, layer, head\] = \[5, 3, 4\]; received torch.bool \[4, 3, 4\]"
+    ):
+        ZeroAblate(heads)(d, where=where)
+    with pytest.raises(
+        ValueError, match=r"= \[5, 3, 4\]; received torch.bool \[4, 3, 4\]; give one row for each"
+    ):
+        causal(tower, images, ZeroAblate(heads), where=where)
+    with pytest.raises(ValueError, match=r"rows of \('all', 'pooled'\); received 'patches'"):
+        ZeroAblate(heads, rows="patches")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
+        sweep(d, moments, classifier, "neurons")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a scheme of \('forward', 'backward', 'separate'\); received 'up'"):
+        sweep(d, moments, classifier, "heads", "up")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a classifier \[class, 20\]; received \[6, 21\]; build it with"):
+        sweep(d, moments, torch.zeros(6, 21))
+    with pytest.raises(TypeError):
+        ZeroAblate(heads) | 3  # pyright: ignore[reportOperatorIssue]

@@ -1,0 +1,238 @@
+"""HookedCLIP: both encoders, the classifier, preprocessing, and hooks that come off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+from torch.nn import functional as F
+
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.vit import HookedViT
+
+TEMPLATES = {"shape": ["a {}", "a photo of a {}"], "colour": ["a {} thing"]}
+
+
+@pytest.fixture
+def model(source: CLIP) -> HookedCLIP:
+    return HookedCLIP.from_open_clip(
+        source,
+        tokenizer=open_clip.get_tokenizer("ViT-tiny-8"),
+        preprocess={"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"},
+        templates=TEMPLATES,
+        class_names=("star", "ring"),
+    )
+
+
+class Scale:
+    """An intervention that multiplies what stands at a hook point."""
+
+    def __init__(self, name: str, factor: float) -> None:
+        self.name, self.factor = name, factor
+
+    def fwd_hooks(self, visual: HookedViT) -> list[tuple[str, Any]]:
+        return [(self.name, lambda value, hook: value * self.factor)]
+
+
+class Add(Scale):
+    def fwd_hooks(self, visual: HookedViT) -> list[tuple[str, Any]]:
+        return [(self.name, lambda value, hook: value + self.factor)]
+
+
+def has_hooks(model: HookedCLIP) -> bool:
+    return any(point.has_hooks() for point in model.visual.hook_dict.values())
+
+
+def test_the_source_is_left_as_it_was(source: CLIP, model: HookedCLIP, images: torch.Tensor) -> None:
+    before = source.encode_text(model.tokenize("a star"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(source.encode_text(model.tokenize("a star")), before)
+    assert source.encode_image(images).abs().max() > 0
+    assert not hasattr(model.text, "visual")
+
+
+# text
+
+
+@torch.no_grad()
+def test_texts_and_tokens_encode_alike(model: HookedCLIP) -> None:
+    texts = ["a star", "a ring"]
+    features = model.encode_text(texts)
+    assert torch.equal(features, model.encode_text(model.tokenize(texts)))
+    torch.testing.assert_close(features[:1], model.encode_text("a star"))
+    torch.testing.assert_close(model.encode_text(texts, normalize=True), F.normalize(features, dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "received"),
+    [
+        (torch.zeros(2, 20, dtype=torch.long), r"got \[2, 20\] of torch.int64"),
+        (torch.zeros(77, dtype=torch.long), r"got \[77\] of torch.int64"),
+        (torch.zeros(2, 77), r"got \[2, 77\] of torch.float32"),
+    ],
+)
+def test_tokens_of_another_shape_are_refused(model: HookedCLIP, tokens: torch.Tensor, received: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"expected token ids \[text, 77\] of an integer type, {received}; .*`tokenize`"
+    ):
+        model.encode_text(tokens)
+
+
+def test_tokens_of_another_vocabulary_are_refused(model: HookedCLIP) -> None:
+    with pytest.raises(ValueError, match="expected token ids below 49408, .* got 50000"):
+        model.encode_text(torch.full((1, 77), 50000))
+
+
+# classifier
+
+
+def plain_classifier(model: HookedCLIP, names: list[str], templates: list[str]) -> torch.Tensor:
+    rows = []
+    for name in names:
+        features = model.encode_text([template.format(name) for template in templates], normalize=True)
+        rows.append(F.normalize(features.mean(dim=0), dim=0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("templates", [["a {}", "the {}"], "colour", None])
+@torch.no_grad()
+def test_the_classifier_is_the_plain_mean(model: HookedCLIP, templates: Any) -> None:
+    used = TEMPLATES[templates or "shape"] if isinstance(templates, str | None) else templates
+    found = model.zero_shot_classifier(["red", "blue"], templates)
+    torch.testing.assert_close(found, plain_classifier(model, ["red", "blue"], used))
+
+
+@torch.no_grad()
+def test_the_classifier_defaults_to_the_model_s_own_classes(model: HookedCLIP) -> None:
+    assert torch.equal(model.zero_shot_classifier(), model.zero_shot_classifier(["star", "ring"]))
+
+
+@torch.no_grad()
+def test_a_model_without_templates_uses_openai_s(source: CLIP) -> None:
+    model = HookedCLIP.from_open_clip(source, tokenizer=open_clip.get_tokenizer("ViT-tiny-8"))
+    templates = list(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert torch.equal(model.zero_shot_classifier(["cat"]), model.zero_shot_classifier(["cat"], templates))
+
+
+def test_an_unknown_property_lists_the_known(model: HookedCLIP) -> None:
+    with pytest.raises(ValueError, match=r"brings along \('shape', 'colour'\), got 'a \{\}'"):
+        model.zero_shot_classifier(["star"], "a {}")
+
+
+# images
+
+
+def test_preprocessing_is_open_clip_s(model: HookedCLIP) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size=(24, 16, 3), dtype=np.uint8)
+    found = model.preprocess(Image.fromarray(pixels))
+    unit = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(found[None], model.normalize(unit))
+    assert model.preprocess(Image.new("L", (90, 70))).shape == (3, 24, 16)
+
+
+def test_facts_are_plain(model: HookedCLIP) -> None:
+    assert (model.mean, model.std, model.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (24, 16))
+    assert model.logit_scale.shape == ()
+    assert model.context_length == 77
+    assert not model.training
+
+
+def test_a_small_vocabulary_sets_the_context(make_source: Any) -> None:
+    tokenizer = WordTokenizer(("a", "star"), 77)
+    model = HookedCLIP.from_open_clip(make_source(), tokenizer=tokenizer)
+    assert model.encode_text("a star").shape == (1, 20)
+
+
+# hooks
+
+
+@torch.no_grad()
+def test_no_intervention_changes_nothing(model: HookedCLIP, images: torch.Tensor) -> None:
+    plain = model.encode_image(images)
+    with model.hooks():
+        assert torch.equal(model.encode_image(images), plain)
+
+
+@torch.no_grad()
+def test_interventions_act_in_order_and_before_plain_hooks(model: HookedCLIP, images: torch.Tensor) -> None:
+    name, seen = "blocks.0.hook_mlp_out", []
+    watch = (name, lambda value, hook: seen.append(value.clone()))
+    with model.hooks(fwd_hooks=[watch]):
+        model.encode_image(images)
+    with model.hooks(Scale(name, 2.0), Add(name, 1.0), fwd_hooks=[watch]) as inside:
+        assert inside is model
+        model.encode_image(images)
+    with model.hooks(Add(name, 1.0), Scale(name, 2.0), fwd_hooks=[watch]):
+        model.encode_image(images)
+    plain, scaled_first, added_first = seen
+    torch.testing.assert_close(scaled_first, 2 * plain + 1)
+    torch.testing.assert_close(added_first, 2 * (plain + 1))
+
+
+@torch.no_grad()
+def test_nested_hooks_come_off_one_by_one(model: HookedCLIP, images: torch.Tensor) -> None:
+    plain = model.encode_image(images)
+    with model.hooks(Scale("blocks.0.hook_attn_out", 0.0)):
+        outer = model.encode_image(images)
+        with model.hooks(Scale("blocks.1.hook_mlp_out", 0.0)):
+            assert not torch.allclose(model.encode_image(images), outer)
+        assert torch.equal(model.encode_image(images), outer)
+    assert torch.equal(model.encode_image(images), plain)
+    assert not torch.allclose(outer, plain)
+
+
+def test_hooks_come_off_after_an_exception(model: HookedCLIP, images: torch.Tensor) -> None:
+    with pytest.raises(ZeroDivisionError), model.hooks(Scale("hook_embed", 2.0)):
+        assert has_hooks(model)
+        raise ZeroDivisionError
+    assert not has_hooks(model)
+    with pytest.raises(ValueError, match="expected images"), model.hooks(Scale("hook_embed", 2.0)):
+        model.encode_image(images[:, :, 1:])
+    assert not has_hooks(model)
+
+
+def test_an_unknown_hook_point_offers_the_nearest_and_adds_none(model: HookedCLIP) -> None:
+    hooks = [("hook_embed", lambda value, hook: None), ("blocks.9.attn.hook_z", lambda value, hook: None)]
+    with (
+        pytest.raises(
+            KeyError, match=r"no hook point 'blocks.9.attn.hook_z' in this tower of 2 layers; nearest: blocks"
+        ),
+        model.hooks(fwd_hooks=hooks),
+    ):
+        pass
+    assert not has_hooks(model)
+
+
+def test_backward_hooks_see_gradients(model: HookedCLIP, images: torch.Tensor) -> None:
+    seen = []
+    with model.hooks(bwd_hooks=[("blocks.0.hook_resid_post", lambda grad, hook: seen.append(grad.shape))]):
+        model.encode_image(images).sum().backward()
+    assert seen == [(len(images), model.cfg.n_tokens, model.cfg.d_model)]
+
+
+# the rooms above
+
+
+@torch.no_grad()
+def test_the_cache_is_transformer_lens_s_and_typed(model: HookedCLIP, images: torch.Tensor) -> None:
+    features, cache = model.run_with_cache(images)
+    torch.testing.assert_close(features, model.encode_image(images), rtol=1e-5, atol=1e-5)
+    assert cache["resid_post", 1].shape == (len(images), model.cfg.n_tokens, model.cfg.d_model)
+    assert not has_hooks(model)
+
+
+@torch.no_grad()
+def test_a_decomposition_sums_to_the_feature(model: HookedCLIP, images: torch.Tensor) -> None:
+    d = model.decompose(images)
+    torch.testing.assert_close(d.features, model.encode_image(images), rtol=1e-5, atol=1e-5)
+    with model.hooks(Scale("blocks.0.hook_mlp_out", 0.0)):  # the edited run is what is decomposed
+        edited = model.encode_image(images)
+        torch.testing.assert_close(model.decompose(images).features, edited, rtol=1e-5, atol=1e-5)
