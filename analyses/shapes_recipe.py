@@ -52,7 +52,7 @@ class Seeds:
     clip: int = 102
     twins: int = 103
     validation: int = 201
-    report: int = 301
+    report: int = 401
 
 
 @dataclass(frozen=True)

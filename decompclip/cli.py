@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPECTED_ERROR = 2
+MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
 
 app = typer.Typer(
     name="decompclip",
@@ -84,7 +85,7 @@ def audit(
         str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")
     ] = None,
     activation: Annotated[
-        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
+        Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
     ] = Activation.auto,
     reference: Annotated[
         str | None, typer.Option(help="A model to show beside it, as a clean twin; like MODEL.")
@@ -92,7 +93,7 @@ def audit(
     reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
     reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
     limit: Annotated[
-        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all.")
+        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all of a folder.")
     ] = 2000,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
     convention: Annotated[
@@ -105,7 +106,7 @@ def audit(
     ] = 5,
     examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of subsets and splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of subsets and splits.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")
     ] = None,
@@ -119,6 +120,10 @@ def audit(
         from decompclip.models.loading import load
 
         _check_out(out)
+        if reference is None and (reference_pretrained or reference_checkpoint):
+            raise ValueError(
+                "expected --reference NAME with --reference-pretrained and --reference-checkpoint"
+            )
         class_names = open_classes(classes, clean, suspect)
         if target is not None:
             _check_target(target, class_names, classes)
@@ -132,13 +137,18 @@ def audit(
             seed=seed,
         )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
         audited = load(
             model, pretrained=pretrained, checkpoint=checkpoint, activation=activation.value, device=device
         )
         loaded = [(model, audited)]
         if reference is not None:
             twin = load(
-                reference, pretrained=reference_pretrained, checkpoint=reference_checkpoint, device=device
+                reference,
+                pretrained=reference_pretrained,
+                checkpoint=reference_checkpoint,
+                activation=activation.value,
+                device=device,
             )
             loaded.append((f"{reference} (reference)" if reference == model else reference, twin))
         results: list[AuditResult] = []
@@ -150,7 +160,7 @@ def audit(
                     open_source(clean, clip, class_names, **options),
                     open_source(suspect, clip, class_names, **options),
                     class_names,
-                    target=results[0].target.index if results else target,  # the same for both
+                    target=results[0].target if results else target,  # the same for both
                     names=Names(name, clean, suspect),
                     config=config,
                     track=track,
@@ -163,7 +173,7 @@ def audit(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     images: Annotated[int, typer.Option(min=50, help="Images of each set.")] = 1500,
-    seed: Annotated[int, typer.Option(min=0, help="Of images and splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of images and splits.")] = 0,
 ) -> None:
     """Audit the bundled backdoored models, each beside the clean model they were made from."""
     with plain_errors():
@@ -230,6 +240,21 @@ def _check_out(out: Path) -> None:
     """Said before the work, not after it."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"expected a folder to write the report to with --out; {out} is a file")
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(
+            f"expected a folder to write the report to with --out; {above} cannot be written to"
+        )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
 
 
 def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:

@@ -123,6 +123,9 @@ def test_without_a_command_it_helps() -> None:
         ({"model": "ViT-B-32", "checkpoint": "nowhere.pt"}, "nowhere.pt"),
         ({"out": "classes.txt"}, "classes.txt is a file"),
         ({"quantile": "2"}, "expected quantile between 0 and 1"),
+        ({"epsilon": "nan"}, "expected a finite epsilon"),
+        ({"device": "foo"}, "--device 'foo' cannot be used here"),
+        ({"reference-checkpoint": "nowhere.pt"}, "expected --reference NAME"),
     ],
 )
 def test_bad_input_is_one_line(

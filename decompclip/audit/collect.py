@@ -6,10 +6,12 @@ import heapq
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.cache.decomposition import Decomposition
@@ -17,17 +19,27 @@ from decompclip.data.images import ImageSource, SkippedFile
 from decompclip.data.splits import split_indices
 from decompclip.models.clip import HookedCLIP
 
+THUMBNAIL = 8
+ALIKE = 0.5
+"""Twins differ by at most this share of the distance between pictures of different things."""
+
 KEPT = 32
 """Images kept as pictures, from which the examples are chosen."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decomposed images, their classes where known, and a name for each."""
+    """Decomposed images, their classes where known, and a name for each.
+
+    Attributes:
+        thumbnails: 8 x 8 pixels of each, enough to see whether two are the same picture.
+        kept: a few as the model takes them, by path.
+    """
 
     decomposition: Decomposition
     labels: Int[Tensor, " batch"] | None
     paths: tuple[str, ...]
+    thumbnails: Float[Tensor, "batch pixel"]
     kept: dict[str, Float[Tensor, "3 h w"]]
     skipped: tuple[SkippedFile, ...]
     sum_error: float
@@ -43,6 +55,7 @@ class ImageSet:
             decomposition=self.decomposition[chosen],
             labels=None if self.labels is None else self.labels[chosen],
             paths=paths,
+            thumbnails=self.thumbnails[chosen],
             kept={path: self.kept[path] for path in paths if path in self.kept},
         )
 
@@ -55,7 +68,7 @@ class Split:
         validation: clean images for means and prototypes.
         clean, suspect: the images of every number in the report.
         held_out: suspect images that serve only to infer a target that was not named.
-        twins: whether each suspect image has a clean image of the same name, in the same order.
+        twins: whether each suspect image is a changed copy of the clean image of the same name.
     """
 
     validation: ImageSet
@@ -83,6 +96,7 @@ def collect(
     parts: list[Decomposition] = []
     labels: list[Tensor | None] = []
     paths: list[str] = []
+    thumbnails: list[Tensor] = []
     # The pictures kept are those of least checksum of the name: twins of two sets are kept together.
     kept: list[tuple[int, str, Tensor]] = []
     device = model.visual.W_pos.device
@@ -94,6 +108,7 @@ def collect(
         )  # one copy of the maps, whatever the device
         labels.append(batch.labels)
         paths += batch.paths
+        thumbnails.append(F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1))
         for path, image in zip(batch.paths, batch.images, strict=True):
             entry = (-zlib.crc32(path.encode()), path, image)
             (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
@@ -102,6 +117,7 @@ def collect(
         concatenate(parts),
         torch.cat(known) if len(known) == len(labels) else None,
         tuple(paths),
+        torch.cat(thumbnails),
         {path: image for _, path, image in kept},
         tuple(source.skipped),
         max(part.sum_error for part in parts),
@@ -119,8 +135,8 @@ def concatenate(parts: Sequence[Decomposition]) -> Decomposition:
 def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_target: bool) -> Split:
     """Set the validation part apart, and the suspect twins of its images with it.
 
-    A suspect image is a twin of the clean image of the same name (its path inside its folder). Twins of
-    validation images are left out of the report, since prototypes were fitted on their other half; with
+    A suspect image is a twin of the clean image of the same name (its path inside its folder, without the
+    ending) if the two sets show the same pictures. Twins of validation images are left out of the report, since prototypes were fitted on their other half; with
     `infer_target` they, or without twins a seeded part of the same share, serve to infer the target.
 
     Raises:
@@ -130,8 +146,8 @@ def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_targ
     in_validation = torch.zeros(len(clean), dtype=torch.bool)
     in_validation[first] = True
     validation = clean.at(in_validation)
-    names = set(validation.paths)
-    aside = torch.tensor([path in names for path in suspect.paths], dtype=torch.bool)
+    names = set(_names(validation))
+    aside = torch.tensor([name in names for name in _names(suspect)], dtype=torch.bool)
     if infer_target and aside.sum() < config.validation * len(suspect) / 2:  # no twins, or a few by chance
         aside[split_indices(len(suspect), config.validation, config.seed)[0]] = True
     if aside.all():
@@ -141,4 +157,28 @@ def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_targ
         )
     evaluated, reported = clean.at(~in_validation), suspect.at(~aside)
     held_out = suspect.at(aside) if infer_target and aside.any() else None
-    return Split(validation, evaluated, reported, held_out, evaluated.paths == reported.paths)
+    return Split(validation, evaluated, reported, held_out, are_twins(evaluated, reported))
+
+
+def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
+    """Whether each suspect image shows what the clean image in its place shows.
+
+    Equal names alone say little: many folders count their files from zero. The pictures must also be nearer
+    to their namesakes than to others, and no label may contradict.
+    """
+    if _names(clean) != _names(suspect):
+        return False
+    if (
+        clean.labels is not None
+        and suspect.labels is not None
+        and not torch.equal(clean.labels, suspect.labels)
+    ):
+        return False
+    own = (clean.thumbnails - suspect.thumbnails).norm(dim=1).median()
+    others = (clean.thumbnails - suspect.thumbnails.roll(1, dims=0)).norm(dim=1).median()
+    return bool(own <= ALIKE * others)
+
+
+def _names(images: ImageSet) -> list[str]:
+    """Paths without their endings: a changed copy may be stored in another format."""
+    return [PurePosixPath(path).with_suffix("").as_posix() for path in images.paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
@@ -50,6 +51,8 @@ class AuditConfig:
     def __post_init__(self) -> None:
         if self.convention not in get_args(Convention):
             raise ValueError(f"convention {self.convention!r} is not one of {get_args(Convention)}")
+        if not math.isfinite(self.epsilon):
+            raise ValueError(f"expected a finite epsilon, a similarity; received {self.epsilon}")
         for name in ("quantile", "validation"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"expected {name} between 0 and 1, a share; received {getattr(self, name)}")

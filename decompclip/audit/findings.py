@@ -165,6 +165,7 @@ def _repair(result: AuditResult) -> Finding:
     text = f"Of {len(settings)} rules, {len(works) or 'none'} lower{'s' if len(works) < 2 else ''} the difference beyond its "
     text += f"uncertainty. The lowest is left by {best.name}: {difference(best)}, attack success {share(best.success)}"
     text += f", clean accuracy {share(kept)}." if kept is not None else "."
+    text += f" (Picked as the best of {len(settings)}, so that its interval is too narrow.)"
     if not works:
         return Finding("no evidence", "Decomp-Rep does not repair this model", text)
     before_cacc = before.report.cacc
@@ -220,6 +221,7 @@ def _detection(result: AuditResult) -> Finding:
     text += f"{best.auroc:.3f} [{best.auroc_low:.3f}, {best.auroc_high:.3f}] (0.5 is guessing; the lowest is {lowest:.3f}). "
     text += f"At its own threshold, more than {best.zeta} flagged heads, it flags {share(best.true_positives)} of the "
     text += f"suspect and {share(best.false_positives)} of the clean images."
+    text += f" (Picked as the best of {len(result.detectors)}, so that its interval is too narrow.)"
     if result.n_heads <= best.zeta:
         text += f" (The last layer has {result.n_heads} heads, so that no image can pass it: choose a smaller --zeta.)"
     if best.auroc_low <= 0.5:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from decompclip import __version__
 from decompclip.audit.collect import ImageSet, Split, collect, split
@@ -43,7 +44,7 @@ def run_audit(
     suspect: ImageSource,
     class_names: Sequence[str],
     *,
-    target: str | int | None = None,
+    target: str | int | Target | None = None,
     names: Names | None = None,
     config: AuditConfig | None = None,
     track: Track = silently,
@@ -67,17 +68,17 @@ def run_audit(
     config, class_names = config or AuditConfig(), tuple(class_names)
     if len(class_names) < 2:
         raise ValueError(f"expected at least two classes to tell apart; received {list(class_names)}")
-    named = None if target is None else _index(target, class_names)
+    named = _named(target, class_names)
     names = names or Names(model.name, "clean images", "suspect images")
     classifier = model.zero_shot_classifier(class_names).detach().float().cpu()
     clean_set = collect(model, clean, config, description=f"{names.model}: {names.clean}", track=track)
     suspect_set = collect(model, suspect, config, description=f"{names.model}: {names.suspect}", track=track)
-    parts = split(clean_set, suspect_set, config, infer_target=named is None)
-    aim = _target(named, parts, classifier, class_names)
+    parts = split(clean_set, suspect_set, config, infer_target=named is None or named.inferred)
+    aim = named or _inferred(parts, classifier, class_names)
     answers = _predict(parts.clean, classifier), _predict(parts.suspect, classifier)
     score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
     others = torch.arange(len(class_names)) != aim.index
-    toward = classifier[aim.index] - classifier[others].mean(0)
+    toward = F.normalize(classifier[aim.index] - classifier[others].mean(0), dim=0)
 
     moments = Moments.of(parts.validation.decomposition, second=False)
     moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, twins=parts.twins)
@@ -117,24 +118,24 @@ def run_audit(
     )
 
 
-def _index(target: str | int, class_names: tuple[str, ...]) -> int:
-    if isinstance(target, str):
-        return class_index(target, class_names)
-    if not 0 <= target < len(class_names):
+def _named(target: str | int | Target | None, class_names: tuple[str, ...]) -> Target | None:
+    if target is None or isinstance(target, Target):
+        return target
+    index = class_index(target, class_names) if isinstance(target, str) else target
+    if not 0 <= index < len(class_names):
         raise ValueError(f"expected a target in 0..{len(class_names) - 1}; received {target}")
-    return target
+    return Target(index, class_names[index], False, None, 0)
 
 
 def _predict(images: ImageSet, classifier: Tensor) -> Int[Tensor, " batch"]:
     return predict(images.decomposition.features, classifier)
 
 
-def _target(
-    named: int | None, parts: Split, classifier: Float[Tensor, "class d_embed"], class_names: tuple[str, ...]
+def _inferred(
+    parts: Split, classifier: Float[Tensor, "class d_embed"], class_names: tuple[str, ...]
 ) -> Target:
-    if named is not None:
-        return Target(named, class_names[named], False, None, 0)
-    held_out = parts.held_out or parts.suspect
+    held_out = parts.held_out
+    assert held_out is not None, "split sets images apart to infer the target on"
     shares = _class_rates(_predict(parts.validation, classifier), _predict(held_out, classifier), class_names)
     best = max(range(len(shares)), key=lambda i: shares[i].suspect.value - shares[i].clean.value)
     clean, suspect = shares[best].clean, shares[best].suspect

@@ -45,7 +45,7 @@ def open_source(
         FileNotFoundError, NotADirectoryError, ValueError: as `FolderSource`, or an unknown data set.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 image; received {limit}; 0 is said as no limit")
+        raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
     if _is_dataset(spec):
         world = Shapes(limit or DEFAULT_LIMIT, seed=WORLD_SEED + seed, resolution=model.image_size[0])
         if class_names != PROPERTIES["shape"]:

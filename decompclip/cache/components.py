@@ -188,7 +188,14 @@ def _positions(index: Index, size: int, axis: str, whole: Components) -> list[in
     if index is None:
         return list(range(size))
     if isinstance(index, slice):
-        return list(range(size))[index]
+        chosen = list(range(size))[index]
+        bounds = [bound for bound in (index.start, index.stop) if bound is not None]
+        if not chosen and any(abs(bound) > size or bound == size == index.start for bound in bounds):
+            raise IndexError(
+                f"expected {axis}s in 0..{size - 1} (or -{size}..-1 from the end); received {whole!r}, which names "
+                f"none of the tower's {size} {axis}s{' a layer' if axis == 'head' else ''}"
+            )
+        return chosen
     numbers = (index,) if isinstance(index, int) else index
     for number in numbers:
         if not -size <= number < size:

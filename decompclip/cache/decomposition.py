@@ -101,7 +101,7 @@ class Decomposition:
 
     @property
     def sum_error(self) -> float:
-        """Largest miss of the sum against the tower's own feature, as a share of the latter's largest entry.
+        """Largest miss of the sum against the tower's own feature, as a share of that image's largest entry.
 
         Raises:
             ValueError: edited terms sum to no feature of the tower.
@@ -113,7 +113,8 @@ class Decomposition:
             )
         if not len(self):
             return 0.0
-        return float((self.features - self.target).abs().max() / self.target.abs().max())
+        misses = (self.features - self.target).abs().amax(1)
+        return float((misses / self.target.abs().amax(1)).max())
 
     # Tokens
 

@@ -32,7 +32,8 @@ class Selector:
         threshold: "epsilon": one for all heads; since clean images average `||prototype||^2` under "dot", it
             flags small heads nearly always. "quantile": of each head's similarity over the clean images.
         epsilon: flag at or below it (paper: 0.0025 on ImageNet-1K, 0.002 on Caltech-101, 0.001 on Oxford Pets).
-        quantile: share of clean images that each head may flag.
+        quantile: share of the clean images given to `fit` that each head may flag. Those images also make the
+            prototype, so that a few more of fresh ones are flagged: with 20 of them and 0.05, some 7 in 100.
         components: which heads are judged; those of the last layer in the paper.
         convention: the convention that terms must be in; None: whichever it is fitted on.
 

@@ -65,6 +65,8 @@ def load(
 
 
 def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str) -> HookedCLIP:
+    if pretrained is not None and checkpoint is not None:
+        raise UnknownModelError(f"expected pretrained= or checkpoint= for {name!r}, not both")
     if pretrained not in (None, RANDOM):
         raise UnknownModelError(f"{name!r} is bundled with its weights; leave pretrained={pretrained!r} out")
     spec = spec_of(card(name))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.collect import KEPT, ImageSet, collect, split
+from decompclip.audit.collect import KEPT, ImageSet, are_twins, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES
@@ -49,6 +49,29 @@ def test_nothing_is_both_fitted_on_and_reported(sets: tuple[ImageSet, ImageSet])
     assert parts.held_out is not None and set(parts.held_out.paths) == fitted
     assert parts.twins and parts.clean.paths == parts.suspect.paths
     assert len(parts.clean) + len(parts.validation) == 50
+
+
+def test_equal_names_alone_make_no_twins(sets: tuple[ImageSet, ImageSet]) -> None:
+    """Folders whose files are counted from zero: the names agree, the pictures do not."""
+    clean, suspect = sets
+    bare = (replace(images, labels=None) for images in (clean, suspect))
+    a, b = bare
+    assert are_twins(a, b)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    unrelated = replace(b, thumbnails=b.thumbnails[order], decomposition=b.decomposition[order])
+    assert not are_twins(a, unrelated)
+    assert not split(a, unrelated, CONFIG, infer_target=False).twins
+    assert not are_twins(clean, replace(suspect, labels=(torch.arange(50) % 12)))
+
+
+def test_twins_may_be_stored_in_another_format(sets: tuple[ImageSet, ImageSet]) -> None:
+    clean, suspect = (
+        replace(images, paths=tuple(f"{i:04}.{ending}" for i in range(50)), kept={})
+        for images, ending in zip(sets, ("png", "jpg"), strict=True)
+    )
+    parts = split(clean, suspect, CONFIG, infer_target=False)
+    assert parts.twins
+    assert len(parts.suspect) == len(parts.clean) == 40
 
 
 def test_a_named_target_needs_no_suspect_images(sets: tuple[ImageSet, ImageSet]) -> None:

@@ -130,6 +130,22 @@ def test_the_target_is_inferred_from_images_that_serve_nothing_else(model: Hooke
     assert found.counts["suspect"] == 48
 
 
+def test_a_target_inferred_on_another_model_stays_inferred(model: HookedCLIP) -> None:
+    first = run_audit(model, *sources(model), PROPERTIES["shape"])
+    second = run_audit(model, *sources(model), PROPERTIES["shape"], target=first.target)
+    assert second.target == first.target
+    assert second.target.inferred
+    assert second.counts == first.counts
+    assert second.counts["held_out"] > 0
+
+
+def test_a_push_is_a_part_of_its_distance(result: AuditResult) -> None:
+    """The way to the target is a unit vector: both are shares of the feature's norm."""
+    for kind in ("heads", "mlps"):
+        push, distance = (getattr(result.shift, f"{kind}_{name}") for name in ("push", "distance"))
+        assert (push.abs() <= distance + 1e-6).all()
+
+
 def test_without_labels_what_cannot_be_known_is_none(model: HookedCLIP) -> None:
     clean, suspect = sources(model)
     found = run_audit(model, clean, Unlabelled(suspect), CLASSES, target="star", config=CONFIG)

@@ -28,7 +28,9 @@ def names(components: Components) -> set[tuple[object, ...]]:
 
 layers = st.one_of(
     st.integers(-L, L - 1),
-    st.builds(slice, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9), st.none() | st.just(2)),
+    st.builds(
+        slice, st.none() | st.integers(-L, L - 1), st.none() | st.integers(-L, L), st.none() | st.just(2)
+    ),
     st.lists(st.integers(-L, L - 1), max_size=4),
 )
 atoms = st.one_of(
@@ -77,6 +79,13 @@ def test_it_reads_as_it_is_written() -> None:
 
 
 def test_errors_name_the_range() -> None:
+    for beyond in (heads[7:9], heads[12:], heads[:, 3:], mlps[L:]):
+        with pytest.raises(
+            IndexError, match=r"or -\d\.\.-1 from the end\); received .*, which names none of the"
+        ):
+            resolve(beyond)
+    assert len(names(mlps[-7:])) == L  # "the last seven", of five
+    assert names(mlps[2:2]) == set()
     with pytest.raises(
         IndexError,
         match=r"a layer in 0\.\.4 \(or -5\.\.-1 from the end\); received layer 5 in heads\[5\]; the tower has 5",
