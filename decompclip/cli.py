@@ -273,6 +273,12 @@ def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) 
 
     path = write_report(results, out, title=title)
     for result in results:
+        skipped = sum(map(len, result.skipped.values()))
+        counts = f"{result.counts['clean']} clean and {result.counts['suspect']} suspect images"
+        typer.echo(
+            f"{result.name}: {counts}{f'; {skipped} files skipped, see the report' if skipped else ''}",
+            err=True,
+        )
         typer.echo(f"{result.name} on {result.suspect_name}: {findings(result)[0].title}")
     typer.echo(f"Report: {path.resolve()}")
 

@@ -166,14 +166,28 @@ def test_an_unreadable_image_can_stop_the_audit(photos: Path, classes: Path, tmp
 
 
 def test_warnings_are_one_line_too(photos: Path, classes: Path, tmp_path: Path) -> None:
+    classes.write_text(classes.read_text() + "\nbanana\n")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
     code, _, stderr = run(
-        "audit", "ViT-B-32", "--checkpoint", "nowhere.pt", "--clean", photos, "--suspect", photos,
-        "--classes", classes, "--out", tmp_path / "out",
-    )  # fmt: skip
-    warning, error = stderr.strip().splitlines()
+        "audit",
+        "shapes",
+        "--clean",
+        photos,
+        "--suspect",
+        broken,
+        "--classes",
+        classes,
+        "--out",
+        tmp_path / "out",
+    )
+    lines = stderr.strip().splitlines()
     assert code == 2
-    assert warning.startswith("warning: nowhere.pt does not say which activation it was trained with")
-    assert error.startswith("error: ")
+    assert any(line.startswith("warning: words unknown to this model's vocabulary") for line in lines)
+    assert lines[-1].startswith("error: ")
+    assert "none of its 1 image files could be read" in lines[-1]
+    assert len([line for line in lines if not line.startswith(("shapes: ", "drawing "))]) == 2
 
 
 def test_where_an_error_comes_from_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ USEFUL = 0.7
 """AUROC that the lower end of its interval must pass for a detector to be called one, or its upper end to be
 called more than nothing."""
 
+WEAK_BOUND = 0.1
+"""The most that the upper end of a difference's interval may be where the absence of an effect is spoken of."""
+
 FEW = 100
 """Images below which a set is called small."""
 
@@ -89,6 +92,9 @@ def _effect(result: AuditResult) -> Finding:
         return Finding("evidence", f"{size} evidence of a trigger toward {name}", numbers + why + small)
     if high < 0:
         return Finding("no evidence", f"Suspect images avoid {name}", numbers)
+    if high > WEAK_BOUND:
+        bound = f" Effects of up to {100 * high:.1f} points cannot be ruled out: more images would tell."
+        return Finding("unclear", f"Too few images to tell of a trigger toward {name}", numbers + bound)
     bound = (
         f" With these images, effects above {100 * high:.1f} points can be ruled out, smaller ones cannot."
     )
@@ -117,7 +123,7 @@ def _ablation(result: AuditResult) -> Finding:
     (h_low, h_high), (m_low, m_high) = heads.difference_interval, mlps.difference_interval
     weight: Weight = "unclear"
     if min(h_low, m_low) >= STRONG:
-        weight, title = "evidence", "The trigger works without any head, and without any MLP"
+        weight, title = "evidence", "The trigger survives ablating all heads, and ablating all MLPs"
         text += " So neither kind alone carries it."
     elif any(costs):
         title = "Without all heads or all MLPs too much else changes to place the trigger"
@@ -167,7 +173,7 @@ def _repair(result: AuditResult) -> Finding:
     text += f", clean accuracy {share(kept)}." if kept is not None else "."
     text += f" (Picked as the best of {len(settings)}, so that its interval is too narrow.)"
     if not works:
-        return Finding("no evidence", "Decomp-Rep does not repair this model", text)
+        return Finding("note", "Decomp-Rep does not repair this model", text)
     before_cacc = before.report.cacc
     costly = kept is not None and before_cacc is not None and kept.high < before_cacc.low
     text += " That costs clean accuracy beyond its uncertainty." if costly else ""
@@ -225,9 +231,9 @@ def _detection(result: AuditResult) -> Finding:
     if result.n_heads <= best.zeta:
         text += f" (The last layer has {result.n_heads} heads, so that no image can pass it: choose a smaller --zeta.)"
     if best.auroc_low <= 0.5:
-        return Finding("no evidence", "Decomp-Det does not tell suspect images from clean ones", text)
+        return Finding("note", "Decomp-Det does not tell suspect images from clean ones", text)
     if best.auroc_high < USEFUL:
-        return Finding("no evidence", "Decomp-Det hardly tells suspect images from clean ones", text)
+        return Finding("note", "Decomp-Det hardly tells suspect images from clean ones", text)
     usable = best.true_positives.low > best.false_positives.high
     title = f"Decomp-Det ranks suspect images above clean ones{'' if usable else ', but fails at its own threshold'}"
     if not _has_effect(result):

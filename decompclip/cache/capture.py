@@ -47,6 +47,7 @@ def decompose(
 
     Raises:
         DecompositionError: the terms miss the feature: a hook wrote to the stream past the components.
+        TypeError: `tokens` is neither heads nor a truth value.
         IndexError: `tokens` names a layer or head that the tower does not have.
         ValueError: images of another size, or an unknown convention.
     """
@@ -87,9 +88,11 @@ def decompose(
 
 
 def _attention(visual: HookedViT, tokens: Components | bool | None) -> AttentionCapture | None:
-    chosen = all_heads if tokens is True else tokens or None
-    if chosen is None:
+    if tokens is None or tokens is False:
         return None
+    chosen = all_heads if tokens is True else tokens
+    if not isinstance(chosen, Components):
+        raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
     kept: Bool[Tensor, "layer head"] = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads).heads
     return AttentionCapture(visual, kept) if kept.any() else None
 

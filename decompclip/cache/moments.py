@@ -132,6 +132,11 @@ class Moments:
             ValueError: there are no images.
         """
         visual = model if isinstance(model, HookedViT) else model.visual
+        if isinstance(batches, Tensor):
+            raise ValueError(
+                f"expected batches of images, one after another; received one tensor {list(batches.shape)}; a single "
+                "batch is [images]"
+            )
 
         def one(images: Tensor) -> Moments:
             means: dict[str, Tensor] = {}

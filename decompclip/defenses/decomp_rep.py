@@ -115,7 +115,7 @@ class DecompRep(Intervention):
         if where is None:
             raise ValueError(
                 "expected where, the heads to replace, for they are known only once the image is decomposed; "
-                "received none; pass where=repair.flags(decompose(visual, images, ...)) of the same images"
+                "received none; pass where=repair.flags(model.decompose(images, ...)) of the same images"
             )
         return self._edit().fwd_hooks(visual, where=where)
 

@@ -162,7 +162,7 @@ class HookedCLIP(nn.Module):
         Raises:
             ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
         """
-        features = self.visual(images.to(self.device, self.dtype))
+        features = self.visual(self._input(images))
         return F.normalize(features, dim=-1) if normalize else features
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "text position"]:
@@ -242,7 +242,7 @@ class HookedCLIP(nn.Module):
 
         return decompose(
             self.visual,
-            images.to(self.device, self.dtype),
+            self._input(images),
             convention=convention,
             normalize=normalize,
             tokens=tokens,
@@ -252,7 +252,15 @@ class HookedCLIP(nn.Module):
         self, images: Float[Tensor, "batch 3 h w"], **options: Any
     ) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
         """Features and activations of the image tower (options as in TransformerLens)."""
-        return self.visual.run_with_cache(images.to(self.device, self.dtype), **options)
+        return self.visual.run_with_cache(self._input(images), **options)
+
+    def _input(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            raise ValueError(
+                f"expected floating-point images as `preprocess` or `normalize` gives them, got {images.dtype}; divide "
+                "pixels by 255 and pass them through `normalize`"
+            )
+        return images.to(self.device, self.dtype)
 
     @contextmanager
     def hooks(

@@ -138,15 +138,18 @@ def _activation(
     if pretrained not in (None, RANDOM):
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         return ("quick_gelu" if quick else of_name), "pretrained tag"
+    return of_name, "model name"
+
+
+def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
     base = name.removesuffix("-quickgelu")
-    if checkpoint is not None and {base, f"{base}-quickgelu"} <= set(open_clip.list_models()):
+    if {base, f"{base}-quickgelu"} <= set(open_clip.list_models()):
         warnings.warn(
-            f"{checkpoint} does not say which activation it was trained with; {of_name!r} was taken, after the name "
+            f"{checkpoint} does not say which activation it was trained with; {taken!r} was taken, after the name "
             f"{name!r}. Weights that descend from OpenAI's need 'quick_gelu', most others 'gelu', and the wrong one "
             "costs accuracy: pass activation='quick_gelu' or activation='gelu' to choose.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    return of_name, "model name"
 
 
 def _filled(
@@ -158,6 +161,8 @@ def _filled(
     if state is not None:
         check_fit(model, state, source=str(checkpoint), name=spec.name)
         model.load_state_dict({key: value.float() for key, value in state.items()})
+    if checkpoint is not None and reason == "model name":
+        _tell_the_guess(spec.name, checkpoint, spec.activation)
     return spec.hook(model, _provenance(spec.name, pretrained, checkpoint, spec.activation, reason))
 
 

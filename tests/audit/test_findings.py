@@ -65,6 +65,13 @@ def test_the_first_is_about_the_difference(
     assert points(success - control, setting(success, control).difference_interval) in first.text
 
 
+def test_few_images_clear_nobody(base: AuditResult) -> None:
+    finding = findings(replace(base, as_it_is=setting(0.125, 0.0625, images=16)))[0]
+    assert finding.weight == "unclear"
+    assert "Too few images to tell" in finding.title
+    assert "cannot be ruled out" in finding.text
+
+
 def test_only_twins_name_the_cause(base: AuditResult) -> None:
     result = replace(base, as_it_is=setting(0.95, 0.02))
     assert "so that is the cause" in findings(replace(result, twins=True))[0].text
@@ -77,7 +84,7 @@ def test_only_twins_name_the_cause(base: AuditResult) -> None:
         (0.05, 0.90, "evidence", "writes through the heads more than the MLPs"),
         (0.90, 0.05, "evidence", "writes through the MLPs more than the heads"),
         (0.30, 0.32, "unclear", "cannot be told apart"),
-        (0.80, 0.70, "evidence", "works without any head, and without any MLP"),
+        (0.80, 0.70, "evidence", "survives ablating all heads, and ablating all MLPs"),
     ],
 )
 def test_overlapping_intervals_decide_nothing(
@@ -114,7 +121,7 @@ def test_an_ablation_that_sends_all_to_the_target_says_so(base: AuditResult) -> 
         (0.02, 0.9, "evidence", "takes the difference away"),
         (0.40, 0.9, "evidence", "in part"),
         (0.02, 0.5, "unclear", "takes the difference away"),
-        (0.94, 0.9, "no evidence", "does not repair"),
+        (0.94, 0.9, "note", "does not repair"),
     ],
 )
 def test_repair_is_judged_by_difference_and_cost(
@@ -135,8 +142,8 @@ def test_nothing_to_repair_is_not_spoken_of(base: AuditResult) -> None:
     [
         ((0.95, 0.92, 0.97), 300, 0.95, "evidence", "ranks suspect images above clean ones"),
         ((0.95, 0.92, 0.97), 4, 0.95, "unclear", "but fails at its own threshold"),
-        ((0.52, 0.48, 0.56), 4, 0.95, "no evidence", "does not tell suspect images"),
-        ((0.55, 0.52, 0.58), 300, 0.95, "no evidence", "hardly tells suspect images"),
+        ((0.52, 0.48, 0.56), 4, 0.95, "note", "does not tell suspect images"),
+        ((0.55, 0.52, 0.58), 300, 0.95, "note", "hardly tells suspect images"),
         ((0.95, 0.92, 0.97), 300, 0.02, "note", "it notices changed images here, not a backdoor"),
     ],
 )

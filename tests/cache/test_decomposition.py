@@ -400,3 +400,10 @@ def test_tokens_of_an_edited_run(tower: HookedViT, images: Tensor) -> None:
             decompose(tower, images, tokens=heads[1])
         paper = decompose(tower, images, tokens=heads[1], convention="paper")
     torch.testing.assert_close(paper.tokens(1, 0).sum(1), paper.heads[:, 1, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_heads(ours_alone: None, tower: HookedViT, images: Tensor) -> None:
+    with pytest.raises(
+        TypeError, match=r"expected tokens=True, or heads such as heads\[-1\]; received 'last'"
+    ):
+        decompose(tower, images, tokens="last")  # pyright: ignore[reportArgumentType]

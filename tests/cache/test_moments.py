@@ -107,3 +107,10 @@ def test_it_reads_well(tower: HookedViT) -> None:
     assert "24 images, 3 x 4 heads, centred; means and second and streams" in repr(
         Moments.fit(tower, [many()])
     )
+
+
+def test_one_tensor_is_no_batches(ours_alone: None, tower: HookedViT) -> None:
+    with pytest.raises(
+        ValueError, match=r"received one tensor \[24, 3, 24, 16\]; a single batch is \[images\]"
+    ):
+        Moments.fit(tower, many())

@@ -236,3 +236,12 @@ def test_a_decomposition_sums_to_the_feature(model: HookedCLIP, images: torch.Te
     with model.hooks(Scale("blocks.0.hook_mlp_out", 0.0)):  # the edited run is what is decomposed
         edited = model.encode_image(images)
         torch.testing.assert_close(model.decompose(images).features, edited, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_numbers_are_no_images(model: HookedCLIP) -> None:
+    pixels = torch.zeros(1, 3, *model.image_size, dtype=torch.uint8)
+    for use in (model.encode_image, model.decompose, model.run_with_cache):
+        with pytest.raises(
+            ValueError, match=r"expected floating-point images .* got torch.uint8; divide pixels by 255"
+        ):
+            use(pixels)
