@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Protocol, TypeVar, get_args
+
+from decompclip.cache.maps import Convention
 
 T = TypeVar("T")
-
-Convention = Literal["centred", "paper"]
 
 
 class Track(Protocol):

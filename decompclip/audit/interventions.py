@@ -23,6 +23,7 @@ from decompclip.operators.ablation import Kind, MeanAblate, Scheme, sweeps
 
 SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
 THRESHOLDS: tuple[Threshold, ...] = ("quantile", "epsilon")
+RULES = tuple(product(SIMILARITIES, THRESHOLDS))
 NAMES = {"heads": "heads", "mlps": "MLPs"}
 
 
@@ -64,19 +65,26 @@ def repair(
 ) -> Iterator[Repair]:
     """Decomp-Rep under both similarities and both thresholds (METHOD 3)."""
     sets = (split.clean.decomposition, split.suspect.decomposition)
-    for (similarity, threshold), detector in detectors(split, config):
+    for similarity, threshold in RULES:
         edit = DecompRep(
             similarity=similarity, threshold=threshold, epsilon=config.epsilon, quantile=config.quantile
         ).fit(split.validation.decomposition)
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
         answers = [predict(edit(d).features, classifier) for d in sets]
-        clean, suspect = (float(detector.score(d).double().mean()) for d in sets)
+        clean, suspect = (float(edit.flags(d).sum((1, 2)).double().mean()) for d in sets)
         yield Repair(similarity, threshold, score(name, answers[0], answers[1]), clean, suspect)
 
 
 def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
     """Decomp-Det under both similarities and both thresholds (METHOD 3)."""
-    for (similarity, threshold), detector in detectors(split, config):
+    for similarity, threshold in RULES:
+        detector = DecompDet(
+            similarity=similarity,
+            threshold=threshold,
+            epsilon=config.epsilon,
+            quantile=config.quantile,
+            zeta=config.zeta,
+        ).fit(split.validation.decomposition)
         clean = detector.score(split.clean.decomposition)
         suspect = detector.score(split.suspect.decomposition)
         low, high = auroc_interval(clean, suspect)
@@ -92,19 +100,6 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
             Rate.of(suspect > config.zeta),
             *(torch.bincount(counts.long(), minlength=most) for counts in (clean, suspect)),
         )
-
-
-def detectors(split: Split, config: AuditConfig) -> Iterator[tuple[tuple[Similarity, Threshold], DecompDet]]:
-    """Decomp-Det, fitted, under every rule."""
-    for similarity, threshold in product(SIMILARITIES, THRESHOLDS):
-        detector = DecompDet(
-            similarity=similarity,
-            threshold=threshold,
-            epsilon=config.epsilon,
-            quantile=config.quantile,
-            zeta=config.zeta,
-        )
-        yield (similarity, threshold), detector.fit(split.validation.decomposition)
 
 
 def rule_name(similarity: str, threshold: str) -> str:

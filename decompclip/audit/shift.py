@@ -10,9 +10,7 @@ from torch import Tensor
 
 from decompclip.audit.result import Shift
 from decompclip.cache.decomposition import Decomposition
-
-_Z = 1.959964
-"""Half-width of a 95 % interval in standard errors; a mean over many images is close to normal."""
+from decompclip.evaluation.intervals import Z
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def shift(
         heads_distance=terms.norm(dim=-1),
         heads_floor=(heads.error * clean.maps.grams.double()).sum((-2, -1)).clamp_min(0).sqrt(),
         heads_push=(heads.mean * along).sum(-1),
-        heads_push_error=_Z * torch.einsum("lhr,lhrs,lhs->lh", along, heads.error, along).clamp_min(0).sqrt(),
+        heads_push_error=Z * torch.einsum("lhr,lhrs,lhs->lh", along, heads.error, along).clamp_min(0).sqrt(),
         mlps_distance=mlps_distance,
         mlps_floor=mlps_floor,
         mlps_push=mlps_push,
@@ -80,7 +78,7 @@ def shift(
 def _along(clean: Tensor, suspect: Tensor, *, twins: bool) -> tuple[Tensor, Tensor]:
     """Difference of the means of `[batch, ...]` numbers, and the half-width of its 95 % interval."""
     difference = _Difference.of(clean[..., None], suspect[..., None], twins=twins)
-    return difference.mean[..., 0], _Z * difference.error[..., 0, 0].sqrt()
+    return difference.mean[..., 0], Z * difference.error[..., 0, 0].sqrt()
 
 
 def _spread(
@@ -88,4 +86,4 @@ def _spread(
 ) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
     """Norm of the difference of means, and the norm to expect from sampling alone."""
     mean, error = _along(clean, suspect, twins=twins)
-    return mean.norm(dim=-1), (error / _Z).norm(dim=-1)
+    return mean.norm(dim=-1), (error / Z).norm(dim=-1)

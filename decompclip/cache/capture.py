@@ -17,8 +17,8 @@ from decompclip.cache.components import Components
 from decompclip.cache.components import heads as all_heads
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, blocks, final_map, term_maps, wide
-from decompclip.cache.token_terms import AttentionCapture, DecompositionError, Hook
-from decompclip.models.vit import HookedViT
+from decompclip.cache.token_terms import AttentionCapture, DecompositionError
+from decompclip.models.vit import Hook, HookedViT
 
 # The least that catches an unrecorded write and spares the rounding of the tower's own arithmetic.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}

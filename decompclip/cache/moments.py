@@ -18,8 +18,7 @@ from torch import Tensor
 from decompclip.cache.capture import decompose
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, TermMaps
-from decompclip.cache.token_terms import Hook
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP

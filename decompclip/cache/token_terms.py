@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decompclip.cache.maps import Convention, blocks, wide
-from decompclip.models.vit import HookedViT
-
-Hook = tuple[str | Callable[..., bool], Callable[..., Any]]  # as `visual.hooks` takes them
+from decompclip.models.vit import Hook, HookedViT
 
 
 class DecompositionError(ArithmeticError):

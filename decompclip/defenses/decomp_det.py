@@ -62,14 +62,7 @@ class DecompDet:
         Raises:
             ValueError: an unknown option, or clean terms that do not fit the options: see `Selector.fit`.
         """
-        self.selector_ = Selector(
-            similarity=self.similarity,
-            threshold=self.threshold,
-            epsilon=self.epsilon,
-            quantile=self.quantile,
-            components=self.components,
-            convention=self.convention,
-        ).fit(clean)
+        self.selector_ = Selector.like(self).fit(clean)
         return self
 
     def score(self, d: Decomposition) -> Int[Tensor, " batch"]:

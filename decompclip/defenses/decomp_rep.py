@@ -11,9 +11,8 @@ from decompclip.cache.components import Components, heads
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention
 from decompclip.cache.moments import Moments
-from decompclip.cache.token_terms import Hook
 from decompclip.defenses.selector import Selector, Similarity, Threshold, check_fitted, describe
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention, Where
 
@@ -72,14 +71,7 @@ class DecompRep(Intervention):
         """
         if self.fill not in get_args(FillName):
             raise ValueError(f"expected a fill of {get_args(FillName)}; received {self.fill!r}")
-        self.selector_ = Selector(
-            similarity=self.similarity,
-            threshold=self.threshold,
-            epsilon=self.epsilon,
-            quantile=self.quantile,
-            components=self.components,
-            convention=self.convention,
-        ).fit(clean)
+        self.selector_ = Selector.like(self).fit(clean)
         return self
 
     def flags(self, d: Decomposition) -> Where:

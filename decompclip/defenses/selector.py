@@ -7,7 +7,7 @@ Terms are compared in head coordinates, by the Gram matrix of the head's map: ex
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +18,10 @@ from decompclip.cache.components import Components, heads
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention
 from decompclip.cache.moments import Moments
+
+if TYPE_CHECKING:
+    from decompclip.defenses.decomp_det import DecompDet
+    from decompclip.defenses.decomp_rep import DecompRep
 
 Similarity = Literal["dot", "cosine"]
 Threshold = Literal["epsilon", "quantile"]
@@ -65,6 +69,11 @@ class Selector:
         self.quantile = quantile
         self.components = components
         self.convention: Convention | None = convention
+
+    @classmethod
+    def like(cls, estimator: DecompRep | DecompDet) -> Selector:
+        """A selector with the options of an estimator that judges by one."""
+        return cls(**{name: getattr(estimator, name) for name in vars(cls())})
 
     def fit(self, clean: Decomposition | Moments) -> Selector:
         """Learn prototypes, and per-head thresholds, from clean images.

@@ -13,7 +13,8 @@ from torch import Tensor
 CONFIDENCE = 0.95
 """Of every interval of the package."""
 
-_Z = float(ndtri((1 + CONFIDENCE) / 2))
+Z = float(ndtri((1 + CONFIDENCE) / 2))
+"""Half-width of such an interval in standard errors, where the estimate is close to normal."""
 
 
 def wilson(share: float, trials: int | float) -> tuple[float, float]:
@@ -30,9 +31,9 @@ def wilson(share: float, trials: int | float) -> tuple[float, float]:
             f"expected a share in 0..1 of more than 0 trials; received {share} of {trials}; a `Rate` of "
             "nothing has the interval 0..1"
         )
-    widening = 1 + _Z**2 / trials
-    centre = (share + _Z**2 / (2 * trials)) / widening
-    half = _Z / widening * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2))
+    widening = 1 + Z**2 / trials
+    centre = (share + Z**2 / (2 * trials)) / widening
+    half = Z / widening * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
     # min and max guard the rounding at shares of exactly 0 and 1
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from decompclip.models.config import ViTConfig
 from decompclip.models.convert import convert_open_clip
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
     from decompclip.cache.components import Components
     from decompclip.cache.decomposition import Decomposition
+    from decompclip.cache.maps import Convention
+    from decompclip.evaluation.zero_shot import Template
 
-Hook = tuple[str | Callable[[str], bool], Callable[..., Any]]
-Template = str | Callable[[str], str]
 Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
 
 
@@ -233,7 +233,7 @@ class HookedCLIP(nn.Module):
         self,
         images: Float[Tensor, "batch 3 h w"],
         *,
-        convention: Literal["centred", "paper"] = "centred",
+        convention: Convention = "centred",
         normalize: bool = False,
         tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:

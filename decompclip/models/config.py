@@ -63,11 +63,6 @@ class ViTConfig:
         return self.grid[0] * self.grid[1] + 1
 
     @property
-    def n_prefix(self) -> int:
-        """Tokens that stand before the patches."""
-        return 1
-
-    @property
     def normalization_type(self) -> str:
         return "LN"
 

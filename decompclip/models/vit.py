@@ -20,6 +20,9 @@ from transformer_lens.hook_points import HookPoint
 
 from decompclip.models.config import ViTConfig
 
+Hook = tuple[str | Callable[..., bool], Callable[..., Any]]
+"""A hook point's name, or a choice among names, and what to do there; as TransformerLens takes them."""
+
 if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
 

@@ -14,8 +14,7 @@ from decompclip.cache.components import Components, heads, mlps
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import blocks, term_maps
 from decompclip.cache.moments import Moments
-from decompclip.cache.token_terms import Hook
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.intervention import (
     Fill,
     Intervention,

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from decompclip.cache.components import ComponentMask
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.token_terms import Hook
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import Hook, HookedViT
 
 Rows = Literal["all", "pooled"]
 Where = Bool[Tensor, "batch layer head"]
