@@ -36,7 +36,10 @@ MAY_IMPORT = {
 }
 
 # Inside functions only: methods that return the next room's result, and `.figure()` methods.
-MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {"models": "cache evaluation figures"}
+MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {
+    "models": "cache evaluation figures",
+    "operators": "data figures",  # default images and texts
+}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

@@ -99,7 +99,7 @@ def collect(
     thumbnails: list[Tensor] = []
     # The pictures kept are those of least checksum of the name: twins of two sets are kept together.
     kept: list[tuple[int, str, Tensor]] = []
-    device = model.visual.W_pos.device
+    device = model.device
     n_batches = -(-len(source) // config.batch_size)
     for batch in track(source.batches(config.batch_size), description, n_batches):
         d = model.decompose(batch.images.to(device), convention=config.convention, normalize=True).to("cpu")
@@ -114,7 +114,7 @@ def collect(
             (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
     known = [part for part in labels if part is not None]
     return ImageSet(
-        concatenate(parts),
+        Decomposition.cat(parts),
         torch.cat(known) if len(known) == len(labels) else None,
         tuple(paths),
         torch.cat(thumbnails),
@@ -122,14 +122,6 @@ def collect(
         tuple(source.skipped),
         max(part.sum_error for part in parts),
     )
-
-
-def concatenate(parts: Sequence[Decomposition]) -> Decomposition:
-    """One decomposition of all the images of several, which must be of one model."""
-    names = ("coords", "mlps", "embed", "bias_coords")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    targets = [part.target for part in parts if part.target is not None]
-    return replace(parts[0], **joined, target=torch.cat(targets) if len(targets) == len(parts) else None)
 
 
 def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_target: bool) -> Split:

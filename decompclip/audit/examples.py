@@ -39,7 +39,7 @@ def examples(
     if not paths:
         return None
     shown = [(side, path, kept[path]) for path in paths for side, kept in _sides(split, seen) if path in kept]
-    images = torch.stack([image for *_, image in shown]).to(model.visual.W_pos.device)
+    images = torch.stack([image for *_, image in shown]).to(model.device)
     chosen = affected_heads(shift)
     components = heads[chosen[0][:2]]
     for layer, head, _ in chosen[1:]:

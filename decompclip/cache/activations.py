@@ -4,9 +4,11 @@ Its helpers were written for language models. Here each either tells the truth a
 
 * behind `ln_pre` the stream starts at block 0's input ("ln_pre"), not at embedding plus positions;
 * LayerScale is part of what a head writes;
+* a head writes through a LayerNorm across the heads, or behind attention, where the tower has one;
 * this tower's LayerNorms keep their gains, so that applying one to a stack multiplies by its gain; the
-  bias is a constant of no component: `(stack.sum(0) + ln.b) @ proj` is the image feature;
-* only the class token passes the last LayerNorm: ask for it with `pos_slice=0`.
+  bias is a constant of no component: `(stack.sum(0) + ln.b) @ proj` is the image feature of a class token;
+* with class-token pooling only the class token passes the last LayerNorm: ask for it with `pos_slice=0`;
+  other towers pool several rows: `decompose` is what sums to their features.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from decompclip.cache.maps import blocks
-from decompclip.models.vit import HookedViT, LayerNorm
+from decompclip.cache.readout import blocks
+from decompclip.models.norms import LayerNorm
+from decompclip.models.vit import HookedViT
 
 Position = Slice | int | tuple[int, ...] | list[int] | Tensor | None  # as TransformerLens' SliceInput
 Stack = Float[Tensor, "component *batch_and_token d_model"]
@@ -39,8 +42,8 @@ class ViTCache(ActivationCache):
         normalized (ln1, ln2) [batch token d_model]          scale (ln1, ln2)       [batch token 1]
         ln_final.hook_normalized [batch 1 d_model]           ln_final.hook_scale    [batch 1 1]
 
-    Rows of the last block: all tokens, or only token 0 after `run_with_cache(images, pooled_rows=True)`.
-    `batch` is missing after `remove_batch_dim`.
+    Rows of the last block: all tokens, or token 0 alone after `run_with_cache(images, pooled_rows=True)`. `batch` is
+    missing after `remove_batch_dim`.
     """
 
     model: HookedViT  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -188,9 +191,8 @@ class ViTCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Stack:
-        """The LayerNorm before `layer` (None: the last one), at its cached scale, on each component of a stack.
-
-        With the gain, without the bias: the results sum to the LayerNorm's output less `ln.b`.
+        """The LayerNorm before `layer` (None: the last one), at its cached scale, on each component of a stack,
+        with the gain, without the bias: the results sum to the LayerNorm's output less `ln.b`.
 
         Raises:
             ValueError: the last LayerNorm, on more than the class token.
@@ -209,11 +211,15 @@ class ViTCache(ActivationCache):
             residual_stack = _cut(batch_slice).apply(residual_stack, dim=1)
         if not final:
             scale = _cut(pos_slice).apply(scale, dim=-2)
+        elif self.model.cfg.pool != "cls":
+            scale = _cut(pos_slice).apply(scale, dim=-2) if scale.shape[-2] > 1 else scale
         elif scale.ndim == residual_stack.ndim:  # the stack's token axis went with pos_slice
             self._only_class_token(pos_slice)
             scale = scale[..., 0, :]
         elif residual_stack.shape[-2] != 1 or _cut(pos_slice).mode != "identity":
             self._only_class_token(pos_slice)
+        if self.model.cfg.norm == "post" and not final:
+            raise NotImplementedError("the blocks of a post-norm tower read the stack as it is")
         norm = cast(LayerNorm, self.model.get_submodule(name))
         return (residual_stack - residual_stack.mean(-1, keepdim=True)) / scale * norm.w
 
@@ -229,15 +235,9 @@ class ViTCache(ActivationCache):
 
     def get_neuron_results(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError."""
-        _missing(
-            "get_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out [d_model d_mlp]'
-        )
+        _missing("get_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out [d_model d_mlp]')
 
-    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises NotImplementedError."""
-        _missing(
-            "stack_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out [d_model d_mlp]'
-        )
+    stack_neuron_results = get_neuron_results
 
     def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError."""
@@ -259,13 +259,20 @@ class ViTCache(ActivationCache):
     def _embeds(self) -> list[tuple[str, str]]:
         if self.model.ln_pre is not None:
             return [("ln_pre", "hook_ln_pre")]
-        return [("embed", "hook_embed"), ("pos_embed", "hook_pos_embed")]
+        positions = [] if self.model.W_pos is None else [("pos_embed", "hook_pos_embed")]
+        return [("embed", "hook_embed"), *positions]
 
     def _results(self, layer: int) -> Float[Tensor, "head *batch_and_token d_model"]:
         block, name = blocks(self.model)[layer], f"blocks.{layer}.attn.hook_result"
         result = self.cache_dict.get(name)
         if result is None:
-            result = torch.einsum("...he,hed->...hd", self["z", layer], block.attn.W_O)
+            z = self["z", layer]
+            if block.attn.ln is not None:
+                z = z / self[f"blocks.{layer}.attn.ln.hook_scale"][..., None]
+            result = torch.einsum("...he,hed->...hd", z, block.attn.W_written)
+        if block.post_norm:
+            centred = result - result.mean(-1, keepdim=True)
+            result = centred / self[f"blocks.{layer}.ln1.hook_scale"][..., None] * block.ln1.w
         return rearrange(result if block.ls1 is None else result * block.ls1, "... head d -> head ... d")
 
     def _stack(self, parts: list[Tensor], pos_slice: Position) -> Stack:

@@ -1,11 +1,14 @@
 """decompose: one forward pass that leaves an exact decomposition behind.
 
-Hooks copy what the pooled row receives (a head's z, an MLP's output, the embedding, the last scale): the
-tower runs as it does without them, and nothing of size [batch, token] is kept unless tokens are asked for.
+Hooks copy what the pooled rows receive (a head's z, an MLP's output, the embedding, the last scale): the tower
+runs as it does without them, and nothing of size [batch, token] is kept unless tokens are asked for, or the
+weights of the rows are known only at the end (a LayerNorm of every row before the pooling, or an attention
+pool). Such a tower is run in parts of the batch, so that what is kept stays small beside the run itself.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +19,9 @@ from torch import Tensor
 from decompclip.cache.components import Components
 from decompclip.cache.components import heads as all_heads
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention, blocks, final_map, term_maps, wide
+from decompclip.cache.maps import Convention, frozen
+from decompclip.cache.readout import wide
+from decompclip.cache.terms import Rows, terms_of
 from decompclip.cache.token_terms import AttentionCapture, DecompositionError
 from decompclip.models.vit import Hook, HookedViT
 
@@ -43,7 +48,7 @@ def decompose(
             shares mean and bias out among the terms.
         normalize: divide all terms by the length of the feature, so that they sum to the unit feature.
         tokens: heads whose tokens to keep, for `Decomposition.tokens`; True for all.
-        tolerance: largest `sum_error` allowed; default by the tower's dtype (1e-4 in fp32).
+        tolerance: largest `sum_error` allowed; default by the dtype that the tower runs in (1e-4 in fp32).
 
     Raises:
         DecompositionError: the terms miss the feature: a hook wrote to the stream past the components.
@@ -51,29 +56,48 @@ def decompose(
         IndexError: `tokens` names a layer or head that the tower does not have.
         ValueError: images of another size, or an unknown convention.
     """
-    maps = term_maps(visual, convention)
+    kept = _kept(visual, tokens)
     if tolerance is None:
-        tolerance = TOLERANCE[visual.proj.dtype]
-    attention = _attention(visual, tokens)
-    rows: dict[str, Tensor] = {}
+        tolerance = TOLERANCE[_dtype(visual)]
+    # Others' hooks may hold something for each image of the batch: it must stay whole.
+    free = not any(point.has_hooks() for point in visual.hook_dict.values())
+    size = _part(visual, len(images)) if free and images.ndim == 4 else max(len(images), 1)
+    parts = [
+        _decompose(visual, part, convention, normalize, kept, tolerance)
+        for part in (images.split(size) if len(images) > size else [images])
+    ]
+    return Decomposition.cat(parts)
 
-    def keep(x: Tensor, hook: Any) -> None:
-        # A copy: a view of the row would keep every token's activation alive.
-        rows[hook.name] = wide(x[:, 0]).clone()
 
+def _decompose(
+    visual: HookedViT,
+    images: Tensor,
+    convention: Convention,
+    normalize: bool,
+    kept: Bool[Tensor, "layer head"] | None,
+    tolerance: float,
+) -> Decomposition:
+    fixed = frozen(visual, convention)
+    attention = None if kept is None else AttentionCapture(visual, kept)
+    rows = Rows(visual, with_mean=convention == "paper")
     # Hooks that others set in the last block may read any token there; ours read the pooled row alone.
-    free = not any(point.has_hooks() for point in visual._last_block_hooks)
-    hooks: list[Hook] = [(name, keep) for name in _names(visual)]
-    with visual.hooks(fwd_hooks=hooks + (attention.hooks() if attention else [])):
-        feature = wide(visual(images, pooled_rows=free))
+    alone = not any(point.has_hooks() for point in visual._last_block_hooks)
+    hooks: list[Hook] = rows.hooks() + (attention.hooks() if attention else [])
+    with visual.hooks(fwd_hooks=hooks):
+        feature = wide(visual(images, pooled_rows=alone))
     if not feature.isfinite().all():
         raise DecompositionError(
             "expected finite features; received infinite ones or nan from the tower; check the images, and run "
             "the model in float32"
         )
-    length = feature.norm(dim=-1, keepdim=True) if normalize else torch.ones_like(feature[:, :1])
-    terms = _terms(visual, rows, length, convention)
-    d = Decomposition(*terms, maps=maps, normalized=normalize, target=feature / length)
+    length = feature.norm(dim=-1) if normalize else torch.ones_like(feature[:, 0])
+    terms: dict[str, Any] = terms_of(fixed, rows, length, convention)
+    d = Decomposition(
+        **terms,
+        maps=fixed.maps,
+        normalized=normalize,
+        target=feature / length[:, None],
+    )
     if not d.sum_error <= tolerance:
         raise DecompositionError(
             f"expected terms that sum to the feature within {tolerance:.1e} of its largest entry; received a miss "
@@ -83,46 +107,32 @@ def decompose(
         )
     if attention is None:
         return d
-    scale = 1 / (rows["ln_final.hook_scale"] * length)[:, 0]
-    return replace(d, token_terms=attention.terms(scale, convention, tolerance))
+    weights = rows.row_weights / length[:, None, None]
+    return replace(d, token_terms=attention.terms(weights, rows.scales, convention, tolerance))
 
 
-def _attention(visual: HookedViT, tokens: Components | bool | None) -> AttentionCapture | None:
+def _part(visual: HookedViT, batch: int) -> int:
+    """Images a run, such that what is kept of them is made up for by the smaller run."""
+    cfg = visual.cfg
+    if not Rows.all_rows(cfg):
+        return max(batch, 1)
+    run = 8 * cfg.d_model + 3 * (1 + cfg.gated) * cfg.d_mlp
+    return max(1, math.floor(batch * run / (run + (2 * cfg.n_layers + 1) * cfg.d_model)))
+
+
+def _dtype(visual: HookedViT) -> torch.dtype:
+    """What the tower computes in: its weights' type, or autocast's."""
+    kind = visual.device.type
+    if visual.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return visual.dtype
+
+
+def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "layer head"] | None:
     if tokens is None or tokens is False:
         return None
     chosen = all_heads if tokens is True else tokens
     if not isinstance(chosen, Components):
         raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
-    kept: Bool[Tensor, "layer head"] = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads).heads
-    return AttentionCapture(visual, kept) if kept.any() else None
-
-
-def _names(visual: HookedViT) -> list[str]:
-    """Hook points whose first row makes up the feature."""
-    last = visual.cfg.n_layers - 1
-    each = [f"blocks.{layer}.{name}" for name in ("attn.hook_z", "hook_mlp_out") for layer in range(last + 1)]
-    return ["blocks.0.hook_resid_pre", *each, f"blocks.{last}.hook_resid_post", "ln_final.hook_scale"]
-
-
-def _terms(
-    visual: HookedViT, rows: dict[str, Tensor], length: Float[Tensor, "batch 1"], convention: Convention
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coordinates, MLPs, embedding and bias coordinates (formulas: `decompclip.cache.maps`)."""
-    embed, *of_layers, stream, sigma = (rows[name] for name in _names(visual))
-    z = torch.stack(of_layers[: visual.cfg.n_layers], dim=1)
-    mlps = torch.stack(of_layers[visual.cfg.n_layers :], dim=1)
-    final = final_map(visual, convention)
-    scale, one = 1 / (sigma * length), 1 / length
-    mlps, embed = (mlps * scale[..., None]) @ final, (embed * scale) @ final
-    if convention == "centred":
-        coords = (z - torch.stack([wide(block.attn.b_V) for block in blocks(visual)])) * scale[
-            ..., None, None
-        ]
-        bias_coords = torch.cat([scale.expand(-1, visual.cfg.n_layers), one], dim=1)
-        return coords, mlps, embed, bias_coords
-    mean = stream.mean(-1, keepdim=True) * scale
-    beta = wide(visual.ln_final.b) @ wide(visual.proj)
-    share = (beta * one - mean * final.sum(0)) / (2 * visual.cfg.n_layers + 1)
-    constants = torch.cat([scale, mean, one], dim=1)[:, None, None].expand(-1, *z.shape[1:3], -1)
-    coords = torch.cat([z * scale[..., None, None], constants], dim=-1)
-    return coords, mlps + share[:, None], embed + share, scale.new_empty(len(scale), 0)
+    kept = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads).heads
+    return kept if kept.any() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ class Decomposition:
         mlps: terms of the MLPs.
         embed: term of the stream at the input of block 0.
         bias_coords: scales of the constant terms `maps.bias` (their names: `maps.bias_names`).
+        pool: term of the attention pool's own MLP (SigLIP, PE); its axis is empty elsewhere, and need not be given.
         normalized: whether the terms were divided by the length of the feature, and so sum to a unit vector.
         target: the tower's own feature that the terms sum to; None after an edit.
         token_terms: what `tokens`, `token_logits` and `attention` read, for the heads asked for.
@@ -42,8 +43,11 @@ class Decomposition:
     normalized: bool
     target: Float[Tensor, "batch d_embed"] | None = None
     token_terms: TokenTerms | None = None
+    pool: Float[Tensor, "batch pool d_embed"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.pool is None:
+            object.__setattr__(self, "pool", self.embed.new_empty(len(self.embed), 0, self.embed.shape[-1]))
         batch, (layers, heads, coord, d_embed) = len(self.coords), self.maps.heads.shape
         shapes = {
             "coords": (batch, layers, heads, coord),
@@ -51,6 +55,7 @@ class Decomposition:
             "embed": (batch, d_embed),
             "bias_coords": (batch, len(self.maps.bias)),
             "target": (batch, d_embed),
+            "pool": (batch, self.pool.shape[1], d_embed),
         }
         for name, expected in shapes.items():
             value = getattr(self, name)
@@ -86,7 +91,7 @@ class Decomposition:
     @property
     def heads(self) -> Float[Tensor, "batch layer head d_embed"]:
         """The heads' terms, formed anew at each call."""
-        return torch.einsum("blhr,lhrd->blhd", self.coords, self.maps.heads)
+        return self.maps.terms(self.coords)
 
     @property
     def bias(self) -> Float[Tensor, "batch d_embed"]:
@@ -96,8 +101,8 @@ class Decomposition:
     @cached_property
     def features(self) -> Float[Tensor, "batch d_embed"]:
         """The sum of all terms; the image features."""
-        of_heads = self.coords.flatten(1) @ self.maps.heads.flatten(0, 2)
-        return of_heads + self.mlps.sum(1) + self.embed + self.bias
+        others = self.mlps.sum(1) + self.embed + self.pool.sum(1) + self.bias
+        return self.maps.total(self.coords) + others
 
     @property
     def sum_error(self) -> float:
@@ -119,13 +124,16 @@ class Decomposition:
     # Tokens
 
     def attention(self, layer: int, head: int) -> Float[Tensor, "batch token"]:
-        """The pooled row's attention over source tokens (0 is the class token, patches follow row by row).
+        """The pooled row's attention over source tokens (prefix tokens first, patches follow row by row).
+
+        Where several rows are pooled it is their mean, by the weight with which each of them is read.
 
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
         """
         terms, position, _, _ = self._kept(layer, head)
-        return terms.attention[:, position]
+        weight = terms.scale[:, position]
+        return torch.einsum("bqn,bq->bn", terms.attention[:, position], weight / weight.sum(1, keepdim=True))
 
     def tokens(self, layer: int, head: int) -> Float[Tensor, "batch token d_embed"]:
         """What each source token contributes to the head's term; the sum over tokens is the term.
@@ -155,11 +163,20 @@ class Decomposition:
 
     def _contracted(self, layer: int, head: int, text: Tensor | None) -> Tensor:
         terms, position, layer, head = self._kept(layer, head)
-        written = self.maps.heads[layer, head]
+        weighted, maps = terms.weighted(position), self.maps
+        if maps.tokens is not None and maps.out is not None:
+            out = maps.out if text is None else maps.out @ text.to(maps.out).T
+            shares = torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ out)
+            if self.convention == "centred":
+                return shares
+            term = self.coords[:, layer, head]
+            rest = (term if text is None else term @ text.to(term).T) - shares.sum(1)
+            return shares + rest[:, None] / shares.shape[1]
+        written = maps.heads[layer, head]
         written = written if text is None else written @ text.to(written).T
-        d_head = self.maps.d_head
-        shares = self.coords[:, layer, head, d_head:] @ written[d_head:] / terms.attention.shape[-1]
-        return terms.weighted(position) @ written[:d_head] + shares[:, None]
+        d_head = maps.d_head
+        rest = self.coords[:, layer, head, d_head:] @ written[d_head:] / weighted.shape[1]
+        return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
 
     def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
         (layer, head) = (
@@ -181,19 +198,30 @@ class Decomposition:
         coords: Float[Tensor, "batch layer head coord"] | None = None,
         mlps: Float[Tensor, "batch layer d_embed"] | None = None,
         embed: Float[Tensor, "batch d_embed"] | None = None,
+        pool: Float[Tensor, "batch pool d_embed"] | None = None,
     ) -> Decomposition:
         """The same images with other terms; itself where nothing is given.
 
         Raises:
             ValueError: a shape differs.
         """
-        changes = {
-            name: x for name, x in (("coords", coords), ("mlps", mlps), ("embed", embed)) if x is not None
-        }
+        given = {"coords": coords, "mlps": mlps, "embed": embed, "pool": pool}
+        changes = {name: x for name, x in given.items() if x is not None}
         if not changes:
             return self
         kept = self.token_terms if coords is None else None
         return replace(self, **changes, target=None, token_terms=kept)
+
+    @staticmethod
+    def cat(parts: Sequence[Decomposition]) -> Decomposition:
+        """The images of several decompositions of one model, in order.
+
+        Raises:
+            ValueError: there are none, or they are of different models or options.
+        """
+        from decompclip.cache.joining import join
+
+        return join(parts)
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Decomposition:
         """Some of the images: a slice, a mask, indices, or a number (which keeps the batch axis).
@@ -245,7 +273,7 @@ class Decomposition:
         return {
             "images": str(len(self)),
             "heads": f"{self.n_layers} x {self.n_heads}",
-            "MLPs": str(self.n_layers),
+            "MLPs": f"{self.n_layers}" + (", 1 of the pool" if self.pool.shape[1] else ""),
             "width": str(self.d_embed),
             "convention": self.convention,
             "sums to": "unit features" if self.normalized else "features",

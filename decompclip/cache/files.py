@@ -16,20 +16,22 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, TermMaps
 from decompclip.cache.token_terms import TokenTerms
 
-FORMAT = "decompclip.decomposition/1"
+FORMAT = "decompclip.decomposition/2"
 
 
 def save_decomposition(d: Decomposition, path: Path) -> Path:
     """Write to a temporary name beside `path`, then rename: a killed run leaves no half a file."""
     tensors: dict[str, Tensor | None] = {
-        **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "bias_coords", "target")},
-        "maps.heads": d.maps.heads,
-        "maps.bias": d.maps.bias,
+        **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "pool", "bias_coords", "target")},
+        # Behind an attention pool the maps of heads are views of one identity.
+        "maps.heads": d.maps.heads[:1, :1] if d.maps.direct else d.maps.heads,
+        **{f"maps.{name}": getattr(d.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
     }
     if d.token_terms is not None:
         names = ("kept", "attention", "values", "scale")
         tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
     about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
+    about |= {"extras": d.maps.extras}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,11 +69,14 @@ def load_decomposition(path: Path) -> Decomposition:
             "write it with Decomposition.save"
         )
     about = json.loads(metadata["about"])
+    kept = {name.removeprefix("maps."): tensors.pop(name) for name in [*tensors] if name.startswith("maps.")}
+    if "tokens" in kept:
+        kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
     maps = TermMaps(
-        tensors.pop("maps.heads"),
-        tensors.pop("maps.bias"),
-        tuple(about["bias_names"]),
-        cast(Convention, about["convention"]),
+        **kept,
+        bias_names=tuple(about["bias_names"]),
+        convention=cast(Convention, about["convention"]),
+        extras=about["extras"],
     )
     tokens = {name.removeprefix("tokens."): tensors.pop(name) for name in [*tensors] if "." in name}
     return Decomposition(

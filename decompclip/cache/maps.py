@@ -1,30 +1,33 @@
 """TermMaps: the fixed linear maps from a component's coordinates to the joint image-text space.
 
-The last LayerNorm is linear once its scale sigma is that of this very image (METHOD 1), so a head's
-term is a few numbers of the image times a matrix of the model:
+A head's term is a few numbers of the image times a matrix of the model. With `a` the frozen weights of the
+pooled rows and `A` the map behind them (`decompclip.cache.readout`), a class token's or a mean's heads are
 
-    centred   (z - b_V) / sigma                @ ls1 W_O C gamma P                C: subtracts the mean
-    paper     [z, 1, mu, sigma] / sigma        @ [ls1 W_O; ls1 b_O / H; -1 / s; beta / (s gamma)] gamma P
+    centred   sum_n a[n] (z[n] - b_V) / s[n]             @ W A                       A past C
+    paper     sum_n a[n] [z[n] / s[n], 1, mean(x[n])], 1 @ [W A; b / H; -sum(A) / k; constants / k]
 
-with `s = (2 L + 1) H` equal shares of the stream's mean mu and of the bias beta. The left factor has
-d_head (+ 3) numbers where the term has d_embed: means, Grams and products are taken there, exactly.
+with `s` the scale of a LayerNorm behind the heads (1 without) and `k = (2 L + 1) H` equal shares of the
+stream's mean and of the constants. The left factor has d_head (+ 3 or 4) numbers where the term has d_embed:
+means, Grams and products are taken there, exactly. Behind an attention pool a head's term depends on the
+image through as many weighted sums of z as the pool has heads: there the coordinates are the term itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.models.vit import Block, HookedViT
+from decompclip.cache.fingerprint import fingerprint, same_model
+from decompclip.cache.readout import Readout, Writing, readout, writing
+from decompclip.models.vit import HookedViT
 
 Convention = Literal["centred", "paper"]
-SHARES = 3  # coordinates that the paper's convention adds to a head's d_head: 1/sigma, mu/sigma, 1
 
 
 def check_convention(convention: str) -> None:
@@ -38,27 +41,51 @@ class TermMaps:
     """Maps from coordinates to terms, shared by all decompositions of a model.
 
     Attributes:
-        heads: of each head; `coord` is d_head, or d_head + 3 in the paper's convention.
-        bias: the constants that the image scales (or, for the last, does not).
+        heads: of each head; `coord` is d_head, and more in the paper's convention. The identity, as a view,
+            where the coordinates are the terms.
+        bias: the constants that the image scales (or, for some, does not).
         bias_names: "attn_bias 0", ..., "ln_final bias"; none in the paper's convention, which shares them out.
+        extras: how many of a head's coordinates are shares of constants, not of its z.
+        tokens: behind an attention pool, what its heads read of a head's z; None elsewhere.
+        out: and the way from there to the joint space.
+        fingerprint: of the tower's weights (`decompclip.cache.fingerprint`); None where unknown.
     """
 
     heads: Float[Tensor, "layer head coord d_embed"]
     bias: Float[Tensor, "bias d_embed"]
     bias_names: tuple[str, ...]
     convention: Convention
+    extras: int = 0
+    tokens: Float[Tensor, "layer head pool_head d_head d_mid"] | None = None
+    out: Float[Tensor, "pool_head d_mid d_embed"] | None = None
+    fingerprint: Float[Tensor, " weight"] | None = None
 
     def __post_init__(self) -> None:
         check_convention(self.convention)
 
     @property
     def d_head(self) -> int:
-        return self.heads.shape[2] - (SHARES if self.convention == "paper" else 0)
+        return self.heads.shape[2] - self.extras if self.tokens is None else self.tokens.shape[3]
+
+    @property
+    def direct(self) -> bool:
+        """Whether coordinates are the terms themselves."""
+        return self.tokens is not None
 
     @cached_property
     def grams(self) -> Float[Tensor, "layer head coord coord"]:
         """Dot products of terms as products of coordinates: `term_i . term_j = c_i @ gram @ c_j`."""
-        return self.heads @ self.heads.mT
+        return self.heads if self.direct else self.heads @ self.heads.mT
+
+    def terms(
+        self, coords: Float[Tensor, "*batch layer head coord"]
+    ) -> Float[Tensor, "*batch layer head d_embed"]:
+        """Heads' terms of their coordinates."""
+        return coords if self.direct else torch.einsum("...lhr,lhrd->...lhd", coords, self.heads.to(coords))
+
+    def total(self, coords: Float[Tensor, "batch layer head coord"]) -> Float[Tensor, "batch d_embed"]:
+        """The sum of all heads' terms, without forming them."""
+        return coords.sum((1, 2)) if self.direct else coords.flatten(1) @ self.heads.flatten(0, 2)
 
     def matches(self, other: TermMaps) -> bool:
         """Whether coordinates under `other` mean the same as under these maps: one model, one convention."""
@@ -66,27 +93,42 @@ class TermMaps:
             return True
         if self.convention != other.convention or self.heads.shape != other.heads.shape:
             return False
+        if self.fingerprint is not None and other.fingerprint is not None:
+            return same_model(self.fingerprint, other.fingerprint)
         theirs = other.heads.to(self.heads)
         return bool((self.heads - theirs).abs().max() <= 1e-3 * self.heads.abs().max())
 
     def to(self, *args: Any, **kwargs: Any) -> TermMaps:
         """On another device or in another dtype, as `torch.Tensor.to`; itself where nothing changes."""
-        heads, bias = self.heads.to(*args, **kwargs), self.bias.to(*args, **kwargs)
-        if heads is self.heads and bias is self.bias:
+        names = [name for name in ("heads", "bias", "tokens", "out") if getattr(self, name) is not None]
+        moved = {name: getattr(self, name).to(*args, **kwargs) for name in names}
+        if self.direct:  # a view of one identity, not a copy a head
+            moved["heads"] = self.heads[0, 0].to(*args, **kwargs).expand(self.heads.shape)
+        elif all(moved[name] is getattr(self, name) for name in names):
             return self
-        return TermMaps(heads, bias, self.bias_names, self.convention)
+        return replace(self, **moved)
 
     def __repr__(self) -> str:
         layers, heads, coord, d_embed = self.heads.shape
         return f"TermMaps({self.convention}: {layers} layers x {heads} heads, {coord} -> {d_embed})"
 
 
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """A tower's fixed maps, of which `TermMaps` are made, and its terms (`decompclip.cache.capture`)."""
+
+    read: Readout
+    write: Writing
+    into: Float[Tensor, "pool_head d_model d_mid"]
+    maps: TermMaps
+
+
 # A model's maps, while the model lives and its weights stay as they are.
-_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, TermMaps]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, Frozen]]] = WeakKeyDictionary()
 
 
-def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:
-    """The maps of a tower, built once for its present weights; in fp32 at least.
+def frozen(visual: HookedViT, convention: Convention) -> Frozen:
+    """The fixed maps of a tower, built once for its present weights; in fp32 at least.
 
     Raises:
         ValueError: an unknown convention.
@@ -101,39 +143,60 @@ def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:
     return kept[convention][1]
 
 
-def final_map(visual: HookedViT, convention: Convention) -> Float[Tensor, "d_model d_embed"]:
-    """`gamma P`, from the stream over sigma to the joint space; in the centred convention past `C`."""
-    final = wide(visual.ln_final.w)[:, None] * wide(visual.proj)
-    return final - final.mean(0, keepdim=True) if convention == "centred" else final
+def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:
+    """The maps of a tower's terms.
 
-
-def blocks(visual: HookedViT) -> list[Block]:
-    """The tower's blocks, as what they are."""
-    return cast(list[Block], list(visual.blocks))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is so already."""
-    return x if x.dtype == torch.float64 else x.float()
+    Raises:
+        ValueError: an unknown convention.
+    """
+    return frozen(visual, convention).maps
 
 
 @torch.no_grad()
-def _build(visual: HookedViT, convention: Convention) -> TermMaps:
-    final = final_map(visual, convention)
-    beta = wide(visual.ln_final.b) @ wide(visual.proj)
-    heads, rows = [], []
-    shares = (2 * visual.cfg.n_layers + 1) * visual.cfg.n_heads
-    for block in blocks(visual):
-        scale = 1.0 if block.ls1 is None else wide(block.ls1)
-        W_O, b_O = wide(block.attn.W_O) * scale, wide(block.attn.b_O) * scale
-        written = W_O @ final
-        if convention == "paper":
-            constants = torch.stack([b_O @ final / visual.cfg.n_heads, -final.sum(0) / shares, beta / shares])
-            heads.append(torch.cat([written, constants.expand(len(written), -1, -1)], dim=1))
-        else:
-            heads.append(written)
-            rows.append((torch.einsum("he,hed->d", wide(block.attn.b_V), W_O) + b_O) @ final)
+def _build(visual: HookedViT, convention: Convention) -> Frozen:
+    read, write = readout(visual), writing(visual)
+    into = read.centred if convention == "centred" else read.into
+    bias, names = (
+        _bias(read, write, into)
+        if convention == "centred"
+        else (write.bias.new_empty(0, visual.cfg.d_embed), ())
+    )
+    mark = fingerprint(visual)
+    if read.out is not None:
+        tokens = torch.einsum("lhed,qdp->lhqep", write.W, into)
+        eye = torch.eye(visual.cfg.d_embed).to(write.W).expand(*write.W.shape[:2], -1, -1)
+        return Frozen(read, write, into, TermMaps(eye, bias, names, convention, 0, tokens, read.out, mark))
+    heads, extras = write.W @ into[0], write.W.new_empty(0)
     if convention == "paper":
-        return TermMaps(torch.stack(heads), beta.new_empty(0, len(beta)), (), convention)
-    names = (*(f"attn_bias {layer}" for layer in range(len(rows))), "ln_final bias")
-    return TermMaps(torch.stack(heads), torch.stack([*rows, beta]), names, convention)
+        extras = _extras(visual, read, write)
+        heads = torch.cat([heads, extras[:, None].expand(-1, heads.shape[1], -1, -1)], dim=2)
+    maps = TermMaps(
+        heads, bias, names, convention, extras.shape[1] if extras.numel() else 0, fingerprint=mark
+    )
+    return Frozen(read, write, into, maps)
+
+
+def _bias(read: Readout, write: Writing, into: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Constant terms: of each layer (and pooling head) what heads write whatever they attend to, then the readout's."""
+    values = torch.einsum("lhe,lhed->ld", write.b_V, write.W)
+    kinds = {"attn_bias": values + write.head_bias, "attn_norm_bias": write.bias}
+    if not write.scaled:
+        kinds = {"attn_bias": values + write.bias}
+    rows, names = [], []
+    for kind, written in kinds.items():
+        mid = torch.einsum("ld,qdp->lqp", written, into)
+        rows.append((mid if read.out is None else torch.einsum("lqp,qpd->lqd", mid, read.out)).flatten(0, 1))
+        heads = [""] if read.out is None else [f" through pool head {q}" for q in range(len(into))]
+        names += [f"{kind} {layer}{head}" for layer in range(len(written)) for head in heads]
+    return torch.cat([*rows, torch.stack(list(read.constants.values()))]), (*names, *read.constants)
+
+
+def _extras(visual: HookedViT, read: Readout, write: Writing) -> Float[Tensor, "layer extra d_embed"]:
+    """What the paper's convention adds to a head: its shares of biases, of the stream's mean, and of constants."""
+    n_heads = visual.cfg.n_heads
+    shares = (2 * visual.cfg.n_layers + 1) * n_heads
+    into = read.into[0]
+    mean = (-into.sum(0) / shares).expand(len(write.bias), -1)
+    constants = (sum(read.constants.values(), into.new_zeros(())) / shares).expand_as(mean)
+    of_heads = [write.head_bias @ into / n_heads] if write.scaled else []
+    return torch.stack([*of_heads, write.bias @ into / n_heads, mean, constants], dim=1)

@@ -23,8 +23,8 @@ from decompclip.models.vit import Hook, HookedViT
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
-TERMS = ("coords", "mlps", "embed", "bias_coords")
-SCATTERED = TERMS[:3]
+TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
+SCATTERED = TERMS[:4]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class StreamMeans:
     z: Float[Tensor, "layer token head d_head"]
     mlp_out: Float[Tensor, "layer token d_model"]
     embed: Float[Tensor, "token d_model"]
+    pool: Float[Tensor, "1 d_pool"] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,9 +43,9 @@ class Moments:
 
     Attributes:
         count: number of images.
-        coords, mlps, embed, bias_coords: means of the fields of the same name of `Decomposition`, fp64.
+        coords, mlps, embed, pool, bias_coords: means of the fields of the same name of `Decomposition`, fp64.
         scatter: sums of outer products about the mean, by field ("coords": [layer head coord coord],
-            "mlps": [layer d_embed d_embed], "embed": [d_embed d_embed]); None where not asked for.
+            "mlps": [layer d_embed d_embed], "embed": [d_embed d_embed], "pool": [pool d_embed d_embed]); None where not asked for.
         streams: means of the raw stream writes, for causal mode; None where not asked for.
     """
 
@@ -52,6 +53,7 @@ class Moments:
     coords: Float[Tensor, "layer head coord"]
     mlps: Float[Tensor, "layer d_embed"]
     embed: Float[Tensor, " d_embed"]
+    pool: Float[Tensor, "pool d_embed"]
     bias_coords: Float[Tensor, " bias"]
     maps: TermMaps
     normalized: bool
@@ -106,8 +108,10 @@ class Moments:
                 for name in SCATTERED
             }
         if self.streams is not None and other.streams is not None:
-            pairs = [(getattr(self.streams, n), getattr(other.streams, n)) for n in ("z", "mlp_out", "embed")]
-            streams = StreamMeans(*(a + weight * (b.to(a.device) - a) for a, b in pairs))
+            pairs = (
+                (n, x, getattr(other.streams, n)) for n, x in vars(self.streams).items() if x is not None
+            )
+            streams = replace(self.streams, **{n: a + weight * (b.to(a.device) - a) for n, a, b in pairs})
         return replace(self, count=count, **means, scatter=scatter, streams=streams)
 
     @staticmethod
@@ -188,7 +192,7 @@ class Moments:
     @property
     def heads(self) -> Float[Tensor, "layer head d_embed"]:
         """The heads' mean terms."""
-        return torch.einsum("lhr,lhrd->lhd", self.coords, self.maps.heads.double())
+        return self.maps.terms(self.coords)
 
     @property
     def features(self) -> Float[Tensor, " d_embed"]:
@@ -197,11 +201,12 @@ class Moments:
             self.heads.sum((0, 1))
             + self.mlps.sum(0)
             + self.embed
+            + self.pool.sum(0)
             + self.bias_coords @ self.maps.bias.double()
         )
 
     def second_moment(self, field: str) -> Float[Tensor, "*part coord coord"]:
-        """The mean of outer products of "coords", "mlps" or "embed", not about the mean.
+        """The mean of outer products of "coords", "mlps", "embed" or "pool", not about the mean.
 
         Raises:
             ValueError: second moments were not kept.
@@ -210,7 +215,7 @@ class Moments:
         return self.covariance(field) + mean[..., :, None] * mean[..., None, :]
 
     def covariance(self, field: str) -> Float[Tensor, "*part coord coord"]:
-        """The mean of outer products of "coords", "mlps" or "embed" about the mean (divided by the count).
+        """The mean of outer products of "coords", "mlps", "embed" or "pool" about the mean (divided by the count).
 
         Raises:
             ValueError: second moments were not kept.
@@ -238,7 +243,8 @@ def _stream_hooks(visual: HookedViT, means: dict[str, Tensor]) -> list[Hook]:
 
     layers = range(visual.cfg.n_layers)
     each = [f"blocks.{layer}.{name}" for layer in layers for name in ("attn.hook_z", "hook_mlp_out")]
-    return [(name, keep) for name in ("blocks.0.hook_resid_pre", *each)]
+    pool = ["pool.hook_mlp_out"] if visual.cfg.pool_mlp else []
+    return [(name, keep) for name in ("blocks.0.hook_resid_pre", *each, *pool)]
 
 
 def _streams(means: dict[str, Tensor], n_layers: int) -> StreamMeans:
@@ -246,4 +252,4 @@ def _streams(means: dict[str, Tensor], n_layers: int) -> StreamMeans:
         torch.stack([means[f"blocks.{layer}.{name}"] for layer in range(n_layers)])
         for name in ("attn.hook_z", "hook_mlp_out")
     )
-    return StreamMeans(z, mlp_out, means["blocks.0.hook_resid_pre"])
+    return StreamMeans(z, mlp_out, means["blocks.0.hook_resid_pre"], means.get("pool.hook_mlp_out"))

@@ -7,7 +7,7 @@ no `[batch, layer, head, token, d_embed]` is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.cache.maps import Convention, blocks, wide
+from decompclip.cache.maps import Convention
+from decompclip.cache.readout import blocks, wide
 from decompclip.models.vit import Hook, HookedViT
 
 
@@ -30,15 +31,16 @@ class TokenTerms:
 
     Attributes:
         kept: which heads; the `kept_head` axis of the others goes through them in order.
-        attention: the pooled row's, over source tokens.
+        attention: of each head of the pooling (one, but for attention pools) the mean attention of the rows
+            that it reads, by their weights; of a class token's tower, the class token's attention.
         values: past the value bias in the centred convention (a constant of the layer, no token's).
-        scale: what an image's coordinates are multiplied by: 1 / sigma, and 1 / ||R|| where normalized.
+        scale: the sum of these weights: for a class token 1 / sigma, and 1 / ||R|| where normalized.
     """
 
     kept: Bool[Tensor, "layer head"]
-    attention: Float[Tensor, "batch kept_head token"]
+    attention: Float[Tensor, "batch kept_head pool_head token"]
     values: Float[Tensor, "batch kept_head token d_head"]
-    scale: Float[Tensor, " batch"]
+    scale: Float[Tensor, "batch kept_head pool_head"]
 
     def position(self, layer: int, head: int) -> int:
         """Where a head stands on the `kept_head` axis.
@@ -53,10 +55,18 @@ class TokenTerms:
             )
         return int(self.kept.flatten()[: layer * self.kept.shape[1] + head].sum())
 
-    def weighted(self, position: int) -> Float[Tensor, "batch token d_head"]:
-        """The tokens' shares of a kept head's coordinates."""
-        weights = self.attention[:, position] * self.scale[:, None]
-        return weights[..., None] * self.values[:, position]
+    def weighted(self, position: int) -> Float[Tensor, "batch token pool_head d_head"]:
+        """The tokens' shares of a kept head's weighted z."""
+        weights = self.attention[:, position] * self.scale[:, position, :, None]
+        return weights.mT[..., None] * self.values[:, position, :, None]
+
+    @staticmethod
+    def cat(parts: Sequence[TokenTerms]) -> TokenTerms:
+        """The images of several, in order; the kept heads are those of the first."""
+        joined = {
+            n: torch.cat([getattr(part, n) for part in parts]) for n in ("attention", "values", "scale")
+        }
+        return TokenTerms(parts[0].kept, **joined)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenTerms:
         """The function applied to all that belongs to images."""
@@ -84,42 +94,69 @@ class AttentionCapture:
 
             return names + name, hook_function
 
+        rows = self.visual.cfg.pooled_rows
         values = keep("v", lambda x: rearrange(x[:, :, chosen], "b n h e -> b h n e"))
-        hooks = [values, keep("z", lambda x: x[:, 0, chosen])]
-        # Where somebody may edit the pattern, it is read; elsewhere made again, for the one row.
+        hooks = [values, keep("z", lambda x: rearrange(x[:, rows, chosen], "b n h e -> b h n e"))]
+        # Where somebody may edit the pattern, it is read; elsewhere made again, for the pooled rows.
         if any(self.visual.hook_dict[names + name].has_hooks() for name in ("attn_scores", "pattern")):
-            return [*hooks, keep("pattern", lambda x: x[:, chosen, 0])]
-        queries, keys = keep("q", lambda x: x[:, 0, chosen]), keep("k", lambda x: x[:, :, chosen])
-        return [*hooks, queries, keys]
+            return [*hooks, keep("pattern", lambda x: x[:, chosen, rows])]
+        turned = "rot_" if self.visual.cfg.rope else ""
+        queries = keep(f"{turned}q", lambda x: x[:, rows, chosen])
+        return [*hooks, queries, keep(f"{turned}k", lambda x: x[:, :, chosen])]
 
-    def _attention(self, layer: int) -> Float[Tensor, "batch head token"]:
+    def _attention(self, layer: int) -> Float[Tensor, "batch head row token"]:
         if (layer, "pattern") in self.seen:
             return self.seen[layer, "pattern"]
-        q, k = self.seen.pop((layer, "q")), self.seen.pop((layer, "k"))
-        return (torch.einsum("bhe,bnhe->bhn", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+        turned = "rot_" if self.visual.cfg.rope else ""
+        q, k = self.seen.pop((layer, f"{turned}q")), self.seen.pop((layer, f"{turned}k"))
+        scores = torch.einsum("bqhe,bnhe->bhqn", q, k) * q.shape[-1] ** -0.5
+        bias = blocks(self.visual)[layer].attn.position_bias()
+        if bias is not None:
+            scores = (
+                scores + wide(bias)[:, self.kept[layer].to(bias.device)][:, :, self.visual.cfg.pooled_rows]
+            )
+        return scores.softmax(-1)
 
-    def terms(self, scale: Float[Tensor, " batch"], convention: Convention, tolerance: float) -> TokenTerms:
+    def terms(
+        self,
+        weights: Float[Tensor, "batch pool_head row"],
+        scales: list[Float[Tensor, "batch row 1"]] | None,
+        convention: Convention,
+        tolerance: float,
+    ) -> TokenTerms:
         """What was recorded, once it is seen to sum to what the heads put out.
+
+        Args:
+            weights: how much each row counts for the feature.
+            scales: by layer, what a LayerNorm behind the heads divides each row by, where there is one.
 
         Raises:
             DecompositionError: it does not, because a hook edits a head's z or breaks its attention.
         """
-        attention = torch.cat([self._attention(layer) for layer in self.layers], dim=1)
-        values = torch.cat([self.seen.pop((layer, "v")) for layer in self.layers], dim=1)
-        z = torch.cat([self.seen.pop((layer, "z")) for layer in self.layers], dim=1)
-        error = (torch.einsum("bhn,bhne->bhe", attention, values) - z).abs().max() / z.abs().max()
+        mixed, totals, values, error = [], [], [], 0.0
+        for layer in self.layers:
+            read = weights if scales is None else weights / scales[layer].mT
+            totals.append(read.sum(-1)[:, None].expand(-1, int(self.kept[layer].sum()), -1))
+            read = read / read.sum(-1, keepdim=True)
+            attention, v = self._attention(layer), self.seen.pop((layer, "v"))
+            self.seen.pop((layer, "pattern"), None)
+            mixed.append(torch.einsum("bqr,bhrn->bhqn", read, attention))
+            values.append(v)
+            z = torch.einsum("bqr,bhre->bhqe", read, self.seen.pop((layer, "z")))
+            error = max(error, float((mixed[-1] @ v - z).abs().max() / z.abs().max()))
         if not error <= tolerance:
             raise DecompositionError(
                 f"expected the tokens of each head to sum to its z within {tolerance:.1e}; received a miss of "
                 f"{error:.1e}: a hook edits hook_z; decompose that run without tokens"
             )
+        together, all_values = torch.cat(mixed, dim=1), torch.cat(values, dim=1)
         if convention == "centred":
-            if not (attention.sum(-1) - 1).abs().max() <= tolerance:
+            if not (together.sum(-1) - 1).abs().max() <= tolerance:
                 raise DecompositionError(
                     "expected attention that sums to one over tokens, so that the value bias is no token's; "
                     "received rows that a hook on hook_pattern changed; renormalise them there, or take "
                     'convention="paper"'
                 )
             b_V = torch.stack([wide(block.attn.b_V) for block in blocks(self.visual)])
-            values = values - b_V[self.kept.to(b_V.device)][:, None]
-        return TokenTerms(self.kept, attention, values, scale)
+            all_values = all_values - b_V[self.kept.to(b_V.device)][:, None]
+        return TokenTerms(self.kept, together, all_values, torch.cat(totals, dim=1))

@@ -10,22 +10,21 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from decompclip.models.errors import CheckpointError
+from decompclip.models.fit import check_fit
+from decompclip.models.torchscript import OPENAI_NUMBERS, is_torchscript, read_torchscript
 
 __all__ = ["CheckpointError", "check_fit", "read_checkpoint", "sha256"]
 
 # Where training scripts keep the weights beside optimizer, epoch and so on, innermost last.
-_NESTS = ("state_dict", "model_state_dict", "model")
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
 # What wrappers (DistributedDataParallel, torch.compile, trainers) put before every name.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-# Numbers that OpenAI's own files carry among the weights.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 
 _TO_SAFETENSORS = (
     "and trust it, or in a sandbox, read it with `torch.load(path, weights_only=False)`, write its weights "
@@ -43,10 +42,10 @@ def sha256(path: Path) -> str:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a local file: safetensors, or torch.save's format holding tensors and plain data only.
+    """The state dict in a local file: safetensors, torch.save's format, or a TorchScript archive such as OpenAI's.
 
-    Weights may lie under `state_dict`, as open_clip_train, CleanCLIP and BadCLIP write them, and carry
-    `module.` prefixes; what stands beside them is left unread.
+    Weights may lie under `state_dict`, as open_clip_train, CleanCLIP, BadCLIP and RoCLIP write them, and carry
+    `module.` prefixes; what stands beside them is left unread. Nothing in the file is ever run.
 
     Raises:
         CheckpointError: no such file, damaged, of another format, with code in it, or without weights.
@@ -58,13 +57,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, error) from error
+    elif kind == "torchscript":
+        content = read_torchscript(path)
     else:
         content = _unpickle_plain_data(path, mmap=kind == "zip")
     return _state_dict(path, content)
 
 
 def _kind(path: Path) -> str:
-    """`safetensors`, `zip` (torch.save) or `legacy` (torch.save before 1.6)."""
+    """`safetensors`, `torchscript`, `zip` (torch.save) or `legacy` (torch.save before 1.6)."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
         beside = sorted(
@@ -83,8 +84,7 @@ def _kind(path: Path) -> str:
     if path.suffix == ".safetensors" or (start[8:9] == b"{" and not start.startswith((b"PK", b"\x80"))):
         return "safetensors"
     if start.startswith(b"PK"):
-        _refuse_torchscript(path)
-        return "zip"
+        return _kind_of_zip(path)
     if start.startswith(b"\x80"):
         return "legacy"
     raise CheckpointError(
@@ -92,24 +92,48 @@ def _kind(path: Path) -> str:
     )
 
 
-def _refuse_torchscript(path: Path) -> None:
+def _kind_of_zip(path: Path) -> str:
     try:
+        if is_torchscript(path):
+            return "torchscript"
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise _damaged(path, error) from error
-    if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+    if names and not any(name.endswith("data.pkl") for name in names):
         raise CheckpointError(
-            f"{path} is a TorchScript archive, which carries code: refused. For OpenAI's own models use "
-            f'`pretrained="openai"`, which has the same weights as plain tensors; if you know the file, {_TO_SAFETENSORS} '
-            "(with `torch.jit.load(path).state_dict()`)"
+            f"{path} is a zip archive of {', '.join(names[:3])}, not weights of torch's; expected safetensors or "
+            "torch.save's format"
         )
+    return "zip"
+
+
+class _Unread:
+    """Stands for a harmless object beside the weights: made and filled without any code of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts leave beside the weights: CleanCLIP's, BadCLIP's and RoCLIP's learning rates are numbers of
+# numpy's, so that every one of their checkpoints names these; others keep their arguments.
+_HARMLESS = (
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+    "argparse.Namespace",
+)
 
 
 def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
     try:
-        # mapped, not read: an optimizer's state, twice the weights, is never touched
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([(_Unread, name) for name in _HARMLESS]):
+            # mapped, not read: an optimizer's state, twice the weights, is never touched
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         call = re.search(r"GLOBAL ([\w.]+)|unsupported (?:global|class) ([\w.]+)", str(error), re.IGNORECASE)
         opcode = re.search(r"Unsupported operand \d+", str(error))
@@ -139,7 +163,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
             content = content[nest]
     found = content if isinstance(content, Mapping) else {}
-    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor) and k not in _NOT_WEIGHTS}
+    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor) and k not in OPENAI_NUMBERS}
     if not weights:
         held = ", ".join(map(str, list(found)[:8])) if found else type(content).__name__
         raise CheckpointError(
@@ -148,78 +172,3 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None):
         weights = {key[len(prefix) :]: value for key, value in weights.items()}
     return weights
-
-
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
-    """Check that `state` holds each weight of `model`, in its shape, and nothing else.
-
-    Raises:
-        CheckpointError: it does not; says how many are missing, left over or of another shape, and what
-            model the file seems to hold.
-    """
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state]
-    left_over = [key for key in state if key not in wanted]
-    reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if not (missing or left_over or reshaped):
-        return
-    shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
-    parts = [
-        f"{len(keys)} {what} ({', '.join(shown[:3])}{', ...' if len(keys) > 3 else ''})"
-        for keys, what, shown in (
-            (missing, "missing", missing),
-            (left_over, "left over", left_over),
-            (reshaped, "of another shape", shapes),
-        )
-        if keys
-    ]
-    raise CheckpointError(
-        f"{source} does not fit {name}: of {len(wanted)} weights {'; '.join(parts)}. "
-        f"{likely_cause(state, set(missing))}"
-    )
-
-
-def likely_cause(state: Mapping[str, Tensor], missing: set[str]) -> str:
-    """What a state dict that does not fit seems to be, and what to do."""
-    if "visual.layer1.0.conv1.weight" in state:
-        return "Likely cause: the file holds a ResNet, whose tower is not supported"
-    if any(key.startswith("vision_model.") for key in state):
-        return "Likely cause: the file is in Hugging Face transformers' layout; convert it to open_clip's"
-    if any(key.startswith("visual.trunk.") for key in state):
-        return "Likely cause: the file holds a timm tower, which is not supported yet"
-    if "conv1.weight" in state and "visual.conv1.weight" in missing:
-        return "Likely cause: the file holds an image tower alone; a whole CLIP is needed"
-    names = _models_like(state)
-    if names:
-        return f"Likely cause: the file holds {' or '.join(names)}; give that name"
-    return "Likely cause: the file holds another model; give the name that it was trained under"
-
-
-def _models_like(state: Mapping[str, Tensor]) -> list[str]:
-    """open_clip's names of native models with this state dict's shapes."""
-    keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj")
-    if not all(key in state for key in keys):
-        return []
-    conv, positions, proj = (state[key].shape for key in keys)
-    layers = len({key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")})
-    text_width = state["ln_final.weight"].shape[0] if "ln_final.weight" in state else None
-    found = []
-    for name in open_clip.list_models():
-        config: Any = open_clip.get_model_config(name)
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
-        if "timm_model_name" in vision or not isinstance(size, int) or not isinstance(patch, int):
-            continue
-        shape = (
-            vision.get("layers"),
-            vision.get("width"),
-            patch,
-            (size // patch) ** 2 + 1,
-            config["embed_dim"],
-        )
-        same_text = text_width is None or text.get("width") == text_width
-        same_norms = bool(vision.get("no_ln_pre")) == ("visual.ln_pre.weight" not in state)
-        if same_text and same_norms and shape == (layers, conv[0], conv[-1], positions[0], proj[1]):
-            found.append(name)
-    plain = [name for name in found if not name.endswith("-quickgelu")]
-    return (plain or found)[:3]

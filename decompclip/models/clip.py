@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.models.config import ViTConfig
-from decompclip.models.convert import convert_open_clip
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.models.convert import Source
+from decompclip.models.image_only import ImageOnly, MissingTextError
+from decompclip.models.tokenizer import check_tokens
+from decompclip.models.vit import Causal, Hook, HookedViT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from decompclip.evaluation.zero_shot import Template
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
-
-
-class Causal(Protocol):
-    """Anything that can say which hooks carry it out."""
-
-    def fwd_hooks(self, visual: HookedViT, /) -> Sequence[Hook]: ...
 
 
 class HookedCLIP(nn.Module):
@@ -64,9 +59,11 @@ class HookedCLIP(nn.Module):
         templates: Mapping[str, Sequence[Template]] | None = None,
         class_names: Sequence[str] = (),
         provenance: Mapping[str, Any],
+        source: Source | None = None,
     ) -> None:
         super().__init__()
         self.visual = visual
+        self._source = source
         self.text = text
         self.tokenizer = tokenizer
         self.preprocess_cfg = PreprocessCfg(**{**preprocess, "size": visual.cfg.image_size})
@@ -99,17 +96,55 @@ class HookedCLIP(nn.Module):
             UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
         """
         source: Any = model
-        visual = convert_open_clip(source.visual, copy=copy)
+        origin = Source(source.visual, copy=copy)
         text = copying.copy(model)  # a shell of its own, around the source's text side only
         text._modules = {name: module for name, module in model._modules.items() if name != "visual"}
         return cls(
-            visual,
+            origin.adopt(),
             copying.deepcopy(text) if copy else text,
             tokenizer=tokenizer,
             preprocess=getattr(source.visual, "preprocess_cfg", {}) if preprocess is None else preprocess,
             provenance={"name": "open_clip model in memory"} if provenance is None else provenance,
+            source=origin,
             **options,
         )
+
+    @classmethod
+    def from_transformers(
+        cls, model: nn.Module, *, tokenizer: Any = None, processor: Any = None
+    ) -> HookedCLIP:
+        """Hook a `CLIPModel` or `SiglipModel` of transformers' that is in memory; it is left as it is.
+
+        Args:
+            tokenizer, processor: of transformers'; for a CLIP open_clip's own tokenizer by default.
+
+        Raises:
+            UnsupportedTowerError: a model of another kind.
+        """
+        from decompclip.models.hugging_face import from_transformers
+
+        return from_transformers(model, tokenizer=tokenizer, processor=processor)
+
+    def to_open_clip(self) -> nn.Module:
+        """An open_clip model of its own with the present weights and the same outputs.
+
+        So an edited or repaired model leaves this package. Hooks are no weights and do not go along.
+
+        Raises:
+            MissingTextError: the model was loaded without its text tower.
+            ValueError: the source's architecture cannot hold the edit, or there was no source.
+        """
+        if isinstance(self.text, ImageOnly):
+            raise MissingTextError(
+                f"an open_clip model has a text tower, and this one has none: {self.text.why}"
+            )
+        if self._source is None:
+            raise ValueError(
+                "expected a model converted from open_clip's; received one around a HookedViT of its own"
+            )
+        model: Any = copying.deepcopy(self.text)
+        model.visual = self._source.filled(self.visual)
+        return model.eval()
 
     @property
     def cfg(self) -> ViTConfig:
@@ -143,11 +178,11 @@ class HookedCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.visual.proj.device
+        return self.visual.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.visual.proj.dtype
+        return self.visual.dtype
 
     def normalize(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
         """Pixels in [0, 1] to the tower's input."""
@@ -177,23 +212,9 @@ class HookedCLIP(nn.Module):
             ValueError: token ids that are not integers `[text, context_length]`, or not in the vocabulary.
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        self._check_tokens(tokens)
+        check_tokens(tokens, self.context_length, getattr(self.text, "vocab_size", None))
         text: Any = self.text
         return text.encode_text(tokens.to(self.device), normalize=normalize)
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.is_floating_point():
-            raise ValueError(
-                f"expected token ids [text, {self.context_length}] of an integer type, got {list(tokens.shape)} "
-                f"of {tokens.dtype}; make them with this model's `tokenize`"
-            )
-        vocabulary = getattr(self.text, "vocab_size", None)
-        # asking a tensor on an accelerator for its largest value would wait for it
-        if vocabulary and tokens.numel() and tokens.device.type == "cpu" and tokens.max() >= vocabulary:
-            raise ValueError(
-                f"expected token ids below {vocabulary}, the size of this model's vocabulary, got "
-                f"{int(tokens.max())}; make them with this model's `tokenize`"
-            )
 
     def zero_shot_classifier(
         self,
@@ -240,13 +261,8 @@ class HookedCLIP(nn.Module):
         """Image features as a sum over heads, MLPs, embedding and biases; see `Decomposition`."""
         from decompclip.cache.capture import decompose
 
-        return decompose(
-            self.visual,
-            self._input(images),
-            convention=convention,
-            normalize=normalize,
-            tokens=tokens,
-        )
+        images = self._input(images)
+        return decompose(self.visual, images, convention=convention, normalize=normalize, tokens=tokens)
 
     def run_with_cache(
         self, images: Float[Tensor, "batch 3 h w"], **options: Any
@@ -275,12 +291,6 @@ class HookedCLIP(nn.Module):
         """
         wanted = [hook for intervention in interventions for hook in intervention.fwd_hooks(self.visual)]
         wanted += fwd_hooks
-        for name, _ in [*wanted, *bwd_hooks]:
-            if isinstance(name, str) and name not in self.visual.hook_dict:
-                near = get_close_matches(name, self.visual.hook_dict, n=3)
-                raise KeyError(
-                    f"no hook point {name!r} in this tower of {self.cfg.n_layers} layers; "
-                    f"nearest: {', '.join(near) or 'none'}. `visual.hook_dict` lists all"
-                )
+        self.visual.check_hooks([*wanted, *bwd_hooks])
         with self.visual.hooks(fwd_hooks=wanted, bwd_hooks=list(bwd_hooks)):
             yield self

@@ -1,25 +1,33 @@
-"""load: from a name, a pretrained tag or a local checkpoint to a HookedCLIP."""
+"""load: from a name, a pretrained tag, a local file or folder, or a model in memory to a HookedCLIP."""
 
 from __future__ import annotations
 
 import difflib
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import open_clip
 import torch
-from open_clip.pretrained import download_pretrained
+from torch import nn
 
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
-from decompclip.models.clip import HookedCLIP
+from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
-from decompclip.models.errors import UnknownModelError
-from decompclip.models.spec import ModelSpec, versions
+from decompclip.models.errors import ModelError, UnknownModelError
+from decompclip.models.fit import conform, models_like
+from decompclip.models.folders import is_of_open_clip, open_clip_folder
+from decompclip.models.hf_tokenizer import tokenizer_of
+from decompclip.models.hub import asked_once
+from decompclip.models.hugging_face import Text, read_folder
+from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
+from decompclip.models.memory import from_memory
+from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
+from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
+from decompclip.models.torchscript import is_of_openai
 from decompclip.models.zoo import bundled, card, load_bundled, spec_of
 
 RANDOM = "random"
@@ -27,44 +35,109 @@ RANDOM = "random"
 
 
 def load(
-    name: str,
+    name: str | Path | nn.Module,
     *,
     pretrained: str | None = None,
     checkpoint: str | Path | None = None,
-    activation: Activation | Literal["auto"] = "auto",
+    activation: Choice = "auto",
+    text: Text = "auto",
+    tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedCLIP:
     """A CLIP whose image tower is hooked, in evaluation mode.
 
     Args:
-        name: a bundled model (`decompclip.bundled()`), or an architecture of open_clip (`open_clip.list_models()`).
+        name: a bundled model (`decompclip.bundled()`); an architecture of open_clip (`open_clip.list_models()`);
+            the path of a folder with a `CLIPModel` or `SiglipModel` of Hugging Face transformers, or with a
+            model of open_clip's; of a file of weights whose architecture its shapes tell; or a model of
+            open_clip's or transformers' in memory, which is left as it is.
         pretrained: one of open_clip's tags for that architecture, downloaded if need be; `"random"` for seeded
             random weights.
-        checkpoint: a local weights file instead: safetensors, or torch's format as open_clip, CleanCLIP and
-            BadCLIP write it. No code in it is ever run.
-        activation: of the MLPs. `"auto"` follows the pretrained tag; a checkpoint does not say it, and then the
-            architecture's name decides (`ViT-B-32-quickgelu` or `ViT-B-32`), with a warning. The choice and its
-            reason are kept in `provenance`.
-        device, dtype: where to, and in what; by default the CPU and fp32.
+        checkpoint: local weights instead: safetensors, torch's format as open_clip, CleanCLIP, BadCLIP and RoCLIP
+            write it, OpenAI's archives, or such a folder. No code in it is ever run.
+        activation: of the MLPs. `"auto"` follows the pretrained tag or config.json; most checkpoints do not
+            say it, and then the architecture's name decides (`ViT-B-32-quickgelu` or `ViT-B-32`), with a
+            warning. The choice and its reason are kept in `provenance`.
+        text: whether to have the text tower; by default as far as it can be had: where it needs a download
+            or a package that is not there, the image tower is loaded alone, with a warning. Asking such a
+            model about texts explains what is missing. Bundled models always bring theirs.
+        tokenizer: a function from a list of texts to token ids, in place of the model's own.
+        device, dtype: where to, and in what; by default the CPU and fp32, and for a model in memory its own.
 
     Raises:
         UnknownModelError: no such model or tag, or neither weights nor a tag were named.
         UnsupportedTowerError: the image tower has no exact decomposition here.
         CheckpointError: the checkpoint is missing, broken, unsafe or of another model.
+        MissingTextError: `text=True`, and its text tower cannot be had.
         ConnectionError: the pretrained weights could not be fetched.
         ValueError: an unknown activation, or one that a bundled model was not trained with.
     """
-    if activation not in ("auto", *get_args(Activation)):
-        raise ValueError(f"activation {activation!r} is not one of {('auto', *get_args(Activation))}")
-    if name in bundled():
-        model = _bundled(name, pretrained, checkpoint, activation)
+    if activation not in get_args(Choice):
+        raise ValueError(f"activation {activation!r} is not one of {get_args(Choice)}")
+    if isinstance(name, nn.Module):
+        if pretrained is not None or checkpoint is not None or activation != "auto":
+            raise UnknownModelError(
+                "a model in memory has its weights and its activation; leave pretrained=, checkpoint= and activation= out"
+            )
+        model = from_memory(name, text=text is not False, tokenizer=tokenizer)
+    elif name in bundled():
+        model = _bundled(str(name), pretrained, checkpoint, activation, text)
+    elif name in open_clip.list_models() or not Path(name).exists():
+        model = _of_open_clip(str(name), pretrained, checkpoint, activation, text)
     else:
-        model = _of_open_clip(name, pretrained, checkpoint, activation)
+        model = _of_path(Path(name), pretrained, checkpoint, activation, text)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str) -> HookedCLIP:
+def _of_path(
+    path: Path, pretrained: str | None, checkpoint: str | Path | None, activation: Choice, text: Text
+) -> HookedCLIP:
+    if pretrained is not None or checkpoint is not None:
+        raise UnknownModelError(f"{path} has its weights; leave pretrained= and checkpoint= out")
+    if path.is_dir():
+        return _of_folder(path, str(path), activation, text)
+    names = models_like(read_checkpoint(path))
+    if len(names) == 1:
+        return _of_open_clip(names[0], None, path, activation, text)
+    raise UnknownModelError(
+        f"the shapes of the weights in {path} fit {'several' if names else 'no native'} architectures of open_clip's"
+        f"{': ' if names else ''}{', '.join(names)}; pass the name of theirs with checkpoint={str(path)!r}; a file "
+        "with Hugging Face transformers' names loads by its folder"
+    )
+
+
+def _of_folder(
+    folder: Path, name: str, activation: Choice, text: Text, expected: ModelSpec | None = None
+) -> HookedCLIP:
+    """A folder's model; its image tower has to be of the shape `expected`."""
+    if is_of_open_clip(folder):
+        spec, weights = open_clip_folder(folder)
+        if activation != "auto":
+            spec = spec.with_activation(activation)
+        reason = "open_clip_config.json" if activation == "auto" else "argument"
+        return _filled(replace(expected or spec, name=name), None, weights, reason, text)
+    found = read_folder(folder, text=text, activation=activation)
+    if expected is not None:
+        with torch.device("meta"):
+            wanted = expected.build_image_only("")
+        state = image_side(conform(wanted, found.model.state_dict()))
+        check_fit(wanted, state, source=str(folder), name=name)
+    reason = "config.json" if activation == "auto" else "argument"
+    return HookedCLIP.from_open_clip(
+        found.model,
+        tokenizer=found.tokenizer,
+        preprocess=found.preprocess,
+        provenance=_provenance(name, None, str(folder), found.sha256, found.activation, reason),
+        copy=False,
+    )
+
+
+def _bundled(
+    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str, text: Text
+) -> HookedCLIP:
     if pretrained is not None and checkpoint is not None:
         raise UnknownModelError(f"expected pretrained= or checkpoint= for {name!r}, not both")
     if pretrained not in (None, RANDOM):
@@ -76,14 +149,14 @@ def _bundled(name: str, pretrained: str | None, checkpoint: str | Path | None, a
         )
     if pretrained is None and checkpoint is None:
         return load_bundled(name)
-    return _filled(spec, pretrained, checkpoint, "card")
+    return _filled(spec, pretrained, checkpoint, "card", text)
 
 
 def _of_open_clip(
-    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str
+    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: Choice, text: Text
 ) -> HookedCLIP:
     elsewhere = ":" in name  # "hf-hub:...", of which open_clip would ask the network
-    config = None if elsewhere else open_clip.get_model_config(name)
+    config: Any = None if elsewhere else open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, [*bundled(), *open_clip.list_models()], n=4, cutoff=0.5)
         raise UnknownModelError(
@@ -92,36 +165,23 @@ def _of_open_clip(
             "architecture with checkpoint=PATH"
         )
     refuse(name, oddities(config["vision_cfg"]))
-    _check_weights_named(name, pretrained, checkpoint)
-    chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
-    if pretrained in (None, RANDOM):
-        spec = ModelSpec(
-            name=name, architecture=config, tokenizer=open_clip.get_tokenizer(name)
-        ).with_activation(chosen)
-        return _filled(spec, pretrained, checkpoint, reason)
-    model, weights = _fetched(name, pretrained, chosen)
-    return HookedCLIP.from_open_clip(
-        model,
-        tokenizer=open_clip.get_tokenizer(name),
-        provenance=_provenance(name, pretrained, None, chosen, reason) | {"sha256": sha256(weights)},
-        copy=False,
-    )
-
-
-def _check_weights_named(name: str, pretrained: str | None, checkpoint: str | Path | None) -> None:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    listed = f"{', '.join(tags[:8]) or 'none'}{f' and {len(tags) - 8} more' if len(tags) > 8 else ''}"
     if (pretrained is None) == (checkpoint is None):
         raise UnknownModelError(
             f"expected either pretrained= or checkpoint= for {name!r}; received {'both' if pretrained else 'neither'}; "
-            f"its pretrained tags: {listed}"
+            f"its pretrained tags: {listed(name)}"
         )
-    if pretrained is not None and pretrained not in (*tags, RANDOM):
-        near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.4)
-        raise UnknownModelError(
-            f"there are no pretrained weights {pretrained!r} for {name!r}; nearest: {', '.join(near) or 'none'}; its "
-            f"tags: {listed}"
-        )
+    if pretrained not in (None, RANDOM):
+        check_tag(name, pretrained)
+    spec = ModelSpec(
+        name=name,
+        architecture=config,
+        tokenizer=tokenizer_of(name, config),
+        preprocess=preprocess_of(name, None if pretrained == RANDOM else pretrained),
+    )
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        return _of_folder(Path(checkpoint), name, activation, text, expected=spec)
+    chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
+    return _filled(spec.with_activation(chosen), pretrained, checkpoint, reason, text)
 
 
 def _activation(
@@ -129,16 +189,65 @@ def _activation(
     config: Mapping[str, Any],
     pretrained: str | None,
     checkpoint: str | Path | None,
-    activation: str,
+    activation: Choice,
 ) -> tuple[Activation, str]:
     """The activation to take, and what decided it."""
     of_name: Activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    if activation == "quick_gelu" and config["vision_cfg"].get("timm_model_name"):
+        raise ValueError(f"expected activation 'gelu' for {name!r}, whose tower is timm's; leave it out")
     if activation != "auto":
-        return ("quick_gelu" if activation == "quick_gelu" else "gelu"), "argument"
+        return activation, "argument"
     if pretrained not in (None, RANDOM):
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         return ("quick_gelu" if quick else of_name), "pretrained tag"
+    if checkpoint is not None and Path(checkpoint).is_file() and is_of_openai(Path(checkpoint)):
+        return "quick_gelu", "OpenAI's archive"
     return of_name, "model name"
+
+
+def _filled(
+    spec: ModelSpec, pretrained: str | None, checkpoint: str | Path | None, reason: str, text: Text
+) -> HookedCLIP:
+    """A model of `spec` with a tag's weights, the checkpoint's, or random ones."""
+    tag = None if pretrained in (None, RANDOM) else pretrained
+    weights = fetch(spec.name, tag) if tag else None if checkpoint is None else Path(checkpoint)
+    state = None if tag or weights is None else read_checkpoint(weights)
+    model = _built(spec, tag, text)
+    if isinstance(model, ImageOnly):
+        spec = replace(spec, tokenizer=NoTokenizer(model.why))
+        state = read_checkpoint(weights) if tag and weights else state
+    if state is not None:
+        found = conform(model, state)
+        found = image_side(found) if isinstance(model, ImageOnly) else found
+        check_fit(model, found, source=str(weights), name=spec.name)
+        model.load_state_dict(found)
+    if checkpoint is not None and reason == "model name":
+        _tell_the_guess(spec.name, checkpoint, spec.activation)
+    digest = None if weights is None else sha256(weights)
+    where = None if checkpoint is None else str(checkpoint)
+    return spec.hook(model, _provenance(spec.name, pretrained, where, digest, spec.activation, reason))
+
+
+def _built(spec: ModelSpec, tag: str | None, text: Text) -> OpenCLIP:
+    """A whole model, with the tag's weights if there is one; or an image tower with random weights."""
+    if text is False:
+        return spec.build_image_only(WITHOUT_TEXT)
+    repository = spec.architecture["text_cfg"].get("hf_model_name")
+    try:
+        with asked_once(repository):
+            return create(spec.name, tag, quick_gelu=spec.activation == "quick_gelu") if tag else spec.build()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if repository is None or isinstance(error, ModelError):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = (
+            f"that of {spec.name!r} is transformers' {repository!r}, whose configuration lies on the hub and could not be "
+            f"had ({first}); install transformers and load it once where there is a network"
+        )
+        if text is True:
+            raise MissingTextError(f"the text tower cannot be had: {why}") from error
+        warnings.warn(f"the image tower is loaded alone, without the text tower: {why}", stacklevel=5)
+        return spec.build_image_only(why)
 
 
 def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
@@ -152,60 +261,19 @@ def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
         )
 
 
-def _filled(
-    spec: ModelSpec, pretrained: str | None, checkpoint: str | Path | None, reason: str
-) -> HookedCLIP:
-    """A model of `spec` with the checkpoint's weights, or with random ones."""
-    state = None if checkpoint is None else read_checkpoint(checkpoint)
-    model = spec.build()
-    if state is not None:
-        check_fit(model, state, source=str(checkpoint), name=spec.name)
-        model.load_state_dict({key: value.float() for key, value in state.items()})
-    if checkpoint is not None and reason == "model name":
-        _tell_the_guess(spec.name, checkpoint, spec.activation)
-    return spec.hook(model, _provenance(spec.name, pretrained, checkpoint, spec.activation, reason))
-
-
-def _fetched(name: str, tag: str, activation: str) -> tuple[torch.nn.Module, Path]:
-    """open_clip's model with the weights of a tag, and the file that they lie in."""
-    quick = activation == "quick_gelu"
-    try:
-        # Built with weights that are then replaced: their draws leave no trace.
-        with warnings.catch_warnings(), _quiet_about_downloads(), torch.random.fork_rng(devices=[]):
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the choice has settled it
-            model = open_clip.create_model(name, pretrained=tag, quick_gelu=quick, require_pretrained=True)
-        return model, Path(download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
-    except (OSError, RuntimeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(
-            f"the weights {name} / {tag} could not be fetched ({first}); download them where there is a network, "
-            "and pass checkpoint=PATH"
-        ) from error
-
-
-@contextmanager
-def _quiet_about_downloads() -> Iterator[None]:
-    """Keep the error that follows from standing beside open_clip's log of the same."""
-    root = logging.getLogger()
-    root.addFilter(_tells_more)
-    try:
-        yield
-    finally:
-        root.removeFilter(_tells_more)
-
-
-def _tells_more(record: logging.LogRecord) -> bool:
-    return "Failed to download weights" not in record.getMessage()
-
-
 def _provenance(
-    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str, reason: str
+    name: str,
+    pretrained: str | None,
+    checkpoint: str | None,
+    digest: str | None,
+    activation: str,
+    reason: str,
 ) -> dict[str, Any]:
     return {
         "name": name,
         "pretrained": pretrained,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "sha256": None if checkpoint is None else sha256(Path(checkpoint)),
+        "checkpoint": checkpoint,
+        "sha256": digest,
         "activation": activation,
         "activation_source": reason,
         "versions": versions(),

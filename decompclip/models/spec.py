@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 
 from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
+from decompclip.models.image_only import ImageOnly, build_image_only
+
+Choice = Literal["auto", "gelu", "quick_gelu"]
+"""The activation that a user asks for; "auto" leaves it to what the weights were trained with."""
+
+OpenCLIP = CLIP | CustomTextCLIP | CoCa | ImageOnly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class ModelSpec:
     def with_activation(self, activation: Activation) -> ModelSpec:
         return replace(self, architecture={**self.architecture, "quick_gelu": activation == "quick_gelu"})
 
-    def build(self, *, seed: int = 0) -> CLIP | CustomTextCLIP:
+    def build(self, *, seed: int = 0) -> CLIP | CustomTextCLIP | CoCa:
         """open_clip's model with random weights.
 
         Raises:
@@ -49,9 +56,18 @@ class ModelSpec:
         refuse(self.name, oddities(self.architecture["vision_cfg"]))
         return build_open_clip(self.architecture, seed=seed)
 
-    def hook(self, model: CLIP | CustomTextCLIP, provenance: Mapping[str, Any]) -> HookedCLIP:
+    def build_image_only(self, why: str, *, seed: int = 0) -> ImageOnly:
+        """The image tower with random weights, and in place of the text tower an answer that tells `why`.
+
+        Raises:
+            UnsupportedTowerError: an image tower that `HookedViT` cannot run; nothing is built.
+        """
+        refuse(self.name, oddities(self.architecture["vision_cfg"]))
+        return build_image_only(self.architecture, why=why, seed=seed)
+
+    def hook(self, model: OpenCLIP, provenance: Mapping[str, Any]) -> HookedCLIP:
         """`model`, which the result takes over, as a `HookedCLIP`."""
-        return HookedCLIP.from_open_clip(
+        hooked = HookedCLIP.from_open_clip(
             model,
             tokenizer=self.tokenizer,
             preprocess=self.preprocess,
@@ -60,23 +76,34 @@ class ModelSpec:
             provenance={"name": self.name, **provenance, "versions": versions()},
             copy=False,
         )
+        if "activation" in provenance:  # a timm tower's own, which no configuration of open_clip's tells
+            hooked.provenance["activation"] = hooked.cfg.activation
+        return hooked
 
 
-def build_open_clip(architecture: Mapping[str, Any], *, seed: int = 0) -> CLIP | CustomTextCLIP:
-    """open_clip's CLIP of this architecture, its weights drawn from `seed`.
+def build_open_clip(architecture: Mapping[str, Any], *, seed: int = 0) -> CLIP | CustomTextCLIP | CoCa:
+    """open_clip's CLIP of this architecture, its weights drawn from `seed`; nothing is downloaded but, for a text
+    tower of transformers', its configuration.
 
     Args:
         architecture: open_clip's model configuration: `embed_dim`, `vision_cfg`, `text_cfg`, and
             optionally `quick_gelu` and the like.
+
+    Raises:
+        OSError, RuntimeError: a text tower of transformers' whose configuration cannot be had.
     """
     options: dict[str, Any] = deepcopy(dict(architecture))
-    text_cfg = options["text_cfg"]
+    vision_cfg, text_cfg = options["vision_cfg"], options["text_cfg"]
     custom = options.pop("custom_text", False) or "hf_model_name" in text_cfg
+    kind = CoCa if "multimodal_cfg" in options else CustomTextCLIP if custom else CLIP
+    # no tower's own weights: they come with the CLIP's
     if "hf_model_name" in text_cfg:
-        text_cfg["hf_model_pretrained"] = False  # its weights come with the CLIP's
+        text_cfg["hf_model_pretrained"] = False
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_model_pretrained"] = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CustomTextCLIP(**options) if custom else CLIP(**options)
+        return kind(**options)
 
 
 def versions() -> dict[str, str]:

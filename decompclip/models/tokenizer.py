@@ -73,3 +73,22 @@ class WordTokenizer:
                 stacklevel=2,
             )
         return tokens
+
+
+def check_tokens(tokens: Tensor, context_length: int, vocabulary: int | None) -> None:
+    """Hold token ids to be such as a text tower takes.
+
+    Raises:
+        ValueError: they are not integers `[text, context_length]`, or not in the vocabulary.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] != context_length or tokens.is_floating_point():
+        raise ValueError(
+            f"expected token ids [text, {context_length}] of an integer type, got {list(tokens.shape)} "
+            f"of {tokens.dtype}; make them with this model's `tokenize`"
+        )
+    # asking a tensor on an accelerator for its largest value would wait for it
+    if vocabulary and tokens.numel() and tokens.device.type == "cpu" and tokens.max() >= vocabulary:
+        raise ValueError(
+            f"expected token ids below {vocabulary}, the size of this model's vocabulary, got "
+            f"{int(tokens.max())}; make them with this model's `tokenize`"
+        )

@@ -180,7 +180,8 @@ def test_what_would_be_wrong_is_refused(run: tuple[Tensor, ViTCache]) -> None:
         cache.accumulated_resid(1, apply_ln=True)
     with pytest.raises(NotImplementedError, match="recompute_ln"):
         cache.apply_ln_to_stack(cache.decompose_resid(1), 1, recompute_ln=True)
-    for name in ("logit_lens", "logit_attrs", "get_neuron_results", "stack_neuron_results"):
+    assert ViTCache.stack_neuron_results is ViTCache.get_neuron_results
+    for name in ("logit_lens", "logit_attrs", "get_neuron_results"):
         with pytest.raises(NotImplementedError, match=f"{name} is written for language models; use "):
             getattr(cache, name)()
     with pytest.raises(NotImplementedError, match="use decompose_resid and stack_head_results"):

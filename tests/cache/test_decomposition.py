@@ -41,7 +41,7 @@ class Reference:
             for i in range(0, rows * self.cfg.grid[0], rows)
             for j in range(0, columns * self.cfg.grid[1], columns)
         ]
-        x = torch.stack([p["cls"], *patches]) + p["W_pos"]
+        x = torch.cat([p["prefix"], torch.stack(patches)]) + p["W_pos"]
         if self.cfg.ln_pre:
             x = self.norm(x, "ln_pre")
         self.embed, self.writes, self.value_bias, self.mlps = x[0], [], [], []

@@ -1,0 +1,191 @@
+"""Whether a file's weights are a model's: names brought to the model's own, and what is wrong where they differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from torch import Tensor, nn
+
+from decompclip.models.errors import CheckpointError
+
+# What older versions saved among the weights, and no model needs: it follows from the shapes.
+_FOLLOWS = re.compile(r"(.*\.)?(position_ids|attn_mask)")
+# Marks of layouts that are not open_clip's, in the order in which they are told.
+_LAYOUTS = {
+    r"visual\.layer1\.0\.conv1\.weight": "the file holds a ResNet, whose tower is not supported",
+    r"(vision_model|text_model)\..*": (
+        "the file has Hugging Face transformers' names; give the folder that it lies in, with its config.json, in place "
+        "of a name: `load(FOLDER)`"
+    ),
+}
+
+
+def conform(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights under the names that `model` gives them, where open_clip itself has had two layouts.
+
+    Those are: a text tower at the top or under `text.`; a logit scale of shape `[]` or `[1]`; positions and masks that
+    older versions saved; Apple's names for MobileCLIP; a model with a logit bias filled from a file without one.
+    """
+    wanted = model.state_dict()
+    found = {key: value for key, value in state.items() if key in wanted or not _FOLLOWS.fullmatch(key)}
+    found = dict(convert_state_dict(model, found))  # pyright: ignore[reportArgumentType]
+    apart = any(key.startswith("text.") for key in wanted)
+    if apart and "positional_embedding" in found:
+        found = convert_to_custom_text_state_dict(found)
+    elif not apart and "positional_embedding" in wanted:
+        found = {key.removeprefix("text."): value for key, value in found.items()}
+    for key in ("logit_scale", "logit_bias"):
+        if key in wanted and key in found and found[key].numel() == 1:
+            found[key] = found[key].reshape(wanted[key].shape)
+    if "logit_bias" in wanted and "logit_bias" not in found and "logit_scale" in found:
+        found["logit_bias"] = torch.zeros_like(
+            wanted["logit_bias"]
+        )  # as open_clip does; no feature depends on it
+    return found
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    """Check that `state` holds each weight of `model`, in its shape, and nothing else.
+
+    Raises:
+        CheckpointError: it does not; says how many are missing, left over or of another shape, and what
+            model the file seems to hold.
+    """
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    left_over = [key for key in state if key not in wanted]
+    reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if not (missing or left_over or reshaped):
+        return
+    shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(shown[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, what, shown in (
+            (missing, "missing", missing),
+            (left_over, "left over", left_over),
+            (reshaped, "of another shape", shapes),
+        )
+        if keys
+    ]
+    raise CheckpointError(
+        f"{source} does not fit {name}: of {len(wanted)} weights {'; '.join(parts)}. "
+        f"Likely cause: {likely_cause(wanted, state)}"
+    )
+
+
+def likely_cause(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What a state dict that does not fit seems to be, and what to do."""
+    for pattern, cause in _LAYOUTS.items():
+        if any(re.fullmatch(pattern, key) for key in state):
+            return cause
+    if "conv1.weight" in state and "visual.conv1.weight" in wanted:
+        return "the file holds an image tower alone; a whole CLIP is needed"
+    timm_file, timm_model = (any(k.startswith("visual.trunk.") for k in keys) for keys in (state, wanted))
+    if timm_file != timm_model:
+        kinds = ("a timm tower (SigLIP, EVA, ...)", "open_clip's native tower")
+        holds, asks = kinds if timm_file else kinds[::-1]
+        return f"the file holds {holds}, and that name has {asks}; give the name that it was trained under"
+    names = models_like(state)
+    image = _differs(wanted, state, "visual.")
+    if names and (image or not _text_kind(state)):
+        return f"the file holds {' or '.join(names[:3])}{_sizes(wanted, state)}; give that name"
+    if not image:
+        return _text_differs(wanted, state)
+    return f"the file holds another model{_sizes(wanted, state)}; give the name that it was trained under"
+
+
+def _differs(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str) -> bool:
+    ours, theirs = ({k: v.shape for k, v in some.items() if k.startswith(prefix)} for some in (wanted, state))
+    return ours != theirs
+
+
+def _text_differs(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    here, there = _text_kind(wanted) or "no text tower", _text_kind(state) or "no text tower"
+    kinds = f" ({there}, where {here} was expected)" if here != there else ""
+    return (
+        f"the image towers agree and the text towers do not{kinds}; give the name that it was trained under, or "
+        "load the image tower alone with text=False"
+    )
+
+
+def _text_kind(state: Mapping[str, Tensor]) -> str:
+    if any(key.startswith("text.transformer.") and ".resblocks." not in key for key in state):
+        return "a text tower of Hugging Face transformers'"
+    return "open_clip's own text tower" if any("token_embedding" in key for key in state) else ""
+
+
+def _sizes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The sizes in which two image towers differ: `: patches of 16 x 16 pixels, expected 32 x 32`."""
+    facts = {
+        key: [_size(some, key) for some in (state, wanted)] for key in ("patch", "width", "tokens", "layers")
+    }
+    words = {
+        "patch": "patches of {} pixels",
+        "width": "width {}",
+        "tokens": "{} tokens",
+        "layers": "{} layers",
+    }
+    told = [
+        f"{words[key].format(theirs)}, expected {ours}"
+        for key, (theirs, ours) in facts.items()
+        if theirs and ours and theirs != ours
+    ]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _size(state: Mapping[str, Tensor], which: str) -> str:
+    trunk = "visual.trunk." if any(key.startswith("visual.trunk.") for key in state) else ""
+    conv = state.get(f"{trunk}patch_embed.proj.weight" if trunk else "visual.conv1.weight")
+    positions = state.get(f"{trunk}pos_embed" if trunk else "visual.positional_embedding")
+    blocks = re.compile(r"visual\.(?:trunk|transformer)\.(?:blocks|resblocks)\.(\d+)\.")
+    match which:
+        case "patch":
+            return " x ".join(map(str, conv.shape[-2:])) if conv is not None else ""
+        case "width":
+            return str(conv.shape[0]) if conv is not None else ""
+        case "tokens":
+            return str(positions.shape[-2]) if positions is not None else ""
+        case _:
+            return str(len({match[1] for key in state if (match := blocks.match(key))}) or "")
+
+
+def models_like(state: Mapping[str, Tensor]) -> list[str]:
+    """open_clip's names of native models with this state dict's shapes, without their QuickGELU twins."""
+    keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj")
+    if not all(key in state for key in keys):
+        return []
+    conv, positions, proj = (state[key].shape for key in keys)
+    layers = len({key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")})
+    words = next((tuple(v.shape) for k, v in state.items() if k.endswith("token_embedding.weight")), None)
+    found = []
+    for name in open_clip.list_models():
+        config: Any = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+        if "timm_model_name" in vision or not isinstance(size, int) or not isinstance(patch, int):
+            continue
+        shape = (
+            vision.get("layers"),
+            vision.get("width"),
+            patch,
+            (size // patch) ** 2 + 1,
+            config["embed_dim"],
+        )
+        same_text = words in (None, (text.get("vocab_size", 49408), text.get("width")))
+        same_norms = bool(vision.get("no_ln_pre")) == ("visual.ln_pre.weight" not in state)
+        same_pool = bool(vision.get("attentional_pool")) == ("visual.attn_pool.query" in state)
+        if (
+            same_text
+            and same_norms
+            and same_pool
+            and shape == (layers, conv[0], conv[-1], positions[0], proj[1])
+        ):
+            found.append(name)
+    plain = [name for name in found if not name.endswith("-quickgelu")]
+    return plain or found

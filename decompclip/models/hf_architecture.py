@@ -1,0 +1,235 @@
+"""A config.json of transformers' CLIP or SigLIP as an open_clip model of that shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.timm_model import TimmModel
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from decompclip.models.config import Activation
+from decompclip.models.errors import CheckpointError
+from decompclip.models.image_only import ImageOnly, build_image_only
+from decompclip.models.spec import Choice, build_open_clip
+
+__all__ = ["activation_of", "build", "completed"]
+
+# transformers' defaults, which newer versions leave out of config.json.
+_CLIP_DEFAULTS = {
+    "vision_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "text_config": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407,
+    },
+}
+_SIGLIP_CHANGES = {
+    "vision_config": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "text_config": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 64,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
+_PARTS = ("vision_config", "text_config")
+_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "clip": _CLIP_DEFAULTS,
+    "siglip": {part: {**_CLIP_DEFAULTS[part], **_SIGLIP_CHANGES[part]} for part in _PARTS},
+}
+_TANH = {"approximate": "tanh"}
+_ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
+    "gelu": {},
+    "quick_gelu": {},
+    "gelu_pytorch_tanh": {"act_kwargs": _TANH},
+    "gelu_new": {"act_kwargs": _TANH},
+}
+_WHY_NOT = {
+    "siglip2": "its images keep their shape (NaFlex), so that its towers have no fixed grid of patches; SigLIP 2 of fixed "
+    "resolution has the model type 'siglip'",
+    "clip_vision_model": "it is an image tower alone; a whole CLIP is needed",
+    "siglip_vision_model": "it is an image tower alone; a whole SigLIP is needed",
+}
+
+
+def completed(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """A config.json with transformers' defaults where it is silent.
+
+    Raises:
+        CheckpointError: it is of another type of model, or of a variant that open_clip cannot build.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in _DEFAULTS:
+        why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
+        raise CheckpointError(
+            f"{source} holds a model of type {kind!r}{why}; expected one of {', '.join(map(repr, _DEFAULTS))}"
+        )
+    # configurations of before 2023 keep what was changed in `..._config_dict`, which then has the last word
+    found = {
+        part: {**_DEFAULTS[kind][part], **(config.get(part) or {}), **(config.get(f"{part}_dict") or {})}
+        for part in _PARTS
+    }
+    vision, text = found["vision_config"], found["text_config"]
+    acts = {vision["hidden_act"], text["hidden_act"]}
+    odd = {
+        f"the activation {', '.join(sorted(acts - set(_ACTIVATIONS)))}": acts - set(_ACTIVATIONS),
+        f"two activations ({', '.join(sorted(acts))})": len(acts) > 1,
+        f"images of {vision['num_channels']} channels": vision["num_channels"] != 3,
+        "no attention pool (vision_use_head)": not vision.get("vision_use_head", True),
+        f"text features of width {text.get('projection_size')}": kind == "siglip"
+        and (text.get("projection_size") or text["hidden_size"]) != vision["hidden_size"],
+    }
+    if found_odd := [what for what, present in odd.items() if present]:
+        raise CheckpointError(f"{source} has {found_odd[0]}, which open_clip's {kind!r} models do not have")
+    return {**config, **found}
+
+
+def activation_of(config: Mapping[str, Any], activation: Choice = "auto") -> Activation:
+    """The activation of both towers: the one asked for, or config.json's."""
+    if activation != "auto":
+        return activation
+    act = config["vision_config"]["hidden_act"]
+    return (
+        "quick_gelu" if act == "quick_gelu" else "gelu_tanh" if "act_kwargs" in _ACTIVATIONS[act] else "gelu"
+    )
+
+
+def build(
+    config: Mapping[str, Any],
+    *,
+    text: bool = True,
+    activation: Choice = "auto",
+    why: str = "",
+) -> CLIP | CustomTextCLIP | ImageOnly:
+    """open_clip's model of a completed config.json, with random weights.
+
+    Args:
+        text: with its text tower; without it an `ImageOnly` is built, which tells users `why`.
+    """
+    builders: dict[str, Callable[..., CLIP | CustomTextCLIP | ImageOnly]] = {"clip": _clip, "siglip": _siglip}
+    return builders[config["model_type"]](config, text=text, activation=activation, why=why)
+
+
+def _clip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str) -> Any:
+    vision, words = config["vision_config"], config["text_config"]
+    # before 2023 transformers took the largest id for the end of a text, and kept that for configurations with a 2
+    end = words.get("eos_token_id", 2)
+    pool = (
+        {"pool_type": "argmax"}
+        if end == 2 or not isinstance(end, int)
+        else {"pool_type": "eos", "eos_id": end}
+    )
+    own = activation == "auto"
+    architecture = {
+        "embed_dim": config.get("projection_dim") or 512,
+        "quick_gelu": activation_of(config, activation) == "quick_gelu",
+        "vision_cfg": {
+            **_shape(vision, own),
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+        },
+        "text_cfg": {
+            **_shape(words, own),
+            **pool,
+            "heads": words["num_attention_heads"],
+            "context_length": words["max_position_embeddings"],
+            "vocab_size": words["vocab_size"],
+        },
+    }
+    return build_open_clip(architecture) if text else build_image_only(architecture, why=why)
+
+
+def _siglip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str) -> Any:
+    vision, words = config["vision_config"], config["text_config"]
+    if activation == "quick_gelu":
+        raise ValueError(
+            "expected activation 'gelu' for SigLIP, whose towers have no QuickGELU; leave it out"
+        )
+    own = activation == "auto"
+    architecture = {
+        "embed_dim": vision["hidden_size"],
+        "init_logit_bias": -10.0,
+        "nonscalar_logit_scale": True,
+        "custom_text": True,
+        "vision_cfg": {"layers": 1, "width": 1, "head_width": 1, "image_size": 1, "patch_size": 1},
+        "text_cfg": {
+            **_shape(words, own),
+            "heads": words["num_attention_heads"],
+            "context_length": words["max_position_embeddings"],
+            "vocab_size": words["vocab_size"],
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+        },
+    }
+    model: Any = build_open_clip(architecture) if text else build_image_only(architecture, why=why)
+    model.visual = _siglip_tower(vision, own)
+    return model
+
+
+def _siglip_tower(vision: Mapping[str, Any], own_activation: bool) -> TimmModel:
+    """open_clip's wrapper around a timm trunk of any shape, where its configurations know fixed names only."""
+    tanh = own_activation and "act_kwargs" in _ACTIVATIONS[vision["hidden_act"]]
+    with torch.device("meta"):
+        tower = TimmModel("vit_base_patch16_siglip_224", embed_dim=0, pool="map", proj="none")
+    with torch.random.fork_rng(devices=[]):
+        trunk = VisionTransformer(
+            img_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            embed_dim=vision["hidden_size"],
+            depth=vision["num_hidden_layers"],
+            num_heads=vision["num_attention_heads"],
+            mlp_ratio=_ratio(vision),
+            norm_layer=partial(nn.LayerNorm, eps=vision["layer_norm_eps"]),
+            num_classes=0,
+            class_token=False,
+            global_pool="map",
+            act_layer="gelu_tanh" if tanh else "gelu",
+        )
+    tower.trunk = trunk
+    size = vision["image_size"]
+    tower.image_size = (size, size) if isinstance(size, int) else tuple(size)
+    return tower
+
+
+def _shape(part: Mapping[str, Any], own_activation: bool) -> dict[str, Any]:
+    """What both towers of open_clip call by the same names."""
+    return {
+        "layers": part["num_hidden_layers"],
+        "width": part["hidden_size"],
+        "mlp_ratio": _ratio(part),
+        "norm_kwargs": {"eps": part["layer_norm_eps"]},
+        **(_ACTIVATIONS[part["hidden_act"]] if own_activation else {}),
+    }
+
+
+def _ratio(part: Mapping[str, Any]) -> float:
+    """The MLP's width as a multiple of the stream's, so that open_clip and timm, which cut, get the same number back."""
+    width, wanted = part["hidden_size"], part["intermediate_size"]
+    ratio = wanted / width
+    return ratio if int(width * ratio) == wanted else (wanted + 0.5) / width

@@ -1,0 +1,131 @@
+"""Tokenizers of Hugging Face transformers, for models that bring theirs along or need one from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from jaxtyping import Int
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+from decompclip.models.clip import Tokenizer
+from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.hub import asked_once
+from decompclip.models.image_only import MissingTextError, NoTokenizer
+
+_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+CLIP_VOCABULARY = 49408
+
+
+class TransformersTokenizer:
+    """Texts to token ids of a fixed length, by a tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "text position"]:
+        found = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.context_length,
+            return_tensors="pt",
+        )
+        return torch.as_tensor(found["input_ids"])
+
+
+class HubTokenizer:
+    """open_clip's tokenizer of a model, where that is one of transformers': had when a text is first tokenized.
+
+    Attributes:
+        repository: where on the hub it lies; None where it lies in the model's own folder.
+    """
+
+    def __init__(self, name: str, repository: str | None, context_length: int) -> None:
+        self.name = name
+        self.repository = repository
+        self.context_length = context_length
+        self.tokenizer: Any = None
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "text position"]:
+        """Token ids.
+
+        Raises:
+            MissingTextError: the tokenizer is neither in the hub's cache nor to be had, or transformers is missing.
+        """
+        if self.tokenizer is None:
+            try:
+                with asked_once(self.repository):
+                    self.tokenizer = open_clip.get_tokenizer(self.name)
+            except Exception as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                where = f", {self.repository} on the hub," if self.repository else ""
+                raise MissingTextError(
+                    f"the tokenizer of {self.name!r}{where} could not be had ({first}); install transformers, fetch it "
+                    "where there is a network, set `model.tokenizer` to a function from a list of texts to token ids, or "
+                    "pass token ids in place of texts"
+                ) from error
+        return self.tokenizer(texts)
+
+
+def tokenizer_of(name: str, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of an architecture of open_clip's, by its model configuration; the network is not asked yet."""
+    text = config["text_cfg"]
+    if repository := text.get("hf_tokenizer_name"):
+        return HubTokenizer(name, repository, text.get("context_length", 77))
+    return open_clip.get_tokenizer(name)
+
+
+def tokenizer_in(folder: Path, *, context_length: int, vocabulary: int) -> Tokenizer:
+    """The tokenizer whose files lie in a folder, or else open_clip's own for CLIP, if the vocabulary is CLIP's.
+
+    Raises:
+        CheckpointError: there are such files, and transformers cannot read them.
+    """
+    if not any((folder / name).is_file() for name in _FILES):
+        return clip_tokenizer(context_length=context_length, vocabulary=vocabulary, where=str(folder))
+    try:
+        transformers = import_transformers(f"to read the tokenizer in {folder}")
+    except ModelError:
+        if vocabulary == CLIP_VOCABULARY:  # the same tokenizer, by open_clip
+            return SimpleTokenizer(context_length=context_length)
+        raise
+    try:
+        # a tokenizer with code of its own is refused, not run
+        found = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({first}); pass tokenizer=, or text=False for the image tower alone"
+        ) from error
+    return TransformersTokenizer(found, context_length)
+
+
+def clip_tokenizer(*, context_length: int, vocabulary: int, where: str) -> Tokenizer:
+    """open_clip's own tokenizer, where the vocabulary is CLIP's; else one that explains."""
+    if vocabulary == CLIP_VOCABULARY:
+        return SimpleTokenizer(context_length=context_length)
+    return NoTokenizer(
+        f"{where} brings none, and its vocabulary of {vocabulary} is not CLIP's of {CLIP_VOCABULARY}",
+        tower=True,
+    )
+
+
+def import_transformers(why: str) -> Any:
+    """The module, or what to do without it.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"Hugging Face transformers is needed {why}: pip install transformers") from error
+    return transformers

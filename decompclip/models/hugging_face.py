@@ -1,0 +1,190 @@
+"""Hugging Face transformers' `CLIPModel` and `SiglipModel`, from a folder or from memory, as open_clip's models."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.clip import HookedCLIP, Tokenizer
+from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.hf_architecture import activation_of, build, completed
+from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of, read_json
+from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
+from decompclip.models.hf_weights import rename
+from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, NoTokenizer, image_side
+from decompclip.models.spec import Choice, versions
+
+__all__ = ["Source", "Text", "digest", "from_transformers", "read_folder", "weights_in"]
+
+Text = bool | Literal["auto"]
+"""Whether to have the text side: yes, no, or as far as it can be had, with a warning."""
+
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An open_clip model with what a `HookedCLIP` needs beside it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    preprocess: Mapping[str, Any]
+    activation: str
+    sha256: str | None
+
+
+def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto") -> Source:
+    """The model of a folder that `save_pretrained` wrote, or that the hub's snapshot is.
+
+    Raises:
+        CheckpointError: no such model there, one of another type, or weights that do not fit its config.json.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"the folder {folder} holds no config.json (it holds {_listed(folder)}); expected a folder as transformers' "
+            "save_pretrained writes, or one with open_clip_config.json; for a file of weights give its own path"
+        )
+    config = completed(read_json(path), source=str(folder))
+    kind = config["model_type"]
+    files = weights_in(folder)
+    state = rename(
+        {key: value for file in files for key, value in read_checkpoint(file).items()},
+        kind,
+        source=str(folder),
+    )
+    model = build(config, text=text is not False, activation=activation, why=WITHOUT_TEXT)
+    _fill(model, state, source=str(folder))
+    return Source(
+        model=model,
+        tokenizer=_tokenizer(folder, config["text_config"], text),
+        preprocess=preprocess_in(folder, kind),
+        activation=activation_of(config, activation),
+        sha256=digest(files),
+    )
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    wanted = image_side(state) if isinstance(model, ImageOnly) else state
+    check_fit(model, wanted, source=source, name="its config.json")
+    model.load_state_dict(wanted)
+
+
+def _tokenizer(folder: Path, words: Mapping[str, Any], text: Text) -> Tokenizer:
+    if text is False:
+        return NoTokenizer(WITHOUT_TEXT)
+    try:
+        return tokenizer_in(
+            folder, context_length=words["max_position_embeddings"], vocabulary=words["vocab_size"]
+        )
+    except ModelError as error:
+        if text is True:
+            raise
+        warnings.warn(f"{error}. The model was loaded without a tokenizer", stacklevel=6)
+        return NoTokenizer(str(error), tower=True)
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+
+
+def from_transformers(
+    model: nn.Module, *, tokenizer: Any = None, processor: Any = None, text: bool = True
+) -> HookedCLIP:
+    """Hook a `CLIPModel` or `SiglipModel` of transformers that is in memory; it is left as it is.
+
+    Args:
+        tokenizer: transformers' tokenizer of that model, or a function from a list of texts to token ids; by
+            default the processor's, or else open_clip's own where the vocabulary is CLIP's.
+        processor: transformers' processor or image processor of that model, for the mean, the deviation and
+            the way of resizing; by default those of its kind.
+
+    Raises:
+        CheckpointError: a model of another type.
+        UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
+    """
+    live: Any = model
+    name = type(model).__name__
+    source = f"the {name} in memory"
+    config = completed(live.config.to_dict(), source=source)
+    kind, words = config["model_type"], config["text_config"]
+    like = next(model.parameters())
+    built = build(config, text=text, why=WITHOUT_TEXT).to(device=like.device, dtype=like.dtype)
+    _fill(
+        built,
+        rename({k: v.detach() for k, v in model.state_dict().items()}, kind, source=source),
+        source=source,
+    )
+    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+    if not text:
+        tokenizer = NoTokenizer(WITHOUT_TEXT)
+    elif tokenizer is None:
+        tokenizer = clip_tokenizer(
+            context_length=words["max_position_embeddings"], vocabulary=words["vocab_size"], where="the model"
+        )
+    elif hasattr(tokenizer, "model_max_length"):
+        tokenizer = TransformersTokenizer(tokenizer, words["max_position_embeddings"])
+    images = getattr(processor, "image_processor", processor)
+    found = (
+        DEFAULTS[kind] if images is None else preprocess_of(images.to_dict(), kind, source="the processor")
+    )
+    return HookedCLIP.from_open_clip(
+        built,
+        tokenizer=tokenizer,
+        preprocess=found,
+        provenance={
+            "name": getattr(live.config, "_name_or_path", "") or f"{name} in memory",
+            "pretrained": None,
+            "checkpoint": None,
+            "sha256": None,
+            "activation": activation_of(config),
+            "activation_source": "config.json",
+            "versions": versions(),
+        },
+        copy=False,
+    )
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a folder, in order: shards where there is an index.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    first = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        raise CheckpointError(
+            f"the folder {folder} holds no weights (it holds {_listed(folder)}); expected model.safetensors, alone or in shards "
+            "with model.safetensors.index.json, or pytorch_model.bin"
+        )
+    if first.suffix != ".json":
+        return [first]
+    names = sorted(set(map(str, read_json(first).get("weight_map", {}).values())))
+    astray = [name for name in names if Path(name).name != name]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if astray or missing or not names:
+        raise CheckpointError(
+            f"{first} names {len(names)} shards, of which {len(missing)} are not in the folder "
+            f"({', '.join((astray or missing)[:3]) or 'none'}); copy or download them again"
+        )
+    return [folder / name for name in names]
+
+
+def digest(files: list[Path]) -> str:
+    """The SHA-256 of a file; of several, that of what `sha256sum` prints for them."""
+    if len(files) == 1:
+        return sha256(files[0])
+    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
