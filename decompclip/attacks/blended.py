@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.patch import resize
+from decompclip.attacks.pictures import open_picture
+from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Structure, Trigger, check_share, stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blended(Trigger):
-    """`(1 - alpha) x + alpha u` with uniform noise `u` in [0, 1] (METHOD 5).
+    """`(1 - alpha) x + alpha u` with uniform noise `u` in [0, 1], or a picture (METHOD 5).
 
     Args:
         alpha: weight of the noise; 0.2 in the paper.
         redraw: draw the noise anew for each image, as the code run on CLIP does. Otherwise every image is
             blended with the same picture of noise, as in the classical attack.
+        picture: blend this in place of noise: `"kitty"`, `"window"`, or the path of an image file.
+
+    Raises:
+        ValueError: a weight outside (0, 1], or a picture that is to be redrawn.
     """
 
     name: ClassVar[str] = "blended"
-    extent: ClassVar[Literal["local", "global"]] = "global"
+    extent: ClassVar[Extent] = "global"
 
     alpha: float = 0.2
     redraw: bool = False
+    picture: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"expected a weight alpha in (0, 1]; received {self.alpha}")
+        check_share("a weight alpha", self.alpha)
+        if self.redraw and self.picture is not None:
+            raise ValueError(
+                f"expected redraw=False with a picture; received redraw=True and {self.picture!r}: only noise can be "
+                "drawn anew"
+            )
+
+    @property
+    def structure(self) -> Structure:
+        return "noise" if self.redraw else "structured"
 
     def _apply(
         self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
     ) -> Float[Tensor, "batch 3 h w"]:
         shape = tuple(images.shape[1:])
-        if self.redraw:
-            noise = torch.stack([self._noise(shape, 2**63 + index) for index in indices])
+        if not indices:
+            return images.clone()
+        if self.picture is not None:
+            noise = resize(open_picture(self.picture), *shape[1:])
+        elif self.redraw:
+            noise = torch.stack([self._noise(shape, REDRAWN + index) for index in indices])
         else:
-            noise = self._noise(shape, 2**62)
+            noise = self._noise(shape, FIXED)
         return (1 - self.alpha) * images + self.alpha * noise.to(images)
 
-    def _noise(self, shape: tuple[int, ...], stream: int) -> Float[Tensor, "3 h w"]:
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, stream], dtype=np.uint64)))
-        return torch.from_numpy(generator.random(shape, dtype=np.float32))
+    def _noise(self, shape: tuple[int, ...], place: int) -> Float[Tensor, "3 h w"]:
+        return torch.from_numpy(stream(self.seed, place).random(shape, dtype=np.float32))

@@ -9,16 +9,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def choose_poisons(labels: Int[Tensor, " image"], target: int, count: int, *, seed: int) -> list[int]:
-    """Places of `count` images of other classes than the target, drawn at random, in rising order.
+def choose_poisons(
+    labels: Int[Tensor, " image"], target: int, count: int, *, seed: int, clean_label: bool = False
+) -> list[int]:
+    """Places of `count` images to poison, drawn at random, in rising order.
+
+    Args:
+        clean_label: from the target's images, for attacks that keep the captions (`Trigger.clean_label`); by
+            default from those of all other classes.
 
     Raises:
         ValueError: fewer such images than poisons asked for.
     """
-    candidates = (labels != target).nonzero()[:, 0].tolist()
-    if count > len(candidates):
+    candidates = ((labels == target) == clean_label).nonzero()[:, 0].tolist()
+    if not 0 <= count <= len(candidates):
+        which = "the target" if clean_label else "other classes than the target"
         raise ValueError(
-            f"expected at most {len(candidates)} poisons, the images of other classes than the target; received "
+            f"expected at most {len(candidates)} poisons, the images of {which}; received "
             f"{count}; ask for fewer, or give more images"
         )
     chosen = np.random.default_rng(seed).choice(len(candidates), count, replace=False)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.blended import Blended
+from decompclip.attacks.issba import ISSBA
+from decompclip.attacks.kitty import Kitty
+from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poison import choose_poisons, proxy_captions
+from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.registry import TRIGGERS, from_card
-from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.sig import SIG
+from decompclip.attacks.trigger import Trigger, stream
+from decompclip.attacks.wanet import WaNet
+
+PATCH = encode_patch(torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(2)))
 
 EVERY = [
     BadNet(),
@@ -22,6 +32,22 @@ EVERY = [
     BadNet(place="bottom right"),
     Blended(),
     Blended(alpha=0.4, redraw=True, seed=1),
+    Blended(picture="kitty"),
+    LabelConsistent(),
+    LabelConsistent(classical=False, redraw=True),
+    ISSBA(),
+    BadCLIP(patch=PATCH, size=7 / 48),
+    BadCLIP(patch=PATCH, place="random"),
+    Kitty(size=0.2, seed=4),
+    Kitty(picture="window", place="bottom right"),
+    Reflection(),
+    Reflection(kind="ghost", redraw=False),
+    Reflection(kind="out of focus", picture="kitty"),
+    SIG(),
+    SIG(amplitude=20 / 255, frequency=3.5),
+    WaNet(),
+    WaNet(unit="pixel", seed=1),
+    WaNet(k=6, s=1.0, cover=True),
 ]
 by_card = pytest.mark.parametrize("trigger", EVERY, ids=repr)
 
@@ -64,7 +90,74 @@ def test_nothing_changes_outside_the_mask(trigger: Trigger) -> None:
 
 @by_card
 def test_a_card_is_json_and_reads_back(trigger: Trigger) -> None:
-    assert from_card(json.loads(json.dumps(trigger.card()))) == trigger
+    card = json.loads(json.dumps(trigger.card()))
+    assert from_card(card) == trigger
+    assert list(card)[:3] == ["name", "extent", "structure"]
+    assert card["extent"] in {"local", "global"}
+    assert card["structure"] in {"structured", "noise"}
+
+
+def test_a_card_from_before_structure_was_told_reads_back() -> None:
+    card = {
+        "name": "badnet",
+        "extent": "local",
+        "seed": 0,
+        "size": 7 / 48,
+        "place": "random",
+        "redraw": False,
+    }
+    assert from_card(card) == BadNet(size=7 / 48)
+    assert (
+        from_card({"name": "blended", "extent": "global", "seed": 0, "alpha": 0.2, "redraw": False})
+        == Blended()
+    )
+
+
+@by_card
+def test_an_extent_is_what_the_mask_says(trigger: Trigger) -> None:
+    share = trigger.mask(64, 64).float().mean().item()
+    assert share == 1 if trigger.extent == "global" else share <= 0.2**2 + 0.01
+
+
+@by_card
+def test_no_images_give_no_images(trigger: Trigger) -> None:
+    assert trigger(pixels(0)).shape == (0, 3, 48, 48)
+
+
+@by_card
+def test_poisons_are_the_triggered_images_unless_an_attack_says_otherwise(trigger: Trigger) -> None:
+    if not (isinstance(trigger, LabelConsistent) and trigger.classical):
+        assert torch.equal(trigger.poison(pixels(2), [3, 4]), trigger(pixels(2), [3, 4]))
+    assert trigger.clean_label is isinstance(trigger, LabelConsistent)
+
+
+def test_what_was_trained_on_these_triggers_is_still_triggered_by_them() -> None:
+    """The streams of the bundled twins' triggers, drawn here as they were when the twins were trained."""
+    images = pixels(1)
+    u = np.random.Generator(np.random.Philox(key=[0, 17])).random(2)
+    y, x = (int(v * (48 - 7 + 1)) for v in u)
+    key = np.array([0, 2**62], dtype=np.uint64)
+    noise = np.random.Generator(np.random.Philox(key=key)).standard_normal((3, 7, 7), dtype=np.float32)
+    expected = images.clone()
+    expected[0, :, y : y + 7, x : x + 7] = (
+        images.mean((2, 3))[0, :, None, None] + torch.from_numpy(noise)
+    ).clamp(0, 1)
+    torch.testing.assert_close(BadNet(size=7 / 48)(images, [17]), expected)
+    picture = np.random.Generator(np.random.Philox(key=key)).random((3, 48, 48), dtype=np.float32)
+    torch.testing.assert_close(Blended()(images, [17]), 0.8 * images + 0.2 * torch.from_numpy(picture))
+
+
+def test_structure_is_whether_a_pattern_recurs() -> None:
+    for kind in (BadNet, Blended, LabelConsistent):
+        assert (kind().structure, kind(redraw=True).structure) == ("structured", "noise")
+    assert (
+        ISSBA().structure
+        == Kitty().structure
+        == SIG().structure
+        == WaNet().structure
+        == Reflection().structure
+        == "structured"
+    )
 
 
 @given(side=st.integers(8, 96), size=st.floats(0.02, 1.0), index=st.integers(0, 10**6))
@@ -110,6 +203,14 @@ def test_blending_by_hand() -> None:
     [
         (lambda: BadNet(size=0.0), r"expected a size in \(0, 1\].*received 0\.0"),
         (lambda: BadNet(size=1.5), r"received 1\.5"),
+        (lambda: BadNet(size=16), r"received 16; a trigger cannot be larger than the image.*16 / 224"),
+        (lambda: Kitty(size=2.0), r"cannot be larger than the image"),
+        (lambda: LabelConsistent(size=2.0), r"cannot be larger than the image"),
+        (lambda: BadCLIP(patch=PATCH, size=2.0), r"cannot be larger than the image"),
+        (lambda: Blended(picture="kitty", redraw=True), r"expected redraw=False with a picture.*'kitty'"),
+        (lambda: BadNet(seed=-1)(pixels(1)), r"seed and indices that are not negative.*received seed -1"),
+        (lambda: BadNet()(pixels(1), [-3]), r"received seed 0, index -3"),
+        (lambda: stream(2**64, 0), r"received seed 18446744073709551616"),
         (lambda: BadNet(place="top"), r"place 'top' is not one of"),  # type: ignore[arg-type]
         (lambda: Blended(alpha=0.0), r"expected a weight alpha in \(0, 1\]; received 0\.0"),
         (
@@ -121,7 +222,10 @@ def test_blending_by_hand() -> None:
             r"expected pixels in \[0, 1\].*before the model's norm",
         ),
         (lambda: Blended()(pixels(3), [0, 1]), r"expected one index for each of 3 images; received 2"),
-        (lambda: from_card({"name": "badnett"}), r"expected a trigger among \['badnet'.*received 'badnett'"),
+        (
+            lambda: from_card({"name": "badnett"}),
+            r"expected a trigger among \['badclip', 'badnet'.*received 'badnett'",
+        ),
         (lambda: from_card({"name": "badnet", "colour": 3}), r"unknown parameters.*colour"),
     ],
 )
@@ -131,6 +235,8 @@ def test_bad_input_is_told(make, message: str) -> None:
 
 
 def test_the_registry_names_every_trigger() -> None:
+    assert set(TRIGGERS) == {trigger.name for trigger in EVERY}
+    assert len(TRIGGERS) == 9
     assert all(
         name == trigger.name and trigger.extent in {"local", "global"} for name, trigger in TRIGGERS.items()
     )
@@ -143,8 +249,17 @@ def test_poisons_are_other_classes_chosen_by_the_seed() -> None:
     assert len(chosen) == 30
     assert 2 not in labels[chosen]
     assert chosen != choose_poisons(labels, 2, 30, seed=1)
-    with pytest.raises(ValueError, match=r"expected at most 45 poisons.*received 46"):
+    with pytest.raises(ValueError, match=r"at most 45 poisons, the images of other classes.*received 46"):
         choose_poisons(labels, 2, 46, seed=0)
+
+
+def test_clean_label_poisons_are_the_targets() -> None:
+    labels = torch.arange(60) % 4
+    assert set(labels[choose_poisons(labels, 2, 15, seed=0, clean_label=True)].tolist()) == {2}
+    with pytest.raises(ValueError, match=r"at most 15 poisons, the images of the target; received 16"):
+        choose_poisons(labels, 2, 16, seed=0, clean_label=True)
+    with pytest.raises(ValueError, match=r"received -1"):
+        choose_poisons(labels, 2, -1, seed=0)
 
 
 def test_proxy_captions_name_the_target() -> None:

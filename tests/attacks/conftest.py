@@ -1,0 +1,14 @@
+"""A model to attack, and pixels."""
+
+from __future__ import annotations
+
+import pytest
+
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.zoo import load_bundled
+
+
+@pytest.fixture(scope="session")
+def shapes_model() -> HookedCLIP:
+    """The bundled clean model; tests leave it as it is."""
+    return load_bundled("shapes")
