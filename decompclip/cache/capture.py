@@ -134,5 +134,5 @@ def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "
     chosen = all_heads if tokens is True else tokens
     if not isinstance(chosen, Components):
         raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
-    kept = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads).heads
+    kept = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads, pool=bool(visual.cfg.pool_mlp)).heads
     return kept if kept.any() else None

@@ -14,7 +14,7 @@ from decompclip.cache.moments import Moments
 from decompclip.defenses.selector import Selector, Similarity, Threshold, check_fitted, describe
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.intervention import Intervention, Where
+from decompclip.operators.intervention import Intervention, Where, both
 
 FillName = Literal["prototype", "zero"]
 
@@ -91,7 +91,7 @@ class DecompRep(Intervention):
             NotFittedError, ValueError: as `flags`.
         """
         flags = self.flags(d)
-        return self._edit()(d, where=flags if where is None else flags & where.to(flags.device))
+        return self._edit()(d, where=both(flags, where))
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         """The repair inside a forward pass (causal mode); which heads it replaces is known from a first pass:

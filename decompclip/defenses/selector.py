@@ -87,8 +87,9 @@ class Selector:
         self._check_form(clean.maps.convention, clean.normalized)
         moments = clean if isinstance(clean, Moments) else Moments.of(clean, second=False)
         n_layers, n_heads = clean.coords.shape[-3:-1]
-        mask = self.components.resolve(n_layers, n_heads)
-        if mask.embed or mask.mlps.any() or not mask.heads.any():
+        mask = self.components.resolve(n_layers, n_heads, pool=bool(clean.pool.shape[-2]))
+        others = mask.embed or mask.pool or mask.mlps.any() or mask.neurons is not None
+        if others or not mask.heads.any():
             raise ValueError(f"expected heads to judge; received {self.components!r}; for instance heads[-1]")
         self.moments_, self.mask_ = moments, mask.heads
         self.prototypes_ = moments.coords.to(clean.maps.heads)

@@ -3,30 +3,31 @@
 edit(d)                                   direct: the terms alone are edited, as in the paper
 with visual.hooks(edit.fwd_hooks(visual)) causal: the stream is edited, and later layers see it
 first | second                            both, left first
+edit.on(where)                            for each image its own components
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from decompclip.cache.components import ComponentMask
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.masks import ComponentMask
 from decompclip.models.vit import Hook, HookedViT
 
-Rows = Literal["all", "pooled"]
-Where = Bool[Tensor, "batch layer head"]
+Where = Bool[Tensor, "batch *component"]
+"""Which components of which images: `[batch layer head]`, that restricts heads alone, or `[batch component]`,
+that restricts all, in the order of `ComponentMask.flat` (heads layer by layer, MLPs, embedding, pool)."""
 
 
 class Intervention(ABC):
     """An edit of components, applied to terms (direct) or inside a forward pass (causal).
 
-    `where` restricts it to some heads of some images (MLPs and the embedding are not restricted).
+    `where` restricts it to some components of some images: see `Where`.
     """
 
     @abstractmethod
@@ -34,7 +35,7 @@ class Intervention(ABC):
         """The decomposition with edited terms; the same object where nothing is edited.
 
         Raises:
-            IndexError: the edit names a layer or head that `d` does not have.
+            IndexError: the edit names a component that `d` does not have.
             ValueError: `where`, or what the edit was made from, does not fit `d`.
         """
 
@@ -43,9 +44,13 @@ class Intervention(ABC):
         """The edit as hooks for `visual.hooks(...)` or `visual.run_with_hooks(images, fwd_hooks=...)`.
 
         Raises:
-            IndexError: the edit names a layer or head that the tower does not have.
+            IndexError: the edit names a component that the tower does not have.
             ValueError: what the edit was made from does not fit the tower.
         """
+
+    def on(self, where: Where) -> Restricted:
+        """This edit on these components of these images alone, as an intervention of its own."""
+        return Restricted(self, where)
 
     def __or__(self, other: Intervention) -> Composition:
         return (
@@ -73,85 +78,85 @@ class Composition(Intervention):
         return " | ".join(map(repr, self.steps)) or "Composition()"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Restricted(Intervention):
+    """An intervention on some components of each image; `where` of a call restricts it further."""
+
+    edit: Intervention
+    where: Where
+
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+        return self.edit(d, where=both(self.where, where))
+
+    def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
+        return self.edit.fwd_hooks(visual, where=both(self.where, where))
+
+    def __repr__(self) -> str:
+        return f"({self.edit!r}).on({int(self.where.sum())} of {self.where.numel()} components)"
+
+
+def both(ours: Where, where: Tensor | None) -> Where:
+    """Where the two restrictions agree.
+
+    Raises:
+        ValueError: they are of different shapes.
+    """
+    if where is None:
+        return ours
+    if where.shape != ours.shape:
+        raise ValueError(
+            f"expected where of the shape {list(ours.shape)} that this intervention is restricted by already; "
+            f"received {list(where.shape)}; give both for the same images and in the same form"
+        )
+    return ours & where.to(ours.device)
+
+
 def _steps(intervention: Intervention) -> tuple[Intervention, ...]:
     return intervention.steps if isinstance(intervention, Composition) else (intervention,)
 
 
 @dataclass(frozen=True, eq=False)
-class Fill:
-    """What stands in for heads, MLPs and the embedding: of terms (direct) or of the stream (causal).
+class Chosen:
+    """The components to edit, image by image where `where` restricts them (else a batch axis of length 1)."""
 
-    The leading axes of the parts are `[layer head]`, `[layer]`, `[]` for terms and
-    `[layer token head]`, `[layer token]`, `[token]` for the stream, where one token serves for all.
-    """
+    heads: Bool[Tensor, "#batch layer head"]
+    mlps: Bool[Tensor, "#batch layer"]
+    embed: Bool[Tensor, " #batch"]
+    pool: Bool[Tensor, " #batch"]
 
-    heads: Float[Tensor, "layer *token head coord"]
-    mlps: Float[Tensor, "layer *token width"]
-    embed: Float[Tensor, "*token width"]
+    @staticmethod
+    def of(mask: ComponentMask, where: Where | None, batch: int) -> Chosen:
+        """Both put together.
 
-
-def edit_terms(d: Decomposition, mask: ComponentMask, fill: Fill, where: Where | None) -> Decomposition:
-    """Terms of `d` replaced where `mask`, and for heads also `where`, say so.
-
-    Raises:
-        ValueError: `where` is of another shape than `[batch, layer, head]`.
-    """
-    check_where(where, (len(d), d.n_layers, d.n_heads))
-    edited: dict[str, Tensor] = {}
-    device = d.coords.device
-    if mask.heads.any():
-        chosen = mask.heads.to(device) if where is None else mask.heads.to(device) & where.to(device)
-        edited["coords"] = torch.where(chosen[..., None], fill.heads.to(d.coords), d.coords)
-    if mask.mlps.any():
-        edited["mlps"] = torch.where(mask.mlps.to(device)[:, None], fill.mlps.to(d.mlps), d.mlps)
-    if mask.embed:
-        edited["embed"] = fill.embed.to(d.embed).expand_as(d.embed)
-    return d.edit(**edited)
-
-
-def edit_stream(mask: ComponentMask, fill: Fill, *, rows: Rows, where: Where | None) -> list[Hook]:
-    """Hooks that replace z, MLP outputs and the input of block 0, at all tokens or at the pooled row."""
-    n_layers, n_heads = mask.heads.shape
-    hooks: list[Hook] = [("hook_ln_pre", _writer(fill.embed, rows))] if mask.embed else []
-    for layer in range(n_layers):
-        if mask.heads[layer].any():
-
-            def edit_z(z: Tensor, hook: Any, layer: int = layer) -> Tensor:
-                chosen = mask.heads[layer].to(z.device).expand(len(z), 1, n_heads)
-                if where is not None:
-                    check_where(where, (len(z), n_layers, n_heads))
-                    chosen = chosen & where[:, None, layer].to(z.device)
-                return _write(z, fill.heads[layer], rows, chosen[..., None])
-
-            hooks.append((f"blocks.{layer}.attn.hook_z", edit_z))
-        if mask.mlps[layer]:
-            hooks.append((f"blocks.{layer}.hook_mlp_out", _writer(fill.mlps[layer], rows)))
-    return hooks
-
-
-def _writer(fill: Tensor, rows: Rows) -> Any:
-    return lambda x, hook: _write(x, fill, rows)
-
-
-def _write(x: Tensor, fill: Tensor, rows: Rows, chosen: Tensor | None = None) -> Tensor:
-    """`x [batch, token, ...]` with `fill [token, ...]` at the chosen places of the rows."""
-    here = x[:, :1] if rows == "pooled" else x
-    # The last block may compute token 0 alone.
-    fill = fill[: here.shape[1]].to(x).expand_as(here)
-    new = fill if chosen is None else torch.where(chosen, fill, here)
-    return torch.cat([new, x[:, 1:]], dim=1) if rows == "pooled" else new
-
-
-def check_where(where: Tensor | None, expected: tuple[int, int, int]) -> None:
-    """Raises ValueError unless `where` is a mask of the expected shape (or there is none)."""
-    if where is not None and (tuple(where.shape) != expected or where.dtype != torch.bool):
-        raise ValueError(
-            f"expected where as a boolean mask [batch, layer, head] = {list(expected)}; received {where.dtype} "
-            f"{list(where.shape)}; give one row for each image of this very batch"
+        Raises:
+            ValueError: `where` is no mask of one of the two shapes, or not of this batch.
+        """
+        one = Chosen(mask.heads[None], mask.mlps[None], torch.tensor([mask.embed]), torch.tensor([mask.pool]))
+        if where is None:
+            return one
+        n_layers, n_heads = mask.heads.shape
+        check_where(where, (batch, n_layers, n_heads), len(mask.flat))
+        where = where.cpu()
+        if where.ndim == 3:
+            return Chosen(one.heads & where, one.mlps, one.embed, one.pool)
+        sizes = (n_layers * n_heads, n_layers, *([1] * (len(mask.flat) - n_layers * (n_heads + 1))))
+        of_heads, of_mlps, of_embed, *of_pool = where.split(sizes, dim=1)
+        return Chosen(
+            one.heads & of_heads.unflatten(1, (n_layers, n_heads)),
+            one.mlps & of_mlps,
+            one.embed & of_embed[:, 0],
+            one.pool & of_pool[0][:, 0] if of_pool else one.pool,
         )
 
 
-def check_rows(rows: str) -> None:
-    """Raises ValueError unless `rows` is a known choice."""
-    if rows not in get_args(Rows):
-        raise ValueError(f"expected rows of {get_args(Rows)}; received {rows!r}")
+def check_where(where: Tensor | None, expected: tuple[int, int, int], components: int | None = None) -> None:
+    """Raises ValueError unless `where` is a mask of an expected shape (or there is none)."""
+    if where is None:
+        return
+    shapes = [expected, *([(expected[0], components)] if components else [])]
+    if tuple(where.shape) not in shapes or where.dtype != torch.bool:
+        also = f" or [batch, component] = {list(shapes[1])}" if components else ""
+        raise ValueError(
+            f"expected where as a boolean mask [batch, layer, head] = {list(expected)}{also}; received {where.dtype} "
+            f"{list(where.shape)}; give one row for each image of this very batch"
+        )

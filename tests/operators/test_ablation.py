@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, everything, heads, mlps
+from decompclip.cache.components import Components, embed, everything, heads, mlps, neurons, pool
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
+from decompclip.cache.readout import blocks
 from decompclip.models.vit import HookedViT
-from decompclip.operators.ablation import MeanAblate, ZeroAblate, sweep, sweeps
+from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
+from decompclip.operators.noise import RandomAblate
+from decompclip.operators.transplant import Patch
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 NOTHING = heads[0] - heads[0]
@@ -25,11 +28,6 @@ CHOICES = [heads[1, 2], heads[-1] | mlps[0], mlps, embed, everything, everything
 @pytest.fixture(scope="module")
 def clean() -> Tensor:
     return torch.randn(16, 3, 24, 16, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def classifier() -> Tensor:
-    return torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +148,55 @@ def test_pooled_rows_alone(tower: HookedViT, images: Tensor) -> None:
     torch.testing.assert_close(after["mlp_out", 0][:, 1:], before["mlp_out", 0][:, 1:])
 
 
+@pytest.mark.parametrize("rows", ["patches", (2, -1), "mask", "masks"])
+def test_rows_are_the_tokens_that_a_causal_edit_reaches(tower: HookedViT, images: Tensor, rows: Any) -> None:
+    reached = torch.zeros(5, 7, dtype=torch.bool)
+    if rows == "masks":
+        reached = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < 0.5
+    else:
+        reached[:, {"patches": slice(1, None), "mask": [0, 3]}.get(rows, [2, 6])] = True
+    rows = {"mask": reached[0], "masks": reached}.get(rows, rows)
+    _, before = tower.run_with_cache(images)
+    with tower.hooks(fwd_hooks=ZeroAblate(heads[0, 2] | mlps[0], rows=rows).fwd_hooks(tower)):
+        _, after = tower.run_with_cache(images)
+    b_V = blocks(tower)[0].attn.b_V[2]
+    torch.testing.assert_close(
+        after["z", 0][:, :, 2], torch.where(reached[..., None], b_V, before["z", 0][:, :, 2])
+    )
+    torch.testing.assert_close(after["z", 0][:, :, 1], before["z", 0][:, :, 1])
+    assert not after["mlp_out", 0][reached].any()
+    assert after["mlp_out", 0][~reached].all()
+
+
+def test_the_pools_mlp_is_a_component_where_there_is_one(
+    make_tower: Callable[..., HookedViT], images: Tensor
+) -> None:
+    tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0)
+    seen: list[Tensor] = []
+    for components in (pool, everything):
+        hooks = ZeroAblate(components).fwd_hooks(tower)
+        with tower.hooks(fwd_hooks=[*hooks, ("pool.hook_mlp_out", lambda x, hook: seen.append(x.clone()))]):
+            tower(images)
+    assert len(seen) == 2 and not torch.stack(seen).any()
+    where = torch.zeros(5, 3 * 4 + 3 + 2, dtype=torch.bool)
+    where[1, -1] = True
+    moments = Moments.fit(tower, [images, -images])
+    d = decompose(tower, images)
+    for edit in (MeanAblate(pool, moments), RandomAblate(pool, moments), RandomAblate(everything, moments)):
+        edited = edit(d)
+        length = moments.pool.norm(dim=-1).float().expand(5, -1)
+        torch.testing.assert_close(edited.pool.norm(dim=-1), length, **CLOSE)
+        assert causal(tower, images, edit).isfinite().all()
+    torch.testing.assert_close(MeanAblate(pool, moments)(d).pool, moments.pool.float().expand(5, -1, -1))
+    patched = Patch(everything, decompose(tower, -images), images=-images)
+    torch.testing.assert_close(causal(tower, images, patched), tower(-images), **CLOSE)
+    torch.testing.assert_close(patched(d).pool, decompose(tower, -images).pool)
+    changed = (causal(tower, images, ZeroAblate(everything), where=where) - tower(images)).abs().amax(
+        1
+    ) > 1e-4
+    assert changed.tolist() == [False, True, False, False, False]
+
+
 def test_where_restricts_heads_image_by_image(tower: HookedViT, images: Tensor, d: Decomposition) -> None:
     where = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     edited = ZeroAblate(heads[1:])(d, where=where)
@@ -171,23 +218,6 @@ def test_composition_goes_left_to_right(d: Decomposition, moments: Moments) -> N
     assert "ZeroAblate(heads[1, :2] | mlps[0])" in repr(zero)
 
 
-@pytest.mark.parametrize("fill", ["mean", "zero"])
-def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Moments, fill: str) -> None:
-    classifier = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
-    found = sweeps(d, moments if fill == "mean" else None, classifier)
-    assert len(found) == 6
-    for (kind, scheme), result in found.items():
-        assert len(result) == 3
-        for layer in range(3):
-            parts = result.components(layer)
-            edit = MeanAblate(parts, moments) if fill == "mean" else ZeroAblate(parts)
-            expected = (edit(d).features @ classifier.T).argmax(1)
-            assert torch.equal(result[layer], expected), (kind, scheme, layer)
-        single = sweep(d, moments if fill == "mean" else None, classifier, kind, scheme)
-        assert torch.equal(single.predictions, result.predictions)
-        assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
-
-
 @pytest.mark.parametrize("components", CHOICES, ids=repr)
 @pytest.mark.parametrize("rows", ["all", "pooled"])
 def test_hooks_compose_with_decompose(
@@ -207,21 +237,12 @@ def test_hooks_compose_with_decompose(
     assert gone.mlps[:, mask.mlps].abs().sum() == 0
 
 
-def test_a_sweep_names_its_settings(d: Decomposition, moments: Moments) -> None:
-    classifier = torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
-    forward, backward = (sweep(d, moments, classifier, "mlps", scheme) for scheme in ("forward", "backward"))
-    assert [repr(forward.components(i)) for i in range(3)] == ["mlps[:1]", "mlps[:2]", "mlps[:3]"]
-    assert repr(backward.components(1)) == "mlps[1:]"
-    assert repr(forward) == "Sweep(mean-ablation of mlps, forward: 3 settings, 5 images)"
-
-
 @pytest.mark.usefixtures("ours_alone")
 def test_errors_say_what_to_do(
     tower: HookedViT,
     images: Tensor,
     d: Decomposition,
     moments: Moments,
-    classifier: Tensor,
     make_tower: Callable[..., HookedViT],
 ) -> None:
     with pytest.raises(IndexError, match=r"a layer in 0\.\.2 .*received layer 3 in heads\[3\]"):
@@ -232,10 +253,6 @@ def test_errors_say_what_to_do(
         ValueError, match="expected terms with convention='centred', .* received convention='paper'"
     ):
         MeanAblate(mlps, moments)(decompose(tower, images, convention="paper"))
-    with pytest.raises(
-        ValueError, match="normalize=False, as these moments have it; received normalize=True"
-    ):
-        sweep(decompose(tower, images, normalize=True), moments, classifier)
     other = make_tower(n_layers=2)
     for ask in (
         lambda: MeanAblate(mlps, moments)(decompose(other, images)),
@@ -249,20 +266,27 @@ def test_errors_say_what_to_do(
         MeanAblate(mlps, Moments.of(d)).fwd_hooks(tower)
     where = torch.ones(4, 3, 4, dtype=torch.bool)
     with pytest.raises(
-        ValueError, match=r"\[batch, layer, head\] = \[5, 3, 4\]; received torch.bool \[4, 3, 4\]"
+        ValueError,
+        match=r"\[batch, layer, head\] = \[5, 3, 4\] or \[batch, component\] = \[5, 16\]; received torch.bool \[4, 3, 4\]",
     ):
         ZeroAblate(heads)(d, where=where)
     with pytest.raises(
-        ValueError, match=r"= \[5, 3, 4\]; received torch.bool \[4, 3, 4\]; give one row for each"
+        ValueError, match=r"= \[5, 16\]; received torch.bool \[4, 3, 4\]; give one row for each"
     ):
         causal(tower, images, ZeroAblate(heads), where=where)
-    with pytest.raises(ValueError, match=r"rows of \('all', 'pooled'\); received 'patches'"):
-        ZeroAblate(heads, rows="patches")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
-        sweep(d, moments, classifier, "neurons")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"a scheme of \('forward', 'backward', 'separate'\); received 'up'"):
-        sweep(d, moments, classifier, "heads", "up")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"a classifier \[class, 20\]; received \[6, 21\]; build it with"):
-        sweep(d, moments, torch.zeros(6, 21))
+    with pytest.raises(
+        ValueError, match=r"rows of \('all', 'pooled', 'patches'\), a tuple .* received 'cls'"
+    ):
+        ZeroAblate(heads, rows="cls")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"names neurons; edit those with AblateNeurons, and compose"):
+        ZeroAblate(heads | neurons[0, 3])(d)
+    with pytest.raises(IndexError, match="attention pooling has an MLP of its own"):
+        ZeroAblate(pool).fwd_hooks(tower)
+    with pytest.raises(IndexError, match=r"a token in 0\.\.6; received 7 in rows=\(0, 7\)"):
+        ZeroAblate(heads, rows=(0, 7)).fwd_hooks(tower)
+    with pytest.raises(
+        ValueError, match=r"a mask over the tower's 7 tokens; received \[6\]; a mask of patches lacks"
+    ):
+        ZeroAblate(heads, rows=torch.ones(6, dtype=torch.bool)).fwd_hooks(tower)
     with pytest.raises(TypeError):
         ZeroAblate(heads) | 3  # pyright: ignore[reportOperatorIssue]

@@ -1,0 +1,244 @@
+"""Maps over pictures, heads by images, as in He et al., Figure 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from einops import repeat
+from jaxtyping import Bool, UInt8
+from PIL import Image
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from decompclip.figures.maps import picture, tint
+from decompclip.figures.theme import INK, TEMPLATE
+
+if TYPE_CHECKING:
+    from decompclip.operators.token_maps import TokenMaps
+
+Scale = Literal["map", "shared"]
+
+SIDE = 128
+"""Pixels of the longer side of a panel, and of the pictures in it."""
+MAX_ROWS, MAX_COLUMNS = 12, 10
+GAP, TOP, RIGHT = 8, 44, 116
+LETTER = 6.3
+"""Width of a letter of the small print, pixels: about that of the widest font in the theme's list."""
+
+
+def gallery(
+    *maps: TokenMaps,
+    masks: Bool[Tensor, "batch h w"] | None = None,
+    scale: Scale = "map",
+    smooth: bool = False,
+    notes: Sequence[str] = (),
+) -> go.Figure:
+    """One row a map under a row of the pictures themselves, one column an image.
+
+    Args:
+        maps: of the same images; several kinds, such as contributions and a rollout, stand one under the other.
+        masks: outlined in every panel, such as the trigger's.
+        scale: "map": the colours of a row end at its own largest size, so that weak heads show where they look;
+            "shared": at the largest of its kind, so that strong heads stand out.
+        smooth: interpolate between patches, for the eye.
+        notes: a line under the name of each row.
+
+    Raises:
+        ValueError: no maps, maps of other images, masks of another shape, other numbers of notes, an unknown scale.
+    """
+    _check(maps, masks, scale, notes)
+    rows = [(of, index) for of in maps for index in range(len(of.labels))]
+    left_out = max(0, len(rows) - MAX_ROWS), max(0, len(maps[0]) - MAX_COLUMNS)
+    rows, columns = rows[:MAX_ROWS], min(len(maps[0]), MAX_COLUMNS)
+    pictures = next((of.pictures for of in maps if of.pictures is not None), None)
+    first = 0 if pictures is None else 1
+    plot, (high, broad) = _panels(len(rows) + first, columns, maps[0].image_size)
+    room = int((broad + GAP) / columns / LETTER)
+    outlines = [_outline(mask) for mask in masks[:columns].numpy()] if masks is not None else []
+    for row, (of, index) in enumerate(rows, start=1 + first):
+        for column in range(columns):
+            plot.add_trace(
+                _heat(of, index, column, _end(maps, of, index, scale), smooth), row=row, col=column + 1
+            )
+        name, note = of.labels[index], notes[row - 1 - first] if notes else ""
+        _name_row(plot, row, columns, f"<b>{name}</b>" + (f"<br>{note}" if note else ""))
+    if first:
+        _name_row(plot, 1, columns, "image")
+    for panel in range((len(rows) + first) * columns):
+        column = panel % columns
+        for line in outlines[column] if outlines else ():
+            plot.add_trace(line, row=panel // columns + 1, col=column + 1)
+        if pictures is not None:
+            # Under maps in grey, so that every colour is the map's.
+            shown = pictures[column] if panel < columns else _grey(pictures[column])
+            plot.add_layout_image(_background(shown, panel, maps[0].image_size))
+    for column in range(columns):
+        plot.add_annotation(
+            _words(maps[0].names[column], room), x=0.5, y=1, xref=f"{_axis('x', column)} domain",
+            yref=f"{_axis('y', column)} domain", yanchor="bottom", yshift=4,
+        )  # fmt: skip
+    for axis in (plot.update_xaxes, plot.update_yaxes):
+        axis(visible=False, showgrid=False, zeroline=False)
+    left = 24 + round(LETTER * max(map(len, (*notes, *(of.labels[index] + " " for of, index in rows)))))
+    bottom = 30 if any(left_out) else 12
+    plot.update_layout(
+        template=TEMPLATE, height=round(high + TOP + bottom), width=round(broad + left + RIGHT), showlegend=False,
+        margin={"l": left, "r": RIGHT, "t": TOP, "b": bottom},
+    )  # fmt: skip
+    _legend(plot, maps, scale)
+    if any(left_out):
+        text = f"not shown: {left_out[0]} more maps, {left_out[1]} more images (see TokenMaps.select)"
+        plot.add_annotation(
+            text=text, x=0, y=0, xref="paper", yref="paper", yshift=-20, showarrow=False, xanchor="left"
+        )
+    return plot
+
+
+def _check(maps: Sequence[TokenMaps], masks: Tensor | None, scale: str, notes: Sequence[str]) -> None:
+    if not maps:
+        raise ValueError("expected maps to show; received none; make them with contribution_maps")
+    if scale not in get_args(Scale):
+        raise ValueError(f"expected scale of {get_args(Scale)}; received {scale!r}")
+    for of in maps[1:]:
+        if (of.names, of.image_size) != (maps[0].names, maps[0].image_size):
+            raise ValueError(
+                f"expected maps of the same images; received {len(maps[0])} and {len(of)}, of other names or sizes; "
+                "make them from the same tensor and names"
+            )
+    expected = (len(maps[0]), *maps[0].image_size)
+    if masks is not None and tuple(masks.shape) != expected:
+        raise ValueError(
+            f"expected masks [batch, h, w] = {list(expected)}; received {list(masks.shape)}; give one an image"
+        )
+    if notes and len(notes) != sum(len(of.labels) for of in maps):
+        raise ValueError(
+            f"expected a note for each of {sum(len(of.labels) for of in maps)} maps; received {len(notes)}"
+        )
+
+
+def _panels(rows: int, columns: int, image: tuple[int, int]) -> tuple[go.Figure, tuple[float, float]]:
+    """Panels of the image's shape, and the height and width of them all."""
+    height, width = (SIDE * side / max(image) for side in image)
+    high, broad = rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
+    plot = make_subplots(rows, columns, horizontal_spacing=GAP / broad, vertical_spacing=GAP / high)
+    plot.update_xaxes(range=[0, image[1]])
+    plot.update_yaxes(range=[image[0], 0])
+    return plot, (high, broad)
+
+
+def _end(maps: Sequence[TokenMaps], of: TokenMaps, index: int, scale: Scale) -> float:
+    """The number of the strongest colour; shared, it is one for all that is signed and one for the rest."""
+    alike = [float(other.top.max()) for other in maps if other.signed == of.signed]
+    return (float(of.top[index]) if scale == "map" else max(alike)) or 1.0
+
+
+def _heat(of: TokenMaps, index: int, column: int, top: float, smooth: bool) -> go.Heatmap:
+    height, width = of.patch_size
+    return go.Heatmap(
+        z=of.patches[index, column].numpy(),
+        x0=width / 2, dx=width, y0=height / 2, dy=height,
+        zmin=-top if of.signed else 0, zmax=top,
+        colorscale=_see_through(of.signed),
+        zsmooth="best" if smooth else False,
+        showscale=False,
+        hovertemplate=f"{of.labels[index]}, {_escaped(of.names[column])}: %{{z:.4f}}<extra></extra>",
+    )  # fmt: skip
+
+
+def _see_through(signed: bool) -> list[list[Any]]:
+    """The scale of the overlays, with their opacity."""
+    places = np.linspace(0, 1, 17)
+    colours = tint(2 * places - 1 if signed else places, signed=signed, top=1.0)
+    return [
+        [place, f"rgba({red:.0f}, {green:.0f}, {blue:.0f}, {opacity / 255:.3f})"]
+        for place, (red, green, blue, opacity) in zip(places.tolist(), colours.tolist(), strict=True)
+    ]
+
+
+def _legend(plot: go.Figure, maps: Sequence[TokenMaps], scale: Scale) -> None:
+    """One colour bar for all that is signed, one for the rest."""
+    for place, signed in enumerate(sorted({of.signed for of in maps}, reverse=True)):
+        of = next(of for of in maps if of.signed == signed)
+        top = _end(maps, of, 0, scale)
+        what = f"contribution<br>toward {_short(of.toward, 34)}" if signed else "weight"
+        largest, title = (f"{top:.2g}", what) if scale == "shared" else ("row's max", what)
+        ends, words = [0, top], ["0", largest]
+        if signed:
+            ends, words = [-top, *ends], ["−" + largest, *words]
+        bar = {
+            "tickvals": ends, "ticktext": words, "thickness": 12, "lenmode": "pixels", "len": 2 * SIDE - 10,
+            "y": 0 if place else 1, "yanchor": "bottom" if place else "top", "ypad": 4,
+            "title": {"text": title, "side": "right"},
+        }  # fmt: skip
+        colours = {"colorscale": _see_through(signed), "cmin": ends[0], "cmax": top}
+        marker = {"color": [0], "showscale": True, "colorbar": bar} | colours
+        plot.add_trace(
+            go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip"), row=1, col=1
+        )
+
+
+def _name_row(plot: go.Figure, row: int, columns: int, text: str) -> None:
+    panel = (row - 1) * columns
+    plot.add_annotation(
+        text=text, x=0, y=0.5, xref=f"{_axis('x', panel)} domain", yref=f"{_axis('y', panel)} domain",
+        xanchor="right", xshift=-8, align="right", showarrow=False, font={"size": 11},
+    )  # fmt: skip
+
+
+def _words(name: str, room: int) -> dict[str, Any]:
+    return {"text": _short(name, room), "showarrow": False, "font": {"size": 11}, "hovertext": _escaped(name)}
+
+
+def _short(text: str, width: int) -> str:
+    return _escaped(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "%&#123;")
+
+
+def _axis(letter: str, panel: int) -> str:
+    return letter if panel == 0 else f"{letter}{panel + 1}"
+
+
+def _background(pixels: UInt8[Tensor, "h w 3"], panel: int, image: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "source": picture(_at_size(pixels)), "xref": _axis("x", panel), "yref": _axis("y", panel),
+        "x": 0, "y": 0, "sizex": image[1], "sizey": image[0], "sizing": "stretch", "layer": "below",
+    }  # fmt: skip
+
+
+def _at_size(pixels: UInt8[Tensor, "h w 3"]) -> UInt8[Tensor, "h w 3"]:
+    """Small pictures with square pixels rather than a blur; large ones no larger than shown on a fine screen."""
+    height, width = pixels.shape[:2]
+    times = 2 * SIDE // max(height, width)
+    if times >= 1:
+        return repeat(pixels, "h w c -> (h y) (w x) c", y=times, x=times)
+    size = tuple(max(1, round(2 * SIDE * side / max(height, width))) for side in (width, height))
+    shrunk = np.array(Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.BOX))  # pyright: ignore[reportArgumentType]
+    return pixels.new_tensor(shrunk)
+
+
+def _grey(pixels: UInt8[Tensor, "h w 3"]) -> UInt8[Tensor, "h w 3"]:
+    weights = pixels.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)  # Rec. 601
+    return (pixels.float() @ weights).round().to(torch.uint8)[..., None].expand_as(pixels)
+
+
+def _outline(mask: np.ndarray) -> tuple[go.Scatter, go.Scatter]:
+    """The border of a mask along pixels' edges: dark on a lighter rim, to be seen on any picture."""
+    padded = np.pad(mask, 1).astype(int)
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for row, column in np.argwhere(np.diff(padded, axis=0)).tolist():
+        x, y = [*x, column - 1, column, None], [*y, row, row, None]
+    for row, column in np.argwhere(np.diff(padded, axis=1)).tolist():
+        x, y = [*x, column, column, None], [*y, row - 1, row, None]
+    lines = ({"color": "white", "width": 3}, {"color": INK, "width": 1.2})
+    rim, border = (
+        go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name="mask") for line in lines
+    )
+    return rim, border

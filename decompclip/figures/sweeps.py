@@ -1,0 +1,121 @@
+"""Sweeps and greedy sets: shares of the images under ablation of ever more, or ever other, components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+from jaxtyping import Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from decompclip.evaluation.intervals import Rate
+from decompclip.figures.curves import AXES, KINDS
+from decompclip.figures.theme import ACCURACY, SUCCESS, TEMPLATE, Style, band, figure
+
+if TYPE_CHECKING:
+    from decompclip.operators.greedy import GreedySet
+    from decompclip.operators.sweep_results import SweepTable
+
+LABELS = Style("Taken for their own class", ACCURACY.colour, ACCURACY.dash, ACCURACY.symbol)
+TARGET = Style("Taken for the target", SUCCESS.colour, SUCCESS.dash, SUCCESS.symbol)
+CHANGED = Style("Taken for another class than before", "#0072B2", "dash", "square")
+
+
+def sweep_curves(
+    table: SweepTable, labels: Int[Tensor, " batch"] | None = None, target: int | None = None
+) -> go.Figure:
+    """One panel for each sweep, with 95 % Wilson intervals; thin lines are the model as it is.
+
+    Args:
+        labels: the images' classes; without them (and without a target) the share of changed answers is drawn.
+        target: a class whose share is drawn.
+    """
+    panels = list(table.sweeps)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    last = max(len(sweep) for sweep in table.sweeps.values()) - 1
+    titles = [f"{KINDS[kind]}, {AXES[scheme].format(last=last)}" for kind, scheme in panels]
+    plot = make_subplots(
+        rows,
+        columns,
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        vertical_spacing=0.17,
+    )
+    for place, key in enumerate(panels):
+        sweep = table[key]
+        for style, before in _series(table, table.before, labels, target).items():
+            rates = [_series(table, sweep[layer], labels, target)[style] for layer in range(len(sweep))]
+            for trace in _traces(style, rates, before, legend=place == 0):
+                plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
+    plot.update_xaxes(dtick=1 if last < 12 else 2 if last < 24 else 4, range=[-0.3, last + 0.3])
+    plot.update_yaxes(range=[-3, 103], dtick=25)
+    for column in range(1, columns + 1):
+        plot.update_xaxes(title="x, counted from 0", row=rows, col=column)
+    for row in range(1, rows + 1):
+        plot.update_yaxes(title="images, %", row=row, col=1)
+    plot.update_annotations(font_size=12)
+    plot.update_layout(
+        template=TEMPLATE,
+        height=60 + 220 * rows,
+        autosize=True,
+        margin={"l": 56, "r": 12, "t": 66, "b": 48},
+        legend={"y": 1.1 if rows > 1 else 1.2},
+    )
+    return plot
+
+
+def greedy_curve(found: GreedySet) -> go.Figure:
+    """The share of images with their answer after each step; the components stand along the axis."""
+    rates = [Rate(hits, found.total) for hits in found.hits]
+    plot = figure(height=320)
+    for trace in _traces(LABELS, rates, rates[0], legend=False):
+        plot.add_trace(trace)
+    names = ["none", *(f"+ {step!r}" for step in found.steps)]
+    plot.update_xaxes(tickvals=list(range(len(names))), ticktext=names, tickangle=-30, automargin=True)
+    plot.update_yaxes(range=[-3, 103], dtick=25, title="images with their answer, %")
+    return plot
+
+
+def _series(
+    table: SweepTable, predictions: Tensor, labels: Tensor | None, target: int | None
+) -> Mapping[Style, Rate]:
+    found = {}
+    if labels is not None:
+        found[LABELS] = Rate.of(predictions == labels)
+    if target is not None:
+        found[TARGET] = Rate.of(predictions == target)
+    return found or {CHANGED: Rate.of(predictions != table.before)}
+
+
+def _traces(style: Style, rates: list[Rate], before: Rate, *, legend: bool) -> list[go.Scatter]:
+    x = list(range(len(rates)))
+    ends = ([100 * rate.low for rate in rates], [100 * rate.high for rate in rates])
+    return [
+        band(x, *ends, style, legendgroup=style.label),
+        go.Scatter(
+            x=[-0.3, len(rates) - 0.7],
+            y=[100 * before.value] * 2,
+            mode="lines",
+            line={"color": style.colour, "width": 1, "dash": style.dash},
+            opacity=0.55,
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=style.label,
+        ),
+        go.Scatter(
+            x=x,
+            y=[100 * rate.value for rate in rates],
+            mode="lines+markers",
+            line=style.line(),
+            marker=style.marker(size=6),
+            name=style.label,
+            legendgroup=style.label,
+            showlegend=legend,
+            customdata=[str(rate) for rate in rates],
+            hovertemplate="x = %{x}: %{customdata}<extra>" + style.label + "</extra>",
+        ),
+    ]

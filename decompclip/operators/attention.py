@@ -1,0 +1,254 @@
+"""Where heads look, and what they send on from there: maps over the patches of images (METHOD 4).
+
+attention_maps(model, images, heads[-1])                    the pooled row's attention
+contribution_maps(model, images, "a star", heads[-1])       what each patch adds to the similarity to a text
+contribution_maps(model, images, "a star", against="a ring") ... to the difference of two similarities
+
+The second is the head-specific map toward a class text of He et al., Figure 3. Attention says where a head
+looks; only the contribution says what that does to the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.components import Components
+from decompclip.cache.components import heads as all_heads
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import Convention
+from decompclip.models.config import ViTConfig
+from decompclip.models.vit import HookedViT
+from decompclip.operators.token_maps import MapKind, TokenMaps
+
+if TYPE_CHECKING:
+    from decompclip.models.clip import HookedCLIP
+
+Images = Tensor | Iterable[Tensor]
+"""`[batch 3 h w]` as the tower takes them, or batches of such images one after another."""
+Text = str | Sequence[str] | Tensor
+"""A text; several that stand for one thing (prompts of a class); or a direction `[d_embed]`."""
+
+BATCH = 64
+
+
+def attention_maps(
+    model: HookedViT | HookedCLIP,
+    images: Images,
+    components: Components = all_heads,
+    *,
+    names: Sequence[str] | None = None,
+    pictures: bool = True,
+    batch_size: int = BATCH,
+) -> TokenMaps:
+    """The pooled row's attention over tokens, head by head; each map and its prefix tokens sum to one.
+
+    Args:
+        components: heads, such as `heads[-1]` or `heads[11, [4, 10]]`; all by default.
+        names: of the images, for figures and tables; their numbers by default.
+        pictures: keep the images (8 bits a channel) for overlays; a bare tower's are not known.
+        batch_size: of the forward passes.
+
+    Raises:
+        ValueError: no images, names of another number, or components that are no heads.
+        IndexError: the model has no such head.
+    """
+    parts = _read(model, images, components, lambda d, *head: d.attention(*head), {}, pictures, batch_size)
+    return _laid_out(model, components, parts, "attention", names)
+
+
+def contribution_maps(
+    model: HookedViT | HookedCLIP,
+    images: Images,
+    toward: Text,
+    components: Components = all_heads,
+    *,
+    against: Text | None = None,
+    normalize: bool = True,
+    convention: Convention = "centred",
+    label: str | None = None,
+    names: Sequence[str] | None = None,
+    pictures: bool = True,
+    batch_size: int = BATCH,
+) -> TokenMaps:
+    """What each token adds, through each head, to the similarity of image and text.
+
+    The sum over the tokens of a head is its term's dot product with the text; over all components, the
+    similarity itself (a cosine, unless `normalize` is off).
+
+    Args:
+        toward: a text, several texts whose mean is taken, or a direction `[d_embed]`.
+        against: another, whose unit feature is subtracted: contributions to the difference of the two.
+        normalize: divide by the length of the image feature.
+        convention: of the terms; in the paper's, each token also carries a share of the head's constants.
+        label: name of the direction; by default the texts.
+        components, names, pictures, batch_size: as `attention_maps`.
+
+    Raises:
+        ValueError: as `attention_maps`; or a direction of another width, no text, a text for a bare tower.
+        IndexError: the model has no such head.
+    """
+    direction = _direction(model, toward) - (0 if against is None else _direction(model, against))
+    if label is None:
+        label = _label(toward) + (f" against {_label(against)}" if against is not None else "")
+
+    def read(d: Decomposition, layer: int, head: int) -> Tensor:
+        return d.token_logits(direction[None].to(d.embed), layer, head)[..., 0]
+
+    options = {"normalize": normalize, "convention": convention}
+    parts = _read(model, images, components, read, options, pictures, batch_size)
+    return _laid_out(model, components, parts, "contribution", names, label)
+
+
+Part = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
+
+
+def batched(images: Images, size: int) -> Iterator[Tensor]:
+    """Images in batches of at most `size`.
+
+    Raises:
+        ValueError: a size below one.
+    """
+    if size < 1:
+        raise ValueError(f"expected a batch_size of at least 1; received {size}")
+    for batch in [images] if isinstance(images, Tensor) else images:
+        yield from batch.split(size) if len(batch) else ()
+
+
+def tower(model: HookedViT | HookedCLIP) -> HookedViT:
+    return model if isinstance(model, HookedViT) else model.visual
+
+
+def pictures_of(
+    model: HookedViT | HookedCLIP, images: Float[Tensor, "batch 3 h w"]
+) -> UInt8[Tensor, "batch h w 3"] | None:
+    """The pixels that a model's input was made of; None for a bare tower, which does not know its scale."""
+    if isinstance(model, HookedViT):
+        return None
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1)
+    return rearrange((255 * pixels).round().to(torch.uint8), "b c h w -> b h w c")
+
+
+def _read(
+    model: HookedViT | HookedCLIP,
+    images: Images,
+    components: Components,
+    read: Callable[[Decomposition, int, int], Tensor],
+    options: dict,
+    pictures: bool,
+    batch_size: int,
+) -> Iterator[Part]:
+    """One forward pass a batch; of each, what `read` says of every chosen head."""
+    chosen = heads_of(tower(model).cfg, components)
+    for batch in batched(images, batch_size):
+        if isinstance(model, HookedViT):
+            d = decompose(model, batch, tokens=components, **options)
+        else:
+            d = model.decompose(batch, tokens=components, **options)
+        values = torch.stack([read(d, layer, head).float().cpu() for layer, head in chosen])
+        yield values, pictures_of(model, batch) if pictures else None
+
+
+def heads_of(cfg: ViTConfig, components: Components) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of the chosen heads, in order.
+
+    Raises:
+        ValueError: something else is chosen too, or nothing is.
+        IndexError: the tower has no such head.
+    """
+    mask = components.resolve(cfg.n_layers, cfg.n_heads)
+    others = mask.embed or mask.pool or bool(mask.mlps.any()) or mask.neurons is not None
+    if others or not mask.heads.any():
+        raise ValueError(
+            f"expected attention heads, which have tokens, such as heads[-1]; received {components!r}; leave the "
+            "other components out"
+        )
+    return tuple((layer, head) for layer, head in mask.heads.nonzero().tolist())
+
+
+def _laid_out(
+    model: HookedViT | HookedCLIP,
+    components: Components,
+    parts: Iterable[Part],
+    kind: MapKind,
+    names: Sequence[str] | None,
+    toward: str = "",
+) -> TokenMaps:
+    cfg = tower(model).cfg
+    return lay_out(cfg, parts, kind, names, heads=heads_of(cfg, components), toward=toward)
+
+
+def lay_out(
+    cfg: ViTConfig,
+    parts: Iterable[Part],
+    kind: MapKind,
+    names: Sequence[str] | None,
+    *,
+    heads: tuple[tuple[int, int], ...] = (),
+    toward: str = "",
+) -> TokenMaps:
+    """Tokens of batches as maps: prefix tokens apart, patches row by row.
+
+    Raises:
+        ValueError: there are no images, or names of another number.
+    """
+    read = list(parts)
+    count = sum(values.shape[1] for values, _ in read)
+    if not count:
+        raise ValueError("expected at least one image; received none; check the image source")
+    tokens = torch.cat([values for values, _ in read], dim=1)
+    pictures = [kept for _, kept in read if kept is not None]
+    if names is not None and len(names) != count:
+        raise ValueError(f"expected a name for each of {count} images; received {len(names)} names")
+    return TokenMaps(
+        patches=rearrange(tokens[..., cfg.n_prefix :], "m b (r c) -> m b r c", r=cfg.grid[0]),
+        prefix=tokens[..., : cfg.n_prefix],
+        kind=kind,
+        heads=heads,
+        image_size=cfg.image_size,
+        patch_size=cfg.patch_size,
+        names=tuple(names or map(str, range(count))),
+        toward=toward,
+        pictures=torch.cat(pictures) if pictures else None,
+    )
+
+
+@torch.no_grad()
+def _direction(model: HookedViT | HookedCLIP, text: Text) -> Float[Tensor, " d_embed"]:
+    """A direction as given; of texts, the unit feature, or the mean of several, of length one again."""
+    width = tower(model).cfg.d_embed
+    if isinstance(text, Tensor):
+        if text.shape != (width,):
+            raise ValueError(
+                f"expected a direction [{width}], as wide as the joint space; received {list(text.shape)}; take one "
+                "row of a classifier or of text features"
+            )
+        return text.detach()
+    texts = [text] if isinstance(text, str) else list(text)
+    if isinstance(model, HookedViT):
+        raise ValueError(
+            f"expected a direction [{width}] for an image tower, which reads no text; received {texts!r}; pass the "
+            "whole model, or encode the text with it"
+        )
+    if not texts:
+        raise ValueError("expected at least one text; received none; name what to count contributions toward")
+    features = F.normalize(model.encode_text(texts), dim=-1)
+    return F.normalize(features.mean(0), dim=-1)
+
+
+def _label(text: Text) -> str:
+    if isinstance(text, Tensor):
+        return "a direction"
+    return (
+        repr(text)
+        if isinstance(text, str)
+        else f"{text[0]!r}" + (f" and {len(text) - 1} more" if len(text) > 1 else "")
+    )

@@ -1,0 +1,255 @@
+"""Single neurons of MLPs: their terms, and their ablation, direct and causal (METHOD 1).
+
+A neuron writes `activation * W_out[neuron]`, so that its term is one number of the image times a direction of
+the model. All neurons of an MLP and its output bias sum to the MLP's term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.cache.components import Components
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import Convention, frozen
+from decompclip.cache.masks import ComponentMask
+from decompclip.cache.readout import blocks, wide
+from decompclip.cache.terms import Rows as PooledRows
+from decompclip.models.vit import Hook, HookedViT
+from decompclip.operators.fills import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
+from decompclip.operators.intervention import Chosen, Intervention, Where
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NeuronTerms:
+    """Terms of some neurons, for a batch of images.
+
+    Attributes:
+        layers, index: which neurons.
+        coords: what their directions are multiplied by: activations at the pooled rows, as each is weighted.
+        post: activations at every token.
+        maps: their directions in the joint space, through each head of the pooling (one, but for attention pools).
+        normalized: whether the terms are those of unit features.
+    """
+
+    layers: Int[Tensor, " neuron"]
+    index: Int[Tensor, " neuron"]
+    coords: Float[Tensor, "batch pool_head neuron"]
+    post: Float[Tensor, "batch token neuron"]
+    maps: Float[Tensor, "pool_head neuron d_embed"]
+    convention: Convention
+    normalized: bool
+
+    @property
+    def terms(self) -> Float[Tensor, "batch neuron d_embed"]:
+        return torch.einsum("bqj,qjd->bjd", self.coords, self.maps)
+
+    @property
+    def mean(self) -> NeuronTerms:
+        """Of one image, the average one."""
+        return replace(self, coords=self.coords.mean(0, keepdim=True), post=self.post.mean(0, keepdim=True))
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def same_neurons(self, other: NeuronTerms) -> bool:
+        return torch.equal(self.layers, other.layers) and torch.equal(self.index, other.index)
+
+    def __repr__(self) -> str:
+        return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
+
+
+@torch.no_grad()
+def neuron_terms(
+    visual: HookedViT,
+    images: Float[Tensor, "batch 3 h w"],
+    chosen: Components,
+    *,
+    convention: Convention = "centred",
+    normalize: bool = False,
+) -> NeuronTerms:
+    """The terms of the neurons that an expression names, from one forward pass that keeps them alone.
+
+    Raises:
+        IndexError: the expression names a layer or neuron that the tower does not have.
+        ValueError: it names no neurons, or more than neurons; or the tower normalises what its MLPs put out.
+    """
+    if visual.cfg.norm != "pre":
+        raise ValueError(
+            "expected a tower without a LayerNorm behind its MLPs; received one with norm="
+            f"{visual.cfg.norm!r}; ablate its neurons causally, which needs no terms"
+        )
+    layers, index = _places(chosen, visual)
+    named = [int(layer) for layer in layers.unique()]
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in named]
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        layer = int(hook.name.split(".")[1])
+        kept[hook.name] = wide(x[..., index[layers == layer].to(x.device)]).clone()
+
+    pooled = PooledRows(visual, with_mean=False)
+    ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
+    with visual.hooks(fwd_hooks=[*ends, *((name, keep) for name in names)]):
+        feature = wide(visual(images))
+    length = feature.norm(dim=-1) if normalize else torch.ones_like(feature[:, 0])
+    post = torch.cat([kept[name] for name in names], dim=-1)
+    rows = post[:, visual.cfg.pooled_rows]
+    rows = rows if pooled.each or visual.cfg.pool == "cls" else rows.mean(1, keepdim=True)
+    coords = (pooled.weights / length[:, None, None]) @ rows
+    fixed = frozen(visual, convention)
+    into = torch.einsum("jd,qdp->qjp", _directions(visual, layers, index), fixed.into)
+    maps = into if fixed.read.out is None else into @ fixed.read.out
+    return NeuronTerms(layers, index, coords, post, maps, convention, normalize)
+
+
+def _directions(visual: HookedViT, layers: Tensor, index: Tensor) -> Float[Tensor, "neuron d_model"]:
+    """What each neuron writes to the stream, past LayerScale."""
+    written = []
+    for layer in layers.unique():
+        block = blocks(visual)[int(layer)]
+        scale = 1.0 if block.ls2 is None else wide(block.ls2)
+        W_out = wide(block.mlp.W_out)
+        written.append(W_out.T[index[layers == layer].to(W_out.device)] * scale)
+    return torch.cat(written)
+
+
+def mean_neurons(
+    visual: HookedViT,
+    batches: Iterable[Float[Tensor, "_ 3 h w"]],
+    chosen: Components,
+    *,
+    convention: Convention = "centred",
+    normalize: bool = False,
+) -> NeuronTerms:
+    """The average of `neuron_terms` over a data set: what mean-ablation fills in.
+
+    Raises:
+        ValueError: there are no images, or as `neuron_terms`.
+    """
+    total, mean = 0, None
+    for images in batches:
+        terms = neuron_terms(visual, images, chosen, convention=convention, normalize=normalize)
+        mean = _add(mean, terms, total)
+        total += len(terms)
+    if mean is None:
+        raise ValueError("expected batches of images; received none; check the image source")
+    return mean
+
+
+def _add(mean: NeuronTerms | None, terms: NeuronTerms, seen: int) -> NeuronTerms:
+    new = terms.mean
+    if mean is None:
+        return new
+    weight = len(terms) / (seen + len(terms))
+    coords, post = (a + weight * (b - a) for a, b in ((mean.coords, new.coords), (mean.post, new.post)))
+    return replace(mean, coords=coords, post=post)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblateNeurons(Intervention):
+    """Neurons of MLPs silenced, or set to what they are on average or in other images.
+
+        AblateNeurons(neurons[3, [5, 7]])                                           causal
+        AblateNeurons(neurons[3], fill=mean_neurons(visual, batches, neurons[3]))   to the mean
+        AblateNeurons(neurons[3], terms=neuron_terms(visual, images, neurons[3]))   direct, on these images
+
+    `where` restricts neurons as it does their MLP.
+
+    Attributes:
+        components: which neurons.
+        fill: their `mean`, or the terms of other images (one each); None silences them.
+        terms: of the images that are edited, which direct mode needs.
+        rows: which tokens a causal edit reaches.
+    """
+
+    components: Components
+    fill: NeuronTerms | None = field(default=None, kw_only=True)
+    terms: NeuronTerms | None = field(default=None, kw_only=True)
+    rows: Rows = field(default="all", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+        if self.fill is not None and self.terms is not None and not self.fill.same_neurons(self.terms):
+            raise ValueError(
+                f"expected a fill of the neurons of the terms, {self.terms!r}; received {self.fill!r}; make both "
+                "with one expression"
+            )
+
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+        terms = self.terms
+        if terms is None:
+            raise ValueError(
+                "expected the neurons' terms, which a decomposition does not keep; received none; pass "
+                f"terms=neuron_terms(visual, images, {self.components!r}) of the same images"
+            )
+        if (len(terms), terms.convention, terms.normalized) != (len(d), d.convention, d.normalized):
+            raise ValueError(
+                f"expected neuron terms of {len(d)} images, convention={d.convention!r}, normalize={d.normalized}; "
+                f"received {terms!r}, normalize={terms.normalized}; make both from the same images and options"
+            )
+        layers = torch.zeros(d.n_layers, dtype=torch.bool).index_fill(0, terms.layers.cpu(), True)
+        chosen = Chosen.of(_as_mlps(layers, d), where, len(d)).mlps.to(d.mlps.device)
+        change = -terms.coords if self.fill is None else self.fill.coords.to(terms.coords) - terms.coords
+        change = (change * chosen[:, None, terms.layers]).to(d.mlps)
+        mlps = d.mlps.clone()
+        for layer in terms.layers.unique():
+            of_layer = terms.layers == layer
+            mlps[:, layer] += torch.einsum(
+                "bqj,qjd->bd", change[..., of_layer], terms.maps[:, of_layer].to(d.mlps)
+            )
+        return d.edit(mlps=mlps)
+
+    def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
+        layers, index = _places(self.components, visual)
+        fill = self.fill
+        if fill is not None and not (torch.equal(fill.layers, layers) and torch.equal(fill.index, index)):
+            raise ValueError(
+                f"expected a fill of the neurons {self.components!r}; received {fill!r} of others; make it with the "
+                "same expression"
+            )
+        named = torch.zeros(visual.cfg.n_layers, dtype=torch.bool).index_fill(0, layers, True)
+        mask = _as_mlps(named, visual)
+        tokens, pooled = token_mask(self.rows, visual.cfg), visual.cfg.pooled_rows
+
+        def silence(x: Tensor, hook: Any, layer: int) -> Tensor:
+            places = index[layers == layer].to(x.device)
+            at = Chosen.of(mask, where, len(x)).mlps[:, layer, None, None].to(x.device)
+            here = fit_rows(tokens, x.shape[1], pooled, axis=-1).to(x.device)
+            at = at & here.view(-1, here.shape[-1], 1)
+            new = x.new_zeros(1) if fill is None else fit_rows(fill.post, x.shape[1], pooled, axis=1)
+            new = new if fill is None else new[..., layers == layer].to(x)
+            return x.index_copy(-1, places, torch.where(at, new, x[..., places]))
+
+        return [
+            (
+                f"blocks.{layer}.mlp.hook_post",
+                lambda x, hook, layer=int(layer): silence(x, hook, layer),
+            )
+            for layer in layers.unique()
+        ]
+
+    def __repr__(self) -> str:
+        fill = "" if self.fill is None else f", fill={self.fill!r}"
+        return f"AblateNeurons({self.components!r}{fill}{show_rows(self.rows)})"
+
+
+def _places(chosen: Components, visual: HookedViT) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
+    """Layer and index of each neuron, in rising order."""
+    mask = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads, pool=True)
+    if mask.neurons is None or not replace(mask, neurons=None).empty:
+        raise ValueError(f"expected neurons alone; received {chosen!r}; for instance neurons[3, [5, 7]]")
+    layers, index = mask.neurons.of(visual.cfg.d_mlp).nonzero().T
+    return layers, index
+
+
+def _as_mlps(layers: Tensor, of: Decomposition | HookedViT) -> ComponentMask:
+    """The MLPs that neurons belong to, for what `where` says of them."""
+    n_heads = of.n_heads if isinstance(of, Decomposition) else of.cfg.n_heads
+    none = torch.zeros(len(layers), n_heads, dtype=torch.bool)
+    return ComponentMask(none, layers, False, has_pool=has_pool(of))

@@ -1,0 +1,202 @@
+"""Parts: the components that a result has one number for, in one order, and their points for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decompclip.cache import components as vocabulary
+from decompclip.cache.components import Components
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import TermMaps
+from decompclip.cache.masks import ComponentMask
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component: a head, all heads of a layer (no `head`), an MLP, the embedding or the pool's MLP."""
+
+    kind: str  # as in the vocabulary: "heads", "mlps", "embed", "pool"
+    layer: int | None = None
+    head: int | None = None
+
+    @property
+    def components(self) -> Components:
+        """The part in the vocabulary of `decompclip.cache.components`."""
+        whole = getattr(vocabulary, self.kind)
+        if self.layer is None:
+            return whole
+        return whole[self.layer] if self.head is None else whole[self.layer, self.head]
+
+    def __str__(self) -> str:
+        place = ", ".join(str(number) for number in (self.layer, self.head) if number is not None)
+        return f"{self.kind}[{place}]" if place else self.kind
+
+
+def parts_of(components: Components, n_layers: int, n_heads: int, n_pool: int = 0) -> tuple[Part, ...]:
+    """Every single component that an expression names: heads, MLPs, the embedding, the pool's MLP.
+
+    Raises:
+        IndexError: it names a layer or head that such a tower does not have.
+        TypeError: it is no expression.
+        ValueError: it names nothing, or single neurons.
+    """
+    if not isinstance(components, Components):
+        raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
+    mask = components.resolve(n_layers, n_heads, pool=n_pool > 0)
+    if mask.neurons is not None:
+        raise ValueError(
+            f"expected heads, MLPs, the embedding or the pool; received {components!r}, single neurons, whose terms "
+            "are not kept apart; name their MLP"
+        )
+    parts = _parts(mask)
+    if not parts:
+        raise ValueError(f"expected at least one component; received {components!r}, which names none")
+    return parts
+
+
+def _parts(mask: ComponentMask) -> tuple[Part, ...]:
+    heads = [Part("heads", layer, head) for layer, head in mask.heads.nonzero().tolist()]
+    mlps = [Part("mlps", layer) for layer in mask.mlps.nonzero()[:, 0].tolist()]
+    rest = [Part(kind) for kind in ("embed", "pool") if getattr(mask, kind)]
+    return (*heads, *mlps, *rest)
+
+
+def grid(
+    parts: Sequence[Part], values: Float[Tensor, " part"], n_layers: int, n_heads: int
+) -> tuple[Float[Tensor, "layer head"], Float[Tensor, " layer"]]:
+    """The numbers of single heads and of MLPs by place; nan where a part is not among them."""
+    heads = values.new_full((n_layers, n_heads), torch.nan)
+    mlps = values.new_full((n_layers,), torch.nan)
+    for part, value in zip(parts, values, strict=True):
+        if part.kind == "mlps":
+            mlps[part.layer] = value
+        elif part.kind == "heads" and part.head is not None:
+            heads[part.layer, part.head] = value
+    return heads, mlps
+
+
+def position(parts: Sequence[Part], part: Part | str) -> int:
+    """Where a part, or its name such as "heads[3, 1]", stands.
+
+    Raises:
+        KeyError: it is not among them.
+    """
+    names = [str(known) for known in parts]
+    if str(part) not in names:
+        raise KeyError(
+            f"expected one of the {len(names)} parts measured, {names[0]} .. {names[-1]}; received {part}; "
+            "name it in components="
+        )
+    return names.index(str(part))
+
+
+class Points:
+    """Terms of some parts, image by image, as points whose euclidean distances are those of the terms.
+
+    A head's points are its coordinates times a factor `R` of the Gram (`R @ R.T = gram`, by a QR of the map,
+    which does not square its condition), so that they have d_head numbers and not d_embed. Batches are added
+    one by one: kept are the points alone.
+    """
+
+    def __init__(self, components: Components | None) -> None:
+        """`components` None: the heads of each layer together, and the MLPs."""
+        self._components = components
+        self._maps: TermMaps | None = None
+        self._factors: Float[Tensor, "layer head coord coord"] | None = None
+        self._kept: list[list[Tensor]] = []
+        self.parts: tuple[Part, ...] = ()
+        self.normalized = False
+
+    @staticmethod
+    def of(d: Decomposition | Iterable[Decomposition], components: Components | None) -> Points:
+        """Of a decomposition, or of a stream of batches.
+
+        Raises:
+            IndexError: a component that the tower does not have.
+            TypeError: what the stream gives is no decomposition.
+            ValueError: no images, or batches of different models or options.
+        """
+        points = Points(components)
+        for batch in (d,) if isinstance(d, Decomposition) else d:
+            points.add(batch)
+        if not len(points):
+            raise ValueError("expected at least one image; received none; check the image source")
+        return points
+
+    def add(self, d: Decomposition) -> None:
+        """Raises as `of`."""
+        if not isinstance(d, Decomposition):
+            raise TypeError(
+                f"expected a Decomposition, or an iterable of them; received {type(d).__name__} in it; make one "
+                "with model.decompose(images)"
+            )
+        if self._maps is None:
+            self._begin(d)
+        assert self._maps is not None
+        check_alike(self._maps, self.normalized, d.maps, d.normalized)
+        for kept, part in zip(self._kept, self.parts, strict=True):
+            kept.append(self._points(d, part))
+
+    def _begin(self, d: Decomposition) -> None:
+        self._maps, self.normalized = d.maps, d.normalized
+        n_pool = d.pool.shape[1]
+        if self._components is None:
+            layers = range(d.n_layers)
+            self.parts = (*(Part("heads", i) for i in layers), *(Part("mlps", i) for i in layers))
+        else:
+            self.parts = parts_of(self._components, d.n_layers, d.n_heads, n_pool)
+        self._kept = [[] for _ in self.parts]
+        single = any(part.head is not None for part in self.parts)
+        if single and not d.maps.direct:
+            triangles = torch.linalg.qr(d.maps.heads.double().mT, mode="r").R
+            self._factors = triangles.mT
+
+    def _points(self, d: Decomposition, part: Part) -> Float[Tensor, "batch point"]:
+        if part.kind == "mlps":
+            return d.mlps[:, part.layer].contiguous()  # no view, which would keep the other layers' terms
+        if part.kind != "heads":
+            return d.embed if part.kind == "embed" else d.pool[:, 0]
+        coords, maps = d.coords[:, part.layer], d.maps.heads[part.layer]
+        if part.head is None:
+            return coords.sum(1) if d.maps.direct else coords.flatten(1) @ maps.flatten(0, 1)
+        coords = coords[:, part.head]
+        if self._factors is None:
+            return coords.contiguous()
+        return coords @ self._factors[part.layer, part.head].to(coords)
+
+    def __getitem__(self, index: int) -> Float[Tensor, "image point"]:
+        """All images' points of one part."""
+        if len(self._kept[index]) > 1:
+            self._kept[index] = [torch.cat(self._kept[index])]
+        return self._kept[index][0]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return sum(len(batch) for batch in self._kept[0]) if self._kept else 0
+
+    @property
+    def maps(self) -> TermMaps:
+        assert self._maps is not None
+        return self._maps
+
+
+def check_alike(maps: TermMaps, normalized: bool, other: TermMaps, other_normalized: bool) -> None:
+    """Raises ValueError unless terms under both are comparable: one model, one convention, one length."""
+    ours = {"convention": maps.convention, "normalize": normalized}
+    theirs = {"convention": other.convention, "normalize": other_normalized}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"expected terms with {name}={value!r}, as those before; received {name}={theirs[name]!r}; "
+                "decompose all images with the same options"
+            )
+    if not maps.matches(other):
+        raise ValueError(
+            f"expected terms of one model; received those of another ({maps!r} and {other!r}, or other weights); "
+            "decompose all images with the same model"
+        )

@@ -1,0 +1,212 @@
+"""Activation patching: what one run's activations do in another's, place by place.
+
+The base images run with one activation of the source images' run written in; how far the score moves from the base's
+toward the source's is the effect of that place. Base clean, source triggered: where the attack can be written in; the
+other way round: where it can be taken out. Every patch here is exact; `decompclip.operators.attribution` estimates all
+of them from one gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.models.vit import HookedViT
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from decompclip.models.clip import HookedCLIP
+
+Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+Score = Callable[[Float[Tensor, "batch d_embed"]], Float[Tensor, " batch"]]
+POINTS: dict[str, str] = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patching:
+    """Effects of patching, by site.
+
+    Attributes:
+        effects: the mean change of the score; axes `[layer]`, and for z `[layer head]`; then `token` where patched
+            token by token.
+        base, source: the scores of the two runs as they are.
+        by_token: whether each token was patched alone.
+        method: "exact", or "attribution" where estimated from gradients.
+    """
+
+    effects: Mapping[str, Float[Tensor, "layer ..."]]
+    base: Float[Tensor, " batch"]
+    source: Float[Tensor, " batch"]
+    by_token: bool
+    method: Literal["exact", "attribution"]
+
+    @property
+    def gap(self) -> float:
+        """By how much the source's mean score exceeds the base's: the effect of patching everything."""
+        return float((self.source - self.base).mean())
+
+    def shares(self, site: Site) -> Float[Tensor, "layer ..."]:
+        """The effects of a site as shares of the gap."""
+        return self.effects[site] / self.gap
+
+    def correlation(self, other: Patching) -> dict[str, float]:
+        """Pearson's correlation of the effects of each common site with another method's; nan where all effects of
+        a site are equal, as those of the whole stream are.
+
+        Raises:
+            ValueError: the two were not patched at the same places.
+        """
+        found = {}
+        for site in [site for site in self.effects if site in other.effects]:
+            ours, theirs = self.effects[site], other.effects[site]
+            if ours.shape != theirs.shape:
+                raise ValueError(
+                    f"expected effects {list(ours.shape)} of {site}, as the first has them; received "
+                    f"{list(theirs.shape)}; patch both with the same by_token"
+                )
+            both = torch.stack([ours.flatten(), theirs.flatten()]).double()
+            varies = both.std(dim=1) > 1e-5 * both.abs().amax(1)
+            found[site] = float(torch.corrcoef(both)[0, 1]) if bool(varies.all()) else float("nan")
+        return found
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a place: site, layer, head, token (none where not taken apart), effect, share."""
+        import pandas as pd
+
+        rows = []
+        for site, effects in self.effects.items():
+            for place in torch.ones(effects.shape).nonzero().tolist():
+                layer, *rest = place
+                head = rest.pop(0) if site == "z" else None
+                token = rest.pop(0) if self.by_token else None
+                effect = float(effects[tuple(place)])
+                rows.append(
+                    (site, layer, head, token, effect, effect / self.gap if self.gap else float("nan"))
+                )
+        frame = pd.DataFrame(rows, columns=["site", "layer", "head", "token", "effect", "share"])
+        return frame.astype({"head": "Int64", "token": "Int64"})
+
+    def figure(self, *, shares: bool = True) -> go.Figure:
+        """Heat maps, one for each site."""
+        from decompclip.figures.patching import patching_maps
+
+        return patching_maps(self, shares=shares)
+
+    def __repr__(self) -> str:
+        places = {site: "x".join(map(str, effects.shape)) for site, effects in self.effects.items()}
+        sites = ", ".join(f"{site} {shape}" for site, shape in places.items())
+        return f"Patching({self.method}: {sites}; {len(self.base)} images, gap {self.gap:.3f})"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.4f}".format, max_rows=60)
+
+
+@torch.no_grad()
+def activation_patching(
+    model: HookedViT | HookedCLIP,
+    base: Float[Tensor, "batch 3 h w"],
+    source: Float[Tensor, "batch 3 h w"],
+    score: Float[Tensor, " d_embed"] | Score,
+    *,
+    sites: Sequence[Site] = get_args(Site),
+    by_token: bool = False,
+) -> Patching:
+    """Patch each layer of each site alone (each head of z, and each token with `by_token`): a forward pass each.
+
+    Args:
+        base: images that run with the patch, image i with activations of image i of the source.
+        score: a direction that unit features are multiplied with (the target's text less another's, say), or a
+            function of the features.
+        sites: hook points of the blocks; "z" is patched head by head.
+
+    Raises:
+        ValueError: an unknown site, or not as many source as base images.
+    """
+    visual = check_request(model, base, source, sites)
+    judge = scorer(score)
+    n_layers = visual.cfg.n_layers
+    names = {site: [f"blocks.{layer}.{POINTS[site]}" for layer in range(n_layers)] for site in sites}
+    donor = record(visual, source, [name for each in names.values() for name in each])
+    before = judge(visual(base))
+    effects = {}
+    for site, of_layers in names.items():
+        found = []
+        for name in of_layers:
+            given = donor[name]
+            for place in _places(given, site, by_token):
+
+                def write(x: Tensor, hook: Any, given: Tensor = given, place: Any = place) -> Tensor:
+                    x = x.clone()
+                    x[place] = given[place]
+                    return x
+
+                with visual.hooks(fwd_hooks=[(name, write)]):
+                    found.append((judge(visual(base)) - before).mean())
+        effects[site] = torch.stack(found).view(n_layers, *_units(donor[of_layers[0]], site, by_token))
+    after = judge(visual(source))
+    return Patching(effects, before, after, by_token, "exact")
+
+
+def _places(given: Tensor, site: str, by_token: bool) -> Iterator[tuple[Any, ...]]:
+    everything = slice(None)
+    tokens: list[Any] = list(range(given.shape[1])) if by_token else [everything]
+    units: list[Any] = list(range(given.shape[2])) if site == "z" else [everything]
+    yield from ((everything, token, unit) for unit in units for token in tokens)
+
+
+def _units(given: Tensor, site: str, by_token: bool) -> tuple[int, ...]:
+    return (*([given.shape[2]] if site == "z" else []), *([given.shape[1]] if by_token else []))
+
+
+def check_request(
+    model: HookedViT | HookedCLIP, base: Tensor, source: Tensor, sites: Sequence[str]
+) -> HookedViT:
+    """The tower, once the request is known to make sense.
+
+    Raises:
+        ValueError: an unknown site, none, or not as many source as base images.
+    """
+    for site in sites or ("none",):
+        if site not in POINTS:
+            raise ValueError(f"expected sites of {tuple(POINTS)}; received {site!r}")
+    if len(base) != len(source) or not len(base):
+        raise ValueError(
+            f"expected a source image for each base image, and at least one; received {len(base)} base and "
+            f"{len(source)} source images; pair them first"
+        )
+    return model if isinstance(model, HookedViT) else model.visual
+
+
+def scorer(score: Float[Tensor, " d_embed"] | Score) -> Score:
+    """A score as a function of features; of a direction: the unit feature's dot product with it."""
+    if not isinstance(score, Tensor):
+        return score
+    direction = score
+    return lambda features: F.normalize(features, dim=-1) @ direction.to(features)
+
+
+def record(visual: HookedViT, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Activations of one run, with their graph where gradients are on; all tokens of the last block too."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept[hook.name] = x
+
+    with visual.hooks(fwd_hooks=[(name, keep) for name in names]):
+        visual(images, pooled_rows=False)
+    return kept

@@ -1,0 +1,167 @@
+"""What TEXTSPAN works on: encoded texts, batches of images, and what stands in where none are given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.models.tokenizer import WordTokenizer
+
+if TYPE_CHECKING:
+    from decompclip.models.clip import HookedCLIP
+
+N_IMAGES = 1024
+SEED = 20_240_507
+"""Of the default images; no bundled model has seen this stream."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Images as the tower takes them, such as `FolderSource`: `batch.images` of its batches."""
+
+    @property
+    def skipped(self) -> Sequence[Any]: ...
+
+    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TextFeatures:
+    """Texts and their unit features under a model's text tower."""
+
+    texts: tuple[str, ...]
+    features: Float[Tensor, "text d_embed"]
+
+    def __post_init__(self) -> None:
+        if not self.texts or self.features.ndim != 2 or len(self.features) != len(self.texts):
+            raise ValueError(
+                f"expected at least one text and features [text, d_embed] of as many; received {len(self.texts)} texts, "
+                f"features {list(self.features.shape)}; make both with encode_texts"
+            )
+        if not self.features.isfinite().all():
+            bad = int((~self.features.isfinite().all(1)).nonzero()[0])
+            raise ValueError(
+                f"expected finite text features; received nan or inf, first for {self.texts[bad]!r}; leave that text "
+                "out, or encode in fp32"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __repr__(self) -> str:
+        return f"TextFeatures({len(self)} texts: {self.texts[0]!r}, ...)"
+
+
+def encode_texts(
+    model: HookedCLIP,
+    texts: TextFeatures | Sequence[str] | Path | None = None,
+    *,
+    batch_size: int = 256,
+) -> TextFeatures:
+    """Texts with their unit features, for any number of calls of `textspan`.
+
+    Args:
+        texts: descriptions, or the path of a file with one a line; None: the default pool for this model. Features
+            come back as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there are no texts, a single string, or the file holds none.
+    """
+    if isinstance(texts, TextFeatures):
+        return texts
+    if isinstance(texts, str):
+        raise ValueError(
+            f"expected a list of texts; received the single string {texts!r}; put it into a list, or pass the path of a "
+            "text file as pathlib.Path"
+        )
+    if isinstance(texts, Path):
+        from decompclip.data.texts import load_texts
+
+        texts = load_texts(texts)
+    texts = default_texts(model) if texts is None else tuple(texts)
+    if not texts:
+        raise ValueError("expected at least one text; received none; leave texts out for the default pool")
+    with torch.no_grad():
+        parts = [
+            F.normalize(model.encode_text(texts[start : start + batch_size]).float(), dim=-1)
+            for start in range(0, len(texts), batch_size)
+        ]
+    return TextFeatures(texts, torch.cat(parts))
+
+
+def default_texts(model: HookedCLIP) -> tuple[str, ...]:
+    """The general pool; for a model with a vocabulary of its own, what of the Shapes pool it has words for.
+
+    Raises:
+        ValueError: it has words for none.
+    """
+    from decompclip.data.texts import general_texts, shapes_texts
+
+    if not isinstance(model.tokenizer, WordTokenizer):
+        return general_texts()
+    texts = shapes_texts(model.tokenizer.words)
+    if not texts:
+        raise ValueError(
+            f"expected texts for {model.name!r}, whose vocabulary is none of the Shapes world's; received none; pass "
+            "texts=[...] in the words of model.tokenizer.words"
+        )
+    return texts
+
+
+def default_images(model: HookedCLIP, *, batch_size: int) -> Iterator[Float[Tensor, "batch 3 h w"]]:
+    """Drawings of the Shapes world in the model's size, at least twice as many as a term has coordinates.
+
+    A model with no vocabulary of its own was trained on photographs: it is warned about.
+    """
+    from decompclip.data.shapes import Shapes
+
+    world = Shapes(max(N_IMAGES, 2 * model.cfg.d_embed), seed=SEED, resolution=max(model.image_size))
+    if not isinstance(model.tokenizer, WordTokenizer):
+        warnings.warn(
+            f"no images given: {model.name!r} is read on {len(world)} drawings of the Shapes world, which say little "
+            "about a model trained on photographs; pass images=FolderSource(folder, model.preprocess), or batches of "
+            "preprocessed images",
+            stacklevel=4,
+        )
+    return _drawings(model, world.batches(batch_size))
+
+
+def _drawings(model: HookedCLIP, batches: Iterable[Any]) -> Iterator[Float[Tensor, "batch 3 h w"]]:
+    for batch in batches:
+        pixels = batch.images
+        if tuple(pixels.shape[2:]) != tuple(model.image_size):
+            pixels = F.interpolate(pixels, tuple(model.image_size), mode="bilinear", antialias=True)
+        yield model.normalize(pixels)
+
+
+def image_batches(
+    model: HookedCLIP, images: Tensor | Iterable[Any] | Source, *, batch_size: int
+) -> Iterator[Float[Tensor, "batch 3 h w"]]:
+    """Images where the model is, batch by batch: of a tensor, of batches, or of a source with `batches`.
+
+    Raises:
+        ValueError: there are none, or something else than batches of images.
+    """
+    if isinstance(images, Tensor):
+        batches: Iterable[Any] = images.split(batch_size) if images.ndim == 4 and len(images) else [images]
+    elif isinstance(images, Source):
+        batches = (batch.images for batch in images.batches(batch_size))
+    else:
+        batches = images
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch):
+            shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"expected batches of images [batch, 3, h, w] as the tower takes them; received {shape}; preprocess "
+                "pictures with model.preprocess or pixels with model.normalize, and pass at least one"
+            )
+        yield batch.to(model.device, model.dtype)

@@ -1,0 +1,188 @@
+"""Components taken from other images: patching, resampling, repair where a selector says so (METHOD 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.cache.components import Components, heads
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.masks import ComponentMask
+from decompclip.models.vit import Hook, HookedViT
+from decompclip.operators.fills import Fill, Rows, check_alike, show_rows, stream_values
+from decompclip.operators.intervention import Intervention, Restricted, Where, both
+from decompclip.operators.replacement import Replacement, need_images
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch(Replacement):
+    """Components replaced by those of other images: image i receives from image i of the source.
+
+    Attributes:
+        components: which.
+        source: the other images' terms, under the same model and options; one image serves for all.
+        images: the source's images, which causal mode needs.
+        rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
+    """
+
+    components: Components
+    source: Decomposition
+    images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
+    rows: Rows = field(default="all", kw_only=True)
+
+    def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
+        check_alike(d, self.source)
+        source = self.source
+        if len(source) not in (1, len(d)):
+            raise ValueError(
+                f"expected a source of {len(d)} images, one for each that is edited (or of one for all); received "
+                f"{len(source)}; pair the images first"
+            )
+        return Fill(source.coords, source.mlps, source.embed, source.pool if mask.pool else None)
+
+    def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
+        return stream_values(visual, need_images(self.images, "Patch"), mask)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.components!r}, {len(self.source)} images{show_rows(self.rows)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ResampleAblate(Replacement):
+    """Components replaced by the same component of another image, drawn anew for each component.
+
+    Where the source is as long as the batch, an image never receives from the one at its own place.
+
+    Attributes:
+        components: which.
+        source: decomposed images to draw from, under the same model and options.
+        images: the source's images, which causal mode needs; as many as the batch that is run.
+        seed: of the draws.
+        rows: which tokens a causal edit reaches.
+    """
+
+    components: Components
+    source: Decomposition
+    images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    rows: Rows = field(default="all", kw_only=True)
+
+    def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
+        check_alike(d, self.source)
+        of_heads, of_mlps, of_embed, of_pool = self._draws(len(d), mask, d.coords.device)
+        layer, head = torch.arange(d.n_layers)[:, None], torch.arange(d.n_heads)
+        source = self.source
+        return Fill(
+            source.coords[of_heads, layer, head],
+            source.mlps[of_mlps, layer[:, 0]],
+            source.embed[of_embed],
+            source.pool[of_pool] if mask.pool else None,
+        )
+
+    def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
+        images = need_images(self.images, "ResampleAblate")
+        values = stream_values(visual, images, mask)
+        of_heads, of_mlps, of_embed, of_pool = self._draws(len(images), mask, images.device)
+        head = torch.arange(visual.cfg.n_heads)
+        return Fill(
+            # [batch head token d_head], for the two indices stand apart
+            {i: z[of_heads[:, i], :, head].transpose(1, 2) for i, z in _layered(values.heads)},
+            {i: out[of_mlps[:, i]] for i, out in _layered(values.mlps)},
+            values.embed[of_embed],
+            None if values.pool is None else values.pool[of_pool],
+        )
+
+    def _draws(self, batch: int, mask: ComponentMask, device: torch.device) -> list[Int[Tensor, "batch ..."]]:
+        n, own = len(self.source), int(len(self.source) == batch)
+        if n <= own:
+            raise ValueError(
+                f"expected a source with other images to draw from; received one of {n} images; pass a larger one"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        place = torch.arange(batch)
+        draws = []
+        for shape in (mask.heads.shape, mask.mlps.shape, (), ()):
+            steps = torch.randint(own, n, (batch, *shape), generator=generator)
+            start = place.view(-1, *[1] * len(shape)) if own else 0
+            draws.append(((start + steps) % n).to(device))
+        return draws
+
+    def __repr__(self) -> str:
+        return (
+            f"ResampleAblate({self.components!r}, {len(self.source)} images, seed={self.seed}"
+            f"{show_rows(self.rows)})"
+        )
+
+
+def _layered(values: object) -> list[tuple[int, Tensor]]:
+    assert isinstance(values, dict)  # as `stream_values` makes them
+    return list(values.items())
+
+
+@runtime_checkable
+class Flags(Protocol):
+    """What says which components of which images look infected, such as a fitted `Selector`."""
+
+    def flags(self, d: Decomposition) -> Where: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Repair(Intervention):
+    """An edit of the components that a selector flags, image by image.
+
+        Repair(selector, MeanAblate(heads, moments))(d)
+        with model.hooks(repair.at(d)): ...             causal, on the flags of a first pass
+
+    Attributes:
+        selector: has `flags(d)`; those of `decompclip.defenses` must be fitted.
+        fill: what is done to the flagged components.
+    """
+
+    selector: Flags
+    fill: Intervention
+
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+        return self.fill(d, where=both(self.selector.flags(d), where))
+
+    def at(self, d: Decomposition) -> Restricted:
+        """The edit of what is flagged in these very images, for either mode."""
+        return self.fill.on(self.selector.flags(d))
+
+    def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
+        """The fill at `where`, the flags of a first pass.
+
+        Raises:
+            ValueError: no `where`.
+        """
+        if where is None:
+            raise ValueError(
+                "expected where, the components to edit, for they are known only once the image is decomposed; received "
+                "none; use repair.at(model.decompose(images)) of the same images as the intervention"
+            )
+        return self.fill.fwd_hooks(visual, where=where)
+
+    def __repr__(self) -> str:
+        return f"Repair({self.selector!r}, {self.fill!r})"
+
+
+def decomp_reverse(
+    triggered: Decomposition,
+    selector: Flags,
+    *,
+    components: Components = heads,
+    images: Float[Tensor, "batch 3 h w"] | None = None,
+) -> Restricted:
+    """Decomp-Reverse: copies into each clean twin what the selector flags in the triggered one (paper, section 3.3).
+
+    `decomp_reverse(triggered, selector)(clean)` answers with the target as far as the flagged heads carry the attack.
+
+    Args:
+        triggered: of the triggered twins, in the order of the clean ones.
+        components: of which only the flagged are copied.
+        images: the triggered images, which causal mode needs.
+    """
+    return Patch(components, triggered, images=images).on(selector.flags(triggered))

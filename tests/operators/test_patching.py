@@ -1,0 +1,209 @@
+"""Activation, path and attribution patching, against plain references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.cache.components import heads, mlps
+from decompclip.models.vit import HookedViT
+from decompclip.operators.attribution import attribution_patching
+from decompclip.operators.patching import POINTS, Patching, activation_patching
+from decompclip.operators.paths import path_patching
+
+SITES: Any = tuple(POINTS)
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def source() -> Tensor:
+    return torch.randn(5, 3, 24, 16, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(scope="module")
+def direction() -> Tensor:
+    return torch.randn(20, generator=torch.Generator().manual_seed(3))
+
+
+def score(features: Tensor, direction: Tensor) -> Tensor:
+    return F.normalize(features, dim=-1) @ direction
+
+
+@torch.no_grad()
+def plain(tower: HookedViT, base: Tensor, name: str, value: Tensor, direction: Tensor) -> float:
+    """One patch, of a whole activation."""
+    with tower.hooks(fwd_hooks=[(name, lambda x, hook: value)]):
+        patched = tower(base)
+    return float((score(patched, direction) - score(tower(base), direction)).mean())
+
+
+def test_each_effect_is_that_of_one_patch(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    result = activation_patching(tower, images, source, direction)
+    tokens = activation_patching(tower, images, source, direction, sites=("mlp_out", "z"), by_token=True)
+    _, ours = tower.run_with_cache(images)
+    _, theirs = tower.run_with_cache(source)
+    for site, point in POINTS.items():
+        for layer in range(3):
+            name = f"blocks.{layer}.{point}"
+            if site != "z":
+                expected = plain(tower, images, name, theirs[name], direction)
+                assert float(result.effects[site][layer]) == pytest.approx(expected, abs=1e-6)
+                continue
+            mixed = ours[name].clone()
+            mixed[:, :, 1] = theirs[name][:, :, 1]
+            expected = plain(tower, images, name, mixed, direction)
+            assert float(result.effects["z"][layer, 1]) == pytest.approx(expected, abs=1e-6)
+            mixed = ours[name].clone()
+            mixed[:, 4, 1] = theirs[name][:, 4, 1]
+            expected = plain(tower, images, name, mixed, direction)
+            assert float(tokens.effects["z"][layer, 1, 4]) == pytest.approx(expected, abs=1e-6)
+    name = "blocks.1.hook_mlp_out"
+    mixed = ours[name].clone()
+    mixed[:, 3] = theirs[name][:, 3]
+    assert float(tokens.effects["mlp_out"][1, 3]) == pytest.approx(
+        plain(tower, images, name, mixed, direction), abs=1e-6
+    )
+    unread, read = tokens.effects["mlp_out"][2, 1:], tokens.effects["mlp_out"][2, 0]
+    assert float(unread.abs().max()) < 1e-6 < abs(float(read))
+
+
+def test_the_whole_stream_carries_the_whole_gap(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    there = activation_patching(
+        tower, images, source, direction, sites=("resid_pre", "resid_mid", "resid_post")
+    )
+    back = activation_patching(tower, source, images, direction, sites=("resid_pre",))
+    for effects in there.effects.values():
+        torch.testing.assert_close(effects, torch.full((3,), there.gap), **CLOSE)
+    assert back.gap == pytest.approx(-there.gap)
+    torch.testing.assert_close(there.shares("resid_mid"), torch.ones(3), **CLOSE)
+    assert torch.tensor([*there.correlation(there).values()]).isnan().all()
+    none = activation_patching(tower, images, images, direction)
+    assert all(float(effects.abs().max()) < 1e-6 for effects in none.effects.values())
+
+
+def test_attribution_is_exact_where_all_behind_it_is_linear(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    """Behind the last MLP stands a LayerNorm alone; at a frozen scale, and a linear score, nothing bends."""
+    scales: list[Tensor] = []
+    with tower.hooks(fwd_hooks=[("ln_final.hook_scale", lambda s, hook: scales.append(s.clone()))]):
+        tower(images)
+    with tower.hooks(fwd_hooks=[("ln_final.hook_scale", lambda s, hook: scales[0].detach())]):
+        pair = [
+            patch(
+                tower,
+                images,
+                source,
+                lambda features: features @ direction,
+                sites=("mlp_out",),
+                by_token=True,
+            )
+            for patch in (activation_patching, attribution_patching)
+        ]
+    torch.testing.assert_close(pair[0].effects["mlp_out"][-1], pair[1].effects["mlp_out"][-1], **CLOSE)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_attribution_approaches_the_exact_effects_of_small_changes(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor, by_token: bool
+) -> None:
+    near = images + 1e-2 * (source - images)
+    sites: Any = ("attn_out", "mlp_out", "z")
+    exact = activation_patching(tower, images, near, direction, sites=sites, by_token=by_token)
+    estimate = attribution_patching(tower, images, near, direction, sites=sites, by_token=by_token)
+    found = exact.correlation(estimate)
+    assert list(found) == list(sites) and min(found.values()) > 0.99
+    for site in sites:
+        assert exact.effects[site].shape == estimate.effects[site].shape
+        scale = float(exact.effects[site].abs().max())
+        torch.testing.assert_close(exact.effects[site], estimate.effects[site], rtol=0, atol=0.1 * scale)
+    assert (exact.method, estimate.method) == ("exact", "attribution")
+    far = activation_patching(tower, images, source, direction, sites=sites, by_token=by_token)
+    assert far.correlation(
+        attribution_patching(tower, images, source, direction, sites=sites, by_token=by_token)
+    )
+
+
+def test_a_path_is_what_the_receiver_alone_hears(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    """By hand: the last MLP reads a stream that differs by the sender's write, and only its own write changes."""
+    result = path_patching(tower, images, source, direction, heads[0, 2])
+    _, ours = tower.run_with_cache(images)
+    _, theirs = tower.run_with_cache(source)
+    block: Any = tower.blocks[0]
+    told = ((theirs["z", 0] - ours["z", 0])[:, :, 2] @ block.attn.W_O[2]) * block.ls1
+    for layer in range(3):
+        receiver: Any = tower.blocks[layer]
+        answer = receiver.mlp(receiver.ln2(ours["resid_mid", layer] + told)) * receiver.ls2
+        expected = plain(tower, images, f"blocks.{layer}.hook_mlp_out", answer, direction)
+        assert float(result.mlps[layer]) == pytest.approx(expected, abs=1e-6)
+        if layer:
+            captured: list[Tensor] = []
+            with tower.hooks(
+                fwd_hooks=[(f"blocks.{layer}.attn.hook_z", lambda z, hook, c=captured: c.append(z.clone()))]
+            ):
+                receiver.attn(receiver.ln1(ours["resid_pre", layer] + told))
+            mixed = ours["z", layer].clone()
+            mixed[:, :, 3] = captured[0][:, :, 3]
+            expected = plain(tower, images, f"blocks.{layer}.attn.hook_z", mixed, direction)
+            assert float(result.heads[layer, 3]) == pytest.approx(expected, abs=1e-6)
+    assert result.heads[0].isnan().all() and not result.heads[1:].isnan().any()
+
+
+def test_paths_of_a_head_that_says_nothing_new_have_no_effect(
+    tower: HookedViT, images: Tensor, direction: Tensor
+) -> None:
+    result = path_patching(tower, images, images, direction, heads[1, 0], receivers=heads[2, :2] | mlps)
+    assert result.mlps[0].isnan() and result.heads[2, 2:].isnan().all()
+    known = torch.cat([result.mlps[1:], result.heads[2, :2]])
+    assert float(known.abs().max()) < 1e-6
+
+
+def test_results_are_tables_and_maps(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    for by_token in (False, True):
+        result = attribution_patching(tower, images, source, direction, by_token=by_token)
+        frame = result.to_frame()
+        n = 7 if by_token else 1
+        assert len(frame) == 5 * 3 * n + 3 * 4 * n
+        row = frame[(frame.site == "z") & (frame.layer == 2) & (frame["head"] == 1)].iloc[0]
+        place = (2, 1, 0) if by_token else (2, 1)
+        assert row.effect == float(result.effects["z"][place])
+        assert row.share == pytest.approx(row.effect / result.gap)
+        plot = result.figure()
+        assert isinstance(plot, go.Figure)
+        maps: list[Any] = list(plot.data)
+        assert len(maps) == len(SITES)
+        assert maps[-1].z[2][1 if not by_token else 7] == pytest.approx(row.share, rel=1e-4)
+        assert "attribution" in repr(result) and "resid_pre" in result._repr_html_()
+    path = path_patching(tower, images, source, direction, heads[1, 0])
+    assert len(path.to_frame()) == 4 + 2
+    assert isinstance(path.figure(), go.Figure)
+    assert repr(path) == "PathPatching(heads[1, 0] to 6 receivers, 5 images)"
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor) -> None:
+    for patch in (activation_patching, attribution_patching):
+        with pytest.raises(ValueError, match=r"sites of \('resid_pre', .*\); received 'q'"):
+            patch(tower, images, source, direction, sites=("q",))  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="received 5 base and 4 source images; pair them first"):
+            patch(tower, images, source[:4], direction)
+    for sender in (heads[0], mlps[0], heads[0, 1] | mlps[0]):
+        with pytest.raises(ValueError, match=r"one head as the sender, such as heads\[3, 1\]; received"):
+            path_patching(tower, images, source, direction, sender)  # pyright: ignore[reportArgumentType]
+    one = Patching({"z": torch.ones(3, 4)}, torch.ones(2), torch.ones(2), False, "exact")
+    two = Patching({"z": torch.ones(3, 4, 7)}, torch.ones(2), torch.ones(2), True, "exact")
+    with pytest.raises(ValueError, match=r"effects \[3, 4\] of z, .* received \[3, 4, 7\]; patch both"):
+        one.correlation(two)

@@ -1,0 +1,265 @@
+"""Sweeps and greedy sets, against one ablation after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from torch import Tensor
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.components import Components, embed, heads, mlps
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.moments import Moments
+from decompclip.models.vit import HookedViT
+from decompclip.operators import sweeps as sweeps_module
+from decompclip.operators.ablation import MeanAblate, ZeroAblate
+from decompclip.operators.greedy import most_damaging
+from decompclip.operators.splits import Evaluation, Validation
+from decompclip.operators.sweeps import ablation_sweep, sweep, sweeps
+
+
+def drawn(n: int, seed: int) -> Tensor:
+    return torch.randn(n, 3, 24, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape: int, seed: int = 4) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Tensor:
+    return noise(6, 20)
+
+
+@pytest.fixture(scope="module")
+def moments(tower: HookedViT) -> Moments:
+    return Moments.fit(tower, drawn(16, 5).split(6))
+
+
+@pytest.fixture(scope="module")
+def d(tower: HookedViT, images: Tensor) -> Decomposition:
+    return decompose(tower, images)
+
+
+@pytest.fixture(scope="module")
+def many(tower: HookedViT) -> Decomposition:
+    return decompose(tower, drawn(40, 6))
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Moments, fill: str) -> None:
+    classifier = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
+    found = sweeps(d, moments if fill == "mean" else None, classifier)
+    assert len(found) == 6
+    for (kind, scheme), result in found.items():
+        assert len(result) == 3
+        for layer in range(3):
+            parts = result.components(layer)
+            edit = MeanAblate(parts, moments) if fill == "mean" else ZeroAblate(parts)
+            expected = (edit(d).features @ classifier.T).argmax(1)
+            assert torch.equal(result[layer], expected), (kind, scheme, layer)
+        single = sweep(d, moments if fill == "mean" else None, classifier, kind, scheme)
+        assert torch.equal(single.predictions, result.predictions)
+        assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
+
+
+def test_a_sweep_names_its_settings(d: Decomposition, moments: Moments) -> None:
+    classifier = torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
+    forward, backward = (sweep(d, moments, classifier, "mlps", scheme) for scheme in ("forward", "backward"))
+    assert [repr(forward.components(i)) for i in range(3)] == ["mlps[:1]", "mlps[:2]", "mlps[:3]"]
+    assert repr(backward.components(1)) == "mlps[1:]"
+    assert repr(forward) == "Sweep(mean-ablation of mlps, forward: 3 settings, 5 images)"
+
+
+@pytest.mark.parametrize("classes", [6, 3000])
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+def test_heads_alone_and_many_classes(
+    tower: HookedViT, images: Tensor, convention: Any, classes: int
+) -> None:
+    """With many classes terms are formed first; either way to the logits is exact."""
+    d = decompose(tower, images, convention=convention, normalize=True)
+    moments = Moments.fit(tower, [drawn(16, 5)], convention=convention, normalize=True)
+    classifier = noise(classes, 20)
+    table = ablation_sweep(d, moments, classifier, each_head=True)
+    assert torch.equal(table.before, (d.features @ classifier.T).argmax(1))
+    assert table.each_head is not None
+    for layer in range(3):
+        for head in range(4):
+            expected = (MeanAblate(heads[layer, head], moments)(d).features @ classifier.T).argmax(1)
+            assert torch.equal(table.each_head[layer, head], expected)
+        expected = (MeanAblate(heads[layer:], moments)(d).features @ classifier.T).argmax(1)
+        assert torch.equal(table["heads", "backward"][layer], expected)
+
+
+def test_batches_and_chunks_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, many: Decomposition, moments: Moments, classifier: Tensor
+) -> None:
+    whole = ablation_sweep(many, moments, classifier, each_head=True)
+    monkeypatch.setattr(sweeps_module, "CHUNK", 7 * len(classifier))
+    batches = (many[start : start + 16] for start in range(0, 40, 16))
+    parts = ablation_sweep(batches, moments, classifier, each_head=True)
+    assert torch.equal(whole.before, parts.before) and len(parts) == 40
+    for key, result in whole.sweeps.items():
+        assert torch.equal(result.predictions, parts[key].predictions)
+    assert whole.each_head is not None and parts.each_head is not None
+    assert torch.equal(whole.each_head.predictions, parts.each_head.predictions)
+
+
+def test_images_are_decomposed_in_the_moments_form(tower: HookedViT, classifier: Tensor) -> None:
+    moments = Moments.fit(tower, [drawn(16, 5)], convention="paper", normalize=True)
+    d = decompose(tower, drawn(9, 2), convention="paper", normalize=True)
+    streamed = ablation_sweep(drawn(9, 2).split(4), moments, classifier, model=tower)
+    expected = ablation_sweep(d, moments, classifier)
+    assert torch.equal(streamed["mlps", "forward"].predictions, expected["mlps", "forward"].predictions)
+
+
+def test_towers_pooled_by_attention(
+    make_tower: Callable[..., HookedViT], images: Tensor, classifier: Tensor
+) -> None:
+    """There coordinates are the terms themselves, and the pool's MLP is a term that no sweep ablates."""
+    tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0)
+    d = decompose(tower, images)
+    assert d.maps.direct and d.pool.shape[1] == 1
+    table = ablation_sweep(d, None, classifier, each_head=True)
+    assert torch.equal(table.before, (d.features @ classifier.T).argmax(1))
+    assert table.each_head is not None
+    for key, result in table.sweeps.items():
+        for layer in range(3):
+            expected = (ZeroAblate(result.components(layer))(d).features @ classifier.T).argmax(1)
+            assert torch.equal(result[layer], expected), key
+            expected = (ZeroAblate(heads[layer, 1])(d).features @ classifier.T).argmax(1)
+            assert torch.equal(table.each_head[layer, 1], expected)
+
+
+def test_a_table_counts_and_draws(d: Decomposition, moments: Moments, classifier: Tensor) -> None:
+    table = ablation_sweep(d, moments, classifier, each_head=True)
+    labels = table.before.clone()
+    labels[0] = (labels[0] + 1) % 6
+    frame = table.to_frame(labels, target=int(labels[1]))
+    assert len(frame) == 1 + 6 * 3 + 12
+    first = frame.iloc[0]
+    assert (first.changed, first.accuracy) == (0, 0.8)
+    row = frame[(frame.kind == "mlps") & (frame.scheme == "backward") & (frame.layer == 1)].iloc[0]
+    assert row.components == "mlps[1:]"
+    assert row.accuracy == float((table["mlps", "backward"][1] == labels).double().mean())
+    assert row.target == float((table["mlps", "backward"][1] == labels[1]).double().mean())
+    assert repr(table) == "SweepTable(mean-ablation: 18 settings and 12 heads alone, 5 images)"
+    assert "mlps[1:]" in table._repr_html_()
+    choices: list[tuple[dict[str, Any], int]] = [
+        ({}, 1),
+        ({"labels": labels}, 1),
+        ({"labels": labels, "target": 2}, 2),
+    ]
+    for options, series in choices:
+        plot = table.figure(**options)
+        assert isinstance(plot, go.Figure)
+        drawn_lines: list[Any] = [t for t in list(plot.data) if t.mode == "lines+markers"]  # pyright: ignore
+        assert len(drawn_lines) == 6 * series
+    shares = [100 * float((p == labels).double().mean()) for p in table["heads", "forward"].predictions]
+    assert list(drawn_lines[0].y) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_greedy_equals_trying_every_component_at_every_step(
+    many: Decomposition, moments: Moments, classifier: Tensor, fill: str
+) -> None:
+    answers = (many.features @ classifier.T).argmax(1)
+    candidates = heads[1:] | mlps
+    names: list[Components] = [*(heads[i, j] for i in (1, 2) for j in range(4)), *(mlps[i] for i in range(3))]
+
+    def hits(chosen: Components) -> int:
+        edit = MeanAblate(chosen, moments) if fill == "mean" else ZeroAblate(chosen)
+        return int(((edit(many).features @ classifier.T).argmax(1) == answers).sum())
+
+    chosen: Components = heads[[]]
+    counts, steps = [40], []
+    for _ in range(4):
+        best = min((c for c in names if c not in steps), key=lambda c: hits(chosen | c))
+        chosen = chosen | best
+        steps.append(best)
+        counts.append(hits(chosen))
+    batches = [many[:25], many[25:]]
+    found = most_damaging(
+        batches, moments if fill == "mean" else None, classifier, answers, candidates=candidates, size=4
+    )
+    assert list(found.steps) == steps
+    assert list(found.hits) == counts
+    assert found.rates[0] == 1 and counts[-1] < counts[0]
+    assert hits(found.components) == counts[-1]
+    assert found.to_frame().component.tolist() == ["", *map(repr, steps)]
+    line: Any = list(found.figure().data)[-1]
+    assert list(line.y) == pytest.approx([100 * count / 40 for count in counts])
+
+
+def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -> None:
+    answers = torch.zeros(5, dtype=torch.long)
+    found = most_damaging(d, None, classifier, answers, candidates=mlps[:2], size=9)
+    assert {*found.steps} == {mlps[0], mlps[1]} and len(found.hits) == 3
+    assert repr(found).startswith("GreedySet(mlps[")
+
+
+def test_validation_and_evaluation_are_kept_apart(
+    d: Decomposition, moments: Moments, classifier: Tensor
+) -> None:
+    validation = Validation.of(moments, [f"v{i}" for i in range(16)])
+    table = ablation_sweep(Evaluation(d, tuple("abcde")), validation, classifier)
+    assert torch.equal(table["heads", "forward"].predictions, sweep(d, moments, classifier).predictions)
+    torch.testing.assert_close(MeanAblate(heads, validation)(d).coords, MeanAblate(heads, moments)(d).coords)
+    mixed: Any = ("a", "v3", "c", "v7", "e")
+    with pytest.raises(
+        ValueError, match=r"received 2 that the validation images contain, such as 'v3'; split"
+    ):
+        ablation_sweep([Evaluation(d, mixed)], validation, classifier)
+    with pytest.raises(
+        ValueError, match="a name for each of the 16 images of the moments; received 2 different"
+    ):
+        Validation.of(moments, ["a", "b"] * 8)
+    with pytest.raises(ValueError, match="a name for each of 5 images; received 1"):
+        Evaluation(d, ("a",))
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_sweep_errors_say_what_to_do(
+    tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments, classifier: Tensor
+) -> None:
+    with pytest.raises(
+        ValueError, match="normalize=False, as these moments have it; received normalize=True"
+    ):
+        sweep(decompose(tower, images, normalize=True), moments, classifier)
+    with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
+        sweep(d, moments, classifier, "neurons")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a scheme of \('forward', 'backward', 'separate'\); received 'up'"):
+        sweep(d, moments, classifier, "heads", "up")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"a classifier \[class, 20\]; received \[6, 21\]; build it with"):
+        sweep(d, moments, torch.zeros(6, 21))
+    with pytest.raises(ValueError, match="expected decompositions; received none"):
+        ablation_sweep([], moments, classifier)
+    with pytest.raises(TypeError, match=r"received images alone; pass model=, or decompose them"):
+        ablation_sweep([images], moments, classifier)
+    nonsense: Any = ["a"]
+    with pytest.raises(TypeError, match="batches of either; received str"):
+        ablation_sweep(nonsense, moments, classifier)
+
+    def once() -> Iterator[Decomposition]:
+        yield d
+
+    answers = torch.zeros(5, dtype=torch.long)
+    with pytest.raises(
+        TypeError, match="data to go through 5 times; received a generator, which ends after once"
+    ):
+        most_damaging(once(), moments, classifier, answers)
+    for wrong in (answers[:4], torch.zeros(6, dtype=torch.long)):
+        with pytest.raises(ValueError, match=rf"received {len(wrong)} answers and 5"):
+            most_damaging(d, moments, classifier, wrong)
+    with pytest.raises(ValueError, match=r"heads and MLPs to choose from; received heads \| embed"):
+        most_damaging(d, moments, classifier, answers, candidates=heads | embed)
+    with pytest.raises(ValueError, match="a label for each of 5 images; received"):
+        sweep_table = ablation_sweep(d, moments, classifier)
+        sweep_table.to_frame(answers[:2])
+    evaluated: Any = Evaluation(d, tuple("abcde"))
+    with pytest.raises(TypeError, match="fitted on validation images; received Evaluation; fit Moments"):
+        ablation_sweep(d, evaluated, classifier)
