@@ -9,15 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from decompclip.attacks.badclip import BadCLIP
+    from decompclip.attacks.badclip_optimise import optimise_patch
     from decompclip.attacks.badnet import BadNet
     from decompclip.attacks.blended import Blended
+    from decompclip.attacks.crossing import crossing
+    from decompclip.attacks.issba import ISSBA
+    from decompclip.attacks.kitty import Kitty
+    from decompclip.attacks.label_consistent import LabelConsistent
+    from decompclip.attacks.preview import preview
+    from decompclip.attacks.reflection import Reflection
+    from decompclip.attacks.sig import SIG
+    from decompclip.attacks.wanet import WaNet
     from decompclip.audit import AuditConfig, AuditResult, run_audit
+    from decompclip.audit.diagnose import diagnose
     from decompclip.cache.activations import ViTCache
-    from decompclip.cache.components import Components, embed, everything, heads, mlps
+    from decompclip.cache.components import Components, embed, everything, heads, layers, mlps, neurons, pool
     from decompclip.cache.decomposition import Decomposition
     from decompclip.cache.moments import Moments
     from decompclip.data.images import FolderSource, ShapesSource
     from decompclip.data.shapes import Shapes
+    from decompclip.data.texts import load_texts
     from decompclip.defenses.decomp_det import DecompDet
     from decompclip.defenses.decomp_rep import DecompRep
     from decompclip.models.clip import HookedCLIP
@@ -26,6 +38,26 @@ if TYPE_CHECKING:
     from decompclip.models.vit import HookedViT
     from decompclip.models.zoo import bundled
     from decompclip.operators.ablation import MeanAblate, ZeroAblate
+    from decompclip.operators.attention import attention_maps, contribution_maps
+    from decompclip.operators.attribution import attribution_patching
+    from decompclip.operators.effects import direct_and_causal
+    from decompclip.operators.greedy import most_damaging
+    from decompclip.operators.mask_scores import MaskScores, score_masks
+    from decompclip.operators.mmd import head_mmd, layer_mmd
+    from decompclip.operators.neurons import AblateNeurons, neuron_terms
+    from decompclip.operators.noise import RandomAblate
+    from decompclip.operators.patching import activation_patching
+    from decompclip.operators.paths import path_patching
+    from decompclip.operators.roles import role_change
+    from decompclip.operators.rollout import rollout
+    from decompclip.operators.splits import Evaluation, Validation
+    from decompclip.operators.sweeps import ablation_sweep
+    from decompclip.operators.textspan import textspan, textspans
+    from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
+    from decompclip.operators.textspan_result import TextSpan, TextSpans
+    from decompclip.operators.token_maps import TokenMaps
+    from decompclip.operators.tokens import AblateTokens
+    from decompclip.operators.transplant import Patch, Repair, ResampleAblate, decomp_reverse
     from decompclip.report import write_report
 
 __version__ = "0.1.0"
@@ -41,18 +73,64 @@ _HOME = {
     "Components": "cache.components",
     "heads": "cache.components",
     "mlps": "cache.components",
+    "layers": "cache.components",
+    "neurons": "cache.components",
     "embed": "cache.components",
+    "pool": "cache.components",
     "everything": "cache.components",
     "Moments": "cache.moments",
+    "Validation": "operators.splits",
+    "Evaluation": "operators.splits",
     "MeanAblate": "operators.ablation",
     "ZeroAblate": "operators.ablation",
+    "RandomAblate": "operators.noise",
+    "ResampleAblate": "operators.transplant",
+    "Patch": "operators.transplant",
+    "Repair": "operators.transplant",
+    "decomp_reverse": "operators.transplant",
+    "AblateNeurons": "operators.neurons",
+    "neuron_terms": "operators.neurons",
+    "AblateTokens": "operators.tokens",
+    "ablation_sweep": "operators.sweeps",
+    "most_damaging": "operators.greedy",
+    "activation_patching": "operators.patching",
+    "path_patching": "operators.paths",
+    "attribution_patching": "operators.attribution",
+    "textspan": "operators.textspan",
+    "textspans": "operators.textspan",
+    "TextFeatures": "operators.textspan_inputs",
+    "encode_texts": "operators.textspan_inputs",
+    "TextSpan": "operators.textspan_result",
+    "TextSpans": "operators.textspan_result",
+    "load_texts": "data.texts",
+    "head_mmd": "operators.mmd",
+    "layer_mmd": "operators.mmd",
+    "role_change": "operators.roles",
+    "direct_and_causal": "operators.effects",
+    "attention_maps": "operators.attention",
+    "contribution_maps": "operators.attention",
+    "rollout": "operators.rollout",
+    "TokenMaps": "operators.token_maps",
+    "score_masks": "operators.mask_scores",
+    "MaskScores": "operators.mask_scores",
     "DecompRep": "defenses.decomp_rep",
     "DecompDet": "defenses.decomp_det",
     "BadNet": "attacks.badnet",
     "Blended": "attacks.blended",
+    "LabelConsistent": "attacks.label_consistent",
+    "ISSBA": "attacks.issba",
+    "BadCLIP": "attacks.badclip",
+    "optimise_patch": "attacks.badclip_optimise",
+    "Kitty": "attacks.kitty",
+    "Reflection": "attacks.reflection",
+    "SIG": "attacks.sig",
+    "WaNet": "attacks.wanet",
+    "crossing": "attacks.crossing",
+    "preview": "attacks.preview",
     "Shapes": "data.shapes",
     "ShapesSource": "data.images",
     "FolderSource": "data.images",
+    "diagnose": "audit.diagnose",
     "AuditConfig": "audit",
     "AuditResult": "audit",
     "run_audit": "audit",
@@ -70,18 +148,64 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "Components",
     "heads",
     "mlps",
+    "layers",
+    "neurons",
     "embed",
+    "pool",
     "everything",
     "Moments",
+    "Validation",
+    "Evaluation",
     "MeanAblate",
     "ZeroAblate",
+    "RandomAblate",
+    "ResampleAblate",
+    "Patch",
+    "Repair",
+    "decomp_reverse",
+    "AblateNeurons",
+    "neuron_terms",
+    "AblateTokens",
+    "ablation_sweep",
+    "most_damaging",
+    "activation_patching",
+    "path_patching",
+    "attribution_patching",
+    "textspan",
+    "textspans",
+    "TextFeatures",
+    "encode_texts",
+    "TextSpan",
+    "TextSpans",
+    "load_texts",
+    "head_mmd",
+    "layer_mmd",
+    "role_change",
+    "direct_and_causal",
+    "attention_maps",
+    "contribution_maps",
+    "rollout",
+    "TokenMaps",
+    "score_masks",
+    "MaskScores",
     "DecompRep",
     "DecompDet",
     "BadNet",
     "Blended",
+    "LabelConsistent",
+    "ISSBA",
+    "BadCLIP",
+    "optimise_patch",
+    "Kitty",
+    "Reflection",
+    "SIG",
+    "WaNet",
+    "crossing",
+    "preview",
     "Shapes",
     "ShapesSource",
     "FolderSource",
+    "diagnose",
     "AuditConfig",
     "AuditResult",
     "run_audit",
