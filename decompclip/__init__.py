@@ -44,10 +44,12 @@ if TYPE_CHECKING:
     from decompclip.operators.greedy import most_damaging
     from decompclip.operators.mask_scores import MaskScores, score_masks
     from decompclip.operators.mmd import head_mmd, layer_mmd
+    from decompclip.operators.naming import agreement
     from decompclip.operators.neurons import AblateNeurons, neuron_terms
     from decompclip.operators.noise import RandomAblate
     from decompclip.operators.patching import activation_patching
     from decompclip.operators.paths import path_patching
+    from decompclip.operators.probes import Probes, probe
     from decompclip.operators.roles import role_change
     from decompclip.operators.rollout import rollout
     from decompclip.operators.splits import Evaluation, Validation
@@ -106,6 +108,9 @@ _HOME = {
     "head_mmd": "operators.mmd",
     "layer_mmd": "operators.mmd",
     "role_change": "operators.roles",
+    "probe": "operators.probes",
+    "Probes": "operators.probes",
+    "agreement": "operators.naming",
     "direct_and_causal": "operators.effects",
     "attention_maps": "operators.attention",
     "contribution_maps": "operators.attention",
@@ -181,6 +186,9 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "head_mmd",
     "layer_mmd",
     "role_change",
+    "probe",
+    "Probes",
+    "agreement",
     "direct_and_causal",
     "attention_maps",
     "contribution_maps",

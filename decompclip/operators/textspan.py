@@ -166,6 +166,7 @@ def fit_textspans(
                     total_variance=float(space.total[row]),
                     mean=means[row],
                     directions=picks.directions[row][kept],
+                    features=texts.features[indices],
                     n_images=moments.count,
                 )
             )

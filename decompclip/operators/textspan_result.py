@@ -35,6 +35,7 @@ class TextSpan:
         total_variance: of the component's terms, summed over the joint space.
         mean: of the terms.
         directions: orthonormal; the first p span what the first p texts (projected) span.
+        features: of the texts, as `role_change` compares them.
         n_images: behind the moments.
     """
 
@@ -46,6 +47,7 @@ class TextSpan:
     total_variance: float
     mean: Float[Tensor, " d_embed"]
     directions: Float[Tensor, "pick d_embed"]
+    features: Float[Tensor, "pick d_embed"]
     n_images: int
 
     @property

@@ -26,6 +26,7 @@ from decompclip.data.texts import general_texts, load_texts, shapes_texts
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.roles import role_change
 from decompclip.operators.textspan import fit_textspans, textspan, textspans
 from decompclip.operators.textspan_greedy import Terms, frame, pick
 from decompclip.operators.textspan_inputs import TextFeatures, default_images, encode_texts
@@ -254,6 +255,16 @@ def test_a_tower_pooled_by_attention(make_tower: Any, photos: Tensor) -> None:
         edited.heads[:, 2, 1], found[2, 1].reconstruct(d.heads[:, 2, 1]), rtol=1e-4, atol=1e-5
     )
     assert torch.equal(edited.mlps, d.mlps)
+
+
+def test_spans_of_two_models_can_be_held_against_each_other(
+    spans: TextSpans, described: TextFeatures
+) -> None:
+    first, second = spans.spans[0], spans.spans[1]
+    assert torch.equal(first.features, described.features[list(first.indices)])
+    same, other = (role_change(first, span, seed=0) for span in (first, second))
+    assert same.similarity.value == pytest.approx(1, abs=1e-5)
+    assert other.similarity.value < same.similarity.value
 
 
 def test_work_in_chunks_is_the_same(

@@ -1,0 +1,226 @@
+"""Direct against causal: what a component does by its own term, and through all that reads it (METHOD 2).
+
+The paper edits terms alone, and names that as its first limitation. Here one intervention a component is
+carried out both ways, and the effects on a score stand side by side:
+
+    direct      score of the features with the component's term edited
+    causal      score of a forward pass in which the component is edited, and later layers see it
+    difference  causal - direct: what later layers make of the edit, the last LayerNorm's new scale included
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.components import Components, heads, mlps
+from decompclip.cache.maps import Convention
+from decompclip.models.vit import HookedViT
+from decompclip.operators.intervention import Intervention
+from decompclip.operators.parts import Part, grid, parts_of, position
+from decompclip.operators.score import Metric, Score
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from decompclip.models.clip import HookedCLIP
+
+Mode = Literal["direct", "causal", "difference"]
+
+Z = 1.959963984540054
+"""Half-width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """Mean change of a score when each part is edited, both ways.
+
+    Attributes:
+        parts: the components edited, each alone.
+        direct, causal: edited minus as it is, mean over images.
+        direct_error, causal_error, difference_error: half-widths of 95 % intervals over images; nan for one image.
+        baseline: the score as it is.
+        metric: "logit", "logit_difference" or "accuracy".
+        intervention: what was done, in words, of the first part.
+        n_images: behind the means.
+    """
+
+    parts: tuple[Part, ...]
+    direct: Float[Tensor, " part"]
+    causal: Float[Tensor, " part"]
+    direct_error: Float[Tensor, " part"]
+    causal_error: Float[Tensor, " part"]
+    difference_error: Float[Tensor, " part"]
+    baseline: float
+    metric: Metric
+    intervention: str
+    n_images: int
+    n_layers: int
+    n_heads: int
+
+    @property
+    def difference(self) -> Float[Tensor, " part"]:
+        """Causal minus direct: the indirect effect."""
+        return self.causal - self.direct
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, of direct and causal effects over the parts; nan where either is the same for all."""
+        return float(torch.corrcoef(torch.stack([self.direct, self.causal]))[0, 1])
+
+    def heads(self, mode: Mode = "difference") -> Float[Tensor, "layer head"]:
+        """Effects of single heads; nan where not measured.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        return grid(self.parts, self._mode(mode), self.n_layers, self.n_heads)[0]
+
+    def mlps(self, mode: Mode = "difference") -> Float[Tensor, " layer"]:
+        """Effects of the MLPs; nan where not measured.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        return grid(self.parts, self._mode(mode), self.n_layers, self.n_heads)[1]
+
+    def _mode(self, mode: Mode) -> Tensor:
+        if mode not in get_args(Mode):
+            raise ValueError(f"expected a mode of {get_args(Mode)}; received {mode!r}")
+        return getattr(self, mode)
+
+    def __getitem__(self, part: Part | str) -> dict[Mode, float]:
+        """The effects of one part, by its name: `effects["heads[5, 2]"]["causal"]`.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        i = position(self.parts, part)
+        return {mode: float(self._mode(mode)[i]) for mode in get_args(Mode)}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a part."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "part": [str(part) for part in self.parts],
+            "kind": [part.kind for part in self.parts],
+            "layer": pd.array([part.layer for part in self.parts], dtype="Int64"),
+            "head": pd.array([part.head for part in self.parts], dtype="Int64"),
+        }
+        for mode in get_args(Mode):
+            columns[mode] = self._mode(mode).numpy()
+            columns[f"{mode}_error"] = getattr(self, f"{mode}_error").numpy()
+        return pd.DataFrame(columns)
+
+    def figure(self, *, mode: Mode | None = None) -> go.Figure:
+        """Causal over direct, one marker a part; with a mode, its heat map, layers by heads."""
+        from decompclip.figures.effects import effect_map, effect_scatter
+
+        return effect_scatter(self) if mode is None else effect_map(self, mode)
+
+    def __repr__(self) -> str:
+        return (
+            f"Effects({len(self.parts)} parts on the {self.metric.replace('_', ' ')}, {self.n_images} images; "
+            f"correlation of direct and causal {self.correlation:.2f})"
+        )
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        largest = frame.reindex(frame["causal"].abs().sort_values(ascending=False).index).head(20)
+        table: str = largest.to_html(index=False, float_format="%.4g")
+        return f"<p>{html.escape(repr(self))}; the largest causal effects first</p>{table}"
+
+
+@torch.no_grad()
+def direct_and_causal(
+    model: HookedViT | HookedCLIP,
+    images: Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]],
+    intervene: Callable[[Components], Intervention],
+    classifier: Float[Tensor, "class d_embed"],
+    target: int | Int[Tensor, " image"],
+    *,
+    metric: Metric = "logit_difference",
+    against: int | Int[Tensor, " image"] | None = None,
+    components: Components | None = None,
+    convention: Convention = "centred",
+    normalize: bool = False,
+) -> Effects:
+    """Edit every component alone, directly and causally, and score both. One forward pass a component and batch.
+
+    Args:
+        images: a batch as the tower takes it, or batches one after the other.
+        intervene: the edit of some components, for instance `lambda parts: MeanAblate(parts, moments)`.
+        classifier: text features.
+        target: the class whose logit is scored (or, for accuracy, counts as right): one, or one for each image.
+        metric: "logit": product of the feature and the target's text; "logit_difference": minus that of
+            `against`; "accuracy": whether the target's logit is the largest.
+        against: the other class; by default the mean of all others.
+        components: which; by default all heads and all MLPs.
+        convention, normalize: of the terms that the direct edit acts on, as `decompose` has them (and moments
+            were fitted with). Normalised, all features are divided by the length of the unedited one.
+
+    Raises:
+        IndexError: a component, or a class, that there is not.
+        ValueError: as `Score`; no images; or an intervention that does not fit the model.
+    """
+    visual = model if isinstance(model, HookedViT) else model.visual
+    score = Score(classifier, target, metric=metric, against=against)
+    components = heads | mlps if components is None else components
+    parts: tuple[Part, ...] = ()
+    scores: list[Tensor] = []
+    words, start = "", 0
+    for given in [images] if isinstance(images, Tensor) else images:
+        batch = given.to(visual.device, visual.dtype)
+        d = decompose(visual, batch, convention=convention, normalize=normalize)
+        parts = parts or parts_of(components, d.n_layers, d.n_heads, d.pool.shape[1])
+        edits = [intervene(part.components) for part in parts]
+        words = words or repr(edits[0])
+        rows = slice(start, start := start + len(batch))
+        scale = 1 / visual(batch).norm(dim=-1, keepdim=True) if normalize else 1.0
+        scores.append(
+            torch.stack(
+                [
+                    score(d.features, rows),
+                    *(score(edit(d).features, rows) for edit in edits),
+                    *(score(_causal(visual, batch, edit) * scale, rows) for edit in edits),
+                ]
+            )
+        )
+    if not start:
+        raise ValueError("expected at least one image; received none; check the image source")
+    score.check(start)
+    plain, direct, causal = torch.cat(scores, dim=1).split([1, len(parts), len(parts)])
+    return Effects(
+        parts=parts,
+        direct=(direct - plain).mean(1),
+        causal=(causal - plain).mean(1),
+        direct_error=_error(direct - plain),
+        causal_error=_error(causal - plain),
+        difference_error=_error(causal - direct),
+        baseline=float(plain.mean()),
+        metric=metric,
+        intervention=words,
+        n_images=start,
+        n_layers=visual.cfg.n_layers,
+        n_heads=visual.cfg.n_heads,
+    )
+
+
+def _causal(visual: HookedViT, images: Tensor, edit: Intervention) -> Float[Tensor, "batch d_embed"]:
+    with visual.hooks(fwd_hooks=edit.fwd_hooks(visual)):
+        return visual(images)
+
+
+def _error(scores: Float[Tensor, "part image"]) -> Float[Tensor, " part"]:
+    """Half-width of a 95 % interval of each row's mean."""
+    n = scores.shape[1]
+    return Z * scores.std(dim=1) / n**0.5 if n > 1 else torch.full_like(scores[:, 0], torch.nan)

@@ -1,0 +1,241 @@
+"""Maximum mean discrepancy of components' terms on two sets of images (METHOD 4; paper, figures 3 and 8d)."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from decompclip.cache.components import Components, heads, mlps
+from decompclip.cache.decomposition import Decomposition
+from decompclip.operators.mmd_kernel import labellings, median_distance, statistics
+from decompclip.operators.parts import Part, Points, check_alike, grid, position
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Kernel = Literal["unbiased", "paper"]
+Terms = Decomposition | Iterable[Decomposition]
+
+PAPER_BANDWIDTH, PAPER_SCALE = 10.0, 1000.0
+MEDIAN_OF = 1000
+"""Images among which the median distance is taken."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MMD:
+    """How far apart two sets of images are in the terms of each part.
+
+    Attributes:
+        parts: single heads and MLPs, or (`layer_mmd`) all heads of each layer and the MLPs.
+        values: squared MMD; with the paper's kernel biased and times 1000, else unbiased (so that it can fall
+            below zero).
+        p_values: share of relabelled samples with a value as large, the observed one counted; None without
+            permutations. Not below 1 / (permutations + 1).
+        adjusted: Benjamini and Hochberg's p-values, over the parts.
+        bandwidths: of the Gaussian kernel.
+        counts: images of either set.
+        twins: whether image i of the one set was taken as the twin of image i of the other.
+    """
+
+    parts: tuple[Part, ...]
+    values: Float[Tensor, " part"]
+    p_values: Float[Tensor, " part"] | None
+    adjusted: Float[Tensor, " part"] | None
+    bandwidths: Float[Tensor, " part"]
+    kernel: Kernel
+    counts: tuple[int, int]
+    permutations: int
+    twins: bool
+    seed: int
+    n_layers: int
+    n_heads: int
+
+    @property
+    def heads(self) -> Float[Tensor, "layer head"]:
+        """Values of single heads; nan where not measured."""
+        return grid(self.parts, self.values, self.n_layers, self.n_heads)[0]
+
+    @property
+    def mlps(self) -> Float[Tensor, " layer"]:
+        """Values of the MLPs; nan where not measured."""
+        return grid(self.parts, self.values, self.n_layers, self.n_heads)[1]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, part: Part | str) -> float:
+        """The value of a part, by its name: `mmd["heads[5, 2]"]`.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        return float(self.values[position(self.parts, part)])
+
+    def significant(self, rate: float = 0.05) -> tuple[Part, ...]:
+        """Parts that differ, with a false discovery rate of at most `rate`; the largest value first.
+
+        Raises:
+            ValueError: there are no p-values.
+        """
+        if self.adjusted is None:
+            raise ValueError(
+                "expected p-values to choose by; received a result without; compute it with permutations=999"
+            )
+        order = self.values.argsort(descending=True).tolist()
+        return tuple(self.parts[i] for i in order if self.adjusted[i] <= rate)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a part."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "part": [str(part) for part in self.parts],
+            "kind": [part.kind for part in self.parts],
+            "layer": [part.layer for part in self.parts],
+            "head": pd.array([part.head for part in self.parts], dtype="Int64"),
+            "mmd": self.values.numpy(),
+            "bandwidth": self.bandwidths.numpy(),
+        }
+        if self.p_values is not None and self.adjusted is not None:
+            columns |= {"p": self.p_values.numpy(), "p_adjusted": self.adjusted.numpy()}
+        return pd.DataFrame(columns)
+
+    def figure(self) -> go.Figure:
+        """A heat map, layers by heads with the MLPs beside; of whole layers, two curves."""
+        from decompclip.figures.mmd import mmd_curves, mmd_map
+
+        return (
+            mmd_curves(self)
+            if any(p.kind == "heads" and p.head is None for p in self.parts)
+            else mmd_map(self)
+        )
+
+    def __repr__(self) -> str:
+        tested = f"{self.permutations} permutations" if self.permutations else "no p-values"
+        pairs = "twins" if self.twins else "images"
+        return f"MMD({len(self)} parts, {self.kernel} kernel, {self.counts[0]} and {self.counts[1]} {pairs}, {tested})"
+
+    def _repr_html_(self) -> str:
+        table: str = self.to_frame().sort_values("mmd", ascending=False).head(20).to_html(index=False)
+        return f"<p>{html.escape(repr(self))}; the largest first</p>{table}"
+
+
+def head_mmd(
+    a: Terms,
+    b: Terms,
+    *,
+    components: Components | None = None,
+    kernel: Kernel = "unbiased",
+    permutations: int = 999,
+    twins: bool = False,
+    block: int = 1024,
+    seed: int = 0,
+) -> MMD:
+    """Squared MMD between the terms of each single component on two sets of images.
+
+    Pairs of images are gone through in blocks, so that memory is O(block^2) beside the points themselves: of a
+    stream, the asked-for components' coordinates are kept (d_head numbers a head and image), no terms.
+
+    Args:
+        a, b: decompositions, or streams of batches, for instance of clean and of triggered images.
+        components: which; by default all heads and all MLPs.
+        kernel: "unbiased": U-statistic, Gaussian kernel as wide as the median distance between images;
+            "paper": V-statistic, bandwidth 10, times 1000, which on terms this small is ten times the squared
+            distance of the means.
+        permutations: relabellings for the p-values, the same for every component; 0 for none. A component that
+            differs alone among k can only be told (at a rate of 5 %) by more than 20 k of them.
+        twins: image i of `a` and of `b` are one image, but for the trigger. Twins are not independent: labels are
+            then swapped within pairs only, and pairs left out of the unbiased estimate.
+        block: images a side of a block.
+        seed: of the relabellings, and of the images among which the median is taken, past 1000.
+
+    Raises:
+        IndexError: a component that the tower does not have.
+        TypeError: a stream of something else.
+        ValueError: an unknown kernel, fewer than two images a side, twins that are not as many, or terms of
+            different models or options.
+    """
+    components = heads | mlps if components is None else components
+    return _mmd(a, b, components, kernel, permutations, twins, block, seed)
+
+
+def layer_mmd(
+    a: Terms,
+    b: Terms,
+    *,
+    kernel: Kernel = "unbiased",
+    permutations: int = 999,
+    twins: bool = False,
+    block: int = 1024,
+    seed: int = 0,
+) -> MMD:
+    """Squared MMD of what all heads of a layer write together, and of the layer's MLP (paper, figure 8d).
+
+    Args and errors as `head_mmd`.
+    """
+    return _mmd(a, b, None, kernel, permutations, twins, block, seed)
+
+
+def _mmd(
+    a: Terms,
+    b: Terms,
+    components: Components | None,
+    kernel: Kernel,
+    permutations: int,
+    twins: bool,
+    block: int,
+    seed: int,
+) -> MMD:
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"expected a kernel of {get_args(Kernel)}; received {kernel!r}")
+    if permutations < 0 or block < 1:
+        raise ValueError(
+            f"expected permutations of at least 0 and a block of at least 1; received permutations={permutations}, "
+            f"block={block}"
+        )
+    one, two = Points.of(a, components), Points.of(b, components)
+    check_alike(one.maps, one.normalized, two.maps, two.normalized)
+    n, m = len(one), len(two)
+    if min(n, m) < 2:
+        raise ValueError(f"expected at least two images a side; received {n} and {m}; add images")
+    if twins and n != m:
+        raise ValueError(
+            f"expected twins, as many images on either side; received {n} and {m}; leave out images without a "
+            "twin, or pass twins=False"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    labels = labellings(n, m, permutations, twins, generator)
+    subset = torch.randperm(n + m, generator=generator)[:MEDIAN_OF]
+    values, p_values, bandwidths = [], [], []
+    for index in range(len(one.parts)):
+        points = torch.cat([one[index].cpu(), two[index].cpu()]).double()
+        points = points - points.mean(0)  # distances stay, and lose fewer digits
+        sigma = PAPER_BANDWIDTH if kernel == "paper" else median_distance(points[subset])
+        found = statistics(points, labels, sigma, n, kernel == "unbiased", twins, block)
+        slack = 1e-12 * found.abs().max()  # relabellings that only round differently are ties
+        values.append(found[0] * (PAPER_SCALE if kernel == "paper" else 1))
+        p_values.append((found >= found[0] - slack).double().mean())
+        bandwidths.append(sigma)
+    p = torch.stack(p_values) if permutations else None
+    return MMD(
+        parts=one.parts,
+        values=torch.stack(values),
+        p_values=p,
+        adjusted=None if p is None else torch.from_numpy(false_discovery_control(p.numpy())),
+        bandwidths=torch.tensor(bandwidths, dtype=torch.float64),
+        kernel=kernel,
+        counts=(n, m),
+        permutations=permutations,
+        twins=twins,
+        seed=seed,
+        n_layers=one.maps.heads.shape[0],
+        n_heads=one.maps.heads.shape[1],
+    )

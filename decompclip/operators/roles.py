@@ -1,0 +1,289 @@
+"""Change of role: how far two descriptions of a component are from one another (METHOD 4, last bullet but one).
+
+The paper's second limitation is that it compares clean and triggered descriptions by eye. Here in numbers,
+each with a bootstrap interval. What is resampled is always the side that is described (texts, or images where
+terms are given), while the side that describes stays whole: resampled spans shrink, and the interval of two
+shrunken spans would miss the very value it is meant for.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from scipy.linalg import subspace_angles
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+CONFIDENCE = 0.95
+EXACT = 1e-6
+"""Relative size under which an axis of a span is rounding of the features."""
+
+CHANCE_DRAWS = 200
+"""Pairs of random sets of texts that give the level of chance."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """What describes a component: texts and their features; for instance a result of TEXTSPAN."""
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+    @property
+    def features(self) -> Float[Tensor, "text d_embed"]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """Texts and their features (`model.encode_text(texts)`), where no result has both."""
+
+    texts: Sequence[str]
+    features: Float[Tensor, "text d_embed"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % bootstrap interval, and what random texts of the pool would give."""
+
+    value: float
+    low: float
+    high: float
+    chance: float | None = None
+
+    def __str__(self) -> str:
+        chance = "" if self.chance is None else f", chance {self.chance:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{chance}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RoleChange:
+    """How alike two descriptions are.
+
+    Attributes:
+        before, after: the texts.
+        measures: by name, all 1 where nothing changed but for those of terms:
+            "text similarity": mean cosine of each text to the nearest of the other set, both ways;
+            "span overlap": mean squared cosine of the principal angles;
+            "before by after", "after by before": share of the one's variance in the span of the other; of its
+                terms where given, and then beside "before by before" and "after by after"; else of its texts.
+        angles: principal angles between the two spans, degrees, ascending.
+        cosines: of each text before to each text after.
+        centred: whether the pool's mean was taken off the texts' features.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    measures: Mapping[str, Estimate]
+    angles: Float[Tensor, " angle"]
+    cosines: Float[Tensor, "before after"]
+    centred: bool
+
+    @property
+    def similarity(self) -> Estimate:
+        return self.measures["text similarity"]
+
+    @property
+    def overlap(self) -> Estimate:
+        return self.measures["span overlap"]
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Texts that stand in both."""
+        return tuple(text for text in self.before if text in self.after)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a measure."""
+        import pandas as pd
+
+        rows = [
+            {"measure": name, "value": e.value, "low": e.low, "high": e.high, "chance": e.chance}
+            for name, e in self.measures.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def figure(self) -> go.Figure:
+        """The measures with their intervals, and the cosines text by text."""
+        from decompclip.figures.roles import role_figure
+
+        return role_figure(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"RoleChange(similarity {self.similarity}; overlap {self.overlap}; {len(self.shared)} of "
+            f"{len(self.before)} texts kept)"
+        )
+
+    def _repr_html_(self) -> str:
+        table: str = self.to_frame().to_html(index=False, float_format="%.3f", na_rep="")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
+
+
+def role_change(
+    before: Described,
+    after: Described,
+    *,
+    pool: Float[Tensor, "pool d_embed"] | None = None,
+    terms: tuple[Float[Tensor, "before d_embed"], Float[Tensor, "after d_embed"]] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> RoleChange:
+    """Compare what describes a component on two sets of images.
+
+    Args:
+        before, after: for instance its TEXTSPAN on clean and on triggered images.
+        pool: features of the texts that both were picked from. Their mean, which all of CLIP's text features
+            share and which makes everything alike, is taken off; random sets of them give the level of chance.
+        terms: the component's terms on the two sets of images; their variance is then what is explained.
+        draws: of the bootstrap.
+        seed: of the bootstrap, and of the random sets.
+
+    Raises:
+        ValueError: a description without texts, features that are not one for each text or of another width, a
+            feature of zero length, fewer than one draw, or fewer than two images.
+    """
+    if draws < 1:
+        raise ValueError(f"expected at least one bootstrap draw; received draws={draws}")
+    raw = [_features(side, name) for side, name in ((before, "before"), (after, "after"))]
+    for other, name in ((raw[1], "after"), (pool, "pool"), *((x, "terms") for x in terms or ())):
+        if other is not None and (other.ndim != 2 or other.shape[1] != raw[0].shape[1]):
+            raise ValueError(
+                f"expected {name} of width {raw[0].shape[1]}, as the features before; received "
+                f"{list(other.shape)}; take all from one model"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    wide = None if pool is None else pool.detach().cpu().double()
+    mean = torch.zeros(()) if wide is None else F.normalize(wide, dim=-1).mean(0)
+    A, B = (_unit(x - mean) for x in raw)
+    cosines = A @ B.T
+    i, j = (torch.randint(len(x), (draws, len(x)), generator=generator) for x in (A, B))
+
+    def of_texts(a: Float[Tensor, " before"], b: Float[Tensor, " after"]) -> tuple[Tensor, Tensor]:
+        return (a.mean() + b.mean()) / 2, (a[i].mean(1) + b[j].mean(1)) / 2
+
+    found = {
+        "text similarity": of_texts(*_nearest(cosines)),
+        "span overlap": of_texts(*_overlap(A, B)),
+    }
+    # Terms are explained by texts as they are, other texts past the pool's mean.
+    spans = {"before": raw[0], "after": raw[1]} if terms else {"before": A, "after": B}
+    samples = {"before": _centred(terms[0]), "after": _centred(terms[1])} if terms else spans
+    for side, x in samples.items():
+        for other, texts in spans.items():
+            if side != other or terms:
+                found[f"{side} by {other}"] = _explained(x, texts, draws, generator)
+    chance: dict[str, float] = {}
+    if wide is not None:
+        chance = _chance(
+            F.normalize(wide, dim=-1), mean, samples if terms else None, len(A), len(B), generator
+        )
+    angles = torch.from_numpy(subspace_angles(A.T.numpy(), B.T.numpy()).copy()).flip(0).rad2deg()
+    return RoleChange(
+        before=tuple(before.texts),
+        after=tuple(after.texts),
+        measures={name: _estimate(*pair, chance.get(name)) for name, pair in found.items()},
+        angles=angles,
+        cosines=cosines,
+        centred=pool is not None,
+    )
+
+
+def _features(side: Described, name: str) -> Float[Tensor, "text d_embed"]:
+    x = side.features.detach().cpu().double()
+    if isinstance(side.texts, str) or not len(side.texts) or len(x) != len(side.texts):
+        raise ValueError(
+            f"expected a list of texts and one feature for each; received {len(side.texts)} texts and "
+            f"{len(x)} features {name}; encode the texts with model.encode_text"
+        )
+    return _unit(x)
+
+
+def _unit(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "text d_embed"]:
+    lengths = x.norm(dim=-1, keepdim=True)
+    if not bool((lengths > 0).all()):
+        raise ValueError(
+            "expected features of some length; received one of length zero, or not a number; a pool of a single "
+            "text leaves nothing: give the whole pool"
+        )
+    return x / lengths
+
+
+def _nearest(
+    cosines: Float[Tensor, "before after"],
+) -> tuple[Float[Tensor, " before"], Float[Tensor, " after"]]:
+    return cosines.amax(1), cosines.amax(0)
+
+
+def _basis(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "d_embed axis"]:
+    """Orthonormal axes of the span."""
+    U, S, _ = torch.linalg.svd(x.T, full_matrices=False)
+    return U[:, S / S[0] > EXACT]
+
+
+def _overlap(A: Tensor, B: Tensor) -> tuple[Float[Tensor, " before"], Float[Tensor, " after"]]:
+    """Mean squared cosine of the principal angles, text by text: either side's mean is that of the spans.
+
+    `tr(P_A P_B) = sum_i (A P_B A^+)_ii`, a sum over the texts of A: their contributions can be resampled where
+    resampled spans, of fewer texts, would overlap more.
+    """
+    a, b = _basis(A), _basis(B)
+    shares = (A * (torch.linalg.pinv(A, rtol=EXACT).T @ b @ b.T)).sum(1)
+    others = (B * (torch.linalg.pinv(B, rtol=EXACT).T @ a @ a.T)).sum(1)
+    return shares * len(A) / a.shape[1], others * len(B) / b.shape[1]
+
+
+def _explained(
+    x: Float[Tensor, "row d_embed"], texts: Tensor, draws: int, generator: torch.Generator
+) -> tuple[Float[Tensor, ""], Float[Tensor, " draw"]]:
+    """Share of the rows' squared length inside the span of the texts; and of resampled rows."""
+    whole, inside = x.square().sum(1), (x @ _basis(texts)).square().sum(1)
+    n = len(x)
+    weights = torch.stack(
+        [torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(draws)]
+    ).double()
+    return inside.sum() / whole.sum(), (weights @ inside) / (weights @ whole)
+
+
+def _centred(terms: Float[Tensor, "image d_embed"]) -> Float[Tensor, "image d_embed"]:
+    if len(terms) < 2:
+        raise ValueError(f"expected terms of at least two images; received {len(terms)}; add images")
+    x = terms.detach().cpu().double()
+    return x - x.mean(0)
+
+
+def _chance(
+    pool: Float[Tensor, "pool d_embed"],
+    mean: Tensor,
+    terms: Mapping[str, Tensor] | None,
+    p: int,
+    q: int,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Means over random sets of `p` and `q` texts."""
+    values: dict[str, list[Tensor]] = {}
+    for _ in range(CHANCE_DRAWS):
+        raw = [pool[torch.randperm(len(pool), generator=generator)[:size]] for size in (p, q)]
+        a, b = (_unit(x - mean) for x in raw)
+        pairs = {"text similarity": _nearest(a @ b.T), "span overlap": _overlap(a, b)}
+        drawn = {name: (x.mean() + y.mean()) / 2 for name, (x, y) in pairs.items()}
+        spans = dict(zip(("before", "after"), raw if terms else (a, b), strict=True))
+        for side, x in (terms or spans).items():
+            for other, texts in spans.items():
+                drawn[f"{side} by {other}"] = (x @ _basis(texts)).square().sum() / x.square().sum()
+        for name, value in drawn.items():
+            values.setdefault(name, []).append(value)
+    return {name: float(torch.stack(found).mean()) for name, found in values.items()}
+
+
+def _estimate(value: Tensor, drawn: Tensor, chance: float | None) -> Estimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(drawn, drawn.new_tensor([tail, 1 - tail])).tolist()
+    return Estimate(float(value), low, high, chance)

@@ -1,0 +1,271 @@
+"""MMD of components: blocks against plain sums over pairs, p-values, streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.components import embed, everything, heads, mlps, neurons
+from decompclip.cache.decomposition import Decomposition
+from decompclip.models.vit import HookedViT
+from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
+from decompclip.operators.mmd_kernel import labellings, statistics
+from decompclip.operators.parts import Part, Points
+
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-9}
+
+
+def draw(seed: int, n: int) -> Tensor:
+    return torch.randn(n, 3, 24, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def a(tower: HookedViT) -> Decomposition:
+    return decompose(tower, draw(1, 9))
+
+
+@pytest.fixture(scope="module")
+def b(tower: HookedViT) -> Decomposition:
+    return decompose(tower, 0.5 + 1.5 * draw(2, 9))
+
+
+def reference(x: Tensor, y: Tensor, kernel: str, *, twins: bool = False) -> float:
+    """Plain sums over pairs of terms, as the definitions have them."""
+    pooled = torch.cat([x, y]).double().numpy()
+    distances = np.array([[np.linalg.norm(u - v) for v in pooled] for u in pooled])
+    n, pairs = len(x), sorted(distances[np.tril_indices(len(pooled), -1)])
+    sigma = (
+        10.0 if kernel == "paper" else pairs[(len(pairs) - 1) // 2]
+    )  # torch's median: the lower one of two
+    K = np.exp(-(distances**2) / (2 * sigma**2))
+    xx, yy, xy = K[:n, :n], K[n:, n:], K[:n, n:]
+    if kernel == "paper":
+        return 1000 * float(xx.mean() + yy.mean() - 2 * xy.mean())
+
+    def off_diagonal(k: np.ndarray) -> float:
+        return float(np.mean([k[i, j] for i in range(len(k)) for j in range(len(k)) if i != j]))
+
+    return off_diagonal(xx) + off_diagonal(yy) - 2 * (off_diagonal(xy) if twins else float(xy.mean()))
+
+
+@pytest.mark.parametrize("kernel", ["unbiased", "paper"])
+@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("block", [1, 4, 1024])
+def test_blocks_give_the_sums_over_pairs(
+    a: Decomposition, b: Decomposition, kernel: Any, twins: bool, block: int
+) -> None:
+    found = head_mmd(a, b, kernel=kernel, twins=twins, block=block, permutations=0, components=everything)
+    assert len(found) == 3 * 4 + 3 + 1
+    for layer in range(3):
+        for head in range(4):
+            expected = reference(a.heads[:, layer, head], b.heads[:, layer, head], kernel, twins=twins)
+            assert found[f"heads[{layer}, {head}]"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert float(found.heads[layer, head]) == found[f"heads[{layer}, {head}]"]
+        expected = reference(a.mlps[:, layer], b.mlps[:, layer], kernel, twins=twins)
+        assert float(found.mlps[layer]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found["embed"] == pytest.approx(
+        reference(a.embed, b.embed, kernel, twins=twins), rel=1e-4, abs=1e-6
+    )
+
+
+def test_layers_take_their_heads_together(a: Decomposition, b: Decomposition) -> None:
+    found = layer_mmd(a, b, permutations=0)
+    assert [str(part) for part in found.parts] == [
+        f"{kind}[{i}]" for kind in ("heads", "mlps") for i in range(3)
+    ]
+    for layer in range(3):
+        expected = reference(a.heads[:, layer].sum(1), b.heads[:, layer].sum(1), "unbiased")
+        assert found[f"heads[{layer}]"] == pytest.approx(expected, rel=1e-4)
+        expected = reference(a.mlps[:, layer], b.mlps[:, layer], "unbiased")
+        assert found[f"mlps[{layer}]"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_points_keep_the_distances_of_terms(a: Decomposition) -> None:
+    points = Points.of(a, heads)
+    for index, part in enumerate(points.parts):
+        assert part.layer is not None and part.head is not None
+        terms = a.heads[:, part.layer, part.head]
+        assert points[index].shape == (9, 8)  # d_head numbers, not d_embed
+        torch.testing.assert_close(torch.cdist(points[index], points[index]), torch.cdist(terms, terms))
+
+
+def test_the_paper_s_kernel_is_ten_times_the_squared_distance_of_means(
+    a: Decomposition, b: Decomposition
+) -> None:
+    small = [d.edit(coords=d.coords / 100, mlps=d.mlps / 100) for d in (a, b)]
+    found = head_mmd(*small, kernel="paper", permutations=0)
+    gap = small[0].heads.double().mean(0) - small[1].heads.double().mean(0)
+    torch.testing.assert_close(found.heads, 10 * gap.square().sum(-1), rtol=1e-3, atol=0)
+    assert set(found.bandwidths.tolist()) == {10.0}
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_p_values_count_relabellings(a: Decomposition, b: Decomposition, twins: bool) -> None:
+    found = head_mmd(a, b, twins=twins, permutations=19, components=heads[1, 2], seed=3)
+    labels = labellings(9, 9, 19, twins, torch.Generator().manual_seed(3))
+    pooled = torch.cat([a.heads[:, 1, 2], b.heads[:, 1, 2]])
+    assert torch.equal(labels[:, 0], torch.arange(18) < 9)
+    assert (labels.sum(0) == 9).all()
+    values = []
+    for column in labels.T:
+        if twins:  # as in the labelling, the first of each pair is the one labelled true
+            swapped = column[:9]
+            assert torch.equal(swapped, ~column[9:])
+            x = torch.where(swapped[:, None], pooled[:9], pooled[9:])
+            y = torch.where(swapped[:, None], pooled[9:], pooled[:9])
+        else:
+            x, y = pooled[column], pooled[~column]
+        values.append(reference(x, y, "unbiased", twins=twins))
+    expected = np.mean([value >= values[0] - 1e-9 for value in values])
+    assert found.p_values is not None
+    assert float(found.p_values) == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_adjusted_p_values_are_benjamini_and_hochberg_s(a: Decomposition, b: Decomposition) -> None:
+    found = head_mmd(a, b, permutations=99)
+    assert found.p_values is not None and found.adjusted is not None
+    p = found.p_values.tolist()
+    k = len(p)
+    for i, value in enumerate(p):
+        larger = [q for q in p if q >= value]
+        expected = min(1.0, *(q * k / sum(other <= q for other in p) for q in larger))
+        assert float(found.adjusted[i]) == pytest.approx(expected)
+
+
+def test_only_the_part_that_moved_is_significant(a: Decomposition, tower: HookedViT) -> None:
+    noise = torch.Generator().manual_seed(4)
+    many = decompose(tower, draw(5, 40))
+    coords = many.coords + 0.01 * torch.randn(many.coords.shape, generator=noise)
+    coords[:, 2, 1] += 4
+    found = head_mmd(many, many.edit(coords=coords), components=heads, twins=True, permutations=499)
+    assert [str(part) for part in found.significant()] == ["heads[2, 1]"]
+    assert found.adjusted is not None
+    assert float(found.adjusted[found.parts.index(Part("heads", 2, 1))]) == pytest.approx(12 / 500)
+    assert head_mmd(a, a, permutations=20).significant(0.9) == ()
+
+
+def test_the_same_images_twice_are_no_further_apart_than_chance(a: Decomposition) -> None:
+    found = head_mmd(a, a, kernel="paper", permutations=20)
+    torch.testing.assert_close(found.values, torch.zeros(15).double(), atol=1e-9, rtol=0)
+    assert found.p_values is not None and (found.p_values == 1).all()
+
+
+def test_terms_that_never_vary_are_not_apart(a: Decomposition) -> None:
+    still = a.edit(coords=torch.ones_like(a.coords))
+    found = head_mmd(still, still[:5], components=heads, permutations=20)
+    assert not found.values.any()
+    assert found.p_values is not None and (found.p_values == 1).all()
+
+
+def test_the_estimate_is_unbiased_and_the_test_keeps_its_rate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, rejected = [], 0
+    for seed in range(200):
+        points = torch.randn(24, 3, generator=generator, dtype=torch.float64)
+        labels = labellings(12, 12, 39, False, torch.Generator().manual_seed(seed))
+        found = statistics(points, labels, 1.5, 12, True, False, 8)
+        values.append(float(found[0]))
+        rejected += bool((found >= found[0]).double().mean() <= 0.05)
+    assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
+    assert 2 <= rejected <= 22  # of 200 at 5 %
+
+
+def test_streams_and_the_order_of_images_change_nothing(a: Decomposition, b: Decomposition) -> None:
+    whole = head_mmd(a, b, permutations=9, twins=True)
+    stream = head_mmd((a[i : i + 4] for i in (0, 4, 8)), [b[:1], b[1:]], permutations=9, twins=True)
+    torch.testing.assert_close(stream.values, whole.values, **CLOSE)
+    assert stream.p_values is not None and whole.p_values is not None
+    assert torch.equal(stream.p_values, whole.p_values)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        head_mmd(a[order], b, permutations=0).values, head_mmd(a, b, permutations=0).values
+    )
+    torch.testing.assert_close(head_mmd(b, a, permutations=0).values, head_mmd(a, b, permutations=0).values)
+    again = head_mmd(a, b, permutations=9, twins=True)
+    assert torch.equal(again.values, whole.values)
+
+
+def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
+    found = head_mmd(a, b, permutations=19, components=heads[-1] | mlps[0] | embed)
+    assert repr(found) == "MMD(6 parts, unbiased kernel, 9 and 9 images, 19 permutations)"
+    frame = found.to_frame()
+    assert list(frame.columns) == ["part", "kind", "layer", "head", "mmd", "bandwidth", "p", "p_adjusted"]
+    assert frame["mmd"].tolist() == found.values.tolist()
+    assert frame["part"].tolist() == [*(f"heads[2, {h}]" for h in range(4)), "mlps[0]", "embed"]
+    assert "heads[2, 0]" in found._repr_html_()
+    assert found.heads[:2].isnan().all() and not found.heads[2].isnan().any()
+    assert [repr(part.components) for part in found.parts] == frame["part"].tolist()
+    plain = head_mmd(a, b, permutations=0)
+    assert "p" not in plain.to_frame() and "no p-values" in repr(plain)
+
+
+def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
+    found = head_mmd(a, b, permutations=39)
+    traces: Any = found.figure().data
+    grids = [trace.z for trace in traces if trace.type == "heatmap"]
+    np.testing.assert_array_equal(grids[0], found.heads.numpy())
+    np.testing.assert_array_equal(grids[1][:, 0], found.mlps.numpy())
+    marked = [trace for trace in traces if trace.type == "scatter"]
+    assert sum(len(trace.x) for trace in marked) == len(found.significant())
+    layers = layer_mmd(a, b, permutations=39)
+    curves: Any = layers.figure().data
+    assert [list(curve.y) for curve in curves] == [layers.values[:3].tolist(), layers.values[3:].tolist()]
+    open_ = sum(str(symbol).endswith("-open") for curve in curves for symbol in curve.marker.symbol)
+    assert open_ == 6 - len(layers.significant())
+    some: Any = head_mmd(a, b, components=heads[0], permutations=0).figure().data
+    assert len(some) == 2  # no marks without p-values
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_errors_say_what_to_do(a: Decomposition, b: Decomposition, tower: HookedViT, make_tower: Any) -> None:
+    def fails(kind: type[Exception], words: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(kind, match=words):
+            head_mmd(*args, **options)
+
+    fails(ValueError, r"a kernel of \('unbiased', 'paper'\); received 'rbf'", a, b, kernel="rbf")
+    fails(ValueError, "received permutations=-1, block=1024", a, b, permutations=-1)
+    fails(ValueError, "two images a side; received 1 and 9; add images", a[:1], b)
+    fails(
+        ValueError, "twins, as many images on either side; received 8 and 9; leave out", a[:8], b, twins=True
+    )
+    fails(ValueError, "at least one image; received none; check the image source", [], b)
+    fails(TypeError, r"received Tensor in it; make one with model\.decompose", [a.coords], b)
+    fails(TypeError, r"components such as heads\[-1\] \| mlps; received 'heads'", a, b, components="heads")
+    fails(IndexError, "received layer 3", a, b, components=heads[3])
+    fails(ValueError, "which names none", a, b, components=heads - heads)
+    fails(ValueError, "single neurons, whose terms are not kept apart", a, b, components=neurons[0])
+    other = decompose(make_tower(seed=8, layer_scale=True), draw(1, 4))
+    fails(ValueError, "terms of one model; received those of another", a, other)
+    fails(ValueError, "decompose all images with the same model", [a, other], b)
+    paper = decompose(tower, draw(1, 4), convention="paper")
+    fails(ValueError, "convention='centred', as those before; received convention='paper'", a, paper)
+    unit = decompose(tower, draw(1, 4), normalize=True)
+    fails(ValueError, "normalize=False, as those before; received normalize=True", a, unit)
+    found: MMD = head_mmd(a, b, components=mlps, permutations=0)
+    with pytest.raises(
+        KeyError, match=r"the 3 parts measured, mlps\[0\] .. mlps\[2\]; received heads\[0, 0\]"
+    ):
+        found["heads[0, 0]"]
+    with pytest.raises(ValueError, match="p-values to choose by; received a result without"):
+        found.significant()
+
+
+def test_towers_with_an_attention_pool(make_tower: Any) -> None:
+    """There coordinates are the terms, and the pool's MLP is a part of its own."""
+    tower = make_tower(pool="attention", pool_heads=2, pool_mlp=24, n_prefix=0, projection=False, d_embed=32)
+    a, b = (decompose(tower, x) for x in (draw(1, 6), 2 * draw(2, 6)))
+    found = head_mmd(a, b, components=everything, permutations=0)
+    assert [str(part) for part in found.parts[-2:]] == ["embed", "pool"]
+    for name, x, y in (
+        ("pool", a.pool[:, 0], b.pool[:, 0]),
+        ("heads[1, 2]", a.heads[:, 1, 2], b.heads[:, 1, 2]),
+    ):
+        assert found[name] == pytest.approx(reference(x, y, "unbiased"), rel=1e-4)
+    together = reference(a.heads[:, 1].sum(1), b.heads[:, 1].sum(1), "unbiased")
+    assert layer_mmd(a, b, permutations=0)["heads[1]"] == pytest.approx(together, rel=1e-4)
