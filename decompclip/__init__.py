@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from decompclip.attacks.wanet import WaNet
     from decompclip.audit import AuditConfig, AuditResult, run_audit
     from decompclip.audit.diagnose import diagnose
+    from decompclip.audit.diagnosis import Diagnosis
     from decompclip.cache.activations import ViTCache
     from decompclip.cache.components import Components, embed, everything, heads, layers, mlps, neurons, pool
     from decompclip.cache.decomposition import Decomposition
@@ -136,6 +137,7 @@ _HOME = {
     "ShapesSource": "data.images",
     "FolderSource": "data.images",
     "diagnose": "audit.diagnose",
+    "Diagnosis": "audit.diagnosis",
     "AuditConfig": "audit",
     "AuditResult": "audit",
     "run_audit": "audit",
@@ -214,6 +216,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "ShapesSource",
     "FolderSource",
     "diagnose",
+    "Diagnosis",
     "AuditConfig",
     "AuditResult",
     "run_audit",

@@ -1,25 +1,20 @@
-"""The command line: `decompclip audit`, `decompclip demo`. Heavy imports wait inside the commands."""
+"""The command line: `decompclip audit`, `demo` and `diagnose`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from decompclip import __version__
+from decompclip.console import plain_errors, progress
 
 if TYPE_CHECKING:
     from decompclip.audit import AuditResult
 
-T = TypeVar("T")
-EXPECTED_ERROR = 2
 MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
 
 app = typer.Typer(
@@ -47,6 +42,16 @@ class Convention(str, Enum):
     paper = "paper"
 
 
+# Options that several commands share.
+Model = Annotated[
+    str, typer.Argument(help="open_clip's name (ViT-B-32, ...) or a bundled model (shapes, ...).")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"decompclip {__version__}")
@@ -64,9 +69,7 @@ def root(
 
 @app.command()
 def audit(
-    model: Annotated[
-        str, typer.Argument(help="open_clip's name (ViT-B-32, ...) or a bundled model (shapes, ...).")
-    ],
+    model: Model,
     clean: Annotated[str, typer.Option(help="Folder of clean images, or a bundled data set (shapes).")],
     suspect: Annotated[
         str, typer.Option(help="Folder of suspect images, or one of shapes:badnet, shapes:blended.")
@@ -78,12 +81,8 @@ def audit(
     target: Annotated[
         str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")
-    ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")
-    ] = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
     ] = Activation.auto,
@@ -105,16 +104,12 @@ def audit(
         int, typer.Option(min=0, help="Decomp-Det: suspicious with more flagged heads than this.")
     ] = 5,
     examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 64,
+    batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of subsets and splits.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number."""
     with plain_errors():
-        import torch
-
         from decompclip.audit import AuditConfig, Names, run_audit
         from decompclip.audit.sources import open_classes, open_source
         from decompclip.models.loading import load
@@ -136,8 +131,7 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
+        device = _device(device)
         audited = load(
             model, pretrained=pretrained, checkpoint=checkpoint, activation=activation.value, device=device
         )
@@ -187,53 +181,53 @@ def demo(
         _finish(results, out, title="Two backdoored CLIPs beside their clean twin")
 
 
+@app.command()
+def diagnose(
+    model: Model,
+    images: Annotated[
+        str, typer.Option(help="Folder with a sub-folder of images a class, or a bundled data set (shapes).")
+    ],
+    classes: Annotated[
+        Path | None, typer.Option(help="File with one class a line; bundled models know theirs.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    activation: Annotated[
+        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
+    ] = Activation.auto,
+    limit: Annotated[int, typer.Option(min=0, help="Most images (a seeded subset); 0 takes all.")] = 500,
+    batch_size: BatchSize = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the subset.")] = 0,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every number, as JSON.")] = False,
+) -> None:
+    """Look for what silently costs accuracy: a wrong activation, normalisation, class order, ...
+
+    Ends with exit code 1 if it finds an error.
+    """
+    with plain_errors():
+        import json
+
+        from decompclip.audit.diagnose import diagnose as run_diagnosis
+        from decompclip.audit.sources import open_classes, open_source
+        from decompclip.models.loading import load
+
+        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        clip = load(model, **weights, device=_device(device))
+        names = (clip.class_names if classes is None else ()) or open_classes(classes, images)
+        source = open_source(images, clip, names, limit=limit or None, seed=seed)
+        with progress() as track:
+            found = run_diagnosis(clip, source, class_names=names, batch_size=batch_size, track=track)
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else repr(found))
+        if skipped := len(source.skipped):
+            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+    if any(fault.severity == "error" for fault in found.findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The entry point of the console script."""
     app()
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Warnings, and errors that bad input causes, become one line each; DECOMPCLIP_DEBUG=1 shows where they
-    come from."""
-    try:
-        with warnings.catch_warnings():
-            if not os.environ.get("DECOMPCLIP_DEBUG"):
-                warnings.showwarning = _one_line
-            yield
-    except (ValueError, OSError, LookupError, ArithmeticError, ImportError, NotImplementedError) as error:
-        if os.environ.get("DECOMPCLIP_DEBUG"):
-            raise
-        words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        typer.echo(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
-        raise typer.Exit(EXPECTED_ERROR) from None
-
-
-def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    if issubclass(category, UserWarning):  # others are for developers
-        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A `Track` that draws bars on stderr, and leaves one line a finished step where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-
-        def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-            if not console.is_terminal:
-                print(description, file=sys.stderr)
-            # the description may hold brackets, which rich would take for markup
-            task = bars.add_task(description.replace("[", r"\["), total=total)
-            for item in items:
-                yield item
-                bars.advance(task)
-
-        yield track
 
 
 def _check_out(out: Path) -> None:
@@ -247,14 +241,17 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def _device(device: str | None) -> str:
+    """The one asked for, if it can be used; else the first GPU or the CPU."""
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
+    return device
 
 
 def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
