@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 

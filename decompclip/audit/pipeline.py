@@ -164,6 +164,6 @@ def _provenance(model: HookedCLIP, *sets: ImageSet) -> dict[str, object]:
         "tower": model.cfg.to_dict(),
         "sum_error": max(images.sum_error for images in sets),
         "device": str(model.device),
-        "dtype": str(model.visual.W_pos.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions | {package: version(package) for package in PACKAGES},
     }

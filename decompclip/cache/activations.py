@@ -4,7 +4,7 @@ Its helpers were written for language models. Here each either tells the truth a
 
 * behind `ln_pre` the stream starts at block 0's input ("ln_pre"), not at embedding plus positions;
 * LayerScale is part of what a head writes;
-* a head writes through a LayerNorm across the heads, or behind attention, where the tower has one;
+* heads write through a LayerNorm across them, or behind attention, where the tower has one;
 * this tower's LayerNorms keep their gains, so that applying one to a stack multiplies by its gain; the
   bias is a constant of no component: `(stack.sum(0) + ln.b) @ proj` is the image feature of a class token;
 * with class-token pooling only the class token passes the last LayerNorm: ask for it with `pos_slice=0`;
@@ -235,7 +235,7 @@ class ViTCache(ActivationCache):
 
     def get_neuron_results(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError."""
-        _missing("get_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out [d_model d_mlp]')
+        _missing("get_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out')
 
     stack_neuron_results = get_neuron_results
 

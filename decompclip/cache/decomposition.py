@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from decompclip.cache.components import heads as all_heads
 from decompclip.cache.maps import Convention, TermMaps
+from decompclip.cache.readout import full_precision
 from decompclip.cache.token_terms import TokenTerms
 
 
@@ -96,7 +98,8 @@ class Decomposition:
     @property
     def bias(self) -> Float[Tensor, "batch d_embed"]:
         """The constant terms together."""
-        return self.bias_coords @ self.maps.bias
+        with full_precision(self.embed):
+            return self.bias_coords @ self.maps.bias
 
     @cached_property
     def features(self) -> Float[Tensor, "batch d_embed"]:
@@ -162,6 +165,10 @@ class Decomposition:
         return self._contracted(layer, head, text)
 
     def _contracted(self, layer: int, head: int, text: Tensor | None) -> Tensor:
+        with full_precision(self.embed):
+            return self._contract(layer, head, text)
+
+    def _contract(self, layer: int, head: int, text: Tensor | None) -> Tensor:
         terms, position, layer, head = self._kept(layer, head)
         weighted, maps = terms.weighted(position), self.maps
         if maps.tokens is not None and maps.out is not None:
@@ -229,7 +236,8 @@ class Decomposition:
         Raises:
             IndexError: there is no such image.
         """
-        if isinstance(index, int):
+        if not isinstance(index, slice | list) and getattr(index, "ndim", 0) == 0:
+            index = operator.index(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"expected an image in 0..{len(self) - 1}; received {index}")
             index = [index]

@@ -20,13 +20,20 @@ def join(parts: Sequence[Decomposition]) -> Decomposition:
     if len(parts) == 1:
         return first
     for other in parts[1:]:
-        if other.normalized != first.normalized or not first.maps.matches(other.maps):
+        dtypes = {part.coords.dtype for part in (first, other)} | {
+            part.maps.heads.dtype for part in (first, other)
+        }
+        if other.normalized != first.normalized or not first.maps.matches(other.maps) or len(dtypes) > 1:
             raise ValueError(
                 "expected decompositions of one model with the same options; received different ones; "
                 "decompose all of them alike"
             )
-    kept = [part.token_terms for part in parts]
-    terms = [x for x in kept if x is not None]
+    terms = [part.token_terms for part in parts if part.token_terms is not None]
+    if any(not torch.equal(x.kept.cpu(), terms[0].kept.cpu()) for x in terms):
+        raise ValueError(
+            "expected decompositions that kept the tokens of the same heads; received different ones; decompose all "
+            "of them with the same tokens="
+        )
     token_terms = TokenTerms.cat(terms) if len(terms) == len(parts) else None
     whole = {
         f.name: torch.cat([getattr(part, f.name) for part in parts])

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.cache.fingerprint import fingerprint, same_model
-from decompclip.cache.readout import Readout, Writing, readout, writing
+from decompclip.cache.readout import Readout, Writing, full_precision, readout, writing
 from decompclip.models.vit import HookedViT
 
 Convention = Literal["centred", "paper"]
@@ -81,11 +81,15 @@ class TermMaps:
         self, coords: Float[Tensor, "*batch layer head coord"]
     ) -> Float[Tensor, "*batch layer head d_embed"]:
         """Heads' terms of their coordinates."""
-        return coords if self.direct else torch.einsum("...lhr,lhrd->...lhd", coords, self.heads.to(coords))
+        if self.direct:
+            return coords
+        with full_precision(coords):
+            return torch.einsum("...lhr,lhrd->...lhd", coords, self.heads.to(coords))
 
     def total(self, coords: Float[Tensor, "batch layer head coord"]) -> Float[Tensor, "batch d_embed"]:
         """The sum of all heads' terms, without forming them."""
-        return coords.sum((1, 2)) if self.direct else coords.flatten(1) @ self.heads.flatten(0, 2)
+        with full_precision(coords):
+            return coords.sum((1, 2)) if self.direct else coords.flatten(1) @ self.heads.flatten(0, 2)
 
     def matches(self, other: TermMaps) -> bool:
         """Whether coordinates under `other` mean the same as under these maps: one model, one convention."""
@@ -100,12 +104,14 @@ class TermMaps:
 
     def to(self, *args: Any, **kwargs: Any) -> TermMaps:
         """On another device or in another dtype, as `torch.Tensor.to`; itself where nothing changes."""
-        names = [name for name in ("heads", "bias", "tokens", "out") if getattr(self, name) is not None]
-        moved = {name: getattr(self, name).to(*args, **kwargs) for name in names}
-        if self.direct:  # a view of one identity, not a copy a head
-            moved["heads"] = self.heads[0, 0].to(*args, **kwargs).expand(self.heads.shape)
-        elif all(moved[name] is getattr(self, name) for name in names):
+        names = [name for name in ("bias", "tokens", "out") if getattr(self, name) is not None]
+        # The identity is a view of one, not a copy a head.
+        head = self.heads[0, 0] if self.direct else self.heads
+        moved = {"heads": head.to(*args, **kwargs)}
+        moved |= {name: getattr(self, name).to(*args, **kwargs) for name in names}
+        if moved["heads"] is head and all(moved[name] is getattr(self, name) for name in names):
             return self
+        moved["heads"] = moved["heads"].expand(self.heads.shape)
         return replace(self, **moved)
 
     def __repr__(self) -> str:
@@ -124,7 +130,7 @@ class Frozen:
 
 
 # A model's maps, while the model lives and its weights stay as they are.
-_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, Frozen]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, Tensor, Frozen]]] = WeakKeyDictionary()
 
 
 def frozen(visual: HookedViT, convention: Convention) -> Frozen:
@@ -134,13 +140,21 @@ def frozen(visual: HookedViT, convention: Convention) -> Frozen:
         ValueError: an unknown convention.
     """
     check_convention(convention)
-    # An optimizer's step raises a parameter's version; moves and casts change its address. Should a write
-    # past autograd go unseen, the sum of a decomposition misses the feature, and `decompose` raises.
+    # An optimizer's step raises a parameter's version; moves and casts change its address; and a sample of the
+    # numbers shows what is written past autograd (`.data`), unless that spares every one of them.
     state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in visual.parameters()]
+    sample = torch.cat([_sample(p) for p in visual.parameters()])
     kept = _CACHE.setdefault(visual, {})
-    if convention not in kept or kept[convention][0] != state:
-        kept[convention] = (state, _build(visual, convention))
-    return kept[convention][1]
+    if convention not in kept or kept[convention][0] != state or not torch.equal(kept[convention][1], sample):
+        # Plain tensors, whatever mode the caller is in: they serve later calls.
+        with torch.inference_mode(False), full_precision(visual.ln_final.w):
+            kept[convention] = (state, sample, _build(visual, convention))
+    return kept[convention][2]
+
+
+def _sample(p: Tensor) -> Float[Tensor, " number"]:
+    flat = p.detach().view(-1) if p.is_contiguous() else p.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 16)].float()
 
 
 def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:

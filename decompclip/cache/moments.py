@@ -65,18 +65,20 @@ class Moments:
         """The moments of one batch; the second ones where asked for.
 
         Raises:
-            ValueError: the batch is empty.
+            ValueError: the batch is empty, or its terms are not finite.
         """
         if not len(d):
             raise ValueError(
                 "expected a decomposition of at least one image; received an empty one; check the image source"
             )
-        wide = {name: getattr(d, name).double() for name in TERMS}
+        check_finite(d)
+        wide = {name: double(getattr(d, name)) for name in TERMS}
         means = {name: x.mean(0) for name, x in wide.items()}
         scatter = None
         if second:
             scatter = {name: _scatter(wide[name] - means[name]) for name in SCATTERED}
-        return Moments(len(d), **means, maps=d.maps, normalized=d.normalized, scatter=scatter)
+        form: dict[str, Any] = {"maps": d.maps, "normalized": d.normalized}
+        return Moments(len(d), **means, **form, scatter=scatter)
 
     def update(self, d: Decomposition) -> Moments:
         """These moments and those of one more batch, together; stream means are lost, for `d` has none.
@@ -233,13 +235,37 @@ class Moments:
         return f"Moments({self.count} images, {layers} x {heads} heads, {form}; {' and '.join(['means', *kept])})"
 
 
+def check_finite(d: Decomposition, first: int = 0) -> None:
+    """Hold terms to be numbers: one nan would make all statistics of its component nan.
+
+    Args:
+        first: images that went before, for the number in the message.
+
+    Raises:
+        ValueError: a term is nan or infinite.
+    """
+    bad = torch.zeros(len(d), dtype=torch.bool)
+    for name in TERMS:
+        bad |= ~getattr(d, name).flatten(1).isfinite().all(1).cpu()
+    if bad.any():
+        raise ValueError(
+            f"expected finite terms; received nan or inf in those of {int(bad.sum())} images, first of image "
+            f"{first + int(bad.nonzero()[0])}; leave these images out, or decompose in fp32"
+        )
+
+
+def double(x: Tensor) -> Tensor:
+    """In fp64; on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def _scatter(x: Float[Tensor, "batch *part coord"]) -> Float[Tensor, "*part coord coord"]:
     return torch.einsum("b...r,b...s->...rs", x, x)
 
 
 def _stream_hooks(visual: HookedViT, means: dict[str, Tensor]) -> list[Hook]:
     def keep(x: Tensor, hook: Any) -> None:
-        means[hook.name] = x.detach().double().mean(0)
+        means[hook.name] = double(x.detach()).mean(0)
 
     layers = range(visual.cfg.n_layers)
     each = [f"blocks.{layer}.{name}" for layer in layers for name in ("attn.hook_z", "hook_mlp_out")]

@@ -30,6 +30,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`: terms are exact where the tower itself is not."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def blocks(visual: HookedViT) -> list[Block]:
     """The tower's blocks, as what they are."""
     return cast(list[Block], list(visual.blocks))

@@ -143,7 +143,8 @@ class AttentionCapture:
             mixed.append(torch.einsum("bqr,bhrn->bhqn", read, attention))
             values.append(v)
             z = torch.einsum("bqr,bhre->bhqe", read, self.seen.pop((layer, "z")))
-            error = max(error, float((mixed[-1] @ v - z).abs().max() / z.abs().max()))
+            if len(z):
+                error = max(error, float((mixed[-1] @ v - z).abs().max() / z.abs().max()))
         if not error <= tolerance:
             raise DecompositionError(
                 f"expected the tokens of each head to sum to its z within {tolerance:.1e}; received a miss of "
@@ -151,7 +152,7 @@ class AttentionCapture:
             )
         together, all_values = torch.cat(mixed, dim=1), torch.cat(values, dim=1)
         if convention == "centred":
-            if not (together.sum(-1) - 1).abs().max() <= tolerance:
+            if ((together.sum(-1) - 1).abs() > tolerance).any():
                 raise DecompositionError(
                     "expected attention that sums to one over tokens, so that the value bias is no token's; "
                     "received rows that a hook on hook_pattern changed; renormalise them there, or take "

@@ -120,10 +120,20 @@ class Attention(nn.Module):
     def _write(self, z: Float[Tensor, "batch row head d_head"]) -> Float[Tensor, "batch row d_model"]:
         flat = rearrange(z, "b n h e -> b n (h e)")
         if self.hook_result.has_hooks():
-            scaled = z if self.ln is None else z / self.ln.split(flat)[1][..., None].to(z.dtype)
-            result = self.hook_result(torch.einsum("bnhe,hed->bnhd", scaled, self.W_written))
-            return result.sum(dim=2) + self.b_written
+            return self.hook_result(self._results(z, flat)).sum(dim=2) + self.b_written
         return F.linear(flat if self.ln is None else self.ln(flat), self.W_out, self.b_O)
+
+    def _results(self, z: Tensor, flat: Tensor) -> Float[Tensor, "batch row head d_model"]:
+        """What each head adds to the output."""
+        if self.ln is None:
+            return torch.einsum("bnhe,hed->bnhd", z, self.W_O)
+        centred, scale = self.ln.split(flat)
+        result = torch.einsum("bnhe,hed->bnhd", z / scale[..., None].to(z.dtype), self.W_written)
+        if self.ln.hook_normalized.has_hooks():  # an edit behind the scale is each head's own
+            normalized = (centred / scale).to(self.ln.w.dtype)
+            edit = (self.ln.hook_normalized(normalized.clone()) - normalized) * self.ln.w
+            result = result + torch.einsum("bnhe,hed->bnhd", edit.view_as(z), self.W_O)
+        return result
 
     def _project(self, x: Tensor, pooled_row_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         split = {"h": self.n_heads, "e": self.d_head}

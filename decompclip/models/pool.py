@@ -53,7 +53,8 @@ class AttentionPool(nn.Module):
         self.hook_pattern = HookPoint()
         self.hook_z = HookPoint()
         self.hook_attn_out = HookPoint()
-        self.hook_mlp_out = HookPoint()
+        if has_mlp:
+            self.hook_mlp_out = HookPoint()
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,31 @@ class _Shell:
     holds: dict[str, Any] = field(default_factory=dict)
 
 
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # NotImplementedError and RecursionError among them
+    OSError,
+)
+"""What reading an archive that is not as torch writes it may raise."""
+
+MOST_PICKLED = 64 * 2**20
+"""Bytes of `data.pkl` that are read; those of the largest CLIPs have some hundred thousand."""
+
+
+def _pickled(archive: zipfile.ZipFile, name: str) -> bytes:
+    entry = archive.getinfo(name)
+    # torch never compresses; a small file that inflates to fill the memory is no archive of its
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_PICKLED:
+        raise ValueError(f"{name} is compressed, or larger than {MOST_PICKLED:,} bytes")
+    return archive.read(entry)
+
+
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip archive with code in it, as `torch.jit.save` writes."""
     if not zipfile.is_zipfile(path):
@@ -57,8 +83,12 @@ def is_of_openai(path: Path) -> bool:
     """Whether a file is an archive with OpenAI's numbers in it: their models were trained with QuickGELU."""
     if not is_torchscript(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        pickled = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            pickled = b"".join(_pickled(archive, name) for name in names)
+    except DAMAGED:
+        return False  # reading it says what is wrong
     return all(number.encode() in pickled for number in OPENAI_NUMBERS)
 
 
@@ -76,16 +106,16 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             folder = names[0].removesuffix("data.pkl")
             if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
                 raise ValueError("its numbers are big-endian")
-            root = _Reader(archive, folder).read(archive.read(names[0]))
+            root = _Reader(archive, folder).read(_pickled(archive, names[0]))
             if not isinstance(root, _Shell):
                 raise ValueError("it holds no module")
-            return dict(_tensors(root))
+            return dict(_tensors(root, set()))
     except _UnknownCall as error:
         raise CheckpointError(
             f"{path} is a TorchScript archive whose pickle would call {str(error)!r}, which torch's writer never "
             "does. Refused, nothing was run"
         ) from None
-    except (zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"the TorchScript archive {path} ({path.stat().st_size:,} bytes) is truncated or damaged: "
             f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}; copy or download it again "
@@ -201,9 +231,11 @@ def _call(name: Any, arguments: tuple[Any, ...]) -> Any:
     raise _UnknownCall(str(name).replace(" ", "."))
 
 
-def _tensors(shell: _Shell, prefix: str = "", above: tuple[_Shell, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+def _tensors(shell: _Shell, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    # A module may know its parent; and one that hangs in two places is told once, or a few levels would never end.
+    seen.add(id(shell))
     for name, value in shell.holds.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
-        elif isinstance(value, _Shell) and value not in above:  # a module may know its parent
-            yield from _tensors(value, f"{prefix}{name}.", (*above, shell))
+        elif isinstance(value, _Shell) and id(value) not in seen:
+            yield from _tensors(value, seen, f"{prefix}{name}.")

@@ -24,6 +24,7 @@ from decompclip.models.config import ViTConfig
 from decompclip.models.mlp import MLP
 from decompclip.models.norms import LayerNorm
 from decompclip.models.pool import AttentionPool
+from decompclip.models.words import tower_in_words
 
 Hook = tuple[str | Callable[..., bool], Callable[..., Any]]
 """A hook point's name, or a choice among names, and what to do there; as TransformerLens takes them."""
@@ -36,6 +37,11 @@ class Causal(Protocol):
     """Anything that can say which hooks carry it out."""
 
     def fwd_hooks(self, visual: HookedViT, /) -> Sequence[Hook]: ...
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of anybody's: TransformerLens' on hook points, PyTorch's on any."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class Block(nn.Module):
@@ -109,14 +115,18 @@ class HookedViT(HookedRootModule):
         self.proj = drawn(config.d_pool, config.d_embed) if config.projection else None
         self.b_proj = nn.Parameter(torch.zeros(config.d_embed)) if config.proj_bias else None
         self.hook_embed = HookPoint()
-        self.hook_pos_embed = HookPoint()
+        if config.pos:
+            self.hook_pos_embed = HookPoint()
         self.hook_ln_pre = HookPoint()
         self.setup()
-        self._last_block_hooks = [
-            point
-            for name, point in self.hook_dict.items()
-            if name.startswith(f"blocks.{config.n_layers - 1}.")
-        ]
+
+    def __repr__(self) -> str:
+        return tower_in_words(self.cfg)
+
+    @property
+    def last_block_hooked(self) -> bool:
+        """Whether somebody listens in the last block, and may want rows there that are not pooled."""
+        return any(hooked(module) for module in self.blocks[-1].modules())
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +150,7 @@ class HookedViT(HookedRootModule):
         """
         x = self._embed(images)
         if pooled_rows is None:
-            pooled_rows = not any(point.has_hooks() for point in self._last_block_hooks)
+            pooled_rows = not self.last_block_hooked
         pooled_rows = pooled_rows and self.cfg.pool == "cls"
         for layer, block in enumerate(self.blocks):
             last = layer == self.cfg.n_layers - 1

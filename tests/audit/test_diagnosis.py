@@ -362,21 +362,6 @@ def test_sigmoid_losses_have_larger_scales() -> None:
     assert "SigLIP's training starts with" in fault.what
 
 
-def test_keys_in_the_provenance_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_like()
-    model.visual = nn.Module()  # nothing else to be said about it
-    activations = "decompclip.audit.diagnosis.weights.in_image_tower"
-    monkeypatch.setattr(activations, lambda model: {"gelu"})
-    assert not list(weight_faults(model))  # pyright: ignore
-    model.provenance = {"missing_keys": ["a.w", "b.w", "c.w", "d.w"], "left_over_keys": ["fc.weight"]}
-    missing, left_over = weight_faults(model)  # pyright: ignore
-    assert (missing.severity, left_over.severity) == ("error", "warning")
-    assert missing.what.endswith("at random: a.w, b.w, c.w, ...") and missing.evidence[0].value == 4
-    assert (
-        left_over.what == "weights are left over: the checkpoint has them and the model does not: fc.weight"
-    )
-
-
 def test_weights_that_are_not_finite_or_never_left_their_start_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -419,13 +404,16 @@ def result(*severities: str, **changes: Any) -> Diagnosis:
 
 def test_a_result_in_words() -> None:
     assert repr(result("error", unchecked=("geometry: no pictures",))) == (
-        "Diagnosis of 'shapes': 1 finding; zero-shot accuracy 70.0 % [39.7, 89.2] on 10 images of 12 classes (chance 10.0 %)\n"
+        "Diagnosis of 'shapes': 1 finding; zero-shot accuracy 70.0 % [39.7, 89.2] on 10 images of 12 classes (expected at least 20 images)\n"
         "  error: <b>fault 0 (accuracy 25.0 % [20.0, 30.0]; difference -10.0 points [-20.0, +5.0]). Remedy: mend it.\n"
         "  settings that cost less than 50.0 points would not be noticed with so many images\n"
         "  not checked: geometry: no pictures"
     )
-    assert repr(result()).startswith("Diagnosis of 'shapes': no finding; ")
-    assert result().ok and not result("warning").ok
+    assert repr(result()).startswith("Diagnosis of 'shapes': too few images to say; ")
+    enough = repr(result(images=20))
+    assert enough.startswith("Diagnosis of 'shapes': no finding; ") and "classes (chance 10.0 %)" in enough
+    assert "on 1 image of 12 classes" in repr(result(images=1))
+    assert result(images=20).ok and not result(images=19).ok and not result("warning", images=20).ok
 
 
 def test_a_result_as_html_escapes_what_it_is_given() -> None:

@@ -7,29 +7,36 @@ from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.model import CLIP
+from open_clip.timm_model import TimmModel
 from torch import nn
 
+from analyses.reduced_towers import DEPTH, HEADS, WIDTH, features, fill, reduced_tower, relative_error
+from analyses.tower_families import FAMILY_OF, SUPPORTED
+from decompclip.cache.capture import decompose
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.convert import convert_open_clip, oddities, refuse
+from decompclip.models.convert import Source, convert_open_clip, oddities, refuse
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.spec import build_open_clip
 
 VARIANTS = {
     "gelu": {},
     "quick_gelu": {"quick_gelu": True},
+    "gelu by tanh": {"act_kwargs": {"approximate": "tanh"}},
     "layer_scale": {"ls_init_value": 0.5},
     "layer_scale quick_gelu": {"ls_init_value": 0.5, "quick_gelu": True},
+    "no norm before block 0": {"no_ln_pre": True},
+    "mean of rows": {"pool_type": "avg"},
+    "norm after the mean": {"pool_type": "avg", "final_ln_after_pool": True},
     "norm before pooling or after": {"final_ln_after_pool": True},
+    "attention pool": {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3},
+    "frozen positions": {"pos_embed_type": "sin_cos_2d", "image_size": [24, 24]},
     "one wide head": {"head_width": 32},
     "ragged patches": {"image_size": [27, 19]},
     "another epsilon": {"norm_kwargs": {"eps": 1e-3}},
 }
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -48,6 +55,7 @@ def test_features_are_the_source_s(
     unit, source_unit = (m.encode_image(images, normalize=True) for m in (model, source))
     assert relative_error(unit, source_unit) <= bound
     assert model.logit_scale == source.logit_scale
+    assert model.decompose(images).sum_error <= bound
 
 
 @torch.no_grad()
@@ -58,65 +66,181 @@ def test_features_of_the_slow_paths_are_the_source_s(source: CLIP, images: torch
     assert relative_error(listened, source.encode_image(images)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu"])
-@torch.no_grad()
-def test_full_size_features_are_the_source_s(name: str) -> None:
-    architecture = open_clip.get_model_config(name)
-    assert architecture is not None
-    architecture["text_cfg"] |= {"layers": 1, "vocab_size": 8}  # the image tower is what is wanted
-    source = build_open_clip(architecture).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in source.visual.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    tower = convert_open_clip(source.visual, copy=False)
-    images = torch.randn(2, 3, 224, 224, generator=generator)
-    assert relative_error(tower(images), source.encode_image(images)) <= 1e-5
-    assert tower.cfg.activation == ("quick_gelu" if "quick" in name else "gelu")
-
-
 @torch.no_grad()
 def test_activations_differ_where_they_should(make_source: Callable[..., CLIP], images: torch.Tensor) -> None:
-    features = [convert_open_clip(make_source(quick_gelu=quick).visual)(images) for quick in (False, True)]
-    assert relative_error(*features) > 1e-4
+    kinds: list[dict[str, Any]] = [{}, {"quick_gelu": True}, {"act_kwargs": {"approximate": "tanh"}}]
+    gelu, quick, tanh = (convert_open_clip(make_source(**kind).visual)(images) for kind in kinds)
+    assert relative_error(quick, gelu) > 1e-4
+    assert 1e-6 < relative_error(tanh, gelu) < relative_error(quick, gelu)
+
+
+@torch.no_grad()
+def test_a_pruned_projection_leaves_the_stream_s_width(source: CLIP, images: torch.Tensor) -> None:
+    source.visual.register_parameter("proj", None)
+    tower = convert_open_clip(source.visual)
+    assert tower.proj is None
+    assert tower.cfg.d_embed == tower.cfg.d_model
+    assert relative_error(tower(images), source.visual(images)) <= 1e-5
+
+
+# timm's towers that no configuration of open_clip's has, but that are built of the same parts
+KIN = {
+    "registers": ("vit_base_patch14_reg4_dinov2", {"pool": "token"}, 5),
+    "registers, mean of patches": ("vit_medium_patch16_reg1_gap_256", {"pool": "avg"}, 1),
+    "registers, rotary positions": ("vit_medium_patch16_rope_reg1_gap_256", {"pool": "avg"}, 1),
+    "norm of the mean": ("vit_base_patch16_224", {"pool": "avg"}, 1),
+    "norm before block 0": ("vit_base_patch16_clip_224", {"pool": "token"}, 1),
+    "projection with a bias": (
+        "vit_base_patch16_224",
+        {"pool": "token", "proj": "linear", "proj_bias": True},
+        1,
+    ),
+    "an MLP's pool beside a class token": (
+        "vit_base_patch16_siglip_224",
+        {"pool": "map", "class_token": True},
+        1,
+    ),
+}
+
+
+def of_timm(monkeypatch: pytest.MonkeyPatch, name: str, pool: str, **options: Any) -> nn.Module:
+    """A small tower of open_clip's around a trunk of timm's, in fp64; `proj` options are open_clip's."""
+    shape = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": HEADS, "img_size": (48, 32), "patch_size": 16}
+    proj: dict[str, Any] = {"proj": None} | {
+        key: options.pop(key) for key in ("proj", "proj_bias") if key in options
+    }
+    create = timm.create_model
+    with monkeypatch.context() as patched:
+        patched.setattr(timm, "create_model", lambda name, **given: create(name, **given, **shape, **options))
+        visual = TimmModel(name, embed_dim=20, pool=pool, **proj)
+    fill(visual, torch.Generator().manual_seed(0))
+    return visual.double().eval()
+
+
+@pytest.mark.parametrize("kind", KIN)
+@torch.no_grad()
+def test_kin_of_open_clip_s_towers_are_taken(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    name, options, n_prefix = KIN[kind]
+    visual = of_timm(monkeypatch, name, **options)
+    source = Source(visual)
+    tower = source.adopt()
+    images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert tower.cfg.n_prefix == n_prefix
+    assert relative_error(tower(images), visual(images)) <= 1e-12
+    assert torch.equal(source.filled(tower)(images), visual(images))
+    assert decompose(tower, images).sum_error <= 1e-12
+
+
+# The weights
 
 
 def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
     proj = source.visual.get_parameter("proj")
     before = proj.detach().clone()
     copy, shared = convert_open_clip(source.visual), convert_open_clip(source.visual, copy=False)
-    nn.init.zeros_(copy.proj)
+    nn.init.zeros_(copy.get_parameter("proj"))
     assert torch.equal(proj, before)
     assert shared.proj is proj
 
 
-def test_conversion_draws_nothing(source: CLIP) -> None:
+@pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])
+@torch.no_grad()
+def test_an_edited_tower_goes_back_into_its_architecture(name: str) -> None:
+    visual = reduced_tower(name)
+    source = Source(visual)
+    tower = source.adopt()
+    images = torch.randn(2, 3, *tower.cfg.image_size, generator=torch.Generator().manual_seed(1)).double()
+    before = tower(images)
+    for parameter in tower.parameters():
+        parameter.mul_(1.1)
+    after = source.filled(tower)
+    assert relative_error(features(after, images), tower(images)) <= 1e-12
+    assert relative_error(tower(images), before) > 1e-2
+    assert relative_error(features(visual, images), before) <= 1e-12  # the source is left as it was
+
+
+def test_an_edit_that_the_source_cannot_hold_is_refused() -> None:
+    source = Source(reduced_tower("EVA01-g-14"))  # whose keys have no bias
+    tower = source.adopt()
+    with torch.no_grad():
+        tower.get_parameter("blocks.1.attn.b_QKV")[WIDTH] = 0.5
+    with pytest.raises(
+        ValueError, match=r"expected zeros in blocks\.1\.attn\.b_QKV where the source tower has no"
+    ):
+        source.filled(tower)
+
+
+@pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])
+def test_conversion_draws_nothing(name: str) -> None:
+    visual = reduced_tower(name)
     state = torch.random.get_rng_state()
-    convert_open_clip(source.visual)
+    convert_open_clip(visual)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_building_draws_nothing_that_stays() -> None:
+    state = torch.random.get_rng_state()
     build_open_clip({"embed_dim": 4, "vision_cfg": {"layers": 1, "width": 64}, "text_cfg": {"layers": 1}})
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-REFUSED = {
-    "pooled over several tokens": {"pool_type": "avg"},
-    "no LayerNorm before block 0": {"no_ln_pre": True},
-    "pooled by attention": {"attentional_pool": True, "attn_pooler_heads": 4},
-    "further norms or scales": {"qk_norm": True},
-    "other than exact GELU": {"act_kwargs": {"approximate": "tanh"}},
+# Refused
+
+ODD = {
+    "norms, gates or scales": [
+        {"qk_norm": True},
+        {"scale_heads": True},
+        {"scale_attn": True},
+        {"scale_fc": True},
+    ],
+    "pooled in a way": [{"pool_type": "none"}],
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_other_towers_are_refused_with_the_reason(
-    make_source: Callable[..., CLIP], config: dict[str, Any], reason: str
+@pytest.mark.parametrize(
+    ("reason", "vision"), [(reason, vision) for reason, found in ODD.items() for vision in found], ids=str
+)
+def test_odd_towers_are_refused_with_the_reason(
+    make_source: Callable[..., CLIP], reason: str, vision: dict[str, Any]
 ) -> None:
-    vision = config["vision_cfg"] | REFUSED[reason]
-    with pytest.raises(UnsupportedTowerError, match=reason) as told:  # before anything is built
-        refuse("ViT-odd", oddities(vision))
-    assert "'ViT-odd' is not supported" in str(told.value)
-    assert "Supported: open_clip's native ViT" in str(told.value)
-    with pytest.raises(UnsupportedTowerError, match=reason):  # and in memory
-        convert_open_clip(make_source(**REFUSED[reason]).visual)
+    with pytest.raises(UnsupportedTowerError, match=reason) as told:
+        convert_open_clip(make_source(**vision).visual)
+    assert str(told.value).startswith("the image tower 'VisionTransformer' is not supported: ")
+    assert "Supported: every transformer tower of open_clip's" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_base_patch16_224", {"pool": "token", "qk_norm": True}, "norms, gates or scales"),
+        ("vit_base_patch16_224", {"pool": "avg", "final_norm": False}, "pooled in a way"),
+        ("vit_base_patch16_224", {"pool": "max"}, "pooled in a way"),
+        (
+            "vit_base_patch16_siglip_224",
+            {"pool": "map", "class_token": True, "act_layer": "relu"},
+            "not known",
+        ),
+        ("eva02_base_patch16_clip_224", {"pool": "max"}, "pooled in a way"),
+    ],
+)
+def test_odd_towers_of_timm_are_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedTowerError, match=reason):
+        convert_open_clip(of_timm(monkeypatch, name, **options))
+
+
+def test_weights_of_unknown_use_are_refused(source: CLIP) -> None:
+    source.visual.register_parameter("temperature", nn.Parameter(torch.ones(())))
+    with pytest.raises(UnsupportedTowerError, match="has weights of unknown use: temperature"):
+        convert_open_clip(source.visual)
+
+
+def test_norms_of_several_epsilons_are_refused(source: CLIP) -> None:
+    norm: Any = source.visual.get_submodule("ln_post")
+    norm.eps = 1e-3
+    with pytest.raises(UnsupportedTowerError, match="its norms are no LayerNorms of one epsilon"):
+        convert_open_clip(source.visual)
 
 
 def test_no_tower_at_all_is_refused() -> None:
@@ -126,20 +250,14 @@ def test_no_tower_at_all_is_refused() -> None:
         convert_open_clip(nn.Linear(2, 2))
 
 
-def test_a_pruned_projection_is_refused(source: CLIP) -> None:
-    source.visual.register_parameter("proj", None)
-    with pytest.raises(UnsupportedTowerError, match="its projection into the joint space was removed"):
-        convert_open_clip(source.visual)
-
-
-def test_every_architecture_of_open_clip_is_taken_or_refused() -> None:
-    found = {}
+def test_a_configuration_is_taken_or_refused_before_anything_is_built() -> None:
     for name in open_clip.list_models():
+        if name not in FAMILY_OF:  # the tests' own
+            continue
         config = open_clip.get_model_config(name)
         assert config is not None
-        found[name] = tuple(oddities(config["vision_cfg"]))
-    assert found["ViT-L-14-336"] == found["ViT-bigG-14-quickgelu"] == ()
-    assert found["RN50"] == ("resnet",)
-    assert found["ViT-B-16-SigLIP"] == found["EVA02-L-14"] == ("timm",)
-    assert set(found["ViT-L-14-CLIPA"]) == {"pool", "no_ln_pre"}
-    assert found["coca_ViT-B-32"] == ("attentional_pool",)
+        why_not = FAMILY_OF[name].why_not
+        assert oddities(config["vision_cfg"]) == ([why_not] if why_not else []), name
+    refuse("ViT-B-32", [])
+    with pytest.raises(UnsupportedTowerError, match="'RN50' is not supported: it is a ResNet"):
+        refuse("RN50", ["resnet"])

@@ -155,11 +155,45 @@ def test_a_damaged_archive_says_so(
     assert reason in str(told.value)
 
 
-def test_a_compressed_storage_is_refused(archive: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("compressed", "told"), [("/data/", "does not hold"), ("data.pkl", "is compressed, or larger than")]
+)
+def test_compressed_entries_are_refused(archive: Callable[..., Path], compressed: str, told: str) -> None:
     path = archive("script")
     bomb = path.with_name("bomb.pt")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w") as new:
         for name in old.namelist():
-            new.writestr(name, old.read(name))
-    with pytest.raises(CheckpointError, match="does not hold"):
-        read_checkpoint(bomb)
+            kind = zipfile.ZIP_DEFLATED if compressed in name else zipfile.ZIP_STORED
+            new.writestr(name, old.read(name), compress_type=kind)
+    with pytest.raises(CheckpointError, match=told):
+        read_torchscript(bomb)
+    assert is_of_openai(bomb) is False or compressed == "/data/"
+
+
+def test_modules_that_hang_in_many_places_are_read_once(tmp_path: Path) -> None:
+    # (shell holding the one below twice) x 40: a walk over all ways would take 2 ** 40 steps
+    levels = b"".join(
+        b"c__torch__\nM\n)\x81}(X\x01\x00\x00\x00a"
+        + bytes([0x68, n - 1])
+        + b"X\x01\x00\x00\x00b"
+        + bytes([0x68, n - 1])
+        + b"ub"
+        + bytes([0x71, n])
+        for n in range(1, 41)
+    )
+    pickled = b"\x80\x02c__torch__\nM\n)\x81}bq\x00" + levels + b"h\x28."
+    path = tmp_path / "dag.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickled)
+        archive.writestr("m/constants.pkl", b"")
+    assert read_torchscript(path) == {}
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02)}b.", b"\x80\x02)K\x01a.", b"\x80\x02]K\x01K\x02s."])
+def test_pickles_that_make_no_sense_are_damaged_archives(tmp_path: Path, pickled: bytes) -> None:
+    path = tmp_path / "odd.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickled)
+        archive.writestr("m/constants.pkl", b"")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_torchscript(path)

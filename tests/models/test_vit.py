@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from decompclip.models.config import ViTConfig
+from decompclip.cache.readout import blocks
+from decompclip.models.config import Stem, ViTConfig
 from decompclip.models.vit import HookedViT
 
 CONFIG = ViTConfig(
@@ -63,6 +66,35 @@ def test_every_step_has_its_hook_point() -> None:
         *(f"{n}.{h}" for n in ("ln_pre", "ln_final") for h in norms),
     }
     assert set(HOOK_POINTS) == outside | {f"blocks.{layer}.{name}" for layer in (0, 1) for name in block}
+
+
+VARIANTS: list[tuple[dict[str, Any], set[str], set[str]]] = [
+    ({"ln_pre": False}, set(), {"ln_pre.hook_scale", "ln_pre.hook_normalized"}),
+    ({"pos": False}, set(), {"hook_pos_embed"}),
+    ({"gated": True}, {"blocks.1.mlp.hook_pre_linear"}, set()),
+    ({"mlp_norm": True}, {"blocks.1.mlp.ln.hook_scale"}, set()),
+    ({"mlp_norm_in": True}, {"blocks.1.mlp.ln_in.hook_scale"}, set()),
+    ({"attn_norm": True}, {"blocks.1.attn.ln.hook_scale", "blocks.1.attn.ln.hook_normalized"}, set()),
+    ({"rope": "half"}, {"blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_rot_k"}, set()),
+    ({"pool": "attention", "pool_heads": 4}, {"pool.hook_z", "pool.hook_pattern"}, {"pool.hook_mlp_out"}),
+    (
+        {"pool": "attention", "pool_heads": 4, "pool_mlp": 8},
+        {"pool.hook_mlp_out", "pool.mlp.hook_pre"},
+        set(),
+    ),
+    ({"pool": "attention", "pool_heads": 4, "pool_norm": True}, {"pool.ln_post.hook_scale"}, set()),
+]
+
+
+@pytest.mark.parametrize(("changes", "more", "less"), VARIANTS, ids=str)
+def test_a_variant_has_the_hook_points_of_its_steps_alone(
+    changes: dict[str, Any], more: set[str], less: set[str]
+) -> None:
+    with torch.device("meta"):
+        found = set(HookedViT(replace(CONFIG, **changes)).hook_dict)
+    assert more <= found - set(HOOK_POINTS)
+    assert less.isdisjoint(found)
+    assert set(HOOK_POINTS) - found == less & set(HOOK_POINTS)
 
 
 @pytest.mark.parametrize("name", HOOK_POINTS)
@@ -132,19 +164,88 @@ def test_a_listener_costs_its_own_step_alone(
 
 
 @torch.no_grad()
-def test_the_last_block_computes_one_row_unless_heard(tower: HookedViT, images: torch.Tensor) -> None:
+def test_the_last_block_computes_one_row_unless_heard(
+    tower: HookedViT, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = []
-    last = tower.cfg.n_layers - 1
-    handle = tower.blocks[last].register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    last = blocks(tower)[-1]
+    forward = last.forward
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = forward(*args, **kwargs)
+        rows.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(last, "forward", spy)
+    short = tower(images)
+    name = f"blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
+    long = [tower.run_with_hooks(images, fwd_hooks=[(name, lambda value, hook: None)])]
+    handle = last.mlp.register_forward_hook(lambda module, args, out: None)  # PyTorch's own listens too
     try:
-        short = tower(images)
-        long = tower.run_with_hooks(
-            images, fwd_hooks=[(f"blocks.{last}.hook_resid_post", lambda value, hook: None)]
-        )
+        long.append(tower(images))
     finally:
         handle.remove()
-    assert rows == [1, tower.cfg.n_tokens]
-    torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-6)
+    assert rows == [1, tower.cfg.n_tokens, tower.cfg.n_tokens]
+    for found in long:
+        torch.testing.assert_close(short, found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ln_final", ["rows", "pooled"])
+@torch.no_grad()
+def test_the_mean_reads_every_patch_and_no_prefix_token(
+    make_tower: Callable[..., HookedViT], images: torch.Tensor, ln_final: str
+) -> None:
+    tower = make_tower(pool="mean", ln_final=ln_final, n_prefix=2)
+    last = f"blocks.{tower.cfg.n_layers - 1}.hook_resid_post"
+    plain = tower(images, pooled_rows=True)  # only a class token's tower can take it at its word
+
+    def nudged(token: int) -> float:
+        def nudge(value: torch.Tensor, hook: Any) -> torch.Tensor:
+            assert value.shape[1] == tower.cfg.n_tokens
+            value = value.clone()
+            value[:, token] += torch.randn(value[:, token].shape, generator=torch.Generator().manual_seed(0))
+            return value
+
+        return (tower.run_with_hooks(images, fwd_hooks=[(last, nudge)]) - plain).abs().max().item()
+
+    changes = [nudged(token) for token in range(tower.cfg.n_tokens)]
+    assert max(changes[:2]) < 1e-5
+    assert min(changes[2:]) > 1e-3
+
+
+@torch.no_grad()
+def test_an_attention_pool_reads_one_query(
+    make_tower: Callable[..., HookedViT], images: torch.Tensor
+) -> None:
+    tower = make_tower(pool="attention", pool_heads=4, pool_queries=3, n_prefix=0)
+    plain = tower(images)
+    query = tower.get_parameter("pool.query")
+    query[1:] += 1
+    assert torch.equal(tower(images), plain)
+    query[:1] += 1
+    assert not torch.allclose(tower(images), plain)
+
+
+@torch.no_grad()
+def test_prefix_tokens_keep_their_place_among_rotary_positions(
+    make_tower: Callable[..., HookedViT], images: torch.Tensor
+) -> None:
+    tower = make_tower(rope="interleaved", n_prefix=3)
+    angles = torch.rand(
+        1, tower.cfg.n_patches, tower.cfg.d_head // 2, generator=torch.Generator().manual_seed(0)
+    )
+    angles = angles.repeat_interleave(2, dim=-1)
+    assert isinstance(tower.rope, torch.Tensor)
+    tower.rope.copy_(torch.cat([angles.sin(), angles.cos()]))
+    seen: dict[str, torch.Tensor] = {}
+    names = [f"blocks.0.attn.hook_{name}" for name in ("k", "rot_k")]
+    tower.run_with_hooks(images, fwd_hooks=[(n, lambda x, hook: seen.update({hook.name: x})) for n in names])
+    plain, turned = (seen[name] for name in names)
+    torch.testing.assert_close(turned[:, :3], plain[:, :3])
+    torch.testing.assert_close(turned.norm(dim=-1), plain.norm(dim=-1))  # a rotation
+    pairs = torch.view_as_complex(plain[:, 3:].unflatten(-1, (-1, 2)).contiguous())
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones(()), angles[0, :, None, ::2])).flatten(-2)
+    torch.testing.assert_close(turned[:, 3:], expected)
 
 
 def test_hooks_come_off_after_an_exception(tower: HookedViT, images: torch.Tensor) -> None:
@@ -175,8 +276,24 @@ def test_images_of_another_shape_are_refused(tower: HookedViT, shape: tuple[int,
         ({"pool": "map"}, "pool 'map' is not one of"),
         ({"n_heads": 3}, "3 heads of width 8 do not fill a stream of 32"),
         ({"image_size": (4, 16)}, "does not fit an image"),
+        ({"norm": "sandwich"}, "norm 'sandwich' is not one of"),
+        ({"stem": "fourier"}, "stem 'fourier' is not one of"),
+        ({"n_prefix": 0}, "pool 'cls' reads the class token, but n_prefix says that there is none"),
+        ({"pool": "attention"}, "0 heads do not divide an attention pool of 32"),
+        ({"pool": "attention", "pool_heads": 3}, "3 heads do not divide an attention pool of 32"),
+        ({"projection": False}, "without a projection, d_embed is 32, not 20"),
+        ({"attn_norm": True, "norm": "post"}, "are not known together"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ViTConfig(**CONFIG.to_dict() | changes)
+
+
+@pytest.mark.parametrize(
+    ("stem", "message"), [("conv", "expected a stem module"), ("patch", "expected no stem")]
+)
+def test_a_stem_that_does_not_fit_the_config_is_refused(stem: Stem, message: str) -> None:
+    given = None if stem == "conv" else torch.nn.Identity()
+    with pytest.raises(ValueError, match=message):
+        HookedViT(replace(CONFIG, stem=stem), given)

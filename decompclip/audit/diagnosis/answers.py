@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.audit.diagnosis.paired import Paired
-from decompclip.audit.diagnosis.result import Evidence, Fault
+from decompclip.audit.diagnosis.result import FEWEST, Evidence, Fault
 from decompclip.evaluation.intervals import Rate
 
 SIMPLE = 0.9
@@ -31,9 +31,6 @@ TEXT_KNOWS_LESS = 2.0
 
 LIKE_THE_LABELS = 0.3
 """Distance (total variation) between the classes' shares in answers and in labels that speaks for shuffled labels."""
-
-FEWEST = 20
-"""Images below which nothing is said about classes."""
 
 WORDLESS = re.compile(r"n\d{8}|\d+")
 MOST_CLASSES = 2000

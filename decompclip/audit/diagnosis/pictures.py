@@ -52,6 +52,13 @@ def count(images: Pictures) -> int:
     return len(images)
 
 
+def labelled(images: Pictures) -> bool:
+    """Whether a folder's images bring labels along, told from the first; other sources may be streams."""
+    if not isinstance(images, FolderSource):
+        return True
+    return next(images.batches(1)).labels is not None
+
+
 def views(model: HookedCLIP, images: Pictures, batch_size: int) -> Iterator[Views]:
     """Go through the images once.
 

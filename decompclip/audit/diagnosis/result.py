@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning"]
 Unit = Literal["%", "points", ""]
 
+FEWEST = 20
+"""Images below which nothing is said about classes, and no model is called in order."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -96,7 +99,7 @@ class Diagnosis:
         accuracy: zero-shot, as the model is, with the labels as they were given.
         chance: accuracy that answers and labels of these frequencies would have if they had nothing to do
             with one another.
-        findings: what is wrong, the gravest first; empty for a model in order.
+        findings: what is wrong, the gravest first; empty for a model in order, and for images too few.
         comparisons: every other way in which the model was run.
         noticeable: the least loss of accuracy that these images would show, if other settings would mend it;
             None if they are too few to show any.
@@ -114,9 +117,14 @@ class Diagnosis:
     unchecked: tuple[str, ...] = ()
 
     @property
+    def enough(self) -> bool:
+        """Whether there were images enough to call a model in order."""
+        return self.images >= FEWEST
+
+    @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether nothing was found, on images enough to find it."""
+        return self.enough and not self.findings
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -125,6 +133,7 @@ class Diagnosis:
             "images": self.images,
             "classes": self.classes,
             "ok": self.ok,
+            "enough": self.enough,
             "accuracy": self.accuracy.to_dict(),
             "chance": self.chance,
             "noticeable": self.noticeable,
@@ -175,10 +184,14 @@ class Diagnosis:
 
     def _head(self) -> str:
         plural = "" if len(self.findings) == 1 else "s"
-        count = f"{len(self.findings)} finding{plural}" if self.findings else "no finding"
+        count = f"{len(self.findings)} finding{plural}"
+        if not self.findings:
+            count = "no finding" if self.enough else "too few images to say"
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
+        last = f"chance {100 * self.chance:.1f} %" if self.enough else f"expected at least {FEWEST} images"
         return (
-            f"Diagnosis of {self.model!r}: {count}; zero-shot accuracy {self.accuracy} on {self.images} images of "
-            f"{self.classes} classes (chance {100 * self.chance:.1f} %)"
+            f"Diagnosis of {self.model!r}: {count}; zero-shot accuracy {self.accuracy} on {images} of "
+            f"{self.classes} classes ({last})"
         )
 
     def _tail(self) -> Iterator[str]:

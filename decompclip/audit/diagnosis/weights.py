@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.audit.diagnosis.paired import mean_interval
-from decompclip.audit.diagnosis.result import Evidence, Fault, Severity
+from decompclip.audit.diagnosis.result import Evidence, Fault
 from decompclip.audit.diagnosis.switch import WORDS, in_image_tower, in_text_tower
 from decompclip.models.clip import HookedCLIP
 
@@ -29,8 +28,7 @@ _NAMES = (("w", "weight"), ("b", "bias"))
 
 
 def weight_faults(model: HookedCLIP) -> Iterator[Fault]:
-    """Weights that are missing, left over, not finite or still as they were drawn; activations at odds."""
-    yield from _keys(model.provenance)
+    """Weights that are not finite or still as they were drawn; activations at odds."""
     yield from _not_finite(model)
     random = model.provenance.get("pretrained") == "random"
     towers = {"image tower": model.visual, "text tower": model.text}
@@ -39,21 +37,6 @@ def weight_faults(model: HookedCLIP) -> Iterator[Fault]:
         if untouched or (random and norms):
             yield _drawn(name, untouched, norms, random)
     yield from _activations(model)
-
-
-def _keys(provenance: Mapping[str, Any]) -> Iterator[Fault]:
-    """Loaders that go on without some weights leave their names in the provenance."""
-    kinds: tuple[tuple[str, Severity, str], ...] = (
-        ("missing_keys", "error", "missing from the checkpoint, and are as they were drawn at random"),
-        ("left_over_keys", "warning", "left over: the checkpoint has them and the model does not"),
-    )
-    for key, severity, words in kinds:
-        names: Sequence[str] = provenance.get(key) or ()
-        if names:
-            listed = f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-            what = f"weights are {words}: {listed}"
-            remedy = "load the checkpoint under the name of the architecture that it was trained with"
-            yield Fault("keys", severity, what, (Evidence("weights", len(names)),), remedy)
 
 
 def _not_finite(model: HookedCLIP) -> Iterator[Fault]:

@@ -185,6 +185,8 @@ def pool_is_odd(trunk: Any) -> bool:
                 pool.pool != "token",
             )
         )
+    if trunk.global_pool == "avg" and getattr(trunk, "pool_include_prefix", False):
+        return trunk.num_prefix_tokens > 0
     return trunk.global_pool not in ("token", "avg") or is_there(trunk, "norm") == is_there(trunk, "fc_norm")
 
 

@@ -55,6 +55,14 @@ class Source:
         self.rules: list[Rule] = rules
         self.skeleton = _skeleton(visual)
         state = visual.state_dict(keep_vars=True)
+        self.dtypes = {name: x.dtype for name, x in state.items()}
+        # open_clip keeps norms of half models in fp32; a HookedViT has one type, that of its matrices.
+        self.dtype = next(x.dtype for x in state.values() if x.ndim > 1 and x.is_floating_point())
+        if any(x.is_floating_point() and x.dtype != self.dtype for x in state.values()):
+            copy = True
+            trainable = {name: x.requires_grad for name, x in state.items()}
+            state = {n: x.to(self.dtype) if x.is_floating_point() else x for n, x in state.items()}
+            state = {n: x.detach().requires_grad_(trainable[n]) for n, x in state.items()}
         unknown = set(state) - {name for rule in rules for name in rule.names}
         if unknown:
             raise UnsupportedTowerError(
@@ -100,9 +108,19 @@ class Source:
         """
         ours = tower.state_dict()
         state = {name: x for rule in self.rules for name, x in rule.backward(ours, self.shapes).items()}
-        visual = copying.deepcopy(self.skeleton)
-        visual.load_state_dict({name: x.clone() for name, x in state.items()}, strict=True, assign=True)
-        return visual.to(tower.device, tower.dtype).eval()
+        trained = {name: p.requires_grad for name, p in tower.named_parameters()}
+        visual: Any = copying.deepcopy(self.skeleton)
+        own = tower.dtype == self.dtype  # the source's types, then, which may be several
+        weights = {n: x.to(self.dtypes[n] if own else x.dtype, copy=True) for n, x in state.items()}
+        visual.load_state_dict(weights, strict=True, assign=True)
+        visual = visual.to(tower.device) if own else visual.to(tower.device, tower.dtype)
+        parameters = dict(visual.named_parameters())
+        for rule in self.rules:
+            for name in parameters.keys() & set(rule.names):
+                parameters[name].requires_grad_(all(trained.get(n, False) for n in rule.ours))
+        if "rope" in ours:  # computed once, kept in no file, and rounded where the tower was cast
+            visual.trunk.rope.pos_embed = torch.cat(ours["rope"].unbind(0), dim=-1)
+        return visual.eval()
 
 
 def _owned(x: Tensor, copy: bool, parameter: bool, trained: bool, state: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,54 @@
+"""What the command line of `diagnose` checks before it loads a model, and before it runs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from decompclip.audit.diagnosis.pictures import labelled
+from decompclip.audit.sources import WORLD, open_classes
+from decompclip.data.images import FolderSource
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.image_only import ImageOnly, MissingTextError, NoTokenizer
+from decompclip.models.zoo import bundled, card
+
+
+def class_names(model: str, classes: Path | None, images: str) -> tuple[str, ...]:
+    """The classes, without a look at weights; and whether the images are there and bring their labels.
+
+    Raises:
+        ValueError: nobody knows the classes, or no folder is named after one.
+        FileNotFoundError, NotADirectoryError: no such file of classes or folder of images.
+    """
+    of_dataset = images.split(":", maxsplit=1)[0] == WORLD
+    known = tuple(card(model)["class_names"]) if classes is None and model in bundled() else ()
+    if not (known or classes or of_dataset):
+        raise ValueError(
+            f"expected --classes, a text file with one class a line; received none, and only bundled models know theirs: "
+            f"{', '.join(bundled())}"
+        )
+    names = known or open_classes(classes, images)
+    if not of_dataset and not labelled(
+        FolderSource(images, lambda _: torch.zeros(3, 1, 1), class_names=names)
+    ):
+        raise ValueError(
+            f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
+            f"one; name them as the classes are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        )
+    return names
+
+
+def check_text(clip: HookedCLIP) -> None:
+    """Check that texts can be asked of a model.
+
+    Raises:
+        MissingTextError: they cannot; says why, and what to give MODEL instead.
+    """
+    lacking = clip.text if isinstance(clip.text, ImageOnly) else clip.tokenizer
+    if isinstance(lacking, ImageOnly | NoTokenizer):
+        part = "text tower" if isinstance(clip.text, ImageOnly) else "tokenizer"
+        raise MissingTextError(
+            f"expected a model with its text side, which turns class names into answers; received {clip.name!r}, whose "
+            f"{part} is not there: {lacking.why}"
+        )
