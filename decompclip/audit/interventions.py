@@ -19,7 +19,9 @@ from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
-from decompclip.operators.ablation import Kind, MeanAblate, Scheme, sweeps
+from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.sweep_results import Kind, Scheme
+from decompclip.operators.sweeps import ablation_sweep
 
 SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
 THRESHOLDS: tuple[Threshold, ...] = ("quantile", "epsilon")
@@ -37,7 +39,7 @@ def ablate(
         edit = MeanAblate(heads if kind == "heads" else mlps, moments)
         answers = [predict(edit(d).features, classifier) for d in sets]
         complete[kind] = score(f"all {name} mean-ablated", answers[0], answers[1])
-    clean, suspect = (sweeps(d, moments, classifier) for d in sets)
+    clean, suspect = (ablation_sweep(d, moments, classifier) for d in sets)
 
     def settings(kind: Kind, scheme: Scheme) -> tuple[Setting, ...]:
         found = zip(clean[kind, scheme].predictions, suspect[kind, scheme].predictions, strict=True)

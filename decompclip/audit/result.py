@@ -15,7 +15,7 @@ from decompclip.audit.config import AuditConfig
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.evaluation.metrics import AttackReport, attack_report
-from decompclip.operators.ablation import Kind, Scheme
+from decompclip.operators.sweep_results import Kind, Scheme
 
 KINDS: tuple[Kind, ...] = ("heads", "mlps")
 SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
+import torch
 from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
 from decompclip.evaluation.intervals import Rate
 from decompclip.figures.curves import AXES, KINDS
-from decompclip.figures.theme import ACCURACY, SUCCESS, TEMPLATE, Style, band, figure
+from decompclip.figures.theme import ACCURACY, DIVERGING, SEQUENTIAL, SUCCESS, TEMPLATE, Style, band, figure
 
 if TYPE_CHECKING:
     from decompclip.operators.greedy import GreedySet
-    from decompclip.operators.sweep_results import SweepTable
+    from decompclip.operators.sweep_results import HeadSweep, SweepTable
 
 LABELS = Style("Taken for their own class", ACCURACY.colour, ACCURACY.dash, ACCURACY.symbol)
 TARGET = Style("Taken for the target", SUCCESS.colour, SUCCESS.dash, SUCCESS.symbol)
@@ -65,6 +66,40 @@ def sweep_curves(
         margin={"l": 56, "r": 12, "t": 66, "b": 48},
         legend={"y": 1.1 if rows > 1 else 1.2},
     )
+    return plot
+
+
+def head_map(
+    sweep: HeadSweep, labels: Int[Tensor, " batch"] | None = None, target: int | None = None
+) -> go.Figure:
+    """Heads by layer: the share of images that ablating the head changes, or by how much it lowers another share."""
+    frame = sweep.to_frame(labels, target)
+    column = "accuracy" if labels is not None else "changed" if target is None else "target"
+    values = torch.tensor(frame[column].to_numpy()).view(sweep.predictions.shape[:2])
+    name, falls = CHANGED, column != "changed"
+    if falls:
+        right = sweep.before == (target if labels is None else labels.to(sweep.before))
+        values = float(right.double().mean()) - values
+        name = LABELS if column == "accuracy" else TARGET
+    unit = f"{'fall of: t' if falls else 'T'}{name.label[1:]}, %"
+    top = 100 * float(values.abs().max()) or 1.0
+    plot = figure(height=max(260, 34 * len(values) + 110))
+    plot.add_trace(
+        go.Heatmap(
+            z=100 * values.numpy(),
+            x=[str(head) for head in range(values.shape[1])],
+            y=list(range(len(values))),
+            colorscale=DIVERGING if falls else SEQUENTIAL,
+            zmin=-top if falls else 0,
+            zmax=top,
+            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
+            xgap=2,
+            ygap=2,
+            hovertemplate="layer %{y}, head %{x}: %{z:.1f} %<extra></extra>",
+        )
+    )
+    plot.update_xaxes(title="head", type="category", ticks="", showgrid=False)
+    plot.update_yaxes(title="layer", dtick=1, ticks="", showgrid=False, zeroline=False)
     return plot
 
 

@@ -20,19 +20,14 @@ from decompclip.models.vit import HookedViT
 from decompclip.operators.fills import Fill, Rows, show_rows
 from decompclip.operators.replacement import Replacement, stream_means
 from decompclip.operators.splits import Validation, moments_of
-from decompclip.operators.sweep_results import Kind, Scheme, Sweep
-
-# The layer sweeps lived here; the names stay for their users.
-from decompclip.operators.sweeps import sweep, sweeps
-
-__all__ = ["Kind", "MeanAblate", "Scheme", "Sweep", "ZeroAblate", "sweep", "sweeps"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanAblate(Replacement):
     """Components replaced by their means.
 
-    Direct: by mean terms. Causal: by the stream means of each token position (`Moments.fit(stream=True)`).
+    Direct: by mean terms. Causal: by the stream means of each token position (`Moments.fit(stream=True)`). Single
+    neurons have means of their own: `AblateNeurons(neurons[3], fill=mean_neurons(visual, batches, neurons[3]))`.
 
     Attributes:
         components: which, e.g. `mlps[-5:]`.
@@ -77,7 +72,7 @@ class ZeroAblate(Replacement):
         return Fill(none.new_zeros(d.coords.shape[1:]), none.expand(d.n_layers, -1), none, none[None])
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        z = _value_biases(visual)
+        z = value_biases(visual)
         none = z.new_zeros(visual.cfg.n_layers, 1, visual.cfg.d_model)
         return Fill(z, none, none[0], z.new_zeros(1, visual.cfg.d_pool))
 
@@ -85,5 +80,6 @@ class ZeroAblate(Replacement):
         return f"ZeroAblate({self.components!r}{show_rows(self.rows)})"
 
 
-def _value_biases(visual: HookedViT) -> Float[Tensor, "layer 1 head d_head"]:
+def value_biases(visual: HookedViT) -> Float[Tensor, "layer 1 head d_head"]:
+    """What heads leave in z when they are silent."""
     return torch.stack([block.attn.b_V.detach() for block in blocks(visual)])[:, None]

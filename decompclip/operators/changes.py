@@ -122,7 +122,12 @@ def predictions(logits: Float[Tensor, "batch class"]) -> Int[Tensor, " batch"]:
 
 
 def check_classifier(classifier: Tensor, width: int) -> None:
-    """Raises ValueError unless the classifier is of the features' width."""
+    """Raises ValueError unless the classifier has classes, and the features' width."""
+    if classifier.ndim == 2 and classifier.shape[1] == width and not len(classifier):
+        raise ValueError(
+            f"expected a classifier of at least one class; received {list(classifier.shape)}; build it with "
+            "model.zero_shot_classifier"
+        )
     if classifier.ndim != 2 or classifier.shape[1] != width:
         raise ValueError(
             f"expected a classifier [class, {width}]; received {list(classifier.shape)}; build it with the "

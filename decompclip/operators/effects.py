@@ -73,7 +73,9 @@ class Effects:
 
     @property
     def correlation(self) -> float:
-        """Pearson's, of direct and causal effects over the parts; nan where either is the same for all."""
+        """Pearson's, of direct and causal effects over the parts; nan for one part, or where either is the same for all."""
+        if len(self.parts) < 2:
+            return float("nan")
         return float(torch.corrcoef(torch.stack([self.direct, self.causal]))[0, 1])
 
     def heads(self, mode: Mode = "difference") -> Float[Tensor, "layer head"]:
@@ -128,10 +130,13 @@ class Effects:
         return effect_scatter(self) if mode is None else effect_map(self, mode)
 
     def __repr__(self) -> str:
-        return (
-            f"Effects({len(self.parts)} parts on the {self.metric.replace('_', ' ')}, {self.n_images} images; "
-            f"correlation of direct and causal {self.correlation:.2f})"
+        n = len(self.parts)
+        what = (
+            f"{n} part{'s' if n > 1 else ''} on the {self.metric.replace('_', ' ')}, {self.n_images} images"
         )
+        if n == 1:
+            return f"Effects({what}; direct {float(self.direct[0]):.4g}, causal {float(self.causal[0]):.4g})"
+        return f"Effects({what}; correlation of direct and causal {self.correlation:.2f})"
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()
@@ -170,6 +175,7 @@ def direct_and_causal(
 
     Raises:
         IndexError: a component, or a class, that there is not.
+        TypeError: `intervene` returns no intervention.
         ValueError: as `Score`; no images; or an intervention that does not fit the model.
     """
     visual = model if isinstance(model, HookedViT) else model.visual
@@ -182,7 +188,7 @@ def direct_and_causal(
         batch = given.to(visual.device, visual.dtype)
         d = decompose(visual, batch, convention=convention, normalize=normalize)
         parts = parts or parts_of(components, d.n_layers, d.n_heads, d.pool.shape[1])
-        edits = [intervene(part.components) for part in parts]
+        edits = [_intervention(intervene, part) for part in parts]
         words = words or repr(edits[0])
         rows = slice(start, start := start + len(batch))
         scale = 1 / visual(batch).norm(dim=-1, keepdim=True) if normalize else 1.0
@@ -213,6 +219,16 @@ def direct_and_causal(
         n_layers=visual.cfg.n_layers,
         n_heads=visual.cfg.n_heads,
     )
+
+
+def _intervention(intervene: Callable[[Components], Intervention], part: Part) -> Intervention:
+    edit = intervene(part.components)
+    if not isinstance(edit, Intervention):
+        raise TypeError(
+            f"expected intervene to return an intervention; received {edit!r} for {part}; e.g. "
+            "lambda parts: MeanAblate(parts, moments)"
+        )
+    return edit
 
 
 def _causal(visual: HookedViT, images: Tensor, edit: Intervention) -> Float[Tensor, "batch d_embed"]:

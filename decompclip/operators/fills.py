@@ -54,7 +54,7 @@ def resolve(components: Components, of: Decomposition | HookedViT) -> ComponentM
     if mask.neurons is not None:
         raise ValueError(
             f"expected heads, MLPs, embed or pool; received {components!r}, which names neurons; edit those with "
-            "AblateNeurons, and compose the two with |"
+            "AblateNeurons, and compose the two with | (their means: AblateNeurons(..., fill=mean_neurons(...)))"
         )
     return mask
 
@@ -131,8 +131,10 @@ def edit_stream(
 
 
 @torch.no_grad()
-def stream_values(visual: HookedViT, images: Float[Tensor, "batch 3 h w"], mask: ComponentMask) -> Fill:
-    """What the chosen components write to the stream in a run on these images, at every token."""
+def stream_values(
+    visual: HookedViT, images: Float[Tensor, "batch 3 h w"], mask: ComponentMask
+) -> tuple[Fill, Float[Tensor, "batch d_embed"]]:
+    """What the chosen components write to the stream in a run on these images, at every token; and its features."""
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -142,25 +144,9 @@ def stream_values(visual: HookedViT, images: Float[Tensor, "batch 3 h w"], mask:
     out = {i: f"blocks.{i}.hook_mlp_out" for i in range(len(mask.mlps)) if mask.mlps[i]}
     names = ["hook_ln_pre", *z.values(), *out.values(), *([POOL_OUT] if mask.pool else [])]
     with visual.hooks(fwd_hooks=[(name, keep) for name in names]):
-        visual(images)
+        features = visual(images)
     of_heads, of_mlps = ({i: kept[name] for i, name in names.items()} for names in (z, out))
-    return Fill(of_heads, of_mlps, kept["hook_ln_pre"], kept.get(POOL_OUT))
-
-
-def check_alike(d: Decomposition, source: Decomposition) -> None:
-    """Hold the terms of another decomposition to be of the same model and in the same form.
-
-    Raises:
-        ValueError: they are not.
-    """
-    same_form = (d.convention, d.normalized) == (source.convention, source.normalized)
-    same_model = not same_form or d.maps.matches(source.maps)
-    if not (same_form and same_model):
-        raise ValueError(
-            f"expected a source of the same model, convention={d.convention!r} and normalize={d.normalized}; received "
-            f"convention={source.convention!r}, normalize={source.normalized}"
-            f"{'' if same_model else ' of other weights'}; decompose both with one model and the same options"
-        )
+    return Fill(of_heads, of_mlps, kept["hook_ln_pre"], kept.get(POOL_OUT)), features
 
 
 def fit_rows(x: Tensor, n: int, pooled: slice, *, axis: int) -> Tensor:

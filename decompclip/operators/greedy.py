@@ -99,14 +99,23 @@ def most_damaging(
         size: number of components at most; fewer where there are no more candidates.
 
     Raises:
+        IndexError: an answer that is no class.
         TypeError: data that can be gone through once only.
-        ValueError: no data, not one answer for each image, candidates other than heads and MLPs, or as
-            `ablation_sweep`.
+        ValueError: no data, not one answer for each image, candidates other than heads and MLPs, a negative size, or
+            as `ablation_sweep`.
     """
     if isinstance(data, Iterator):
         raise TypeError(
             f"expected data to go through {size} times; received a {type(data).__name__}, which ends after once; pass "
             "a list of decompositions, or an object whose __iter__ starts anew"
+        )
+    if size < 0:
+        raise ValueError(f"expected a size of 0 or more components; received {size}")
+    numbers = answers.flatten()
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(classifier):
+        raise IndexError(
+            f"expected answers as classes in 0..{len(classifier) - 1}, the rows of the classifier; received "
+            f"{int(numbers.min())}..{int(numbers.max())}"
         )
     chosen: list[Place] = []
     hits: list[int] = []

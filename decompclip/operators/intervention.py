@@ -18,10 +18,12 @@ from torch import Tensor
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.masks import ComponentMask
 from decompclip.models.vit import Hook, HookedViT
+from decompclip.operators.splits import Evaluation, Measured
 
 Where = Bool[Tensor, "batch *component"]
 """Which components of which images: `[batch layer head]`, that restricts heads alone, or `[batch component]`,
-that restricts all, in the order of `ComponentMask.flat` (heads layer by layer, MLPs, embedding, pool)."""
+that restricts all, in the order of `ComponentMask.flat` (heads layer by layer, MLPs, embedding, pool). Single neurons
+have no place of their own in it: a neuron is edited in the images in which its MLP is."""
 
 
 class Intervention(ABC):
@@ -31,8 +33,10 @@ class Intervention(ABC):
     """
 
     @abstractmethod
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
         """The decomposition with edited terms; the same object where nothing is edited.
+
+        An `Evaluation` is held apart from the `Validation` that the edit was made from.
 
         Raises:
             IndexError: the edit names a component that `d` does not have.
@@ -66,10 +70,11 @@ class Composition(Intervention):
 
     steps: tuple[Intervention, ...] = ()
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
         for step in self.steps:
-            d = step(d, where=where)
-        return d
+            edited = step(d, where=where)
+            d = Evaluation(edited, d.ids) if isinstance(d, Evaluation) else edited
+        return d.decomposition if isinstance(d, Evaluation) else d
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         return [hook for step in self.steps for hook in step.fwd_hooks(visual, where=where)]
@@ -85,7 +90,7 @@ class Restricted(Intervention):
     edit: Intervention
     where: Where
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
         return self.edit(d, where=both(self.where, where))
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:

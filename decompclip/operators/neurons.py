@@ -6,9 +6,10 @@ the model. All neurons of an MLP and its output bias sum to the MLP's term.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,11 @@ from decompclip.cache.terms import Rows as PooledRows
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.fills import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
+from decompclip.operators.splits import Measured, apart
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +60,29 @@ class NeuronTerms:
         """Of one image, the average one."""
         return replace(self, coords=self.coords.mean(0, keepdim=True), post=self.post.mean(0, keepdim=True))
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron, activation (mean over images and tokens), length of its term (mean over
+        images) and the largest."""
+        import pandas as pd
+
+        # The length through the Gram of each neuron's directions: the terms of all neurons need not fit in memory.
+        grams = torch.einsum("qjd,pjd->jqp", self.maps, self.maps)
+        lengths = torch.einsum("bqj,jqp,bpj->bj", self.coords, grams, self.coords).clamp(min=0).sqrt()
+        columns = {
+            "layer": self.layers,
+            "neuron": self.index,
+            "activation": self.post.mean((0, 1)),
+            "length": lengths.mean(0),
+            "largest": lengths.amax(0),
+        }
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+    def figure(self) -> go.Figure:
+        """The neurons that write most."""
+        from decompclip.figures.neurons import neuron_bars
+
+        return neuron_bars(self)
+
     def __len__(self) -> int:
         return len(self.coords)
 
@@ -62,6 +91,11 @@ class NeuronTerms:
 
     def __repr__(self) -> str:
         return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
+
+    def _repr_html_(self) -> str:
+        largest = self.to_frame().nlargest(20, "length")
+        table: str = largest.to_html(index=False, float_format="{:.4f}".format)
+        return f"<p>{html.escape(repr(self))}; the longest terms first</p>{table}"
 
 
 @torch.no_grad()
@@ -159,7 +193,8 @@ class AblateNeurons(Intervention):
         AblateNeurons(neurons[3], fill=mean_neurons(visual, batches, neurons[3]))   to the mean
         AblateNeurons(neurons[3], terms=neuron_terms(visual, images, neurons[3]))   direct, on these images
 
-    `where` restricts neurons as it does their MLP.
+    `where` has no place for single neurons: where an image's mask leaves out the MLP of a layer, all neurons of that
+    layer stay as they are in that image, else all that the expression names are edited.
 
     Attributes:
         components: which neurons.
@@ -181,7 +216,8 @@ class AblateNeurons(Intervention):
                 "with one expression"
             )
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+        d = apart(None, d)
         terms = self.terms
         if terms is None:
             raise ValueError(

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import term_maps
 from decompclip.cache.masks import ComponentMask
 from decompclip.cache.moments import Moments
 from decompclip.models.vit import HookedViT
-from decompclip.operators.fills import Fill, Rows, show_rows
-from decompclip.operators.replacement import Replacement, stream_means
-from decompclip.operators.splits import Validation, moments_of
+from decompclip.operators.ablation import value_biases
+from decompclip.operators.fills import Fill, Rows, resolve, show_rows
+from decompclip.operators.intervention import Where
+from decompclip.operators.noise_terms import Weights, Writes, as_terms
+from decompclip.operators.replacement import Replacement
+from decompclip.operators.splits import Measured, Validation, apart, moments_of
+
+if TYPE_CHECKING:
+    from decompclip.models.clip import HookedCLIP
 
 Scale = Literal["matched", "unit"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RandomAblate(Replacement):
-    """Components replaced by noise: one random direction for each, the same for all images.
+    """Components replaced by noise: one random vector for each, the same for all images.
 
-    A head's direction is drawn among those that it can write. The direction of a component depends on the seed
-    alone, not on what else is replaced.
+    "matched" draws what a component writes to the stream, at every token alike (a head: z past its value bias), as
+    long as makes its mean term as long as the mean that it stands in for. Causal mode writes it; direct mode puts
+    in the term of that same write, at the image's own frozen scale. "unit" draws the terms themselves, standard
+    normal in every dimension of the joint space, as the paper's code does (for width 512 about 22 long, against
+    terms shorter than 1). Heads cannot write such terms, so that there is no causal edit of this kind, and
+    in what comes out heads' coordinates are their terms: in a composition it stands last.
+
+    The draw of a component depends on the seed alone, not on what else is replaced.
 
     Attributes:
         components: which.
-        moments: of clean images; needed for the scale "matched".
-        scale: "matched": as long as the mean that it stands in for; "unit": as long as a standard normal vector,
-            the square root of the width (the paper's code: about 22, against terms shorter than 1).
-        seed: of the directions.
+        moments: of clean images, in the centred convention; needed for the scale "matched".
+        scale: "matched", or "unit", which is for direct mode alone.
+        seed: of the draw.
         rows: which tokens a causal edit reaches.
+        model: needed for the scale "matched" in direct mode, where more than heads is replaced: what is written by
+            MLPs and the rest becomes a term through its weights.
     """
 
     components: Components
@@ -41,61 +54,76 @@ class RandomAblate(Replacement):
     scale: Scale = field(default="matched", kw_only=True)
     seed: int = field(default=0, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
+    model: HookedViT | HookedCLIP | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale not in get_args(Scale):
             raise ValueError(f"expected a scale of {get_args(Scale)}; received {self.scale!r}")
-        if self.scale == "matched" and self.moments is None:
+        if self.scale == "unit":
+            return
+        if self.moments is None:
             raise ValueError(
                 "expected moments, whose means the noise is to be as long as; received none; pass "
                 'Moments.fit(model, batches), or scale="unit"'
             )
+        if moments_of(self.moments).maps.convention != "centred":
+            raise ValueError(
+                "expected moments in the centred convention, in which a term is what its component writes; received "
+                "convention='paper'; fit them in the centred one, or pass scale=\"unit\""
+            )
+
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+        d = apart(self.moments, d)
+        if self.scale == "matched" or d.maps.direct or not resolve(self.components, d).heads.any():
+            return super().__call__(d, where=where)
+        wide = as_terms(d)
+        edited = super().__call__(wide, where=where)
+        return d if edited is wide else edited
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        shapes = ((d.n_layers, d.n_heads, d.d_embed), (d.n_layers, d.d_embed), (d.d_embed,), (1, d.d_embed))
-        noise = self._draw(shapes, d.embed)
-        means: tuple[Tensor | None, ...] = (None,) * 4
-        if self.moments is not None:
-            moments = moments_of(self.moments)
-            moments.check(d)
-            means = (moments.heads, moments.mlps, moments.embed, moments.pool)
-        of_heads, *others = map(self._lengths, means, noise)
-        coords = d.coords.new_zeros(d.coords.shape[1:])
-        if d.maps.direct:
-            coords = of_heads
-        elif mask.heads.any():
-            chosen = mask.heads.to(coords.device)
-            written = d.maps.heads[chosen]
-            found = torch.einsum("kd,kdr->kr", noise[0][chosen], torch.linalg.pinv(written))
-            length = torch.einsum("kr,krd->kd", found, written).norm(dim=-1, keepdim=True)
-            coords[chosen] = found / length * of_heads[chosen].norm(dim=-1, keepdim=True)
-        return Fill(coords, *others)
+        if self.scale == "unit":
+            generator = torch.Generator().manual_seed(self.seed)
+            shapes = (
+                (d.n_layers, d.n_heads, d.d_embed),
+                (d.n_layers, d.d_embed),
+                (d.d_embed,),
+                (1, d.d_embed),
+            )
+            return Fill(*(torch.randn(shape, generator=generator) for shape in shapes))
+        moments = self._means
+        moments.check(d)
+        visual = None
+        if mask.mlps.any() or mask.embed or mask.pool:
+            if self.model is None:
+                raise ValueError(
+                    f"expected the model, through whose weights the noise of {self.components!r} becomes terms; "
+                    "received none; pass RandomAblate(..., model=model)"
+                )
+            visual = self.model if isinstance(self.model, HookedViT) else self.model.visual
+            moments.check_model(term_maps(visual, "centred"))
+        return self._writes(visual).terms(Weights.of(d), d.maps, visual)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        cfg = visual.cfg
-        shapes = (
-            (cfg.n_layers, 1, cfg.n_heads, cfg.d_head),
-            (cfg.n_layers, 1, cfg.d_model),
-            (1, cfg.d_model),
-        )
-        noise = self._draw((*shapes, (1, cfg.d_pool)), next(visual.parameters()))
-        means: tuple[Tensor | None, ...] = (None,) * 4
-        if self.moments is not None and self.scale == "matched":
-            streams = stream_means(visual, moments_of(self.moments), "causal noise of matched length")
-            means = (streams.z, streams.mlp_out, streams.embed, streams.pool)
-        return Fill(*map(self._lengths, means, noise))
+        if self.scale == "unit":
+            raise ValueError(
+                'expected scale="matched" for a causal edit; received "unit", the paper\'s noise in every dimension of '
+                "the joint space, which no component can write to the stream"
+            )
+        self._means.check_model(term_maps(visual, "centred"))
+        writes = self._writes(visual)
+        assert writes.mlps is not None and writes.embed is not None
+        silent = value_biases(visual)
+        z = silent + writes.heads[:, None].to(silent)
+        return Fill(z, writes.mlps[:, None], writes.embed[None], writes.pool)
 
-    def _draw(self, shapes: tuple[tuple[int, ...], ...], like: Tensor) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return [torch.randn(shape, generator=generator).to(like.detach()) for shape in shapes]
+    @property
+    def _means(self) -> Moments:
+        assert self.moments is not None  # without them the scale is "unit"
+        return moments_of(self.moments)
 
-    def _lengths(self, mean: Tensor | None, noise: Tensor) -> Tensor:
-        """The noise at the length that it is to have."""
-        unit = noise / noise.norm(dim=-1, keepdim=True)
-        if self.scale == "unit" or mean is None:
-            return unit * noise.shape[-1] ** 0.5
-        return unit * mean.to(noise).norm(dim=-1, keepdim=True)
+    def _writes(self, visual: HookedViT | None) -> Writes:
+        return Writes.draw(self.seed, self._means.maps, visual).matched(self._means, visual)
 
     def __repr__(self) -> str:
         moments = "" if self.moments is None else f", {self.moments!r}"

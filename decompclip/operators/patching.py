@@ -47,6 +47,7 @@ class Patching:
         base, source: the scores of the two runs as they are.
         by_token: whether each token was patched alone.
         method: "exact", or "attribution" where estimated from gradients.
+        checks: of an estimate, some places and their exact effects: site, place in `effects`, effect.
     """
 
     effects: Mapping[str, Float[Tensor, "layer ..."]]
@@ -54,6 +55,7 @@ class Patching:
     source: Float[Tensor, " batch"]
     by_token: bool
     method: Literal["exact", "attribution"]
+    checks: tuple[tuple[Site, tuple[int, ...], float], ...] = ()
 
     @property
     def gap(self) -> float:
@@ -84,10 +86,20 @@ class Patching:
             found[site] = float(torch.corrcoef(both)[0, 1]) if bool(varies.all()) else float("nan")
         return found
 
+    @property
+    def agreement(self) -> float:
+        """Pearson's correlation of an estimate with its checks, all sites together; nan without checks."""
+        if not self.checks:
+            return float("nan")
+        pairs = [(float(self.effects[site][place]), exact) for site, place, exact in self.checks]
+        return float(torch.corrcoef(torch.tensor(pairs).double().T)[0, 1])
+
     def to_frame(self) -> pd.DataFrame:
-        """One row a place: site, layer, head, token (none where not taken apart), effect, share."""
+        """One row a place: site, layer, head, token (none where not taken apart), effect, share; and `exact`, the
+        effect where an estimate was checked, if it was."""
         import pandas as pd
 
+        exact = {(site, place): effect for site, place, effect in self.checks}
         rows = []
         for site, effects in self.effects.items():
             for place in torch.ones(effects.shape).nonzero().tolist():
@@ -95,11 +107,13 @@ class Patching:
                 head = rest.pop(0) if site == "z" else None
                 token = rest.pop(0) if self.by_token else None
                 effect = float(effects[tuple(place)])
-                rows.append(
-                    (site, layer, head, token, effect, effect / self.gap if self.gap else float("nan"))
-                )
-        frame = pd.DataFrame(rows, columns=["site", "layer", "head", "token", "effect", "share"])
-        return frame.astype({"head": "Int64", "token": "Int64"})
+                share = effect / self.gap if self.gap else float("nan")
+                rows.append((site, layer, head, token, effect, share, exact.get((site, tuple(place)))))
+        names = ["site", "layer", "head", "token", "effect", "share", "exact"]
+        frame = pd.DataFrame(rows, columns=names).astype(
+            {"head": "Int64", "token": "Int64", "exact": "float"}
+        )
+        return frame if self.checks else frame.drop(columns="exact")
 
     def figure(self, *, shares: bool = True) -> go.Figure:
         """Heat maps, one for each site."""
@@ -110,7 +124,10 @@ class Patching:
     def __repr__(self) -> str:
         places = {site: "x".join(map(str, effects.shape)) for site, effects in self.effects.items()}
         sites = ", ".join(f"{site} {shape}" for site, shape in places.items())
-        return f"Patching({self.method}: {sites}; {len(self.base)} images, gap {self.gap:.3f})"
+        checked = (
+            f", correlation {self.agreement:.2f} with {len(self.checks)} exact runs" if self.checks else ""
+        )
+        return f"Patching({self.method}{checked}: {sites}; {len(self.base)} images, gap {self.gap:.3f})"
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False, float_format="{:.4f}".format, max_rows=60)
@@ -135,10 +152,11 @@ def activation_patching(
         sites: hook points of the blocks; "z" is patched head by head.
 
     Raises:
-        ValueError: an unknown site, or not as many source as base images.
+        ValueError: an unknown site, no batches of images, not as many source as base images, or a direction of
+            another width than the features.
     """
     visual = check_request(model, base, source, sites)
-    judge = scorer(score)
+    judge = scorer(score, visual)
     n_layers = visual.cfg.n_layers
     names = {site: [f"blocks.{layer}.{POINTS[site]}" for layer in range(n_layers)] for site in sites}
     donor = record(visual, source, [name for each in names.values() for name in each])
@@ -149,17 +167,22 @@ def activation_patching(
         for name in of_layers:
             given = donor[name]
             for place in _places(given, site, by_token):
-
-                def write(x: Tensor, hook: Any, given: Tensor = given, place: Any = place) -> Tensor:
-                    x = x.clone()
-                    x[place] = given[place]
-                    return x
-
-                with visual.hooks(fwd_hooks=[(name, write)]):
+                with visual.hooks(fwd_hooks=[(name, writing(given, place))]):
                     found.append((judge(visual(base)) - before).mean())
         effects[site] = torch.stack(found).view(n_layers, *_units(donor[of_layers[0]], site, by_token))
     after = judge(visual(source))
     return Patching(effects, before, after, by_token, "exact")
+
+
+def writing(given: Tensor, place: tuple[Any, ...]) -> Callable[[Tensor, Any], Tensor]:
+    """A hook that writes another run's activation at one place, `(image, token)` or `(image, token, head)`."""
+
+    def write(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[place] = given[place]
+        return x
+
+    return write
 
 
 def _places(given: Tensor, site: str, by_token: bool) -> Iterator[tuple[Any, ...]]:
@@ -179,8 +202,12 @@ def check_request(
     """The tower, once the request is known to make sense.
 
     Raises:
-        ValueError: an unknown site, none, or not as many source as base images.
+        ValueError: an unknown site, none, no batches of images, or not as many source as base images.
     """
+    for name, images in (("base", base), ("source", source)):
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            form = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"expected {name} as one batch of images [batch, 3, h, w]; received {form}")
     for site in sites or ("none",):
         if site not in POINTS:
             raise ValueError(f"expected sites of {tuple(POINTS)}; received {site!r}")
@@ -192,10 +219,19 @@ def check_request(
     return model if isinstance(model, HookedViT) else model.visual
 
 
-def scorer(score: Float[Tensor, " d_embed"] | Score) -> Score:
-    """A score as a function of features; of a direction: the unit feature's dot product with it."""
+def scorer(score: Float[Tensor, " d_embed"] | Score, visual: HookedViT) -> Score:
+    """A score as a function of features; of a direction: the unit feature's dot product with it.
+
+    Raises:
+        ValueError: a direction of another width than the features.
+    """
     if not isinstance(score, Tensor):
         return score
+    if score.shape != (visual.cfg.d_embed,):
+        raise ValueError(
+            f"expected a direction [{visual.cfg.d_embed}], as wide as the features; received {list(score.shape)}; take "
+            "the difference of two texts of the same model"
+        )
     direction = score
     return lambda features: F.normalize(features, dim=-1) @ direction.to(features)
 

@@ -93,11 +93,11 @@ def path_patching(
         receivers: of which those later than the sender are looked at.
 
     Raises:
-        ValueError: the sender is not one head, or not as many source as base images.
+        ValueError: the sender is not one head, or as `activation_patching`.
         IndexError: a layer or head that the tower does not have.
     """
     visual = check_request(model, base, source, ("z",))
-    cfg, judge = visual.cfg, scorer(score)
+    cfg, judge = visual.cfg, scorer(score, visual)
     layer, head = _one_head(sender, cfg.n_layers, cfg.n_heads)
     mask = receivers.resolve(cfg.n_layers, cfg.n_heads, pool=bool(cfg.pool_mlp))
     z_name, out_name = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out"

@@ -14,6 +14,7 @@ from decompclip.cache.moments import Moments, StreamMeans
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.fills import Fill, Rows, check_rows, edit_stream, edit_terms, resolve
 from decompclip.operators.intervention import Intervention, Where
+from decompclip.operators.splits import Measured, apart
 
 
 class Replacement(Intervention):
@@ -33,7 +34,8 @@ class Replacement(Intervention):
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
         """What stands in for the stream's writes."""
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+        d = apart(getattr(self, "moments", None), d)
         mask = resolve(self.components, d)
         return edit_terms(d, mask, self.term_fill(d, mask), where)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
@@ -28,7 +32,7 @@ class Validation:
         Raises:
             ValueError: not one name for each image.
         """
-        names = frozenset(ids)
+        names = frozenset(_plain(ids))
         if len(names) != moments.count:
             raise ValueError(
                 f"expected a name for each of the {moments.count} images of the moments; received {len(names)} "
@@ -44,6 +48,8 @@ class Validation:
 class Evaluation:
     """Decomposed images that are measured, and which those are.
 
+    Interventions and sweeps take it in place of a decomposition, and hold it apart from their `Validation`.
+
     Attributes:
         decomposition: of a batch.
         ids: the batch's names, of the same kind as those of the validation images.
@@ -53,6 +59,7 @@ class Evaluation:
     ids: tuple[Hashable, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", _plain(self.ids))
         if len(self.ids) != len(self.decomposition):
             raise ValueError(
                 f"expected a name for each of {len(self.decomposition)} images; received {len(self.ids)}; name "
@@ -61,6 +68,9 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"Evaluation({self.decomposition!r})"
+
+
+Measured = Decomposition | Evaluation
 
 
 def moments_of(fitted: Moments | Validation) -> Moments:
@@ -79,15 +89,21 @@ def moments_of(fitted: Moments | Validation) -> Moments:
     return fitted
 
 
-def apart(fitted: Moments | Validation | None, measured: Decomposition | Evaluation) -> Decomposition:
+def apart(fitted: Moments | Validation | None, measured: Measured) -> Decomposition:
     """The decomposition to measure, once it is known to share no image with what was fitted, where both tell.
 
     Raises:
-        ValueError: an image is in both.
+        ValueError: an image is in both, or the two name images in different ways, so that nobody could tell.
     """
     if not isinstance(measured, Evaluation):
         return measured
     if isinstance(fitted, Validation):
+        ours, theirs = (sorted({_kind(name) for name in names}) for names in (fitted.ids, measured.ids))
+        if not set(theirs) <= set(ours):
+            raise ValueError(
+                f"expected evaluation images named like the validation images, by {' and '.join(ours)}; received "
+                f"names of type {' and '.join(theirs)}, which could not be told apart; name both in one way"
+            )
         common = [name for name in measured.ids if name in fitted.ids]
         if common:
             raise ValueError(
@@ -95,3 +111,12 @@ def apart(fitted: Moments | Validation | None, measured: Decomposition | Evaluat
                 f"images contain, such as {common[0]!r}; split the data set first (decompclip.data.splits)"
             )
     return measured.decomposition
+
+
+def _plain(ids: Iterable[Any]) -> tuple[Hashable, ...]:
+    """Numbers of a tensor as numbers: tensors of equal value are no equal names."""
+    return tuple(name.item() if isinstance(name, Tensor) else name for name in ids)
+
+
+def _kind(name: Hashable) -> str:
+    return "int" if isinstance(name, Integral) else type(name).__name__

@@ -20,6 +20,30 @@ Scheme = Literal["forward", "backward", "separate"]
 FillKind = Literal["mean", "zero"]
 
 
+Labels = Int[Tensor, " batch"]
+
+
+def shares(
+    predictions: Labels, before: Labels, labels: Labels | None, target: int | None
+) -> dict[str, float]:
+    """Shares of the images: `changed`, `accuracy` where there are labels, `target` where there is one.
+
+    Raises:
+        ValueError: not one label for each image.
+    """
+    if labels is not None and labels.shape != before.shape:
+        raise ValueError(
+            f"expected a label for each of {len(before)} images; received {list(labels.shape)}; keep the order of "
+            "the data"
+        )
+    found = {"changed": predictions != before}
+    if labels is not None:
+        found["accuracy"] = predictions == labels.to(predictions)
+    if target is not None:
+        found["target"] = predictions == target
+    return {name: float(hits.double().mean()) for name, hits in found.items()}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """Predictions under ablation of ever other layers.
@@ -28,17 +52,54 @@ class Sweep:
         predictions: by setting, one for each layer.
         scheme: at setting l, "forward" ablates layers 0..l, "backward" l..L-1, "separate" l alone.
         fill: what stands in for the ablated terms.
+        before: predictions with nothing ablated, which tables and figures compare with.
     """
 
     predictions: Int[Tensor, "layer batch"]
     kind: Kind
     scheme: Scheme
     fill: FillKind
+    before: Labels | None = None
 
     def components(self, layer: int) -> Components:
         """What setting `layer` ablates."""
         layers = {"forward": slice(layer + 1), "backward": slice(layer, None), "separate": layer}[self.scheme]
         return (heads if self.kind == "heads" else mlps)[layers]
+
+    def to_frame(self, labels: Labels | None = None, target: int | None = None) -> pd.DataFrame:
+        """One row a setting: layer, components, and shares of the images as `SweepTable.to_frame` has them.
+
+        Raises:
+            ValueError: not one label for each image.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "layer": layer,
+                "components": repr(self.components(layer)),
+                **shares(self[layer], self._before, labels, target),
+            }
+            for layer in range(len(self))
+        ]
+        return pd.DataFrame(rows)
+
+    def figure(self, labels: Labels | None = None, target: int | None = None) -> go.Figure:
+        """Curves over layers: `changed`, or accuracy and the target's share where asked for."""
+        from decompclip.figures.sweeps import sweep_curves
+
+        return sweep_curves(
+            SweepTable(self._before, {(self.kind, self.scheme): self}, None, self.fill), labels, target
+        )
+
+    @property
+    def _before(self) -> Labels:
+        if self.before is None:
+            raise ValueError(
+                "expected a sweep that knows the predictions before it; received one without; take it from "
+                "ablation_sweep"
+            )
+        return self.before
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -52,20 +113,54 @@ class Sweep:
             f"Sweep({self.fill}-ablation of {self.kind}, {self.scheme}: {settings} settings, {images} images)"
         )
 
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.3f}".format)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSweep:
-    """Predictions with every head ablated alone."""
+    """Predictions with every head ablated alone.
+
+    Attributes:
+        before: predictions with nothing ablated.
+    """
 
     predictions: Int[Tensor, "layer head batch"]
     fill: FillKind
+    before: Labels
 
     def __getitem__(self, place: tuple[int, int]) -> Int[Tensor, " batch"]:
         return self.predictions[place]
 
+    def to_frame(self, labels: Labels | None = None, target: int | None = None) -> pd.DataFrame:
+        """One row a head: layer, head, and shares of the images as `SweepTable.to_frame` has them.
+
+        Raises:
+            ValueError: not one label for each image.
+        """
+        import pandas as pd
+
+        layers, n_heads, _ = self.predictions.shape
+        rows = [
+            {"layer": layer, "head": head, **shares(self[layer, head], self.before, labels, target)}
+            for layer in range(layers)
+            for head in range(n_heads)
+        ]
+        return pd.DataFrame(rows)
+
+    def figure(self, labels: Labels | None = None, target: int | None = None) -> go.Figure:
+        """A map of the heads: the share of images that each changes; with labels, or else a target, by how much
+        their share falls (or, below 0, rises)."""
+        from decompclip.figures.sweeps import head_map
+
+        return head_map(self, labels, target)
+
     def __repr__(self) -> str:
         layers, n_heads, images = self.predictions.shape
         return f"HeadSweep({self.fill}-ablation of {layers} x {n_heads} heads, each alone: {images} images)"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.3f}".format, max_rows=60)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,21 +196,10 @@ class SweepTable:
         """
         import pandas as pd
 
-        if labels is not None and labels.shape != self.before.shape:
-            raise ValueError(
-                f"expected a label for each of {len(self)} images; received {list(labels.shape)}; keep the order of "
-                "the data"
-            )
-
-        def shares(predictions: Tensor) -> dict[str, float]:
-            found = {"changed": predictions != self.before}
-            if labels is not None:
-                found["accuracy"] = predictions == labels.to(predictions)
-            if target is not None:
-                found["target"] = predictions == target
-            return {name: float(hits.double().mean()) for name, hits in found.items()}
-
-        rows = [{**about, **shares(predictions)} for about, predictions in self._settings()]
+        rows = [
+            {**about, **shares(predictions, self.before, labels, target)}
+            for about, predictions in self._settings()
+        ]
         frame = pd.DataFrame(rows)
         return frame.astype({"layer": "Int64", "head": "Int64"})
 

@@ -7,7 +7,6 @@ taken to the classes first (`term @ classifier.T`), and the sums run over logits
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from decompclip.cache.capture import decompose
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import TermMaps
-from decompclip.cache.moments import Moments
+from decompclip.cache.moments import Moments, check_finite
 from decompclip.models.vit import HookedViT
 from decompclip.operators.changes import Changes, Shared, check_classifier, predictions
+from decompclip.operators.parts import check_alike
 from decompclip.operators.splits import Evaluation, Validation, apart, moments_of
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
 
@@ -30,36 +29,6 @@ Data = Decomposition | Evaluation | Iterable[Decomposition | Evaluation]
 
 CHUNK = 2**19
 """Logits worked on at a time: a chunk has as many images as make these (2 MiB in fp32, that caches hold)."""
-
-
-def sweep(
-    d: Decomposition,
-    moments: Moments | None,
-    classifier: Float[Tensor, "class d_embed"],
-    kind: Kind = "heads",
-    scheme: Scheme = "forward",
-) -> Sweep:
-    """Ablate layer by layer (direct mode), and classify.
-
-    Args:
-        moments: their means are filled in; None fills in zero.
-
-    Raises:
-        ValueError: an unknown kind or scheme, moments that do not fit `d`, or a classifier of another width.
-    """
-    table = ablation_sweep(d, moments, classifier, kinds=(kind,), schemes=(scheme,))
-    return table.sweeps[kind, scheme]
-
-
-def sweeps(
-    d: Decomposition, moments: Moments | None, classifier: Float[Tensor, "class d_embed"]
-) -> dict[tuple[Kind, Scheme], Sweep]:
-    """All six sweeps.
-
-    Raises:
-        ValueError: as `sweep`.
-    """
-    return dict(ablation_sweep(d, moments, classifier).sweeps)
 
 
 def ablation_sweep(
@@ -82,10 +51,12 @@ def ablation_sweep(
 
     Raises:
         ValueError: an unknown kind or scheme, no data, moments that do not fit it, a classifier of another width,
-            or images that the moments were fitted on.
+            images that the moments were fitted on, or batches of different models or options.
         TypeError: images without a model.
     """
     for name, values, known in (("kind", kinds, get_args(Kind)), ("scheme", schemes, get_args(Scheme))):
+        if isinstance(values, str) or not values:
+            raise ValueError(f"expected {name}s as a tuple of some of {known}; received {values!r}")
         for value in values:
             if value not in known:
                 raise ValueError(f"expected a {name} of {known}; received {value!r}")
@@ -99,10 +70,12 @@ def ablation_sweep(
         raise ValueError("expected decompositions; received none; check the source of the data")
     joined = {key: torch.cat(parts, dim=-1) for key, parts in found.items()}
     fill: FillKind = "zero" if moments is None else "mean"
+    before = joined.pop("before")
+    alone = joined.pop("heads").unflatten(0, (-1, n_heads)) if each_head else None
     return SweepTable(
-        before=joined.pop("before"),
-        each_head=HeadSweep(joined.pop("heads").unflatten(0, (-1, n_heads)), fill) if each_head else None,
-        sweeps={key: Sweep(joined[key], *key, fill) for key in joined if isinstance(key, tuple)},
+        before=before,
+        each_head=None if alone is None else HeadSweep(alone, fill, before),
+        sweeps={key: Sweep(joined[key], *key, fill, before) for key in joined if isinstance(key, tuple)},
         fill=fill,
     )
 
@@ -110,8 +83,16 @@ def ablation_sweep(
 def _decompositions(
     data: object, moments: Moments | Validation | None, model: object
 ) -> Iterator[Decomposition]:
+    if isinstance(data, Tensor):
+        raise ValueError(
+            f"expected batches of images, one after another; received one tensor {list(data.shape)}; a single batch "
+            "is [images]"
+        )
     parts = [data] if isinstance(data, Decomposition | Evaluation) else data
-    assert isinstance(parts, Iterable)
+    if not isinstance(parts, Iterable):
+        raise TypeError(
+            f"expected a Decomposition, an Evaluation, or batches of either; received {type(parts).__name__}"
+        )
     for part in parts:
         if isinstance(part, Tensor):
             part = _decomposed(part, moments, model)  # noqa: PLW2901
@@ -147,27 +128,25 @@ def chunks(
         ValueError, TypeError: as `ablation_sweep`.
     """
     means = None if moments is None else moments_of(moments)
-    maps, shared = None, None
+    first, shared, seen = None, None, 0
     size = max(1, CHUNK // max(1, len(classifier)))
     for d in _decompositions(data, moments, model):
-        if shared is None or not _same_maps(maps, d):
+        if first is None or shared is None:
             check_classifier(classifier, d.d_embed)
             if means is not None:
                 means.check(d)
-            maps, shared = d.maps, Shared.of(d, means, classifier)
-        elif means is not None:
-            means.check(replace(d, maps=means.maps))  # all but the weights, which were compared
+            first, shared = d[:0], Shared.of(d, means, classifier)
+        check_alike(first.maps, first.normalized, d.maps, d.normalized)
         for start in range(0, max(1, len(d)), size):
-            yield Changes(d[start : start + size], shared)
-
-
-def _same_maps(maps: TermMaps | None, d: Decomposition) -> bool:
-    """Whether a batch is of the model of those before it; stored batches bring equal maps of their own."""
-    if maps is None or maps.convention != d.convention or maps.heads.shape != d.maps.heads.shape:
-        return False
-    if maps is d.maps or (maps.fingerprint is None and torch.equal(maps.heads, d.maps.heads)):
-        return True
-    return maps.matches(d.maps)
+            changes = Changes(d[start : start + size], shared)
+            if not changes.before.isfinite().all():  # as any term that is not, at the cost of a few numbers
+                check_finite(changes.d, first=seen + start)
+                raise ValueError(
+                    "expected finite logits; received nan or inf of finite terms; check the classifier, or decompose "
+                    "in fp32"
+                )
+            yield changes
+        seen += len(d)
 
 
 def _settings(

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.masks import ComponentMask
 from decompclip.cache.readout import blocks
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.fills import resolve
 from decompclip.operators.intervention import Chosen, Intervention, Where
+from decompclip.operators.splits import Measured, apart
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,25 +34,37 @@ class AblateTokens(Intervention):
     components: Components
     tokens: tuple[int, ...] | Bool[Tensor, "*batch token"]
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
-        chosen = Chosen.of(resolve(self.components, d), where, len(d)).heads
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        numbers = (
+            isinstance(tokens, tuple) and bool(tokens) and all(isinstance(token, int) for token in tokens)
+        )
+        if not numbers and not (
+            isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
+        ):
+            raise ValueError(
+                "expected tokens as a tuple of numbers, at least one, or a boolean mask [token] or [batch token]; "
+                f"received {_show(tokens)}; e.g. AblateTokens(heads, (1, 2))"
+            )
+
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+        d = apart(None, d)
+        chosen = Chosen.of(self._heads(d), where, len(d)).heads
         coords = d.coords.clone()
         for layer, head in chosen.any(0).nonzero().tolist():
             shares = _shares(d, layer, head)
-            silenced = self._mask(shares.shape[1]).to(shares.device) & chosen[:, layer, head, None].to(
-                shares.device
-            )
+            silenced = self._mask(shares.shape[1], len(d)).to(shares.device) & chosen[
+                :, layer, head, None
+            ].to(shares.device)
             coords[:, layer, head, : shares.shape[2]] -= (shares * silenced[..., None]).sum(1)
         return d.edit(coords=coords) if chosen.any() else d
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
-        mask = resolve(self.components, visual)
-        if mask.mlps.any() or mask.embed or mask.pool:
-            raise ValueError(f"expected heads, for they alone read tokens; received {self.components!r}")
+        mask = self._heads(visual)
 
         def silence(v: Tensor, hook: Any, layer: int) -> Tensor:
             of_heads = Chosen.of(mask, where, len(v)).heads[:, None, layer].to(v.device)
-            silenced = self._mask(v.shape[1]).to(v.device)[..., None] & of_heads
+            silenced = self._mask(v.shape[1], len(v)).to(v.device)[..., None] & of_heads
             return torch.where(silenced[..., None], blocks(visual)[layer].attn.b_V.detach().to(v), v)
 
         return [
@@ -58,7 +72,14 @@ class AblateTokens(Intervention):
             for layer in mask.heads.any(1).nonzero().flatten().tolist()
         ]
 
-    def _mask(self, n_tokens: int) -> Bool[Tensor, "#batch token"]:
+    def _heads(self, of: Decomposition | HookedViT) -> ComponentMask:
+        """Which are meant; raises ValueError where the expression names more than heads."""
+        mask = resolve(self.components, of)
+        if mask.mlps.any() or mask.embed or mask.pool:
+            raise ValueError(f"expected heads, for they alone read tokens; received {self.components!r}")
+        return mask
+
+    def _mask(self, n_tokens: int, batch: int) -> Bool[Tensor, "#batch token"]:
         tokens = self.tokens
         if isinstance(tokens, tuple):
             outside = [token for token in tokens if not -n_tokens <= token < n_tokens]
@@ -67,16 +88,26 @@ class AblateTokens(Intervention):
             return torch.zeros(1, n_tokens, dtype=torch.bool).index_fill(
                 1, torch.tensor(tokens) % n_tokens, True
             )
-        if tokens.shape[-1] != n_tokens or tokens.dtype != torch.bool:
+        if tokens.shape[-1] != n_tokens:
             raise ValueError(
                 f"expected a boolean mask over {n_tokens} tokens; received {tokens.dtype} {list(tokens.shape)}; a mask "
                 "of patches lacks the class token"
             )
-        return tokens if tokens.ndim == 2 else tokens[None]
+        tokens = tokens if tokens.ndim == 2 else tokens[None]
+        if len(tokens) not in (1, batch):
+            raise ValueError(
+                f"expected a mask for each of {batch} images, or one for all; received {list(tokens.shape)}; give one "
+                "row for each image of this very batch"
+            )
+        return tokens
 
     def __repr__(self) -> str:
         of = f"mask of {int(self.tokens.sum())}" if isinstance(self.tokens, Tensor) else repr(self.tokens)
         return f"AblateTokens({self.components!r}, {of})"
+
+
+def _show(tokens: object) -> str:
+    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
 
 
 def _shares(d: Decomposition, layer: int, head: int) -> Float[Tensor, "batch token coord"]:

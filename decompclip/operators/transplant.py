@@ -13,9 +13,14 @@ from decompclip.cache.components import Components, heads
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.masks import ComponentMask
 from decompclip.models.vit import Hook, HookedViT
-from decompclip.operators.fills import Fill, Rows, check_alike, show_rows, stream_values
+from decompclip.operators.fills import Fill, Rows, show_rows, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
+from decompclip.operators.parts import check_alike
 from decompclip.operators.replacement import Replacement, need_images
+from decompclip.operators.splits import Evaluation, Measured
+
+SAME = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of one image's features in two runs, as a share of their length, by dtype; 1e-3 elsewhere."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,8 +39,12 @@ class Patch(Replacement):
     images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count(self.images, self.source)
+
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        check_alike(d, self.source)
+        check_alike(d.maps, d.normalized, self.source.maps, self.source.normalized)
         source = self.source
         if len(source) not in (1, len(d)):
             raise ValueError(
@@ -45,7 +54,7 @@ class Patch(Replacement):
         return Fill(source.coords, source.mlps, source.embed, source.pool if mask.pool else None)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        return stream_values(visual, need_images(self.images, "Patch"), mask)
+        return _written(visual, need_images(self.images, "Patch"), mask, self.source)
 
     def __repr__(self) -> str:
         return f"Patch({self.components!r}, {len(self.source)} images{show_rows(self.rows)})"
@@ -71,8 +80,12 @@ class ResampleAblate(Replacement):
     seed: int = field(default=0, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count(self.images, self.source)
+
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        check_alike(d, self.source)
+        check_alike(d.maps, d.normalized, self.source.maps, self.source.normalized)
         of_heads, of_mlps, of_embed, of_pool = self._draws(len(d), mask, d.coords.device)
         layer, head = torch.arange(d.n_layers)[:, None], torch.arange(d.n_heads)
         source = self.source
@@ -85,7 +98,7 @@ class ResampleAblate(Replacement):
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
         images = need_images(self.images, "ResampleAblate")
-        values = stream_values(visual, images, mask)
+        values = _written(visual, images, mask, self.source)
         of_heads, of_mlps, of_embed, of_pool = self._draws(len(images), mask, images.device)
         head = torch.arange(visual.cfg.n_heads)
         return Fill(
@@ -118,6 +131,37 @@ class ResampleAblate(Replacement):
         )
 
 
+def _check_count(images: Tensor | None, source: Decomposition) -> None:
+    """Raises ValueError where images are given that cannot be the source's."""
+    if images is not None and len(images) != len(source):
+        raise ValueError(
+            f"expected the {len(source)} images that the source was decomposed from; received {len(images)} images; "
+            "pass those very images, in the same order"
+        )
+
+
+def _written(visual: HookedViT, images: Tensor, mask: ComponentMask, source: Decomposition) -> Fill:
+    """What the source's images write to the stream.
+
+    Raises:
+        ValueError: the tower does not give these images the source's features.
+    """
+    values, features = stream_values(visual, images, mask)
+    told = source.features if source.target is None else source.target
+    if told.shape == features.shape:
+        found = (features / features.norm(dim=-1, keepdim=True) if source.normalized else features).to(told)
+        misses = (found - told).norm(dim=-1) / told.norm(dim=-1)
+        if float(misses.max()) <= SAME.get(features.dtype, 1e-3):
+            return values
+        what = f"whose features differ, by {float(misses.max()):.0%} in image {int(misses.argmax())}"
+    else:
+        what = f"whose features are {list(features.shape)}, not {list(told.shape)}"
+    raise ValueError(
+        f"expected the images that the source was decomposed from, and the same model; received images {what}; pass "
+        "those very images in the same order, and a source that was not edited"
+    )
+
+
 def _layered(values: object) -> list[tuple[int, Tensor]]:
     assert isinstance(values, dict)  # as `stream_values` makes them
     return list(values.items())
@@ -145,8 +189,9 @@ class Repair(Intervention):
     selector: Flags
     fill: Intervention
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
-        return self.fill(d, where=both(self.selector.flags(d), where))
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+        flagged = self.selector.flags(d.decomposition if isinstance(d, Evaluation) else d)
+        return self.fill(d, where=both(flagged, where))
 
     def at(self, d: Decomposition) -> Restricted:
         """The edit of what is flagged in these very images, for either mode."""

@@ -182,7 +182,8 @@ def test_the_pools_mlp_is_a_component_where_there_is_one(
     where[1, -1] = True
     moments = Moments.fit(tower, [images, -images])
     d = decompose(tower, images)
-    for edit in (MeanAblate(pool, moments), RandomAblate(pool, moments), RandomAblate(everything, moments)):
+    noise = [RandomAblate(components, moments, model=tower) for components in (pool, everything)]
+    for edit in (MeanAblate(pool, moments), *noise):
         edited = edit(d)
         length = moments.pool.norm(dim=-1).float().expand(5, -1)
         torch.testing.assert_close(edited.pool.norm(dim=-1), length, **CLOSE)

@@ -178,6 +178,15 @@ def test_a_single_image_has_no_interval(tower: HookedViT, images: Tensor, classi
     assert found.direct_error.isnan().all() and not found.direct.isnan().any()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_part_has_no_correlation(tower: HookedViT, images: Tensor, classifier: Tensor) -> None:
+    found = direct_and_causal(tower, images, ZeroAblate, classifier, 0, components=mlps[0])
+    assert found.correlation != found.correlation
+    ends = f"direct {float(found.direct[0]):.4g}, causal {float(found.causal[0]):.4g})"
+    assert repr(found) == f"Effects(1 part on the logit difference, 5 images; {ends}"
+    assert "nan" not in found._repr_html_()
+
+
 def test_grids_hold_the_numbers_by_place(effects: Effects) -> None:
     assert float(effects.heads("causal")[1, 3]) == effects["heads[1, 3]"]["causal"]
     assert float(effects.mlps("direct")[2]) == effects["mlps[2]"]["direct"]
@@ -235,6 +244,11 @@ def test_errors_say_what_to_do(
     fails(ValueError, "one for each of the 5 images so far; received 4", labels[:4])
     fails(ValueError, "one for each of 5 images; received 10", labels.repeat(2), components=mlps[0])
     fails(IndexError, "received layer 7", components=mlps[7])
+    nothing: Any = lambda parts: None  # noqa: E731
+    with pytest.raises(
+        TypeError, match=r"to return an intervention; received None for mlps\[0\]; e\.g\. lambda"
+    ):
+        direct_and_causal(tower, images, nothing, classifier, 0, components=mlps[0])
     with pytest.raises(ValueError, match=r"a mode of \('direct', 'causal', 'difference'\); received 'total'"):
         effects.heads("total")  # pyright: ignore[reportArgumentType]
     with pytest.raises(KeyError, match=r"received pool; name it in components="):

@@ -1,4 +1,4 @@
-"""The protocol: restriction image by image, noise, other images' components, repair, neurons."""
+"""The protocol: restriction image by image, splits held apart, other images' components, repair."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, everything, heads, layers, mlps, neurons
+from decompclip.cache.components import Components, embed, everything, heads, layers, mlps
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
 from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.intervention import Intervention
-from decompclip.operators.neurons import AblateNeurons, mean_neurons, neuron_terms
+from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate
-from decompclip.operators.tokens import AblateTokens
+from decompclip.operators.splits import Evaluation, Validation
 from decompclip.operators.transplant import Patch, Repair, ResampleAblate, decomp_reverse
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -54,34 +53,24 @@ def causal(tower: HookedViT, images: Tensor, edit: Intervention, **options: Any)
         return tower(images)
 
 
-def at_frozen_scale(tower: HookedViT, images: Tensor, edit: Intervention) -> Tensor:
-    """Causal, but for the last LayerNorm, which divides as it did."""
-    scales: list[Tensor] = []
-    with tower.hooks(fwd_hooks=[("ln_final.hook_scale", lambda s, hook: scales.append(s.clone()))]):
-        tower(images)
-    hooks: list[Any] = [*edit.fwd_hooks(tower), ("ln_final.hook_scale", lambda s, hook: scales[0])]
-    with tower.hooks(fwd_hooks=hooks):
-        return tower(images)
-
-
 # Restriction
 
 
-def edits(d: Decomposition, moments: Moments, images: Tensor, others: Tensor) -> list[Intervention]:
+def edits(moments: Moments, tower: HookedViT) -> list[Intervention]:
     chosen = heads[1:] | mlps[0] | embed
     return [
         ZeroAblate(chosen),
         MeanAblate(chosen, moments),
-        RandomAblate(chosen, moments),
+        RandomAblate(chosen, moments, model=tower),
         ZeroAblate(heads[0]) | MeanAblate(mlps[1:], moments),
     ]
 
 
 def test_a_component_mask_restricts_every_kind_of_component(
-    tower: HookedViT, images: Tensor, others: Tensor, d: Decomposition, moments: Moments
+    tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments
 ) -> None:
     where = torch.rand(5, N_COMPONENTS, generator=torch.Generator().manual_seed(0)) < 0.5
-    for edit in edits(d, moments, images, others):
+    for edit in edits(moments, tower):
         whole, part = edit(d), edit(d, where=where)
         of_heads, of_mlps, of_embed = where[:, :12].view(5, 3, 4), where[:, 12:15], where[:, 15]
         torch.testing.assert_close(
@@ -122,50 +111,43 @@ def test_a_restricted_edit_is_one_with_where(tower: HookedViT, images: Tensor, d
         edit.on(a)(d, where=torch.ones(5, 16, dtype=torch.bool))
 
 
+def test_evaluation_images_are_held_apart_from_those_of_the_means(
+    tower: HookedViT, d: Decomposition, source: Decomposition, moments: Moments
+) -> None:
+    validation = Validation.of(moments, range(16))
+    measured, known = Evaluation(d, tuple(range(20, 25))), Evaluation(d, (20, 21, 3, 22, 23))
+    mean = MeanAblate(heads, validation)
+    flags = torch.ones(5, 3, 4, dtype=torch.bool)
+    edits: list[Intervention] = [
+        mean,
+        RandomAblate(heads, validation),
+        mean.on(flags),
+        ZeroAblate(mlps) | mean,
+        mean | ZeroAblate(mlps),
+        Repair(Fixed(flags), mean),
+    ]
+    for edit in edits:
+        torch.testing.assert_close(edit(measured).features, edit(d).features)
+        with pytest.raises(
+            ValueError, match="received 1 that the validation images contain, such as 3; split"
+        ):
+            edit(known)
+    for edit in (Patch(heads, source), ZeroAblate(heads), Composition()):
+        torch.testing.assert_close(edit(known).features, edit(d).features)
+    numbers = tuple(torch.arange(3, 8))
+    with pytest.raises(ValueError, match="received 5 that the validation images contain, such as 3"):
+        mean(Evaluation(d, numbers))
+    for names in (tuple("abcde"), ("3", "4", "5", "6", "7")):
+        with pytest.raises(
+            ValueError, match="named like the validation images, by int; received names of type str"
+        ):
+            mean(Evaluation(d, names))
+
+
 def test_whole_layers(d: Decomposition) -> None:
     torch.testing.assert_close(
         ZeroAblate(layers[-1])(d).features, ZeroAblate(heads[-1] | mlps[-1])(d).features
     )
-
-
-# Noise
-
-
-@pytest.mark.parametrize("convention", ["centred", "paper"])
-def test_noise_has_its_length_and_a_direction_of_its_seed(
-    tower: HookedViT, images: Tensor, convention: Any
-) -> None:
-    d = decompose(tower, images, convention=convention)
-    moments = Moments.fit(tower, [drawn(16, 5)], convention=convention)
-    matched = RandomAblate(everything, moments)(d)
-    lengths = moments.heads.norm(dim=-1).float().expand(5, -1, -1)
-    torch.testing.assert_close(matched.heads.norm(dim=-1), lengths, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(matched.mlps.norm(dim=-1), moments.mlps.norm(dim=-1).float().expand(5, -1))
-    unit = RandomAblate(everything, scale="unit")(d)
-    for terms in (unit.heads, unit.mlps, unit.embed):
-        torch.testing.assert_close(
-            terms.norm(dim=-1), torch.full(terms.shape[:-1], 20**0.5), rtol=1e-3, atol=0
-        )
-    assert torch.equal(unit.mlps[0], unit.mlps[4])
-    again = RandomAblate(mlps[1], scale="unit")(d)
-    torch.testing.assert_close(again.mlps[:, 1], unit.mlps[:, 1])
-    other = RandomAblate(everything, scale="unit", seed=1)(d)
-    assert torch.cosine_similarity(other.heads[0], unit.heads[0], dim=-1).abs().max() < 0.99
-
-
-@pytest.mark.parametrize(("scale", "length"), [("unit", 32**0.5), ("matched", None)])
-def test_causal_noise(
-    tower: HookedViT, images: Tensor, moments: Moments, scale: Any, length: float | None
-) -> None:
-    edit = RandomAblate(heads[1, 2] | mlps[0], moments, scale=scale)
-    with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):
-        _, cache = tower.run_with_cache(images)
-    assert moments.streams is not None
-    expected = moments.streams.mlp_out[0].norm(dim=-1).float() if length is None else torch.full((7,), length)
-    torch.testing.assert_close(cache["mlp_out", 0].norm(dim=-1), expected.expand(5, -1), **CLOSE)
-    z = cache["z", 1][:, :, 2]
-    expected = moments.streams.z[1, :, 2].norm(dim=-1).float() if length is None else torch.full((7,), 8**0.5)
-    torch.testing.assert_close(z.norm(dim=-1), expected.expand(5, -1), **CLOSE)
 
 
 # Other images' components
@@ -208,6 +190,18 @@ def test_resampling_takes_each_component_from_another_image(d: Decomposition) ->
     again = ResampleAblate(everything, d, seed=3)(d)
     assert torch.equal(again.coords, resampled.coords)
     assert not torch.equal(ResampleAblate(everything, d, seed=4)(d).coords, resampled.coords)
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+def test_the_sources_images_are_known_by_their_features(
+    tower: HookedViT, images: Tensor, others: Tensor, convention: Any
+) -> None:
+    source = decompose(tower, others, convention=convention, normalize=True)
+    run = causal(tower, images, Patch(everything, source, images=others))
+    torch.testing.assert_close(run, tower(others), **CLOSE)
+    swapped = others[[1, 0, 2, 3, 4]]
+    with pytest.raises(ValueError, match="expected the images that the source was decomposed from"):
+        Patch(everything, source, images=swapped).fwd_hooks(tower)
 
 
 def test_resampling_draws_alike_in_both_modes(
@@ -270,143 +264,6 @@ def test_decomp_reverse_copies_flagged_heads_into_the_twin(
     assert torch.equal((changed - tower(images)).abs().amax(1) > 1e-4, flags.flatten(1).any(1))
 
 
-# Neurons
-
-
-@pytest.mark.parametrize("convention", ["centred", "paper"])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_all_neurons_and_the_bias_sum_to_the_mlps_term(
-    tower: HookedViT, images: Tensor, convention: Any, normalize: bool
-) -> None:
-    d = decompose(tower, images, convention=convention, normalize=normalize)
-    terms = neuron_terms(tower, images, neurons, convention=convention, normalize=normalize)
-    by_layer = terms.terms.unflatten(1, (3, 48)).sum(2)
-    silent = d.mlps - by_layer
-    # What is left is the output bias: the same for all layers' images up to their scale, plus shared constants.
-    gone = AblateNeurons(neurons, terms=terms)(d)
-    torch.testing.assert_close(gone.mlps, silent, **CLOSE)
-    if convention == "centred" and not normalize:
-        _, cache = tower.run_with_cache(images)
-        scaled = silent * cache["ln_final.hook_scale"][:, 0, None]
-        torch.testing.assert_close(scaled, scaled[:1].expand(5, -1, -1), **CLOSE)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"pool": "mean", "n_prefix": 0},
-        {"pool": "mean", "ln_final": "pooled", "n_prefix": 1},
-        {"pool": "attention", "pool_heads": 4, "pool_mlp": 24, "n_prefix": 0},
-        {"gated": True, "mlp_norm": True},
-    ],
-    ids=["mean", "mean_then_norm", "attention", "gated"],
-)
-def test_neurons_of_other_towers(make_tower: Callable[..., HookedViT], images: Tensor, changes: Any) -> None:
-    """All neurons and the output bias, whose term is that of an MLP whose neurons are silent, make up the MLP."""
-    tower = make_tower(**changes)
-    d, terms = decompose(tower, images), neuron_terms(tower, images, neurons[-1])
-    left = AblateNeurons(neurons[-1], terms=terms)(d).mlps[:, -1]
-    torch.testing.assert_close(left, d.mlps[:, -1] - terms.terms.sum(1), **CLOSE)
-    # What reads the last stream reads as it did: only then is the feature linear in the stream.
-    reading = ["ln_final.hook_scale", *(["pool.hook_pattern"] if changes.get("pool") == "attention" else [])]
-    seen: dict[str, Tensor] = {}
-    with tower.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in reading]):
-        tower(images)
-    hooks: list[Any] = [(name, lambda x, hook: seen[hook.name]) for name in reading]
-    with tower.hooks(fwd_hooks=[*AblateNeurons(neurons[-1]).fwd_hooks(tower), *hooks]):
-        silent = decompose(tower, images)
-    torch.testing.assert_close(left, silent.mlps[:, -1], **CLOSE)
-
-
-def test_a_neuron_of_the_last_mlp_is_the_same_in_both_modes(
-    tower: HookedViT, images: Tensor, others: Tensor, d: Decomposition
-) -> None:
-    chosen = neurons[-1, [3, 17]] | neurons[-1, 40:]
-    terms = neuron_terms(tower, images, chosen)
-    edit = AblateNeurons(chosen, terms=terms)
-    torch.testing.assert_close(at_frozen_scale(tower, images, edit), edit(d).features, **CLOSE)
-    mean = mean_neurons(tower, others.split(2), chosen)
-    whole = neuron_terms(tower, others, chosen)
-    torch.testing.assert_close(mean.post, whole.post.mean(0, keepdim=True))
-    torch.testing.assert_close(mean.coords, whole.coords.mean(0, keepdim=True))
-
-
-def test_neurons_are_set_at_the_tokens_asked_for(tower: HookedViT, images: Tensor, others: Tensor) -> None:
-    chosen = neurons[1, [3, 17]]
-    mean = mean_neurons(tower, [others], chosen)
-    where = torch.zeros(5, N_COMPONENTS, dtype=torch.bool)
-    where[1:3, 13] = True
-    for edit, rows in ((AblateNeurons(chosen, fill=mean, rows=(0, 2)), [0, 2]),):
-        _, before = tower.run_with_cache(images)
-        with tower.hooks(fwd_hooks=edit.fwd_hooks(tower, where=where)):
-            _, after = tower.run_with_cache(images)
-        expected = before["post", 1].clone()
-        for i in (1, 2):
-            for row in rows:
-                expected[i, row, [3, 17]] = mean.post[0, row]
-        torch.testing.assert_close(after["post", 1], expected, rtol=0, atol=0)
-
-
-def test_a_patched_neuron_is_the_sources(
-    tower: HookedViT, images: Tensor, others: Tensor, d: Decomposition
-) -> None:
-    chosen = neurons[2, 5]
-    terms, fill = neuron_terms(tower, images, chosen), neuron_terms(tower, others, chosen)
-    edit = AblateNeurons(chosen, terms=terms, fill=fill)
-    torch.testing.assert_close(edit(d).mlps[:, 2] - d.mlps[:, 2], (fill.terms - terms.terms)[:, 0], **CLOSE)
-    none = torch.zeros(5, N_COMPONENTS, dtype=torch.bool)
-    torch.testing.assert_close(edit(d, where=none).mlps, d.mlps)
-
-
-# Tokens
-
-
-@pytest.mark.parametrize("kind", ["numbers", "mask", "masks"])
-def test_deaf_heads_of_the_last_block_are_the_same_in_both_modes(
-    tower: HookedViT, images: Tensor, kind: str
-) -> None:
-    drawn_tokens = torch.rand(5, 7, generator=torch.Generator().manual_seed(3)) < 0.5
-    tokens: Any = {"numbers": (0, -2), "mask": drawn_tokens[0], "masks": drawn_tokens}[kind]
-    d = decompose(tower, images, tokens=True)
-    # The last MLP reads the heads; without it, nothing but the last LayerNorm does.
-    edit = AblateTokens(heads[-1, 1:], tokens) | ZeroAblate(mlps[-1])
-    where = torch.ones(5, 3, 4, dtype=torch.bool)
-    where[2, 2, 1] = False
-    for at in (edit, edit.on(where)):
-        torch.testing.assert_close(at_frozen_scale(tower, images, at), at(d).features, **CLOSE)
-    assert torch.equal(edit(d).coords[:, :2], d.coords[:, :2])
-    assert not torch.equal(edit(d).coords[:, 2, 1:], d.coords[:, 2, 1:])
-
-
-@pytest.mark.parametrize("convention", ["centred", "paper"])
-def test_deaf_heads_behind_an_attention_pool(
-    make_tower: Callable[..., HookedViT], images: Tensor, convention: Any
-) -> None:
-    tower = make_tower(pool="attention", pool_heads=4, n_prefix=0)
-    d = decompose(tower, images, tokens=True, convention=convention)
-    deaf = AblateTokens(heads[1:, 2], (1, 4))(d)
-    for layer in (1, 2):
-        shares = AblateTokens(heads, tuple(range(6)))(d).heads[:, layer, 2]  # what no token brings
-        brought = d.tokens(layer, 2) - (shares / 6)[:, None]
-        expected = d.heads[:, layer, 2] - brought[:, [1, 4]].sum(1)
-        torch.testing.assert_close(deaf.heads[:, layer, 2], expected, **CLOSE)
-    torch.testing.assert_close(deaf.heads[:, :, 1], d.heads[:, :, 1])
-
-
-@pytest.mark.parametrize("convention", ["centred", "paper"])
-def test_a_head_deaf_to_all_tokens_is_ablated(tower: HookedViT, images: Tensor, convention: Any) -> None:
-    d = decompose(tower, images, tokens=heads[1], convention=convention)
-    deaf = AblateTokens(heads[1], tuple(range(7)))
-    torch.testing.assert_close(
-        deaf(d).coords[..., :8], ZeroAblate(heads[1])(d).coords[..., :8], rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
-        causal(tower, images, deaf), causal(tower, images, ZeroAblate(heads[1])), **CLOSE
-    )
-    with pytest.raises(LookupError, match="expected the tokens of heads"):
-        AblateTokens(heads[2], (1,))(d)
-
-
 @pytest.mark.usefixtures("ours_alone")
 def test_errors_say_what_to_do(
     tower: HookedViT,
@@ -417,19 +274,18 @@ def test_errors_say_what_to_do(
     moments: Moments,
     make_tower: Callable[..., HookedViT],
 ) -> None:
-    with pytest.raises(ValueError, match=r"a scale of \('matched', 'unit'\); received 'big'"):
-        RandomAblate(heads, moments, scale="big")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="expected moments, whose means the noise is to be as long as"):
-        RandomAblate(heads)
     for edit in (Patch(heads, source), ResampleAblate(heads, source)):
         with pytest.raises(ValueError, match=r"expected the source's images, .*\(..., images=images\)"):
             edit.fwd_hooks(tower)
         with pytest.raises(
-            ValueError, match="received convention='centred', normalize=False; decompose both"
+            ValueError,
+            match="convention='paper', as those before; received convention='centred'; decompose all",
         ):
             edit(decompose(tower, images, convention="paper"))
     other = decompose(make_tower(seed=3, layer_scale=True), images)
-    with pytest.raises(ValueError, match="normalize=False of other weights; decompose both with one model"):
+    with pytest.raises(
+        ValueError, match="expected terms of one model; received those of another .* other weights"
+    ):
         Patch(heads, other)(d)
     with pytest.raises(
         ValueError, match=r"a source of 5 images, one for each .* received 3; pair the images"
@@ -439,30 +295,16 @@ def test_errors_say_what_to_do(
         causal(tower, images, Patch(heads, source[:3], images=others[:3]))
     with pytest.raises(ValueError, match="other images to draw from; received one of 1 images"):
         ResampleAblate(heads, d[:1])(d[:1])
-    with pytest.raises(
-        ValueError, match=r"pass terms=neuron_terms\(visual, images, neurons\[0\]\) of the same"
-    ):
-        AblateNeurons(neurons[0])(d)
-    with pytest.raises(ValueError, match=r"expected neurons alone; received heads \| neurons\[0\]"):
-        AblateNeurons(heads | neurons[0]).fwd_hooks(tower)
-    with pytest.raises(IndexError, match=r"a neuron in 0\.\.47 .*received neuron 48"):
-        neuron_terms(tower, images, neurons[0, 48])
-    terms = neuron_terms(tower, images, neurons[0, 4])
-    with pytest.raises(
-        ValueError, match="neuron terms of 3 images, convention='centred', normalize=False; received"
-    ):
-        AblateNeurons(neurons[0, 4], terms=terms)(d[:3])
-    with pytest.raises(ValueError, match="expected a fill of the neurons of the terms"):
-        AblateNeurons(neurons[0, 4], terms=terms, fill=neuron_terms(tower, images, neurons[0, 5]))
-    with pytest.raises(ValueError, match=r"a fill of the neurons neurons\[0, 5\]; received .* of others"):
-        AblateNeurons(neurons[0, 5], fill=terms).fwd_hooks(tower)
-    with pytest.raises(ValueError, match="expected batches of images; received none"):
-        mean_neurons(tower, [], neurons[0])
-    with pytest.raises(IndexError, match=r"tokens in 0\.\.6; received 9"):
-        causal(tower, images, AblateTokens(heads, (0, 9)))
-    with pytest.raises(
-        ValueError, match=r"mask over 7 tokens; received torch.bool \[6\]; a mask of patches lacks"
-    ):
-        causal(tower, images, AblateTokens(heads, torch.ones(6, dtype=torch.bool)))
-    with pytest.raises(ValueError, match=r"heads, for they alone read tokens; received layers\[0\]"):
-        AblateTokens(layers[0], (1,)).fwd_hooks(tower)
+    for edit_of in (Patch, ResampleAblate):
+        with pytest.raises(
+            ValueError, match="the 5 images that the source was decomposed from; received 3 images"
+        ):
+            edit_of(heads, source, images=others[:3])
+        with pytest.raises(
+            ValueError, match=r"received images whose features differ, by \d+% in image \d; pass"
+        ):
+            edit_of(heads, source, images=images).fwd_hooks(tower)
+        with pytest.raises(ValueError, match=r"whose features are \[5, 9\], not \[5, 20\]"):
+            edit_of(heads, source, images=others).fwd_hooks(make_tower(d_embed=9))
+        with pytest.raises(ValueError, match="and a source that was not edited"):
+            edit_of(heads, ZeroAblate(mlps)(source), images=others).fwd_hooks(tower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
@@ -128,9 +129,44 @@ def test_attribution_approaches_the_exact_effects_of_small_changes(
         torch.testing.assert_close(exact.effects[site], estimate.effects[site], rtol=0, atol=0.1 * scale)
     assert (exact.method, estimate.method) == ("exact", "attribution")
     far = activation_patching(tower, images, source, direction, sites=sites, by_token=by_token)
-    assert far.correlation(
-        attribution_patching(tower, images, source, direction, sites=sites, by_token=by_token)
-    )
+    rough = attribution_patching(tower, images, source, direction, sites=sites, by_token=by_token)
+    correlations = far.correlation(rough)
+    assert list(correlations) == list(sites)
+    # Of unrelated images: no longer exact, and still no noise.
+    assert 0.4 < min(correlations.values()) < 0.99
+    for site in sites:
+        whole = torch.stack([far.effects[site].flatten(), rough.effects[site].flatten()])
+        assert correlations[site] == pytest.approx(float(np.corrcoef(whole.numpy())[0, 1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_an_estimate_can_be_checked_at_a_few_places(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor, by_token: bool
+) -> None:
+    sites: Any = ("mlp_out", "z")
+    exact = activation_patching(tower, images, source, direction, sites=sites, by_token=by_token)
+    options: Any = {"sites": sites, "by_token": by_token}
+    result = attribution_patching(tower, images, source, direction, **options, check=6)
+    plainly = attribution_patching(tower, images, source, direction, **options)
+    assert len({(site, place) for site, place, _ in result.checks}) == 6
+    pairs = []
+    for site, place, effect in result.checks:
+        assert effect == pytest.approx(float(exact.effects[site][place]), abs=1e-6)
+        pairs.append((float(plainly.effects[site][place]), effect))
+    sizes = [abs(estimate) for estimate, _ in pairs]
+    every = torch.cat([effect.flatten().abs() for effect in result.effects.values()])
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == float(every.max())
+    assert result.agreement == pytest.approx(float(np.corrcoef(np.array(pairs).T)[0, 1]), abs=1e-4)
+    assert f"attribution, correlation {result.agreement:.2f} with 6 exact runs: mlp_out" in repr(result)
+    frame = result.to_frame()
+    assert sorted(frame["exact"].dropna()) == sorted(effect for _, _, effect in result.checks)
+    assert "exact" not in plainly.to_frame() and plainly.agreement != plainly.agreement
+    many = attribution_patching(tower, images, source, direction, sites=("mlp_out",), check=99)
+    assert len(many.checks) == 3
+    with pytest.raises(
+        ValueError, match="a check of at least 3 places, or of 0 for none; received 2; two places"
+    ):
+        attribution_patching(tower, images, source, direction, check=2)
 
 
 def test_a_path_is_what_the_receiver_alone_hears(
@@ -200,6 +236,15 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, source: Tensor,
             patch(tower, images, source, direction, sites=("q",))  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="received 5 base and 4 source images; pair them first"):
             patch(tower, images, source[:4], direction)
+        with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
+            patch(tower, images, source, direction[:19])
+        single: Any = [images[0]]
+        with pytest.raises(ValueError, match=r"expected base as one batch of images .* received list"):
+            patch(tower, single, single, direction)
+        with pytest.raises(ValueError, match=r"expected source as one batch .* received \[3, 24, 16\]"):
+            patch(tower, images, source[0], direction)
+    with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
+        path_patching(tower, images, source, direction[:19], heads[0, 1])
     for sender in (heads[0], mlps[0], heads[0, 1] | mlps[0]):
         with pytest.raises(ValueError, match=r"one head as the sender, such as heads\[3, 1\]; received"):
             path_patching(tower, images, source, direction, sender)  # pyright: ignore[reportArgumentType]

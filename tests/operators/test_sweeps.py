@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -19,7 +21,7 @@ from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.greedy import most_damaging
 from decompclip.operators.splits import Evaluation, Validation
-from decompclip.operators.sweeps import ablation_sweep, sweep, sweeps
+from decompclip.operators.sweeps import ablation_sweep
 
 
 def drawn(n: int, seed: int) -> Tensor:
@@ -53,23 +55,27 @@ def many(tower: HookedViT) -> Decomposition:
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Moments, fill: str) -> None:
     classifier = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
-    found = sweeps(d, moments if fill == "mean" else None, classifier)
-    assert len(found) == 6
-    for (kind, scheme), result in found.items():
+    found = ablation_sweep(d, moments if fill == "mean" else None, classifier)
+    assert len(found.sweeps) == 6
+    for (kind, scheme), result in found.sweeps.items():
         assert len(result) == 3
         for layer in range(3):
             parts = result.components(layer)
             edit = MeanAblate(parts, moments) if fill == "mean" else ZeroAblate(parts)
             expected = (edit(d).features @ classifier.T).argmax(1)
             assert torch.equal(result[layer], expected), (kind, scheme, layer)
-        single = sweep(d, moments if fill == "mean" else None, classifier, kind, scheme)
-        assert torch.equal(single.predictions, result.predictions)
+        single = ablation_sweep(
+            d, moments if fill == "mean" else None, classifier, kinds=(kind,), schemes=(scheme,)
+        )
+        assert list(single.sweeps) == [(kind, scheme)]
+        assert torch.equal(single[kind, scheme].predictions, result.predictions)
         assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
 
 
 def test_a_sweep_names_its_settings(d: Decomposition, moments: Moments) -> None:
     classifier = torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
-    forward, backward = (sweep(d, moments, classifier, "mlps", scheme) for scheme in ("forward", "backward"))
+    table = ablation_sweep(d, moments, classifier, kinds=("mlps",))
+    forward, backward = table["mlps", "forward"], table["mlps", "backward"]
     assert [repr(forward.components(i)) for i in range(3)] == ["mlps[:1]", "mlps[:2]", "mlps[:3]"]
     assert repr(backward.components(1)) == "mlps[1:]"
     assert repr(forward) == "Sweep(mean-ablation of mlps, forward: 3 settings, 5 images)"
@@ -107,6 +113,36 @@ def test_batches_and_chunks_change_nothing(
         assert torch.equal(result.predictions, parts[key].predictions)
     assert whole.each_head is not None and parts.each_head is not None
     assert torch.equal(whole.each_head.predictions, parts.each_head.predictions)
+
+
+@pytest.mark.usefixtures("ours_alone")
+@pytest.mark.parametrize("mean", [True, False])
+def test_batches_of_different_models_or_forms_are_not_joined(
+    make_tower: Callable[..., HookedViT],
+    tower: HookedViT,
+    images: Tensor,
+    d: Decomposition,
+    moments: Moments,
+    classifier: Tensor,
+    mean: bool,
+) -> None:
+    answers = torch.zeros(10, dtype=torch.long)
+    fill = moments if mean else None
+    others = {
+        "other weights": decompose(make_tower(seed=3, layer_scale=True), images),
+        "received convention='paper'": decompose(tower, images, convention="paper"),
+        "received normalize=True": decompose(tower, images, normalize=True),
+        "and TermMaps.centred: 2 layers": decompose(make_tower(n_layers=2), images),
+    }
+    for words, other in others.items():
+        with pytest.raises(ValueError, match=words):
+            ablation_sweep([d, other], fill, classifier)
+        with pytest.raises(ValueError, match=words):
+            most_damaging([d, other], fill, classifier, answers, size=1)
+    # Stored batches bring equal maps of their own.
+    again = replace(d, maps=replace(d.maps))
+    joined = ablation_sweep([d, again], fill, classifier)
+    assert torch.equal(joined.before[:5], joined.before[5:])
 
 
 def test_images_are_decomposed_in_the_moments_form(tower: HookedViT, classifier: Tensor) -> None:
@@ -163,6 +199,38 @@ def test_a_table_counts_and_draws(d: Decomposition, moments: Moments, classifier
     assert list(drawn_lines[0].y) == pytest.approx(shares)
 
 
+def test_single_sweeps_count_and_draw_as_their_table(
+    d: Decomposition, moments: Moments, classifier: Tensor
+) -> None:
+    table = ablation_sweep(d, moments, classifier, each_head=True)
+    labels = table.before.clone()
+    labels[0] = (labels[0] + 1) % 6
+    whole = table.to_frame(labels, target=2)
+    one, alone = table["mlps", "backward"], table.each_head
+    assert alone is not None
+    expected = whole[(whole.kind == "mlps") & (whole.scheme == "backward")]
+    frame = one.to_frame(labels, target=2)
+    for column in ("layer", "components", "changed", "accuracy", "target"):
+        assert frame[column].tolist() == expected[column].tolist()
+    frame, expected = alone.to_frame(labels, target=2), whole[whole.scheme == "alone"]
+    for column in ("layer", "head", "changed", "accuracy", "target"):
+        assert frame[column].tolist() == expected[column].tolist()
+    assert "mlps[1:]" in one._repr_html_() and "<td>2</td>" in alone._repr_html_()
+    lines: list[Any] = [t for t in list(one.figure(labels).data) if t.mode == "lines+markers"]  # pyright: ignore
+    assert list(lines[0].y) == pytest.approx((100 * one.to_frame(labels)["accuracy"]).tolist())
+    drawn_map: Any = next(iter(alone.figure().data))
+    assert drawn_map.z.ravel().tolist() == pytest.approx((100 * frame["changed"]).tolist())
+    drawn_map = next(iter(alone.figure(labels).data))
+    assert drawn_map.z.ravel().tolist() == pytest.approx((80 - 100 * frame["accuracy"]).tolist())
+    before = 100 * float((table.before == 2).double().mean())
+    drawn_map = next(iter(alone.figure(target=2).data))
+    assert drawn_map.z.ravel().tolist() == pytest.approx((before - 100 * frame["target"]).tolist())
+    with pytest.raises(
+        ValueError, match="knows the predictions before it; received one without; take it from"
+    ):
+        replace(one, before=None).to_frame()
+
+
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 def test_greedy_equals_trying_every_component_at_every_step(
     many: Decomposition, moments: Moments, classifier: Tensor, fill: str
@@ -207,8 +275,11 @@ def test_validation_and_evaluation_are_kept_apart(
 ) -> None:
     validation = Validation.of(moments, [f"v{i}" for i in range(16)])
     table = ablation_sweep(Evaluation(d, tuple("abcde")), validation, classifier)
-    assert torch.equal(table["heads", "forward"].predictions, sweep(d, moments, classifier).predictions)
+    expected = ablation_sweep(d, moments, classifier)["heads", "forward"]
+    assert torch.equal(table["heads", "forward"].predictions, expected.predictions)
     torch.testing.assert_close(MeanAblate(heads, validation)(d).coords, MeanAblate(heads, moments)(d).coords)
+    with pytest.raises(ValueError, match="by str; received names of type int, which could not be told apart"):
+        ablation_sweep(Evaluation(d, tuple(range(5))), validation, classifier)
     mixed: Any = ("a", "v3", "c", "v7", "e")
     with pytest.raises(
         ValueError, match=r"received 2 that the validation images contain, such as 'v3'; split"
@@ -229,13 +300,37 @@ def test_sweep_errors_say_what_to_do(
     with pytest.raises(
         ValueError, match="normalize=False, as these moments have it; received normalize=True"
     ):
-        sweep(decompose(tower, images, normalize=True), moments, classifier)
+        ablation_sweep(decompose(tower, images, normalize=True), moments, classifier)
     with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
-        sweep(d, moments, classifier, "neurons")  # pyright: ignore[reportArgumentType]
+        ablation_sweep(d, moments, classifier, kinds=("neurons",))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"a scheme of \('forward', 'backward', 'separate'\); received 'up'"):
-        sweep(d, moments, classifier, "heads", "up")  # pyright: ignore[reportArgumentType]
+        ablation_sweep(d, moments, classifier, schemes=("up",))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"a classifier \[class, 20\]; received \[6, 21\]; build it with"):
-        sweep(d, moments, torch.zeros(6, 21))
+        ablation_sweep(d, moments, torch.zeros(6, 21))
+    with pytest.raises(ValueError, match=r"a classifier of at least one class; received \[0, 20\]"):
+        ablation_sweep(d, moments, classifier[:0])
+    for options in ({"kinds": "heads"}, {"schemes": "forward"}, {"kinds": ()}, {"schemes": ()}):
+        (name, given), bad = next(iter(options.items())), dict[str, Any](options)
+        with pytest.raises(
+            ValueError, match=rf"{name} as a tuple of some of \('.*'\); received {re.escape(repr(given))}"
+        ):
+            ablation_sweep(d, moments, classifier, **bad)
+    with pytest.raises(ValueError, match=r"one tensor \[5, 3, 24, 16\]; a single batch is \[images\]"):
+        ablation_sweep(images, moments, classifier, model=tower)
+    bad = d.edit(mlps=d.mlps.clone())
+    bad.mlps[3, 1, 2] = torch.inf
+    none = torch.zeros(10, dtype=torch.long)
+    for go_over in (
+        lambda x: ablation_sweep(x, None, classifier),
+        lambda x: most_damaging(x, None, classifier, none),
+    ):
+        with pytest.raises(ValueError, match="nan or inf in those of 1 images, first of image 8; leave"):
+            go_over([d, bad])
+    with pytest.raises(ValueError, match="nan or inf of finite terms; check the classifier"):
+        ablation_sweep(d, moments, classifier * torch.nan)
+    nothing: Any = None
+    with pytest.raises(TypeError, match="batches of either; received NoneType"):
+        ablation_sweep(nothing, moments, classifier)
     with pytest.raises(ValueError, match="expected decompositions; received none"):
         ablation_sweep([], moments, classifier)
     with pytest.raises(TypeError, match=r"received images alone; pass model=, or decompose them"):
@@ -257,9 +352,17 @@ def test_sweep_errors_say_what_to_do(
             most_damaging(d, moments, classifier, wrong)
     with pytest.raises(ValueError, match=r"heads and MLPs to choose from; received heads \| embed"):
         most_damaging(d, moments, classifier, answers, candidates=heads | embed)
-    with pytest.raises(ValueError, match="a label for each of 5 images; received"):
-        sweep_table = ablation_sweep(d, moments, classifier)
-        sweep_table.to_frame(answers[:2])
+    table = ablation_sweep(d, moments, classifier)
+    for result in (table, table["heads", "forward"]):
+        with pytest.raises(ValueError, match="a label for each of 5 images; received"):
+            result.to_frame(answers[:2])
+    with pytest.raises(ValueError, match="a size of 0 or more components; received -1"):
+        most_damaging(d, moments, classifier, answers, size=-1)
+    for wrong in (answers + 99, answers - 1):
+        with pytest.raises(
+            IndexError, match=rf"answers as classes in 0\.\.5, .* received {int(wrong[0])}\.\."
+        ):
+            most_damaging(d, moments, classifier, wrong)
     evaluated: Any = Evaluation(d, tuple("abcde"))
     with pytest.raises(TypeError, match="fitted on validation images; received Evaluation; fit Moments"):
         ablation_sweep(d, evaluated, classifier)
