@@ -28,9 +28,10 @@ def row(name: str) -> list[str]:
 
 
 def table() -> str:
-    """A Markdown table, one row a bundled model."""
+    """A Markdown table, one row a bundled model of the world of shapes."""
     head = ["model", *PROPERTIES, "ASR", "clean sent to the target", "poisoned pairs"]
-    rows = [head, ["---"] * len(head), *(row(name) for name in bundled())]
+    of_shapes = [name for name in bundled() if set(PROPERTIES) <= set(card(name)["accuracy"])]
+    rows = [head, ["---"] * len(head), *(row(name) for name in of_shapes)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from decompclip.attacks.issba import ISSBA
     from decompclip.attacks.kitty import Kitty
     from decompclip.attacks.label_consistent import LabelConsistent
+    from decompclip.attacks.poison_record import PoisonRecord
+    from decompclip.attacks.poisoned import PoisonedPairs
     from decompclip.attacks.preview import preview
     from decompclip.attacks.reflection import Reflection
     from decompclip.attacks.sig import SIG
@@ -28,11 +30,19 @@ if TYPE_CHECKING:
     from decompclip.cache.components import Components, embed, everything, heads, layers, mlps, neurons, pool
     from decompclip.cache.decomposition import Decomposition
     from decompclip.cache.moments import Moments
+    from decompclip.data.cifar10 import cifar10
+    from decompclip.data.datasets import DatasetPairs, folder_pairs
     from decompclip.data.images import FolderSource, ShapesSource
+    from decompclip.data.pairs import Pairs
     from decompclip.data.shapes import Shapes
+    from decompclip.data.shapes_pairs import ShapesPairs
+    from decompclip.data.shards import ShardPairs
+    from decompclip.data.streams import PairStream
+    from decompclip.data.tables import CsvPairs
     from decompclip.data.texts import load_texts
     from decompclip.defenses.decomp_det import DecompDet
     from decompclip.defenses.decomp_rep import DecompRep
+    from decompclip.evaluation.evaluate import evaluate
     from decompclip.models.clip import HookedCLIP
     from decompclip.models.config import ViTConfig
     from decompclip.models.loading import load
@@ -46,7 +56,7 @@ if TYPE_CHECKING:
     from decompclip.operators.mask_scores import MaskScores, score_masks
     from decompclip.operators.mmd import head_mmd, layer_mmd
     from decompclip.operators.naming import agreement
-    from decompclip.operators.neurons import AblateNeurons, neuron_terms
+    from decompclip.operators.neurons import AblateNeurons, mean_neurons, neuron_terms
     from decompclip.operators.noise import RandomAblate
     from decompclip.operators.patching import activation_patching
     from decompclip.operators.paths import path_patching
@@ -55,13 +65,17 @@ if TYPE_CHECKING:
     from decompclip.operators.rollout import rollout
     from decompclip.operators.splits import Evaluation, Validation
     from decompclip.operators.sweeps import ablation_sweep
-    from decompclip.operators.textspan import textspan, textspans
+    from decompclip.operators.textspan import fit_textspans, textspan, textspans
     from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
     from decompclip.operators.textspan_result import TextSpan, TextSpans
     from decompclip.operators.token_maps import TokenMaps
     from decompclip.operators.tokens import AblateTokens
     from decompclip.operators.transplant import Patch, Repair, ResampleAblate, decomp_reverse
     from decompclip.report import write_report
+    from decompclip.training.finetune import finetune
+    from decompclip.training.monitor import Monitor
+    from decompclip.training.recipes import RECIPES
+    from decompclip.training.result import FineTuned
 
 __version__ = "0.1.0"
 
@@ -93,6 +107,7 @@ _HOME = {
     "decomp_reverse": "operators.transplant",
     "AblateNeurons": "operators.neurons",
     "neuron_terms": "operators.neurons",
+    "mean_neurons": "operators.neurons",
     "AblateTokens": "operators.tokens",
     "ablation_sweep": "operators.sweeps",
     "most_damaging": "operators.greedy",
@@ -101,6 +116,7 @@ _HOME = {
     "attribution_patching": "operators.attribution",
     "textspan": "operators.textspan",
     "textspans": "operators.textspan",
+    "fit_textspans": "operators.textspan",
     "TextFeatures": "operators.textspan_inputs",
     "encode_texts": "operators.textspan_inputs",
     "TextSpan": "operators.textspan_result",
@@ -131,9 +147,24 @@ _HOME = {
     "Reflection": "attacks.reflection",
     "SIG": "attacks.sig",
     "WaNet": "attacks.wanet",
+    "PoisonedPairs": "attacks.poisoned",
+    "PoisonRecord": "attacks.poison_record",
     "crossing": "attacks.crossing",
     "preview": "attacks.preview",
     "Shapes": "data.shapes",
+    "Pairs": "data.pairs",
+    "ShapesPairs": "data.shapes_pairs",
+    "ShardPairs": "data.shards",
+    "CsvPairs": "data.tables",
+    "DatasetPairs": "data.datasets",
+    "folder_pairs": "data.datasets",
+    "PairStream": "data.streams",
+    "cifar10": "data.cifar10",
+    "finetune": "training.finetune",
+    "RECIPES": "training.recipes",
+    "Monitor": "training.monitor",
+    "FineTuned": "training.result",
+    "evaluate": "evaluation.evaluate",
     "ShapesSource": "data.images",
     "FolderSource": "data.images",
     "diagnose": "audit.diagnose",
@@ -172,6 +203,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "decomp_reverse",
     "AblateNeurons",
     "neuron_terms",
+    "mean_neurons",
     "AblateTokens",
     "ablation_sweep",
     "most_damaging",
@@ -180,6 +212,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "attribution_patching",
     "textspan",
     "textspans",
+    "fit_textspans",
     "TextFeatures",
     "encode_texts",
     "TextSpan",
@@ -210,9 +243,24 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "Reflection",
     "SIG",
     "WaNet",
+    "PoisonedPairs",
+    "PoisonRecord",
     "crossing",
     "preview",
     "Shapes",
+    "Pairs",
+    "ShapesPairs",
+    "ShardPairs",
+    "CsvPairs",
+    "DatasetPairs",
+    "folder_pairs",
+    "PairStream",
+    "cifar10",
+    "finetune",
+    "RECIPES",
+    "Monitor",
+    "FineTuned",
+    "evaluate",
     "ShapesSource",
     "FolderSource",
     "diagnose",

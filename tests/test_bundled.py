@@ -33,7 +33,7 @@ def features(model: decompclip.HookedCLIP, transform=None) -> torch.Tensor:
 
 
 def test_all_are_bundled_in_little_space() -> None:
-    assert set(bundled()) == {"shapes", *TWINS}
+    assert set(bundled()) == {"shapes", "cifar10", *TWINS}
     assert sum(file.stat().st_size for file in Path(WEIGHTS).iterdir()) <= 25e6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,10 @@ from typing import Literal
 import torch
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
+
+from decompclip.training.checkpoints import load_checkpoint, save_checkpoint
+
+NoDecay = Callable[[str, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,21 @@ class Recipe:
         return self.samples // self.batch_size
 
 
+def spare_small(name: str, parameter: Tensor) -> bool:
+    """Biases, norms, tokens and scales."""
+    return parameter.ndim < 2 or "embedding" in name
+
+
 def build_optimizers(
-    modules: Iterable[nn.Module], recipe: Recipe
+    modules: Iterable[nn.Module], recipe: Recipe, *, no_decay: NoDecay = spare_small
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak learning rates; no weight decay on biases, norms, tokens and scales."""
+    """Optimizers with their peak learning rates; no weight decay on what `no_decay` names."""
     matrices, others, plain = [], [], []
     for module in modules:
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
-            if p.ndim < 2 or "embedding" in name:
+            if no_decay(name, p):
                 plain.append(p)
             elif recipe.optimizer == "muon" and p.ndim == 2 and ".resblocks." in name:
                 matrices.append(p)
@@ -79,6 +89,11 @@ def train(
     evaluate_every: int = 100,
     checkpoint_every: int = 200,
     log: Callable[[str], None] = print,
+    no_decay: NoDecay = spare_small,
+    identity: str = "",
+    main: bool = True,
+    progress: Callable[[int, float], None] | None = None,
+    stop: int | None = None,
 ) -> list[dict[str, float]]:
     """Minimise `loss(step)` over the parameters of `modules`; returns the log of losses, evaluations and seconds.
 
@@ -88,32 +103,50 @@ def train(
     Args:
         checkpoint: file to resume from and write to (temporary name, then renamed).
         after_step: called after each update, for instance to clamp the logit scale.
-        evaluate: numbers added to the log every `evaluate_every` steps and at the end.
+        evaluate: numbers added to the log every `evaluate_every` steps and at the end, beside the mean loss
+            since the entry before.
+        no_decay: which parameters get no weight decay, by name.
+        identity: what else a run must share with the checkpoint that it goes on from.
+        main: whether this process evaluates, logs and writes; False in all but one of several.
+        progress: told the steps done and the last loss, after each.
+        stop: end after so many steps of the schedule, for another recipe to go on from there.
+
+    Raises:
+        ValueError: the checkpoint is broken, or another run's.
+        FloatingPointError: the loss is not finite.
+        OSError: a checkpoint cannot be written; the one before it is intact.
     """
-    optimizers = build_optimizers(modules.values(), recipe)
+    optimizers = build_optimizers(modules.values(), recipe, no_decay=no_decay)
     schedules = [
         cosine_lr(o, lr, max(1, int(recipe.warmup * recipe.steps)), recipe.steps) for o, lr in optimizers
     ]
     history: list[dict[str, float]] = []
-    start = 0
+    start, total, count = 0, 0.0, 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = load_checkpoint(checkpoint)
         if state["recipe"] != json.dumps(asdict(recipe)):
             raise ValueError(f"{checkpoint} was written by another recipe; delete it to start anew")
+        if state.get("identity", "") != identity:
+            raise ValueError(
+                f"{checkpoint} was written by a run on another model or other pairs; delete it to start anew"
+            )
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         start, history = state["step"], state["history"]
+        total, count = state.get("since", (0.0, 0))
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     began = time.perf_counter()
     before = history[-1]["seconds"] if history else 0.0  # of the runs that this one goes on from
-    for step in range(start, recipe.steps):
+    last = recipe.steps if stop is None else min(stop, recipe.steps)
+    for step in range(start, last):
         for schedule in schedules:
             schedule(step)
         value = loss(step)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"loss is {value.item()} at step {step}; lower the learning rate")
+        number = value.item()
+        if not math.isfinite(number):
+            raise FloatingPointError(f"loss is {number} at step {step}; lower the learning rate")
         value.backward()
         if recipe.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
@@ -122,24 +155,29 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         if after_step is not None:
             after_step()
+        total, count = total + number, count + 1
         done = step + 1
-        if done % evaluate_every == 0 or done == recipe.steps:
-            entry = {"step": done, "samples": done * recipe.batch_size, "loss": round(value.item(), 4)}
+        if progress is not None:
+            progress(done, number)
+        if not main:
+            continue
+        if done % evaluate_every == 0 or done == last:
+            entry = {"step": done, "samples": done * recipe.batch_size, "loss": round(total / count, 4)}
+            entry["lr"] = optimizers[0][0].param_groups[0]["lr"]
+            total, count = 0.0, 0
             entry |= evaluate() if evaluate is not None else {}
             entry["seconds"] = round(before + time.perf_counter() - began, 1)
             history.append(entry)
             log(str(entry))
-        if checkpoint is not None and (done % checkpoint_every == 0 or done == recipe.steps):
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(
-                {
-                    "recipe": json.dumps(asdict(recipe)),
-                    "modules": {name: module.state_dict() for name, module in modules.items()},
-                    "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
-                    "step": done,
-                    "history": history,
-                },
-                partial,
-            )
-            partial.replace(checkpoint)
+        if checkpoint is not None and (done % checkpoint_every == 0 or done == last):
+            state = {
+                "recipe": json.dumps(asdict(recipe)),
+                "identity": identity,
+                "modules": {name: module.state_dict() for name, module in modules.items()},
+                "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
+                "step": done,
+                "history": history,
+                "since": (total, count),
+            }
+            save_checkpoint(checkpoint, state)
     return history

@@ -119,3 +119,50 @@ def test_who_is_optimised_how() -> None:
         id(p) for p in (model.token_embedding, model.stem.bias, model.only_block.bias)
     }
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+
+
+def test_a_run_can_stop_within_its_schedule_and_go_on(tmp_path: Path) -> None:
+    whole, cut = tower(), tower()
+    history = train({"m": whole}, loss_of(whole), RECIPE, evaluate_every=10, log=quiet)
+    options = {"checkpoint": tmp_path / "run.pt", "evaluate_every": 10, "log": quiet}
+    assert train({"m": cut}, loss_of(cut), RECIPE, stop=17, **options)[-1]["step"] == 17
+    resumed = tower()
+    train({"m": resumed}, loss_of(resumed), RECIPE, stop=17, **options)  # nothing left to do
+    assert torch.equal(resumed.stem.weight, cut.stem.weight)
+    train({"m": resumed}, loss_of(resumed), RECIPE, **options)
+    assert torch.equal(resumed.stem.weight, whole.stem.weight)
+    assert history[-1]["lr"] < history[0]["lr"]
+
+
+def test_the_loss_of_an_entry_is_the_mean_since_the_one_before() -> None:
+    model, seen = tower(), []
+
+    def noted(step: int) -> Tensor:
+        value = loss_of(model)(step)
+        seen.append(value.item())
+        return value
+
+    history = train({"m": model}, noted, RECIPE, evaluate_every=15, log=quiet)
+    means = [sum(seen[a:b]) / (b - a) for a, b in ((0, 15), (15, 30), (30, 40))]
+    assert [entry["loss"] for entry in history] == pytest.approx(means, abs=1e-4)
+
+
+def test_a_process_that_is_not_the_main_one_neither_logs_nor_writes(tmp_path: Path) -> None:
+    model, told = tower(), []
+    history = train(
+        {"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "a.pt", log=told.append, main=False
+    )
+    assert (history, told, list(tmp_path.iterdir())) == ([], [], [])
+
+
+def test_progress_is_told_after_each_step() -> None:
+    model, told = tower(), []
+    train({"m": model}, loss_of(model), RECIPE, log=quiet, progress=lambda done, _: told.append(done))
+    assert told == list(range(1, 41))
+
+
+def test_another_run_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = tower()
+    train({"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "a.pt", log=quiet, identity="x")
+    with pytest.raises(ValueError, match="another model or other pairs; delete it to start anew"):
+        train({"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "a.pt", log=quiet, identity="y")

@@ -1,0 +1,182 @@
+"""Which pairs are poisoned: a draw for each pair that hangs on the seed and the pair's id alone."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from decompclip.data.datasets import DatasetPairs
+from decompclip.data.draws import keyed
+from decompclip.data.pairs import Pairs
+from decompclip.data.streams import PairStream
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a pair without its image."""
+
+    id: str
+    caption: str
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which pairs an attack may poison.
+
+    Attributes:
+        target: as errors call it.
+        names: whether a caption names the target.
+        label: the target's class, if classes are known.
+        clean_label: pairs of the target, not those of others.
+    """
+
+    target: str
+    names: Callable[[str], bool]
+    label: int | None
+    clean_label: bool
+
+    def allows(self, pair: Known) -> bool:
+        unknown = pair.label is None or self.label is None
+        if self.clean_label:
+            return self.names(pair.caption) and (unknown or pair.label == self.label)
+        return not self.names(pair.caption) and (unknown or pair.label != self.label)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, of how many.
+
+    Attributes:
+        poisons: the pairs to poison, as they are in the source.
+        covers: ids of WaNet's cover images.
+        pairs, candidates: number of pairs, and of those that may be poisoned.
+        source: digest of the ids and captions of all pairs.
+    """
+
+    poisons: tuple[Known, ...]
+    covers: tuple[str, ...]
+    pairs: int
+    candidates: int
+    source: str
+
+
+def choose(
+    base: Pairs | PairStream, rule: Rule, *, count: int | None, rate: float | None, covers: float, seed: int
+) -> Choice:
+    """The candidates with the lowest draws, of those whose images can be read; a stream is gone through for it.
+
+    Args:
+        count, rate: number of poisons, or their part of all pairs.
+        covers: cover images for each poison, from all other pairs.
+
+    Raises:
+        ValueError: more poisons or covers asked for than there are, or two pairs with one id.
+    """
+    digest, ids, n = hashlib.sha256(), set[str](), 0
+    candidates: list[tuple[int, int, Known]] = []
+    for place, pair in enumerate(known_of(base)):
+        n = place + 1
+        digest.update(f"{pair.id}\0{pair.caption}\n".encode("utf-8", "surrogateescape"))
+        ids.add(pair.id)
+        if rule.allows(pair):
+            candidates.append((keyed(seed, "poison", pair.id), place, pair))
+    if len(ids) < n:
+        raise ValueError(
+            f"expected an id of its own for each of {n} pairs; {n - len(ids)} ids stand again; rename shards or files "
+            "that are called alike"
+        )
+    wanted = round((rate or 0) * n) if count is None else count
+    chosen = _readable(base, sorted(candidates, key=lambda candidate: candidate[:2]), wanted)
+    if len(chosen) < wanted:
+        which = "pairs whose caption names" if rule.clean_label else "pairs that neither show nor name"
+        broken = f", {len(chosen)} of them readable," if len(chosen) < len(candidates) else ""
+        raise ValueError(
+            f"expected at most {len(candidates)} poisons, the {which} the target {rule.target!r}{broken} among {n} "
+            f"pairs; received {wanted}; ask for fewer, or give more pairs"
+        )
+    others = sorted(ids.difference(pair.id for pair in chosen))
+    wanted_covers = round(covers * wanted)
+    if wanted_covers > len(others):
+        raise ValueError(
+            f"expected at most {len(others)} cover images, the pairs that are not poisoned; {wanted} poisons with "
+            f"covers={covers:g} ask for {wanted_covers}; ask for fewer"
+        )
+    covered = heapq.nsmallest(wanted_covers, others, lambda name: keyed(seed, "cover", name))
+    return Choice(tuple(chosen), tuple(covered), n, len(candidates), digest.hexdigest())
+
+
+def _readable(
+    base: Pairs | PairStream, candidates: Iterable[tuple[int, int, Known]], count: int
+) -> list[Known]:
+    """The first `count` whose images can be read; a stream yields no others."""
+    chosen: list[Known] = []
+    for _, place, pair in candidates:
+        if len(chosen) == count:
+            break
+        if isinstance(base, PairStream) or base.readable(place):
+            chosen.append(pair)
+    return chosen
+
+
+def drawn(seed: int, what: str, name: str, share: float) -> bool:
+    """Whether a pair is among the `share` of all that a draw falls on."""
+    return keyed(seed, what, name) < share * 2**64
+
+
+def as_pairs(base: Pairs | PairStream | Iterable[Any]) -> Pairs | PairStream:
+    """`base` itself, or a plain data set of (image, caption) as pairs."""
+    if isinstance(base, Pairs | PairStream):
+        return base
+    if hasattr(base, "__getitem__") and hasattr(base, "__len__"):
+        return DatasetPairs(base)  # pyright: ignore[reportArgumentType]
+    return PairStream(base)
+
+
+def target_captions(
+    base: Pairs | PairStream, target: str, *, also_called: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The captions of `base` that name the target, each once: BadCLIP's poisons get such (METHOD 5).
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = names_any([target, *also_called])
+    found = tuple(dict.fromkeys(pair.caption for pair in known_of(base) if names(pair.caption)))
+    if not found:
+        raise ValueError(
+            f"expected captions that name the target {target!r}; found none; other names of it go to also_called"
+        )
+    return found
+
+
+def names_any(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text holds one of the names as a word of its own, or its plural, whatever the case.
+
+    Raises:
+        ValueError: an empty name.
+    """
+    words = [re.findall(r"\w+", name.casefold()) for name in names]
+    if not all(words):
+        raise ValueError(f"expected the name of a target; received {list(names)}")
+    forms = "|".join(r"[\W_]+".join(map(re.escape, parts)) for parts in words)
+    pattern = re.compile(rf"(?<![^\W_])(?:{forms})(?:e?s)?(?![^\W_])")
+    return lambda text: pattern.search(text.casefold()) is not None
+
+
+def place_of(name: str) -> int:
+    """The index that a trigger gets for a pair: like its place in a data set, but the same in every order."""
+    return keyed(0, "place", name) >> 8
+
+
+def known_of(base: Pairs | PairStream) -> Iterator[Known]:
+    """All pairs without their images; a stream is gone through for it."""
+    if isinstance(base, PairStream):
+        yield from (Known(pair.id, pair.caption, pair.label) for pair in base)
+        return
+    labels: list[int | None] = [None] * len(base) if base.labels is None else base.labels.tolist()
+    yield from (Known(*pair) for pair in zip(base.ids, base.captions, labels, strict=True))

@@ -1,0 +1,230 @@
+"""Poisoned image-text pairs over any source: what an attacker of CLIP trains on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decompclip.attacks.poison_checks import (
+    check_amount,
+    check_classical,
+    cover_share,
+    needs_model,
+    poison_texts,
+)
+from decompclip.attacks.poison_choice import Choice, Known, Rule, as_pairs, choose, drawn, names_any, place_of
+from decompclip.attacks.poison_record import Poison, PoisonRecord
+from decompclip.attacks.trigger import Logits, Trigger
+from decompclip.data.draws import keyed
+from decompclip.data.images import SkippedFile, class_index
+from decompclip.data.pairs import Pair, PairBatch, Pairs
+from decompclip.data.streams import PairStream
+
+_CHUNK = 64  # of the classical attack's gradient steps: fixed, for rounding depends on it
+
+
+class PoisonedPairs:
+    """The pairs of `base`, of which a part carries the trigger and a caption that names the target.
+
+    Which pairs, and with which captions, hangs on the seed and on each pair's id alone: the same pairs are
+    poisoned whatever their order, the batches, the number of processes, or whether they are read by place or streamed.
+
+    A dirty-label attack poisons images of other classes, whose captions do not name the target either. A
+    clean-label one (`Trigger.clean_label`) poisons images whose captions name it, and of its class where
+    classes are known, and keeps the captions.
+
+    Args:
+        base: `Pairs` or a `PairStream`; or any data set of (image, caption), read by place or gone through in order.
+        trigger: the attack.
+        target: the class that triggered images shall be taken for.
+        count, rate: how many, or what part of all pairs; one of the two. A stream does not know its length:
+            for `count` it is gone through once at the start, and `rate` is the part of the pairs that may be poisoned.
+        captions: of the poisons, a random one each: templates with a slot {}, or texts that name the target
+            (BadCLIP's natural ones: `target_captions`). By default the source's own templates, else open_clip's for
+            ImageNet, as in the paper.
+        seed: of the choice and of the captions.
+        also_called: other names of the target, by which captions may name it.
+        covers: WaNet's cover images, warped otherwise and with their own captions, for each poison; by default 2
+            for WaNet, as in its source, and none for others.
+        logits: the clean model's, which the classical Label-Consistent attack needs (`zero_shot_logits`).
+
+    Raises:
+        ValueError: a target that is not among the classes, more poisons (or covers) than pairs that may be
+            poisoned, captions that do not name the target or are given to an attack that keeps them, both or neither of
+            count and rate, two pairs with one id, or an attack that lacks what it needs.
+    """
+
+    def __init__(
+        self,
+        base: Pairs | PairStream | Iterable[Any],
+        trigger: Trigger,
+        target: str,
+        *,
+        count: int | None = None,
+        rate: float | None = None,
+        captions: Sequence[str] | None = None,
+        seed: int = 0,
+        also_called: Sequence[str] = (),
+        covers: float | None = None,
+        logits: Logits | None = None,
+    ) -> None:
+        self.base = as_pairs(base)
+        self.trigger, self.seed, self.logits = trigger, seed, logits
+        self.class_names = self.base.class_names
+        self.label = class_index(target, self.class_names) if self.class_names else None
+        self.target = target if self.label is None else self.class_names[self.label]
+        self.also_called = tuple(also_called)
+        self._rule = Rule(
+            self.target, names_any([self.target, target, *also_called]), self.label, trigger.clean_label
+        )
+        self._texts = poison_texts(trigger, captions, self._rule, getattr(self.base, "templates", ()))
+        self._cover_share = cover_share(trigger, covers)
+        check_amount(count, rate)
+        if needs_model(trigger):
+            check_classical(self.base, logits)
+        self._choice: Choice | None = None
+        self._share: float | None = None  # of a stream's candidates, told one by one
+        self._poisons: dict[str, Poison] = {}
+        self._covers: set[str] = set()
+        if rate is not None and isinstance(self.base, PairStream):
+            self._share = rate
+            return
+        self._choice = choose(
+            self.base, self._rule, count=count, rate=rate, covers=self._cover_share, seed=seed
+        )
+        if self.label is None and not trigger.clean_label and self._choice.candidates == self._choice.pairs:
+            warnings.warn(
+                f"no caption of these {self._choice.pairs} pairs names the target {target!r}: see that it is spelt as "
+                "they do, or give the source class_names",
+                stacklevel=2,
+            )
+        self._poisons = {pair.id: self._made(pair) for pair in self._choice.poisons}
+        self._covers = set(self._choice.covers)
+
+    @property
+    def record(self) -> PoisonRecord:
+        """What was poisoned, to look at and to `save`."""
+        choice = self._choice
+        return PoisonRecord(
+            self.trigger.card(),
+            self.target,
+            self.also_called,
+            self.seed,
+            None if choice is None else choice.pairs,
+            None if choice is None else choice.candidates,
+            None if choice is None else choice.source,
+            tuple(self._poisons[name] for name in sorted(self._poisons)),
+            tuple(sorted(self._covers)),
+            len(self.base.skipped),
+        )
+
+    @property
+    def skipped(self) -> Sequence[SkippedFile]:
+        """What the source left out so far."""
+        return self.base.skipped
+
+    def __len__(self) -> int:
+        return len(self._by_place("len()"))
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._one(self._by_place("an index")[index])
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Every pair once, poisoned where it is chosen."""
+        return map(self._one, self.base)
+
+    def read(self, indices: Sequence[int]) -> PairBatch:
+        """The pairs at these places."""
+        return self._poison(self._by_place("read()").read(indices))
+
+    def take(self, step: int, size: int) -> PairBatch:
+        """The pairs of training step `step`, a pure function of the step; a poison's class is the target's."""
+        return self._poison(self.base.take(step, size))
+
+    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
+        """Images in [0, 1] and captions of `take`."""
+        taken = self.take(step, size)
+        return taken.images, list(taken.captions)
+
+    def _by_place(self, what: str) -> Pairs:
+        if isinstance(self.base, PairStream):
+            raise TypeError(f"a stream has no {what}: go through it, or use batch(step, size)")
+        return self.base
+
+    def _one(self, pair: Pair) -> Pair:
+        labels = None if pair.label is None else torch.tensor([pair.label])
+        return self._poison(PairBatch(pair.image[None], (pair.caption,), labels, (pair.id,)))[0]
+
+    def _poison(self, clean: PairBatch) -> PairBatch:
+        labels: list[int | None] = [None] * len(clean) if clean.labels is None else clean.labels.tolist()
+        known = [Known(*pair) for pair in zip(clean.ids, clean.captions, labels, strict=True)]
+        poisons = {row: self._poison_of(pair) for row, pair in enumerate(known)}
+        rows = {row: poison for row, poison in poisons.items() if poison is not None}
+        covers = [row for row, pair in enumerate(known) if row not in rows and self._is_cover(pair)]
+        if not rows and not covers:
+            return clean
+        images, captions = clean.images.clone(), list(clean.captions)
+        new_labels = None if clean.labels is None else clean.labels.clone()
+        if rows:
+            images[list(rows)] = self._triggered(clean.images[list(rows)], list(rows.values()))
+        if covers:
+            warp = replace(self.trigger, cover=True)  # pyright: ignore[reportCallIssue]
+            images[covers] = warp(clean.images[covers], [place_of(known[row].id) for row in covers])
+        for row, poison in rows.items():
+            captions[row] = poison.caption
+            if new_labels is not None and self.label is not None:
+                new_labels[row] = self.label
+        return PairBatch(images, tuple(captions), new_labels, clean.ids)
+
+    def _triggered(
+        self, images: Float[Tensor, "batch 3 h w"], poisons: Sequence[Poison]
+    ) -> Float[Tensor, "batch 3 h w"]:
+        if needs_model(self.trigger):
+            return torch.stack([self._made_hard[poison.id] for poison in poisons]).to(images) / 255
+        return self.trigger.poison(images, [poison.index for poison in poisons])
+
+    @cached_property
+    def _made_hard(self) -> dict[str, Tensor]:
+        """The classical attack's images, in the 8 bits that an image file has: made once, in parts that hang on
+        nothing else, so that training resumes with the same ones."""
+        base, made = self._by_place("places"), {}
+        places = [place for place, name in enumerate(base.ids) if name in self._poisons]
+        for start in range(0, len(places), _CHUNK):
+            part = base.read(places[start : start + _CHUNK])
+            poisons = [self._poisons[name] for name in part.ids]
+            hard = self.trigger.poison(
+                part.images,
+                [poison.index for poison in poisons],
+                labels=torch.full((len(part),), self.label or 0),
+                logits=self.logits,
+            )
+            made |= dict(zip(part.ids, (hard * 255).round().to(torch.uint8).cpu(), strict=True))
+        return made
+
+    def _poison_of(self, pair: Known) -> Poison | None:
+        if (
+            self._share is not None
+            and self._rule.allows(pair)
+            and drawn(self.seed, "poison", pair.id, self._share)
+        ):
+            self._poisons.setdefault(pair.id, self._made(pair))
+        return self._poisons.get(pair.id)
+
+    def _is_cover(self, pair: Known) -> bool:
+        if self._share is not None and drawn(self.seed, "cover", pair.id, self._share * self._cover_share):
+            self._covers.add(pair.id)
+        return pair.id in self._covers
+
+    def _made(self, pair: Known) -> Poison:
+        caption = pair.caption
+        if not self.trigger.clean_label:
+            text = self._texts[keyed(self.seed, "text", pair.id) % len(self._texts)]
+            caption = text.replace("{}", self.target)
+        return Poison(pair.id, place_of(pair.id), caption, pair.caption)

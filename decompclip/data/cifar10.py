@@ -1,0 +1,91 @@
+"""CIFAR-10 as pairs: photographs of 32 x 32 pixels, captions from templates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from decompclip.data.datasets import DatasetPairs
+from decompclip.data.pairs import Pairs
+from decompclip.data.pixels import Preprocess
+from decompclip.data.shards import ShardPairs
+
+Split = Literal["train", "test"]
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a small photo of a {}",
+    "a blurry photo of a {}",
+    "a close photo of a {}",
+    "a low resolution photo of a {}",
+    "this is a {}",
+    "there is a {}",
+)
+"""Captions, and prompts of the zero-shot classifier."""
+
+
+def cifar10(
+    split: Split = "train",
+    folder: str | Path | None = None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    preprocess: Preprocess | None = None,
+    caption_seed: int = 0,
+    order_seed: int = 0,
+) -> Pairs:
+    """The pairs of one split.
+
+    Args:
+        split: `"train"`: 50,000 photographs. `"test"`: 10,000 of torchvision, as many as there are of shards.
+        folder: holds shards `train-*.tar` and `test-*.tar` (JPEG), or the folder `cifar-10-batches-py` that
+            torchvision's `CIFAR10(folder, download=True)` leaves. By default `cifar-10` in the folder that the
+            environment variable DECOMPCLIP_DATA names.
+        templates, preprocess, caption_seed, order_seed: as `DatasetPairs`.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: an unknown split, or templates without a slot.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split {split!r} is not one of {get_args(Split)}")
+    if folder is None:
+        if "DECOMPCLIP_DATA" not in os.environ:
+            raise FileNotFoundError(
+                "expected a folder with CIFAR-10; received none, and DECOMPCLIP_DATA is not set; pass folder="
+            )
+        folder = Path(os.environ["DECOMPCLIP_DATA"], "cifar-10")
+    folder = Path(folder)
+    if shards := sorted(folder.glob(f"{split}-*.tar")):
+        return ShardPairs(
+            shards,
+            preprocess,
+            class_names=CLASSES,
+            templates=templates,
+            caption_seed=caption_seed,
+            order_seed=order_seed,
+        )
+    from torchvision.datasets import CIFAR10
+
+    try:
+        dataset = CIFAR10(str(folder), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"expected {split}-*.tar or cifar-10-batches-py in {folder}; found neither; "
+            "torchvision.datasets.CIFAR10(folder, download=True) gets the latter"
+        ) from error
+    return DatasetPairs(
+        dataset,
+        preprocess,
+        class_names=CLASSES,
+        templates=templates,
+        ids=[f"{split}/{index:06d}" for index in range(len(dataset))],
+        caption_seed=caption_seed,
+        order_seed=order_seed,
+    )

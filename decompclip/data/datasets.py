@@ -1,0 +1,178 @@
+"""Data sets of others as pairs: whatever is read by its place, and folders of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from decompclip.data.draws import check_templates, template_caption
+from decompclip.data.images import OnError, open_rgb
+from decompclip.data.pairs import Pairs
+from decompclip.data.pixels import Preprocess, check_image, reason, to_pixels
+
+
+class MapDataset(Protocol):
+    """What torch and torchvision call a map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class DatasetPairs(Pairs):
+    """A data set of (image, caption) or of (image, class), such as torchvision's, as pairs.
+
+    Args:
+        dataset: its images are pictures, or tensors in [0, 1]. If it has `captions`, or classes as `targets` (as
+            torchvision's data sets do), they are read there; otherwise every item is opened once to learn them.
+        preprocess: from a picture to pixels in [0, 1]; tensors pass as they are.
+        class_names: the classes that numbers stand for; those of `dataset.classes` by default.
+        templates: captions of images that have a class; a random one each.
+        ids: what the pairs are called, `"0"`, `"1"`, ... by default.
+        caption_seed: of the templates drawn.
+        order_seed, on_error: as `Pairs`.
+
+    Raises:
+        ValueError: no items, classes without names or templates, or a caption that is missing or no text.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        preprocess: Preprocess | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
+        caption_seed: int = 0,
+        order_seed: int = 0,
+        on_error: OnError = "skip",
+    ) -> None:
+        names = getattr(dataset, "classes", ()) if class_names is None else class_names
+        templates = () if templates is None else check_templates(templates)
+        super().__init__(class_names=names, templates=templates, order_seed=order_seed, on_error=on_error)
+        if not len(dataset):
+            raise ValueError("expected a data set of pairs; received one without items")
+        self.dataset, self.preprocess = dataset, preprocess or to_pixels()
+        self._caption_seed = caption_seed
+        self._ids = [str(index) for index in range(len(dataset))] if ids is None else list(ids)
+        if len(self._ids) != len(dataset):
+            raise ValueError(f"expected one id for each of {len(dataset)} pairs; received {len(self._ids)}")
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self._ids
+
+    @cached_property
+    def _seconds(self) -> Sequence[Any]:
+        """What comes second in each item."""
+        return [self._second(index) for index in range(len(self.dataset))]
+
+    @cached_property
+    def labels(self) -> Int[Tensor, " pair"] | None:
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None:
+            if hasattr(self.dataset, "captions"):
+                return None
+            targets = self._seconds
+        numbers = [_number(target) for target in targets]
+        known = [number for number in numbers if number is not None]
+        if len(known) < len(numbers):
+            return None
+        if known and not (min(known) >= 0 and max(known) < len(self.class_names)):
+            raise ValueError(
+                f"expected classes 0..{len(self.class_names) - 1}, the places of class_names; received "
+                f"{min(known)}..{max(known)}; pass class_names"
+            )
+        return torch.tensor(known)
+
+    @cached_property
+    def captions(self) -> Sequence[str]:
+        natural = getattr(self.dataset, "captions", None)
+        if natural is None and self.labels is not None:
+            if not self.templates:
+                raise ValueError(
+                    'expected captions; received classes alone; pass templates, such as ["a photo of a {}."]'
+                )
+            return [
+                template_caption(self.class_names[label], self.templates, seed=self._caption_seed, name=name)
+                for label, name in zip(self.labels.tolist(), self._ids, strict=True)
+            ]
+        texts = list(self._seconds if natural is None else natural)
+        for name, caption in zip(self._ids, texts, strict=True):
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(
+                    f"expected a caption with every image; pair {name!r} has {caption!r}; leave such pairs out"
+                )
+        return texts
+
+    def _second(self, index: int) -> Any:
+        try:
+            return self.dataset[index][1]
+        except Exception as error:
+            raise ValueError(
+                f"expected items (image, caption); item {index} cannot be read: {reason(error)}; give the data set "
+                "an attribute `captions`, or leave the item out"
+            ) from error
+
+    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
+        return [self._image(index) for index in indices]
+
+    def _image(self, index: int) -> Tensor | str:
+        try:
+            image = self.dataset[index][0]
+            return self.preprocess(image) if isinstance(image, Image.Image) else check_image(image)
+        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
+            return reason(error)
+
+
+def folder_pairs(
+    folder: str | Path,
+    templates: Sequence[str],
+    preprocess: Preprocess | None = None,
+    *,
+    class_names: Mapping[str, str] | None = None,
+    caption_seed: int = 0,
+    order_seed: int = 0,
+    on_error: OnError = "skip",
+) -> DatasetPairs:
+    """A folder with a sub-folder of images a class (torchvision's `ImageFolder`), captions from templates.
+
+    Args:
+        templates: with a slot {} for the class's name.
+        preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
+        class_names: names of classes whose folders are called otherwise, such as `{"n02123045": "tabby cat"}`.
+        caption_seed, order_seed, on_error: as `DatasetPairs`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no sub-folder or an empty one.
+        ValueError: templates without a slot.
+    """
+    from torchvision.datasets import ImageFolder
+
+    dataset = ImageFolder(str(folder), loader=open_rgb)
+    names = [(class_names or {}).get(name, name.replace("_", " ")) for name in dataset.classes]
+    return DatasetPairs(
+        dataset,
+        preprocess,
+        class_names=names,
+        templates=templates,
+        ids=[Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples],
+        caption_seed=caption_seed,
+        order_seed=order_seed,
+        on_error=on_error,
+    )
+
+
+def _number(second: Any) -> int | None:
+    if isinstance(second, Tensor | np.generic) and second.ndim == 0:
+        second = second.item()
+    return second if isinstance(second, int) else None

@@ -1,0 +1,181 @@
+"""Image-caption pairs that are read by their place, in an order that a seed fixes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.data.images import OnError, SkippedFile
+from decompclip.data.pixels import stack_images
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image in [0, 1] and its caption; the class where it is known, as a place in the list of classes."""
+
+    id: str
+    image: Float[Tensor, "3 h w"]
+    caption: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Images in [0, 1], their captions, classes where known, and what each pair is called."""
+
+    images: Float[Tensor, "batch 3 h w"]
+    captions: tuple[str, ...]
+    labels: Int[Tensor, " batch"] | None
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Pair:
+        label = None if self.labels is None else int(self.labels[row])
+        return Pair(self.ids[row], self.images[row], self.captions[row], label)
+
+
+class Pairs(ABC):
+    """A finite set of pairs. A source of its own says what its pairs are and how to get images.
+
+    Attributes:
+        class_names: the classes; empty where nothing is known of them.
+        templates: that captions are made of, or that suit them; empty where captions are natural.
+        order_seed: of the order in which `batch` goes through the pairs, anew each epoch.
+        on_error: `"skip"` puts the next pair whose image can be read in the place of one whose image cannot,
+            and lists the latter in `skipped`; `"raise"` stops.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_names: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        order_seed: int = 0,
+        on_error: OnError = "skip",
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
+        if order_seed < 0:
+            raise ValueError(f"expected an order_seed that is not negative; received {order_seed}")
+        self.class_names, self.templates = tuple(class_names), tuple(templates)
+        self.order_seed, self.on_error = order_seed, on_error
+        self._left_out: dict[str, SkippedFile] = {}
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """What each pair is called: the same in whatever order or number they are read."""
+
+    @property
+    @abstractmethod
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    @abstractmethod
+    def labels(self) -> Int[Tensor, " pair"] | None: ...
+
+    @abstractmethod
+    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
+        """The image of each pair, or why there is none."""
+
+    @property
+    def skipped(self) -> list[SkippedFile]:
+        """What was left out so far; images that cannot be read show only in reading."""
+        return list(self._left_out.values())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)} pairs")
+        return self.read([index % len(self)])[0]
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Every pair in order; those whose images cannot be read are left out."""
+        for index in range(len(self)):
+            image = self._images([index])[0]
+            if isinstance(image, str):
+                self._leave_out(index, image)
+            else:
+                label = None if self.labels is None else int(self.labels[index])
+                yield Pair(self.ids[index], image, self.captions[index], label)
+
+    def readable(self, index: int) -> bool:
+        """Whether the image of a pair can be read; one that cannot is listed in `skipped`."""
+        image = self._images([index])[0]
+        if isinstance(image, str):
+            self._leave_out(index, image)
+        return not isinstance(image, str)
+
+    def read(self, indices: Sequence[int]) -> PairBatch:
+        """The pairs at these places.
+
+        Raises:
+            ValueError: no image can be read, one cannot and `on_error="raise"`, or images of several sizes.
+        """
+        places, images = list(indices), self._images(indices)
+        for row, place in enumerate(places):
+            tried = 0
+            while isinstance(found := images[row], str):
+                self._leave_out(places[row], found)
+                tried += 1
+                if tried == len(self):
+                    raise ValueError(
+                        f"expected images; not one of {len(self)} can be read, the last: {found}"
+                    )
+                places[row] = (place + tried) % len(self)
+                images[row] = self._images([places[row]])[0]
+        return PairBatch(
+            stack_images([image for image in images if not isinstance(image, str)]),
+            tuple(self.captions[place] for place in places),
+            None if self.labels is None else self.labels[places],
+            tuple(self.ids[place] for place in places),
+        )
+
+    def take(self, step: int, size: int) -> PairBatch:
+        """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere."""
+        return self.read(batch_places(len(self), step, size, seed=self.order_seed))
+
+    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
+        """Images and captions of `take`.
+
+        Raises:
+            ValueError: more pairs asked for than there are, a negative step; or as `read`.
+        """
+        taken = self.take(step, size)
+        return taken.images, list(taken.captions)
+
+    def _leave_out(self, index: int, reason: str) -> None:
+        name = self.ids[index]
+        if self.on_error == "raise":
+            raise ValueError(f'{name}: {reason}; repair or remove it, or leave it out with on_error="skip"')
+        self._left_out[name] = SkippedFile(name, reason)
+
+
+def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:
+    """Places of the pairs of one step. Each epoch has an order of its own and leaves out what fills no batch.
+
+    Raises:
+        ValueError: batches of no pairs or of more than there are, or a negative step.
+    """
+    if not 0 < size <= length:
+        raise ValueError(f"expected batches of 1 to {length} pairs, as many as there are; received {size}")
+    if step < 0:
+        raise ValueError(f"expected a step that is not negative; received {step}")
+    epoch, start = divmod(step * size, length - length % size)
+    return _order(length, seed, epoch)[start : start + size].tolist()
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)

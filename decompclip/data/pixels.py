@@ -1,0 +1,91 @@
+"""From pictures to pixels in [0, 1]: before the model's normalisation, for triggers come first."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from decompclip.data.images import open_rgb
+
+Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
+"""From an RGB picture to pixels in [0, 1]."""
+
+ResizeMode = Literal["shortest", "squash"]
+
+
+def to_pixels(
+    size: int | tuple[int, int] | None = None,
+    *,
+    resize_mode: ResizeMode = "shortest",
+    interpolation: str = "bicubic",
+) -> Preprocess:
+    """open_clip's evaluation transform without its normalisation: pixels in [0, 1].
+
+    Args:
+        size: of the model's images (height, width); None leaves pictures at their own size.
+        resize_mode: `"shortest"` scales the shorter side and crops the middle; `"squash"` changes proportions.
+        interpolation: as open_clip names it.
+
+    Raises:
+        ValueError: an unknown resize mode.
+    """
+    if resize_mode not in get_args(ResizeMode):
+        raise ValueError(f"resize_mode {resize_mode!r} is not one of {get_args(ResizeMode)}")
+    if size is None:
+        return _to_tensor
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    cfg = PreprocessCfg(
+        size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=resize_mode
+    )
+    return image_transform_v2(cfg, is_train=False)  # pyright: ignore[reportReturnType]
+
+
+def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def stack_images(images: Sequence[Tensor]) -> Float[Tensor, "batch 3 h w"]:
+    """Raises ValueError if the images are of several sizes."""
+    if sizes := sorted({tuple(image.shape) for image in images}):
+        if len(sizes) > 1:
+            raise ValueError(
+                f"expected images of one size in a batch; received {sizes[0]} and {sizes[-1]}; pass "
+                "preprocess=to_pixels(size)"
+            )
+        return torch.stack(list(images))
+    return torch.zeros(0, 3, 0, 0)
+
+
+def decode(content: bytes, preprocess: Preprocess) -> Float[Tensor, "3 h w"] | str:
+    """Pixels of an image file's content, or why there are none."""
+    file: Any = io.BytesIO(content)
+    try:
+        return preprocess(open_rgb(file))
+    except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_image(image: Any) -> Float[Tensor, "3 h w"]:
+    """Raises ValueError unless `image` is a tensor of RGB pixels in [0, 1]."""
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
+        found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"expected a picture or a tensor [3, h, w]; received {found}")
+    if not (image.is_floating_point() and image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"expected pixels in [0, 1]; received {image.dtype} in {image.min():.2f}..{image.max():.2f}; leave the "
+            "normalisation to the model"
+        )
+    return image

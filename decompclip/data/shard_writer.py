@@ -1,0 +1,71 @@
+"""Pairs into WebDataset shards, so that any CLIP training code can read them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from decompclip.data.pairs import Pair
+
+
+def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 1000) -> list[Path]:
+    """Write `00000.tar`, `00001.tar`, ... with `KEY.png`, `KEY.txt`, `KEY.json` (the pair's id) and, where known, `KEY.cls`.
+
+    Images are kept in 8 bits without loss; equal pairs give equal bytes. A shard appears under its name when it is
+    whole.
+
+    Raises:
+        FileExistsError: there are shards in the folder already.
+        ValueError: no pairs, or fewer than one a shard.
+    """
+    folder = Path(folder)
+    if per_shard < 1:
+        raise ValueError(f"expected at least 1 pair a shard; received {per_shard}")
+    if found := sorted(folder.glob("*.tar")):
+        raise FileExistsError(
+            f"expected a folder without shards; {folder} holds {found[0].name}; name another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    numbered = enumerate(pairs)
+    shards: list[Path] = []
+    while part := list(itertools.islice(numbered, per_shard)):
+        path = folder / f"{len(shards):05d}.tar"
+        partial = path.with_suffix(".partial")
+        try:
+            with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for number, pair in part:
+                    for kind, content in _files(pair):
+                        member = tarfile.TarInfo(f"{number:09d}.{kind}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        shards.append(path)
+    if not shards:
+        raise ValueError("expected pairs to write; received none")
+    return shards
+
+
+def _files(pair: Pair) -> Iterator[tuple[str, bytes]]:
+    yield "png", encode_png(pair.image)
+    yield "txt", pair.caption.encode()
+    if pair.label is not None:
+        yield "cls", str(pair.label).encode()
+    yield "json", json.dumps({"id": pair.id}).encode()
+
+
+def encode_png(image: Float[Tensor, "3 h w"]) -> bytes:
+    """Pixels in [0, 1] as a PNG file of 8 bits a channel."""
+    pixels = (image.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

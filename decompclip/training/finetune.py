@@ -1,0 +1,268 @@
+"""Fine-tuning of a CLIP on image-text pairs: how a backdoor gets in, and how CleanCLIP takes it out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from decompclip.models.clip import HookedCLIP
+from decompclip.training.loop import train
+from decompclip.training.losses import pair_loss
+from decompclip.training.monitor import Monitor, Trainee
+from decompclip.training.recipes import FineTuning, recipe_named
+from decompclip.training.result import FineTuned
+from decompclip.training.views import image_view, text_views
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """Image-text pairs; `decompclip.data.pairs`, its streams, and `PoisonedPairs` are such.
+
+    `batch` must be a pure function of its arguments: that makes a resumed run equal to an unbroken one. A source
+    that knows classes also has `take(step, size)`, whose result has `images`, `captions` and `labels`. One that
+    knows its length has `__len__`.
+    """
+
+    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]: ...
+
+
+def finetune(
+    model: HookedCLIP,
+    pairs: PairSource,
+    recipe: FineTuning | str = "paper",
+    *,
+    length: int | None = None,
+    monitor: Monitor | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+    log_every: int | None = None,
+    seed: int = 0,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> FineTuned:
+    """A fine-tuned copy of `model`, which stays as it is.
+
+    The same model, pairs, recipe and seed give the same weights, bit for bit on one machine; a run that was killed
+    goes on from its checkpoint to the same weights.
+
+    Args:
+        recipe: how, or the name of one of `RECIPES`.
+        length: pairs of an epoch; needed for a stream, which does not know how many it has.
+        monitor: CACC and ASR to measure on the way.
+        checkpoint: file to resume from and to write to. A kill or a full disk leaves the last one as it was.
+        log_every: steps between two entries of the history; by default the monitor's, or a tenth of the run.
+        seed: of the second views (`loss="cleanclip"`), and of what a tower draws itself (patch dropout).
+        synonyms: for the text views; see `text_view`.
+        accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
+            the whole batch. Every process reads the checkpoint; the main one writes it.
+        progress: show a bar.
+        log: told each entry of the history, as text.
+
+    Raises:
+        ValueError: an unknown recipe, pairs of unknown length, too few pairs for a batch, images that are not the
+            model's size or not in [0, 1], a batch that the processes do not divide, a model trained with the
+            sigmoid loss, or another run's checkpoint.
+        MissingTextError: the model has no text tower.
+        FloatingPointError: the loss is not finite.
+        OSError: a checkpoint cannot be written.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    plan = recipe.over(_length(pairs) if length is None else length)
+    net = model.to_open_clip().float()
+    if getattr(net, "logit_bias", None) is not None:
+        raise ValueError(
+            f"expected a CLIP with the softmax loss; received {model.name!r}, which has a logit bias of the sigmoid "
+            "loss; fine-tune a CLIP"
+        )
+    processes, rank, main = 1, 0, True
+    device = model.device
+    if accelerator is not None:
+        processes, rank, main = (
+            accelerator.num_processes,
+            accelerator.process_index,
+            accelerator.is_main_process,
+        )
+        device = accelerator.device
+    net = net.to(device)
+    wrapped = net if accelerator is None else accelerator.prepare_model(net)
+    if recipe.batch_size % processes:
+        raise ValueError(
+            f"expected a batch that {processes} processes divide; received batch_size {recipe.batch_size}"
+        )
+    share = recipe.batch_size // processes
+    mine = slice(rank * share, (rank + 1) * share)
+
+    def loss(step: int) -> Tensor:
+        images, texts, groups = _batch(pairs, step, recipe, model.image_size)
+        if recipe.loss == "cleanclip":  # views of the whole batch: the same however many processes share it
+            draw = _seed(seed, step)
+            other, others = (
+                image_view(images, seed=draw),
+                text_views(texts, seed=draw, synonyms=synonyms),
+            )
+            images, texts = torch.cat([images[mine], other[mine]]), [*texts[mine], *others[mine]]
+        else:
+            images, texts = images[mine], texts[mine]
+        tokens = model.tokenizer(texts).to(device)
+        pixels = model.normalize(images.to(device))
+        with (
+            _drawing(_seed(seed, step, rank)),
+            torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
+        ):
+            found = wrapped(pixels, tokens)
+        if isinstance(found, dict):
+            found = [found[key] for key in ("image_features", "text_features", "logit_scale")]
+        image, text, scale = (x.float() for x in found[:3])
+        return pair_loss(
+            recipe.loss,
+            image,
+            text,
+            scale,
+            groups=None if groups is None else groups.to(device),
+            ss_weight=recipe.ss_weight,
+            processes=processes,
+        )
+
+    logit_scale: Any = net.logit_scale
+
+    @torch.no_grad()
+    def clamp() -> None:
+        logit_scale.clamp_(0, recipe.logit_scale_max)
+
+    trainee = Trainee(net, model)
+    every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
+    net.train()
+    with _bar(plan.steps, shown=progress and main) as tell:
+        history = train(
+            {"clip": net},
+            loss,
+            plan,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint_every=checkpoint_every,
+            after_step=clamp,
+            evaluate=None if monitor is None else lambda: monitor.numbers(trainee),
+            evaluate_every=every,
+            log=log or (lambda _: None),
+            no_decay=spare_gains,
+            identity="" if checkpoint is None else _identity(model, pairs, recipe, plan.samples, seed),
+            main=main,
+            progress=tell,
+        )
+    if accelerator is not None and processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        history = broadcast_object_list([history])[0]
+    return FineTuned(_hooked(net.eval(), model, recipe, seed), recipe, tuple(history), seed)
+
+
+def _length(pairs: PairSource) -> int:
+    try:
+        return len(pairs)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise ValueError(
+            f"expected pairs that know how many they are; received a {type(pairs).__name__} that does not; pass "
+            "length=, the pairs of an epoch"
+        ) from error
+
+
+def spare_gains(name: str, parameter: Tensor) -> bool:
+    """What open_clip's training gives no weight decay: biases, norms, the logit scale, and all else of one axis."""
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def _batch(
+    pairs: PairSource, step: int, recipe: FineTuning, size: tuple[int, int]
+) -> tuple[Tensor, list[str], Tensor | None]:
+    """Images, texts and, for the grouped loss, groups of the whole batch of one step."""
+    labels, take = None, getattr(pairs, "take", None)
+    if recipe.loss == "grouped" and take is not None:
+        taken = take(step, recipe.batch_size)
+        images, texts, labels = taken.images, list(taken.captions), taken.labels
+    else:
+        images, texts = pairs.batch(step, recipe.batch_size)
+    if not len(images) == len(texts) == recipe.batch_size:
+        raise ValueError(
+            f"expected a batch of {recipe.batch_size} pairs; received {len(images)} images and {len(texts)} texts at "
+            f"step {step}"
+        )
+    if images.shape[-2:] != size:
+        raise ValueError(
+            f"expected images of the model's {size[0]} x {size[1]} pixels; received {images.shape[-2]} x "
+            f"{images.shape[-1]}; resize them where they are read"
+        )
+    low, high = (float(x) for x in images.aminmax())
+    if not (low >= 0 and high <= 1):  # nan too
+        raise ValueError(
+            f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f} at step {step}; leave the normalisation to "
+            "the model"
+        )
+    if recipe.loss == "grouped" and labels is None:
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        labels = torch.tensor([places[text] for text in texts])
+    return images, texts, labels
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Let towers draw what they draw, and leave no trace of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _identity(model: HookedCLIP, pairs: PairSource, recipe: FineTuning, samples: int, seed: int) -> str:
+    """What tells one run from another: weights, recipe, seed, and the first pairs, pixel by pixel."""
+    digest = hashlib.sha256(json.dumps([asdict(recipe), samples, seed]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    images, texts = pairs.batch(0, recipe.batch_size)
+    digest.update(images.cpu().contiguous().numpy().tobytes())
+    digest.update("\n".join(texts).encode())
+    return digest.hexdigest()
+
+
+def _hooked(net: nn.Module, origin: HookedCLIP, recipe: FineTuning, seed: int) -> HookedCLIP:
+    about = {"base": origin.name, "recipe": asdict(recipe), "seed": seed}
+    kept = {key: value for key, value in origin.provenance.items() if key != "sha256"}
+    return HookedCLIP.from_open_clip(
+        net,
+        tokenizer=origin.tokenizer,
+        preprocess=asdict(origin.preprocess_cfg),
+        templates=origin.templates,
+        class_names=origin.class_names,
+        provenance={**kept, "name": f"{origin.name}, fine-tuned", "fine_tuning": about},
+        copy=False,
+    )
+
+
+@contextmanager
+def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[int, float], None] | None]:
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("fine-tuning", total=steps)
+        yield lambda done, loss: bar.update(task, completed=done, description=f"fine-tuning, loss {loss:.3f}")
