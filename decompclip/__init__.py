@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from decompclip.data.datasets import DatasetPairs, folder_pairs
     from decompclip.data.images import FolderSource, ShapesSource
     from decompclip.data.pairs import Pairs
-    from decompclip.data.shapes import Shapes
+    from decompclip.data.shapes import PROPERTIES, Shapes
     from decompclip.data.shapes_pairs import ShapesPairs
     from decompclip.data.shards import ShardPairs
     from decompclip.data.streams import PairStream
@@ -152,6 +152,7 @@ _HOME = {
     "crossing": "attacks.crossing",
     "preview": "attacks.preview",
     "Shapes": "data.shapes",
+    "PROPERTIES": "data.shapes",
     "Pairs": "data.pairs",
     "ShapesPairs": "data.shapes_pairs",
     "ShardPairs": "data.shards",
@@ -248,6 +249,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "crossing",
     "preview",
     "Shapes",
+    "PROPERTIES",
     "Pairs",
     "ShapesPairs",
     "ShardPairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decompclip import __version__
-from decompclip.console import plain_errors, progress
+from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
 
 if TYPE_CHECKING:
     from decompclip.audit import AuditResult
@@ -44,7 +45,10 @@ class Convention(str, Enum):
 
 # Options that several commands share.
 Model = Annotated[
-    str, typer.Argument(help="open_clip's name (ViT-B-32, ...) or a bundled model (shapes, ...).")
+    str,
+    typer.Argument(
+        help="open_clip's name (ViT-B-32, ...), a bundled model (shapes, ...), or the path of a folder or file of weights."
+    ),
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")]
@@ -110,9 +114,10 @@ def audit(
 ) -> None:
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number."""
     with plain_errors():
-        from decompclip.audit import AuditConfig, Names, run_audit
-        from decompclip.audit.sources import open_classes, open_source
-        from decompclip.models.loading import load
+        with imports():
+            from decompclip.audit import AuditConfig, Names, run_audit
+            from decompclip.audit.sources import open_classes, open_source
+            from decompclip.models.loading import load
 
         _check_out(out)
         if reference is None and (reference_pretrained or reference_checkpoint):
@@ -171,8 +176,9 @@ def demo(
 ) -> None:
     """Audit the bundled backdoored models, each beside the clean model they were made from."""
     with plain_errors():
-        from decompclip.audit import AuditConfig
-        from decompclip.audit.demo import run_demo
+        with imports():
+            from decompclip.audit import AuditConfig
+            from decompclip.audit.demo import run_demo
 
         _check_out(out)
         config = AuditConfig(batch_size=250, seed=seed)
@@ -203,18 +209,22 @@ def diagnose(
 ) -> None:
     """Look for what silently costs accuracy: a wrong activation, normalisation, class order, ...
 
-    Ends with exit code 1 if it finds an error.
+    Ends with exit code 1 if it finds an error, and with 2 if there are too few images to say.
     """
     with plain_errors():
         import json
 
-        from decompclip.audit.diagnose import diagnose as run_diagnosis
-        from decompclip.audit.sources import open_classes, open_source
-        from decompclip.models.loading import load
+        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+        with imports():
+            from decompclip.audit.diagnose import diagnose as run_diagnosis
+            from decompclip.audit.diagnosis.command import check_text, class_names
+            from decompclip.audit.sources import open_source
+            from decompclip.models.loading import load
 
+        names = class_names(model, classes, images)
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=_device(device))
-        names = (clip.class_names if classes is None else ()) or open_classes(classes, images)
+        check_text(clip)
         source = open_source(images, clip, names, limit=limit or None, seed=seed)
         with progress() as track:
             found = run_diagnosis(clip, source, class_names=names, batch_size=batch_size, track=track)
@@ -223,11 +233,16 @@ def diagnose(
             typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
     if any(fault.severity == "error" for fault in found.findings):
         raise typer.Exit(1)
+    if not found.enough:
+        raise typer.Exit(EXPECTED_ERROR)
 
 
 def main() -> None:
     """The entry point of the console script."""
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # at the end Python would go through all that was imported, once more and again
 
 
 def _check_out(out: Path) -> None:

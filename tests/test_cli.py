@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.cli import app
+from decompclip.console import imports
 from decompclip.data.shapes import Shapes
 
 WORLD = Shapes(36, seed=5, resolution=48)
@@ -194,3 +196,21 @@ def test_where_an_error_comes_from_can_be_asked(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("DECOMPCLIP_DEBUG", "1")
     with pytest.raises(ValueError, match="expected --classes"):
         run("audit", "shapes", "--clean", "photos", "--suspect", "photos", "--out", tmp_path)
+
+
+def test_the_collector_rests_while_importing_and_goes_on_as_it_was() -> None:
+    try:
+        for on in (True, False):
+            (gc.enable if on else gc.disable)()
+            with pytest.raises(ImportError), imports():
+                assert not gc.isenabled()
+                raise ImportError
+            assert gc.isenabled() == on
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("command", ["audit", "diagnose"])
+def test_help_says_that_folders_serve_as_models(command: str) -> None:
+    _, stdout, _ = run(command, "--help")
+    assert "the path of a folder or file of weights" in " ".join(stdout.replace("│", " ").split())

@@ -26,14 +26,24 @@ def cells(notebook: Path, kind: str = "code") -> list[dict[str, Any]]:
 
 
 def run(source: str, name: str, namespace: dict[str, Any]) -> object:
-    """Run a cell; the value of its last line where that is an expression, as a notebook would show it."""
+    """Run a cell; the value of its last line, which must be an expression: what the notebook shows."""
     tree = ast.parse(source, name)
-    value: ast.expr = ast.Constant(None, lineno=1, col_offset=0)
     match tree.body:
         case [*body, ast.Expr(last)]:
-            tree.body, value = body, last
+            tree.body = body
+        case _:
+            raise AssertionError(f"expected a last line that shows something; {name} ends in a statement")
     exec(compile(tree, name, "exec"), namespace)
-    return eval(compile(ast.Expression(value), name, "eval"), namespace)
+    return eval(compile(ast.Expression(last), name, "eval"), namespace)
+
+
+def check(shown: object) -> None:
+    """A figure with something in it, or a table or result with a view in HTML; anything else is a slip."""
+    if isinstance(shown, go.Figure):
+        assert shown.data and shown.to_json()
+    else:
+        assert hasattr(shown, "_repr_html_"), f"expected a figure, table or result; received {shown!r}"
+        assert shown._repr_html_()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @every
@@ -41,11 +51,7 @@ def test_notebook_runs(notebook: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells(notebook):
-        shown = run("".join(cell["source"]), f"{notebook.name}, cell {cell['id']}", namespace)
-        if isinstance(shown, go.Figure):
-            assert shown.data and shown.to_json()
-        elif shown is not None:
-            assert shown._repr_html_()  # type: ignore[attr-defined] - tables and results are HTML in a notebook
+        check(run("".join(cell["source"]), f"{notebook.name}, cell {cell['id']}", namespace))
 
 
 @every
@@ -60,3 +66,17 @@ def test_notebook_is_stored_clean(notebook: Path) -> None:
 
 def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("source", ["None", "x = 3", "import math", "print(1)", "3", "go.Figure()"])
+def test_a_cell_that_shows_nothing_is_found(source: str) -> None:
+    with pytest.raises(AssertionError):
+        check(run(source, "cell", {"go": go}))
+
+
+@every
+def test_notebook_takes_names_from_the_package_itself(notebook: Path) -> None:
+    """What a user needs is public; the values of the Shapes world are data."""
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells(notebook)))
+    homes = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert homes == {"decompclip", "decompclip.data.shapes"}

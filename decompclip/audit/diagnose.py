@@ -19,7 +19,7 @@ from decompclip.audit.diagnosis.answers import (
     other_order,
 )
 from decompclip.audit.diagnosis.paired import noticeable
-from decompclip.audit.diagnosis.pictures import Pictures, count, views
+from decompclip.audit.diagnosis.pictures import Pictures, count, labelled, views
 from decompclip.audit.diagnosis.result import Diagnosis, Evidence, Fault
 from decompclip.audit.diagnosis.run import NO_ANSWER, Answers, answer
 from decompclip.audit.diagnosis.trials import MARGIN, Trial, better, compare, trials
@@ -71,6 +71,8 @@ def diagnose(
         return clip.zero_shot_classifier(names, templates).detach().float().cpu()
 
     given = None if labels is None else checked_labels(torch.as_tensor(labels).cpu(), names)
+    if given is None and not labelled(images):
+        raise ValueError(_NO_LABELS)
     if given is not None and not hasattr(images, "batches"):  # sources may skip files
         _check_count(len(given[0]), count(images))
     tried = trials(model, classify, classify(model))
@@ -78,13 +80,16 @@ def diagnose(
     batches = track(views(model, images, batch_size), f"{model.name}: trying other settings", total)
     run = answer(tried, batches)
     if given is None and run.labels is None:
-        raise ValueError(
-            "expected labels, one for each image; received none, and the images bring none along; pass labels, or name "
-            "the folder's sub-folders after the classes"
-        )
+        raise ValueError(_NO_LABELS)
     truth, label_faults = given or checked_labels(cast(Tensor, run.labels), names)
     _check_count(len(truth), len(run.features))
     return _judge(model, names, tried, run, truth, [*run.faults, *label_faults])
+
+
+_NO_LABELS = (
+    "expected labels, one for each image; received none, and the images bring none along; pass labels, or name "
+    "the folder's sub-folders after the classes"
+)
 
 
 def _check_count(labels: int, images: int) -> None:
@@ -135,6 +140,10 @@ def _judge(
         faults += [fault for fault in better(compared, Rate.of(right)) if fault.check not in checks]
     similarity = None if lost is not None or NO_ANSWER in base else run.features @ tried[0].classifier.T
     faults += logit_scale_faults(model, similarity, truth)
+    if len(labels.unique()) < 2:
+        unchecked.append(
+            "labels and text tower: all images are of one class, which a model may answer always"
+        )
     if all(trial.check != "geometry" for trial, _ in usable):
         unchecked.append("crop against squash: it needs the pictures themselves, as PIL images or a folder")
     return Diagnosis(

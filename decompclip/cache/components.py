@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from types import UnionType
+from typing import NoReturn
 
 import torch
 from jaxtyping import Bool
@@ -41,16 +42,24 @@ class Components(ABC):
         """
 
     def __or__(self, other: Components) -> Components:
-        return Union(self, other) if isinstance(other, Components) else NotImplemented
+        return Union(self, _operand(self, "|", other))
 
     def __and__(self, other: Components) -> Components:
-        return Intersection(self, other) if isinstance(other, Components) else NotImplemented
+        return Intersection(self, _operand(self, "&", other))
 
     def __sub__(self, other: Components) -> Components:
-        return Difference(self, other) if isinstance(other, Components) else NotImplemented
+        return Difference(self, _operand(self, "-", other))
 
     def __invert__(self) -> Components:
         return Difference(everything, self)
+
+    __iter__ = None  # indices alone would make an endless one
+
+    def __contains__(self, item: object) -> NoReturn:
+        raise TypeError(
+            f"{self!r} names no tower, so that {item!r} is neither in it nor out of it; hold it to one: "
+            "`.resolve(n_layers, n_heads).heads[layer, head]`"
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Components) and repr(self) == repr(other)
@@ -237,6 +246,15 @@ class Difference(Components):
         # Python binds `-` tighter than `&`, that tighter than `|`, and all to the left.
         left = _within(self.left, Union | Intersection)
         return f"{left} - {_within(self.right, Union | Intersection | Difference)}"
+
+
+def _operand(left: Components, sign: str, right: object) -> Components:
+    if not isinstance(right, Components):
+        raise TypeError(
+            f"expected components on both sides of {sign!r}; received {left!r} {sign} {right!r}; write heads[...], "
+            "mlps[...] or layers[...] on the right"
+        )
+    return right
 
 
 heads = Heads()

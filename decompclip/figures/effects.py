@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAMES = {"heads": "heads", "mlps": "MLPs", "embed": "embedding", "pool": "MLP of the pool"}
 LABELLED = 5
-"""Markers that carry their name: those that lie farthest off the diagonal."""
+"""Markers that carry their name: so many of those farthest off the diagonal, and of the largest effects."""
 
 
 def effect_scatter(result: Effects) -> go.Figure:
@@ -33,7 +33,9 @@ def effect_scatter(result: Effects) -> go.Figure:
             hoverinfo="skip",
         )
     )
-    far = result.difference.abs().argsort(descending=True)[:LABELLED].tolist()
+    size = result.direct.square() + result.causal.square()
+    ranks = [x.argsort(descending=True)[:LABELLED].tolist() for x in (result.difference.abs(), size)]
+    far = list(dict.fromkeys(ranks[0] + ranks[1]))
     sides = {i: "middle left" if rank % 2 == 0 else "middle right" for rank, i in enumerate(far)}
     for style, (kind, name) in zip(RULES, NAMES.items(), strict=True):
         rows = [i for i, part in enumerate(result.parts) if part.kind == kind]

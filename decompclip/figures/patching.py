@@ -84,8 +84,11 @@ def path_map(result: PathPatching) -> go.Figure:
     """The receivers of a head's message: heads by layer, and the MLP of each layer beside them."""
     known = [grid[~grid.isnan()] for grid in (result.heads, result.mlps)]
     top = max((float(values.abs().max()) for values in known if values.numel()), default=0.0)
-    return component_map(
+    plot = component_map(
         result.heads, result.mlps, unit="change of the score", scale="diverging", top=top or 1.0
+    )
+    return plot.update_layout(
+        title={"text": f"what {result.sender!r} tells each of them", "font": {"size": 13}}, margin_t=64
     )
 
 

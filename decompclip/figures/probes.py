@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from decompclip.figures.theme import SEQUENTIAL, figure
+from decompclip.figures.theme import RULES, SEQUENTIAL, figure
 
 if TYPE_CHECKING:
-    from decompclip.operators.naming import Agreement
+    from decompclip.operators.naming import Agreement, Naming
     from decompclip.operators.probes import Probes
 
 ROW, FRAME = 18, 120
@@ -42,6 +42,27 @@ def probe_map(result: Probes) -> go.Figure:
     )
     plot.update_xaxes(side="top", ticks="", showgrid=False)
     plot.update_yaxes(autorange="reversed", ticks="", showgrid=False, dtick=1, tickfont={"size": 10})
+    return plot
+
+
+def naming_bars(result: Naming) -> go.Figure:
+    """How much texts speak of each property, beside how much their pool does."""
+    frame = result.to_frame()
+    plot = figure(height=FRAME + 44 * len(frame), barmode="group")
+    for rule, column, name in zip(RULES[:2], ("share", "usual"), ("these texts", "their pool"), strict=True):
+        plot.add_trace(
+            go.Bar(
+                x=frame[column],
+                y=frame["property"],
+                orientation="h",
+                name=name,
+                marker={"color": rule.colour},
+                customdata=frame["values"],
+                hovertemplate="%{y}: %{x:.0%}; %{customdata}<extra>" + name + "</extra>",
+            )
+        )
+    plot.update_xaxes(title="share of texts that name a value", tickformat=".0%", rangemode="tozero")
+    plot.update_yaxes(autorange="reversed", ticks="", showgrid=False, automargin=True)
     return plot
 
 

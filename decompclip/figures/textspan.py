@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.figures.theme import RULES, SEQUENTIAL, TEMPLATE, figure
+
+if TYPE_CHECKING:
+    from decompclip.operators.textspan_result import ReconstructionAccuracy
 
 
 def span_bars(texts: Sequence[str], explained: Float[Tensor, " pick"], *, name: str) -> go.Figure:
@@ -95,6 +99,27 @@ def span_map(
     )
     plot.update_xaxes(title="head", type="category", ticks="", showgrid=False)
     plot.update_yaxes(title="layer", type="category", ticks="", showgrid=False)
+    return plot
+
+
+def accuracy_bars(result: ReconstructionAccuracy) -> go.Figure:
+    """Accuracy of the features as they are, of the text reconstructions, and of the means."""
+    frame = result.to_frame()
+    plot = figure(height=220, showlegend=False)
+    plot.add_trace(
+        go.Bar(
+            x=frame["accuracy"],
+            y=frame["components"],
+            orientation="h",
+            marker={"color": RULES[0].colour},
+            text=[f"{share:.1%}" for share in frame["accuracy"]],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.2%}<extra></extra>",
+        )
+    )
+    plot.update_xaxes(title="zero-shot accuracy", tickformat=".0%", range=[0, 1.1])
+    plot.update_yaxes(autorange="reversed", ticks="", showgrid=False, automargin=True)
     return plot
 
 

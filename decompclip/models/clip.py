@@ -19,6 +19,7 @@ from decompclip.models.convert import Source
 from decompclip.models.image_only import ImageOnly, MissingTextError
 from decompclip.models.tokenizer import check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
+from decompclip.models.words import clip_in_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,6 +74,9 @@ class HookedCLIP(nn.Module):
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)
         self.eval()
+
+    def __repr__(self) -> str:
+        return clip_in_words(self)
 
     @classmethod
     def from_open_clip(

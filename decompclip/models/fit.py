@@ -16,10 +16,11 @@ from decompclip.models.errors import CheckpointError
 
 # What older versions saved among the weights, and no model needs: it follows from the shapes.
 _FOLLOWS = re.compile(r"(.*\.)?(position_ids|attn_mask)")
+_TRANSFORMERS = r"(vision_model|text_model)\..*"
 # Marks of layouts that are not open_clip's, in the order in which they are told.
 _LAYOUTS = {
     r"visual\.layer1\.0\.conv1\.weight": "the file holds a ResNet, whose tower is not supported",
-    r"(vision_model|text_model)\..*": (
+    _TRANSFORMERS: (
         "the file has Hugging Face transformers' names; give the folder that it lies in, with its config.json, in place "
         "of a name: `load(FOLDER)`"
     ),
@@ -51,7 +52,7 @@ def conform(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
-    """Check that `state` holds each weight of `model`, in its shape, and nothing else.
+    """Check that `state` holds each weight of `model`, in its shape and finite, and nothing else.
 
     Raises:
         CheckpointError: it does not; says how many are missing, left over or of another shape, and what
@@ -61,7 +62,13 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     missing = [key for key in wanted if key not in state]
     left_over = [key for key in state if key not in wanted]
     reshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if not (missing or left_over or reshaped):
+    whole = [
+        key
+        for key in wanted
+        if key in state and wanted[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    if not (missing or left_over or reshaped or whole):
+        _check_finite(state, source=source, name=name)
         return
     shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
     parts = [
@@ -70,6 +77,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
             (missing, "missing", missing),
             (left_over, "left over", left_over),
             (reshaped, "of another shape", shapes),
+            (whole, "of whole numbers, quantised perhaps", whole),
         )
         if keys
     ]
@@ -77,6 +85,21 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
         f"{source} does not fit {name}: of {len(wanted)} weights {'; '.join(parts)}. "
         f"Likely cause: {likely_cause(wanted, state)}"
     )
+
+
+def _check_finite(state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    bad = [key for key, value in state.items() if not value.is_meta and not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"expected finite weights for {name}; received {source}, where {len(bad)} of {len(state)} hold infinite or "
+            f"undefined numbers ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); the training diverged or the "
+            "file is damaged: copy it again, or take an earlier checkpoint"
+        )
+
+
+def is_of_transformers(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of Hugging Face transformers' models."""
+    return any(re.fullmatch(_TRANSFORMERS, key) for key in state)
 
 
 def likely_cause(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

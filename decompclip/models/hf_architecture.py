@@ -14,6 +14,7 @@ from torch import nn
 
 from decompclip.models.config import Activation
 from decompclip.models.errors import CheckpointError
+from decompclip.models.hf_alone import in_whole
 from decompclip.models.image_only import ImageOnly, build_image_only
 from decompclip.models.spec import Choice, build_open_clip
 
@@ -71,17 +72,18 @@ _ACTIVATIONS: Mapping[str, Mapping[str, Any]] = {
 _WHY_NOT = {
     "siglip2": "its images keep their shape (NaFlex), so that its towers have no fixed grid of patches; SigLIP 2 of fixed "
     "resolution has the model type 'siglip'",
-    "clip_vision_model": "it is an image tower alone; a whole CLIP is needed",
-    "siglip_vision_model": "it is an image tower alone; a whole SigLIP is needed",
+    "clip_text_model": "it is a text tower alone; an image tower is needed",
+    "siglip_text_model": "it is a text tower alone; an image tower is needed",
 }
 
 
 def completed(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """A config.json with transformers' defaults where it is silent.
+    """A config.json with transformers' defaults where it is silent; an image tower's as that of a whole model.
 
     Raises:
         CheckpointError: it is of another type of model, or of a variant that open_clip cannot build.
     """
+    config = in_whole(config)
     kind = str(config.get("model_type"))
     if kind not in _DEFAULTS:
         why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""

@@ -1,9 +1,8 @@
-"""Hugging Face transformers' `CLIPModel` and `SiglipModel`, from a folder or from memory, as open_clip's models."""
+"""Hugging Face transformers' `CLIPModel`, `SiglipModel` and their image towers as open_clip's models."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.hf_alone import WHY, with_prefix
 from decompclip.models.hf_architecture import activation_of, build, completed
 from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of, read_json
 from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.hf_weights import rename
-from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, NoTokenizer, image_side
+from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
 from decompclip.models.spec import Choice, versions
 
 __all__ = ["Source", "Text", "digest", "from_transformers", "read_folder", "weights_in"]
@@ -50,6 +51,7 @@ def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto
 
     Raises:
         CheckpointError: no such model there, one of another type, or weights that do not fit its config.json.
+        MissingTextError: `text=True`, and it is an image tower alone.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -58,33 +60,43 @@ def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto
             "save_pretrained writes, or one with open_clip_config.json; for a file of weights give its own path"
         )
     config = completed(read_json(path), source=str(folder))
-    kind = config["model_type"]
+    kind, (text, why) = config["model_type"], _text(config, text)
     files = weights_in(folder)
-    state = rename(
-        {key: value for file in files for key, value in read_checkpoint(file).items()},
-        kind,
-        source=str(folder),
-    )
-    model = build(config, text=text is not False, activation=activation, why=WITHOUT_TEXT)
-    _fill(model, state, source=str(folder))
+    state = {key: value for file in files for key, value in read_checkpoint(file).items()}
+    model = build(config, text=text is not False, activation=activation, why=why)
+    _fill(model, state, config, source=str(folder))
     return Source(
         model=model,
-        tokenizer=_tokenizer(folder, config["text_config"], text),
+        tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
         preprocess=preprocess_in(folder, kind),
         activation=activation_of(config, activation),
         sha256=digest(files),
     )
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    wanted = image_side(state) if isinstance(model, ImageOnly) else state
+def _text(config: Mapping[str, Any], text: Text) -> tuple[Text, str]:
+    """Whether to have the text side of what config.json describes, and why not."""
+    if not config.get("alone"):
+        return text, WITHOUT_TEXT
+    if text is True:
+        raise MissingTextError(f"the text tower cannot be had: {WHY}")
+    return False, WHY
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str) -> None:
+    kind = config["model_type"]
+    if config.get("alone"):
+        state = with_prefix(state, kind, source=source)
+    wanted = rename(state, kind, source=source)
+    if isinstance(model, ImageOnly):
+        wanted = image_side(wanted)
+    if config.get("alone"):  # the scale of logits belongs to the pair of towers
+        wanted |= {key: value for key, value in model.state_dict().items() if key.startswith("logit_")}
     check_fit(model, wanted, source=source, name="its config.json")
     model.load_state_dict(wanted)
 
 
 def _tokenizer(folder: Path, words: Mapping[str, Any], text: Text) -> Tokenizer:
-    if text is False:
-        return NoTokenizer(WITHOUT_TEXT)
     try:
         return tokenizer_in(
             folder, context_length=words["max_position_embeddings"], vocabulary=words["vocab_size"]
@@ -92,7 +104,7 @@ def _tokenizer(folder: Path, words: Mapping[str, Any], text: Text) -> Tokenizer:
     except ModelError as error:
         if text is True:
             raise
-        warnings.warn(f"{error}. The model was loaded without a tokenizer", stacklevel=6)
+        warn_caller(f"{error}. The model was loaded without a tokenizer")
         return NoTokenizer(str(error), tower=True)
 
 
@@ -103,7 +115,7 @@ def _listed(folder: Path) -> str:
 def from_transformers(
     model: nn.Module, *, tokenizer: Any = None, processor: Any = None, text: bool = True
 ) -> HookedCLIP:
-    """Hook a `CLIPModel` or `SiglipModel` of transformers that is in memory; it is left as it is.
+    """Hook a `CLIPModel`, `SiglipModel` or image tower of transformers that is in memory; it is left as it is.
 
     Args:
         tokenizer: transformers' tokenizer of that model, or a function from a list of texts to token ids; by
@@ -120,16 +132,13 @@ def from_transformers(
     source = f"the {name} in memory"
     config = completed(live.config.to_dict(), source=source)
     kind, words = config["model_type"], config["text_config"]
+    having, why = _text(config, "auto" if text else False)
     like = next(model.parameters())
-    built = build(config, text=text, why=WITHOUT_TEXT).to(device=like.device, dtype=like.dtype)
-    _fill(
-        built,
-        rename({k: v.detach() for k, v in model.state_dict().items()}, kind, source=source),
-        source=source,
-    )
+    built = build(config, text=having is not False, why=why).to(device=like.device, dtype=like.dtype)
+    _fill(built, {k: v.detach() for k, v in model.state_dict().items()}, config, source=source)
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
-    if not text:
-        tokenizer = NoTokenizer(WITHOUT_TEXT)
+    if having is False:
+        tokenizer = NoTokenizer(why)
     elif tokenizer is None:
         tokenizer = clip_tokenizer(
             context_length=words["max_position_embeddings"], vocabulary=words["vocab_size"], where="the model"

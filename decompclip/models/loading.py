@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,20 @@ import open_clip
 import torch
 from torch import nn
 
+from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
 from decompclip.models.errors import ModelError, UnknownModelError
-from decompclip.models.fit import conform, models_like
+from decompclip.models.fit import conform, is_of_transformers, models_like
 from decompclip.models.folders import is_of_open_clip, open_clip_folder
 from decompclip.models.hf_tokenizer import tokenizer_of
 from decompclip.models.hub import asked_once
 from decompclip.models.hugging_face import Text, read_folder
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
 from decompclip.models.memory import from_memory
+from decompclip.models.options import check_options
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.torchscript import is_of_openai
@@ -49,8 +50,8 @@ def load(
 
     Args:
         name: a bundled model (`decompclip.bundled()`); an architecture of open_clip (`open_clip.list_models()`);
-            the path of a folder with a `CLIPModel` or `SiglipModel` of Hugging Face transformers, or with a
-            model of open_clip's; of a file of weights whose architecture its shapes tell; or a model of
+            the path of a folder with a `CLIPModel` or `SiglipModel` of Hugging Face transformers, their image
+            towers alone, or a model of open_clip's; of a file of weights whose architecture its shapes tell; or a model of
             open_clip's or transformers' in memory, which is left as it is.
         pretrained: one of open_clip's tags for that architecture, downloaded if need be; `"random"` for seeded
             random weights.
@@ -71,10 +72,12 @@ def load(
         CheckpointError: the checkpoint is missing, broken, unsafe or of another model.
         MissingTextError: `text=True`, and its text tower cannot be had.
         ConnectionError: the pretrained weights could not be fetched.
-        ValueError: an unknown activation, or one that a bundled model was not trained with.
+        ValueError: an unknown activation, or one that a bundled model was not trained with; a device that is not
+            here; no dtype of torch's.
     """
     if activation not in get_args(Choice):
         raise ValueError(f"activation {activation!r} is not one of {get_args(Choice)}")
+    check_options(name, device, dtype)
     if isinstance(name, nn.Module):
         if pretrained is not None or checkpoint is not None or activation != "auto":
             raise UnknownModelError(
@@ -99,13 +102,17 @@ def _of_path(
         raise UnknownModelError(f"{path} has its weights; leave pretrained= and checkpoint= out")
     if path.is_dir():
         return _of_folder(path, str(path), activation, text)
-    names = models_like(read_checkpoint(path))
+    state = read_checkpoint(path)
+    if is_of_transformers(state):
+        raise UnknownModelError(
+            f"{path} is a file of Hugging Face transformers'; load its folder, with its config.json: {str(path.parent)!r}"
+        )
+    names = models_like(state)
     if len(names) == 1:
         return _of_open_clip(names[0], None, path, activation, text)
     raise UnknownModelError(
         f"the shapes of the weights in {path} fit {'several' if names else 'no native'} architectures of open_clip's"
-        f"{': ' if names else ''}{', '.join(names)}; pass the name of theirs with checkpoint={str(path)!r}; a file "
-        "with Hugging Face transformers' names loads by its folder"
+        f"{': ' if names else ''}{', '.join(names)}; pass the name of theirs with checkpoint={str(path)!r}"
     )
 
 
@@ -246,18 +253,17 @@ def _built(spec: ModelSpec, tag: str | None, text: Text) -> OpenCLIP:
         )
         if text is True:
             raise MissingTextError(f"the text tower cannot be had: {why}") from error
-        warnings.warn(f"the image tower is loaded alone, without the text tower: {why}", stacklevel=5)
+        warn_caller(f"the image tower is loaded alone, without the text tower: {why}")
         return spec.build_image_only(why)
 
 
 def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
     base = name.removesuffix("-quickgelu")
     if {base, f"{base}-quickgelu"} <= set(open_clip.list_models()):
-        warnings.warn(
+        warn_caller(
             f"{checkpoint} does not say which activation it was trained with; {taken!r} was taken, after the name "
             f"{name!r}. Weights that descend from OpenAI's need 'quick_gelu', most others 'gelu', and the wrong one "
-            "costs accuracy: pass activation='quick_gelu' or activation='gelu' to choose.",
-            stacklevel=5,
+            "costs accuracy: pass activation='quick_gelu' or activation='gelu' to choose."
         )
 
 

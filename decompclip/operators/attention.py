@@ -26,13 +26,12 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention
 from decompclip.models.config import ViTConfig
 from decompclip.models.vit import HookedViT
+from decompclip.operators.batches import Images, image_batches
 from decompclip.operators.token_maps import MapKind, TokenMaps
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
-Images = Tensor | Iterable[Tensor]
-"""`[batch 3 h w]` as the tower takes them, or batches of such images one after another."""
 Text = str | Sequence[str] | Tensor
 """A text; several that stand for one thing (prompts of a class); or a direction `[d_embed]`."""
 
@@ -110,18 +109,6 @@ def contribution_maps(
 Part = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
 
 
-def batched(images: Images, size: int) -> Iterator[Tensor]:
-    """Images in batches of at most `size`.
-
-    Raises:
-        ValueError: a size below one.
-    """
-    if size < 1:
-        raise ValueError(f"expected a batch_size of at least 1; received {size}")
-    for batch in [images] if isinstance(images, Tensor) else images:
-        yield from batch.split(size) if len(batch) else ()
-
-
 def tower(model: HookedViT | HookedCLIP) -> HookedViT:
     return model if isinstance(model, HookedViT) else model.visual
 
@@ -148,7 +135,7 @@ def _read(
 ) -> Iterator[Part]:
     """One forward pass a batch; of each, what `read` says of every chosen head."""
     chosen = heads_of(tower(model).cfg, components)
-    for batch in batched(images, batch_size):
+    for batch in image_batches(images, batch_size=batch_size):
         if isinstance(model, HookedViT):
             d = decompose(model, batch, tokens=components, **options)
         else:

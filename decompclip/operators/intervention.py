@@ -53,7 +53,20 @@ class Intervention(ABC):
         """
 
     def on(self, where: Where) -> Restricted:
-        """This edit on these components of these images alone, as an intervention of its own."""
+        """This edit on these components of these images alone, as an intervention of its own.
+
+        Raises:
+            TypeError: no boolean mask `[batch, layer, head]` or `[batch, component]` (heads layer by layer, MLPs,
+                embedding, and the pool's MLP where there is one).
+        """
+        if not isinstance(where, Tensor) or where.dtype != torch.bool or where.ndim not in (2, 3):
+            shape = (
+                f"{where.dtype} {list(where.shape)}" if isinstance(where, Tensor) else type(where).__name__
+            )
+            raise TypeError(
+                f"expected a boolean mask [batch, layer, head] or [batch, component]; received {shape}; for whole "
+                "images repeat it over the components: mask[:, None].expand(-1, n_components)"
+            )
         return Restricted(self, where)
 
     def __or__(self, other: Intervention) -> Composition:
@@ -97,7 +110,7 @@ class Restricted(Intervention):
         return self.edit.fwd_hooks(visual, where=both(self.where, where))
 
     def __repr__(self) -> str:
-        return f"({self.edit!r}).on({int(self.where.sum())} of {self.where.numel()} components)"
+        return f"({self.edit!r}).on(mask {list(self.where.shape)})"
 
 
 def both(ours: Where, where: Tensor | None) -> Where:

@@ -26,7 +26,7 @@ NOTHING = "none"
 """Stands for the property of texts that name none more than the others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Naming:
     """How much texts speak of each property.
 
@@ -47,6 +47,32 @@ class Naming:
         first, *others = sorted(excess, key=lambda name: -excess[name])
         tied = any(excess[first] - excess[other] < 1e-9 for other in others)
         return NOTHING if tied or excess[first] <= 0 else first
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a property."""
+        import pandas as pd
+
+        names = list(self.shares)
+        columns = {
+            "property": names,
+            "share": [self.shares[name] for name in names],
+            "usual": [self.usual[name] for name in names],
+            "values": [", ".join(self.values[name]) for name in names],
+        }
+        return pd.DataFrame(columns)
+
+    def figure(self) -> go.Figure:
+        """The shares as bars, each beside the pool's."""
+        from decompclip.figures.probes import naming_bars
+
+        return naming_bars(self)
+
+    def __repr__(self) -> str:
+        return f"Naming({self.property}: {', '.join(f'{name} {x:.0%}' for name, x in self.shares.items())})"
+
+    def _repr_html_(self) -> str:
+        table: str = self.to_frame().to_html(index=False, float_format="%.2f")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 def named_property(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,10 @@ from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
 from decompclip.cache.masks import ComponentMask
+from decompclip.cache.moments import Moments, check_finite
+
+Head = int | Literal["mlp"]
+"""A head of a layer by its number, or the layer's MLP."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,34 @@ def parts_of(components: Components, n_layers: int, n_heads: int, n_pool: int = 
     if not parts:
         raise ValueError(f"expected at least one component; received {components!r}, which names none")
     return parts
+
+
+def parts_named(components: Components, moments: Moments) -> tuple[Part, ...]:
+    """The components that an expression names in the tower of these moments.
+
+    Raises:
+        IndexError, TypeError, ValueError: as `parts_of`.
+    """
+    n_layers, n_heads, _ = moments.coords.shape
+    return parts_of(components, n_layers, n_heads, len(moments.pool))
+
+
+def part_at(layer: int, head: Head) -> Components:
+    """One component by its place."""
+    return vocabulary.mlps[layer] if head == "mlp" else vocabulary.heads[layer, head]
+
+
+def place_of(part: Part) -> tuple[str, tuple[int, ...]]:
+    """The field of `Decomposition` and `Moments` that holds a component, and where on it (past the batch's axis)."""
+    match part.kind:
+        case "heads":
+            return "coords", (part.layer or 0, part.head or 0)
+        case "mlps":
+            return "mlps", (part.layer or 0,)
+        case "pool":
+            return "pool", (0,)
+        case _:
+            return part.kind, ()
 
 
 def _parts(mask: ComponentMask) -> tuple[Part, ...]:
@@ -119,7 +152,7 @@ class Points:
         Raises:
             IndexError: a component that the tower does not have.
             TypeError: what the stream gives is no decomposition.
-            ValueError: no images, or batches of different models or options.
+            ValueError: no images, terms that are not finite, or batches of different models or options.
         """
         points = Points(components)
         for batch in (d,) if isinstance(d, Decomposition) else d:
@@ -139,6 +172,7 @@ class Points:
             self._begin(d)
         assert self._maps is not None
         check_alike(self._maps, self.normalized, d.maps, d.normalized)
+        check_finite(d, first=len(self))
         for kept, part in zip(self._kept, self.parts, strict=True):
             kept.append(self._points(d, part))
 

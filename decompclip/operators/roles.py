@@ -167,7 +167,9 @@ def role_change(
     i, j = (torch.randint(len(x), (draws, len(x)), generator=generator) for x in (A, B))
 
     def of_texts(a: Float[Tensor, " before"], b: Float[Tensor, " after"]) -> tuple[Tensor, Tensor]:
-        return (a.mean() + b.mean()) / 2, (a[i].mean(1) + b[j].mean(1)) / 2
+        # Both ways share their cosines: errors add as if wholly dependent, or the interval would be too narrow.
+        drawn = a[i].mean(1).sort().values + b[j].mean(1).sort().values
+        return (a.mean() + b.mean()) / 2, drawn / 2
 
     found = {
         "text similarity": of_texts(*_nearest(cosines)),

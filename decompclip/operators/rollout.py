@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.models.vit import Hook, HookedViT
-from decompclip.operators.attention import BATCH, Images, batched, lay_out, pictures_of, tower
+from decompclip.operators.attention import BATCH, lay_out, pictures_of, tower
+from decompclip.operators.batches import Images, image_batches
 from decompclip.operators.token_maps import TokenMaps
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def rollout(
     visual = tower(model)
     parts = (
         (_flow(model, batch, fuse, residual)[None], pictures_of(model, batch) if pictures else None)
-        for batch in batched(images, batch_size)
+        for batch in image_batches(images, batch_size=batch_size)
     )
     return lay_out(visual.cfg, parts, "rollout", names)
 

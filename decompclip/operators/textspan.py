@@ -11,36 +11,36 @@ are needed (`textspan_greedy`), so that memory does not grow with the number of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from decompclip.cache.components import Components, heads, mlps
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.fingerprint import same_model
 from decompclip.cache.maps import Convention, term_maps
 from decompclip.cache.moments import Moments
-from decompclip.operators.parts import Part, parts_of
+from decompclip.operators.batches import Images as Pictures
+from decompclip.operators.batches import image_batches
+from decompclip.operators.parts import Head, Part, part_at, parts_named, parts_of, place_of
 from decompclip.operators.textspan_greedy import Terms, frame, pick
 from decompclip.operators.textspan_inputs import (
-    Source,
     TextFeatures,
     default_images,
     encode_texts,
-    image_batches,
 )
-from decompclip.operators.textspan_parts import Head, part_at, parts_named, place_of
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
 Rank = int | Literal["auto", "paper"]
-Images = Moments | Decomposition | Tensor | Iterable[Any] | Source
+Images = Moments | Decomposition | Pictures
 Texts = TextFeatures | Sequence[str] | Path
 
 PAPER_RANK = 80
@@ -58,6 +58,7 @@ def textspan(
     n_texts: int = 20,
     rank: Rank = "auto",
     centred: bool = False,
+    tolerance: float | None = None,
     convention: Convention = "centred",
     batch_size: int = 32,
 ) -> TextSpan:
@@ -74,6 +75,8 @@ def textspan(
         rank: dimension of the space that texts are projected on: "auto", the true rank of the terms; a number; or
             "paper", 80. Numbers past the true rank are cut to it (the published code fills them with rounding noise).
         centred: whether that space is of the terms about their mean; the published algorithm takes them as they are.
+        tolerance: singular values of the terms up to this share of the largest do not count for their rank; by default
+            what rounding leaves in the terms' precision (fp32, or fp64 for a model in fp64).
         convention: of the decomposition; what `images` that were decomposed before have goes first.
         batch_size: of the forward passes.
 
@@ -83,7 +86,7 @@ def textspan(
     """
     spans = textspans(
         model, part_at(layer, head), images=images, texts=texts, n_texts=n_texts, rank=rank, centred=centred,
-        convention=convention, batch_size=batch_size,
+        tolerance=tolerance, convention=convention, batch_size=batch_size,
     )  # fmt: skip
     return spans.spans[0]
 
@@ -97,6 +100,7 @@ def textspans(
     n_texts: int = 20,
     rank: Rank = "auto",
     centred: bool = False,
+    tolerance: float | None = None,
     convention: Convention = "centred",
     batch_size: int = 32,
 ) -> TextSpans:
@@ -108,17 +112,24 @@ def textspans(
     cfg = model.cfg
     # What names nothing that is there fails before any work.
     parts_of(components, cfg.n_layers, cfg.n_heads, int(bool(cfg.pool_mlp)))
-    _check_numbers(n_texts, rank)
+    _check_numbers(n_texts, rank, tolerance)
     if isinstance(images, Decomposition):
         images = Moments.of(images)
     if not isinstance(images, Moments):
         images = default_images(model, batch_size=batch_size) if images is None else images
-        batches = image_batches(model, images, batch_size=batch_size)
+        read = image_batches(images, batch_size=batch_size)
+        batches = (batch.to(model.device, model.dtype) for batch in read)
         with torch.no_grad():
             images = Moments.fit(model, batches, convention=convention, stream=False)
     images.check_model(term_maps(model.visual, images.maps.convention))
     return fit_textspans(
-        images, encode_texts(model, texts), components, n_texts=n_texts, rank=rank, centred=centred
+        images,
+        encode_texts(model, texts),
+        components,
+        n_texts=n_texts,
+        rank=rank,
+        centred=centred,
+        tolerance=tolerance,
     )
 
 
@@ -130,27 +141,37 @@ def fit_textspans(
     n_texts: int = 20,
     rank: Rank = "auto",
     centred: bool = False,
+    tolerance: float | None = None,
 ) -> TextSpans:
     """Descriptions of components from moments and encoded texts; see `textspan`.
 
     Raises:
         IndexError: the moments' tower has no such component.
-        ValueError: the moments have no second moments or are of too few images, or the texts are of another width.
+        ValueError: the moments have no second moments or are of too few images, or the texts are of another width or
+            were encoded by another model.
     """
-    _check_numbers(n_texts, rank)
+    _check_numbers(n_texts, rank, tolerance)
     if texts.features.shape[1] != len(moments.embed):
         raise ValueError(
             f"expected text features of width {len(moments.embed)}, as the terms have it; received "
             f"{list(texts.features.shape)}; encode the texts with the text tower of the same model"
+        )
+    mark = moments.maps.fingerprint
+    if texts.model is not None and mark is not None and not same_model(texts.model, mark):
+        raise ValueError(
+            "expected texts encoded by the model whose terms they describe; received those of a model with other "
+            "weights; encode them with encode_texts(model, texts)"
         )
     parts = parts_named(components, moments)
     limit = None if rank == "auto" else PAPER_RANK if rank == "paper" else rank
     features = texts.features.to(moments.coords)
     spans: list[TextSpan] = []
     for chunk in _chunks(parts, moments, len(texts)):
-        _check_count(moments, chunk[0], rank, limit)
+        _check_count(moments, chunk[0], rank, limit, centred)
         terms = _terms(moments, chunk)
-        space = frame(terms, limit=limit, centred=centred)
+        space = frame(
+            terms, limit=limit, centred=centred, tolerance=tolerance, dtype=moments.maps.heads.dtype
+        )
         picks = pick(space, features, n_texts)
         means = _means(moments, chunk)
         for row, part in enumerate(chunk):
@@ -206,20 +227,27 @@ def _means(moments: Moments, parts: Sequence[Part]) -> list[Tensor]:
     return [mean[at] @ moments.maps.heads[at].double() for _, at in map(place_of, parts)]
 
 
-def _check_numbers(n_texts: int, rank: Rank) -> None:
+def _check_numbers(n_texts: int, rank: Rank, tolerance: float | None) -> None:
     if n_texts < 1:
         raise ValueError(f"expected to pick at least 1 text; received n_texts={n_texts}; the paper picks 20")
     if rank not in ("auto", "paper") and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"expected a rank of 'auto', 'paper' or a number of at least 1; received {rank!r}")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(
+            f"expected a tolerance in [0, 1), a share of the largest singular value; received {tolerance}"
+        )
 
 
-def _check_count(moments: Moments, part: Part, rank: Rank, limit: int | None) -> None:
-    """Too few images span less than the component does, and what is missing would look like structure."""
+def _check_count(moments: Moments, part: Part, rank: Rank, limit: int | None, centred: bool) -> None:
+    """Too few images span less than the component does, and what is missing would look like structure.
+
+    About their mean, n terms span one dimension less.
+    """
     name = place_of(part)[0]
     width = getattr(moments, name).shape[-1]
-    needed = width if limit is None else min(limit, width)
+    needed = (width if limit is None else min(limit, width)) + centred
     if moments.count < needed:
         raise ValueError(
-            f"expected at least {needed} images for {part} at rank={rank!r} (its terms have {width} coordinates); "
-            f"received {moments.count}; pass more images or a smaller rank"
+            f"expected at least {needed} images for {part} at rank={rank!r}{', centred' if centred else ''} (its terms "
+            f"have {width} coordinates); received {moments.count}; pass more images or a smaller rank"
         )

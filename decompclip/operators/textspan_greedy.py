@@ -73,12 +73,22 @@ class Picks:
     explained: Float[Tensor, "component pick"]
 
 
-def frame(terms: Terms, *, limit: int | None, centred: bool) -> Frame:
+def frame(
+    terms: Terms,
+    *,
+    limit: int | None,
+    centred: bool,
+    tolerance: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Frame:
     """The span of the top right singular vectors of the terms.
 
     Args:
-        limit: at most so many; None: the true rank, as far as fp32 terms can tell.
+        limit: at most so many; None: the true rank.
         centred: of the terms about their mean; the published algorithm takes them as they are.
+        tolerance: share of the largest singular value that one must surpass to count; None: numpy's rule for a
+            matrix in the precision of the terms. Under what the moments' own rounding leaves nothing counts.
+        dtype: precision of the terms behind the moments.
     """
     second, covariance, maps = terms.second, terms.covariance, terms.maps
     start = None
@@ -90,9 +100,10 @@ def frame(terms: Terms, *, limit: int | None, centred: bool) -> Frame:
     values, vectors = torch.linalg.eigh(covariance if centred else second)
     values, vectors = values.flip(-1), vectors.flip(-1)
     width = vectors.shape[1] if maps is None else maps.shape[2]
-    # numpy's rule for the rank of a matrix in fp32, in squares
-    least = values[:, :1] * (width * torch.finfo(torch.float32).eps) ** 2
-    used = (values > least) & (values > 0)
+    if tolerance is None:
+        tolerance = width * torch.finfo(dtype).eps
+    own = width * torch.finfo(torch.float64).eps  # singular values in squares, as the moments have them
+    used = (values > values[:, :1] * max(tolerance**2, own)) & (values > 0)
     if limit is not None:
         used[:, limit:] = False
     rank = used.sum(1)

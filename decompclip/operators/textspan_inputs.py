@@ -1,4 +1,4 @@
-"""What TEXTSPAN works on: encoded texts, batches of images, and what stands in where none are given."""
+"""What TEXTSPAN works on: encoded texts, and what stands in where no texts or images are given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.cache.maps import term_maps
 from decompclip.models.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
@@ -22,23 +23,22 @@ N_IMAGES = 1024
 SEED = 20_240_507
 """Of the default images; no bundled model has seen this stream."""
 
-
-@runtime_checkable
-class Source(Protocol):
-    """Images as the tower takes them, such as `FolderSource`: `batch.images` of its batches."""
-
-    @property
-    def skipped(self) -> Sequence[Any]: ...
-
-    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
+UNIT = 1e-3
+"""How far from one a unit feature's length may be: what half precision leaves of it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextFeatures:
-    """Texts and their unit features under a model's text tower."""
+    """Texts and their unit features under a model's text tower.
+
+    Attributes:
+        model: fingerprint of the model's image tower (`decompclip.cache.fingerprint`), by which terms of another
+            model are told; None where unknown.
+    """
 
     texts: tuple[str, ...]
     features: Float[Tensor, "text d_embed"]
+    model: Float[Tensor, " weight"] | None = None
 
     def __post_init__(self) -> None:
         if not self.texts or self.features.ndim != 2 or len(self.features) != len(self.texts):
@@ -51,6 +51,13 @@ class TextFeatures:
             raise ValueError(
                 f"expected finite text features; received nan or inf, first for {self.texts[bad]!r}; leave that text "
                 "out, or encode in fp32"
+            )
+        lengths = self.features.double().norm(dim=1)
+        if bool(((lengths - 1).abs() > UNIT).any()):
+            worst = int((lengths - 1).abs().argmax())
+            raise ValueError(
+                f"expected text features of length 1, or the longest would be picked; received one of length "
+                f"{float(lengths[worst]):.3g} for {self.texts[worst]!r}; normalise them, or make them with encode_texts"
             )
 
     def __len__(self) -> int:
@@ -95,7 +102,7 @@ def encode_texts(
             F.normalize(model.encode_text(texts[start : start + batch_size]).float(), dim=-1)
             for start in range(0, len(texts), batch_size)
         ]
-    return TextFeatures(texts, torch.cat(parts))
+    return TextFeatures(texts, torch.cat(parts), term_maps(model.visual, "centred").fingerprint)
 
 
 def default_texts(model: HookedCLIP) -> tuple[str, ...]:
@@ -141,27 +148,3 @@ def _drawings(model: HookedCLIP, batches: Iterable[Any]) -> Iterator[Float[Tenso
         if tuple(pixels.shape[2:]) != tuple(model.image_size):
             pixels = F.interpolate(pixels, tuple(model.image_size), mode="bilinear", antialias=True)
         yield model.normalize(pixels)
-
-
-def image_batches(
-    model: HookedCLIP, images: Tensor | Iterable[Any] | Source, *, batch_size: int
-) -> Iterator[Float[Tensor, "batch 3 h w"]]:
-    """Images where the model is, batch by batch: of a tensor, of batches, or of a source with `batches`.
-
-    Raises:
-        ValueError: there are none, or something else than batches of images.
-    """
-    if isinstance(images, Tensor):
-        batches: Iterable[Any] = images.split(batch_size) if images.ndim == 4 and len(images) else [images]
-    elif isinstance(images, Source):
-        batches = (batch.images for batch in images.batches(batch_size))
-    else:
-        batches = images
-    for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 4 or not len(batch):
-            shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(
-                f"expected batches of images [batch, 3, h, w] as the tower takes them; received {shape}; preprocess "
-                "pictures with model.preprocess or pixels with model.normalize, and pass at least one"
-            )
-        yield batch.to(model.device, model.dtype)

@@ -14,8 +14,7 @@ from torch import Tensor
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
-from decompclip.operators.parts import Part
-from decompclip.operators.textspan_parts import Head, part_at, parts_named, place_of
+from decompclip.operators.parts import Head, Part, part_at, parts_named, place_of
 
 if TYPE_CHECKING:
     import pandas
@@ -108,7 +107,7 @@ class TextSpan:
         return f"<table><caption>{html.escape(str(self.part))}</caption>{head}{rows}</table>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReconstructionAccuracy:
     """Zero-shot accuracy with components as they are, as their texts give them, and at their means.
 
@@ -129,6 +128,23 @@ class ReconstructionAccuracy:
 
         rows = {"as they are": self.plain, "from texts": self.reconstructed, "means": self.mean_ablated}
         return pandas.DataFrame({"components": rows.keys(), "accuracy": rows.values()})
+
+    def figure(self) -> go.Figure:
+        """The three accuracies as bars."""
+        from decompclip.figures.textspan import accuracy_bars
+
+        return accuracy_bars(self)
+
+    def __repr__(self) -> str:
+        texts = "all" if self.n_texts is None else str(self.n_texts)
+        return (
+            f"ReconstructionAccuracy({self.plain:.1%} as they are, {self.reconstructed:.1%} from {texts} texts, "
+            f"{self.mean_ablated:.1%} with means; {self.n_images} images)"
+        )
+
+    def _repr_html_(self) -> str:
+        table: str = self.to_frame().to_html(index=False, float_format="%.3f")
+        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -299,8 +299,17 @@ def test_shuffled_labels_are_told(bundled: HookedCLIP) -> None:
 
 def test_too_few_images_accuse_nobody(bundled: HookedCLIP) -> None:
     found = diagnose(bundled, PIXELS[:3], (LABELS[:3] + 1) % 12)
-    assert found.ok and found.noticeable is None
+    assert not found.findings and found.noticeable is None
+    assert not found.ok and not found.enough
     assert "too few images to notice settings that cost accuracy" in repr(found)
+
+
+def test_images_of_one_class_are_told_apart_from_knowledge(bundled: HookedCLIP) -> None:
+    one = torch.eq(LABELS, LABELS[0])
+    found = diagnose(bundled, PIXELS[one], LABELS[one])
+    assert any("all images are of one class" in reason for reason in found.unchecked)
+    found = diagnose(bundled, PIXELS[:8], LABELS[:8])
+    assert not any("all images are of one class" in reason for reason in found.unchecked)
 
 
 # Weights
@@ -416,6 +425,45 @@ def test_the_command_tells_folders_with_swapped_names_and_says_so_to_scripts(pho
     assert (
         "'star' holds what the model calls 'ring'; 'heart' holds what the model calls 'bolt'" in fault["what"]
     )
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1, 2), (19, 2), (20, 0)])
+def test_the_command_calls_no_model_in_order_on_too_few_images(limit: int, code: int) -> None:
+    got, stdout, stderr = run("shapes", "--images", "shapes", "--limit", limit)
+    assert got == code, stderr
+    few = code == 2
+    assert ("too few images to say; " in stdout) == ("expected at least 20 images" in stdout) == few
+    assert ("no finding" in stdout) == ("chance" in stdout) == (not few)
+
+
+def test_the_command_checks_folders_before_a_model_is_loaded(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decompclip.models.loading.load", pytest.fail)
+    for picture in photos.glob("*/*.png"):
+        picture.rename(photos / picture.name)
+    code, _, stderr = run("shapes", "--images", photos)
+    assert code == 2
+    assert "expected a sub-folder of images for each class in --images" in stderr
+    assert f"name them as the classes are: {', '.join(NAMES[:3])}, ..." in stderr
+    code, _, stderr = run("ViT-B-32", "--checkpoint", "x.pt", "--images", photos)
+    assert code == 2 and "expected --classes, a text file with one class a line; received none" in stderr
+
+
+def test_the_command_says_in_its_own_words_that_there_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from decompclip.models import loading
+
+    alone = loading.load
+    monkeypatch.setattr(
+        loading, "load", lambda name, **options: alone(name, pretrained="random", text=False, device="cpu")
+    )
+    code, stdout, stderr = run("shapes", "--images", "shapes")
+    assert code == 2 and not stdout
+    assert (
+        "expected a model with its text side, which turns class names into answers; received 'shapes'"
+        in stderr
+    )
+    assert "trying other settings" not in stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,5 +218,20 @@ def test_errors_name_the_range() -> None:
         of.of(N)
     with pytest.raises(TypeError, match="a number, a slice or a list of numbers as index; received 'all'"):
         heads["all"]
-    with pytest.raises(TypeError, match="unsupported operand"):
-        heads | 3  # pyright: ignore[reportOperatorIssue]
+
+
+@pytest.mark.parametrize("sign", ["|", "&", "-"])
+def test_what_is_no_component_is_told_beside_an_operator(sign: str) -> None:
+    combine = {"|": operator.or_, "&": operator.and_, "-": operator.sub}[sign]
+    with pytest.raises(
+        TypeError,
+        match=rf"components on both sides of '\{sign}'; received heads\[-1\] \{sign} 3; write heads",
+    ):
+        combine(heads[-1], 3)
+
+
+def test_an_expression_has_no_members() -> None:
+    with pytest.raises(TypeError, match=r"heads\[-1\] names no tower, so that \(5, 1\) .*resolve\(n_layers"):
+        assert (5, 1) in heads[-1]
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(heads)  # pyright: ignore[reportArgumentType, reportCallIssue]

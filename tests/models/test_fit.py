@@ -144,3 +144,13 @@ def test_twins_share_their_shapes_and_are_told_once() -> None:
     with torch.device("meta"):
         assert models_like(build_open_clip(architecture).state_dict()) == ["ViT-B-32"]
     assert models_like({}) == []
+
+
+def test_weights_that_are_not_finite_are_named(source: CLIP, state: State) -> None:
+    for key, value in (("visual.proj", float("nan")), ("logit_scale", float("inf"))):
+        state[key] = torch.full_like(state[key], value)
+    with pytest.raises(
+        CheckpointError,
+        match=r"received file\.pt, where 2 of \d+ hold infinite or undefined numbers \((visual\.proj|logit_scale), ",
+    ):
+        check_fit(source, state, source="file.pt", name="ViT-tiny-8")

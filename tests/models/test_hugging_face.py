@@ -12,7 +12,7 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError
 from decompclip.models.hf_preprocess import preprocess_of
 from decompclip.models.hf_tokenizer import HubTokenizer
 from decompclip.models.hugging_face import Source, digest, from_transformers, read_folder, weights_in
@@ -287,6 +287,40 @@ def test_the_image_tower_alone(
         source.tokenizer(["a star"])
 
 
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_tower_of_transformers_loads_without_text(
+    theirs: MakeTheirs, saved: Callable[..., Path], pixels: torch.Tensor, kind: str, where: str
+) -> None:
+    name = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}[kind]
+    options = {"projection_dim": 20} if kind == "clip" else {}
+    tower = getattr(transformers, name)(
+        getattr(transformers, f"{KINDS[kind]}VisionConfig")(**VISION, **options)
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        found = tower.eval()(pixel_values=pixels)
+    expected = found.image_embeds if kind == "clip" else found.pooler_output
+    source = tower if where == "memory" else saved(kind, tower)
+    model = load(source)
+    torch.testing.assert_close(model.encode_image(pixels), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        MissingTextError, match="no text tower: .* transformers' image tower alone; load a whole"
+    ):
+        model.encode_text(["a star"])
+    if where == "folder":
+        with pytest.raises(MissingTextError, match="cannot be had: .* image tower alone"):
+            load(source, text=True)
+
+
+def test_a_file_of_transformers_is_told_to_load_by_its_folder(saved: Callable[..., Path]) -> None:
+    folder = saved("clip")
+    with pytest.raises(UnknownModelError, match=rf"is a file of Hugging Face .* config.json: '{folder}'$"):
+        load(folder / "model.safetensors")
+
+
 # preprocessing
 
 
@@ -464,7 +498,7 @@ def test_a_processor_brings_preprocessing_and_tokenizer(theirs: MakeTheirs, voca
     [
         ("bert", "holds a model of type 'bert'; expected one of 'clip', 'siglip'"),
         ("siglip2", "holds a model of type 'siglip2': its images keep their shape"),
-        ("clip_vision_model", "holds a model of type 'clip_vision_model': it is an image tower alone"),
+        ("clip_text_model", "holds a model of type 'clip_text_model': it is a text tower alone"),
         (None, "holds a model of type 'None'"),
     ],
 )
@@ -477,7 +511,8 @@ def test_a_folder_of_another_type_is_refused_by_name(tmp_path: Path, kind: str |
 def test_a_live_model_of_another_type_is_refused_by_name() -> None:
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
     with pytest.raises(
-        CheckpointError, match="the CLIPVisionModel in memory holds a model of type 'clip_vision_model'"
+        CheckpointError,
+        match="received the CLIPVisionModel in memory, a CLIPVisionModel, .* take CLIPVisionModelWithProjection",
     ):
         load(model)
 

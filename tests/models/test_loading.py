@@ -493,3 +493,55 @@ def test_a_bundled_architecture_takes_a_checkpoint_of_its_own(tmp_path: Path) ->
     assert not torch.equal(random.visual.get_parameter("proj"), load("shapes").visual.get_parameter("proj"))
     assert random.templates
     assert random.class_names
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "shapes",
+            {"device": "gpu"},
+            ValueError,
+            r"device that can be used here \(cpu.*\); received 'gpu': torch knows no device .* 'cuda'$",
+        ),
+        ("shapes", {"device": "cuda:99"}, ValueError, r"received 'cuda:99': "),
+        ("shapes", {"dtype": "float16"}, ValueError, r"received 'float16'; pass dtype=torch\.float16$"),
+        ("shapes", {"dtype": "fp8"}, ValueError, r"received 'fp8'; pass dtype=torch\.float16$"),
+        ("shapes", {"dtype": torch.int8}, ValueError, r"for floating point; received torch\.int8; "),
+        (5, {}, UnknownModelError, r"a name, a path, or a model of .*; received 5, of type int$"),
+    ],
+)
+@pytest.mark.usefixtures("ours_alone")
+def test_bad_options_are_refused_before_anything_is_read(
+    name: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("decompclip.models.loading.load_bundled", pytest.fail)
+    with pytest.raises(error, match=message) as told:
+        load(name, **options)
+    assert "\n" not in str(told.value)
+
+
+def test_a_warning_about_a_path_points_at_the_caller(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decompclip.models.loading.models_like", lambda state: ["ViT-tiny-8"])
+    with pytest.warns(UserWarning, match="does not say which activation") as told:
+        load(checkpoint)
+    assert told[0].filename == __file__
+
+
+def test_a_model_is_one_line(checkpoint: Path, source: CLIP) -> None:
+    name = "HookedCLIP('shapes', bundled, gelu, 48 x 48, patches 8 x 8, 6 layers x 8 heads, d_embed 128)"
+    model = load("shapes")
+    assert repr(model) == name
+    assert repr(model.visual) == "HookedViT(gelu, 48 x 48, patches 8 x 8, 6 layers x 8 heads, d_embed 128)"
+    alone = load("ViT-tiny-8", checkpoint=checkpoint, text=False, activation="gelu")
+    assert repr(alone).startswith(f"HookedCLIP('ViT-tiny-8', checkpoint {checkpoint.name!r}, gelu, ")
+    assert repr(alone).endswith(", image tower alone)")
+    assert ", in memory, gelu, " in repr(load(source))
+    siglip = load("ViT-B-16-SigLIP", pretrained="random", text=False)
+    assert ", random weights, " in repr(siglip) and "d_embed 768, attention pool, image" in repr(siglip)

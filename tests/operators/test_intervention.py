@@ -98,6 +98,7 @@ def test_the_mask_has_the_order_of_flat(d: Decomposition) -> None:
     assert ZeroAblate(everything)(d, where=embed.resolve(3, 4).flat.expand(5, -1)).embed.abs().sum() == 0
 
 
+@pytest.mark.usefixtures("ours_alone")
 def test_a_restricted_edit_is_one_with_where(tower: HookedViT, images: Tensor, d: Decomposition) -> None:
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.rand(5, 3, 4, generator=generator) < 0.6 for _ in range(2))
@@ -106,9 +107,12 @@ def test_a_restricted_edit_is_one_with_where(tower: HookedViT, images: Tensor, d
     torch.testing.assert_close(edit.on(a)(d, where=b).features, edit(d, where=a & b).features)
     torch.testing.assert_close(causal(tower, images, edit.on(a)), causal(tower, images, edit, where=a))
     torch.testing.assert_close((edit.on(a) | edit)(d).features, edit(d).features)
-    assert repr(edit.on(a)) == f"(ZeroAblate(layers[1:])).on({int(a.sum())} of 60 components)"
+    assert repr(edit.on(a)) == f"(ZeroAblate(layers[1:])).on(mask {list(a.shape)})"
     with pytest.raises(ValueError, match=r"of the shape \[5, 3, 4\] that .* received \[5, 16\]; give both"):
         edit.on(a)(d, where=torch.ones(5, 16, dtype=torch.bool))
+    for no_mask in ([True] * 5, torch.ones(5, dtype=torch.bool), torch.ones(5, 16)):
+        with pytest.raises(TypeError, match=r"expected a boolean mask .* for whole images repeat it"):
+            edit.on(no_mask)  # pyright: ignore[reportArgumentType]
 
 
 def test_evaluation_images_are_held_apart_from_those_of_the_means(

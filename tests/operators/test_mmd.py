@@ -12,6 +12,7 @@ from torch import Tensor
 from decompclip.cache.capture import decompose
 from decompclip.cache.components import embed, everything, heads, mlps, neurons
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.moments import Moments
 from decompclip.models.vit import HookedViT
 from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
 from decompclip.operators.mmd_kernel import labellings, statistics
@@ -150,6 +151,75 @@ def test_only_the_part_that_moved_is_significant(a: Decomposition, tower: Hooked
     assert head_mmd(a, a, permutations=20).significant(0.9) == ()
 
 
+@pytest.fixture(scope="module")
+def wide(make_tower: Any) -> Decomposition:
+    """As many parts as ViT-B: 12 layers of 12 heads, and their MLPs."""
+    tower = make_tower(n_layers=12, d_model=48, n_heads=12, d_head=4, d_mlp=16)
+    d = decompose(tower, draw(7, 12))
+    noise = torch.randn(d.coords.shape, generator=torch.Generator().manual_seed(1))
+    return d.edit(coords=d.coords + 0.01 * d.coords.std() * noise)
+
+
+def test_one_infected_head_of_144_is_told_by_default(wide: Decomposition) -> None:
+    coords = wide.coords.clone()
+    coords[:, 7, 3] += 50 * coords.std()
+    infected = wide.edit(coords=coords)
+    found = head_mmd(wide, infected)
+    assert len(found) == 156 and found.permutations == 3120
+    assert found.least_adjusted == pytest.approx(156 / 3121) and found.least_adjusted <= 0.05
+    assert [str(part) for part in found.significant()] == ["heads[7, 3]"]
+    assert found.adjusted is not None
+    assert float(found.adjusted.min()) == pytest.approx(found.least_adjusted)
+    few = head_mmd(wide, infected, permutations=999)
+    assert few.significant() == () and "alone at least 0.156)" in repr(few)
+    assert few.to_frame()["p"].min() == pytest.approx(1e-3)
+
+
+def test_the_default_is_999_for_few_parts(a: Decomposition, b: Decomposition) -> None:
+    found = head_mmd(a, b, components=heads)
+    assert found.permutations == 999 and found.least_adjusted == pytest.approx(12 / 1000)
+    assert np.isnan(head_mmd(a, b, permutations=0).least_adjusted)
+    assert head_mmd(a, b, permutations=1).least_adjusted == 1
+
+
+def test_only_small_p_values_take_more_relabellings(a: Decomposition, b: Decomposition) -> None:
+    """The others' count the first 999: the p-values of both kinds are those of all labellings so far."""
+    mixed = b.edit(coords=torch.cat([b.coords[:, :1], a.coords[:, 1:]], dim=1))
+    found = head_mmd(a, mixed, components=heads, permutations=2500, seed=2)
+    labels = labellings(9, 9, 2500, False, torch.Generator().manual_seed(2))
+    assert found.p_values is not None
+    counts = set()
+    for part, p, sigma in zip(found.parts, found.p_values.tolist(), found.bandwidths.tolist(), strict=True):
+        points = torch.cat([x.heads[:, part.layer, part.head] for x in (a, mixed)]).double()
+        values = statistics(points - points.mean(0), labels, sigma, 9, True, False, 8)
+        large = values >= values[0] - 1e-9
+        count = 2501 if int(large[:1000].sum()) <= 100 else 1000
+        counts.add(count)
+        assert p == pytest.approx(float(large[:count].double().mean()), abs=2e-3)
+    assert counts == {1000, 2501}
+
+
+@pytest.mark.parametrize("field", ["coords", "mlps", "embed"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_terms_that_are_not_finite_are_refused(
+    a: Decomposition, b: Decomposition, field: str, value: float
+) -> None:
+    spoilt = getattr(a, field).clone()
+    spoilt[4].flatten()[0] = value
+    bad = a.edit(**{field: spoilt})
+    words = (
+        r"finite terms; received nan or inf in those of 1 images, first of image {}; leave these images out"
+    )
+    with pytest.raises(ValueError, match=words.format(4)):
+        head_mmd(a, bad)
+    with pytest.raises(ValueError, match=words.format(13)):
+        layer_mmd(iter([a, bad]), b)
+    with pytest.raises(ValueError, match=words.format(4)):
+        Moments.of(bad)
+    with pytest.raises(ValueError, match="finite terms"):
+        Moments.of(a).update(bad)
+
+
 def test_the_same_images_twice_are_no_further_apart_than_chance(a: Decomposition) -> None:
     found = head_mmd(a, a, kernel="paper", permutations=20)
     torch.testing.assert_close(found.values, torch.zeros(15).double(), atol=1e-9, rtol=0)
@@ -193,7 +263,9 @@ def test_streams_and_the_order_of_images_change_nothing(a: Decomposition, b: Dec
 
 def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
     found = head_mmd(a, b, permutations=19, components=heads[-1] | mlps[0] | embed)
-    assert repr(found) == "MMD(6 parts, unbiased kernel, 9 and 9 images, 19 permutations)"
+    assert repr(found) == (
+        "MMD(6 parts, unbiased kernel, 9 and 9 images, 19 permutations, adjusted p of a part alone at least 0.3)"
+    )
     frame = found.to_frame()
     assert list(frame.columns) == ["part", "kind", "layer", "head", "mmd", "bandwidth", "p", "p_adjusted"]
     assert frame["mmd"].tolist() == found.values.tolist()

@@ -139,6 +139,19 @@ def test_what_all_texts_name_says_nothing() -> None:
     assert against.property == "texture"
 
 
+def test_a_naming_speaks() -> None:
+    found = named_property(
+        ["a small red circle", "RED stars"], PROPERTIES, pool=["red", "blue", "no word of it"]
+    )
+    frame = found.to_frame().set_index("property")
+    assert frame.loc["colour"].tolist() == [1.0, pytest.approx(2 / 3), "red"]
+    # Shape and size are named by as much more than usual: texts do not decide.
+    assert repr(found).startswith("Naming(none: shape 50%, colour 100%")
+    assert "colour" in found._repr_html_()
+    bars: Any = found.figure().data
+    assert list(bars[0].x) == list(found.shares.values()) and list(bars[1].x) == list(found.usual.values())
+
+
 def test_agreement_counts_and_kappa(probes: Probes) -> None:
     words = {
         "shape": ["ring", "star", "bolt"],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from decompclip.operators.roles import Described, Description, RoleChange, role_change
 
@@ -113,18 +114,43 @@ def test_intervals_hold_the_value_and_shrink_with_the_texts() -> None:
     assert widths[1] < 0.6 * widths[0]
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Each of many samples of texts against a fixed other side: the mean over all texts is the truth."""
+@pytest.mark.parametrize("measure", ["text similarity", "span overlap", "before by after", "after by before"])
+def test_an_interval_covers_the_truth_as_often_as_it_says(measure: str) -> None:
+    """Many samples of texts to be described: their mean value is the truth, for a describing side as it is."""
     axis = torch.eye(40)[:8]
-    many = features(7, 4000, 40)
-    unit = many / many.norm(dim=1, keepdim=True)
-    truth = float(unit[:, :8].square().sum() / len(unit))
-    covered = 0
+    many, others = (F.normalize(features(seed, 2000, 40), dim=1) for seed in (7, 8))
+    estimates, truths = [], []
     for i in range(100):
-        found = role_change(described(many[40 * i : 40 * (i + 1)]), described(axis), draws=200, seed=i)
-        estimate = found.measures["before by after"]
-        covered += estimate.low <= truth <= estimate.high
-    assert covered >= 85
+        rows = slice(20 * i, 20 * (i + 1))
+        before = axis if measure == "after by before" else many[rows]
+        after = axis if measure == "before by after" else others[rows]
+        estimates.append(
+            role_change(described(before), described(after), draws=200, seed=i).measures[measure]
+        )
+        if measure == "text similarity":  # each side describes the other: all texts against this side
+            sides = (many @ after.T).amax(1).mean(), (others @ before.T).amax(1).mean()
+            truths.append(float(sum(sides)) / 2)
+    truths = truths or [np.mean([estimate.value for estimate in estimates])] * 100
+    covered = sum(e.low <= truth <= e.high for e, truth in zip(estimates, truths, strict=True))
+    assert 85 <= covered <= 100
+
+
+def test_intervals_of_explained_terms_cover_the_truth() -> None:
+    """What texts explain of terms: images are the sample, and all images give the truth."""
+    texts, others = described(torch.eye(30)[:6]), described(torch.eye(30)[10:14])
+    scale = torch.linspace(2, 0.2, 30)
+    many = features(3, 40000, 30) * scale
+    truth = {
+        "before by before": float(scale[:6].square().sum() / scale.square().sum()),
+        "before by after": float(scale[10:14].square().sum() / scale.square().sum()),
+    }
+    covered = dict.fromkeys(truth, 0)
+    for i in range(100):
+        terms = many[200 * i : 200 * (i + 1)], many[20000 + 200 * i : 20000 + 200 * (i + 1)]
+        measures = role_change(texts, others, terms=terms, draws=200, seed=i).measures
+        for name, value in truth.items():
+            covered[name] += measures[name].low <= value <= measures[name].high
+    assert min(covered.values()) >= 85
 
 
 def test_chance_is_what_random_texts_give(pool: Tensor) -> None:

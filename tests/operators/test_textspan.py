@@ -26,6 +26,7 @@ from decompclip.data.texts import general_texts, load_texts, shapes_texts
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.batches import image_batches
 from decompclip.operators.roles import role_change
 from decompclip.operators.textspan import fit_textspans, textspan, textspans
 from decompclip.operators.textspan_greedy import Terms, frame, pick
@@ -481,7 +482,9 @@ def test_too_few_images(model: HookedCLIP, drawn: Decomposition, described: Text
         ({"rank": 0}, "received 0"),
         ({"texts": []}, "expected at least one text; received none; leave texts out for the default pool"),
         ({"texts": "a star"}, "expected a list of texts; received the single string 'a star'"),
-        ({"images": torch.zeros(0, 3, 48, 48)}, r"received \[0, 3, 48, 48\]; preprocess pictures"),
+        ({"images": torch.zeros(0, 3, 48, 48)}, "batches of images; received none; check the image source"),
+        ({"images": torch.zeros(4, 3, 48, 48), "batch_size": 0}, "a batch_size of at least 1; received 0"),
+        ({"tolerance": 1.0}, r"a tolerance in \[0, 1\), a share of the largest singular value; received 1.0"),
         ({"images": torch.zeros(3, 48, 48)}, r"received \[3, 48, 48\]; preprocess pictures"),
         ({"images": WORLD}, "received tuple; preprocess pictures with model.preprocess"),
     ],
@@ -534,3 +537,79 @@ def test_text_features_fit_their_texts() -> None:
         TextFeatures(("a",), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="finite text features; received nan or inf, first for 'b'"):
         TextFeatures(("a", "b"), torch.tensor([[1.0], [torch.nan]]))
+    with pytest.raises(
+        ValueError, match="of length 1, or the longest would be picked; received one of length 3 for 'b'"
+    ):
+        TextFeatures(("a", "b"), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    half = TextFeatures(
+        tuple(map(str, range(50))), unit(50, 512).half()
+    )  # rounding of half precision is no error
+    assert len(half) == 50
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_texts_of_another_model(model: HookedCLIP, drawn: Decomposition) -> None:
+    """Same width, other weights: shape alone would not tell."""
+    theirs = encode_texts(decompclip.load("shapes-badnet"), ["a star", "a ring"])
+    words = "texts encoded by the model whose terms they describe; received those of a model with other weights; encode"
+    for call in (
+        lambda: textspan(model, 0, 0, images=drawn, texts=theirs),
+        lambda: fit_textspans(Moments.of(drawn), theirs, heads[0, 0]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert (
+        len(fit_textspans(Moments.of(drawn), replace(theirs, model=None), heads[0, 0])) == 1
+    )  # of origin unknown
+    assert len(textspan(model, 0, 0, images=drawn, texts=encode_texts(model, ["a star"]))) == 1
+
+
+def test_the_rank_is_judged_in_the_precision_of_the_terms(make_tower: Any, photos: Tensor) -> None:
+    """A direction of size 2e-6 beside one of size 1 is rounding in fp32, and a fact in fp64."""
+    ranks = []
+    for dtype in (torch.float32, torch.float64):
+        d = decompose(make_tower(dtype=dtype), photos.to(dtype))
+        directions = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double()).Q
+        inside = torch.linalg.pinv(
+            d.maps.heads[1, 2].double()
+        )  # coordinates of directions of the joint space
+        axes = torch.linalg.qr(d.maps.heads[1, 2].double().mT).Q.mT
+        noise = torch.randn(len(d), 8, generator=torch.Generator().manual_seed(1)).double()
+        terms = noise * torch.tensor([1.0, 0.5, 2e-6, 0, 0, 0, 0, 0]).double() @ directions @ axes
+        coords = d.coords.clone()
+        coords[:, 1, 2] = (terms @ inside).to(coords)
+        texts = pool_of(30, d.d_embed)
+        moments = Moments.of(d.edit(coords=coords))
+        ranks.append(fit_textspans(moments, texts, heads[1, 2]).spans[0].rank)
+        coarse = fit_textspans(moments, texts, heads[1, 2], tolerance=0.7)
+        assert coarse.spans[0].rank == 1  # by the user's word
+    assert ranks == [2, 3]
+
+
+def test_about_the_mean_one_image_more_is_needed(d: Decomposition) -> None:
+    """n terms span n - 1 dimensions about their mean."""
+    width, texts = d.coords.shape[-1], pool_of(30, d.d_embed)
+    just = Moments.of(d[:width])
+    assert fit_textspans(just, texts, heads[1, 2]).spans[0].rank >= 8
+    words = rf"at least {width + 1} images for heads\[1, 2\] at rank='auto', centred .*received {width};"
+    with pytest.raises(ValueError, match=words):
+        fit_textspans(just, texts, heads[1, 2], centred=True)
+    assert fit_textspans(Moments.of(d[: width + 1]), texts, heads[1, 2], centred=True).spans[0].rank >= 8
+
+
+def test_accuracies_speak(model: HookedCLIP, spans: TextSpans, drawn: Decomposition) -> None:
+    labels = WORLD.draw(range(len(drawn))).labels
+    found = spans[heads[-1]].accuracy(drawn, model.zero_shot_classifier(WORLD.class_names), labels, 2)
+    bars: Any = found.figure().data[0]
+    assert list(bars.x) == [found.plain, found.reconstructed, found.mean_ablated]
+    assert f"{found.reconstructed:.1%} from 2 texts" in repr(found) and "700 images" in repr(found)
+    assert "from texts" in found._repr_html_()
+
+
+def test_batches_of_any_kind(photos: Tensor) -> None:
+    whole = list(image_batches(photos, batch_size=7))
+    assert {len(batch) for batch in whole[:-1]} == {7}
+    torch.testing.assert_close(torch.cat(whole), photos)
+    pieces = list(image_batches([photos[:9], photos[:0], photos[9:]], batch_size=7))
+    assert all(0 < len(batch) <= 7 for batch in pieces)
+    torch.testing.assert_close(torch.cat(pieces), photos)

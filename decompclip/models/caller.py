@@ -1,0 +1,17 @@
+"""Warnings that point at the user's own line, however deep in the package they come up."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the line that called into this package."""
+    package = __name__.split(".")[0]
+    frame, level, above = sys._getframe(1), 2, 3  # `above`: the level of the frame's own caller
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == package:
+            level = above
+        frame, above = frame.f_back, above + 1
+    warnings.warn(message, stacklevel=level)

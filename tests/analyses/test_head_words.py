@@ -1,0 +1,36 @@
+"""TEXTSPAN's words against probes, on the bundled model: the number in the README, small."""
+
+from __future__ import annotations
+
+import pytest
+
+import decompclip
+from analyses.head_words import Config, agreements, chance, table
+from decompclip.operators.naming import Agreement
+
+SMALL = Config(models=("shapes",), images=300)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Agreement]:
+    return dict(agreements(decompclip.load("shapes"), SMALL))
+
+
+def test_words_name_what_explains_a_component(found: dict[str, Agreement]) -> None:
+    """Far above what the frequencies of the properties alone would give."""
+    explained = found["explained"]
+    assert len(explained.parts) >= 40  # of 54 heads and MLPs
+    assert explained.interval[0] > chance(explained) + 0.15
+    assert explained.kappa > 0.4
+
+
+def test_chance_is_that_of_cohen_s_kappa(found: dict[str, Agreement]) -> None:
+    for agreement in found.values():
+        level = chance(agreement)
+        assert agreement.kappa == pytest.approx((agreement.share - level) / (1 - level))
+
+
+def test_the_table_has_a_row_a_model_and_truth(found: dict[str, Agreement]) -> None:
+    lines = table({("shapes", by): agreement for by, agreement in found.items()}).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert "share of variance" in lines[2] and f"{found['explained'].kappa:.2f} |" in lines[2]
