@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 
@@ -91,7 +92,7 @@ def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
 
 
 def write_bundled(
-    model: CLIP | CustomTextCLIP,
+    model: CLIP | CustomTextCLIP | CoCa,
     card: Mapping[str, Any],
     folder: Path = WEIGHTS,
     *,

@@ -192,6 +192,7 @@ def test_a_half_precision_tower_has_terms_in_fp32(
 def test_named_constants(tower: HookedViT, images: Tensor) -> None:
     d = decompose(tower, images)
     assert d.maps.bias_names == ("attn_bias 0", "attn_bias 1", "attn_bias 2", "ln_final bias")
+    assert tower.proj is not None
     beta = tower.ln_final.b @ tower.proj
     torch.testing.assert_close(d.bias_coords[:, -1:] * d.maps.bias[-1], beta.expand(5, -1))
     paper = decompose(tower, images, convention="paper")
@@ -288,7 +289,7 @@ def test_maps_are_shared_while_the_weights_stay(make_tower: Callable[..., Hooked
     d = decompose(visual, images)
     assert decompose(visual, images).maps is d.maps
     with torch.no_grad():
-        visual.proj.mul_(2)
+        visual.get_parameter("proj").mul_(2)
     again = decompose(visual, images)
     assert again.maps is not d.maps
     assert not d.maps.matches(again.maps)

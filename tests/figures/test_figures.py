@@ -58,7 +58,7 @@ def test_curves_show_what_was_measured_with_its_bands(ablations: Ablations, wide
     band = next(trace for trace in bands if trace.legendgroup == SUCCESS.label)
     assert 100 * rate.high in band.y and 100 * rate.low in band.y
     assert sum(bool(trace.showlegend) for trace in traces(plot)) == 3
-    assert all(a.title.text for a in plot.select_yaxes(col=1))
+    assert all(a.title.text for a in plot.select_yaxes(col=1))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_accuracy_is_left_out_where_there_are_no_labels() -> None:

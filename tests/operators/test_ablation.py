@@ -290,4 +290,4 @@ def test_errors_say_what_to_do(
     ):
         ZeroAblate(heads, rows=torch.ones(6, dtype=torch.bool)).fwd_hooks(tower)
     with pytest.raises(TypeError):
-        ZeroAblate(heads) | 3  # pyright: ignore[reportOperatorIssue]
+        _ = ZeroAblate(heads) | 3  # pyright: ignore[reportOperatorIssue]
