@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## audit the bundled backdoored models and say where the repo
 	@find "$(CURDIR)/demo-report" -name '*.html' -exec echo "The report: open {} in a browser" \;
 
 test: lint typecheck ## ruff, pyright and every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: rules and formatting, nothing changed
 	$(BIN)/ruff check .

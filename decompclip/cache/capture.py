@@ -131,7 +131,9 @@ def _part(visual: HookedViT, batch: int) -> int:
     cfg = visual.cfg
     if not Rows.all_rows(cfg):
         return max(batch, 1)
-    run = 8 * cfg.d_model + 3 * (1 + cfg.gated) * cfg.d_mlp
+    run = (
+        5 * cfg.d_model + 2 * (1 + cfg.gated) * cfg.d_mlp
+    )  # as measured: the stream, and both sides of an MLP
     return max(1, math.floor(batch * run / (run + (2 * cfg.n_layers + 1) * cfg.d_model)))
 
 

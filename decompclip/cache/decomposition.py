@@ -173,7 +173,8 @@ class Decomposition:
         weighted, maps = terms.weighted(position), self.maps
         if maps.tokens is not None and maps.out is not None:
             out = maps.out if text is None else maps.out @ text.to(maps.out).T
-            shares = torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ out)
+            # one product over pooling heads and coordinates; einsum would copy both sides first
+            shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)
             if self.convention == "centred":
                 return shares
             term = self.coords[:, layer, head]
