@@ -7,6 +7,7 @@ difference of the two. One forward pass a run and one backward pass serve all pl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.patching import (
     POINTS,
+    Images,
     Patching,
     Score,
     Site,
     check_request,
+    over_batches,
     record,
     scorer,
     writing,
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
 
 def attribution_patching(
     model: HookedViT | HookedCLIP,
-    base: Float[Tensor, "batch 3 h w"],
-    source: Float[Tensor, "batch 3 h w"],
+    base: Images,
+    source: Images,
     score: Float[Tensor, " d_embed"] | Score,
     *,
     sites: Sequence[Site] = get_args(Site),
@@ -47,13 +50,19 @@ def attribution_patching(
             sizes, the largest and the smallest among them.
 
     Raises:
-        ValueError: as `activation_patching`; or a check of one or two places, which correlate whatever they are.
+        ValueError: as `activation_patching`; a check with a stream of batches; or a check of one or two places, which correlate whatever they are.
     """
     if check < 0 or check in (1, 2):
         raise ValueError(
             f"expected a check of at least 3 places, or of 0 for none; received {check}; two places always correlate"
         )
-    visual = check_request(model, base, source, sites)
+    if not isinstance(base, Tensor):
+        if check:
+            raise ValueError(f"expected one batch to check places in; received batches and check={check}")
+        return over_batches(
+            partial(attribution_patching, model, score=score, sites=sites, by_token=by_token), base, source
+        )
+    visual, source = check_request(model, base, source, sites)
     judge = scorer(score, visual)
     n_layers = visual.cfg.n_layers
     names = [f"blocks.{layer}.{POINTS[site]}" for site in sites for layer in range(n_layers)]

@@ -8,9 +8,10 @@ of them from one gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+Images = Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]]
 Score = Callable[[Float[Tensor, "batch d_embed"]], Float[Tensor, " batch"]]
 POINTS: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
@@ -61,6 +63,25 @@ class Patching:
     def gap(self) -> float:
         """By how much the source's mean score exceeds the base's: the effect of patching everything."""
         return float((self.source - self.base).mean())
+
+    def merge(self, other: Patching) -> Patching:
+        """The effects over the images of both; checks, which are of one batch, are dropped.
+
+        Raises:
+            ValueError: the two were not patched at the same places, or not in the same way.
+        """
+        if (
+            self.effects.keys() != other.effects.keys()
+            or self.by_token != other.by_token
+            or self.method != other.method
+        ):
+            raise ValueError(
+                f"expected patches of the same places in the same way; received {self!r} and {other!r}"
+            )
+        weight = len(other.base) / (len(self.base) + len(other.base))
+        effects = {site: x.lerp(other.effects[site].to(x), weight) for site, x in self.effects.items()}
+        before, after = torch.cat([self.base, other.base]), torch.cat([self.source, other.source])
+        return Patching(effects, before, after, self.by_token, self.method)
 
     def shares(self, site: Site) -> Float[Tensor, "layer ..."]:
         """The effects of a site as shares of the gap."""
@@ -136,8 +157,8 @@ class Patching:
 @torch.no_grad()
 def activation_patching(
     model: HookedViT | HookedCLIP,
-    base: Float[Tensor, "batch 3 h w"],
-    source: Float[Tensor, "batch 3 h w"],
+    base: Images,
+    source: Images,
     score: Float[Tensor, " d_embed"] | Score,
     *,
     sites: Sequence[Site] = get_args(Site),
@@ -146,7 +167,8 @@ def activation_patching(
     """Patch each layer of each site alone (each head of z, and each token with `by_token`): a forward pass each.
 
     Args:
-        base: images that run with the patch, image i with activations of image i of the source.
+        base: images that run with the patch, image i with activations of image i of the source; one batch, or
+            batches one after the other.
         score: a direction that unit features are multiplied with (the target's text less another's, say), or a
             function of the features.
         sites: hook points of the blocks; "z" is patched head by head.
@@ -155,7 +177,10 @@ def activation_patching(
         ValueError: an unknown site, no batches of images, not as many source as base images, or a direction of
             another width than the features.
     """
-    visual = check_request(model, base, source, sites)
+    if not isinstance(base, Tensor):
+        one = partial(activation_patching, model, score=score, sites=sites, by_token=by_token)
+        return over_batches(one, base, source)
+    visual, source = check_request(model, base, source, sites)
     judge = scorer(score, visual)
     n_layers = visual.cfg.n_layers
     names = {site: [f"blocks.{layer}.{POINTS[site]}" for layer in range(n_layers)] for site in sites}
@@ -196,10 +221,35 @@ def _units(given: Tensor, site: str, by_token: bool) -> tuple[int, ...]:
     return (*([given.shape[2]] if site == "z" else []), *([given.shape[1]] if by_token else []))
 
 
+@runtime_checkable
+class Mergeable(Protocol):
+    def merge(self, other: Any, /) -> Any: ...
+
+
+Result = TypeVar("Result", bound=Mergeable)
+
+
+def over_batches(patch: Callable[..., Result], base: Iterable[Tensor], source: Images) -> Result:
+    """The results of batches, one after the other, as one.
+
+    Raises:
+        ValueError: there are no batches, or not as many of the source.
+    """
+    if isinstance(source, Tensor):
+        raise ValueError(
+            "expected base and source both as one batch or both as batches; received batches and a tensor"
+        )
+    results = (patch(ours, theirs) for ours, theirs in zip(base, source, strict=True))
+    first = next(results, None)
+    if first is None:
+        raise ValueError("expected at least one batch of images; received none; check the image source")
+    return reduce(lambda a, b: a.merge(b), results, first)
+
+
 def check_request(
-    model: HookedViT | HookedCLIP, base: Tensor, source: Tensor, sites: Sequence[str]
-) -> HookedViT:
-    """The tower, once the request is known to make sense.
+    model: HookedViT | HookedCLIP, base: Tensor, source: Images, sites: Sequence[str]
+) -> tuple[HookedViT, Tensor]:
+    """The tower and the source's batch, once the request is known to make sense.
 
     Raises:
         ValueError: an unknown site, none, no batches of images, or not as many source as base images.
@@ -211,12 +261,13 @@ def check_request(
     for site in sites or ("none",):
         if site not in POINTS:
             raise ValueError(f"expected sites of {tuple(POINTS)}; received {site!r}")
+    assert isinstance(source, Tensor)
     if len(base) != len(source) or not len(base):
         raise ValueError(
             f"expected a source image for each base image, and at least one; received {len(base)} base and "
             f"{len(source)} source images; pair them first"
         )
-    return model if isinstance(model, HookedViT) else model.visual
+    return (model if isinstance(model, HookedViT) else model.visual), source
 
 
 def scorer(score: Float[Tensor, " d_embed"] | Score, visual: HookedViT) -> Score:

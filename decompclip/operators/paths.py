@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from decompclip.cache.components import Components, Heads, everything
 from decompclip.cache.components import heads as all_heads
 from decompclip.models.vit import HookedViT
-from decompclip.operators.patching import Score, check_request, record, scorer
+from decompclip.operators.patching import Images, Score, check_request, over_batches, record, scorer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,19 @@ class PathPatching:
     mlps: Float[Tensor, " layer"]
     base: Float[Tensor, " batch"]
     source: Float[Tensor, " batch"]
+
+    def merge(self, other: PathPatching) -> PathPatching:
+        """The effects over the images of both.
+
+        Raises:
+            ValueError: the two are of different senders.
+        """
+        if self.sender != other.sender:
+            raise ValueError(f"expected paths of one sender; received {self.sender!r} and {other.sender!r}")
+        weight = len(other.base) / (len(self.base) + len(other.base))
+        before, after = torch.cat([self.base, other.base]), torch.cat([self.source, other.source])
+        of_heads, of_mlps = self.heads.lerp(other.heads, weight), self.mlps.lerp(other.mlps, weight)
+        return PathPatching(self.sender, of_heads, of_mlps, before, after)
 
     @property
     def gap(self) -> float:
@@ -77,8 +91,8 @@ class PathPatching:
 @torch.no_grad()
 def path_patching(
     model: HookedViT | HookedCLIP,
-    base: Float[Tensor, "batch 3 h w"],
-    source: Float[Tensor, "batch 3 h w"],
+    base: Images,
+    source: Images,
     score: Float[Tensor, " d_embed"] | Score,
     sender: Heads,
     *,
@@ -96,7 +110,10 @@ def path_patching(
         ValueError: the sender is not one head, or as `activation_patching`.
         IndexError: a layer or head that the tower does not have.
     """
-    visual = check_request(model, base, source, ("z",))
+    if not isinstance(base, Tensor):
+        one = partial(path_patching, model, score=score, sender=sender, receivers=receivers)
+        return over_batches(one, base, source)
+    visual, source = check_request(model, base, source, ("z",))
     cfg, judge = visual.cfg, scorer(score, visual)
     layer, head = _one_head(sender, cfg.n_layers, cfg.n_heads)
     mask = receivers.resolve(cfg.n_layers, cfg.n_heads, pool=bool(cfg.pool_mlp))

@@ -239,8 +239,14 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, source: Tensor,
         with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
             patch(tower, images, source, direction[:19])
         single: Any = [images[0]]
-        with pytest.raises(ValueError, match=r"expected base as one batch of images .* received list"):
+        with pytest.raises(
+            ValueError, match=r"expected base as one batch of images .* received \[3, 24, 16\]"
+        ):
             patch(tower, single, single, direction)
+        with pytest.raises(ValueError, match="both as one batch or both as batches"):
+            patch(tower, [images], source, direction)
+        with pytest.raises(ValueError, match="at least one batch"):
+            patch(tower, [], [], direction)
         with pytest.raises(ValueError, match=r"expected source as one batch .* received \[3, 24, 16\]"):
             patch(tower, images, source[0], direction)
     with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
@@ -252,3 +258,36 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, source: Tensor,
     two = Patching({"z": torch.ones(3, 4, 7)}, torch.ones(2), torch.ones(2), True, "exact")
     with pytest.raises(ValueError, match=r"effects \[3, 4\] of z, .* received \[3, 4, 7\]; patch both"):
         one.correlation(two)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_stream_of_batches_is_one_batch(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor, by_token: bool
+) -> None:
+    ours, theirs = images.split([2, 3]), source.split([2, 3])
+    for patch in (activation_patching, attribution_patching):
+        whole = patch(tower, images, source, direction, sites=("mlp_out", "z"), by_token=by_token)
+        parts = patch(tower, ours, iter(theirs), direction, sites=("mlp_out", "z"), by_token=by_token)
+        for site, effects in whole.effects.items():
+            torch.testing.assert_close(parts.effects[site], effects, **CLOSE)
+        torch.testing.assert_close(parts.base, whole.base)
+        assert parts.gap == pytest.approx(whole.gap, abs=1e-6)
+    whole = path_patching(tower, images, source, direction, heads[0, 1])
+    parts = path_patching(tower, ours, theirs, direction, heads[0, 1])
+    torch.testing.assert_close(parts.heads, whole.heads, equal_nan=True, **CLOSE)
+    torch.testing.assert_close(parts.mlps, whole.mlps, equal_nan=True, **CLOSE)
+
+
+def test_results_of_different_places_do_not_merge(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    z, mlp = (
+        activation_patching(tower, images, source, direction, sites=(site,)) for site in ("z", "mlp_out")
+    )
+    with pytest.raises(ValueError, match="the same places in the same way"):
+        z.merge(mlp)
+    a, b = (path_patching(tower, images, source, direction, heads[0, i], receivers=mlps) for i in (0, 1))
+    with pytest.raises(ValueError, match="paths of one sender"):
+        a.merge(b)
+    with pytest.raises(ValueError, match="one batch to check places in"):
+        attribution_patching(tower, [images], [source], direction, check=3)
