@@ -9,6 +9,7 @@ Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "silu"]
 Pool = Literal["cls", "mean", "attention"]
 Norm = Literal["pre", "post"]
 Stem = Literal["patch", "conv"]
+LnFinal = Literal["rows", "pooled"]
 Rope = Literal["interleaved", "half"]
 
 
@@ -72,7 +73,7 @@ class ViTConfig:
     rope: Rope | None = None
     relative_position: bool = False
     pool: Pool = "cls"
-    ln_final: Literal["rows", "pooled"] = "rows"
+    ln_final: LnFinal = "rows"
     pool_heads: int = 0
     pool_queries: int = 1
     d_pool: int = 0
@@ -89,9 +90,13 @@ class ViTConfig:
             ("norm", Norm),
             ("stem", Stem),
             ("pool", Pool),
+            ("pool_activation", Activation),
+            ("ln_final", LnFinal),
         ):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {get_args(kinds)}")
+        if self.rope not in (None, *get_args(Rope)):
+            raise ValueError(f"rope {self.rope!r} is not one of {(None, *get_args(Rope))}")
         if self.n_heads * self.d_head != self.d_model:
             raise ValueError(
                 f"{self.n_heads} heads of width {self.d_head} do not fill a stream of {self.d_model}"

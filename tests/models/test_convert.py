@@ -143,6 +143,15 @@ def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
     assert shared.proj is proj
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_frozen_weight_stays_frozen(source: CLIP, copy: bool) -> None:
+    source.visual.get_parameter("conv1.weight").requires_grad_(False)
+    tower = convert_open_clip(source.visual, copy=copy)
+    assert not tower.get_parameter("W_E").requires_grad
+    assert not source.visual.get_parameter("conv1.weight").requires_grad
+    assert tower.get_parameter("W_pos").requires_grad
+
+
 @pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])
 @torch.no_grad()
 def test_an_edited_tower_goes_back_into_its_architecture(name: str) -> None:
@@ -221,6 +230,8 @@ def test_odd_towers_are_refused_with_the_reason(
             "not known",
         ),
         ("eva02_base_patch16_clip_224", {"pool": "max"}, "pooled in a way"),
+        ("vit_small_patch16_18x2_224", {"pool": "token"}, "norms, gates or scales"),
+        ("beit_base_patch16_224", {"pool": "avg"}, "norms, gates or scales"),
     ],
 )
 def test_odd_towers_of_timm_are_refused_with_the_reason(

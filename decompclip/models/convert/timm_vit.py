@@ -193,7 +193,8 @@ def pool_is_odd(trunk: Any) -> bool:
 def _oddities(trunk: Any) -> list[str]:
     kinds = {Block: Attention, RelPosBlock: RelPosAttention}
     plain = all(
-        kinds.get(type(block)) is type(block.attn)
+        type(block) in kinds
+        and kinds[type(block)] is type(block.attn)
         and type(block.mlp) in (Mlp, GeGluMlp)
         and not is_there(block.attn, "q_norm")
         and not is_there(block.attn, "norm")

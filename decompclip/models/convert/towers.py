@@ -84,6 +84,11 @@ class Source:
         if tower.rope is not None:
             weights["rope"] = eva.rope_of(cast(TimmModel, visual))
         parameters = dict(tower.named_parameters())
+        for (
+            name,
+            parameter,
+        ) in parameters.items():  # whose flag `load_state_dict` gives to what it is assigned
+            parameter.requires_grad_(trained.get(name, False))
         tower.load_state_dict(
             {
                 name: _owned(x, copy, name in parameters, trained.get(name, False), state)
@@ -146,7 +151,8 @@ def _family(visual: nn.Module) -> Any:
             return eva
         if isinstance(trunk, TimmViT | VisionTransformerRelPos):
             return timm_vit
-        refuse(type(trunk).__name__, ["windows" if isinstance(trunk, SwinTransformer) else "conv"])
+        foreign = "block" if hasattr(trunk, "blocks") else "conv"
+        refuse(type(trunk).__name__, ["windows" if isinstance(trunk, SwinTransformer) else foreign])
     refuse(type(visual).__name__, ["resnet" if isinstance(visual, ModifiedResNet) else "foreign"])
 
 
