@@ -66,13 +66,14 @@ def _panel(settings: Sequence[Setting], before: Setting, *, legend: bool) -> lis
     ):
         known = [(layer, rate) for layer, rate in enumerate(values) if rate is not None and rate.total]
         if known and start is not None:
-            traces += _series(style, known, start, len(settings), legend=legend)
+            traces += rate_series(style, known, start, len(settings), legend=legend)
     return traces
 
 
-def _series(
+def rate_series(
     style: Style, known: Sequence[tuple[int, Rate]], start: Rate, n_layers: int, *, legend: bool
 ) -> list[go.Scatter]:
+    """A rate layer by layer with its band, and a line where it started."""
     layers = [layer for layer, _ in known]
     ends = ([100 * rate.low for _, rate in known], [100 * rate.high for _, rate in known])
     return [

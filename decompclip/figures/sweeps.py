@@ -12,8 +12,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from decompclip.evaluation.intervals import Rate
-from decompclip.figures.curves import AXES, KINDS
-from decompclip.figures.theme import ACCURACY, DIVERGING, SEQUENTIAL, SUCCESS, TEMPLATE, Style, band, figure
+from decompclip.figures.curves import AXES, KINDS, rate_series
+from decompclip.figures.theme import ACCURACY, DIVERGING, SEQUENTIAL, SUCCESS, TEMPLATE, Style, figure
 
 if TYPE_CHECKING:
     from decompclip.operators.greedy import GreedySet
@@ -50,7 +50,7 @@ def sweep_curves(
         sweep = table[key]
         for style, before in _series(table, table.before, labels, target).items():
             rates = [_series(table, sweep[layer], labels, target)[style] for layer in range(len(sweep))]
-            for trace in _traces(style, rates, before, legend=place == 0):
+            for trace in rate_series(style, list(enumerate(rates)), before, len(rates), legend=place == 0):
                 plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
     plot.update_xaxes(dtick=1 if last < 12 else 2 if last < 24 else 4, range=[-0.3, last + 0.3])
     plot.update_yaxes(range=[-3, 103], dtick=25)
@@ -107,7 +107,7 @@ def greedy_curve(found: GreedySet) -> go.Figure:
     """The share of images with their answer after each step; the components stand along the axis."""
     rates = [Rate(hits, found.total) for hits in found.hits]
     plot = figure(height=320)
-    for trace in _traces(LABELS, rates, rates[0], legend=False):
+    for trace in rate_series(LABELS, list(enumerate(rates)), rates[0], len(rates), legend=False):
         plot.add_trace(trace)
     names = ["none", *(f"+ {step!r}" for step in found.steps)]
     plot.update_xaxes(tickvals=list(range(len(names))), ticktext=names, tickangle=-30, automargin=True)
@@ -124,33 +124,3 @@ def _series(
     if target is not None:
         found[TARGET] = Rate.of(predictions == target)
     return found or {CHANGED: Rate.of(predictions != table.before)}
-
-
-def _traces(style: Style, rates: list[Rate], before: Rate, *, legend: bool) -> list[go.Scatter]:
-    x = list(range(len(rates)))
-    ends = ([100 * rate.low for rate in rates], [100 * rate.high for rate in rates])
-    return [
-        band(x, *ends, style, legendgroup=style.label),
-        go.Scatter(
-            x=[-0.3, len(rates) - 0.7],
-            y=[100 * before.value] * 2,
-            mode="lines",
-            line={"color": style.colour, "width": 1, "dash": style.dash},
-            opacity=0.55,
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=style.label,
-        ),
-        go.Scatter(
-            x=x,
-            y=[100 * rate.value for rate in rates],
-            mode="lines+markers",
-            line=style.line(),
-            marker=style.marker(size=6),
-            name=style.label,
-            legendgroup=style.label,
-            showlegend=legend,
-            customdata=[str(rate) for rate in rates],
-            hovertemplate="x = %{x}: %{customdata}<extra>" + style.label + "</extra>",
-        ),
-    ]
