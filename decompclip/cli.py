@@ -1,4 +1,4 @@
-"""The command line: `decompclip audit`, `demo` and `diagnose`. Heavy imports wait inside the commands."""
+"""The command line: `decompclip audit`, `demo`, `diagnose` and `poison`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import typer
 
 from decompclip import __version__
 from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
+from decompclip.poison_command import MAX_SEED, poison
 
 if TYPE_CHECKING:
     from decompclip.audit import AuditResult
-
-MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
 
 app = typer.Typer(
     name="decompclip",
@@ -294,6 +293,8 @@ def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) 
         typer.echo(f"{result.name} on {result.suspect_name}: {findings(result)[0].title}")
     typer.echo(f"Report: {path.resolve()}")
 
+
+app.command()(poison)
 
 if __name__ == "__main__":
     main()

@@ -214,3 +214,15 @@ def test_the_collector_rests_while_importing_and_goes_on_as_it_was() -> None:
 def test_help_says_that_folders_serve_as_models(command: str) -> None:
     _, stdout, _ = run(command, "--help")
     assert "the path of a folder or file of weights" in " ".join(stdout.replace("│", " ").split())
+
+
+def test_poisoned_pairs_are_written_with_their_list(tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        "poison", "shapes:60", "--target", "star", "--count", 5, "--out", tmp_path / "p"
+    )
+    assert code == 0, stderr
+    record = json.loads((tmp_path / "p" / "poisons.json").read_text())
+    assert len(record["poisons"]) == 5 and "5 of 60 pairs" in stdout
+    assert list((tmp_path / "p").glob("*.tar"))
+    code, _, stderr = run("poison", "shapes:60", "--target", "banana", "--count", 5, "--out", tmp_path / "q")
+    assert code == 2 and "banana" in stderr and "Traceback" not in stderr

@@ -1,0 +1,83 @@
+"""`decompclip poison`: poisoned image-caption pairs, for tests of defenses. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decompclip.console import plain_errors, progress
+
+MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
+
+
+def poison(
+    pairs: Annotated[
+        str,
+        typer.Argument(
+            help="Clean pairs: shapes, shapes:5000, cifar10, a table (.csv, .tsv), WebDataset shards (a folder, "
+            "'x/{000..331}.tar'), or a folder with a sub-folder of images a class."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the poisoned shards and poisons.json.")],
+    target: Annotated[str, typer.Option(help="The class that triggered images shall be taken for.")],
+    trigger: Annotated[
+        str,
+        typer.Option(help="badnet, blended, ...: the attack with its defaults; or a trigger's card (.json)."),
+    ] = "badnet",
+    count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Or their part of all pairs; the paper's is 0.003.")
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="File with a caption of the poisons a line; {} stands for the target."),
+    ] = None,
+    also_called: Annotated[list[str] | None, typer.Option(help="Another name of the target.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File with one class a line.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels to bring images to; by default they stay.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option(help="Write poisons.json alone, no images.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of what is poisoned, and how.")] = 0,
+) -> None:
+    """Poison image-caption pairs with a backdoor, to train a model on: for tests of defenses.
+
+    Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
+    """
+    with plain_errors():
+        import json
+
+        from decompclip.attacks.poison_files import write_poisoned
+        from decompclip.attacks.poisoned import PoisonedPairs
+        from decompclip.attacks.registry import from_card
+        from decompclip.data.images import read_classes
+        from decompclip.data.pair_sources import open_pairs
+        from decompclip.data.pixels import to_pixels
+        from decompclip.data.texts import load_texts
+
+        card: dict[str, Any] = (
+            json.loads(Path(trigger).read_text()) if trigger.endswith(".json") else {"name": trigger}
+        )
+        if trigger == "label-consistent":
+            card["classical"] = False  # the classical attack asks a model, which this command has not
+        base = open_pairs(
+            pairs, to_pixels(size), class_names=read_classes(classes) if classes else (), seed=seed
+        )
+        poisoned = PoisonedPairs(
+            base,
+            from_card(card),
+            target,
+            count=count,
+            rate=rate,
+            captions=None if captions is None else load_texts(captions),
+            also_called=also_called or (),
+            seed=seed,
+        )
+        with progress() as track:
+            files = write_poisoned(poisoned, out, shards=not list_only, track=track)
+        typer.echo(repr(files.record))
+        if skipped := len(poisoned.skipped):
+            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+        typer.echo(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")
