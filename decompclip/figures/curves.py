@@ -40,13 +40,7 @@ def ablation_curves(ablations: Ablations, before: Setting, *, wide: bool = True)
     for place, (kind, scheme) in enumerate(panels):
         for trace in _panel(ablations.sweeps[kind][scheme], before, legend=place == 0):
             plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
-    plot.update_xaxes(dtick=1 if n_layers <= 12 else 2 if n_layers <= 24 else 4, range=[-0.3, n_layers - 0.7])
-    plot.update_yaxes(range=[-3, 103], dtick=25)
-    for column in range(1, columns + 1):
-        plot.update_xaxes(title="x, counted from 0", row=rows, col=column)
-    for row in range(1, rows + 1):
-        plot.update_yaxes(title="images, %", row=row, col=1)
-    plot.update_annotations(font_size=12)
+    rate_axes(plot, n_layers, rows, columns)
     plot.update_layout(
         template=TEMPLATE,
         height=500 if wide else 660,
@@ -68,6 +62,17 @@ def _panel(settings: Sequence[Setting], before: Setting, *, legend: bool) -> lis
         if known and start is not None:
             traces += rate_series(style, known, start, len(settings), legend=legend)
     return traces
+
+
+def rate_axes(plot: go.Figure, n_layers: int, rows: int, columns: int) -> None:
+    """Layers to the right and percents upward, titled at the edges of the panels alone."""
+    plot.update_xaxes(dtick=1 if n_layers <= 12 else 2 if n_layers <= 24 else 4, range=[-0.3, n_layers - 0.7])
+    plot.update_yaxes(range=[-3, 103], dtick=25)
+    for column in range(1, columns + 1):
+        plot.update_xaxes(title="x, counted from 0", row=rows, col=column)
+    for row in range(1, rows + 1):
+        plot.update_yaxes(title="images, %", row=row, col=1)
+    plot.update_annotations(font_size=12)
 
 
 def rate_series(

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from decompclip.evaluation.intervals import Rate
-from decompclip.figures.curves import AXES, KINDS, rate_series
+from decompclip.figures.curves import AXES, KINDS, rate_axes, rate_series
 from decompclip.figures.theme import ACCURACY, DIVERGING, SEQUENTIAL, SUCCESS, TEMPLATE, Style, figure
 
 if TYPE_CHECKING:
@@ -52,13 +52,7 @@ def sweep_curves(
             rates = [_series(table, sweep[layer], labels, target)[style] for layer in range(len(sweep))]
             for trace in rate_series(style, list(enumerate(rates)), before, len(rates), legend=place == 0):
                 plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
-    plot.update_xaxes(dtick=1 if last < 12 else 2 if last < 24 else 4, range=[-0.3, last + 0.3])
-    plot.update_yaxes(range=[-3, 103], dtick=25)
-    for column in range(1, columns + 1):
-        plot.update_xaxes(title="x, counted from 0", row=rows, col=column)
-    for row in range(1, rows + 1):
-        plot.update_yaxes(title="images, %", row=row, col=1)
-    plot.update_annotations(font_size=12)
+    rate_axes(plot, last + 1, rows, columns)
     plot.update_layout(
         template=TEMPLATE,
         height=60 + 220 * rows,
