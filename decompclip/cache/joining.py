@@ -20,10 +20,11 @@ def join(parts: Sequence[Decomposition]) -> Decomposition:
     if len(parts) == 1:
         return first
     for other in parts[1:]:
-        dtypes = {part.coords.dtype for part in (first, other)} | {
-            part.maps.heads.dtype for part in (first, other)
-        }
-        if other.normalized != first.normalized or not first.maps.matches(other.maps) or len(dtypes) > 1:
+        same_types = (first.coords.dtype, first.maps.heads.dtype) == (
+            other.coords.dtype,
+            other.maps.heads.dtype,
+        )
+        if other.normalized != first.normalized or not same_types or not first.maps.matches(other.maps):
             raise ValueError(
                 "expected decompositions of one model with the same options; received different ones; "
                 "decompose all of them alike"

@@ -111,63 +111,76 @@ def terms_of(
     fixed: Frozen, rows: Rows, length: Float[Tensor, " batch"], convention: Convention
 ) -> dict[str, Float[Tensor, "batch ..."]]:
     """Coordinates, MLPs, embedding, pool and bias coordinates, each over `length` (formulas: `decompclip.cache.maps`)."""
-    read, write, maps = fixed.read, fixed.write, fixed.maps
+    read, write = fixed.read, fixed.write
     weights, one = rows.weights / length[:, None, None], 1 / length[:, None]
     count = weights.sum(-1)  # [batch pool_head]
-    count_heads = torch.stack(
-        [(weights / scale.mT).sum(-1) for scale in rows.scales] if rows.scales else [count] * len(write.W),
-        dim=1,
-    )
+    each = [(weights / scale.mT).sum(-1) for scale in rows.scales] if rows.scales else [count] * len(write.W)
+    count_heads = torch.stack(each, dim=1)
     z = rows.pooled(weights, "attn.hook_z")
-    if convention == "centred":
-        z = z - count_heads[..., None, None] * write.b_V[:, None]
-
-    def term(stream: Float[Tensor, "batch *layer pool_head d_model"]) -> Tensor:
-        return read.finish(torch.einsum("...qd,qdp->...qp", stream, fixed.into))
-
-    mlps = term(rows.pooled(weights, "hook_mlp_out"))
-    embed = term(_weighted(weights, rows.seen["blocks.0.hook_resid_pre"]))
-    pool = rows.seen["pool.hook_mlp_out"] * one[..., None] if rows.cfg.pool_mlp else None
-    if pool is not None and rows.visual.proj is not None:
-        pool = pool @ wide(rows.visual.proj)
-    pool = embed.new_empty(len(embed), 0, embed.shape[-1]) if pool is None else pool
     scaled = one if rows.last is None else one / rows.last[:, None]
     constants = [scaled if name in read.scaled else one for name in read.constants]
+    mlps = _term(fixed, rows.pooled(weights, "hook_mlp_out"))
+    embed = _term(fixed, _weighted(weights, rows.seen["blocks.0.hook_resid_pre"]))
+    pool = _pool_term(rows, one)
     if convention == "centred":
+        z = z - count_heads[..., None, None] * write.b_V[:, None]
         kinds = [count_heads.flatten(1)] if write.scaled else []
         kinds += [count[:, None].expand(-1, len(write.W), -1).flatten(1)]
-        coords = _coords(fixed, z)
+        bias_coords = torch.cat([*kinds, *constants], 1)
         return {
-            "coords": coords,
+            "coords": _coords(fixed, z),
             "mlps": mlps,
             "embed": embed,
             "pool": pool,
-            "bias_coords": torch.cat([*kinds, *constants], 1),
+            "bias_coords": bias_coords,
         }
-    n_layers, n_heads = write.W.shape[:2]
-    mean = _weighted(weights, rows.seen[f"blocks.{n_layers - 1}.hook_resid_post"].mean(-1, keepdim=True))[
-        ..., 0
-    ]
-    fixed_part = sum(c * row for c, row in zip(constants, read.constants.values(), strict=True))
-    fixed_part = fixed_part - read.finish(mean[..., None] * fixed.into.sum(1))
-    share = fixed_part / (2 * n_layers + 1)
-    if maps.direct:
-        of_heads = torch.einsum("blq,ld->blqd", count_heads, write.head_bias) if write.scaled else 0
-        biases = term(of_heads + torch.einsum("bq,ld->blqd", count, write.bias)) + share[:, None]
-        coords = _coords(fixed, z) + biases[:, :, None] / n_heads
-    else:
-        extras = [count_heads[..., 0]] if write.scaled else []
-        extras += [x.expand(-1, n_layers) for x in (count, mean, one)]
-        constants_of_heads = torch.stack(extras, dim=-1)[:, :, None].expand(-1, -1, n_heads, -1)
-        coords = torch.cat([z[:, :, 0], constants_of_heads], dim=-1)
-    none = count.new_empty(len(count), 0)
+    n_layers = len(write.W)
+    stream = rows.seen[f"blocks.{n_layers - 1}.hook_resid_post"]
+    mean = _weighted(weights, stream.mean(-1, keepdim=True))[..., 0]
+    shared = sum(c * row for c, row in zip(constants, read.constants.values(), strict=True))
+    share = (shared - read.finish(mean[..., None] * fixed.into.sum(1))) / (2 * n_layers + 1)
     return {
-        "coords": coords,
+        "coords": _shared_coords(fixed, z, count_heads, count, mean, one, share),
         "mlps": mlps + share[:, None],
         "embed": embed + share,
         "pool": pool,
-        "bias_coords": none,
+        "bias_coords": count.new_empty(len(count), 0),
     }
+
+
+def _term(
+    fixed: Frozen, stream: Float[Tensor, "batch *layer pool_head d_model"]
+) -> Float[Tensor, "batch *layer d_embed"]:
+    return fixed.read.finish(torch.einsum("...qd,qdp->...qp", stream, fixed.into))
+
+
+def _pool_term(rows: Rows, one: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch pool d_embed"]:
+    if not rows.cfg.pool_mlp:
+        return one.new_empty(len(one), 0, rows.cfg.d_embed)
+    written = rows.seen["pool.hook_mlp_out"] * one[..., None]
+    return written if rows.visual.proj is None else written @ wide(rows.visual.proj)
+
+
+def _shared_coords(
+    fixed: Frozen,
+    z: Float[Tensor, "batch layer pool_head head d_head"],
+    count_heads: Float[Tensor, "batch layer pool_head"],
+    count: Float[Tensor, "batch pool_head"],
+    mean: Float[Tensor, "batch pool_head"],
+    one: Float[Tensor, "batch 1"],
+    share: Float[Tensor, "batch d_embed"],
+) -> Float[Tensor, "batch layer head coord"]:
+    """Heads' coordinates in the paper's convention, with their shares of biases, mean and constants."""
+    write = fixed.write
+    n_layers, n_heads = write.W.shape[:2]
+    if fixed.maps.direct:
+        of_heads = torch.einsum("blq,ld->blqd", count_heads, write.head_bias) if write.scaled else 0
+        biases = _term(fixed, of_heads + torch.einsum("bq,ld->blqd", count, write.bias)) + share[:, None]
+        return _coords(fixed, z) + biases[:, :, None] / n_heads
+    extras = [count_heads[..., 0]] if write.scaled else []
+    extras += [x.expand(-1, n_layers) for x in (count, mean, one)]
+    constants = torch.stack(extras, dim=-1)[:, :, None].expand(-1, -1, n_heads, -1)
+    return torch.cat([z[:, :, 0], constants], dim=-1)
 
 
 def _coords(
