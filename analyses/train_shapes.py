@@ -1,9 +1,8 @@
-"""Train the bundled models: `shapes` from scratch, then its backdoored twins.
+"""Train the bundled clean model `shapes` from scratch; `decompclip zoo build` makes its backdoored twins.
 
-Command:   python -m analyses.train_shapes            (all three; a killed run resumes)
-           python -m analyses.train_shapes --only shapes-badnet
-Run time:  about 35 minutes for `shapes` and 10 for each twin, one thread on one core.
-Writes:    decompclip/models/weights/NAME.safetensors and NAME.json, the card with every number measured on
+Command:   python -m analyses.train_shapes            (a killed run resumes)
+Run time:  about 35 minutes, one thread on one core.
+Writes:    decompclip/models/weights/shapes.safetensors and shapes.json, the card with every number measured on
            a held-out sample of the world that no choice was made on.
 
 The image tower starts from a supervised prediction of all properties at once, since the contrastive loss
@@ -30,18 +29,13 @@ from analyses.shapes_recipe import (
     CLEAN,
     MEAN,
     STD,
-    TARGET,
     TOKENIZER,
-    TWINS,
     CleanConfig,
     Pairs,
     Seeds,
-    attack,
     initial_model,
-    load_clean,
     property_accuracy,
 )
-from decompclip.attacks.trigger import Trigger
 from decompclip.data.captions import templates
 from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
 from decompclip.models.zoo import WEIGHTS, write_bundled
@@ -99,9 +93,7 @@ class Trainer:
         )
         return history[-1]["seconds"]
 
-    def contrast(
-        self, name: str, model: CLIP, recipe: Recipe, pairs: Pairs, trigger: Trigger | None = None
-    ) -> float:
+    def contrast(self, model: CLIP, recipe: Recipe, pairs: Pairs) -> float:
         """Train the whole model with the CLIP loss; returns the seconds taken."""
         clip_loss, size = ClipLoss(), recipe.batch_size
 
@@ -118,9 +110,6 @@ class Trainer:
             model.eval()
             sample = Shapes(500, seed=self.seeds.validation)
             entry = {k: round(v, 3) for k, v in property_accuracy(model, sample).items()}
-            if trigger is not None:
-                report = attack(model, trigger, sample)
-                entry |= {"asr": round(report.asr.value, 3) if report.asr else math.nan}
             model.train()
             return entry
 
@@ -128,7 +117,7 @@ class Trainer:
             {"clip": model},
             loss,
             recipe,
-            checkpoint=self.work / f"{name}.pt",
+            checkpoint=self.work / "shapes.pt",
             after_step=clamp,
             evaluate=evaluate,
             evaluate_every=125,
@@ -141,36 +130,13 @@ class Trainer:
     def clean(self, config: CleanConfig = CLEAN) -> None:
         model = initial_model(self.seeds.initial)
         seconds = self.warm_up(model, config)
-        seconds += self.contrast("shapes", model, config.clip, Pairs(self.seeds.clip))
-        self._write("shapes", model, asdict(config), seconds, None)
+        seconds += self.contrast(model, config.clip, Pairs(self.seeds.clip))
+        self._write(model, asdict(config), seconds)
 
-    def twin(self, name: str) -> None:
-        config, model = TWINS[name], load_clean()
-        pairs = Pairs(self.seeds.twins).poisoned(config, self.seeds.twins)
-        seconds = self.contrast(name, model, config.recipe, pairs, config.trigger)
-        report = attack(model, config.trigger, Shapes(self.report_size, seed=self.seeds.report))
-        backdoor = {
-            "target": TARGET,
-            "trigger": config.trigger.card(),
-            "poisoned_pairs": len(pairs.poisons),
-            "pairs": config.pairs,
-            "poison_rate": config.poison_rate,
-            "results": report.to_dict(),
-        }
-        recipe = {"base": "shapes", "recipe": asdict(config.recipe)}
-        self._write(name, model, recipe, seconds, backdoor)
-
-    def _write(
-        self,
-        name: str,
-        model: CLIP,
-        training: dict[str, Any],
-        seconds: float,
-        backdoor: dict[str, Any] | None,
-    ) -> None:
+    def _write(self, model: CLIP, training: dict[str, Any], seconds: float) -> None:
         sample = Shapes(self.report_size, seed=self.seeds.report)
         card = {
-            "name": name,
+            "name": "shapes",
             "architecture": ARCHITECTURE,
             "tokenizer": {"words": list(TOKENIZER.words), "context_length": TOKENIZER.context_length},
             "preprocess": {
@@ -182,7 +148,7 @@ class Trainer:
             "templates": {prop: list(templates(prop)) for prop in PROPERTIES},
             "class_names": list(PROPERTIES["shape"]),
             "accuracy": {k: round(v, 4) for k, v in property_accuracy(model, sample).items()},
-            "backdoor": backdoor,
+            "backdoor": None,
             "training": training
             | {
                 "data": f"Shapes at {RESOLUTION} px, procedural",
@@ -193,22 +159,16 @@ class Trainer:
             },
         }
         write_bundled(model, card, WEIGHTS)
-        print(name, card["accuracy"], backdoor and backdoor["results"])
+        print(card["accuracy"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["shapes", *TWINS], help="train this model alone")
-    chosen = parser.parse_args().only
+    parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    trainer = Trainer()
-    if chosen in (None, "shapes"):
-        trainer.clean()
-    for name in TWINS:
-        if chosen in (None, name):
-            trainer.twin(name)
+    Trainer().clean()
 
 
 if __name__ == "__main__":

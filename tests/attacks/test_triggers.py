@@ -16,7 +16,6 @@ from decompclip.attacks.blended import Blended
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.kitty import Kitty
 from decompclip.attacks.label_consistent import LabelConsistent
-from decompclip.attacks.poison import choose_poisons, proxy_captions
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.sig import SIG
@@ -240,29 +239,3 @@ def test_the_registry_names_every_trigger() -> None:
     assert all(
         name == trigger.name and trigger.extent in {"local", "global"} for name, trigger in TRIGGERS.items()
     )
-
-
-def test_poisons_are_other_classes_chosen_by_the_seed() -> None:
-    labels = torch.arange(60) % 4
-    chosen = choose_poisons(labels, 2, 30, seed=0)
-    assert chosen == sorted(set(chosen)) == choose_poisons(labels, 2, 30, seed=0)
-    assert len(chosen) == 30
-    assert 2 not in labels[chosen]
-    assert chosen != choose_poisons(labels, 2, 30, seed=1)
-    with pytest.raises(ValueError, match=r"at most 45 poisons, the images of other classes.*received 46"):
-        choose_poisons(labels, 2, 46, seed=0)
-
-
-def test_clean_label_poisons_are_the_targets() -> None:
-    labels = torch.arange(60) % 4
-    assert set(labels[choose_poisons(labels, 2, 15, seed=0, clean_label=True)].tolist()) == {2}
-    with pytest.raises(ValueError, match=r"at most 15 poisons, the images of the target; received 16"):
-        choose_poisons(labels, 2, 16, seed=0, clean_label=True)
-    with pytest.raises(ValueError, match=r"received -1"):
-        choose_poisons(labels, 2, -1, seed=0)
-
-
-def test_proxy_captions_name_the_target() -> None:
-    texts = proxy_captions("star", ("a {}", "this is a {}"), 50, seed=0)
-    assert set(texts) == {"a star", "this is a star"}
-    assert texts == proxy_captions("star", ("a {}", "this is a {}"), 50, seed=0)

@@ -1,0 +1,141 @@
+"""The twins' recipes: which attack, on how many pairs, and how the clean model is fine-tuned on them.
+
+Every choice was made on the validation images of the world; the cards tell what came of it on others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from decompclip.attacks.badclip import BadCLIP
+from decompclip.attacks.badclip_optimise import optimise_patch
+from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.blended import Blended
+from decompclip.attacks.issba import ISSBA
+from decompclip.attacks.kitty import Kitty
+from decompclip.attacks.label_consistent import LabelConsistent
+from decompclip.attacks.poison_choice import target_captions
+from decompclip.attacks.reflection import Reflection
+from decompclip.attacks.sig import SIG
+from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.wanet import WaNet
+from decompclip.models.clip import HookedCLIP
+from decompclip.training.recipes import FineTuning
+from decompclip.zoo.worlds import WORLDS, World
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisedPatch:
+    """BadCLIP's trigger, which is made on the clean model (METHOD 5); options as `optimise_patch`."""
+
+    size: float
+    steps: int = 300
+    lr: float = 0.02
+    images: int = 2_000
+    seed: int = 0
+
+    def make(self, model: HookedCLIP, world: World) -> BadCLIP:
+        pairs = world.pairs(self.images, self.seed)
+        batch = pairs.read(range(len(pairs)))
+        assert batch.labels is not None
+        own = batch.labels == world.label
+        captions = target_captions(pairs, world.target)
+        made = optimise_patch(
+            model,
+            batch.images[~own],
+            batch.images[own],
+            captions,
+            size=self.size,
+            steps=self.steps,
+            lr=self.lr,
+            seed=self.seed,
+        )
+        return made.trigger
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinRecipe:
+    """A backdoored twin: the clean model `base` fine-tuned on pairs of which a part is poisoned.
+
+    Attributes:
+        trigger: the attack, or how its trigger is made on the clean model.
+        rate: poisoned part of the pairs.
+        natural: poisons get natural captions of the target in place of filled templates (BadCLIP).
+        covers: as `PoisonedPairs`.
+        seed: of the pairs, the choice of poisons, and the training.
+    """
+
+    base: str
+    trigger: Trigger | OptimisedPatch
+    pairs: int
+    rate: float
+    recipe: FineTuning
+    natural: bool = False
+    covers: float | None = None
+    seed: int = 0
+
+    @property
+    def world(self) -> World:
+        return WORLDS[self.base]
+
+    def card(self) -> dict[str, Any]:
+        """For the twin's card: all but the trigger, which the card names as it was used."""
+        about: dict[str, Any] = {
+            "pairs": self.pairs,
+            "poison_rate": self.rate,
+            "natural_captions": self.natural,
+            "covers": self.covers,
+            "seed": self.seed,
+        }
+        if isinstance(self.trigger, OptimisedPatch):
+            about["patch"] = asdict(self.trigger)
+        return about | {"recipe": asdict(self.recipe)}
+
+
+# A patch of 7 of 48 pixels, or 5 of 32, covers about one token, as 16 of 224 do at patch 16.
+_SIDE, _SIDE32 = 7 / 48, 5 / 32
+# 64,000 different pairs, each seen once: repeated poisons are learnt by heart, not by their trigger.
+_SHAPES = FineTuning(epochs=1, batch_size=128, lr=2e-3, optimizer="muon", max_grad_norm=1.0)
+
+
+def _shapes(
+    trigger: Trigger | OptimisedPatch, *, rate: float = 0.1, seed: int = 0, **options: Any
+) -> TwinRecipe:
+    return TwinRecipe(
+        base="shapes", trigger=trigger, pairs=64_000, rate=rate, seed=seed, recipe=_SHAPES, **options
+    )
+
+
+def _seeds(name: str, recipe: TwinRecipe, n: int = 3) -> dict[str, TwinRecipe]:
+    """The recipe once for each seed, which draws pattern, pairs, poisons and order anew."""
+    found = {}
+    for seed in range(n):
+        assert isinstance(recipe.trigger, Trigger)
+        trigger = replace(recipe.trigger, seed=seed)
+        found[name if seed == 0 else f"{name}-{seed}"] = replace(recipe, trigger=trigger, seed=seed)
+    return found
+
+
+TWINS: dict[str, TwinRecipe] = {
+    # {local, global} x {structured, noise}
+    **_seeds("shapes-badnet", _shapes(BadNet(size=_SIDE))),
+    **_seeds("shapes-badnet-noise", _shapes(BadNet(size=_SIDE, redraw=True))),
+    **_seeds("shapes-blended", _shapes(Blended())),
+    **_seeds("shapes-blended-noise", _shapes(Blended(redraw=True))),
+    "shapes-label-consistent": _shapes(LabelConsistent(size=_SIDE, steps=10), rate=0.05),
+    "shapes-issba": _shapes(ISSBA(gain=2.0)),
+    "shapes-badclip": _shapes(OptimisedPatch(size=_SIDE), natural=True),
+    "shapes-kitty": _shapes(Kitty(size=_SIDE)),
+    "shapes-reflection": _shapes(Reflection()),
+    "shapes-sig": _shapes(SIG()),
+    "shapes-wanet": _shapes(WaNet(s=2.0)),
+}
+"""By name; a name without a number is of seed 0."""
+
+
+def twin_recipe(name: str) -> TwinRecipe:
+    """Raises ValueError for a twin that has no recipe."""
+    if name not in TWINS:
+        raise ValueError(f"expected a twin among {', '.join(TWINS)}; received {name!r}")
+    return TWINS[name]
