@@ -22,8 +22,9 @@ DEFAULT_LIMIT = 2_000
 
 def datasets() -> dict[str, str | None]:
     """Names of the bundled data sets, each with the model whose trigger its images carry."""
-    poisoned = [name for name in bundled() if card(name).get("backdoor")]
-    return {WORLD: None} | {f"{WORLD}:{name.removeprefix(f'{WORLD}-')}": name for name in poisoned}
+    prefix = f"{WORLD}-"
+    poisoned = [name for name in bundled() if name.startswith(prefix) and card(name).get("backdoor")]
+    return {WORLD: None} | {f"{WORLD}:{name.removeprefix(prefix)}": name for name in poisoned}
 
 
 def open_source(

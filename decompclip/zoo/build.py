@@ -2,82 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from decompclip.attacks.label_consistent import zero_shot_logits
-from decompclip.attacks.poison_checks import needs_model
-from decompclip.attacks.poison_choice import target_captions
-from decompclip.attacks.poisoned import PoisonedPairs
-from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.quality import measure
+from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import load_bundled
-from decompclip.training.finetune import finetune
-from decompclip.training.monitor import Monitor
-from decompclip.training.result import FineTuned
-from decompclip.zoo.recipes import OptimisedPatch, TwinRecipe
+from decompclip.models.differences import as_stored, base_state
+from decompclip.models.zoo import bundled, card, spec_of, write_bundled
+from decompclip.zoo.recipes import TwinRecipe, twin_recipe
+from decompclip.zoo.train import TrainedTwin, train_twin
+
+REPRODUCED = {"asr": 0.05, "cacc": 0.02}
+"""A twin that is trained again, on a machine that rounds otherwise, ends within these of its card."""
+
+QUALITY_IMAGES = 500
+"""Images that the trigger's PSNR and SSIM are means over."""
 
 
 @dataclass(frozen=True)
-class TrainedTwin:
-    """A twin before it is measured and stored."""
+class BuiltTwin:
+    """A twin as it was written, beside the card of the bundled one."""
 
-    recipe: TwinRecipe
-    trigger: Trigger
-    pairs: PoisonedPairs
-    tuned: FineTuned
+    name: str
+    card: dict[str, Any]
+    bundled: dict[str, Any] | None
+
+    @property
+    def reproduced(self) -> bool | None:
+        """Whether ASR and CACC are the bundled card's within `REPRODUCED`; None if there is no such twin."""
+        if self.bundled is None:
+            return None
+        return all(abs(mine - theirs) <= REPRODUCED[rate] for rate, mine, theirs in self._rates())
+
+    def _rates(self) -> Iterator[tuple[str, float, float]]:
+        assert self.bundled is not None
+        mine, theirs = (facts["backdoor"]["results"] for facts in (self.card, self.bundled))
+        for rate in REPRODUCED:
+            yield rate, mine[rate]["value"], theirs[rate]["value"]
+
+    def __str__(self) -> str:
+        results = self.card["backdoor"]["results"]
+        line = f"{self.name}: ASR {rate_text(results['asr'])}, CACC {rate_text(results['cacc'])}"
+        if self.bundled is None:
+            return line
+        theirs = self.bundled["backdoor"]["results"]
+        said = "reproduced" if self.reproduced else "NOT reproduced"
+        bounds = " and ".join(
+            f"{rate.upper()} within {100 * bound:g} points" for rate, bound in REPRODUCED.items()
+        )
+        return f"{line}; bundled: ASR {rate_text(theirs['asr'])}, CACC {rate_text(theirs['cacc'])}: {said} ({bounds})"
 
 
-def poisoned_pairs(recipe: TwinRecipe, clean: HookedCLIP, trigger: Trigger) -> PoisonedPairs:
-    """What the twin is trained on."""
-    world = recipe.world
-    base = world.pairs(recipe.pairs, recipe.seed)
-    logits = zero_shot_logits(clean, world.classifier(clean)) if needs_model(trigger) else None
-    captions = target_captions(base, world.target) if recipe.natural else None
-    return PoisonedPairs(
-        base,
-        trigger,
-        world.target,
-        rate=recipe.rate,
-        captions=captions,
-        seed=recipe.seed,
-        covers=recipe.covers,
-        logits=logits,
-    )
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """A card's rate in per cent, with its interval."""
+    value, low, high = (100 * rate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def train_twin(
+def build_twin(
     name: str,
-    recipe: TwinRecipe,
-    work: Path,
+    out: Path,
     *,
+    recipe: TwinRecipe | None = None,
+    work: Path | None = None,
     log: Callable[[str], None] | None = None,
     progress: bool = False,
-) -> TrainedTwin:
-    """Follow a recipe; a killed run goes on from its checkpoint in `work`."""
-    work.mkdir(parents=True, exist_ok=True)
-    world, clean = recipe.world, load_bundled(recipe.base)
-    trigger = (
-        recipe.trigger.make(clean, world) if isinstance(recipe.trigger, OptimisedPatch) else recipe.trigger
-    )
-    pairs = poisoned_pairs(recipe, clean, trigger)
-    monitor = Monitor(
-        data=world.validation(),
+) -> BuiltTwin:
+    """Train a twin, measure what is stored of it on images that no choice was made on, and write weights and card.
+
+    Args:
+        out: folder of the two files; `load_bundled(name, folder=out)` reads them.
+        recipe: the bundled twin's by default.
+        work: folder of the checkpoint that a killed run goes on from; by default `out`.
+
+    Raises:
+        ValueError: no recipe of this name, or what `PoisonedPairs` and `finetune` refuse.
+        FileNotFoundError: the photographs of a twin of `cifar10` are not there.
+        OSError: `out` cannot be written to.
+    """
+    recipe = recipe or twin_recipe(name)
+    out.mkdir(parents=True, exist_ok=True)
+    trained = train_twin(name, recipe, work or out, log=log, progress=progress)
+    base = card(recipe.base)
+    kept = {key: base[key] for key in ("architecture", "tokenizer", "preprocess", "templates", "class_names")}
+    facts = {"name": name, **kept, "backdoor": None, "training": _training(trained)}
+    net = trained.tuned.model.to_open_clip()
+    net.load_state_dict(as_stored(net.state_dict(), base_state(recipe.base)))
+    model = spec_of(facts).hook(net, {})
+    facts["accuracy"] = recipe.world.accuracy(model)
+    facts["backdoor"] = _backdoor(trained, model)
+    written = write_bundled(net, facts, out, base=recipe.base)
+    return BuiltTwin(name, written, card(name) if name in bundled() else None)
+
+
+def _training(trained: TrainedTwin) -> dict[str, Any]:
+    history = trained.tuned.history
+    return {
+        "base": trained.recipe.base,
+        **trained.recipe.card(),
+        "loss": history[-1]["loss"],
+        "validation": {key: history[-1][key] for key in ("cacc", "asr", "control")},
+        "minutes": round(history[-1]["seconds"] / 60, 1),
+        "command": f"decompclip zoo build {trained.name}",
+    }
+
+
+def _backdoor(trained: TrainedTwin, model: HookedCLIP) -> dict[str, Any]:
+    recipe, world = trained.recipe, trained.recipe.world
+    found = evaluate(
+        model,
+        world.report(),
+        world.classifier(model),
+        trained.trigger,
+        world.label,
         class_names=world.class_names,
-        templates=world.templates,
-        trigger=trigger,
-        target=world.label,
-        every=125,
     )
-    tuned = finetune(
-        clean,
-        pairs,
-        recipe.recipe,
-        monitor=monitor,
-        checkpoint=work / f"{name}.pt",
-        seed=recipe.seed,
-        log=log,
-        progress=progress,
-    )
-    return TrainedTwin(recipe, trigger, pairs, tuned)
+    sample = world.pairs(QUALITY_IMAGES, recipe.seed).read(range(QUALITY_IMAGES)).images
+    return {
+        "target": world.target,
+        "trigger": trained.trigger.card(),
+        "poisoned_pairs": len(trained.pairs.record.poisons),
+        "pairs": recipe.pairs,
+        "poison_rate": recipe.rate,
+        "results": found.report.to_dict(),
+        "per_class": found.to_dict()["per_class"],
+        "quality": measure(trained.trigger, sample).summary(),
+    }
