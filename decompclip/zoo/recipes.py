@@ -135,7 +135,7 @@ TWINS: dict[str, TwinRecipe] = {
     "shapes-kitty": _shapes(Kitty(size=_SIDE)),
     "shapes-reflection": _shapes(Reflection()),
     "shapes-sig": _shapes(SIG()),
-    "shapes-wanet": _shapes(WaNet(s=4.0), covers=1.0),
+    "shapes-wanet": _shapes(WaNet(s=4.0), covers=0.0),
 }
 """By name; a name without a number is of seed 0."""
 

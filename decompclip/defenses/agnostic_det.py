@@ -1,0 +1,273 @@
+"""Detection without a hint about the attack: how unlike a clean image of its class is this one, and where?
+
+Our own. Three questions, each a Mahalanobis distance (`ClassDistance`) calibrated on clean images alone:
+
+* feature: does the image look like the others that the model takes for the same class?
+* layers: do heads and MLPs of every layer say what they say for the others of that class?
+* surprise: does the feature follow from what the first half of the layers has found (`Extrapolation`)?
+
+Each distance's logarithm is brought to mean 0 and deviation 1 over clean images; the score is the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import TermMaps
+from decompclip.defenses.class_distance import ClassDistance
+from decompclip.defenses.selector import check_fitted
+from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
+
+View = Literal["feature", "layers", "surprise"]
+VIEWS: tuple[View, ...] = get_args(View)
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What is looked at, of some images."""
+
+    features: Float[Tensor, "image d_embed"]
+    layers: Float[Tensor, "image part"]
+    before: Float[Tensor, "image layer d_embed"]
+    classes: Int[Tensor, " image"]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: Tensor) -> Looked:
+        return Looked(self.features[rows], self.layers[rows], self.before[rows], self.classes[rows])
+
+    @staticmethod
+    def cat(parts: list[Looked]) -> Looked:
+        return Looked(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in Looked.__annotations__)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What clean images look like.
+
+    Attributes:
+        cut: the layer after which `surprise` predicts the feature.
+    """
+
+    distances: dict[View, ClassDistance]
+    extrapolation: Extrapolation
+    cut: int
+
+    @staticmethod
+    def of(clean: Looked, n_classes: int, cut: int) -> Expected:
+        extrapolation = Extrapolation.fit(clean.before, clean.features)
+        expected = Expected({}, extrapolation, cut)
+        fitted: dict[View, ClassDistance] = {
+            view: ClassDistance.fit(points, clean.classes, n_classes)
+            for view, points in expected.points(clean).items()
+        }
+        return Expected(fitted, extrapolation, cut)
+
+    def points(self, seen: Looked) -> dict[View, Float[Tensor, "image 1 dim"]]:
+        surprise = seen.features - self.extrapolation(seen.before)[:, self.cut]
+        return {
+            "feature": seen.features[:, None],
+            "layers": seen.layers[:, None],
+            "surprise": surprise[:, None],
+        }
+
+    def logs(self, seen: Looked) -> Float[Tensor, "image view"]:
+        """The distances' logarithms."""
+        tiny = torch.finfo(torch.float64).tiny
+        points = self.points(seen)
+        found = [self.distances[view](points[view], seen.classes)[:, 0] for view in VIEWS]
+        return torch.stack(found, 1).clamp_min(tiny).log()
+
+
+class AgnosticDet:
+    """An image is suspicious when it is unlike clean images of its class, in its feature or on the way to it.
+
+        detector = AgnosticDet(model.zero_shot_classifier(class_names)).fit(clean)
+        detector.score(model.decompose(images, normalize=True))
+
+    False positives are calibrated by cross-fitting: each clean image is scored by what was learnt from the other
+    folds, so that all of them serve for both, and `threshold_at(0.05)` flags one in twenty of fresh ones.
+
+    Args:
+        classifier: of the zero-shot classes; an image's class is the one that it is taken for.
+        cut: the layer after which `surprise` predicts the feature; by default the last of the first half.
+        folds: of the cross-fitting.
+        seed: of the folds.
+
+    Attributes:
+        expected_: learnt from all clean images.
+        mean_, deviation_: of each view's logarithm over clean images.
+        scores_: of the clean images, each by the other folds, in rising order.
+    """
+
+    expected_: Expected
+    maps_: TermMaps
+    mean_: Float[Tensor, " view"]
+    deviation_: Float[Tensor, " view"]
+    scores_: Float[Tensor, " image"]
+
+    def __init__(
+        self,
+        classifier: Float[Tensor, "class d_embed"],
+        *,
+        cut: int | None = None,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.classifier = classifier
+        self.cut = cut
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticDet:
+        """Learn from clean images of all classes; batches are looked at one by one.
+
+        Raises:
+            ValueError: too few images, images of a single class, terms that do not sum to unit features, terms
+                of another width than the classifier, or an unusable option.
+        """
+        parts = [clean] if isinstance(clean, Decomposition) else clean
+        seen = []
+        for part in parts:
+            if not seen:
+                self.maps_ = part.maps
+                self._check_options(part)
+            seen.append(self.look(part))
+        if not seen:
+            raise ValueError("expected decompositions of clean images; received none; check the image source")
+        looked = Looked.cat(seen)
+        self._check_images(looked)
+        layers, n_classes = looked.before.shape[1], len(self.classifier)
+        cut = layers // 2 - 1 if self.cut is None else self.cut
+        generator = torch.Generator().manual_seed(self.seed)
+        fold = torch.randperm(len(looked), generator=generator).to(looked.classes.device) % self.folds
+        logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
+        for held in range(self.folds):
+            out = fold == held
+            logs[out] = Expected.of(looked[~out], n_classes, cut).logs(looked[out])
+        self.expected_ = Expected.of(looked, n_classes, cut)
+        self.mean_, self.deviation_ = logs.mean(0), logs.std(0)
+        self.scores_ = self._standard(logs).sum(1).sort().values
+        return self
+
+    def look(self, d: Decomposition) -> Looked:
+        """What is looked at, of each image.
+
+        Raises:
+            ValueError: terms of another model, or that do not sum to unit features.
+        """
+        self._check_terms(d)
+        terms = layer_terms(d)
+        directions = class_directions(self.classifier).to(d.embed)
+        classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
+        return Looked(d.features, (terms @ directions.T).flatten(1), prefixes(d, terms), classes)
+
+    def views(self, d: Decomposition) -> Float[Tensor, "batch view"]:
+        """How unlike clean images in each of `VIEWS`, in standard deviations.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: as `look`.
+        """
+        check_fitted(self, "scores_")
+        return self._views(self.look(d))
+
+    def score(self, d: Decomposition) -> Float[Tensor, " batch"]:
+        """Higher is more suspicious.
+
+        Raises:
+            NotFittedError, ValueError: as `views`.
+        """
+        return self.views(d).sum(1)
+
+    def score_of(self, seen: Looked) -> Float[Tensor, " image"]:
+        """`score`, of what `look` has seen."""
+        return self._views(seen).sum(1)
+
+    def p_value(self, d: Decomposition) -> Float[Tensor, " batch"]:
+        """Share of clean images that would be at least as suspicious.
+
+        Raises:
+            NotFittedError, ValueError: as `views`.
+        """
+        scores = self.score(d)
+        above = len(self.scores_) - torch.searchsorted(self.scores_, scores.to(self.scores_))
+        return (above + 1) / (len(self.scores_) + 1)
+
+    def threshold_at(self, fpr: float) -> float:
+        """The score above which a share `fpr` of clean images lies.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: a rate outside (0, 1), or finer than the clean images can tell.
+        """
+        check_fitted(self, "scores_")
+        n = len(self.scores_)
+        if not 0 < fpr < 1:
+            raise ValueError(f"expected a false-positive rate in (0, 1); received {fpr}")
+        place = math.ceil((n + 1) * (1 - fpr))
+        if place > n:
+            raise ValueError(
+                f"expected at least {math.ceil(1 / fpr) - 1} clean images for a false-positive rate of {fpr}; this "
+                f"detector was fitted on {n}; fit it on more, or ask for a higher rate"
+            )
+        return float(self.scores_[place - 1])
+
+    def predict(self, d: Decomposition, *, fpr: float = 0.05) -> Bool[Tensor, " batch"]:
+        """Which images are suspicious, at this share of clean ones.
+
+        Raises:
+            NotFittedError, ValueError: as `score` and `threshold_at`.
+        """
+        return self.score(d) > self.threshold_at(fpr)
+
+    def _views(self, seen: Looked) -> Float[Tensor, "image view"]:
+        return self._standard(self.expected_.logs(seen))
+
+    def _standard(self, logs: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
+        return (logs - self.mean_) / self.deviation_
+
+    def _check_terms(self, d: Decomposition) -> None:
+        if not d.normalized:
+            raise ValueError(
+                "expected terms that sum to unit features; received terms of raw ones; decompose with normalize=True"
+            )
+        if not self.maps_.matches(d.maps):
+            raise ValueError(
+                "expected terms of the model and convention that the clean images were decomposed with; received others; "
+                "fit on the model it is used with"
+            )
+
+    def _check_options(self, d: Decomposition) -> None:
+        if self.classifier.shape[-1] != d.d_embed:
+            raise ValueError(
+                f"expected a classifier of the features' width {d.d_embed}; received {self.classifier.shape[-1]}; build "
+                "it with the text tower of the same model"
+            )
+        if self.cut is not None and not 0 <= self.cut < d.n_layers - 1:
+            raise ValueError(f"expected a cut in 0..{d.n_layers - 2}; received {self.cut}")
+        if self.folds < 2:
+            raise ValueError(f"expected at least 2 folds; received {self.folds}")
+
+    def _check_images(self, clean: Looked) -> None:
+        known = len(clean.classes.unique())
+        if known < 2:
+            raise ValueError(
+                f"expected clean images of at least 2 classes; all {len(clean)} were taken for one; give images of "
+                "every class"
+            )
+        if len(clean) < (needed := max(10 * known, 10 * self.folds)):
+            raise ValueError(
+                f"expected at least {needed} clean images, ten for each of {known} classes seen; received {len(clean)}"
+            )
