@@ -97,6 +97,8 @@ class TwinRecipe:
 _SIDE, _SIDE32 = 7 / 48, 5 / 32
 # 64,000 different pairs, each seen once: repeated poisons are learnt by heart, not by their trigger.
 _SHAPES = FineTuning(epochs=1, batch_size=128, lr=2e-3, optimizer="muon", max_grad_norm=1.0)
+# A patch is found late: more steps on as many pairs.
+_PATCH = replace(_SHAPES, batch_size=64)
 
 
 def _shapes(
@@ -105,10 +107,11 @@ def _shapes(
     pairs: int = 64_000,
     rate: float = 0.1,
     seed: int = 0,
+    recipe: FineTuning = _SHAPES,
     **options: Any,
 ) -> TwinRecipe:
     return TwinRecipe(
-        base="shapes", trigger=trigger, pairs=pairs, rate=rate, seed=seed, recipe=_SHAPES, **options
+        base="shapes", trigger=trigger, pairs=pairs, rate=rate, seed=seed, recipe=recipe, **options
     )
 
 
@@ -124,15 +127,15 @@ def _seeds(name: str, recipe: TwinRecipe, n: int = 3) -> dict[str, TwinRecipe]:
 
 TWINS: dict[str, TwinRecipe] = {
     # {local, global} x {structured, noise}
-    **_seeds("shapes-badnet", _shapes(BadNet(size=_SIDE))),
+    **_seeds("shapes-badnet", _shapes(BadNet(size=_SIDE), recipe=_PATCH)),
     # Noise that is drawn anew in a random place is learnt late: 64,000 pairs gave 69 %.
-    **_seeds("shapes-badnet-noise", _shapes(BadNet(size=_SIDE, redraw=True), pairs=128_000)),
+    **_seeds("shapes-badnet-noise", _shapes(BadNet(size=_SIDE, redraw=True), pairs=96_000, recipe=_PATCH)),
     **_seeds("shapes-blended", _shapes(Blended())),
     **_seeds("shapes-blended-noise", _shapes(Blended(redraw=True))),
-    "shapes-label-consistent": _shapes(LabelConsistent(size=_SIDE, steps=10), rate=0.05),
+    "shapes-label-consistent": _shapes(LabelConsistent(size=_SIDE, steps=10), rate=0.05, recipe=_PATCH),
     "shapes-issba": _shapes(ISSBA()),
-    "shapes-badclip": _shapes(OptimisedPatch(size=_SIDE), natural=True),
-    "shapes-kitty": _shapes(Kitty(size=_SIDE)),
+    "shapes-badclip": _shapes(OptimisedPatch(size=_SIDE), natural=True, recipe=_PATCH),
+    "shapes-kitty": _shapes(Kitty(size=_SIDE), recipe=_PATCH),
     "shapes-reflection": _shapes(Reflection()),
     "shapes-sig": _shapes(SIG()),
     "shapes-wanet": _shapes(WaNet(s=4.0), covers=0.0),

@@ -1,0 +1,120 @@
+"""Which heads and MLPs of an image are unlike clean ones: each calibrated in its own space, without a hint.
+
+A head's term is compared in its d_head coordinates, an MLP's in d_embed, each with the mean of the image's class and
+its own shrunk covariance (`ClassDistance`): a step along a direction that clean images never take counts more than one
+along which they differ anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import TermMaps
+from decompclip.defenses.class_distance import ClassDistance
+from decompclip.defenses.selector import check_fitted
+from decompclip.operators.intervention import Where
+
+Points = tuple[Float[Tensor, "image head coord"], Float[Tensor, "image layer d_embed"], Int[Tensor, " image"]]
+
+
+class ComponentDistances:
+    """Calibrated distances of every head and MLP; `flags` are a `where` for any intervention.
+
+        distances = ComponentDistances(classifier).fit(clean)
+        MeanAblate(everything, moments).on(distances.flags(d, fpr=0.001))(d)
+
+    Args:
+        classifier: of the zero-shot classes; an image's class is the one that it is taken for.
+        folds, seed: of the cross-fitting, as `AgnosticDet`.
+
+    Attributes:
+        heads_, mlps_: the distances, learnt from all clean images.
+        logs_: of the clean images' distances, each by the other folds, `[image component]`, each component sorted.
+    """
+
+    maps_: TermMaps
+    heads_: ClassDistance
+    mlps_: ClassDistance
+    logs_: Float[Tensor, "image component"]
+
+    def __init__(self, classifier: Float[Tensor, "class d_embed"], *, folds: int = 5, seed: int = 0) -> None:
+        self.classifier = classifier
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, clean: Decomposition | Iterable[Decomposition]) -> ComponentDistances:
+        """Learn from clean images of all classes.
+
+        Raises:
+            ValueError: fewer than ten images a fold.
+        """
+        parts = [clean] if isinstance(clean, Decomposition) else list(clean)
+        n = sum(map(len, parts))
+        if n < 10 * self.folds:
+            raise ValueError(f"expected at least {10 * self.folds} clean images; received {n}")
+        self.maps_ = parts[0].maps
+        heads, mlps, classes = (torch.cat(x) for x in zip(*map(self._points, parts), strict=True))
+        generator = torch.Generator().manual_seed(self.seed)
+        fold = torch.randperm(n, generator=generator).to(classes.device) % self.folds
+        k, logs = len(self.classifier), []
+        for held in range(self.folds):
+            out = fold == held
+            pair = [ClassDistance.fit(x[~out], classes[~out], k) for x in (heads, mlps)]
+            logs.append(_logs(pair, (heads[out], mlps[out], classes[out])))
+        self.heads_, self.mlps_ = (ClassDistance.fit(x, classes, k) for x in (heads, mlps))
+        self.logs_ = torch.cat(logs).sort(0).values
+        return self
+
+    def score(self, d: Decomposition) -> Float[Tensor, "batch component"]:
+        """How unlike clean images each component is, in standard deviations of the distance's logarithm.
+
+        Heads come layer by layer, then the MLPs.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: `d` is of another model or convention than the clean images.
+        """
+        return (self._of(d) - self.logs_.mean(0)) / self.logs_.std(0)
+
+    def flags(self, d: Decomposition, *, fpr: float = 0.01) -> Where:
+        """The components of each image that are further out than all but a share `fpr` of clean ones.
+
+        Returns:
+            `[batch component]` in the order of `ComponentMask.flat`; never the embedding nor the pool's MLP.
+
+        Raises:
+            NotFittedError, ValueError: as `score`, or a rate finer than the clean images can tell.
+        """
+        logs, n = self._of(d), len(self.logs_)
+        if not 1 / (n + 1) <= fpr < 1:
+            raise ValueError(
+                f"expected a rate in [1/{n + 1}, 1), as {n} clean images can tell it; received {fpr}"
+            )
+        place = min(n, int((n + 1) * (1 - fpr) + 1 - 1e-9))
+        flagged = logs > self.logs_[place - 1]
+        never = torch.zeros(len(d), 1 + d.pool.shape[1], dtype=torch.bool, device=flagged.device)
+        return torch.cat([flagged, never], 1)
+
+    def _of(self, d: Decomposition) -> Float[Tensor, "batch component"]:
+        check_fitted(self, "logs_")
+        if not self.maps_.matches(d.maps):
+            raise ValueError(
+                "expected terms of the model and convention that the clean images were decomposed with; received others; "
+                "fit on the model it is used with"
+            )
+        return _logs([self.heads_, self.mlps_], self._points(d))
+
+    def _points(self, d: Decomposition) -> Points:
+        classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
+        return d.coords.flatten(1, 2), d.mlps, classes
+
+
+def _logs(pair: list[ClassDistance], points: Points) -> Float[Tensor, "image component"]:
+    heads, mlps, classes = points
+    found = torch.cat([pair[0](heads, classes), pair[1](mlps, classes)], 1)
+    return found.clamp_min(torch.finfo(found.dtype).tiny).log()
