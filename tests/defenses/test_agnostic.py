@@ -1,0 +1,267 @@
+"""Detection and repair without a hint: calibrated on clean images, exact where they must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+
+from decompclip.cache.capture import decompose
+from decompclip.cache.decomposition import Decomposition
+from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
+from decompclip.defenses.agnostic_rep import AgnosticRep
+from decompclip.defenses.component_distances import ComponentDistances
+from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
+from decompclip.models.vit import HookedViT
+
+N = 240
+
+
+@pytest.fixture(scope="module")
+def clean(tower: HookedViT) -> Decomposition:
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(4, 3, 24, 16, generator=g)[torch.arange(N) % 4]
+    return decompose(tower, base + 0.5 * torch.randn(N, 3, 24, 16, generator=g), normalize=True)
+
+
+@pytest.fixture(scope="module")
+def fresh(tower: HookedViT) -> Decomposition:
+    g = torch.Generator().manual_seed(4)
+    base = torch.randn(4, 3, 24, 16, generator=torch.Generator().manual_seed(3))[torch.arange(N) % 4]
+    return decompose(tower, base + 0.5 * torch.randn(N, 3, 24, 16, generator=g), normalize=True)
+
+
+@pytest.fixture(scope="module")
+def classifier(clean: Decomposition) -> torch.Tensor:
+    means = torch.stack([clean.features[k::4].mean(0) for k in range(4)])
+    return torch.nn.functional.normalize(means - means.mean(0), dim=1)
+
+
+def hijacked(d: Decomposition, toward: torch.Tensor) -> Decomposition:
+    """The last MLP says something else, louder than all the rest."""
+    mlps = d.mlps.clone()
+    mlps[:, -1] += 3 * toward
+    return d.edit(mlps=mlps)
+
+
+# What is looked at
+
+
+def test_prefixes_end_with_the_feature(clean: Decomposition) -> None:
+    terms = layer_terms(clean)
+    assert torch.allclose(terms[:, :, 0], clean.heads.sum(2), atol=1e-6)
+    rest = clean.bias + clean.pool.sum(1)
+    assert torch.allclose(prefixes(clean, terms)[:, -1] + rest, clean.features, atol=1e-5)
+
+
+def test_class_directions_span_the_differences_of_classes(classifier: torch.Tensor) -> None:
+    basis = class_directions(classifier)
+    assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-5)
+    differences = classifier - classifier[:1]
+    assert torch.allclose(differences @ basis.T @ basis, differences, atol=1e-5)
+
+
+def test_an_extrapolation_is_a_ridge_regression_for_each_layer() -> None:
+    from sklearn.linear_model import Ridge
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 3, 6, generator=g).double(), torch.randn(50, 6, generator=g).double()
+    found = Extrapolation.fit(x, y)(x)
+    for layer in range(3):
+        own = x[:, layer] - x[:, layer].mean(0)
+        penalty = 3e-3 * own.square().sum(0).mean().item()
+        slow = Ridge(alpha=penalty).fit(x[:, layer].numpy(), y.numpy()).predict(x[:, layer].numpy())
+        assert torch.allclose(found[:, layer], torch.from_numpy(slow), atol=1e-8)
+
+
+# Detection
+
+
+def test_batches_teach_what_all_images_teach(clean: Decomposition, classifier: torch.Tensor) -> None:
+    whole = AgnosticDet(classifier).fit(clean)
+    parts = AgnosticDet(classifier).fit(clean[i : i + 50] for i in range(0, N, 50))
+    assert torch.allclose(whole.scores_, parts.scores_, atol=1e-4)
+    assert torch.allclose(
+        whole.score(clean[:7]), torch.cat([whole.score(clean[i]) for i in range(7)]), atol=1e-4
+    )
+
+
+def test_false_positives_are_as_stated(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    detector = AgnosticDet(classifier).fit(clean)
+    for fpr in (0.05, 0.2):
+        share = detector.predict(fresh, fpr=fpr).double().mean().item()
+        assert abs(share - fpr) < 4 * (2 * fpr * (1 - fpr) / N) ** 0.5
+        assert (detector.scores_ > detector.threshold_at(fpr)).double().mean() <= fpr
+    p = detector.p_value(fresh)
+    assert 0.4 < p.mean() < 0.6
+    assert p.min() >= 1 / (N + 1)
+
+
+def test_a_hijacked_feature_is_suspicious(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    detector = AgnosticDet(classifier).fit(clean)
+    assert detector.score(hijacked(fresh, classifier[0])).min() > detector.threshold_at(0.05)
+    assert detector.views(fresh).shape == (N, len(VIEWS))
+    assert torch.allclose(detector.views(fresh).sum(1), detector.score(fresh))
+
+
+def test_too_fine_a_rate_says_how_many_images_it_takes(
+    clean: Decomposition, classifier: torch.Tensor
+) -> None:
+    detector = AgnosticDet(classifier).fit(clean)
+    with pytest.raises(
+        ValueError, match=r"at least 999 clean images for a false-positive rate of 0.001.*240"
+    ):
+        detector.threshold_at(0.001)
+    with pytest.raises(ValueError, match=r"in \(0, 1\); received 1"):
+        detector.threshold_at(1.0)
+    assert detector.threshold_at(1 / (N + 1)) == detector.scores_[-1]
+
+
+def test_bad_input_is_refused(
+    clean: Decomposition, tower: HookedViT, make_tower, classifier: torch.Tensor, images: torch.Tensor
+) -> None:
+    with pytest.raises(NotFittedError):
+        AgnosticDet(classifier).score(clean)
+    with pytest.raises(NotFittedError):
+        AgnosticRep(classifier)(clean)
+    with pytest.raises(ValueError, match=r"received none"):
+        AgnosticDet(classifier).fit([])
+    with pytest.raises(
+        ValueError, match=r"at least 50 clean images, ten for each of \d classes seen; received 20"
+    ):
+        AgnosticDet(classifier).fit(clean[:20])
+    with pytest.raises(ValueError, match=r"all 240 were taken for one"):
+        AgnosticDet(classifier[:1]).fit(clean)
+    with pytest.raises(ValueError, match=r"features' width 20; received 7"):
+        AgnosticDet(classifier[:, :7]).fit(clean)
+    with pytest.raises(ValueError, match=r"a cut in 0..1; received 2"):
+        AgnosticDet(classifier, cut=2).fit(clean)
+    with pytest.raises(ValueError, match=r"at least 2 folds; received 1"):
+        AgnosticDet(classifier, folds=1).fit(clean)
+    detector = AgnosticDet(classifier).fit(clean)
+    with pytest.raises(ValueError, match=r"unit features.*normalize=True"):
+        detector.score(decompose(tower, images))
+    with pytest.raises(ValueError, match=r"received others; fit on the model"):
+        detector.score(decompose(make_tower(seed=9, layer_scale=True), images, normalize=True))
+    with pytest.raises(ValueError, match=r"received others; fit on the model"):
+        detector.score(decompose(tower, images, normalize=True, convention="paper"))
+
+
+# Repair
+
+
+def test_what_does_not_look_suspicious_stays_as_it_is(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    repair = AgnosticRep(classifier, budget=0.05).fit(clean)
+    last = repair.turn(fresh)
+    touched = last < fresh.n_layers - 1
+    assert touched.double().mean() <= repair.detector_.predict(fresh, fpr=0.05).double().mean()
+    repaired = repair(fresh)
+    assert torch.equal(repaired.coords[~touched], fresh.coords[~touched])
+    assert torch.allclose(repaired.features[~touched], fresh.features[~touched], atol=1e-6)
+    quiet = fresh[~touched]
+    assert repair(quiet) is quiet
+
+
+def test_a_hijacked_image_goes_back_to_what_its_early_layers_saw(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    repair = AgnosticRep(classifier, budget=0.05).fit(clean)
+    assert torch.allclose(repair.moments_.mlps, clean.mlps.double().mean(0))
+    victim = hijacked(fresh, classifier[0])
+    assert ((victim.features @ classifier.T).argmax(1) == 0).all()
+    repaired, last = repair(victim), repair.turn(victim)
+    futures = repair.detector_.expected_.extrapolation(repair.detector_.look(victim).before)
+    before = (fresh.features @ classifier.T).argmax(1)
+    for i in range(0, N, 7):
+        deep = int(last[i])
+        if deep == fresh.n_layers - 1:  # every layer says class 0
+            assert torch.equal(repaired.mlps[i], victim.mlps[i])
+            continue
+        # the feature is the expected one, the trusted layers are untouched, later heads are prototypes
+        assert torch.allclose(repaired.features[i].double(), futures[i, deep], atol=1e-5)
+        assert torch.equal(repaired.coords[i, : deep + 1], victim.coords[i, : deep + 1])
+        assert torch.allclose(repaired.coords[i, deep + 1 :], repair.moments_.coords[deep + 1 :].float())
+    after = (repaired.features @ classifier.T).argmax(1)
+    others = before != 0
+    assert (after[others] == 0).double().mean() < 0.1
+    assert (after[others] == before[others]).double().mean() > 0.6
+
+
+def test_where_restricts_the_images(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    repair = AgnosticRep(classifier, budget=0.05).fit(clean)
+    victim = hijacked(fresh, classifier[0])[:10]
+    where = torch.zeros(10, fresh.n_layers, fresh.n_heads, dtype=torch.bool)
+    assert repair(victim, where=where) is victim
+    where[3] = True
+    alone, whole = repair.on(where)(victim), repair(victim)
+    assert torch.equal(alone.features[:3], victim.features[:3])
+    assert torch.allclose(alone.features[3], whole.features[3])
+    composed = (repair | repair)(victim)
+    assert composed.features.shape == victim.features.shape
+
+
+def test_there_is_no_causal_mode(clean: Decomposition, tower: HookedViT, classifier: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"no causal mode"):
+        AgnosticRep(classifier).fit(clean[:100]).fwd_hooks(tower)
+    with pytest.raises(ValueError, match=r"clean images for a false-positive rate of 0.001"):
+        AgnosticRep(classifier, budget=0.001).fit(clean)
+
+
+# Components
+
+
+def test_each_component_has_its_own_calibrated_distance(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    distances = ComponentDistances(classifier).fit(clean[i : i + 60] for i in range(0, N, 60))
+    flags = distances.flags(fresh, fpr=0.05)
+    components = 3 * 4 + 3
+    assert flags.shape == (N, components + 1)
+    assert not flags[:, -1].any()  # the embedding
+    assert (flags[:, :-1].double().mean(0) - 0.05).abs().max() < 5 * (2 * 0.05 * 0.95 / N) ** 0.5
+    coords = fresh.coords.clone()
+    coords[:, 1, 2] *= 4
+    odd = fresh.edit(coords=coords)
+    classes = (odd.features @ classifier.T).argmax(1) == (fresh.features @ classifier.T).argmax(1)
+    assert distances.flags(odd, fpr=0.05)[:, 1 * 4 + 2].double().mean() > 0.9
+    others = torch.ones(components, dtype=torch.bool)
+    others[1 * 4 + 2] = False
+    assert torch.allclose(
+        distances.score(odd)[classes][:, others], distances.score(fresh)[classes][:, others]
+    )
+
+
+def test_component_flags_restrict_an_intervention(clean: Decomposition, classifier: torch.Tensor) -> None:
+    from decompclip.cache.components import everything
+    from decompclip.cache.moments import Moments
+    from decompclip.operators.ablation import MeanAblate
+
+    distances, moments = ComponentDistances(classifier).fit(clean), Moments.of(clean)
+    flags = distances.flags(clean[:20], fpr=0.1)
+    edited = MeanAblate(everything, moments).on(flags)(clean[:20])
+    heads = flags[:, :12].reshape(20, 3, 4)
+    assert heads.any() and not heads.all()
+    assert torch.allclose(edited.coords[heads], moments.coords.float().expand(20, -1, -1, -1)[heads])
+    assert torch.equal(edited.coords[~heads], clean.coords[:20][~heads])
+
+
+def test_component_distances_refuse_what_they_cannot_tell(
+    clean: Decomposition, tower: HookedViT, classifier: torch.Tensor
+) -> None:
+    with pytest.raises(NotFittedError):
+        ComponentDistances(classifier).flags(clean)
+    with pytest.raises(ValueError, match=r"at least 50 clean images; received 20"):
+        ComponentDistances(classifier).fit(clean[:20])
+    distances = ComponentDistances(classifier).fit(clean)
+    with pytest.raises(
+        ValueError, match=r"a rate in \[1/241, 1\), as 240 clean images can tell it; received 0.001"
+    ):
+        distances.flags(clean, fpr=0.001)

@@ -1,0 +1,79 @@
+"""The distance of a point to its class: what it is, and what shrinkage makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.covariance import empirical_covariance, oas
+
+from decompclip.defenses.class_distance import ClassDistance, oas_shrinkage, whitener
+
+
+def points(n: int, dim: int, components: int = 1, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(components, dim, dim, generator=g, dtype=torch.float64)
+    return torch.einsum(
+        "ncd,cde->nce", torch.randn(n, components, dim, generator=g, dtype=torch.float64), mixing
+    )
+
+
+@pytest.mark.parametrize(("n", "dim"), [(12, 8), (50, 8), (5, 20)])
+def test_the_shrinkage_is_scikit_learn_s(n: int, dim: int) -> None:
+    x = points(n, dim)[:, 0]
+    covariance = torch.from_numpy(empirical_covariance(x.numpy()))
+    shrunk, expected = oas(x.numpy())
+    assert oas_shrinkage(covariance[None], n).item() == pytest.approx(expected, rel=1e-9)
+    white = whitener(covariance[None], n)[0]
+    assert torch.allclose(white @ white, torch.linalg.inv(torch.from_numpy(shrunk)), rtol=1e-6)
+
+
+def test_it_is_mahalanobis_to_the_class_s_mean() -> None:
+    x, classes = points(400, 5), torch.arange(400) % 4
+    x[:, 0] += classes[:, None].double() * 3
+    fitted = ClassDistance.fit(x, classes, 4, pseudo_count=0.0)
+    means = torch.stack([x[classes == k, 0].mean(0) for k in range(4)])
+    assert torch.allclose(fitted.means[:, 0], means)
+    rest = x[:, 0] - means[classes]
+    shrunk, _ = oas(rest.numpy(), assume_centered=True)
+    slow = [(r @ torch.linalg.inv(torch.from_numpy(shrunk)) @ r / 5).item() for r in rest]
+    assert torch.allclose(fitted(x, classes)[:, 0], torch.tensor(slow, dtype=torch.float64), rtol=1e-6)
+
+
+def test_components_do_not_touch_each_other() -> None:
+    x, classes = points(60, 4, components=3), torch.arange(60) % 2
+    together = ClassDistance.fit(x, classes, 2)(x, classes)
+    for c in range(3):
+        alone = ClassDistance.fit(x[:, c : c + 1], classes, 2)(x[:, c : c + 1], classes)
+        assert torch.allclose(together[:, c], alone[:, 0])
+
+
+def test_it_does_not_matter_in_what_coordinates_points_are_given() -> None:
+    """As long as nothing is shrunk away: many points, no pseudo-counts."""
+    x, classes = points(20_000, 3), torch.zeros(20_000, dtype=torch.long)
+    map_ = torch.tensor([[2.0, 0.3, 0.0], [0.0, 0.5, 0.1], [0.2, 0.0, 1.0]], dtype=torch.float64)
+    one, other = (ClassDistance.fit(p, classes, 1)(p, classes) for p in (x, x @ map_))
+    assert torch.allclose(one, other, rtol=0.02)
+
+
+def test_a_class_of_few_points_stays_close_to_the_common_mean() -> None:
+    x = torch.zeros(101, 1, 2, dtype=torch.float64)
+    x[:100, 0] = points(100, 2)[:, 0]
+    x[100] = 50.0
+    classes = torch.tensor([0] * 100 + [1])
+    fitted = ClassDistance.fit(x, classes, 3, pseudo_count=5.0)
+    common = x[:, 0].mean(0)
+    assert torch.allclose(fitted.means[1, 0], common + (x[100, 0] - common) / 6)
+    assert torch.allclose(fitted.means[2, 0], common)  # a class that was never seen
+
+
+def test_directions_without_spread_count_nothing() -> None:
+    x = points(50, 3)
+    x[..., 2] = 0
+    classes = torch.zeros(50, dtype=torch.long)
+    assert ClassDistance.fit(x, classes, 1)(x, classes).isfinite().all()
+    assert whitener(torch.zeros(1, 3, 3, dtype=torch.float64), 10).abs().max() == 0
+
+
+def test_one_point_has_no_spread() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 points; received 1; fit on more"):
+        ClassDistance.fit(torch.zeros(1, 1, 2), torch.zeros(1, dtype=torch.long), 1)
