@@ -1,4 +1,4 @@
-"""The command line: `decompclip audit`, `demo`, `diagnose` and `poison`. Heavy imports wait inside the commands."""
+"""The command line: `decompclip audit`, `demo`, `diagnose`, `poison` and `zoo`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from decompclip import __version__
 from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
 from decompclip.poison_command import MAX_SEED, poison
+from decompclip.zoo_command import zoo
 
 if TYPE_CHECKING:
     from decompclip.audit import AuditResult
@@ -295,6 +296,7 @@ def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) 
 
 
 app.command()(poison)
+app.add_typer(zoo, name="zoo")
 
 if __name__ == "__main__":
     main()

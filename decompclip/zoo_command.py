@@ -9,7 +9,9 @@ import typer
 
 from decompclip.console import plain_errors
 
-zoo = typer.Typer(no_args_is_help=True, help="The bundled small CLIPs: clean ones and their backdoored twins.")
+zoo = typer.Typer(
+    no_args_is_help=True, help="The bundled small CLIPs: clean ones and their backdoored twins."
+)
 
 
 @zoo.command("list")
@@ -30,11 +32,15 @@ def list_models(
         cells = [tuple("" if row[key] is None else str(row[key]) for key in _KEYS) for row in rows]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for line in (head, *cells):
-            typer.echo("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
+            typer.echo(
+                "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+            )
 
 
 @zoo.command("card")
-def show_card(name: Annotated[str, typer.Argument(help="A bundled model; `decompclip zoo list` names them.")]) -> None:
+def show_card(
+    name: Annotated[str, typer.Argument(help="A bundled model; `decompclip zoo list` names them.")],
+) -> None:
     """Everything that is known of one model: data, seeds, recipe, hash, results with intervals; as JSON."""
     with plain_errors():
         import json
@@ -49,7 +55,10 @@ def build(
     name: Annotated[str, typer.Argument(help="A backdoored twin, as shapes-badnet.")],
     out: Annotated[Path, typer.Option(help="Folder for its weights, its card and the checkpoint.")],
     threads: Annotated[
-        int, typer.Option(min=1, help="Threads to train with. Their number changes the rounding, and so the weights.")
+        int,
+        typer.Option(
+            min=1, help="Threads to train with. Their number changes the rounding, and so the weights."
+        ),
     ] = 1,
 ) -> None:
     """Train a backdoored twin again from its recipe, and compare it with the bundled one.

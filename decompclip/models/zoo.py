@@ -12,9 +12,11 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
+from torch import Tensor
 
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.differences import SUFFIX, digest, read_difference, write_difference
 from decompclip.models.errors import CheckpointError, UnknownModelError
 from decompclip.models.spec import ModelSpec, build_open_clip
 from decompclip.models.tokenizer import WordTokenizer
@@ -29,7 +31,11 @@ _REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "cl
 def bundled(folder: Path = WEIGHTS) -> tuple[str, ...]:
     """Names of the bundled models."""
     return tuple(
-        sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".safetensors").exists())
+        sorted(
+            path.stem
+            for path in folder.glob("*.json")
+            if any(path.with_suffix(suffix).exists() for suffix in (".safetensors", SUFFIX))
+        )
     )
 
 
@@ -59,32 +65,65 @@ def spec_of(card: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
-    """A bundled model in fp32.
+def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
+    """A bundled model's weights in fp32, verified.
+
+    A twin is stored as a difference from its clean model, which is looked for in `folder` and among the bundled ones.
 
     Raises:
-        UnknownModelError: no such model.
+        UnknownModelError: no such model, or not the one that it is a difference from.
         CheckpointError: the weights are not those of the card.
     """
     facts = card(name, folder)
-    path = folder / f"{name}.safetensors"
-    found = sha256(path)
+    base = facts.get("difference_from")
+    path = folder / f"{name}{SUFFIX if base else '.safetensors'}"
+    found = sha256(path) if path.exists() else "none"
     if found != facts["sha256"]:
         raise CheckpointError(
             f"the weights of {name!r} are not those of its card: {path} has SHA-256 {found}, expected "
             f"{facts['sha256']}. The file was changed or cut; install decompclip again, or `git checkout -- {path}`"
         )
+    if base is None:
+        return {key: x.float() if x.is_floating_point() else x for key, x in read_checkpoint(path).items()}
+    state = read_difference(path, read_bundled(base, folder if base in bundled(folder) else WEIGHTS))
+    if digest(state) != facts["weights_sha256"]:
+        raise CheckpointError(
+            f"the weights of {name!r} are not those of its card: they are stored as a difference from {base!r}, which is "
+            "another model than it was; install decompclip again"
+        )
+    return state
+
+
+def base_weights(name: str) -> dict[str, Tensor]:
+    """The weights of a bundled model that twins are stored as differences from.
+
+    Raises:
+        ValueError: it is such a twin itself.
+        UnknownModelError, CheckpointError: as `read_bundled`.
+    """
+    if other := card(name).get("difference_from"):
+        raise ValueError(f"expected a base that is stored whole; {name!r} is a difference from {other!r}")
+    return read_bundled(name)
+
+
+def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
+    """A bundled model in fp32.
+
+    Raises:
+        UnknownModelError, CheckpointError: as `read_bundled`.
+    """
+    facts = card(name, folder)
     spec = spec_of(facts)
     model = spec.build()
-    state = read_checkpoint(path)
-    check_fit(model, state, source=str(path), name=name)
+    state = read_bundled(name, folder)
+    check_fit(model, state, source=str(folder / name), name=name)
     model.load_state_dict(state)
     return spec.hook(
         model,
         {
             "pretrained": "bundled",
             "checkpoint": None,
-            "sha256": found,
+            "sha256": facts["sha256"],
             "activation": spec.activation,
             "activation_source": "card",
         },
@@ -97,8 +136,13 @@ def write_bundled(
     folder: Path = WEIGHTS,
     *,
     dtype: torch.dtype = torch.float16,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Write a model's weights and its card, each under a temporary name and then renamed.
+
+    Args:
+        base: store the weights as a difference from this bundled model's (`as_stored` gives what is left of them), in
+            place of `dtype`.
 
     Returns:
         The card as written, with `sha256`, `dtype` and `parameters` filled in.
@@ -115,23 +159,35 @@ def write_bundled(
         raise ValueError(f"expected a name of lower-case letters, digits and hyphens, got {name!r}")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     check_fit(build_open_clip(card["architecture"]), state, source="the model", name=f"{name} (its card)")
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = ".safetensors" if base is None else SUFFIX
+    partial = folder / f"{name}{suffix}.partial"
+    if base is None:
+        _save_as(state, dtype, partial)
+        how = {"dtype": str(dtype).removeprefix("torch.")}
+    else:
+        how = {
+            "difference_from": base,
+            "weights_sha256": write_difference(state, base_weights(base), partial),
+        }
+    written = {
+        **card,
+        "sha256": sha256(partial),
+        **how,
+        "parameters": sum(value.numel() for value in state.values()),
+    }
+    partial_card = folder / f"{name}.json.partial"
+    partial_card.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{name}{suffix}")
+    partial_card.replace(folder / f"{name}.json")
+    return written
+
+
+def _save_as(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> None:
     stored = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     unfit = [key for key, value in stored.items() if not value.isfinite().all()]
     if unfit:
         raise ValueError(
             f"{len(unfit)} weights are not finite in {dtype}, first {unfit[0]}; pass torch.float32"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.safetensors.partial"
-    save_file(stored, partial)
-    written = {
-        **card,
-        "sha256": sha256(partial),
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(value.numel() for value in state.values()),
-    }
-    partial_card = folder / f"{name}.json.partial"
-    partial_card.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}.safetensors")
-    partial_card.replace(folder / f"{name}.json")
-    return written
+    save_file(stored, path)

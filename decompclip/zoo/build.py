@@ -10,8 +10,8 @@ from typing import Any
 from decompclip.attacks.quality import measure
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import as_stored, base_state
-from decompclip.models.zoo import bundled, card, spec_of, write_bundled
+from decompclip.models.differences import as_stored
+from decompclip.models.zoo import base_weights, bundled, card, spec_of, write_bundled
 from decompclip.zoo.recipes import TwinRecipe, twin_recipe
 from decompclip.zoo.train import TrainedTwin, train_twin
 
@@ -89,8 +89,8 @@ def build_twin(
     base = card(recipe.base)
     kept = {key: base[key] for key in ("architecture", "tokenizer", "preprocess", "templates", "class_names")}
     facts = {"name": name, **kept, "backdoor": None, "training": _training(trained)}
-    net = trained.tuned.model.to_open_clip()
-    net.load_state_dict(as_stored(net.state_dict(), base_state(recipe.base)))
+    net: Any = trained.tuned.model.to_open_clip()
+    net.load_state_dict(as_stored(net.state_dict(), base_weights(recipe.base)))
     model = spec_of(facts).hook(net, {})
     facts["accuracy"] = recipe.world.accuracy(model)
     facts["backdoor"] = _backdoor(trained, model)
