@@ -1,4 +1,4 @@
-"""The command line: `decompclip audit`, `demo`, `diagnose`, `poison` and `zoo`. Heavy imports wait inside the commands."""
+"""The command line. Heavy imports wait inside the commands, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -11,8 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decompclip import __version__
+from decompclip.command_options import (
+    MAX_SEED,
+    Activation,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Model,
+    OnError,
+    Pretrained,
+    usable_device,
+)
 from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
-from decompclip.poison_command import MAX_SEED, poison
+from decompclip.evaluate_command import evaluate
+from decompclip.finetune_command import finetune
+from decompclip.poison_command import poison
 from decompclip.zoo_command import zoo
 
 if TYPE_CHECKING:
@@ -27,33 +40,9 @@ app = typer.Typer(
 )
 
 
-class OnError(str, Enum):
-    skip = "skip"
-    stop = "raise"
-
-
-class Activation(str, Enum):
-    auto = "auto"
-    gelu = "gelu"
-    quick_gelu = "quick_gelu"
-
-
 class Convention(str, Enum):
     centred = "centred"
     paper = "paper"
-
-
-# Options that several commands share.
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="open_clip's name (ViT-B-32, ...), a bundled model (shapes, ...), or the path of a folder or file of weights."
-    ),
-]
-Checkpoint = Annotated[Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")]
-Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 
 
 def _version(asked: bool) -> None:
@@ -76,7 +65,7 @@ def audit(
     model: Model,
     clean: Annotated[str, typer.Option(help="Folder of clean images, or a bundled data set (shapes).")],
     suspect: Annotated[
-        str, typer.Option(help="Folder of suspect images, or one of shapes:badnet, shapes:blended.")
+        str, typer.Option(help="Folder of suspect images, or one of shapes:badnet, shapes:blended, ...")
     ],
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     classes: Annotated[
@@ -136,7 +125,7 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
-        device = _device(device)
+        device = usable_device(device)
         audited = load(
             model, pretrained=pretrained, checkpoint=checkpoint, activation=activation.value, device=device
         )
@@ -223,7 +212,7 @@ def diagnose(
 
         names = class_names(model, classes, images)
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
-        clip = load(model, **weights, device=_device(device))
+        clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
         source = open_source(images, clip, names, limit=limit or None, seed=seed)
         with progress() as track:
@@ -256,19 +245,6 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _device(device: str | None) -> str:
-    """The one asked for, if it can be used; else the first GPU or the CPU."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
-    return device
-
-
 def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
     from decompclip.data.images import class_index
 
@@ -295,7 +271,8 @@ def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) 
     typer.echo(f"Report: {path.resolve()}")
 
 
-app.command()(poison)
+for command in (poison, finetune, evaluate):
+    app.command()(command)
 app.add_typer(zoo, name="zoo")
 
 if __name__ == "__main__":

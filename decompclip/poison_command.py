@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from decompclip.command_options import MAX_SEED, open_trigger
 from decompclip.console import plain_errors, progress
-
-MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
 
 
 def poison(
@@ -47,27 +46,19 @@ def poison(
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
     with plain_errors():
-        import json
-
         from decompclip.attacks.poison_files import write_poisoned
         from decompclip.attacks.poisoned import PoisonedPairs
-        from decompclip.attacks.registry import from_card
         from decompclip.data.images import read_classes
         from decompclip.data.pair_sources import open_pairs
         from decompclip.data.pixels import to_pixels
         from decompclip.data.texts import load_texts
 
-        card: dict[str, Any] = (
-            json.loads(Path(trigger).read_text()) if trigger.endswith(".json") else {"name": trigger}
-        )
-        if trigger == "label-consistent":
-            card["classical"] = False  # the classical attack asks a model, which this command has not
         base = open_pairs(
             pairs, to_pixels(size), class_names=read_classes(classes) if classes else (), seed=seed
         )
         poisoned = PoisonedPairs(
             base,
-            from_card(card),
+            open_trigger(trigger),
             target,
             count=count,
             rate=rate,

@@ -45,6 +45,7 @@ class HookedCLIP(nn.Module):
         templates: the model's own prompt templates, by property; empty for models of the wide world.
         class_names: the model's own classes, or none.
         provenance: name, weights, SHA-256, activation and where it came from, versions.
+        architecture: open_clip's configuration, where it is known; `save_model` writes it.
     """
 
     visual: HookedViT
@@ -65,6 +66,7 @@ class HookedCLIP(nn.Module):
         super().__init__()
         self.visual = visual
         self._source = source
+        self.architecture: Mapping[str, Any] | None = None
         self.text = text
         self.tokenizer = tokenizer
         self.preprocess_cfg = PreprocessCfg(**{**preprocess, "size": visual.cfg.image_size})
@@ -139,9 +141,7 @@ class HookedCLIP(nn.Module):
             ValueError: the source's architecture cannot hold the edit, or there was no source.
         """
         if isinstance(self.text, ImageOnly):
-            raise MissingTextError(
-                f"an open_clip model has a text tower, and this one has none: {self.text.why}"
-            )
+            raise MissingTextError(f"open_clip models have a text tower; this one has none: {self.text.why}")
         if self._source is None:
             raise ValueError(
                 "expected a model converted from open_clip's; received one around a HookedViT of its own"

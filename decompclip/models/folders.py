@@ -11,10 +11,14 @@ from decompclip.models.errors import CheckpointError
 from decompclip.models.hf_preprocess import read_json
 from decompclip.models.hf_tokenizer import CLIP_VOCABULARY, HubTokenizer, clip_tokenizer
 from decompclip.models.spec import ModelSpec
+from decompclip.models.tokenizer import WordTokenizer
 
 CONFIG = "open_clip_config.json"
+OWN = "decompclip"
+"""Section of the configuration that `save_model` adds: what open_clip has no place for."""
+WEIGHTS_NAME = "open_clip_model.safetensors"
 _WEIGHTS = (
-    "open_clip_model.safetensors",
+    WEIGHTS_NAME,
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pt",
@@ -41,18 +45,23 @@ def open_clip_folder(folder: Path) -> tuple[ModelSpec, Path]:
         raise CheckpointError(
             f"{folder / CONFIG} lacks embed_dim, vision_cfg or text_cfg; expected what open_clip's push_to_hf_hub writes"
         )
+    own = config.get(OWN, {})
     return ModelSpec(
         name=str(folder),
         architecture=architecture,
-        tokenizer=_tokenizer(folder, architecture["text_cfg"]),
+        tokenizer=_tokenizer(folder, architecture["text_cfg"], own),
         preprocess={
             k: v for k, v in config.get("preprocess_cfg", {}).items() if k != "size" and v is not None
         },
+        templates=own.get("templates", {}),
+        class_names=own.get("class_names", ()),
     ), next(folder / name for name in _WEIGHTS if (folder / name).is_file())
 
 
-def _tokenizer(folder: Path, text: Mapping[str, Any]) -> Tokenizer:
+def _tokenizer(folder: Path, text: Mapping[str, Any], own: Mapping[str, Any]) -> Tokenizer:
     length = text.get("context_length", 77)
+    if "words" in own:
+        return WordTokenizer(tuple(own["words"]), length)
     if text.get("hf_tokenizer_name"):
         return HubTokenizer(f"local-dir:{folder}", None, length)
     return clip_tokenizer(

@@ -76,6 +76,7 @@ class ModelSpec:
             provenance={"name": self.name, **provenance, "versions": versions()},
             copy=False,
         )
+        hooked.architecture = self.architecture
         if "activation" in provenance:  # a timm tower's own, which no configuration of open_clip's tells
             hooked.provenance["activation"] = hooked.cfg.activation
         return hooked

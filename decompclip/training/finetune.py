@@ -244,7 +244,7 @@ def _identity(model: HookedCLIP, pairs: PairSource, recipe: FineTuning, samples:
 def _hooked(net: nn.Module, origin: HookedCLIP, recipe: FineTuning, seed: int) -> HookedCLIP:
     about = {"base": origin.name, "recipe": asdict(recipe), "seed": seed}
     kept = {key: value for key, value in origin.provenance.items() if key != "sha256"}
-    return HookedCLIP.from_open_clip(
+    tuned = HookedCLIP.from_open_clip(
         net,
         tokenizer=origin.tokenizer,
         preprocess=asdict(origin.preprocess_cfg),
@@ -253,6 +253,8 @@ def _hooked(net: nn.Module, origin: HookedCLIP, recipe: FineTuning, seed: int) -
         provenance={**kept, "name": f"{origin.name}, fine-tuned", "fine_tuning": about},
         copy=False,
     )
+    tuned.architecture = origin.architecture
+    return tuned
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def build_twin(
     recipe = recipe or twin_recipe(name)
     out.mkdir(parents=True, exist_ok=True)
     trained = train_twin(name, recipe, work or out, log=log, progress=progress)
+    before = card(name) if name in bundled() else None  # `out` may be the package's own folder
     base = card(recipe.base)
     kept = {key: base[key] for key in ("architecture", "tokenizer", "preprocess", "templates", "class_names")}
     facts = {"name": name, **kept, "backdoor": None, "training": _training(trained)}
@@ -95,7 +96,7 @@ def build_twin(
     facts["accuracy"] = recipe.world.accuracy(model)
     facts["backdoor"] = _backdoor(trained, model)
     written = write_bundled(net, facts, out, base=recipe.base)
-    return BuiltTwin(name, written, card(name) if name in bundled() else None)
+    return BuiltTwin(name, written, before)
 
 
 def _training(trained: TrainedTwin) -> dict[str, Any]:

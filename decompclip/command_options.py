@@ -1,0 +1,74 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from decompclip.attacks.trigger import Trigger
+
+MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
+
+
+class OnError(str, Enum):
+    skip = "skip"
+    stop = "raise"
+
+
+class Activation(str, Enum):
+    auto = "auto"
+    gelu = "gelu"
+    quick_gelu = "quick_gelu"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="open_clip's name (ViT-B-32, ...), a bundled model (shapes, ...), or the path of a folder or file of weights."
+    ),
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")]
+Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
+
+
+def usable_device(device: str | None) -> str:
+    """The one asked for, if it can be used; else the first GPU or the CPU."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
+    return device
+
+
+def open_trigger(spec: str) -> Trigger:
+    """An attack by its name, with its defaults, or by the file of its card.
+
+    Raises:
+        ValueError: an unknown name, or a file that is no card.
+        FileNotFoundError: there is no such file.
+    """
+    import json
+
+    from decompclip.attacks.registry import from_card
+
+    card: dict[str, Any] = {"name": spec}
+    if spec.endswith(".json"):
+        try:
+            card = json.loads(Path(spec).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"expected a trigger's card, as Trigger.card() gives it; {spec} is no JSON: {error}"
+            ) from error
+    if spec == "label-consistent":
+        card["classical"] = False  # the classical attack asks a model, which no command gives it
+    return from_card(card)

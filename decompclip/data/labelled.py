@@ -1,0 +1,69 @@
+"""Images with classes by a word or a path, as the command line names them: in [0, 1], for `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from decompclip.data.cifar10 import CLASSES, cifar10
+from decompclip.data.images import FolderSource, OnError
+from decompclip.data.pairs import Pairs
+from decompclip.data.pixels import to_pixels
+from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.data.subset import SubsetPairs
+
+WORLD_SEED = 8_001
+"""Stream of the Shapes world; no bundled model was trained or measured on it."""
+
+DEFAULT_LIMIT = 2_000
+
+KNOWN = {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}
+"""Bundled or well-known data sets, with their classes."""
+
+
+def classes_of(spec: str) -> tuple[str, ...]:
+    """The classes of a data set that is known by a word; none for a folder."""
+    return KNOWN.get(spec.partition(":")[0], ())
+
+
+def open_labelled(
+    spec: str,
+    size: tuple[int, int],
+    class_names: Sequence[str],
+    *,
+    limit: int | None = DEFAULT_LIMIT,
+    seed: int = 0,
+    on_error: OnError = "skip",
+) -> Shapes | Pairs | FolderSource:
+    """The images that `spec` names.
+
+    Args:
+        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` (its test part, in the folder that DECOMPCLIP_DATA
+            names), or a folder with a sub-folder of images a class.
+        size: of the model's images.
+        class_names: the classifier's.
+        limit: at most so many images; None takes all of a folder.
+        seed: of the world, or of which images of a folder are taken.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or its classes are others.
+    """
+    name, _, length = spec.partition(":")
+    if name in KNOWN and tuple(class_names) != KNOWN[name]:
+        raise ValueError(
+            f"expected the classes of {name}, {', '.join(KNOWN[name][:3])}, ...; received {', '.join(class_names[:3])}, ...; "
+            "leave --classes out"
+        )
+    if name == "shapes":
+        if length and not (length.isdecimal() and int(length)):
+            raise ValueError(f"expected shapes:N with a number N of images; received {spec}")
+        if size[0] != size[1]:
+            raise ValueError(f"expected a model of square images for shapes; received {size[0]} x {size[1]}")
+        return Shapes(int(length or limit or DEFAULT_LIMIT), seed=WORLD_SEED + seed, resolution=size[0])
+    if name == "cifar10":
+        photos = cifar10("test", preprocess=to_pixels(size))
+        return SubsetPairs(photos, range(min(limit or len(photos), len(photos))))
+    folder = FolderSource(
+        Path(spec), to_pixels(size), class_names=class_names, limit=limit, seed=seed, on_error=on_error
+    )
+    return folder

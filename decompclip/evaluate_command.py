@@ -1,0 +1,158 @@
+"""`decompclip evaluate`: clean accuracy and attack success, with intervals. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from decompclip.command_options import (
+    MAX_SEED,
+    Activation,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Model,
+    OnError,
+    Pretrained,
+    open_trigger,
+    usable_device,
+)
+from decompclip.console import imports, plain_errors
+
+if TYPE_CHECKING:
+    from decompclip.attacks.trigger import Trigger
+
+OWN = "own"
+
+
+def evaluate(
+    model: Model,
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Labelled images: a folder with a sub-folder a class, shapes, shapes:5000, or cifar10 (its test part)."
+        ),
+    ],
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="badnet, blended, ...: an attack with its defaults; a trigger's card (.json); or `own`, that of a bundled "
+            "backdoored MODEL. Without one, accuracy alone."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class that the attacker wants; `own` knows it.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="File with one class a line; bundled models and data sets know theirs."),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option(help="File with a prompt a line, {} for the class; by default the model's own."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every number to this JSON file too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number, as JSON.")] = False,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    activation: Annotated[
+        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
+    ] = Activation.auto,
+    limit: Annotated[int, typer.Option(min=0, help="Most images; 0 takes all of a folder.")] = 2000,
+    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    batch_size: BatchSize = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of which images are taken.")] = 0,
+    device: Device = None,
+) -> None:
+    """How well MODEL works, and how well a trigger fools it: zero-shot, with 95 % intervals.
+
+    CACC is the accuracy on clean images. ASR is the share of images of other classes that the trigger turns into the
+    target, to be read beside its control: the share of the same images that go there without a trigger.
+    """
+    with plain_errors():
+        import json
+
+        attack, goal = _attack(model, trigger, target)
+        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+        with imports():
+            from decompclip.audit.diagnosis.command import check_text
+            from decompclip.data.images import class_index
+            from decompclip.data.labelled import open_labelled
+            from decompclip.data.texts import load_texts
+            from decompclip.evaluation.evaluate import evaluate as run
+            from decompclip.models.loading import load
+
+        names = known_classes(classes, model, images)
+        label = None if goal is None else class_index(goal, names)
+        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        clip = load(model, **weights, device=usable_device(device))
+        check_text(clip)
+        prompts = None if templates is None else load_texts(templates)
+        source = open_labelled(
+            images, clip.image_size, names, limit=limit or None, seed=seed, on_error=on_error.value
+        )
+        classifier = clip.zero_shot_classifier(names, prompts)
+        found = run(clip, source, classifier, attack, label, class_names=names, batch_size=batch_size)
+        facts = {
+            "model": model,
+            "images": images,
+            "seed": seed,
+            "trigger": attack and attack.card(),
+            "target_class": goal,
+        } | found.to_dict()
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text + "\n", encoding="utf-8")
+        if as_json:
+            typer.echo(text)
+            return
+        frame = found.to_frame()
+        rates = [name for name in frame.columns if name not in ("class", "images")]
+        frame[rates] = 100 * frame[rates]
+        typer.echo(frame.to_string(index=False, float_format="{:.1f}".format, na_rep=""))
+        typer.echo(str(found))
+        if skipped := len(getattr(source, "skipped", ())):
+            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+
+
+def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, ...]:
+    """From the file, or those that the data set or the bundled model knows.
+
+    Raises:
+        ValueError: nobody knows them.
+    """
+    from decompclip.data.images import read_classes
+    from decompclip.data.labelled import classes_of
+    from decompclip.models.zoo import bundled, card
+
+    if classes is not None:
+        return read_classes(classes)
+    names = classes_of(images) or (tuple(card(model)["class_names"]) if model in bundled() else ())
+    if not names:
+        raise ValueError(
+            "expected --classes, a text file with one class a line; only bundled models know theirs"
+        )
+    return names
+
+
+def _attack(model: str, trigger: str | None, target: str | None) -> tuple[Trigger | None, str | None]:
+    """The trigger and the name of its target; both or neither.
+
+    Raises:
+        ValueError: one without the other, `own` of a model without a backdoor, or an unknown trigger.
+    """
+    if trigger != OWN:
+        if (trigger is None) != (target is None):
+            missing, given = ("--target", "--trigger") if target is None else ("--trigger", "--target")
+            raise ValueError(f"expected {given} and {missing} together; {missing} is missing")
+        return (None, None) if trigger is None else (open_trigger(trigger), target)
+    from decompclip.attacks.registry import from_card
+    from decompclip.models.zoo import bundled, card
+
+    backdoor = card(model)["backdoor"] if model in bundled() else None
+    if backdoor is None:
+        raise ValueError(f"expected a bundled backdoored model with --trigger own; {model} is none")
+    return from_card(backdoor["trigger"]), target or backdoor["target"]

@@ -1,0 +1,184 @@
+"""`decompclip finetune`: a CLIP on image-caption pairs, clean or poisoned. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decompclip.command_options import (
+    MAX_SEED,
+    Activation,
+    Checkpoint,
+    Device,
+    Model,
+    Pretrained,
+    open_trigger,
+    usable_device,
+)
+from decompclip.console import imports, plain_errors
+
+
+class Named(str, Enum):
+    paper = "paper"
+    badclip = "badclip"
+    cleanclip = "cleanclip"
+
+
+class Loss(str, Enum):
+    clip = "clip"
+    grouped = "grouped"
+    cleanclip = "cleanclip"
+
+
+class Optimizer(str, Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+def finetune(
+    model: Model,
+    pairs: Annotated[
+        str,
+        typer.Argument(
+            help="Image-caption pairs: WebDataset shards (a folder that `decompclip poison` wrote), a table (.csv, .tsv), "
+            "shapes, shapes:5000, cifar10, or a folder with a sub-folder of images a class."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the model, its history, and the checkpoint to go on from.")
+    ],
+    recipe: Annotated[
+        Named,
+        typer.Option(
+            help="paper: as He et al. poison a CLIP; cleanclip: the defense. The options below change it."
+        ),
+    ] = Named.paper,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Times that every pair is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    loss: Annotated[
+        Loss | None, typer.Option(help="grouped: pairs of one class, or of one caption, are no negatives.")
+    ] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Of the matrices inside blocks.")] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled images to measure accuracy on while training: a folder, shapes, cifar10."
+        ),
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="File with their classes, one a line.")] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="Measure this attack's success as well: its name, or its card (.json).")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The class that the attacker wants.")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Steps between two measurements.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most images to measure on.")] = 1000,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    activation: Annotated[
+        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
+    ] = Activation.auto,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the pairs, and of views.")
+    ] = 0,
+    device: Device = None,
+) -> None:
+    """Fine-tune MODEL on PAIRS: with poisoned ones a backdoor gets in, with clean ones and CleanCLIP it may go.
+
+    Writes a folder that every command takes for MODEL, and that open_clip opens too. Given again, the same command
+    goes on where it was killed, and ends with the same weights.
+    """
+    with plain_errors():
+        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+        with imports():
+            import json
+            from dataclasses import asdict, replace
+
+            from decompclip.audit.diagnosis.command import check_text
+            from decompclip.data.pair_sources import open_pairs
+            from decompclip.data.pixels import to_pixels
+            from decompclip.models.loading import load
+            from decompclip.models.saving import save_model
+            from decompclip.training.finetune import finetune as run
+            from decompclip.training.recipes import RECIPES
+
+        changed: dict[str, Any] = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "loss": loss and loss.value,
+            "optimizer": optimizer and optimizer.value,
+        }
+        plan = replace(RECIPES[recipe.value], **{k: x for k, x in changed.items() if x is not None})
+        out.mkdir(parents=True, exist_ok=True)
+        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        clip = load(model, **weights, device=usable_device(device))
+        check_text(clip)
+        source = open_pairs(pairs, to_pixels(clip.image_size), seed=seed)
+        watch = None
+        if images is not None:
+            watch = _monitor(clip, model, images, classes, trigger, target, every, limit)
+        elif trigger or target:
+            raise ValueError(
+                "expected --images, labelled images to measure on, with --trigger and --target; received none"
+            )
+        tuned = run(
+            clip,
+            source,
+            plan,
+            monitor=watch,
+            checkpoint=out / "checkpoint.pt",
+            log_every=every,
+            seed=seed,
+            progress=True,
+            log=lambda entry: typer.echo(entry, err=True),
+        )
+        save_model(tuned.model, out)
+        facts = {
+            "model": model,
+            "pairs": pairs,
+            "seed": seed,
+            "recipe": asdict(plan),
+            "history": tuned.history,
+        }
+        (out / "history.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        tuned.figure().write_html(out / "history.html", include_plotlyjs=True)
+        if skipped := len(source.skipped):
+            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+        typer.echo(repr(tuned))
+        typer.echo(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
+
+
+def _monitor(
+    clip: Any,
+    model: str,
+    images: str,
+    classes: Path | None,
+    trigger: str | None,
+    target: str | None,
+    every: int | None,
+    limit: int,
+) -> Any:
+    """What is measured on the way."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    from decompclip.data.images import class_index
+    from decompclip.data.labelled import open_labelled
+    from decompclip.evaluate_command import known_classes
+    from decompclip.training.monitor import Monitor
+
+    if (trigger is None) != (target is None):
+        raise ValueError("expected --trigger and --target together; received one of them")
+    names = known_classes(classes, model, images)
+    own = next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES)
+    return Monitor(
+        data=open_labelled(images, clip.image_size, names, limit=limit),
+        class_names=names,
+        templates=own,
+        trigger=None if trigger is None else open_trigger(trigger),
+        target=None if target is None else class_index(target, names),
+        every=every,
+    )

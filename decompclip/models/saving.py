@@ -1,0 +1,59 @@
+"""Writing a model to a folder that open_clip, and `decompclip.load`, open again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.folders import CONFIG, OWN, WEIGHTS_NAME
+from decompclip.models.tokenizer import WordTokenizer
+
+
+def save_model(model: HookedCLIP, folder: str | Path) -> Path:
+    """Write weights and configuration in open_clip's form; returns the folder.
+
+    `decompclip.load(folder)` gives the same model: weights bit for bit, preprocessing, templates and class names.
+    open_clip reads the folder too (`local-dir:FOLDER`), but for models with a vocabulary of their own.
+
+    Raises:
+        ValueError: the model's architecture is not known, since it was hooked in memory; set `model.architecture` to
+            open_clip's configuration of it.
+        OSError: the folder cannot be written to.
+    """
+    if model.architecture is None:
+        raise ValueError(
+            f"expected a model whose open_clip configuration is known; {model.name!r} was hooked in memory; set "
+            "model.architecture to its configuration (open_clip.get_model_config(NAME) gives one)"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own: dict[str, Any] = {
+        "class_names": list(model.class_names),
+        # templates that are functions have no words
+        "templates": {k: [t for t in v if isinstance(t, str)] for k, v in model.templates.items()},
+        "provenance": json.loads(json.dumps(model.provenance, default=str)),
+    }
+    if isinstance(model.tokenizer, WordTokenizer):
+        own["words"] = list(model.tokenizer.words)
+    elif hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
+        inner.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
+    config = {
+        "model_cfg": dict(model.architecture),
+        "preprocess_cfg": asdict(model.preprocess_cfg),
+        OWN: own,
+    }
+    state = {
+        key: x.detach().cpu().clone().contiguous() for key, x in model.to_open_clip().state_dict().items()
+    }
+    partial = folder / f"{WEIGHTS_NAME}.partial"
+    save_file(state, partial)
+    partial.replace(folder / WEIGHTS_NAME)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / CONFIG)
+    return folder
