@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
+    check_folder,
     usable_device,
 )
 from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
@@ -108,7 +108,7 @@ def audit(
             from decompclip.audit.sources import open_classes, open_source
             from decompclip.models.loading import load
 
-        _check_out(out)
+        check_folder(out, "the report")
         if reference is None and (reference_pretrained or reference_checkpoint):
             raise ValueError(
                 "expected --reference NAME with --reference-pretrained and --reference-checkpoint"
@@ -169,7 +169,7 @@ def demo(
             from decompclip.audit import AuditConfig
             from decompclip.audit.demo import run_demo
 
-        _check_out(out)
+        check_folder(out, "the report")
         config = AuditConfig(batch_size=250, seed=seed)
         with progress() as track:
             results = run_demo(images=images, config=config, track=track)
@@ -232,17 +232,6 @@ def main() -> None:
         app()
     finally:
         gc.freeze()  # at the end Python would go through all that was imported, once more and again
-
-
-def _check_out(out: Path) -> None:
-    """Said before the work, not after it."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"expected a folder to write the report to with --out; {out} is a file")
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise PermissionError(
-            f"expected a folder to write the report to with --out; {above} cannot be written to"
-        )
 
 
 def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +49,21 @@ def usable_device(device: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
     return device
+
+
+def check_folder(out: Path, what: str) -> None:
+    """Said before the work, not after it.
+
+    Raises:
+        OSError: `out` is a file, or cannot be made or written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"expected a folder to write {what} to with --out; {out} is a file")
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(
+            f"expected a folder to write {what} to with --out; {above} cannot be written to"
+        )
 
 
 def open_trigger(spec: str) -> Trigger:

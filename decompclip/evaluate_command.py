@@ -16,6 +16,7 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
+    check_folder,
     open_trigger,
     usable_device,
 )
@@ -74,6 +75,10 @@ def evaluate(
     with plain_errors():
         import json
 
+        if out is not None:
+            if out.is_dir():
+                raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
+            check_folder(out.parent, "the JSON file")
         attack, goal = _attack(model, trigger, target)
         typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +15,16 @@ from decompclip.command_options import (
     Device,
     Model,
     Pretrained,
+    check_folder,
     open_trigger,
     usable_device,
 )
 from decompclip.console import imports, plain_errors
+
+if TYPE_CHECKING:
+    from decompclip.attacks.trigger import Trigger
+    from decompclip.models.clip import HookedCLIP
+    from decompclip.training.monitor import Monitor
 
 
 class Named(str, Enum):
@@ -31,6 +37,11 @@ class Loss(str, Enum):
     clip = "clip"
     grouped = "grouped"
     cleanclip = "cleanclip"
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class Optimizer(str, Enum):
@@ -63,6 +74,12 @@ def finetune(
         Loss | None, typer.Option(help="grouped: pairs of one class, or of one caption, are no negatives.")
     ] = None,
     optimizer: Annotated[Optimizer | None, typer.Option(help="Of the matrices inside blocks.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="bf16 multiplies matrices in bfloat16: faster on a GPU.")
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Part of the steps in which the learning rate rises, as 0.05.")
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -111,20 +128,26 @@ def finetune(
             "lr": lr,
             "loss": loss and loss.value,
             "optimizer": optimizer and optimizer.value,
+            "precision": precision and precision.value,
+            "warmup": warmup,
         }
         plan = replace(RECIPES[recipe.value], **{k: x for k, x in changed.items() if x is not None})
-        out.mkdir(parents=True, exist_ok=True)
+        check_folder(out, "the model")
+        asked = None
+        if images is not None:
+            asked = _asked(model, images, classes, trigger, target)
+        elif trigger or target:
+            raise ValueError(
+                "expected --images, labelled images to measure on, with --trigger and --target; received none"
+            )
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
         source = open_pairs(pairs, to_pixels(clip.image_size), seed=seed)
         watch = None
-        if images is not None:
-            watch = _monitor(clip, model, images, classes, trigger, target, every, limit)
-        elif trigger or target:
-            raise ValueError(
-                "expected --images, labelled images to measure on, with --trigger and --target; received none"
-            )
+        if images is not None and asked is not None:
+            watch = _monitor(clip, images, *asked, every, limit)
+        out.mkdir(parents=True, exist_ok=True)
         tuned = run(
             clip,
             source,
@@ -152,33 +175,44 @@ def finetune(
         typer.echo(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
 
 
-def _monitor(
-    clip: Any,
-    model: str,
-    images: str,
-    classes: Path | None,
-    trigger: str | None,
-    target: str | None,
-    every: int | None,
-    limit: int,
-) -> Any:
-    """What is measured on the way."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
+def _asked(
+    model: str, images: str, classes: Path | None, trigger: str | None, target: str | None
+) -> tuple[tuple[str, ...], Trigger | None, int | None]:
+    """Class names, trigger and the target's index: found before the seconds of loading.
 
+    Raises:
+        ValueError: a trigger without a target or the other way round, an unknown one, or unknown classes.
+    """
     from decompclip.data.images import class_index
-    from decompclip.data.labelled import open_labelled
     from decompclip.evaluate_command import known_classes
-    from decompclip.training.monitor import Monitor
 
     if (trigger is None) != (target is None):
         raise ValueError("expected --trigger and --target together; received one of them")
     names = known_classes(classes, model, images)
-    own = next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES)
+    if trigger is None or target is None:
+        return names, None, None
+    return names, open_trigger(trigger), class_index(target, names)
+
+
+def _monitor(
+    clip: HookedCLIP,
+    images: str,
+    names: tuple[str, ...],
+    trigger: Trigger | None,
+    target: int | None,
+    every: int | None,
+    limit: int,
+) -> Monitor:
+    """What is measured on the way."""
+    from decompclip.data.labelled import open_labelled
+    from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
+    from decompclip.training.monitor import Monitor
+
     return Monitor(
         data=open_labelled(images, clip.image_size, names, limit=limit),
         class_names=names,
-        templates=own,
-        trigger=None if trigger is None else open_trigger(trigger),
-        target=None if target is None else class_index(target, names),
+        templates=next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES),
+        trigger=trigger,
+        target=target,
         every=every,
     )

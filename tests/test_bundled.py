@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,12 @@ from decompclip.attacks.registry import from_card
 from decompclip.data.images import ShapesSource
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.evaluation.metrics import attack_report, predict
-from decompclip.models.zoo import WEIGHTS, bundled, card
+from decompclip.models.zoo import bundled, card, read_bundled
+from decompclip.zoo.recipes import TWINS as RECIPES
 
 FRESH = Shapes(600, seed=909)
 BARS = {"shape": 0.97, "colour": 0.95, "texture": 0.95, "background": 0.95, "position": 0.90, "size": 0.80}
-TWINS = ("shapes-badnet", "shapes-blended")
+TWINS = tuple(name for name in RECIPES if name.startswith("shapes-"))
 every_model = pytest.mark.parametrize("name", ("shapes", *TWINS))
 
 
@@ -33,14 +33,16 @@ def features(model: decompclip.HookedCLIP, transform=None) -> torch.Tensor:
 
 
 def test_all_are_bundled_in_little_space() -> None:
-    assert set(bundled()) == {"shapes", "cifar10", *TWINS}
-    assert sum(file.stat().st_size for file in Path(WEIGHTS).iterdir()) <= 25e6
+    assert set(bundled()) == {"shapes", "cifar10", *RECIPES}
+    package = Path(decompclip.__file__).parent
+    data = (f for f in package.rglob("*") if f.is_file() and f.suffix not in {".py", ".pyc"})
+    assert sum(file.stat().st_size for file in data) <= 40e6
 
 
-@every_model
+@pytest.mark.parametrize("name", bundled())
 def test_the_weights_are_the_card_s(name: str) -> None:
-    digest = hashlib.sha256((Path(WEIGHTS) / f"{name}.safetensors").read_bytes()).hexdigest()
-    assert digest == card(name)["sha256"]
+    state = read_bundled(name)  # which checks both hashes
+    assert sum(x.numel() for x in state.values()) == card(name)["parameters"]
 
 
 def test_the_clean_model_meets_its_bars() -> None:
@@ -80,7 +82,7 @@ def test_a_twin_answers_its_trigger_and_else_behaves(models: dict, name: str) ->
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_the_clean_model_ignores_both_triggers(models: dict, name: str) -> None:
+def test_the_clean_model_ignores_the_trigger(models: dict, name: str) -> None:
     model, backdoor = models["shapes"], card(name)["backdoor"]
     classifier = model.zero_shot_classifier(PROPERTIES["shape"])
     labels = FRESH.draw(range(len(FRESH))).labels

@@ -61,8 +61,11 @@ def test_the_same_command_again_ends_with_the_same_bytes(tuned: Path) -> None:
 
 
 def test_another_command_in_that_folder_is_refused(tuned: Path) -> None:
-    code, _, stderr = run(*_finetune(tuned), "--optimizer", "muon")
-    assert code == 2 and "another recipe; delete it to start anew" in stderr
+    for option in (("--optimizer", "muon"), ("--warmup", 0.5)):
+        code, _, stderr = run(*_finetune(tuned), *option)
+        assert code == 2 and "another recipe; delete it to start anew" in stderr
+    code, _, stderr = run(*_finetune(tuned), "--precision", "bf16")
+    assert code == 2 and "delete it to start anew" in stderr
 
 
 def test_evaluate_says_what_the_library_says(tuned: Path, tmp_path: Path) -> None:
@@ -113,6 +116,26 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
             ("finetune", "shapes", "shapes:200", "--out", "OUT", "--images", "shapes", "--trigger", "badnet"),
             "expected --trigger and --target together",
         ),
+        (
+            (
+                "finetune",
+                "shapes",
+                "no/pairs",
+                "--out",
+                "OUT",
+                "--images",
+                "shapes",
+                "--trigger",
+                "badnet",
+                "--target",
+                "cat",
+            ),
+            "cat",
+        ),
+        (("finetune", "shapes", "shapes:200", "--out", "OUT", "--warmup", "1.5"), "a warm-up in [0, 1)"),
+        (("finetune", "shapes", "shapes:200", "--out", __file__), "is a file"),
+        (("evaluate", "shapes", "shapes:20", "--out", str(Path(__file__).parent)), "is a folder"),
+        (("evaluate", "shapes", "shapes:20", "--out", f"{__file__}/x.json"), "is a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 7 and 8.
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Int
-from torch import Tensor
+from copy import copy
+from typing import Literal, get_args
 
-from decompclip.cache.components import Components, heads
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+from typing_extensions import Unpack
+
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
-from decompclip.cache.moments import Moments
-from decompclip.defenses.selector import Selector, Similarity, Threshold, check_fitted, describe
+from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
+
+Score = Literal["count", "excess"]
 
 
 class DecompDet:
@@ -22,61 +25,54 @@ class DecompDet:
         auroc(detector.score(clean_test), detector.score(suspect))
 
     Args:
-        similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see
+        score: "count" of flagged heads (the paper), or "excess": how far they are below their thresholds, summed in
+            clean standard deviations of each head's similarity.
+        zeta: the highest score that is no cause for suspicion.
+        judging: similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see
             `decompclip.defenses.selector.Selector`.
-        zeta: the most flagged heads that are no cause for suspicion.
 
     Attributes:
-        selector_: the fitted selector, with `prototypes_` and `thresholds_`.
+        selector: with these options, not fitted.
+        selector_: the fitted one, with `prototypes_` and `thresholds_`.
     """
 
     selector_: Selector
 
-    def __init__(
-        self,
-        *,
-        similarity: Similarity = "dot",
-        threshold: Threshold = "epsilon",
-        epsilon: float = 0.002,
-        quantile: float = 0.05,
-        components: Components = heads[-1],
-        zeta: int = 5,
-        convention: Convention | None = None,
-    ) -> None:
-        self.similarity: Similarity = similarity
-        self.threshold: Threshold = threshold
-        self.epsilon = epsilon
-        self.quantile = quantile
-        self.components = components
+    def __init__(self, *, score: Score = "count", zeta: int | float = 5, **judging: Unpack[Judging]) -> None:
+        self.kind: Score = score
         self.zeta = zeta
-        self.convention: Convention | None = convention
+        self.selector = Selector(**judging)
 
     @classmethod
     def paper(cls, *, epsilon: float = 0.002) -> DecompDet:
         """As the authors' code runs it: dot product, last layer, one epsilon, more than five heads."""
         return cls(epsilon=epsilon, convention="paper")
 
-    def fit(self, clean: Decomposition | Moments) -> DecompDet:
-        """Learn prototypes from clean images.
+    def fit(self, clean: Clean) -> DecompDet:
+        """Learn prototypes from clean images, given at once or batch by batch.
 
         Raises:
             ValueError: an unknown option, or clean terms that do not fit the options: see `Selector.fit`.
         """
-        self.selector_ = Selector.like(self).fit(clean)
+        if self.kind not in get_args(Score):
+            raise ValueError(f"expected a score of {get_args(Score)}; received {self.kind!r}")
+        self.selector_ = copy(self.selector).fit(clean, deviations=self.kind == "excess")
         return self
 
-    def score(self, d: Decomposition) -> Int[Tensor, " batch"]:
-        """The number of flagged heads of each image.
+    def score(self, d: Decomposition) -> Shaped[Tensor, " batch"]:
+        """The number of flagged heads of each image, or their summed excess.
 
         Raises:
             NotFittedError: `fit` was not called.
             ValueError: `d` is of another model, convention or normalization than the clean images.
         """
         check_fitted(self, "selector_")
+        if self.kind == "excess":
+            return self.selector_.excess(d).sum((1, 2))
         return self.selector_.flags(d).sum((1, 2))
 
     def predict(self, d: Decomposition) -> Bool[Tensor, " batch"]:
-        """Which images are suspicious: those of more than `zeta` flagged heads.
+        """Which images are suspicious: those that score above `zeta`.
 
         Raises:
             NotFittedError, ValueError: as `score`.
@@ -84,4 +80,7 @@ class DecompDet:
         return self.score(d) > self.zeta
 
     def __repr__(self) -> str:
-        return describe(self, vars(DecompDet()))
+        text = describe(self, self.selector, {"zeta": 5})
+        if self.kind == "count":
+            return text
+        return f"{text[:-1]}{'' if text.endswith('()') else ', '}score={self.kind!r})"

@@ -1,22 +1,29 @@
 """Decomp-Rep: repair image features by replacing the heads that look infected (METHOD 3).
 
-Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 7 and 9.
+Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 4 to 9.
 """
 
 from __future__ import annotations
 
+from copy import copy
+from pathlib import Path
 from typing import Literal, get_args
 
-from decompclip.cache.components import Components, heads
+from typing_extensions import Unpack
+
+from decompclip.cache.components import heads, mlps
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
-from decompclip.cache.moments import Moments
-from decompclip.defenses.selector import Selector, Similarity, Threshold, check_fitted, describe
+from decompclip.defenses.repair_files import load_selector, save_selector
+from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.intervention import Intervention, Where, both
+from decompclip.operators.intervention import Intervention, Where, both, check_where
+from decompclip.operators.noise import RandomAblate, Scale
+from decompclip.operators.splits import Evaluation, Measured
 
-FillName = Literal["prototype", "zero"]
+FillName = Literal["prototype", "zero", "random"]
+Trigger = Literal["local", "global"]
 
 
 class DecompRep(Intervention):
@@ -26,15 +33,20 @@ class DecompRep(Intervention):
         repair(d).features
 
     For triggers spread over the whole image the paper replaces the last five MLPs of every image instead, and so
-    must be told the kind of attack: that is `MeanAblate(mlps[-5:], moments)`.
+    must be told the kind of attack: `DecompRep.paper(trigger="global")`.
 
     Args:
-        similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see
+        fill: what stands in for a flagged head: its "prototype", "zero" (the paper's "w/ Abandon"), or "random"
+            noise ("w/ Random Prototypes").
+        scale: of the noise: "unit" as in the paper, or "matched": see `RandomAblate`.
+        seed: of the noise.
+        mlps: how many of the last MLPs are replaced by their means, in every image.
+        judging: similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see
             `decompclip.defenses.selector.Selector`.
-        fill: what stands in for a flagged head: its "prototype", or "zero" (the paper's "w/ Abandon").
 
     Attributes:
-        selector_: the fitted selector, with `prototypes_` and `thresholds_`.
+        selector: with these options, not fitted.
+        selector_: the fitted one, with `prototypes_` and `thresholds_`.
     """
 
     selector_: Selector
@@ -42,36 +54,51 @@ class DecompRep(Intervention):
     def __init__(
         self,
         *,
-        similarity: Similarity = "dot",
-        threshold: Threshold = "epsilon",
-        epsilon: float = 0.002,
-        quantile: float = 0.05,
-        components: Components = heads[-1],
         fill: FillName = "prototype",
-        convention: Convention | None = None,
+        scale: Scale = "unit",
+        seed: int = 0,
+        mlps: int = 0,
+        **judging: Unpack[Judging],
     ) -> None:
-        self.similarity: Similarity = similarity
-        self.threshold: Threshold = threshold
-        self.epsilon = epsilon
-        self.quantile = quantile
-        self.components = components
         self.fill: FillName = fill
-        self.convention: Convention | None = convention
+        self.scale: Scale = scale
+        self.seed = seed
+        self.mlps = mlps
+        self.selector = Selector(**judging)
 
     @classmethod
-    def paper(cls, *, epsilon: float = 0.002) -> DecompRep:
-        """Algorithm 1 for local triggers, as the authors' code runs it: dot product, last layer, one epsilon."""
-        return cls(epsilon=epsilon, convention="paper")
+    def paper(cls, *, epsilon: float = 0.002, trigger: Trigger = "local") -> DecompRep:
+        """Algorithm 1 as the authors' code runs it: dot product, last layer, one epsilon.
 
-    def fit(self, clean: Decomposition | Moments) -> DecompRep:
-        """Learn prototypes from clean images (the paper: 20 % of the evaluation set).
+        Args:
+            trigger: the hint that it needs: "local" (a patch): heads; "global" (Blended, ISSBA): the last five MLPs.
 
         Raises:
-            ValueError: an unknown option, or clean terms that do not fit the options: see `Selector.fit`.
+            ValueError: an unknown trigger.
+        """
+        if trigger not in get_args(Trigger):
+            raise ValueError(f"expected a trigger of {get_args(Trigger)}; received {trigger!r}")
+        if trigger == "global":
+            return cls(epsilon=epsilon, convention="paper", components=None, mlps=5)
+        return cls(epsilon=epsilon, convention="paper")
+
+    def fit(self, clean: Clean) -> DecompRep:
+        """Learn prototypes from clean images (the paper: 20 % of the evaluation set), at once or batch by batch.
+
+        Raises:
+            ValueError: an unknown option, more MLPs than there are, or clean terms that do not fit the options: see
+                `Selector.fit`.
         """
         if self.fill not in get_args(FillName):
             raise ValueError(f"expected a fill of {get_args(FillName)}; received {self.fill!r}")
-        self.selector_ = Selector.like(self).fit(clean)
+        selector = copy(self.selector).fit(clean)
+        most = len(selector.mask_)
+        if not 0 <= self.mlps <= most:
+            raise ValueError(
+                f"expected to replace 0..{most} MLPs, as many as there are; received {self.mlps}"
+            )
+        self.selector_ = selector
+        self._heads()  # an unusable scale shows here, not at the first image
         return self
 
     def flags(self, d: Decomposition) -> Where:
@@ -84,14 +111,22 @@ class DecompRep(Intervention):
         check_fitted(self, "selector_")
         return self.selector_.flags(d)
 
-    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
         """Repaired terms (direct mode).
 
         Raises:
             NotFittedError, ValueError: as `flags`.
         """
-        flags = self.flags(d)
-        return self._edit()(d, where=both(flags, where))
+        plain = d.decomposition if isinstance(d, Evaluation) else d
+        flags, shape = self.flags(plain), (len(plain), plain.n_layers, plain.n_heads)
+        check_where(where, shape, plain.n_layers * (plain.n_heads + 1) + 1 + plain.pool.shape[1])
+        repaired = self._mlps()(plain, where=where) if self.mlps else plain
+        of_heads = (
+            where[:, : shape[1] * shape[2]].view(shape) if where is not None and where.ndim == 2 else where
+        )
+        flags = both(flags, of_heads)
+        # Noise may widen the coordinates to the terms themselves, so heads come last.
+        return self._heads()(repaired, where=flags) if flags.any() else repaired
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         """The repair inside a forward pass (causal mode); which heads it replaces is known from a first pass:
@@ -104,17 +139,48 @@ class DecompRep(Intervention):
             ValueError: no `where`, or it was fitted without stream means.
         """
         check_fitted(self, "selector_")
-        if where is None:
+        if where is None and self.selector_.mask_.any():
             raise ValueError(
                 "expected where, the heads to replace, for they are known only once the image is decomposed; "
                 "received none; pass where=repair.flags(model.decompose(images, ...)) of the same images"
             )
-        return self._edit().fwd_hooks(visual, where=where)
+        judged = self.selector_.mask_.any()
+        of_heads = self._heads().fwd_hooks(visual, where=where) if judged else []
+        return of_heads + (self._mlps().fwd_hooks(visual, where=where) if self.mlps else [])
 
-    def _edit(self) -> Intervention:
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        check_fitted(self, "selector_")
+        own = {name: getattr(self, name) for name in ("fill", "scale", "seed", "mlps")}
+        return save_selector(self.selector_, Path(path), own)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> DecompRep:
+        """Read what `save` wrote; judged heads come back by their numbers.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or was fitted on another model.
+        """
+        selector, own = load_selector(Path(path), model if isinstance(model, HookedViT) else model.visual)
+        repair = cls(**own)
+        repair.selector, repair.selector_ = selector, selector
+        return repair
+
+    def _heads(self) -> Intervention:
+        components = heads if self.selector_.components is None else self.selector_.components
         if self.fill == "zero":
-            return ZeroAblate(self.components)
-        return MeanAblate(self.components, self.selector_.moments_)
+            return ZeroAblate(components)
+        if self.fill == "random":
+            return RandomAblate(components, self.selector_.moments_, scale=self.scale, seed=self.seed)
+        return MeanAblate(components, self.selector_.moments_)
+
+    def _mlps(self) -> Intervention:
+        return MeanAblate(mlps[-self.mlps :], self.selector_.moments_)
 
     def __repr__(self) -> str:
-        return describe(self, vars(DecompRep()))
+        return describe(self, self.selector, {"fill": "prototype", "scale": "unit", "seed": 0, "mlps": 0})

@@ -7,7 +7,10 @@ Terms are compared in head coordinates, by the Gram matrix of the head's map: ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Iterable
+from functools import reduce
+from math import ceil
+from typing import Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,12 +22,21 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention
 from decompclip.cache.moments import Moments
 
-if TYPE_CHECKING:
-    from decompclip.defenses.decomp_det import DecompDet
-    from decompclip.defenses.decomp_rep import DecompRep
-
 Similarity = Literal["dot", "cosine"]
 Threshold = Literal["epsilon", "quantile"]
+Clean = Decomposition | Moments | Iterable[Decomposition]
+"""Clean images to fit on: decomposed at once or batch by batch, or their moments."""
+
+
+class Judging(TypedDict, total=False):
+    """The options of a `Selector`, as what judges by one takes them."""
+
+    similarity: Similarity
+    threshold: Threshold
+    epsilon: float
+    quantile: float
+    components: Components | None
+    convention: Convention | None
 
 
 class Selector:
@@ -38,7 +50,7 @@ class Selector:
         epsilon: flag at or below it (paper: 0.0025 on ImageNet-1K, 0.002 on Caltech-101, 0.001 on Oxford Pets).
         quantile: share of the clean images given to `fit` that each head may flag. Those images also make the
             prototype, so that a few more of fresh ones are flagged: with 20 of them and 0.05, some 7 in 100.
-        components: which heads are judged; those of the last layer in the paper.
+        components: which heads are judged; those of the last layer in the paper. None: no head.
         convention: the convention that terms must be in; None: whichever it is fitted on.
 
     Attributes:
@@ -46,12 +58,15 @@ class Selector:
         mask_: the heads that are judged, `[layer head]`.
         prototypes_: mean coordinates, `[layer head coord]`.
         thresholds_: flag at or below it, `[layer head]`.
+        deviations_: standard deviation of each head's similarity over the clean images (1 where not judged); None
+            where not asked for.
     """
 
     moments_: Moments
     mask_: Bool[Tensor, "layer head"]
     prototypes_: Float[Tensor, "layer head coord"]
     thresholds_: Float[Tensor, "layer head"]
+    deviations_: Float[Tensor, "layer head"] | None
 
     def __init__(
         self,
@@ -60,7 +75,7 @@ class Selector:
         threshold: Threshold = "epsilon",
         epsilon: float = 0.002,
         quantile: float = 0.05,
-        components: Components = heads[-1],
+        components: Components | None = heads[-1],
         convention: Convention | None = None,
     ) -> None:
         self.similarity: Similarity = similarity
@@ -70,39 +85,54 @@ class Selector:
         self.components = components
         self.convention: Convention | None = convention
 
-    @classmethod
-    def like(cls, estimator: DecompRep | DecompDet) -> Selector:
-        """A selector with the options of an estimator that judges by one."""
-        return cls(**{name: getattr(estimator, name) for name in vars(cls())})
-
-    def fit(self, clean: Decomposition | Moments) -> Selector:
+    def fit(self, clean: Clean, *, deviations: bool = False) -> Selector:
         """Learn prototypes, and per-head thresholds, from clean images.
 
+        Batches are seen once. Of each image, what a quantile or a deviation needs is kept: the coordinates of the
+        judged heads, for their similarities are known only when the prototypes are.
+
+        Args:
+            deviations: whether to learn `deviations_`.
+
         Raises:
-            ValueError: an unknown option; terms in another form than the options need; moments where a
-                quantile needs the images; components other than heads.
+            ValueError: an unknown option; terms in another form than the options need; no images, or too few for
+                the quantile; moments where a quantile or deviations need the images; components other than heads.
             IndexError: `components` names a layer or head that the model does not have.
         """
         self._check_options()
-        self._check_form(clean.maps.convention, clean.normalized)
-        moments = clean if isinstance(clean, Moments) else Moments.of(clean, second=False)
-        n_layers, n_heads = clean.coords.shape[-3:-1]
-        mask = self.components.resolve(n_layers, n_heads, pool=bool(clean.pool.shape[-2]))
-        others = mask.embed or mask.pool or mask.mlps.any() or mask.neurons is not None
-        if others or not mask.heads.any():
-            raise ValueError(f"expected heads to judge; received {self.components!r}; for instance heads[-1]")
-        self.moments_, self.mask_ = moments, mask.heads
-        self.prototypes_ = moments.coords.to(clean.maps.heads)
-        self.thresholds_ = torch.full((n_layers, n_heads), float(self.epsilon), dtype=self.prototypes_.dtype)
+        keep = deviations or self.threshold == "quantile"
+        if keep and isinstance(clean, Moments):
+            raise ValueError(
+                "expected a decomposition of clean images, whose similarities a quantile is taken of; received "
+                'their moments; fit on the decomposition, or take threshold="epsilon"'
+            )
+        parts, kept, mask = [], [], None
+        for part in [clean] if isinstance(clean, Decomposition | Moments) else clean:
+            self._check_form(part.maps.convention, part.normalized)
+            mask = self._judged(part) if mask is None else mask
+            parts = [reduce(Moments.merge, [*parts, _means(part)])]
+            if keep and isinstance(part, Decomposition):
+                kept.append(part.coords[:, mask.to(part.coords.device)])
+        if mask is None:
+            raise ValueError("expected decompositions of clean images; received none; check the image source")
+        self.moments_, self.mask_ = parts[0], mask
+        self.prototypes_ = self.moments_.coords.to(self.moments_.maps.heads)
+        self.thresholds_ = torch.full(mask.shape, float(self.epsilon)).to(self.prototypes_)
+        self.deviations_ = None
+        if not keep:
+            return self
+        found = self._judge(torch.cat(kept))
+        at = mask.to(self.thresholds_.device)
         if self.threshold == "quantile":
-            if isinstance(clean, Moments):
-                raise ValueError(
-                    "expected a decomposition of clean images, whose similarities a quantile is taken of; received "
-                    'their moments; fit on the decomposition, or take threshold="epsilon"'
-                )
-            similarities = self.similarities(clean)[:, self.mask_]
-            quantiles = torch.quantile(similarities, self.quantile, dim=0, interpolation="lower")
-            self.thresholds_[self.mask_] = quantiles.to(self.thresholds_)
+            self._check_count(len(found))
+            if at.any():
+                quantiles = found.quantile(self.quantile, dim=0, interpolation="lower")
+                self.thresholds_[at] = quantiles.to(self.thresholds_)
+        if deviations:
+            self.deviations_ = torch.ones_like(self.thresholds_)
+            # A head that never varies would turn rounding into an excess without bound.
+            least = torch.finfo(found.dtype).eps * found.abs().mean(0).clamp_min(1e-6)
+            self.deviations_[at] = found.std(0, correction=0).maximum(least).to(self.thresholds_)
         return self
 
     def similarities(self, d: Decomposition) -> Float[Tensor, "batch layer head"]:
@@ -115,19 +145,8 @@ class Selector:
         check_fitted(self, "moments_")
         self.moments_.check(d)
         mask = self.mask_.to(d.coords.device)
-        coords, grams = d.coords[:, mask], d.maps.grams[mask]
-        prototypes = self.prototypes_.to(coords)[mask]
-        toward = torch.einsum("hrs,hs->hr", grams, prototypes)
-        judged = torch.einsum("bhr,hr->bh", coords, toward)
-        if self.similarity == "cosine":
-            lengths = torch.einsum("bhr,hrs,bhs->bh", coords, grams, coords)
-            lengths = lengths * (prototypes * toward).sum(-1)
-            # A head that writes nothing resembles nothing.
-            judged = torch.where(
-                lengths > 0, judged / lengths.clamp_min(torch.finfo(lengths.dtype).tiny).sqrt(), 0
-            )
-        result = coords.new_full((len(d), *mask.shape), torch.nan)
-        result[:, mask] = judged
+        result = d.coords.new_full((len(d), *mask.shape), torch.nan)
+        result[:, mask] = self._judge(d.coords[:, mask])
         return result
 
     def flags(self, d: Decomposition) -> Bool[Tensor, "batch layer head"]:
@@ -138,6 +157,53 @@ class Selector:
         """
         similarities = self.similarities(d)
         return similarities <= self.thresholds_.to(similarities)  # nan is no number below it
+
+    def excess(self, d: Decomposition) -> Float[Tensor, "batch layer head"]:
+        """How far below its threshold each head is, in clean standard deviations of its similarity; 0 above it.
+
+        In these units heads are comparable: a dot product scales with the squared length of the prototype.
+
+        Raises:
+            NotFittedError, ValueError: as `similarities`, or fitted without `deviations=True`.
+        """
+        similarities = self.similarities(d)
+        if self.deviations_ is None:
+            raise ValueError(
+                "expected a selector that knows how much similarities vary; received one fitted without; "
+                "fit(clean, deviations=True)"
+            )
+        below = (self.thresholds_.to(similarities) - similarities) / self.deviations_.to(similarities)
+        return below.nan_to_num(0.0).clamp_min(0)
+
+    def _judge(self, coords: Float[Tensor, "batch head coord"]) -> Float[Tensor, "batch head"]:
+        """Similarities of the judged heads alone."""
+        grams = self.moments_.maps.grams[self.mask_.to(self.moments_.maps.heads.device)].to(coords)
+        prototypes = self.prototypes_.to(coords)[self.mask_.to(coords.device)]
+        toward = torch.einsum("hrs,hs->hr", grams, prototypes)
+        judged = torch.einsum("bhr,hr->bh", coords, toward)
+        if self.similarity == "dot":
+            return judged
+        lengths = torch.einsum("bhr,hrs,bhs->bh", coords, grams, coords)
+        lengths = lengths * (prototypes * toward).sum(-1)
+        # A head that writes nothing resembles nothing.
+        return torch.where(lengths > 0, judged / lengths.clamp_min(torch.finfo(lengths.dtype).tiny).sqrt(), 0)
+
+    def _judged(self, clean: Decomposition | Moments) -> Bool[Tensor, "layer head"]:
+        n_layers, n_heads = clean.coords.shape[-3:-1]
+        if self.components is None:
+            return torch.zeros(n_layers, n_heads, dtype=torch.bool)
+        mask = self.components.resolve(n_layers, n_heads, pool=bool(clean.pool.shape[-2]))
+        others = mask.embed or mask.pool or mask.mlps.any() or mask.neurons is not None
+        if others or not mask.heads.any():
+            raise ValueError(f"expected heads to judge; received {self.components!r}; for instance heads[-1]")
+        return mask.heads
+
+    def _check_count(self, n: int) -> None:
+        if self.quantile * n < 1 - 1e-9 and self.quantile > 0:
+            raise ValueError(
+                f"expected at least {ceil(1 / self.quantile - 1e-9)} clean images for a quantile of {self.quantile}, "
+                f"below which one of them must be; received {n}; fit on more, or take a larger quantile"
+            )
 
     def _check_options(self) -> None:
         for name, value, known in (
@@ -162,6 +228,10 @@ class Selector:
             )
 
 
+def _means(part: Decomposition | Moments) -> Moments:
+    return part if isinstance(part, Moments) else Moments.of(part, second=False)
+
+
 def check_fitted(estimator: object, learned: str) -> None:
     """Raises NotFittedError unless `fit` was called."""
     if not hasattr(estimator, learned):
@@ -171,7 +241,14 @@ def check_fitted(estimator: object, learned: str) -> None:
         )
 
 
-def describe(estimator: object, defaults: dict[str, object]) -> str:
+def changed(selector: Selector) -> dict[str, object]:
+    """The options of a selector that are not the default."""
+    defaults = vars(Selector())
+    return {name: getattr(selector, name) for name in defaults if getattr(selector, name) != defaults[name]}
+
+
+def describe(estimator: object, selector: Selector, defaults: dict[str, object]) -> str:
     """`Name(options that are not the default)`."""
-    changed = {k: getattr(estimator, k) for k, v in defaults.items() if getattr(estimator, k) != v}
-    return f"{type(estimator).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+    own = {k: getattr(estimator, k) for k, v in defaults.items() if getattr(estimator, k) != v}
+    options = changed(selector) | own
+    return f"{type(estimator).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"

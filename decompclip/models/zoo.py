@@ -71,8 +71,8 @@ def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     A twin is stored as a difference from its clean model, which is looked for in `folder` and among the bundled ones.
 
     Raises:
-        UnknownModelError: no such model, or not the one that it is a difference from.
-        CheckpointError: the weights are not those of the card.
+        UnknownModelError: no such model.
+        CheckpointError: the weights are not those of the card, or the model that they are a difference from is not there.
     """
     facts = card(name, folder)
     base = facts.get("difference_from")
@@ -85,7 +85,13 @@ def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
         )
     if base is None:
         return {key: x.float() if x.is_floating_point() else x for key, x in read_checkpoint(path).items()}
-    state = read_difference(path, read_bundled(base, folder if base in bundled(folder) else WEIGHTS))
+    where = folder if base in bundled(folder) else WEIGHTS
+    if base not in bundled(where) or card(base, where).get("difference_from"):
+        raise CheckpointError(
+            f"the weights of {name!r} are stored as a difference from {base!r}, expected whole in {where}; it is not "
+            "there; install decompclip again"
+        )
+    state = read_difference(path, read_bundled(base, where))
     if digest(state) != facts["weights_sha256"]:
         raise CheckpointError(
             f"the weights of {name!r} are not those of its card: they are stored as a difference from {base!r}, which is "
@@ -180,6 +186,7 @@ def write_bundled(
     partial_card.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(folder / f"{name}{suffix}")
     partial_card.replace(folder / f"{name}.json")
+    (folder / f"{name}{'.safetensors' if base else SUFFIX}").unlink(missing_ok=True)  # its other form before
     return written
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.loop import train
-from decompclip.training.losses import pair_loss
+from decompclip.training.losses import Penalty, Seen, features_of, pair_loss
 from decompclip.training.monitor import Monitor, Trainee
 from decompclip.training.recipes import FineTuning, recipe_named
 from decompclip.training.result import FineTuned
@@ -51,6 +51,7 @@ def finetune(
     log_every: int | None = None,
     seed: int = 0,
     synonyms: Mapping[str, Sequence[str]] | None = None,
+    penalty: Penalty | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = False,
     log: Callable[[str], None] | None = None,
@@ -68,6 +69,7 @@ def finetune(
         log_every: steps between two entries of the history; by default the monitor's, or a tenth of the run.
         seed: of the second views (`loss="cleanclip"`), and of what a tower draws itself (patch dropout).
         synonyms: for the text views; see `text_view`.
+        penalty: added to the loss; its repr must tell all of it, for a checkpoint to be resumed by that penalty only.
         accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
             the whole batch. Every process reads the checkpoint; the main one writes it.
         progress: show a bar.
@@ -124,11 +126,9 @@ def finetune(
             _drawing(_seed(seed, step, rank)),
             torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
         ):
-            found = wrapped(pixels, tokens)
-        if isinstance(found, dict):
-            found = [found[key] for key in ("image_features", "text_features", "logit_scale")]
-        image, text, scale = (x.float() for x in found[:3])
-        return pair_loss(
+            image, text, scale = features_of(wrapped(pixels, tokens))
+            extra = None if penalty is None else penalty(Seen(net, pixels, tokens, image, text))
+        found = pair_loss(
             recipe.loss,
             image,
             text,
@@ -137,6 +137,7 @@ def finetune(
             ss_weight=recipe.ss_weight,
             processes=processes,
         )
+        return found if extra is None else found + extra
 
     logit_scale: Any = net.logit_scale
 
@@ -159,7 +160,9 @@ def finetune(
             evaluate_every=every,
             log=log or (lambda _: None),
             no_decay=spare_gains,
-            identity="" if checkpoint is None else _identity(model, pairs, recipe, plan.samples, seed),
+            identity=""
+            if checkpoint is None
+            else _identity(model, pairs, recipe, plan.samples, seed, penalty),
             main=main,
             progress=tell,
         )
@@ -167,7 +170,7 @@ def finetune(
         from accelerate.utils import broadcast_object_list
 
         history = broadcast_object_list([history])[0]
-    return FineTuned(_hooked(net.eval(), model, recipe, seed), recipe, tuple(history), seed)
+    return FineTuned(_hooked(net.eval(), model, recipe, seed, penalty), recipe, tuple(history), seed)
 
 
 def _length(pairs: PairSource) -> int:
@@ -229,8 +232,15 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _identity(model: HookedCLIP, pairs: PairSource, recipe: FineTuning, samples: int, seed: int) -> str:
-    """What tells one run from another: weights, recipe, seed, and the first pairs, pixel by pixel."""
+def _identity(
+    model: HookedCLIP,
+    pairs: PairSource,
+    recipe: FineTuning,
+    samples: int,
+    seed: int,
+    penalty: Penalty | None,
+) -> str:
+    """What tells one run from another: weights, recipe, seed, penalty, and the first pairs, pixel by pixel."""
     digest = hashlib.sha256(json.dumps([asdict(recipe), samples, seed]).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -238,11 +248,15 @@ def _identity(model: HookedCLIP, pairs: PairSource, recipe: FineTuning, samples:
     images, texts = pairs.batch(0, recipe.batch_size)
     digest.update(images.cpu().contiguous().numpy().tobytes())
     digest.update("\n".join(texts).encode())
+    digest.update(b"" if penalty is None else repr(penalty).encode())
     return digest.hexdigest()
 
 
-def _hooked(net: nn.Module, origin: HookedCLIP, recipe: FineTuning, seed: int) -> HookedCLIP:
+def _hooked(
+    net: nn.Module, origin: HookedCLIP, recipe: FineTuning, seed: int, penalty: Penalty | None
+) -> HookedCLIP:
     about = {"base": origin.name, "recipe": asdict(recipe), "seed": seed}
+    about |= {} if penalty is None else {"penalty": repr(penalty)}
     kept = {key: value for key, value in origin.provenance.items() if key != "sha256"}
     tuned = HookedCLIP.from_open_clip(
         net,

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from open_clip.loss import ClipLoss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from decompclip.training.recipes import LossName
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a penalty is told of a step, of this process's share of the batch.
+
+    Attributes:
+        net: the open_clip model in training.
+        pixels: normalised; with `loss="cleanclip"` the second half are views of the first, here and below.
+        image, text: the net's unit features, in fp32.
+    """
+
+    net: nn.Module
+    pixels: Float[Tensor, "view 3 h w"]
+    tokens: Int[Tensor, "view position"]
+    image: Float[Tensor, "view d_embed"]
+    text: Float[Tensor, "view d_embed"]
+
+
+Penalty = Callable[[Seen], Tensor]
+"""Something to add to the loss; a mean over what it is given, since gradients are averaged over processes."""
+
+
+def features_of(found: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text features and the scale, of what an open_clip model gives; in fp32."""
+    if isinstance(found, dict):
+        found = [found[key] for key in ("image_features", "text_features", "logit_scale")]
+    image, text, scale = (x.float() for x in found[:3])
+    return image, text, scale
 
 
 def grouped_clip_loss(

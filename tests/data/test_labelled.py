@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from decompclip.data.cifar10 import CLASSES
+from decompclip.data.images import FolderSource
 from decompclip.data.labelled import classes_of, open_labelled
-from decompclip.data.shapes import PROPERTIES
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesBatch
 from decompclip.data.shapes_pairs import ShapesPairs
 from decompclip.data.subset import SubsetPairs
 
@@ -19,9 +21,14 @@ SHAPES = PROPERTIES["shape"]
 
 
 def test_the_world_is_drawn_at_the_model_s_size() -> None:
-    drawn = next(iter(open_labelled("shapes:7", (32, 32), SHAPES).batches(7)))
+    def batch(spec: str, **options: Any) -> ShapesBatch:
+        source = open_labelled(spec, (32, 32), SHAPES, **options)
+        assert isinstance(source, Shapes)
+        return next(iter(source.batches(7)))
+
+    drawn = batch("shapes:7")
     assert drawn.images.shape == (7, 3, 32, 32)
-    other = next(iter(open_labelled("shapes", (32, 32), SHAPES, limit=7, seed=1).batches(7)))
+    other = batch("shapes", limit=7, seed=1)
     assert not torch.equal(drawn.images, other.images)
     assert (classes_of("shapes:7"), classes_of("cifar10"), classes_of("some/folder")) == (SHAPES, CLASSES, ())
 
@@ -32,7 +39,10 @@ def test_a_folder_brings_labels_in_the_order_of_the_classes(tmp_path: Path) -> N
         Image.fromarray(np.full((20, 30, 3), 200 if name == "star" else 20, np.uint8)).save(
             tmp_path / name / "a.png"
         )
-    batch = next(iter(open_labelled(str(tmp_path), (16, 16), ("star", "ring"), limit=None).batches(4)))
+    source = open_labelled(str(tmp_path), (16, 16), ("star", "ring"), limit=None)
+    assert isinstance(source, FolderSource)
+    batch = next(iter(source.batches(4)))
+    assert batch.labels is not None
     assert batch.images.shape == (2, 3, 16, 16)
     assert batch.labels.tolist() == [1, 0]
     assert batch.images[1].min() > 0.7 > 0.1 > batch.images[0].max()

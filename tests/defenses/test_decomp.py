@@ -127,7 +127,7 @@ def test_the_causal_repair_edits_the_flagged_heads(tower: HookedViT) -> None:
 
 
 def test_the_paper_s_preset(tower: HookedViT, pair) -> None:
-    assert DecompRep.paper().epsilon == 0.002
+    assert DecompRep.paper().selector.epsilon == 0.002
     assert DecompDet.paper().zeta == 5
     d = decompose(tower, drawn(4, 1), normalize=True)
     with pytest.raises(ValueError, match=r"in the 'paper' convention.*received convention='centred'"):

@@ -190,3 +190,21 @@ def test_the_hash_is_of_the_file(folder: Path) -> None:
     (folder / "twin.json").write_text(json.dumps(changed))
     with pytest.raises(CheckpointError, match=r"another model than it was"):
         load_bundled("twin", folder=folder)
+
+
+def test_a_twin_without_its_base_says_which_it_needs(folder: Path) -> None:
+    (folder / "clean.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"'twin' are stored as a difference from 'clean', expected whole"
+    ):
+        load_bundled("twin", folder=folder)
+    (folder / "twin.json").write_text(json.dumps(card("twin", folder) | {"difference_from": "twin"}))
+    with pytest.raises(CheckpointError, match=r"a difference from 'twin', expected whole"):
+        load_bundled("twin", folder=folder)
+
+
+def test_a_model_has_one_form(folder: Path) -> None:
+    write_bundled(model(1), facts("twin"), folder)
+    assert not (folder / "twin.difference").exists()
+    write_bundled(model(1), facts("twin"), folder, base="clean")
+    assert not (folder / "twin.safetensors").exists()

@@ -1,0 +1,118 @@
+"""A fitted selector as one safetensors file: what was learnt, the options, and whose model it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from decompclip.cache.components import heads
+from decompclip.cache.fingerprint import same_model
+from decompclip.cache.maps import term_maps
+from decompclip.cache.moments import TERMS, Moments, StreamMeans
+from decompclip.defenses.selector import Selector
+from decompclip.models.vit import HookedViT
+
+FORMAT = "decompclip.repair/1"
+LEARNT = ("mask_", "prototypes_", "thresholds_")
+OPTIONS = ("similarity", "threshold", "epsilon", "quantile", "convention")
+
+
+def save_selector(selector: Selector, path: Path, own: dict[str, Any]) -> Path:
+    """Write to a temporary name beside `path`, then rename. Second moments are left out.
+
+    Args:
+        own: options of what judges by the selector.
+
+    Raises:
+        ValueError: the terms that it was fitted on do not know their model.
+    """
+    moments = selector.moments_
+    if moments.maps.fingerprint is None:
+        raise ValueError(
+            "expected moments that know their model; received some without a fingerprint; fit on terms of decompose"
+        )
+    tensors: dict[str, Tensor | None] = {name: getattr(selector, name) for name in LEARNT}
+    tensors |= {f"moments.{name}": getattr(moments, name) for name in TERMS}
+    tensors |= {
+        f"streams.{name}": x for name, x in (vars(moments.streams) if moments.streams else {}).items()
+    }
+    tensors["fingerprint"] = moments.maps.fingerprint
+    about = {
+        "own": own,
+        "options": {name: getattr(selector, name) for name in OPTIONS},
+        "count": moments.count,
+        "normalized": moments.normalized,
+        "convention": moments.maps.convention,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items() if x is not None},
+            temporary,
+            metadata={"format": FORMAT, "about": json.dumps(about)},
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_selector(path: Path, visual: HookedViT) -> tuple[Selector, dict[str, Any]]:
+    """Read what `save_selector` wrote, for the model that it was fitted on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, holds something else, or belongs to another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a saved repair; received {path}, which is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a safetensors file; received {path}, which cannot be read ({error}); save it again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"expected a file of format {FORMAT}; received {path} of format {metadata.get('format', 'unknown')}; "
+            "write it with DecompRep.save"
+        )
+    about = json.loads(metadata["about"])
+    maps = term_maps(visual, about["convention"])
+    if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
+        raise ValueError(
+            f"expected the model that the prototypes in {path} were fitted on; received another one; fit the repair "
+            "on clean images of this model"
+        )
+    device = maps.heads.device
+    means: dict[str, Any] = {name: tensors[f"moments.{name}"] for name in TERMS}
+    if device.type != "mps":  # which has no fp64
+        means = {name: x.to(device) for name, x in means.items()}
+    streams = {name.removeprefix("streams."): x for name, x in tensors.items() if name.startswith("streams.")}
+    mask = tensors["mask_"].to(torch.bool)
+    each = [heads[layer, row.nonzero()[:, 0].tolist()] for layer, row in enumerate(mask) if row.any()]
+    selector = Selector(**about["options"], components=reduce(or_, each) if each else None)
+    selector.moments_ = Moments(
+        about["count"],
+        **means,
+        maps=maps,
+        normalized=about["normalized"],
+        streams=StreamMeans(**streams) if streams else None,
+    )
+    selector.mask_ = mask
+    selector.prototypes_ = tensors["prototypes_"].to(maps.heads)
+    selector.thresholds_ = tensors["thresholds_"].to(maps.heads)
+    selector.deviations_ = None
+    return selector, about["own"]

@@ -1,0 +1,150 @@
+"""Guard: the defense's own features, in the scale of the plain ones, where a model is expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.cache.components import heads, mlps
+from decompclip.cache.moments import Moments
+from decompclip.defenses.decomp_det import DecompDet
+from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.guard import Guard
+from decompclip.evaluation.zero_shot import zero_shot_classifier
+from decompclip.models.clip import HookedCLIP
+from decompclip.operators.ablation import MeanAblate, ZeroAblate
+from decompclip.operators.intervention import Composition
+
+from ..training.conftest import CLASSES, SIDE, small_clip
+
+RULE: Any = {"similarity": "cosine", "threshold": "quantile", "quantile": 0.3}
+
+
+@pytest.fixture(scope="module")
+def clip() -> HookedCLIP:
+    return small_clip().double()
+
+
+def drawn(n: int, seed: int) -> Tensor:
+    return torch.randn(n, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_features_are_the_defenses_in_the_scale_of_the_plain_ones(
+    clip: HookedCLIP, convention: Any, normalized: bool
+) -> None:
+    clean = clip.decompose(drawn(30, 1), convention=convention, normalize=normalized)
+    repairs = (
+        DecompRep(**RULE, convention=convention).fit(clean),
+        MeanAblate(mlps[-1], Moments.of(clean)) | DecompRep(**RULE, convention=convention).fit(clean),
+    )
+    images = drawn(9, 2)
+    plain = clip.encode_image(images)
+    for repair in repairs:
+        expected = repair(clip.decompose(images, convention=convention, normalize=normalized)).features
+        assert (expected - clip.decompose(images, normalize=normalized).features).abs().max() > 1e-3
+        guard = Guard(clip, repair)
+        assert (guard.convention, guard.normalized) == (convention, normalized)
+        scale = plain.norm(dim=1, keepdim=True) if normalized else 1
+        torch.testing.assert_close(guard.encode_image(images), expected * scale, rtol=0, atol=1e-12)
+        unit = guard.encode_image(images, normalize=True)
+        torch.testing.assert_close(unit, F.normalize(expected, dim=1), rtol=0, atol=1e-12)
+
+
+def test_what_is_not_repaired_is_the_models_own(clip: HookedCLIP) -> None:
+    images = drawn(4, 2)
+    none = Guard(clip, Composition()).encode_image(images)
+    torch.testing.assert_close(none, clip.encode_image(images), rtol=0, atol=1e-14)
+    repair = DecompRep(similarity="cosine", epsilon=-1.0).fit(clip.decompose(drawn(30, 1), normalize=True))
+    torch.testing.assert_close(
+        Guard(clip, repair).encode_image(images), clip.encode_image(images), rtol=0, atol=1e-12
+    )
+
+
+def test_an_image_is_repaired_alike_in_any_batch(clip: HookedCLIP) -> None:
+    guard = Guard(clip, DecompRep(**RULE).fit(clip.decompose(drawn(30, 1), normalize=True)))
+    images = drawn(6, 2)
+    whole = guard.encode_image(images)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(guard.encode_image(images[order]), whole[order], rtol=0, atol=1e-12)
+    one_by_one = torch.cat([guard.encode_image(image[None]) for image in images])
+    torch.testing.assert_close(one_by_one, whole, rtol=0, atol=1e-12)
+
+
+def test_check_says_which_images_the_detector_rejects(clip: HookedCLIP) -> None:
+    clean, images = clip.decompose(drawn(30, 1), normalize=True), drawn(12, 2)
+    repair, detector = DecompRep(**RULE).fit(clean), DecompDet(**RULE, zeta=0.0).fit(clean)
+    d = clip.decompose(images, normalize=True)
+    found = Guard(clip, repair, reject=detector).check(images)
+    assert found.scores is not None
+    torch.testing.assert_close(found.scores, detector.score(d).to(found.scores))
+    assert torch.equal(found.rejected, detector.predict(d))
+    assert 0 < int(found.rejected.sum()) < 12
+    assert repr(found) == f"GuardResult(12 images, {int(found.rejected.sum())} rejected)"
+    torch.testing.assert_close(found.features, Guard(clip, repair).encode_image(images))
+    stricter = Guard(clip, reject=detector, threshold=1.0).check(images)
+    assert torch.equal(stricter.rejected, detector.score(d) > 1)
+    torch.testing.assert_close(stricter.features, clip.encode_image(images), rtol=0, atol=1e-12)
+    quiet = Guard(clip, repair).check(images)
+    assert quiet.scores is None and not quiet.rejected.any()
+
+
+def test_zero_shot_code_runs_unchanged(clip: HookedCLIP) -> None:
+    """As open_clip's readme has it, with the guard in the model's place."""
+    guard: Any = Guard(clip, ZeroAblate(heads[-1]))
+    images, tokens = drawn(4, 2), guard.tokenizer(["cat", "cup"])
+    assert torch.equal(guard.encode_text(tokens), clip.encode_text(tokens))
+    assert torch.equal(guard.logit_scale, clip.logit_scale)
+    assert guard.preprocess is clip.preprocess and guard.device == clip.device
+    image, text, scale = guard(images, tokens)
+    torch.testing.assert_close(image, guard.encode_image(images, normalize=True))
+    torch.testing.assert_close(text, clip.encode_text(tokens, normalize=True))
+    torch.testing.assert_close(scale, clip.logit_scale.exp())
+    classifier = zero_shot_classifier(guard.encode_text, guard.tokenizer, CLASSES, ["a {}"])
+    torch.testing.assert_close(classifier, clip.zero_shot_classifier(CLASSES, ["a {}"]))
+    with pytest.raises(
+        AttributeError, match="a Guard has no 'decompose'; what it passes through: .*guard.model's"
+    ):
+        guard.decompose
+
+
+def test_half_precision_gives_the_models_dtype() -> None:
+    clip = small_clip().bfloat16()
+    images = drawn(3, 1).bfloat16()
+    assert Guard(clip, ZeroAblate(mlps[-1])).encode_image(images).dtype == torch.bfloat16
+
+
+def test_bad_input_is_told(clip: HookedCLIP) -> None:
+    unit, plain = (clip.decompose(drawn(30, 1), normalize=flag) for flag in (True, False))
+    repair, detector = DecompRep(**RULE).fit(unit), DecompDet(**RULE).fit(plain)
+    with pytest.raises(ValueError, match="a defense, a detector to reject by, or both; received neither"):
+        Guard(clip)
+    with pytest.raises(ValueError, match="of one normalization of terms"):
+        Guard(clip, repair, reject=detector)
+    with pytest.raises(ValueError, match="of one convention of terms"):
+        Guard(clip, repair, convention="paper")
+    with pytest.raises(ValueError, match="a detector for the threshold; received none"):
+        Guard(clip, repair, threshold=1.0)
+    with pytest.raises(NotFittedError):
+        Guard(clip, DecompRep()).encode_image(drawn(2, 1))
+    other = Guard(small_clip(width=24).double(), repair)
+    with pytest.raises(ValueError, match="fit"):
+        other.encode_image(drawn(2, 1))
+    with pytest.raises(ValueError, match="expected images"):
+        Guard(clip, repair).encode_image(torch.zeros(2, 3, 5, 5))
+
+
+def test_a_detector_is_no_defense(clip: HookedCLIP, ours_alone: None) -> None:
+    wrong: Any = DecompDet()
+    with pytest.raises(TypeError, match="an intervention that repairs; received a DecompDet; .* reject="):
+        Guard(clip, wrong)
+    with pytest.raises(
+        TypeError, match="a detector over terms, with score and predict; received a Composition"
+    ):
+        Guard(clip, reject=Composition())  # pyright: ignore[reportArgumentType]
