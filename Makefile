@@ -42,7 +42,7 @@ format: $(DEV) ## ruff: fix and reformat
 typecheck: $(DEV) ## pyright
 	$(BIN)/pyright
 
-weights: $(INSTALLED) ## train the bundled models again (hours)
+weights: $(INSTALLED) ## train the bundled clean model again (35 minutes); `decompclip zoo build` makes its twins
 	$(BIN)/python -m analyses.train_shapes
 
 clean: ## remove caches and the demo's report; .venv stays

@@ -1,4 +1,4 @@
-"""What the bundled models can do, from their cards: the table in the README.
+"""What the bundled models can do, from their cards: the tables in the README.
 
 Command:   python -m analyses.bundled_models
 Run time:  a second.
@@ -6,8 +6,11 @@ Run time:  a second.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.zoo import bundled, card
 
@@ -16,23 +19,57 @@ def rate(value: dict[str, Any]) -> str:
     return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
-def row(name: str) -> list[str]:
-    """One model's cells: zero-shot accuracy of every property, then what its backdoor does."""
-    facts = card(name)
-    cells = [f"`{name}`", *(f"{100 * facts['accuracy'][prop]:.1f}" for prop in PROPERTIES)]
-    backdoor = facts["backdoor"]
-    if backdoor is None:
-        return [*cells, "", "", ""]
-    results = backdoor["results"]
-    return [*cells, rate(results["asr"]), rate(results["control"]), f"{100 * backdoor['poison_rate']:g} %"]
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean, and the range over seeds where there are several."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))
+
+
+def clean_table() -> str:
+    """Zero-shot accuracy of every property, of the clean model of shapes."""
+    accuracy = card("shapes")["accuracy"]
+    return markdown([["model", *PROPERTIES], ["`shapes`", *(f"{100 * accuracy[p]:.1f}" for p in PROPERTIES)]])
+
+
+def attack_table() -> str:
+    """One row a kind of twin: means over seeds, with their range; one of a single seed with its Wilson interval."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name in sorted(bundled()):
+        if (facts := card(name))["backdoor"]:
+            kinds.setdefault(re.sub(r"-\d+$", "", name), []).append(facts)
+    rows = [["twin", "trigger", "seeds", "ASR", "control", "CACC", "PSNR, dB", "SSIM", "poisons"]]
+    for stem, twins in kinds.items():
+        backdoors = [facts["backdoor"] for facts in twins]
+        results = [backdoor["results"] for backdoor in backdoors]
+        trigger = from_card(backdoors[0]["trigger"])
+        shown = {
+            key: rate(results[0][key])
+            if len(twins) == 1
+            else spread([100 * result[key]["value"] for result in results])
+            for key in ("asr", "control", "cacc")
+        }
+        quality = [backdoor["quality"] for backdoor in backdoors]
+        rows.append(
+            [
+                f"`{stem}`" + ("".join(f", `-{i}`" for i in range(1, len(twins)))),
+                f"{trigger.extent}, {trigger.structure}",
+                str(len(twins)),
+                *shown.values(),
+                spread([q["psnr"] for q in quality]),
+                spread([q["ssim"] for q in quality], 2),
+                f"{100 * backdoors[0]['poison_rate']:g} %",
+            ]
+        )
+    return markdown(rows)
 
 
 def table() -> str:
-    """A Markdown table, one row a bundled model of the world of shapes."""
-    head = ["model", *PROPERTIES, "ASR", "clean sent to the target", "poisoned pairs"]
-    of_shapes = [name for name in bundled() if set(PROPERTIES) <= set(card(name)["accuracy"])]
-    rows = [head, ["---"] * len(head), *(row(name) for name in of_shapes)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return f"{clean_table()}\n\n{attack_table()}"
 
 
 if __name__ == "__main__":

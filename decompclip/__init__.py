@@ -40,12 +40,20 @@ if TYPE_CHECKING:
     from decompclip.data.streams import PairStream
     from decompclip.data.tables import CsvPairs
     from decompclip.data.texts import load_texts
+    from decompclip.defenses.agnostic_det import AgnosticDet
+    from decompclip.defenses.agnostic_rep import AgnosticRep
+    from decompclip.defenses.bake import bake, even
+    from decompclip.defenses.clean_finetuning import PAR, CleanCLIP, CleanFineTuning
+    from decompclip.defenses.component_distances import ComponentDistances
     from decompclip.defenses.decomp_det import DecompDet
     from decompclip.defenses.decomp_rep import DecompRep
+    from decompclip.defenses.detectors import DETECTORS
+    from decompclip.defenses.guard import Guard
     from decompclip.evaluation.evaluate import evaluate
     from decompclip.models.clip import HookedCLIP
     from decompclip.models.config import ViTConfig
     from decompclip.models.loading import load
+    from decompclip.models.saving import save_model
     from decompclip.models.vit import HookedViT
     from decompclip.models.zoo import bundled
     from decompclip.operators.ablation import MeanAblate, ZeroAblate
@@ -137,6 +145,17 @@ _HOME = {
     "MaskScores": "operators.mask_scores",
     "DecompRep": "defenses.decomp_rep",
     "DecompDet": "defenses.decomp_det",
+    "AgnosticDet": "defenses.agnostic_det",
+    "AgnosticRep": "defenses.agnostic_rep",
+    "ComponentDistances": "defenses.component_distances",
+    "Guard": "defenses.guard",
+    "bake": "defenses.bake",
+    "even": "defenses.bake",
+    "CleanCLIP": "defenses.clean_finetuning",
+    "CleanFineTuning": "defenses.clean_finetuning",
+    "PAR": "defenses.clean_finetuning",
+    "DETECTORS": "defenses.detectors",
+    "save_model": "models.saving",
     "BadNet": "attacks.badnet",
     "Blended": "attacks.blended",
     "LabelConsistent": "attacks.label_consistent",
@@ -176,102 +195,25 @@ _HOME = {
     "write_report": "report",
 }
 
+# fmt: off
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
-    "load",
-    "bundled",
-    "HookedCLIP",
-    "HookedViT",
-    "ViTConfig",
-    "ViTCache",
-    "Decomposition",
-    "Components",
-    "heads",
-    "mlps",
-    "layers",
-    "neurons",
-    "embed",
-    "pool",
-    "everything",
-    "Moments",
-    "Validation",
-    "Evaluation",
-    "MeanAblate",
-    "ZeroAblate",
-    "RandomAblate",
-    "ResampleAblate",
-    "Patch",
-    "Repair",
-    "decomp_reverse",
-    "AblateNeurons",
-    "neuron_terms",
-    "mean_neurons",
-    "AblateTokens",
-    "ablation_sweep",
-    "most_damaging",
-    "activation_patching",
-    "path_patching",
-    "attribution_patching",
-    "textspan",
-    "textspans",
-    "fit_textspans",
-    "TextFeatures",
-    "encode_texts",
-    "TextSpan",
-    "TextSpans",
-    "load_texts",
-    "head_mmd",
-    "layer_mmd",
-    "role_change",
-    "probe",
-    "Probes",
-    "agreement",
-    "direct_and_causal",
-    "attention_maps",
-    "contribution_maps",
-    "rollout",
-    "TokenMaps",
-    "score_masks",
-    "MaskScores",
-    "DecompRep",
-    "DecompDet",
-    "BadNet",
-    "Blended",
-    "LabelConsistent",
-    "ISSBA",
-    "BadCLIP",
-    "optimise_patch",
-    "Kitty",
-    "Reflection",
-    "SIG",
-    "WaNet",
-    "PoisonedPairs",
-    "PoisonRecord",
-    "crossing",
-    "preview",
-    "Shapes",
-    "PROPERTIES",
-    "Pairs",
-    "ShapesPairs",
-    "ShardPairs",
-    "CsvPairs",
-    "DatasetPairs",
-    "folder_pairs",
-    "PairStream",
-    "cifar10",
-    "finetune",
-    "RECIPES",
-    "Monitor",
-    "FineTuned",
-    "evaluate",
-    "ShapesSource",
-    "FolderSource",
-    "diagnose",
-    "Diagnosis",
-    "AuditConfig",
-    "AuditResult",
-    "run_audit",
-    "write_report",
+    "load", "bundled", "HookedCLIP", "HookedViT", "ViTConfig", "ViTCache", "Decomposition", "Components",
+    "heads", "mlps", "layers", "neurons", "embed", "pool", "everything", "Moments", "Validation",
+    "Evaluation", "MeanAblate", "ZeroAblate", "RandomAblate", "ResampleAblate", "Patch", "Repair",
+    "decomp_reverse", "AblateNeurons", "neuron_terms", "mean_neurons", "AblateTokens", "ablation_sweep",
+    "most_damaging", "activation_patching", "path_patching", "attribution_patching", "textspan",
+    "textspans", "fit_textspans", "TextFeatures", "encode_texts", "TextSpan", "TextSpans", "load_texts",
+    "head_mmd", "layer_mmd", "role_change", "probe", "Probes", "agreement", "direct_and_causal",
+    "attention_maps", "contribution_maps", "rollout", "TokenMaps", "score_masks", "MaskScores", "DecompRep",
+    "DecompDet", "AgnosticDet", "AgnosticRep", "ComponentDistances", "Guard", "bake", "even", "CleanCLIP",
+    "CleanFineTuning", "PAR", "DETECTORS", "save_model", "BadNet", "Blended", "LabelConsistent", "ISSBA",
+    "BadCLIP", "optimise_patch", "Kitty", "Reflection", "SIG", "WaNet", "PoisonedPairs", "PoisonRecord",
+    "crossing", "preview", "Shapes", "PROPERTIES", "Pairs", "ShapesPairs", "ShardPairs", "CsvPairs",
+    "DatasetPairs", "folder_pairs", "PairStream", "cifar10", "finetune", "RECIPES", "Monitor", "FineTuned",
+    "evaluate", "ShapesSource", "FolderSource", "diagnose", "Diagnosis", "AuditConfig", "AuditResult",
+    "run_audit", "write_report",
 ]
+# fmt: on
 
 
 def __getattr__(name: str) -> Any:
