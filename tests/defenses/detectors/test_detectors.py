@@ -287,7 +287,7 @@ def test_a_corruption_grows_with_its_severity_and_leaves_the_image_alone(corrupt
         torch.testing.assert_close(made[2:3], corruption(images[2:3], severity))
         misses.append((made - images).abs().mean().item())
     assert misses[0] > 0.001 and misses[4] > misses[0]
-    assert all(b > 0.9 * a for a, b in itertools.pairwise(misses))
+    assert all(b > 0.7 * a for a, b in itertools.pairwise(misses))
     with pytest.raises(ValueError, match=r"a severity of 1..5; received 6"):
         corruption(images, 6)
 
@@ -305,7 +305,7 @@ def test_the_twelve_are_the_paper_s() -> None:
 def test_every_registered_detector_runs_and_tells_clean_from_clean_by_chance() -> None:
     model = decompclip.load("shapes")
     classifier = model.zero_shot_classifier()
-    clean = Shapes(200, seed=71)
+    clean = Shapes(300, seed=71)
     one, other = (Shapes(80, seed=seed).draw(range(80)).images for seed in (72, 73))
     for name, make in DETECTORS.items():
         if name in {"STRIP", "TeCo"}:  # 60 passes an image: tested above
