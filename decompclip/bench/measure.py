@@ -1,0 +1,161 @@
+"""One model of the zoo, measured: how well each detector finds its triggered images, and each repair mends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decompclip.attacks.registry import from_card
+from decompclip.attacks.trigger import Trigger
+from decompclip.bench.memory import Remembering
+from decompclip.bench.plan import FPR, SLOW, Plan, base_of
+from decompclip.bench.repairs import REPAIRS, Known
+from decompclip.bench.samples import Samples, draw_samples
+from decompclip.defenses.detectors import DETECTORS
+from decompclip.defenses.detectors.cost import measure_cost
+from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.metrics import attack_report, auroc, auroc_interval, clean_accuracy, predict
+from decompclip.models.zoo import card, load_bundled
+from decompclip.zoo.worlds import WORLDS
+
+Log = Callable[[str], None]
+
+COST_IMAGES = {False: 64, True: 8}
+"""Images that time is taken on: of the other detectors, and of the slow ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, its trigger (None for a clean one), and the images of one run."""
+
+    model: Remembering
+    classifier: Float[Tensor, "class d_embed"]
+    trigger: Trigger | None
+    target: int
+    samples: Samples
+    twins: Float[Tensor, "twin 3 h w"] | None
+
+    @staticmethod
+    def of(name: str, *, images: int, seed: int) -> Subject:
+        """Raises ValueError or FileNotFoundError as `draw_samples`."""
+        world, backdoor = WORLDS[base_of(name)], card(name)["backdoor"]
+        model = Remembering(load_bundled(name))
+        samples = draw_samples(world, images=images, seed=seed)
+        trigger = None if backdoor is None else from_card(backdoor["trigger"])
+        target = world.label if backdoor is None else world.class_names.index(backdoor["target"])
+        twins = None if trigger is None else samples.twins(trigger, target)
+        for known in (samples.fit, samples.clean, samples.other, *([] if twins is None else [twins])):
+            model.remember(known)
+        with torch.no_grad():
+            classifier = world.classifier(model)
+        return Subject(model, classifier, trigger, target, samples, twins)
+
+    def shared(self, n: int) -> tuple[Samples, Tensor | None]:
+        """The first `n` images of each kind, and the twins of those."""
+        samples = self.samples.first(n)
+        own = int((samples.labels != self.target).sum())
+        return samples, None if self.twins is None else self.twins[:own]
+
+
+def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -> dict[str, Any]:
+    """Every detector and repair of the plan on one model, ready for JSON.
+
+    Raises:
+        ValueError: too few images for a detector or a repair (which is named), or more than there are.
+        FileNotFoundError: the photographs of a model of `cifar10` are not there.
+    """
+    subject = Subject.of(name, images=plan.images, seed=seed)
+    detectors, repairs = {}, {}
+    for detector in plan.detectors:
+        log(f"{name}, seed {seed}: {detector}")
+        with _named(name, detector):
+            detectors[detector] = detection(subject, detector, images=plan.images_of(detector))
+    if plan.repairs:
+        log(f"{name}, seed {seed}: {len(plan.repairs)} repairs")
+    for repair in plan.repairs:
+        with _named(name, repair):
+            repairs[repair] = mending(subject, repair, seed=seed)
+    counts = {kind: len(getattr(subject.samples, kind)) for kind in ("fit", "clean", "other")}
+    return {
+        "images": counts | {"twins": 0 if subject.twins is None else len(subject.twins)},
+        "detectors": detectors,
+        "repairs": repairs,
+    }
+
+
+def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
+    """AUROC of clean images and triggered twins, none of the target's class, and rates at the detector's own threshold.
+
+    The control puts other clean images in the place of the twins: 0.5, but for chance.
+    """
+    samples, twins = subject.shared(images)
+    detector = DETECTORS[name](subject.model, subject.classifier)
+    detector.fit(samples.fit)
+    threshold = detector.threshold_at(FPR)
+    clean, other = detector.score(samples.clean), detector.score(samples.other)
+    own = clean[samples.labels != subject.target]
+    few = COST_IMAGES[name in SLOW]
+    with subject.model.asleep():
+        cost = measure_cost(detector, samples.clean[:few])
+    found: dict[str, Any] = {
+        "images": images,
+        "auroc": None,
+        "tpr": None,
+        "fpr": Rate.of(torch.cat([clean, other]) > threshold).to_dict(),
+        "control": area(own, other[samples.other_labels != subject.target]),
+        "threshold": threshold,
+        "forwards": cost.forwards,
+        "cost": round(cost.ratio, 3),
+    }
+    if twins is not None:
+        suspect = detector.score(twins)
+        found |= {"auroc": area(own, suspect), "tpr": Rate.of(suspect > threshold).to_dict()}
+    return found
+
+
+def mending(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
+    """Rates over clean images and triggered twins that went through the same repair."""
+    repair, samples, target = REPAIRS[name], subject.samples, subject.target
+    extent = None if subject.trigger is None else subject.trigger.extent
+    fit = subject.model.terms(samples.fit, repair.convention)
+    edit = repair.fit(Known(fit, subject.classifier, extent, seed))
+
+    def answers(images: Tensor) -> Int[Tensor, " image"]:
+        features = edit(subject.model.terms(images, repair.convention)).features
+        return predict(features, subject.classifier.to(features))
+
+    clean = answers(samples.clean)
+    if subject.twins is None:
+        others = clean[samples.labels != target]
+        rates = {"cacc": clean_accuracy(clean, samples.labels), "control": Rate.of(others == target)}
+        return {"asr": None, "triggered_accuracy": None} | {key: x.to_dict() for key, x in rates.items()}
+    truth = samples.labels[samples.labels != target]
+    after = answers(subject.twins)
+    report = attack_report(clean, samples.labels, after, truth, target, n_classes=len(subject.classifier))
+    found = {"cacc": report.cacc, "asr": report.asr, "control": report.control}
+    found["triggered_accuracy"] = clean_accuracy(after, truth)
+    return {key: rate and rate.to_dict() for key, rate in found.items()}
+
+
+def area(clean: Tensor, suspect: Tensor) -> dict[str, float]:
+    """AUROC with its 95 % interval, for JSON."""
+    low, high = auroc_interval(clean, suspect)
+    return {"value": auroc(clean, suspect), "low": low, "high": high}
+
+
+class _named:
+    """Says whose error it was."""
+
+    def __init__(self, model: str, what: str) -> None:
+        self.where = f"{model}, {what}"
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self.where}: {error}") from error

@@ -1,0 +1,100 @@
+"""What a leaderboard is made of, checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from decompclip.bench.repairs import REPAIRS
+from decompclip.bench.samples import check_seed
+from decompclip.defenses.detectors import DETECTORS
+from decompclip.models.zoo import bundled, card
+
+SCHEMA = 1
+"""Of a run's JSON: raised when a field changes its meaning, so that old runs are measured again."""
+
+SLOW = ("STRIP", "TeCo")
+"""Detectors of dozens of forward passes an image, which see fewer images."""
+
+FPR = 0.05
+"""The share of clean images that detectors may flag."""
+
+LEAST_IMAGES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """{models} x {detectors, repairs} x {seeds}.
+
+    Args:
+        models: names of bundled models, clean ones too.
+        detectors: of `DETECTORS`.
+        repairs: of `REPAIRS`.
+        images: to fit on, to measure on, and for the control: so many of each.
+        slow_images: the same, for the detectors of `SLOW`.
+        seeds: of the images, and of what repairs draw.
+
+    Raises:
+        ValueError: nothing to do, an unknown name, something twice, too few images, or a seed out of range.
+    """
+
+    models: tuple[str, ...]
+    detectors: tuple[str, ...] = tuple(DETECTORS)
+    repairs: tuple[str, ...] = tuple(REPAIRS)
+    images: int = 1_000
+    slow_images: int = 200
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        _check("model", self.models, bundled())
+        _check("detector", self.detectors, DETECTORS)
+        _check("repair", self.repairs, REPAIRS)
+        if not (self.models and self.seeds and (self.detectors or self.repairs)):
+            raise ValueError("expected models, seeds, and detectors or repairs to measure; received none")
+        for seed in self.seeds:
+            check_seed(seed)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"expected each seed once; received {', '.join(map(str, self.seeds))}")
+        for option, n in (("images", self.images), ("slow images", self.slow_images)):
+            if n < LEAST_IMAGES:
+                raise ValueError(f"expected at least {LEAST_IMAGES} {option} of each kind; received {n}")
+
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every model with every seed."""
+        return [(model, seed) for model in self.models for seed in self.seeds]
+
+    def images_of(self, detector: str) -> int:
+        return min(self.images, self.slow_images) if detector in SLOW else self.images
+
+    def config(self, seed: int) -> dict[str, Any]:
+        """All that a run depends on beside the model's weights."""
+        return {
+            "schema": SCHEMA,
+            "detectors": list(self.detectors),
+            "repairs": list(self.repairs),
+            "images": self.images,
+            "slow_images": min(self.images, self.slow_images),
+            "fpr": FPR,
+            "seed": seed,
+        }
+
+
+def default_models(base: str = "shapes") -> tuple[str, ...]:
+    """The clean model and all of its twins."""
+    return tuple(name for name in bundled() if base_of(name) == base)
+
+
+def base_of(model: str) -> str:
+    """The clean model that a model was made from; a clean one's is itself."""
+    facts = card(model)
+    return facts["training"]["base"] if facts["backdoor"] else model
+
+
+def _check(kind: str, given: tuple[str, ...], known: Iterable[str]) -> None:
+    known = list(known)
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"expected a {kind} among {', '.join(known)}; received {unknown[0]!r}")
+    if twice := [name for name in set(given) if given.count(name) > 1]:
+        raise ValueError(f"expected each {kind} once; received {twice[0]!r} {given.count(twice[0])} times")
