@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decompclip import __version__
+from decompclip.bench_command import bench
 from decompclip.command_options import (
     MAX_SEED,
     Activation,
@@ -260,7 +261,7 @@ def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) 
     typer.echo(f"Report: {path.resolve()}")
 
 
-for command in (poison, finetune, evaluate):
+for command in (poison, finetune, evaluate, bench):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

@@ -69,7 +69,10 @@ def repair(
     sets = (split.clean.decomposition, split.suspect.decomposition)
     for similarity, threshold in RULES:
         edit = DecompRep(
-            similarity=similarity, threshold=threshold, epsilon=config.epsilon, quantile=config.quantile
+            similarity=similarity,
+            threshold=threshold,
+            epsilon=config.epsilon,
+            quantile=_quantile(split, config),
         ).fit(split.validation.decomposition)
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
         answers = [predict(edit(d).features, classifier) for d in sets]
@@ -84,7 +87,7 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
             similarity=similarity,
             threshold=threshold,
             epsilon=config.epsilon,
-            quantile=config.quantile,
+            quantile=_quantile(split, config),
             zeta=config.zeta,
         ).fit(split.validation.decomposition)
         clean = detector.score(split.clean.decomposition)
@@ -102,6 +105,12 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
             Rate.of(suspect > config.zeta),
             *(torch.bincount(counts.long(), minlength=most) for counts in (clean, suspect)),
         )
+
+
+def _quantile(split: Split, config: AuditConfig) -> float:
+    """The one asked for; of few images the least that they can tell, so that a small audit says what it can."""
+    least = 1 / len(split.validation.decomposition)
+    return max(config.quantile, least) if config.quantile > 0 else config.quantile
 
 
 def rule_name(similarity: str, threshold: str) -> str:

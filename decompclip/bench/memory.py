@@ -25,7 +25,7 @@ class Remembering(HookedCLIP):
         looks: images that went through the tower.
     """
 
-    def __init__(self, model: HookedCLIP, *, batch_size: int = 250) -> None:
+    def __init__(self, model: HookedCLIP, *, batch_size: int = 64) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)  # the same tower, text and words
         self.batch_size = batch_size
@@ -56,7 +56,12 @@ class Remembering(HookedCLIP):
 
     @torch.no_grad()
     def decompose(
-        self, images: Tensor, *, convention: Convention = "centred", normalize: bool = False, tokens: Any = None
+        self,
+        images: Tensor,
+        *,
+        convention: Convention = "centred",
+        normalize: bool = False,
+        tokens: Any = None,
     ) -> Decomposition:
         recalled = self._recall(images, convention) if normalize and tokens is None else None
         if recalled is None:

@@ -48,9 +48,7 @@ class Samples:
 
     def first(self, n: int) -> Samples:
         """The first `n` images of each kind."""
-        return Samples(
-            self.fit[:n], self.clean[:n], self.other[:n], self.labels[:n], self.other_labels[:n]
-        )
+        return Samples(self.fit[:n], self.clean[:n], self.other[:n], self.labels[:n], self.other_labels[:n])
 
 
 def draw_samples(world: World, *, images: int, seed: int) -> Samples:

@@ -89,6 +89,10 @@ class Expected:
         found = [self.distances[view](points[view], seen.classes)[:, 0] for view in VIEWS]
         return torch.stack(found, 1).clamp_min(tiny).log()
 
+    def offsets(self, seen: Looked) -> Float[Tensor, "image d_embed"]:
+        """Of each feature from the mean of its class, in standard deviations along every direction."""
+        return self.distances["feature"].whitened(seen.features[:, None], seen.classes)[:, 0]
+
 
 class AgnosticDet:
     """An image is suspicious when it is unlike clean images of its class, in its feature or on the way to it.
@@ -109,6 +113,7 @@ class AgnosticDet:
         expected_: learnt from all clean images.
         mean_, deviation_: of each view's logarithm over clean images.
         scores_: of the clean images, each by the other folds, in rising order.
+        offsets_: of the same images, as `Expected.offsets`.
     """
 
     expected_: Expected
@@ -116,6 +121,7 @@ class AgnosticDet:
     mean_: Float[Tensor, " view"]
     deviation_: Float[Tensor, " view"]
     scores_: Float[Tensor, " image"]
+    offsets_: Float[Tensor, "image d_embed"]
 
     def __init__(
         self,
@@ -158,7 +164,9 @@ class AgnosticDet:
             logs[out] = Expected.of(looked[~out], n_classes, cut).logs(looked[out])
         self.expected_ = Expected.of(looked, n_classes, cut)
         self.mean_, self.deviation_ = logs.mean(0), logs.std(0)
-        self.scores_ = self._standard(logs).sum(1).sort().values
+        scores = self._standard(logs).sum(1)
+        self.scores_, order = scores.sort()
+        self.offsets_ = self.expected_.offsets(looked)[order]
         return self
 
     def look(self, d: Decomposition) -> Looked:

@@ -11,7 +11,9 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.component_distances import ComponentDistances
+from decompclip.defenses.sharpened_det import SharpenedDet, sharpen
 from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
+from decompclip.evaluation.metrics import auroc
 from decompclip.models.vit import HookedViT
 
 N = 240
@@ -265,3 +267,40 @@ def test_component_distances_refuse_what_they_cannot_tell(
         ValueError, match=r"a rate in \[1/241, 1\), as 240 clean images can tell it; received 0.001"
     ):
         distances.flags(clean, fpr=0.001)
+
+
+# With a few images of the traffic
+
+
+def test_a_few_odd_images_sharpen_the_detector(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    detector = AgnosticDet(classifier).fit(clean)
+    toward = torch.nn.functional.normalize(torch.randn(20, generator=torch.Generator().manual_seed(8)), dim=0)
+
+    def pushed(d: Decomposition, how_far: float) -> Decomposition:
+        mlps = d.mlps.clone()
+        mlps[:, -1] += how_far * toward
+        return d.edit(mlps=mlps)
+
+    faint, strong = pushed(fresh[:100], 0.08), pushed(fresh[100:108], 0.6)
+    mixed = Decomposition.cat([fresh[140:200].edit(mlps=fresh[140:200].mlps), strong])
+    sharp = sharpen(detector, mixed)
+    assert isinstance(sharp, SharpenedDet) and sharp.found >= 4
+    assert sharp.direction.norm().item() == pytest.approx(1)
+    before = auroc(detector.score(fresh[200:]), detector.score(faint))
+    after = auroc(sharp.score(fresh[200:]), sharp.score(faint))
+    assert after > before
+    share = sharp.predict(fresh[100:], fpr=0.1).double().mean().item()
+    assert share < 0.1 + 4 * (2 * 0.09 / 140) ** 0.5
+    assert torch.allclose(sharp.score(faint[:3]), sharp.score(faint)[:3])
+
+
+def test_a_clean_batch_teaches_nothing(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    detector = AgnosticDet(classifier).fit(clean)
+    quiet = fresh[~detector.predict(fresh, fpr=0.02)]
+    assert sharpen(detector, quiet) is detector
+    with pytest.raises(NotFittedError):
+        sharpen(AgnosticDet(classifier), quiet)
