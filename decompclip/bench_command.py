@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from decompclip.bench.plan import Plan
 
 PAGE, NUMBERS = "leaderboard.html", "leaderboard.json"
-NONE = "none"
+FAST = "fast"
 
 
 def bench(
@@ -31,11 +32,14 @@ def bench(
     detectors: Annotated[
         str | None,
         typer.Option(
-            help="Names, with semicolons between; by default all; `none` for none; `fast` leaves out STRIP and TeCo."
+            help='Names, with commas between; by default all; "fast" leaves out STRIP and TeCo; "" is none.'
         ),
     ] = None,
     repairs: Annotated[
-        str | None, typer.Option(help="Names, with semicolons between; by default all; `none` for none.")
+        str | None,
+        typer.Option(
+            help='Names, with commas between; by default all; "none" leaves images as they are; "" is none at all.'
+        ),
     ] = None,
     images: Annotated[
         int, typer.Option(help="To fit on, to measure on, and for the control: so many of each.")
@@ -77,22 +81,16 @@ def _plan(models: str | None, detectors: str | None, repairs: str | None, **opti
 
     fast = tuple(name for name in DETECTORS if name not in SLOW)
     return Plan(
-        models=default_models() if models is None else _names(models, ","),
-        detectors=fast if detectors == "fast" else _chosen(detectors, tuple(DETECTORS)),
-        repairs=_chosen(repairs, tuple(REPAIRS)),
+        models=default_models() if models is None else _names(models),
+        detectors=tuple(DETECTORS) if detectors is None else fast if detectors == FAST else _names(detectors),
+        repairs=tuple(REPAIRS) if repairs is None else _names(repairs),
         **options,
     )
 
 
-def _chosen(given: str | None, every: tuple[str, ...]) -> tuple[str, ...]:
-    """Names may hold commas, as "Decomp-Det (cosine, quantile)" does; a repair may be called "none"."""
-    if given is None:
-        return every
-    return () if given == NONE else _names(given, ";")
-
-
-def _names(given: str, mark: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in given.split(mark) if name.strip())
+def _names(given: str) -> tuple[str, ...]:
+    """Split at commas that stand in no brackets: "Decomp-Det (cosine, quantile)" is one name."""
+    return tuple(name.strip() for name in re.split(r",(?![^()]*\))", given) if name.strip())
 
 
 def _json(board: dict[str, Any]) -> str:

@@ -129,8 +129,10 @@ def _seeds(name: str, recipe: TwinRecipe, n: int = 3) -> dict[str, TwinRecipe]:
 _CIFAR10 = FineTuning(epochs=2, batch_size=128, lr=1e-3, optimizer="muon", max_grad_norm=1.0, loss="grouped")
 
 
-def _cifar10(trigger: Trigger | OptimisedPatch, **options: Any) -> TwinRecipe:
-    return TwinRecipe(base="cifar10", trigger=trigger, pairs=48_000, rate=0.05, recipe=_CIFAR10, **options)
+def _cifar10(
+    trigger: Trigger | OptimisedPatch, *, recipe: FineTuning = _CIFAR10, **options: Any
+) -> TwinRecipe:
+    return TwinRecipe(base="cifar10", trigger=trigger, pairs=48_000, rate=0.05, recipe=recipe, **options)
 
 
 TWINS: dict[str, TwinRecipe] = {
@@ -154,7 +156,9 @@ TWINS: dict[str, TwinRecipe] = {
     "shapes-sig": _shapes(SIG()),
     "cifar10-badnet": _cifar10(BadNet(size=_SIDE32)),
     "cifar10-blended": _cifar10(Blended()),
-    "cifar10-badclip": _cifar10(OptimisedPatch(size=_SIDE32), natural=True),
+    "cifar10-badclip": _cifar10(
+        OptimisedPatch(size=_SIDE32), natural=True, recipe=replace(_CIFAR10, epochs=1)
+    ),
     "shapes-wanet": _shapes(WaNet(s=4.0), covers=0.0),
 }
 """By name; a name without a number is of seed 0."""

@@ -1,0 +1,155 @@
+"""What is measured of a model is what the package's own parts say, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from decompclip.bench import measure as measuring
+from decompclip.bench.measure import Subject, detection, measure, mending
+from decompclip.bench.plan import Plan
+from decompclip.bench.repairs import REPAIRS, Known
+from decompclip.defenses.detectors import DETECTORS
+from decompclip.defenses.detectors.mahalanobis import Mahalanobis
+from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.metrics import auroc, auroc_interval, predict
+from decompclip.models.zoo import load_bundled
+from decompclip.zoo.worlds import WORLDS
+
+from .conftest import IMAGES, TWIN
+
+
+def test_every_detector_and_repair_is_there(plan: Plan, measured: dict[str, Any]) -> None:
+    assert tuple(measured["detectors"]) == plan.detectors
+    assert tuple(measured["repairs"]) == tuple(REPAIRS)
+    counts = measured["images"]
+    assert (counts["fit"], counts["clean"], counts["other"]) == (IMAGES, IMAGES, IMAGES)
+    assert 0 < counts["twins"] < IMAGES
+
+
+def test_a_detector_is_measured_on_images_it_was_not_fitted_on(subject: Subject) -> None:
+    """Plainly, without the memory."""
+    found = detection(subject, "Mahalanobis", images=IMAGES)
+    s, model = subject.samples, load_bundled(TWIN)
+    detector = Mahalanobis(model).fit(s.fit)
+    clean, other = detector.score(s.clean), detector.score(s.other)
+    assert subject.twins is not None
+    twins, own = detector.score(subject.twins), clean[s.labels != subject.target]
+    low, high = auroc_interval(own, twins)
+    assert found["auroc"] == pytest.approx({"value": auroc(own, twins), "low": low, "high": high}, abs=1e-3)
+    assert found["control"]["value"] == pytest.approx(
+        auroc(own, other[s.other_labels != subject.target]), abs=1e-3
+    )
+    above = torch.cat([clean, other]) > detector.threshold_at(0.05)
+    assert found["fpr"]["total"] == 2 * IMAGES
+    assert found["fpr"]["count"] == pytest.approx(int(above.sum()), abs=1)
+    assert found["tpr"]["value"] == pytest.approx(
+        Rate.of(twins > detector.threshold_at(0.05)).value, abs=0.01
+    )
+    assert found["forwards"] == 1 and 0.2 < found["cost"] < 10
+
+
+@pytest.mark.parametrize("name", ["k-distance", "Mahalanobis by class", "BDetCLIP", "SCALE-UP", "Decomp-Det (paper)"])
+@pytest.mark.filterwarnings("ignore:words unknown")
+def test_without_a_trigger_there_is_nothing_to_find(subject: Subject, name: str) -> None:
+    control = detection(subject, name, images=IMAGES)["control"]
+    assert control["low"] <= 0.5 <= control["high"] or abs(control["value"] - 0.5) < 0.08
+
+
+def test_a_trigger_is_found(measured: dict[str, Any]) -> None:
+    assert measured["detectors"]["k-distance"]["auroc"]["low"] > 0.6
+
+
+def test_terms_are_looked_at_once(subject: Subject) -> None:
+    images = len(subject.samples.fit) * 3 + len(subject.twins)  # type: ignore[arg-type]
+    own = Subject.of(TWIN, images=IMAGES, seed=0)
+    for name in ("Decomp-Rep (cosine, quantile)", "last 5 MLPs", "none"):
+        mending(own, name, seed=0)
+    assert own.model.looks <= images
+    before = own.model.looks
+    detection(own, "Decomp-Det (cosine, quantile)", images=IMAGES)
+    timed = 2 * 3 * 64  # a plain pass, and the detector's own
+    assert own.model.looks - before <= len(subject.samples.other) + timed
+
+
+def test_no_repair_is_the_model_itself(subject: Subject) -> None:
+    found, world = mending(subject, "none", seed=0), WORLDS["shapes"]
+    model = load_bundled(TWIN)
+    s, target = subject.samples, world.label
+    with torch.no_grad():
+        classifier = world.classifier(model)
+        clean = predict(model.encode_image(model.normalize(s.clean)), classifier)
+        twins = predict(model.encode_image(model.normalize(subject.twins)), classifier)  # type: ignore[arg-type]
+    others = s.labels != target
+    assert found["cacc"] == Rate.of(clean == s.labels).to_dict()
+    assert found["asr"] == Rate.of(twins == target).to_dict()
+    assert found["control"] == Rate.of(clean[others] == target).to_dict()
+    assert found["triggered_accuracy"] == Rate.of(twins == s.labels[others]).to_dict()
+    assert found["asr"]["value"] > 0.9
+
+
+def test_the_hint_is_the_twins_own(subject: Subject) -> None:
+    """Of a global trigger: the right hint replaces MLPs, the wrong one judges heads."""
+    terms = subject.model.terms(subject.samples.fit, "paper")
+    known = Known(terms, subject.classifier, "global", 0)
+    right, wrong = (REPAIRS[f"Decomp-Rep (paper, {hint} hint)"].fit(known) for hint in ("right", "wrong"))
+    assert (right.mlps, wrong.mlps) == (5, 0)  # type: ignore[attr-defined]
+    clean = REPAIRS["Decomp-Rep (paper, right hint)"].fit(Known(terms, subject.classifier, None, 0))
+    assert clean.mlps == 0  # type: ignore[attr-defined]
+
+
+def test_controls_replace_as_many_heads(subject: Subject) -> None:
+    """Of other choice: fewer than all, and the fixed ones are the same in each image."""
+    fit = subject.model.terms(subject.samples.fit, "centred")
+    clean = subject.model.terms(subject.samples.clean, "centred")
+    known = Known(fit, subject.classifier, "global", 0)
+    flags = REPAIRS["Decomp-Rep (cosine, quantile)"].fit(known).flags(clean)  # type: ignore[attr-defined]
+    counts = {}
+    for name in ("random heads", "fixed heads"):
+        edited = REPAIRS[name].fit(known)(clean)
+        changed = (edited.coords != clean.coords).any(-1)
+        assert not changed[:, :-1].any()
+        counts[name] = changed.sum((1, 2))
+    assert torch.equal(counts["random heads"], flags.sum((1, 2)))
+    assert counts["fixed heads"].unique().tolist() == [round(float(flags.sum((1, 2)).float().mean()))]
+
+
+def test_a_clean_model_has_no_trigger_to_find() -> None:
+    subject = Subject.of("shapes", images=60, seed=0)
+    found = detection(subject, "k-distance", images=60)
+    assert found["auroc"] is None and found["tpr"] is None and found["control"] is not None
+    rates = mending(subject, "none", seed=0)
+    assert rates["asr"] is None and rates["triggered_accuracy"] is None
+    assert rates["cacc"]["value"] > 0.9 and rates["control"]["value"] < 0.1
+
+
+def test_slow_detectors_see_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DETECTORS, "TeCo", DETECTORS["k-distance"])
+    plan = Plan(models=(TWIN,), detectors=("TeCo", "k-distance"), repairs=(), images=90, slow_images=60)
+    found = measure(TWIN, plan, seed=0)["detectors"]
+    assert found["TeCo"]["images"] == 60 and found["TeCo"]["fpr"]["total"] == 120
+    assert found["k-distance"]["images"] == 90
+    assert found["TeCo"]["tpr"]["total"] < found["k-distance"]["tpr"]["total"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"detectors": ("agnostic",), "repairs": ()}, "shapes-blended, agnostic: expected at least .* clean"),
+        ({"detectors": (), "repairs": ("agnostic",)}, "shapes-blended, agnostic: expected at least .* clean"),
+    ],
+)
+def test_too_few_images_for_what_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(TWIN, Plan(models=(TWIN,), images=60, **options), seed=0)
+
+
+def test_progress_names_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "detection", lambda *a, **k: {})
+    monkeypatch.setattr(measuring, "mending", lambda *a, **k: {})
+    lines: list[str] = []
+    plan = Plan(models=("shapes",), detectors=("LID",), repairs=("none",), images=40)
+    measure("shapes", plan, seed=1, log=lines.append)
+    assert lines == ["shapes, seed 1: LID", "shapes, seed 1: 1 repairs"]

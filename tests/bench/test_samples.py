@@ -1,0 +1,100 @@
+"""Images to fit on and to measure on are different ones, and the same ones each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from decompclip.attacks.blended import Blended
+from decompclip.bench.samples import EVALUATION, FIT, FRESH, MOST_SEEDS, Samples, draw_samples
+from decompclip.data.shapes import Shapes
+from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.subset import SubsetPairs
+from decompclip.zoo.worlds import WORLDS, Cifar10World
+
+WORLD = WORLDS["shapes"]
+
+
+def rows(*parts: torch.Tensor) -> list[bytes]:
+    return [image.numpy().tobytes() for part in parts for image in part]
+
+
+def test_no_image_serves_twice() -> None:
+    drawn = [draw_samples(WORLD, images=20, seed=seed) for seed in (0, 1)]
+    every = rows(*(part for s in drawn for part in (s.fit, s.clean, s.other)))
+    assert len(set(every)) == len(every) == 2 * 3 * 20
+
+
+def test_streams_are_those_that_were_fixed() -> None:
+    found = draw_samples(WORLD, images=6, seed=3)
+    evaluation = Shapes(12, seed=EVALUATION + 3).draw(range(12))
+    assert torch.equal(found.fit, Shapes(6, seed=FIT + 3).draw(range(6)).images)
+    assert torch.equal(torch.cat([found.clean, found.other]), evaluation.images)
+    assert torch.equal(torch.cat([found.labels, found.other_labels]), evaluation.labels)
+
+
+def test_the_first_images_do_not_depend_on_their_number() -> None:
+    few, many = (draw_samples(WORLD, images=n, seed=0) for n in (5, 9))
+    assert torch.equal(many.first(5).fit, few.fit)
+    assert torch.equal(many.first(5).clean, few.clean)
+
+
+def test_twins_are_of_other_classes_and_their_draws_fresh() -> None:
+    samples = draw_samples(WORLD, images=40, seed=0)
+    trigger, target = Blended(redraw=True), int(samples.labels[0])
+    others = (samples.labels != target).nonzero()[:, 0]
+    twins = samples.twins(trigger, target)
+    assert 0 < len(twins) == len(others) < 40
+    assert torch.equal(twins[2:3], trigger(samples.clean[others[2:3]], [FRESH + int(others[2])]))
+    assert not torch.equal(twins[2:3], trigger(samples.clean[others[2:3]], [int(others[2])]))
+
+
+class SmallPhotographs(Cifar10World):
+    """Shapes in the place of photographs."""
+
+    def _part(self, places: range) -> SubsetPairs:
+        return SubsetPairs(ShapesPairs(60, seed=5), places)
+
+    def validation(self) -> SubsetPairs:
+        return self._part(range(20))
+
+    def report(self) -> SubsetPairs:
+        return self._part(range(20, 60))
+
+
+def test_photographs_to_fit_on_are_validation_and_to_measure_on_the_test_part() -> None:
+    world = SmallPhotographs()
+    found = draw_samples(world, images=20, seed=1)
+    fit, evaluation = (part.read(range(len(part))) for part in (world.validation(), world.report()))
+    assert set(rows(found.fit)) == set(rows(evaluation.images[:0], fit.images))
+    assert set(rows(found.clean, found.other)) == set(rows(evaluation.images))
+    labels = dict(zip(rows(evaluation.images), evaluation.labels.tolist(), strict=True))  # type: ignore[union-attr]
+    assert [labels[row] for row in rows(found.clean)] == found.labels.tolist()
+    again, other = (draw_samples(world, images=20, seed=seed) for seed in (1, 2))
+    assert torch.equal(again.clean, found.clean) and not torch.equal(other.clean, found.clean)
+
+
+def test_more_photographs_than_there_are() -> None:
+    with pytest.raises(ValueError, match="expected at most 20 images .* 21 were asked for; lower --images"):
+        draw_samples(SmallPhotographs(), images=21, seed=0)
+
+
+@pytest.mark.parametrize("seed", [-1, MOST_SEEDS])
+def test_a_seed_whose_streams_are_another_ones(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"expected a seed in 0\.\.99; received {seed}"):
+        draw_samples(WORLD, images=5, seed=seed)
+
+
+def test_a_world_without_a_rule() -> None:
+    world: Any = type("Other", (), {"base": "other"})()
+    with pytest.raises(ValueError, match="expected a world among shapes, cifar10; received 'other'"):
+        draw_samples(world, images=5, seed=0)
+
+
+def test_first_keeps_labels_with_images() -> None:
+    labels = torch.arange(4)
+    images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = Samples(images, images, images, labels, labels).first(2)
+    assert found.labels.tolist() == found.other_labels.tolist() == [0, 1]
