@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from jaxtyping import Int
 from torch import Tensor
@@ -31,15 +32,15 @@ class SubsetPairs(Pairs):
             order_seed=order_seed,
         )
 
-    @property
+    @cached_property
     def ids(self) -> Sequence[str]:
         return [self.base.ids[place] for place in self.places]
 
-    @property
+    @cached_property
     def captions(self) -> Sequence[str]:
         return [self.base.captions[place] for place in self.places]
 
-    @property
+    @cached_property
     def labels(self) -> Int[Tensor, " pair"] | None:
         return None if self.base.labels is None else self.base.labels[list(self.places)]
 

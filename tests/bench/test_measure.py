@@ -18,7 +18,7 @@ from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.models.zoo import load_bundled
 from decompclip.zoo.worlds import WORLDS
 
-from .conftest import IMAGES, TWIN
+TWIN, IMAGES = "shapes-blended", 120
 
 
 def test_every_detector_and_repair_is_there(plan: Plan, measured: dict[str, Any]) -> None:
@@ -51,11 +51,12 @@ def test_a_detector_is_measured_on_images_it_was_not_fitted_on(subject: Subject)
     assert found["forwards"] == 1 and 0.2 < found["cost"] < 10
 
 
-@pytest.mark.parametrize("name", ["k-distance", "Mahalanobis by class", "BDetCLIP", "SCALE-UP", "Decomp-Det (paper)"])
+@pytest.mark.parametrize("name", ["k-distance", "Mahalanobis by class", "BDetCLIP", "Decomp-Det (paper)"])
 @pytest.mark.filterwarnings("ignore:words unknown")
 def test_without_a_trigger_there_is_nothing_to_find(subject: Subject, name: str) -> None:
     control = detection(subject, name, images=IMAGES)["control"]
-    assert control["low"] <= 0.5 <= control["high"] or abs(control["value"] - 0.5) < 0.08
+    assert control["low"] <= 0.5 <= control["high"]
+    assert control["high"] - control["low"] < 0.2
 
 
 def test_a_trigger_is_found(measured: dict[str, Any]) -> None:
@@ -117,8 +118,8 @@ def test_controls_replace_as_many_heads(subject: Subject) -> None:
 
 
 def test_a_clean_model_has_no_trigger_to_find() -> None:
-    subject = Subject.of("shapes", images=60, seed=0)
-    found = detection(subject, "k-distance", images=60)
+    subject = Subject.of("shapes", images=70, seed=0)
+    found = detection(subject, "k-distance", images=70)
     assert found["auroc"] is None and found["tpr"] is None and found["control"] is not None
     rates = mending(subject, "none", seed=0)
     assert rates["asr"] is None and rates["triggered_accuracy"] is None
@@ -127,9 +128,9 @@ def test_a_clean_model_has_no_trigger_to_find() -> None:
 
 def test_slow_detectors_see_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DETECTORS, "TeCo", DETECTORS["k-distance"])
-    plan = Plan(models=(TWIN,), detectors=("TeCo", "k-distance"), repairs=(), images=90, slow_images=60)
+    plan = Plan(models=(TWIN,), detectors=("TeCo", "k-distance"), repairs=(), images=90, slow_images=70)
     found = measure(TWIN, plan, seed=0)["detectors"]
-    assert found["TeCo"]["images"] == 60 and found["TeCo"]["fpr"]["total"] == 120
+    assert found["TeCo"]["images"] == 70 and found["TeCo"]["fpr"]["total"] == 140
     assert found["k-distance"]["images"] == 90
     assert found["TeCo"]["tpr"]["total"] < found["k-distance"]["tpr"]["total"]
 

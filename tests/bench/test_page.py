@@ -1,0 +1,113 @@
+"""The page holds every number, needs nothing from outside, and shows names as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decompclip.bench.page import render
+from decompclip.bench.plan import Plan
+from decompclip.bench.results import leaderboard
+from decompclip.bench.run import _facts
+
+VOID = {"meta"}
+
+
+class Checked(HTMLParser):
+    """Every element is closed, in order; texts of cells are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and ("td" in self.open or "th" in self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def parsed(page: str) -> Checked:
+    checked = Checked()
+    checked.feed(page)
+    assert checked.open == []
+    return checked
+
+
+@pytest.fixture(scope="module")
+def runs(plan: Plan, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    return [_facts("shapes-blended", plan, 0) | measured | {"seconds": 1.0}]
+
+
+def test_it_opens_and_holds_every_row(runs: list[dict[str, Any]]) -> None:
+    page = parsed(render(leaderboard(runs)))
+    (run,) = runs
+    detection, by_attack, repair, asr, cacc, own_detectors, own_repairs = page.tables
+    for table in (detection, by_attack, own_detectors):
+        assert [row[0] for row in table[1:]] == list(run["detectors"])
+    for table in (repair, asr, cacc, own_repairs):
+        assert [row[0] for row in table[1:]] == list(run["repairs"])
+    for table in page.tables:
+        assert len({len(row) for row in table}) == 1
+    rate = run["repairs"]["none"]["asr"]
+    text = f"{100 * rate['value']:.1f} [{100 * rate['low']:.1f},\u00a0{100 * rate['high']:.1f}]"
+    assert own_repairs[1][own_repairs[0].index("ASR %")] == text
+    assert by_attack[0] == ["", "shapes-blended"]
+
+
+def test_it_needs_nothing_from_outside(runs: list[dict[str, Any]]) -> None:
+    page = render(leaderboard(runs))
+    assert not re.search(r"(src|href)=[\"'](?!#)|url\(|@import|https?:", page)
+    assert "script" not in parsed(page).tags
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page and "max-width: 640px" in page
+
+
+def test_it_says_how_it_was_made(runs: list[dict[str, Any]]) -> None:
+    page = render(leaderboard(runs))
+    assert runs[0]["weights"] in page and runs[0]["versions"]["torch"] in page
+
+
+def test_a_clean_model_alone(runs: list[dict[str, Any]]) -> None:
+    run = json.loads(json.dumps(runs[0])) | {
+        "attack": None,
+        "extent": None,
+        "structure": None,
+        "target": None,
+    }
+    for cells in run["detectors"].values():
+        cells |= {"auroc": None, "tpr": None}
+    for cells in run["repairs"].values():
+        cells |= {"asr": None, "triggered_accuracy": None}
+    page = parsed(render(leaderboard([run])))
+    assert page.tables[0][1][1] == "–" and len(page.tables) == 4
+
+
+def test_detectors_alone_or_repairs_alone(runs: list[dict[str, Any]]) -> None:
+    for part in ("detectors", "repairs"):
+        assert len(parsed(render(leaderboard([runs[0] | {part: {}}]))).tables) in (3, 4)
+
+
+def test_names_are_no_markup(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    page = render(leaderboard([runs[0] | {"attack": evil, "model": evil}]))
+    assert evil not in page and "&lt;script&gt;" in page
+    assert "script" not in parsed(page).tags
