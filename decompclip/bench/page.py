@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from decompclip.bench.tables import by_attack, detection_means, model_tables, repair_means
 
 TITLE = "Detectors and repairs on the zoo"
 
@@ -26,26 +27,6 @@ REPAIR_TEXT = (
     "ones. The paper's repair is told whether the trigger is local or global; the others are told nothing. Means and "
     "intervals are over attacks, as above."
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    interval: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[Row, ...]
 
 
 def render(board: dict[str, Any]) -> str:
@@ -68,105 +49,22 @@ def render(board: dict[str, Any]) -> str:
 def _sections(board: dict[str, Any]) -> list[dict[str, Any]]:
     attacks, sections = board["attacks"], []
     if found := board["detectors"]:
-        columns = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
-        first = _means("Over all attacks", found, columns, best=("auroc", max))
-        forwards = {name: run[name]["forwards"] for run in _parts(board, "detectors") for name in run}
-        rows = tuple(
-            Row(row.name, (*row.cells, Cell(str(forwards[row.name])), _time(found[row.name]["cost"])))
-            for row in first.rows
-        )
-        tables = [Table(first.title, (*first.head, "forwards", "time"), rows)]
+        tables = [detection_means(board)]
         if attacks:
-            tables.append(_by_attack("AUROC % by attack", found, "auroc", attacks, max))
+            tables.append(by_attack("AUROC % by attack", found, "auroc", attacks, max))
         sections.append({"id": "detection", "title": "Detection", "text": DETECTION_TEXT, "tables": tables})
     if found := board["repairs"]:
-        columns = {
-            "cacc": "CACC %",
-            "asr": "ASR %",
-            "triggered_accuracy": "accuracy with trigger %",
-            "control": "control %",
-        }
-        tables = [_means("Over all attacks", found, columns)]
+        tables = [repair_means(board)]
         if attacks:
-            tables.append(_by_attack("ASR % by attack", found, "asr", attacks, min))
-            tables.append(_by_attack("CACC % by attack", found, "cacc", attacks, max))
+            tables.append(by_attack("ASR % by attack", found, "asr", attacks, min))
+            tables.append(by_attack("CACC % by attack", found, "cacc", attacks, max))
         sections.append({"id": "repair", "title": "Repair", "text": REPAIR_TEXT, "tables": tables})
     return sections
 
 
-def _means(
-    title: str,
-    found: dict[str, Any],
-    columns: dict[str, str],
-    *,
-    best: tuple[str, Callable[..., Any]] | None = None,
-) -> Table:
-    """One row a defense; where there was no attack at all, what the clean models say."""
-    shown = {name: {key: _overall(cells[key]) for key in columns} for name, cells in found.items()}
-    metric, better = best or ("", max)
-    values = [mean["value"] for row in shown.values() if (mean := row.get(metric)) is not None]
-    top = better(values, default=None)
-    rows = [
-        Row(
-            name,
-            tuple(_cell(value, best=key == metric and _is(value, top)) for key, value in row.items()),
-        )
-        for name, row in shown.items()
-    ]
-    return Table(title, ("", *columns.values()), tuple(rows))
-
-
-def _by_attack(
-    title: str, found: dict[str, Any], metric: str, attacks: Sequence[str], best: Callable[..., Any]
-) -> Table:
-    values = {
-        name: [cells[metric]["attacks"].get(attack) for attack in attacks] for name, cells in found.items()
-    }
-    tops = [
-        best([x for x in column if x is not None], default=None)
-        for column in zip(*values.values(), strict=True)
-    ]
-    rows = [
-        Row(
-            name,
-            tuple(
-                Cell(_percent(x), best=x is not None and x == top) for x, top in zip(row, tops, strict=True)
-            ),
-        )
-        for name, row in values.items()
-    ]
-    return Table(title, ("", *attacks), tuple(rows))
-
-
 def _model(run: dict[str, Any]) -> dict[str, Any]:
     kind = f"{run['extent']}, {run['structure']}, to {run['target']}" if run["attack"] else "clean"
-    tables = []
-    if run["detectors"]:
-        columns = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
-        rows = tuple(
-            Row(
-                name,
-                (
-                    *(_cell(cells[key]) for key in columns),
-                    Cell(str(cells["images"])),
-                    Cell(f"{cells['cost']:.1f} x"),
-                ),
-            )
-            for name, cells in run["detectors"].items()
-        )
-        tables.append(Table("", ("detector", *columns.values(), "images", "time"), rows))
-    if run["repairs"]:
-        columns = {
-            "cacc": "CACC %",
-            "asr": "ASR %",
-            "control": "control %",
-            "triggered_accuracy": "with trigger %",
-        }
-        rows = tuple(
-            Row(name, tuple(_cell(cells[key]) for key in columns)) for name, cells in run["repairs"].items()
-        )
-        tables.append(Table("", ("repair", *columns.values()), rows))
-    return {"title": f"{run['model']}, seed {run['seed']} ({kind})", "tables": tables}
+    return {"title": f"{run['model']}, seed {run['seed']} ({kind})", "tables": model_tables(run)}
 
 
 def _provenance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -179,34 +77,3 @@ def _provenance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "weights": {run["model"]: run["weights"] for run in runs},
         "seconds": round(sum(run["seconds"] for run in runs), 1),
     }
-
-
-def _parts(board: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    return [run[part] for run in board["runs"]]
-
-
-def _overall(cells: dict[str, Any]) -> dict[str, Any] | None:
-    if cells["mean"]:
-        return cells["mean"]
-    return None if cells["clean"] is None else {"value": cells["clean"], "low": None, "high": None}
-
-
-def _is(found: dict[str, Any] | None, top: float | None) -> bool:
-    return found is not None and found["value"] == top
-
-
-def _time(cells: dict[str, Any]) -> Cell:
-    found = _overall(cells)
-    return Cell("–" if found is None else f"{found['value']:.1f} x")
-
-
-def _cell(found: dict[str, Any] | None, *, best: bool = False) -> Cell:
-    if found is None or found["value"] is None:
-        return Cell("–")
-    known = found["low"] is not None
-    interval = f"[{100 * found['low']:.1f},\u00a0{100 * found['high']:.1f}]" if known else ""
-    return Cell(_percent(found["value"]), interval, best)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

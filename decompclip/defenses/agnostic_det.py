@@ -116,6 +116,7 @@ class AgnosticDet:
         offsets_: of the same images, as `Expected.offsets`.
     """
 
+    calibrates = True  # on the images that it learns from, by cross-fitting
     expected_: Expected
     maps_: TermMaps
     mean_: Float[Tensor, " view"]

@@ -74,6 +74,13 @@ def test_it_opens_and_holds_every_row(runs: list[dict[str, Any]]) -> None:
     assert by_attack[0] == ["", "shapes-blended"]
 
 
+def test_equals_are_best_together(runs: list[dict[str, Any]]) -> None:
+    run = json.loads(json.dumps(runs[0]))
+    first, second = run["detectors"].values()
+    first["auroc"]["value"], second["auroc"]["value"] = 0.99999, 1.0
+    assert render(leaderboard([run])).count('class="best">100.0') == 2 * 2  # over all attacks, and by attack
+
+
 def test_it_needs_nothing_from_outside(runs: list[dict[str, Any]]) -> None:
     page = render(leaderboard(runs))
     assert not re.search(r"(src|href)=[\"'](?!#)|url\(|@import|https?:", page)

@@ -63,7 +63,7 @@ class Detector(ABC):
         Raises:
             ValueError: images that are none in [0, 1], or too few of them.
         """
-        batches = _source(clean, self.batch_size)
+        batches = source(clean, self.batch_size)
         if self.learns:
             self._learn(part for images, places in batches() if len(part := images[places % 2 == 0]))
         scores = []
@@ -192,7 +192,7 @@ def need(n: int, least: int, what: str) -> None:
         )
 
 
-def _source(clean: Clean, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+def source(clean: Clean, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
     """Batches of images with their places, as often as asked for."""
     if not isinstance(clean, Tensor | Labelled):
         clean = list(clean)

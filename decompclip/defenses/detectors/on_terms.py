@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention
-from decompclip.defenses.detectors.detector import Detector, need
+from decompclip.defenses.detectors.detector import Clean, Detector, need, source
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -51,6 +51,18 @@ class OnTerms(Detector):
         self.clip = model
         self.detector = detector
         self.convention: Convention = convention
+
+    def fit(self, clean: Clean) -> OnTerms:
+        """As `Detector.fit`; a detector that calibrates itself on what it learns from gets all images for both.
+
+        Raises:
+            ValueError: images that are none in [0, 1], or too few of them.
+        """
+        if not getattr(self.detector, "calibrates", False):
+            return super().fit(clean)
+        self._learn(images for images, _ in source(clean, self.batch_size)())
+        self.scores_ = self.detector.scores_  # pyright: ignore[reportAttributeAccessIssue]
+        return self
 
     def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import decompclip
 from decompclip.data.shapes import Shapes
+from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
@@ -336,3 +337,11 @@ def test_cost_is_in_forward_passes() -> None:
     assert scale_up.forwards == 6 and 3 < scale_up.ratio < 15
     with pytest.raises(ValueError, match=r"received 0 images"):
         measure_cost(ScaleUp(model, model.zero_shot_classifier()).fit(images), images[:0])
+
+
+def test_a_detector_that_calibrates_itself_gets_all_images() -> None:
+    model = decompclip.load("shapes")
+    clean = Shapes(140, seed=71)
+    outer = OnTerms(model, AgnosticDet(model.zero_shot_classifier())).fit(clean)
+    assert len(outer.scores_) == 140
+    assert outer.threshold_at(0.05) == outer.detector.threshold_at(0.05)  # type: ignore[attr-defined]
