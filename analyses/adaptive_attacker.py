@@ -18,15 +18,16 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from analyses.attack_agnostic import terms
 from decompclip.attacks.trigger import Trigger
-from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import Convention
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
@@ -123,22 +124,6 @@ def adapt(config: Config, work: Path) -> HookedCLIP:
 
 
 @torch.no_grad()
-def terms(
-    model: HookedCLIP, data: Shapes, trigger: Trigger | None = None, convention: Any = "centred"
-) -> Decomposition:
-    return Decomposition.cat(
-        [
-            model.decompose(
-                model.normalize(b.images if trigger is None else trigger(b.images, b.indices)),
-                normalize=True,
-                convention=convention,
-            )
-            for b in data.batches(250)
-        ]
-    )
-
-
-@torch.no_grad()
 def defend(model: HookedCLIP, config: Config) -> dict[str, Any]:
     """Every defense of terms on one model: rates of repairs, AUROC of detectors."""
     recipe = twin_recipe(config.twin)
@@ -152,11 +137,11 @@ def defend(model: HookedCLIP, config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"repairs": {}, "detectors": {}}
     views = {
         convention: (
-            terms(model, fit, convention=convention),
-            terms(model, data, convention=convention),
+            terms(model, fit, None, convention),
+            terms(model, data, None, convention),
             terms(model, data, trigger, convention),
         )
-        for convention in ("centred", "paper")
+        for convention in get_args(Convention)
     }
     repairs = {
         "none": ("centred", None),

@@ -33,6 +33,7 @@ from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
 from decompclip.cache.components import everything
 from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.maps import Convention
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.agnostic_det import VIEWS
 from decompclip.defenses.agnostic_rep import AgnosticRep
@@ -59,11 +60,16 @@ class Config:
 
 
 @torch.no_grad()
-def terms(model: HookedCLIP, data: Shapes, trigger: Trigger | None = None) -> Decomposition:
+def terms(
+    model: HookedCLIP, data: Shapes, trigger: Trigger | None = None, convention: Convention = "centred"
+) -> Decomposition:
+    """Of unit features, of clean or of triggered images."""
     return Decomposition.cat(
         [
             model.decompose(
-                model.normalize(b.images if trigger is None else trigger(b.images, b.indices)), normalize=True
+                model.normalize(b.images if trigger is None else trigger(b.images, b.indices)),
+                normalize=True,
+                convention=convention,
             )
             for b in data.batches(250)
         ]
