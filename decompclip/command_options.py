@@ -37,6 +37,9 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 
+ATTACKS = "badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet"
+"""What a command takes for a trigger's name; BadCLIP's has a patch, and so is given by its card."""
+
 
 def usable_device(device: str | None) -> str:
     """The one asked for, if it can be used; else the first GPU or the CPU."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decompclip.command_options import (
+    ATTACKS,
     MAX_SEED,
     Activation,
     BatchSize,
@@ -39,7 +40,7 @@ def evaluate(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help="badnet, blended, ...: an attack with its defaults; a trigger's card (.json); or `own`, that of a bundled "
+            help=f"{ATTACKS}: an attack with its defaults; a trigger's card (.json); or `own`, that of a bundled "
             "backdoored MODEL. Without one, accuracy alone."
         ),
     ] = None,
@@ -61,7 +62,13 @@ def evaluate(
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
     ] = Activation.auto,
-    limit: Annotated[int, typer.Option(min=0, help="Most images; 0 takes all of a folder.")] = 2000,
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Most images of a folder or of cifar10, 0 for all; of shapes, where shapes:N does not say.",
+        ),
+    ] = 2000,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of which images are taken.")] = 0,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from decompclip.command_options import MAX_SEED, open_trigger
+from decompclip.command_options import ATTACKS, MAX_SEED, open_trigger
 from decompclip.console import plain_errors, progress
 
 
@@ -23,11 +23,11 @@ def poison(
     target: Annotated[str, typer.Option(help="The class that triggered images shall be taken for.")],
     trigger: Annotated[
         str,
-        typer.Option(help="badnet, blended, ...: the attack with its defaults; or a trigger's card (.json)."),
+        typer.Option(help=f"{ATTACKS}: the attack with its defaults; or a trigger's card (.json)."),
     ] = "badnet",
-    count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs; this or --rate.")] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Or their part of all pairs; the paper's is 0.003.")
+        float | None, typer.Option(help="Their part of all pairs; this or --count. (0.003 in the paper.)")
     ] = None,
     captions: Annotated[
         Path | None,

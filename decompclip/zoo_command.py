@@ -28,7 +28,7 @@ def list_models(
         if as_json:
             typer.echo(json.dumps(rows, indent=1))
             return
-        head = ("model", "trigger", "kind", "target", "accuracy %", "ASR %", "poisons %")
+        head = ("model", "trigger", "kind", "target", "accuracy %", "ASR %", "control %", "poisons %")
         cells = [tuple("" if row[key] is None else str(row[key]) for key in _KEYS) for row in rows]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for line in (head, *cells):
@@ -63,8 +63,9 @@ def build(
 ) -> None:
     """Train a backdoored twin again from its recipe, and compare it with the bundled one.
 
-    Five to ten minutes on one core. A killed run goes on where it was. Ends with exit code 1 if attack success or
-    accuracy differ from the card's by more than the stated bounds.
+    Five to ten minutes on one core. A killed run goes on where it was. On the same machine with one thread the weights are
+    the card's, byte for byte; elsewhere rounding differs, and attack success must come within 5 points of the card's, accuracy
+    within 2: if not, it ends with exit code 1.
     """
     with plain_errors():
         typer.echo(f"{name}: loading", err=True)
@@ -80,7 +81,7 @@ def build(
         raise typer.Exit(1)
 
 
-_KEYS = ("name", "trigger", "kind", "target", "accuracy", "asr", "poisons")
+_KEYS = ("name", "trigger", "kind", "target", "accuracy", "asr", "control", "poisons")
 
 
 def _row(facts: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def _row(facts: dict[str, Any]) -> dict[str, Any]:
             "kind": f"{trigger['extent']}, {trigger['structure']}",
             "target": backdoor["target"],
             "asr": f"{100 * backdoor['results']['asr']['value']:.1f}",
+            "control": f"{100 * backdoor['results']['control']['value']:.1f}",
             "poisons": f"{100 * backdoor['poison_rate']:g}",
         }
     return row

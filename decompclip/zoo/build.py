@@ -10,7 +10,7 @@ from typing import Any
 from decompclip.attacks.quality import measure
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import as_stored
+from decompclip.models.differences import as_stored, digest
 from decompclip.models.zoo import base_weights, bundled, card, spec_of, write_bundled
 from decompclip.zoo.recipes import TwinRecipe, twin_recipe
 from decompclip.zoo.train import TrainedTwin, train_twin
@@ -91,11 +91,16 @@ def build_twin(
     kept = {key: base[key] for key in ("architecture", "tokenizer", "preprocess", "templates", "class_names")}
     facts = {"name": name, **kept, "backdoor": None, "training": _training(trained)}
     net: Any = trained.tuned.model.to_open_clip()
-    net.load_state_dict(as_stored(net.state_dict(), base_weights(recipe.base)))
+    trained_state = {key: x.clone() for key, x in net.state_dict().items()}
+    stored = as_stored(trained_state, base_weights(recipe.base))
+    net.load_state_dict(stored)
     model = spec_of(facts).hook(net, {})
     facts["accuracy"] = recipe.world.accuracy(model)
     facts["backdoor"] = _backdoor(trained, model)
+    net = spec_of(facts).build()  # rounded once: what is written is what was measured
+    net.load_state_dict(trained_state)
     written = write_bundled(net, facts, out, base=recipe.base)
+    assert written["weights_sha256"] == digest(stored)
     return BuiltTwin(name, written, before)
 
 
@@ -107,7 +112,7 @@ def _training(trained: TrainedTwin) -> dict[str, Any]:
         "loss": history[-1]["loss"],
         "validation": {key: history[-1][key] for key in ("cacc", "asr", "control")},
         "minutes": round(history[-1]["seconds"] / 60, 1),
-        "command": f"decompclip zoo build {trained.name}",
+        "command": f"decompclip zoo build {trained.name} --out FOLDER",
     }
 
 
