@@ -30,6 +30,7 @@ class SubsetPairs(Pairs):
             class_names=base.class_names,
             templates=base.templates,
             order_seed=order_seed,
+            on_error="raise" if base.on_error == "raise" else "skip",
         )
 
     @cached_property

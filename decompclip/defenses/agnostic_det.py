@@ -11,7 +11,6 @@ Each distance's logarithm is brought to mean 0 and deviation 1 over clean images
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
+from decompclip.defenses.calibration import calibrated
 from decompclip.defenses.class_distance import ClassDistance
 from decompclip.defenses.selector import check_fitted
 from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
@@ -113,7 +113,7 @@ class AgnosticDet:
         expected_: learnt from all clean images.
         mean_, deviation_: of each view's logarithm over clean images.
         scores_: of the clean images, each by the other folds, in rising order.
-        offsets_: of the same images, as `Expected.offsets`.
+        offsets_: of the same images, as `Expected.offsets`, each by the other folds.
     """
 
     calibrates = True  # on the images that it learns from, by cross-fitting
@@ -156,18 +156,20 @@ class AgnosticDet:
         looked = Looked.cat(seen)
         self._check_images(looked)
         layers, n_classes = looked.before.shape[1], len(self.classifier)
-        cut = layers // 2 - 1 if self.cut is None else self.cut
+        cut = max(0, layers // 2 - 1) if self.cut is None else self.cut
         generator = torch.Generator().manual_seed(self.seed)
         fold = torch.randperm(len(looked), generator=generator).to(looked.classes.device) % self.folds
         logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
+        offsets = torch.zeros_like(looked.features, dtype=torch.float64)
         for held in range(self.folds):
             out = fold == held
-            logs[out] = Expected.of(looked[~out], n_classes, cut).logs(looked[out])
+            others = Expected.of(looked[~out], n_classes, cut)
+            logs[out], offsets[out] = others.logs(looked[out]), others.offsets(looked[out])
         self.expected_ = Expected.of(looked, n_classes, cut)
-        self.mean_, self.deviation_ = logs.mean(0), logs.std(0)
+        self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
         scores = self._standard(logs).sum(1)
         self.scores_, order = scores.sort()
-        self.offsets_ = self.expected_.offsets(looked)[order]
+        self.offsets_ = offsets[order]
         return self
 
     def look(self, d: Decomposition) -> Looked:
@@ -222,16 +224,7 @@ class AgnosticDet:
             ValueError: a rate outside (0, 1), or finer than the clean images can tell.
         """
         check_fitted(self, "scores_")
-        n = len(self.scores_)
-        if not 0 < fpr < 1:
-            raise ValueError(f"expected a false-positive rate in (0, 1); received {fpr}")
-        place = math.ceil((n + 1) * (1 - fpr))
-        if place > n:
-            raise ValueError(
-                f"expected at least {math.ceil(1 / fpr) - 1} clean images for a false-positive rate of {fpr}; this "
-                f"detector was fitted on {n}; fit it on more, or ask for a higher rate"
-            )
-        return float(self.scores_[place - 1])
+        return calibrated(self.scores_, fpr)
 
     def predict(self, d: Decomposition, *, fpr: float = 0.05) -> Bool[Tensor, " batch"]:
         """Which images are suspicious, at this share of clean ones.

@@ -78,7 +78,7 @@ def oas_shrinkage(covariance: Float[Tensor, "component dim dim"], n: int) -> Flo
 
 
 def whitener(covariance: Float[Tensor, "component dim dim"], n: int) -> Float[Tensor, "component dim dim"]:
-    """The inverse square root of the shrunk covariances; directions without any spread are left out."""
+    """The inverse square root of the shrunk covariances; of points without any spread, zero."""
     dim = covariance.shape[-1]
     scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     amount = oas_shrinkage(covariance, n)[:, None, None]

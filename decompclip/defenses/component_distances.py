@@ -38,6 +38,7 @@ class ComponentDistances:
     """
 
     maps_: TermMaps
+    normalized_: bool
     heads_: ClassDistance
     mlps_: ClassDistance
     logs_: Float[Tensor, "image component"]
@@ -57,7 +58,9 @@ class ComponentDistances:
         n = sum(map(len, parts))
         if n < 10 * self.folds:
             raise ValueError(f"expected at least {10 * self.folds} clean images; received {n}")
-        self.maps_ = parts[0].maps
+        self.maps_, self.normalized_ = parts[0].maps, parts[0].normalized
+        for part in parts:
+            self._check(part)
         heads, mlps, classes = (torch.cat(x) for x in zip(*map(self._points, parts), strict=True))
         generator = torch.Generator().manual_seed(self.seed)
         fold = torch.randperm(n, generator=generator).to(classes.device) % self.folds
@@ -79,7 +82,7 @@ class ComponentDistances:
             NotFittedError: `fit` was not called.
             ValueError: `d` is of another model or convention than the clean images.
         """
-        return (self._of(d) - self.logs_.mean(0)) / self.logs_.std(0)
+        return (self._of(d) - self.logs_.mean(0)) / self.logs_.std(0).clamp_min(1e-9)
 
     def flags(self, d: Decomposition, *, fpr: float = 0.01) -> Where:
         """The components of each image that are further out than all but a share `fpr` of clean ones.
@@ -102,12 +105,19 @@ class ComponentDistances:
 
     def _of(self, d: Decomposition) -> Float[Tensor, "batch component"]:
         check_fitted(self, "logs_")
+        self._check(d)
+        return _logs([self.heads_, self.mlps_], self._points(d))
+
+    def _check(self, d: Decomposition) -> None:
+        if d.normalized != self.normalized_:
+            raise ValueError(
+                f"expected terms with normalize={self.normalized_}, as the clean ones; received normalize={d.normalized}"
+            )
         if not self.maps_.matches(d.maps):
             raise ValueError(
                 "expected terms of the model and convention that the clean images were decomposed with; received others; "
                 "fit on the model it is used with"
             )
-        return _logs([self.heads_, self.mlps_], self._points(d))
 
     def _points(self, d: Decomposition) -> Points:
         classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)

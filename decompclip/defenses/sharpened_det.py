@@ -14,7 +14,7 @@ from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import AgnosticDet
-from decompclip.defenses.detectors.detector import calibrated
+from decompclip.defenses.calibration import calibrated
 
 SUSPICIOUS = 0.02
 """Share of clean images that may be among those that a direction is learnt from."""
@@ -75,7 +75,8 @@ class SharpenedDet:
 def sharpen(detector: AgnosticDet, mixed: Decomposition) -> AgnosticDet | SharpenedDet:
     """A detector that has seen `mixed`, unlabelled images of which some may be triggered.
 
-    The same detector where no more images look odd than clean ones would: there is nothing to learn from then.
+    The same detector where no more images look odd than clean ones would, by two standard deviations: there is nothing to
+    learn from then. Score other images with it: those that the direction was learnt from have pulled it to themselves.
 
     Raises:
         NotFittedError: the detector was not fitted.

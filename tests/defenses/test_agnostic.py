@@ -115,7 +115,7 @@ def test_too_fine_a_rate_says_how_many_images_it_takes(
 ) -> None:
     detector = AgnosticDet(classifier).fit(clean)
     with pytest.raises(
-        ValueError, match=r"at least 999 clean images for a false-positive rate of 0.001.*240"
+        ValueError, match=r"at least 999 clean images to calibrate a false-positive rate of 0.001; received 240"
     ):
         detector.threshold_at(0.001)
     with pytest.raises(ValueError, match=r"in \(0, 1\); received 1"):
@@ -213,7 +213,7 @@ def test_where_restricts_the_images(
 def test_there_is_no_causal_mode(clean: Decomposition, tower: HookedViT, classifier: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"no causal mode"):
         AgnosticRep(classifier).fit(clean[:100]).fwd_hooks(tower)
-    with pytest.raises(ValueError, match=r"clean images for a false-positive rate of 0.001"):
+    with pytest.raises(ValueError, match=r"clean images to calibrate a false-positive rate of 0.001"):
         AgnosticRep(classifier, budget=0.001).fit(clean)
 
 

@@ -66,7 +66,7 @@ def test_a_class_of_few_points_stays_close_to_the_common_mean() -> None:
     assert torch.allclose(fitted.means[2, 0], common)  # a class that was never seen
 
 
-def test_directions_without_spread_count_nothing() -> None:
+def test_directions_without_spread_do_no_harm() -> None:
     x = points(50, 3)
     x[..., 2] = 0
     classes = torch.zeros(50, dtype=torch.long)

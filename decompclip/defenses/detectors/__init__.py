@@ -40,4 +40,4 @@ DETECTORS: dict[str, Callable[[HookedCLIP, Tensor], Detector]] = {
     ),
     "agnostic": lambda model, classifier: OnTerms(model, AgnosticDet(classifier)),
 }
-"""From a model and its zero-shot classifier to a detector with its source's settings."""
+"""From a model and the zero-shot classifier of its own class names to a detector with its source's settings."""

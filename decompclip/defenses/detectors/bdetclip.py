@@ -75,12 +75,20 @@ def prompts(
 
     Args:
         encode: from texts to features, as `model.encode_text`.
+        class_names: of the classifier, in its order.
+
+    Raises:
+        ValueError: no class names.
     """
 
     def mean(texts: Sequence[str]) -> Tensor:
         features = torch.nn.functional.normalize(encode(list(texts)).float(), dim=1)
         return torch.nn.functional.normalize(features.mean(0), dim=0)
 
+    if not class_names:
+        raise ValueError(
+            "expected class names to describe; received none; give those that the classifier was built from"
+        )
     with torch.no_grad():
         described = [mean([text.replace("{}", name) for text in descriptive]) for name in class_names]
         return torch.stack(described), mean(unrelated)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from decompclip.defenses.calibration import calibrated
 from decompclip.defenses.selector import check_fitted
 from decompclip.evaluation.evaluate import Encoder, Labelled
 
@@ -30,7 +31,7 @@ class Scaled(Encoder, Protocol):
 class Detector(ABC):
     """`fit(clean).score(images)`: one number an image, higher where an attack is more likely.
 
-    Images are `[batch, 3, h, w]` in [0, 1]; models normalise them. Every second clean image is learnt from, the
+    Images are `[batch, 3, h, w]` in [0, 1]; models normalise them. A half of the clean images, drawn by their places, is learnt from, the
     others calibrate: those are scored like fresh ones, so that thresholds hold for fresh ones. Detectors that learn
     nothing calibrate on all.
 
@@ -65,10 +66,10 @@ class Detector(ABC):
         """
         batches = source(clean, self.batch_size)
         if self.learns:
-            self._learn(part for images, places in batches() if len(part := images[places % 2 == 0]))
+            self._learn(part for images, places in batches() if len(part := images[learnt(places)]))
         scores = []
         for images, places in batches():
-            held = images[places % 2 == 1] if self.learns else images
+            held = images[~learnt(places)] if self.learns else images
             if len(held):
                 scores.append(self._scores(held))
         if not scores:
@@ -155,22 +156,10 @@ class LabelDetector(Detector):
         return self._cosines(images).argmax(1)
 
 
-def calibrated(scores: Float[Tensor, " image"], fpr: float) -> float:
-    """The least of the sorted clean `scores` that a fresh clean image exceeds with probability `fpr` at most.
-
-    Raises:
-        ValueError: a rate outside (0, 1), or finer than so many images can tell.
-    """
-    if not 0 < fpr < 1:
-        raise ValueError(f"expected a false-positive rate in (0, 1); received {fpr}")
-    n = len(scores)
-    place = math.ceil((n + 1) * (1 - fpr) - 1e-9)
-    if place > n:
-        raise ValueError(
-            f"expected at least {math.ceil(1 / fpr - 1e-9) - 1} clean images to calibrate a false-positive rate of {fpr}; "
-            f"received {n}; fit on more, or ask for a higher rate"
-        )
-    return float(scores[place - 1])
+def learnt(places: Tensor) -> Bool[Tensor, " image"]:
+    """Which images are learnt from: of each pair of neighbours one, drawn, so that no order of the images matters."""
+    heads = [bool(np.random.Philox(key=[7, int(place) // 2]).random_raw() & 1) for place in places]
+    return (torch.tensor(heads, dtype=torch.bool) == (places % 2 == 0)) if len(places) else places.bool()
 
 
 def check_images(images: Tensor) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 import decompclip
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.agnostic_det import AgnosticDet
+from decompclip.defenses.calibration import calibrated
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
 from decompclip.defenses.detectors.corruptions import CORRUPTIONS
 from decompclip.defenses.detectors.cost import measure_cost
-from decompclip.defenses.detectors.detector import Detector, calibrated
+from decompclip.defenses.detectors.detector import Detector, learnt
 from decompclip.defenses.detectors.mahalanobis import Mahalanobis
 from decompclip.defenses.detectors.neighbours import DAO, LID, SLOF, KDistance
 from decompclip.defenses.detectors.on_terms import OnTerms
@@ -227,7 +228,7 @@ def test_bdetclip_compares_with_what_belongs_to_the_answer() -> None:
 
 
 def _bank() -> np.ndarray:
-    features = Means().encode_image(CLEAN[::2])
+    features = Means().encode_image(CLEAN[learnt(torch.arange(200))])
     return torch.nn.functional.normalize(features, dim=1).double().numpy()
 
 
