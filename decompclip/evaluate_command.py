@@ -131,21 +131,23 @@ def evaluate(
 
 
 def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, ...]:
-    """From the file, or those that the data set or the bundled model knows.
+    """From the file, or those that the data set or the model knows, a bundled one or a folder that `save_model` wrote.
 
     Raises:
         ValueError: nobody knows them.
     """
     from decompclip.data.images import read_classes
     from decompclip.data.labelled import classes_of
+    from decompclip.models.folders import saved_class_names
     from decompclip.models.zoo import bundled, card
 
     if classes is not None:
         return read_classes(classes)
-    names = classes_of(images) or (tuple(card(model)["class_names"]) if model in bundled() else ())
+    own = tuple(card(model)["class_names"]) if model in bundled() else saved_class_names(Path(model))
+    names = classes_of(images) or own
     if not names:
         raise ValueError(
-            "expected --classes, a text file with one class a line; only bundled models know theirs"
+            "expected --classes, a text file with one class a line; only bundled and saved models know theirs"
         )
     return names
 

@@ -97,7 +97,9 @@ def finetune(
     every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two measurements; by default a tenth of them.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most images to measure on.")] = 1000,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Most images to measure on, where shapes:N does not say.")
+    ] = 1000,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     activation: Annotated[

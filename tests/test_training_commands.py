@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.cli import app
 from decompclip.data.labelled import open_labelled
+from decompclip.data.shapes import Shapes
 from decompclip.evaluation.evaluate import evaluate
 
 
@@ -83,6 +86,21 @@ def test_evaluate_says_what_the_library_says(tuned: Path, tmp_path: Path) -> Non
     assert (written["target_class"], written["trigger"]["name"]) == ("star", "badnet")
     code, stdout, _ = run("evaluate", "shapes", "shapes:60", "--json")
     assert code == 0 and json.loads(stdout)["asr"] is None
+
+
+def test_a_saved_model_knows_its_classes(tuned: Path, tmp_path: Path) -> None:
+    model = decompclip.load("shapes")
+    batch = model_images()
+    for name, image in zip(("star", "ring"), batch, strict=True):
+        (tmp_path / name).mkdir()
+        Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(tmp_path / name / "a.png")
+    code, stdout, stderr = run("evaluate", tuned / "mine", tmp_path, "--json")
+    assert code == 0, stderr
+    assert len(json.loads(stdout)["per_class"]) == len(model.class_names)
+
+
+def model_images() -> torch.Tensor:
+    return Shapes(2, seed=4).draw(range(2)).images
 
 
 def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from decompclip.data.cifar10 import CLASSES, cifar10
 from decompclip.data.images import FolderSource, OnError
 from decompclip.data.pairs import Pairs
@@ -38,12 +40,12 @@ def open_labelled(
     """The images that `spec` names.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` (its test part, in the folder that DECOMPCLIP_DATA
-            names), or a folder with a sub-folder of images a class.
+        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `cifar10:500` (its test part, in the folder that
+            DECOMPCLIP_DATA names), or a folder with a sub-folder of images a class.
         size: of the model's images.
         class_names: the classifier's.
-        limit: at most so many images; None takes all of a folder.
-        seed: of the world, or of which images of a folder are taken.
+        limit: at most so many images, where `spec` does not say how many; None takes all of a folder.
+        seed: of the world, or of which images are taken.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or its classes are others.
@@ -51,18 +53,19 @@ def open_labelled(
     name, _, length = spec.partition(":")
     if name in KNOWN and tuple(class_names) != KNOWN[name]:
         raise ValueError(
-            f"expected the classes of {name}, {', '.join(KNOWN[name][:3])}, ...; received {', '.join(class_names[:3])}, ...; "
-            "leave --classes out"
+            f"expected the {len(KNOWN[name])} classes of {name}, {', '.join(KNOWN[name])}; received {len(class_names)}: "
+            f"{', '.join(class_names)}; leave --classes out"
         )
+    if name in KNOWN and length and not (length.isdecimal() and int(length)):
+        raise ValueError(f"expected {name}:N with a number N of images; received {spec}")
     if name == "shapes":
-        if length and not (length.isdecimal() and int(length)):
-            raise ValueError(f"expected shapes:N with a number N of images; received {spec}")
         if size[0] != size[1]:
             raise ValueError(f"expected a model of square images for shapes; received {size[0]} x {size[1]}")
         return Shapes(int(length or limit or DEFAULT_LIMIT), seed=WORLD_SEED + seed, resolution=size[0])
     if name == "cifar10":
         photos = cifar10("test", preprocess=to_pixels(size))
-        return SubsetPairs(photos, range(min(limit or len(photos), len(photos))))
+        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(photos))
+        return SubsetPairs(photos, sorted(order[: int(length or limit or len(photos))].tolist()))
     folder = FolderSource(
         Path(spec), to_pixels(size), class_names=class_names, limit=limit, seed=seed, on_error=on_error
     )

@@ -33,6 +33,13 @@ def is_of_open_clip(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in _WEIGHTS)
 
 
+def saved_class_names(folder: Path) -> tuple[str, ...]:
+    """The classes that `save_model` wrote with a model; none of other folders."""
+    if not (folder / CONFIG).is_file():
+        return ()
+    return tuple(read_json(folder / CONFIG).get(OWN, {}).get("class_names", ()))
+
+
 def open_clip_folder(folder: Path) -> tuple[ModelSpec, Path]:
     """A folder's model without its weights, and the file that they lie in.
 

@@ -73,6 +73,8 @@ def build_twin(
 ) -> BuiltTwin:
     """Train a twin, measure what is stored of it on images that no choice was made on, and write weights and card.
 
+    How visible the trigger is does not hang on the model; it is measured on the twin's own pairs.
+
     Args:
         out: folder of the two files; `load_bundled(name, folder=out)` reads them.
         recipe: the bundled twin's by default.

@@ -57,9 +57,9 @@ def test_a_folder_brings_labels_in_the_order_of_the_classes(tmp_path: Path) -> N
             "shapes",
             (32, 32),
             ("cat", "dog"),
-            r"the classes of shapes, circle.*received cat, dog.*leave --classes out",
+            r"the 12 classes of shapes, circle.*received 2: cat, dog; leave --classes out",
         ),
-        ("cifar10", (32, 32), ("cat", "dog"), r"the classes of cifar10, airplane"),
+        ("cifar10", (32, 32), ("cat", "dog"), r"the 10 classes of cifar10, airplane"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

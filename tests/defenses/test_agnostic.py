@@ -115,7 +115,8 @@ def test_too_fine_a_rate_says_how_many_images_it_takes(
 ) -> None:
     detector = AgnosticDet(classifier).fit(clean)
     with pytest.raises(
-        ValueError, match=r"at least 999 clean images to calibrate a false-positive rate of 0.001; received 240"
+        ValueError,
+        match=r"at least 999 clean images to calibrate a false-positive rate of 0.001; received 240",
     ):
         detector.threshold_at(0.001)
     with pytest.raises(ValueError, match=r"in \(0, 1\); received 1"):
