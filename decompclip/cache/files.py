@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,15 +46,19 @@ def save_decomposition(d: Decomposition, path: Path) -> Path:
     return path
 
 
-def load_decomposition(path: Path) -> Decomposition:
-    """Read what `save_decomposition` wrote.
+def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of ours, and what it says about them.
+
+    Args:
+        form: the format that its metadata must name.
+        what, writer: what such a file holds and what writes it, for the errors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, or holds something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected a saved decomposition; received {path}, which is no file")
+        raise FileNotFoundError(f"expected {what}; received {path}, which is no file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -63,12 +67,22 @@ def load_decomposition(path: Path) -> Decomposition:
         raise ValueError(
             f"expected a safetensors file; received {path}, which cannot be read ({error}); save it again"
         ) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != form:
         raise ValueError(
-            f"expected a file of format {FORMAT}; received {path} of format {metadata.get('format', 'unknown')}; "
-            "write it with Decomposition.save"
+            f"expected a file of format {form}; received {path} of format {metadata.get('format', 'unknown')}; "
+            f"write it with {writer}"
         )
-    about = json.loads(metadata["about"])
+    return tensors, json.loads(metadata["about"])
+
+
+def load_decomposition(path: Path) -> Decomposition:
+    """Read what `save_decomposition` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, or holds something else.
+    """
+    tensors, about = read_tensors(path, FORMAT, "a saved decomposition", "Decomposition.save")
     kept = {name.removeprefix("maps."): tensors.pop(name) for name in [*tensors] if name.startswith("maps.")}
     if "tokens" in kept:
         kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.cache.components import heads
+from decompclip.cache.files import read_tensors
 from decompclip.cache.fingerprint import same_model
 from decompclip.cache.maps import term_maps
 from decompclip.cache.moments import TERMS, Moments, StreamMeans
@@ -74,22 +74,7 @@ def load_selector(path: Path, visual: HookedViT) -> tuple[Selector, dict[str, An
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, holds something else, or belongs to another model.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a saved repair; received {path}, which is no file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"expected a safetensors file; received {path}, which cannot be read ({error}); save it again"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"expected a file of format {FORMAT}; received {path} of format {metadata.get('format', 'unknown')}; "
-            "write it with DecompRep.save"
-        )
-    about = json.loads(metadata["about"])
+    tensors, about = read_tensors(path, FORMAT, "a saved repair", "DecompRep.save")
     maps = term_maps(visual, about["convention"])
     if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
         raise ValueError(

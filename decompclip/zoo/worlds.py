@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -150,7 +149,3 @@ def _share(predictions: Int[Tensor, " image"], truth: Int[Tensor, " image"]) -> 
 
 
 WORLDS: dict[str, World] = {world.base: world for world in (ShapesWorld(), Cifar10World())}
-
-
-def world_names() -> Sequence[str]:
-    return tuple(WORLDS)
