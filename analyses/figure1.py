@@ -1,0 +1,114 @@
+"""Figure 1: every head, or every MLP, mean-ablated.
+
+Paper:     He et al. (2025), Figure 1 and section 3.3: terms replaced by their means over clean images.
+Command:   python -m analyses.figure1 --model-family shapes
+Run time:  about 2 minutes, one thread.
+Expected:  without heads local triggers lose their attack success, without MLPs global ones do.
+Writes:    analyses/results/FAMILY/figure1.json, figure1.png
+
+The control (clean images of other classes that the same ablation sends to the target) stands beside each rate: a model
+ablated of everything answers its favourite class, which can be the target.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from analyses.bundled_models import markdown
+from analyses.study.case import Member
+from analyses.study.command import main
+from analyses.study.family import Family
+from analyses.study.summary import by_attack, mean, over_seeds, said
+from decompclip.cache.components import heads, mlps
+from decompclip.cache.moments import Moments
+from decompclip.figures.panels import PERCENT, Panel, point_panels
+from decompclip.operators.ablation import MeanAblate
+
+TITLE = "Figure 1: all heads, or all MLPs, mean-ablated"
+SETTINGS = {"as it is": None, "without heads": heads, "without MLPs": mlps}
+
+
+@dataclass(frozen=True)
+class Config:
+    images: int = 1_000
+    seed: int = 0
+
+
+def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
+    found = {}
+    for member in members:
+        case = family.case(member, images=config.images, seed=config.seed)
+        moments = Moments.of(case.terms("fit"), second=False)
+        found[member.name] = {
+            name: case.report_of(None if parts is None else MeanAblate(parts, moments))
+            for name, parts in SETTINGS.items()
+        }
+    return {"models": found}
+
+
+def plot(record: Mapping[str, Any]) -> dict[str, Any]:
+    attacks, models = by_attack(record), record["found"]["models"]
+    rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
+    panels = [
+        Panel(
+            title,
+            "images, %",
+            {
+                setting: [over_seeds([models[n][setting][rate] for n in names]) for names in attacks.values()]
+                for setting in SETTINGS
+            },
+            PERCENT,
+        )
+        for rate, title in (("asr", "attack success"), ("control", "control"), ("cacc", "clean accuracy"))
+    ]
+    return {"rates": point_panels(rows, panels)}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    models = record["found"]["models"]
+    rows = [["attack", "trigger", "setting", "ASR, %", "control, %", "CACC, %"]]
+    for attack, names in by_attack(record).items():
+        kind = record["models"][names[0]]["kind"]
+        for setting in SETTINGS:
+            rates = (
+                over_seeds([models[n][setting][rate] for n in names]) for rate in ("asr", "control", "cacc")
+            )
+            rows.append([attack, kind, setting, *map(said, rates)])
+    return markdown(rows)
+
+
+def finding(record: Mapping[str, Any]) -> str:
+    """Falls of ASR minus control, by extent of the trigger: the claim is a crossing of the four."""
+    models, facts = record["found"]["models"], record["models"]
+    falls = {}
+    for extent in ("local", "global"):
+        names = [n for n in models if facts[n]["kind"].startswith(extent)]
+        if not names:
+            return f"No {extent} trigger among the models: the claim compares local ones with global ones."
+        for setting in ("without heads", "without MLPs"):
+            falls[extent, setting] = 100 * mean(
+                _excess(models[n]["as it is"]) - _excess(models[n][setting]) for n in names
+            )
+    holds = (
+        falls["local", "without heads"] > falls["local", "without MLPs"] + 5
+        and falls["global", "without MLPs"] > falls["global", "without heads"] + 5
+    )
+    said_so = "; ".join(
+        f"{extent} triggers {setting}: {fall:.1f}" for (extent, setting), fall in falls.items()
+    )
+    return (
+        f"Finding 1 {'holds' if holds else 'does not hold'} here: attack success over its control falls by these points "
+        f"when terms are mean-ablated: {said_so}. It holds if local triggers lose more without heads, and global ones "
+        "without MLPs, each by 5 points or more."
+    )
+
+
+def _excess(report: Mapping[str, Any]) -> float:
+    return report["asr"]["value"] - report["control"]["value"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.modules[__name__]))

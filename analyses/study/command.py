@@ -1,0 +1,138 @@
+"""The command line of one analysis: measure or reread, say what was found, draw."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+
+from analyses.study.case import Member
+from analyses.study.drawing import draw
+from analyses.study.family import Family, open_family
+from analyses.study.results import RESULTS, MissingResult, is_current, read, save
+
+
+class Analysis(Protocol):
+    """What a module of `analyses/` defines: one figure or table of the paper, or one question of ours.
+
+    Attributes:
+        TITLE: a line for the index.
+        Config: a frozen dataclass of all that a result depends on beside the models; each field is an option.
+    """
+
+    __name__: str
+    __doc__: str | None
+    TITLE: str
+    Config: type[Any]
+
+    def run(self, config: Any, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
+        """Measure; everything in the result goes through JSON."""
+        ...
+
+    def plot(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Plotly figures by a short name, from a record alone."""
+        ...
+
+    def table(self, record: Mapping[str, Any]) -> str:
+        """Markdown; empty where the figure says it all."""
+        ...
+
+    def finding(self, record: Mapping[str, Any]) -> str:
+        """What was found, with its uncertainty, and what would change the answer."""
+        ...
+
+
+def name_of(analysis: Analysis) -> str:
+    """`figure1`, also for a module that is run as a script."""
+    spec = getattr(analysis, "__spec__", None)
+    return (spec.name if spec else analysis.__name__).rpartition(".")[2]
+
+
+def produce(
+    analysis: Analysis,
+    family: Family,
+    config: Any,
+    members: tuple[Member, ...],
+    *,
+    folder: Path = RESULTS,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """The record: the one that is there if it is of these models and this configuration, else a new one.
+
+    Raises:
+        ValueError, FileNotFoundError: what the analysis needs is not in this family.
+    """
+    name = name_of(analysis)
+    try:
+        record = read(name, family.name, folder=folder)
+        if not fresh and is_current(record, config, members):
+            return record
+    except MissingResult:
+        pass
+    begin = time.perf_counter()
+    found = analysis.run(config, family, members)
+    return save(name, family, config, members, found, seconds=time.perf_counter() - begin, folder=folder)
+
+
+def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """`python -m analyses.NAME`; errors that say what to do come without a traceback."""
+    module = cast(Analysis, analysis)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m analyses.{name_of(module)}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-family", default="shapes", help="shapes, cifar10, or a JSON file")
+    parser.add_argument("--models", default="", help="names or attacks, with commas between; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--redraw", action="store_true", help="draw what was measured before")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument(
+        "--formats", default="png", help="of figures: html, png, svg, pdf, with commas between; '' draws none"
+    )
+    for field in fields(module.Config):
+        add_option(parser, field.name, field.default)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        config = module.Config(**{f.name: getattr(options, f.name) for f in fields(module.Config)})
+        family = open_family(options.model_family)
+        if options.redraw:
+            record = read(name_of(module), family.name, folder=options.out)
+        else:
+            members = family.select(tuple(filter(None, options.models.split(","))))
+            record = produce(module, family, config, members, folder=options.out, fresh=options.fresh)
+        show(module, record)
+        for path in draw(module, record, options.out, tuple(filter(None, options.formats.split(",")))):
+            print(path)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    """Of a field; a tuple takes several values."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+    elif isinstance(default, tuple):
+        kind = type(default[0]) if default else str
+        parser.add_argument(option, type=lambda text: tuple(map(kind, text.split(","))), default=default)
+    else:
+        parser.add_argument(option, type=type(default), default=default)
+
+
+def show(analysis: Analysis, record: Mapping[str, Any]) -> None:
+    print(f"{analysis.TITLE}: {record['family']['title']}\n")
+    if text := analysis.table(record):
+        print(text + "\n")
+    print(analysis.finding(record))
