@@ -1,101 +1,42 @@
 """Detection without a hint about the attack: how unlike a clean image of its class is this one, and where?
 
-Our own. Three questions, each a Mahalanobis distance (`ClassDistance`) calibrated on clean images alone:
+Our own. Three questions, each a Mahalanobis distance (`ClassDistance`) calibrated on clean images alone, whose sum says
+how odd an image is:
 
 * feature: does the image look like the others that the model takes for the same class?
 * layers: do heads and MLPs of every layer say what they say for the others of that class?
 * surprise: does the feature follow from what the first half of the layers has found (`Extrapolation`)?
 
-Each distance's logarithm is brought to mean 0 and deviation 1 over clean images; the score is the sum.
+And one that finds triggered images which are *less* odd than clean ones, as on photographs, where clean images of a class
+differ widely and a trigger makes them all alike:
+
+* written: how little of the unit feature was there before the first block (the embedding and the constants), beside what heads
+  and MLPs wrote? A trigger has them write more, and with one voice; LayerNorm and the unit length hide how much.
+
+Each distance's logarithm, and that of the share written, is brought to mean 0 and deviation 1 over clean images; the score is
+Fisher's sum of the two upper tails, -log p(odd) - log p(written), so that either suffices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.special import log_ndtr
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
 from decompclip.defenses.calibration import calibrated
-from decompclip.defenses.class_distance import ClassDistance
+from decompclip.defenses.expected import VIEWS, Expected, Looked
 from decompclip.defenses.selector import check_fitted
-from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
-
-View = Literal["feature", "layers", "surprise"]
-VIEWS: tuple[View, ...] = get_args(View)
-
-
-@dataclass(frozen=True, eq=False)
-class Looked:
-    """What is looked at, of some images."""
-
-    features: Float[Tensor, "image d_embed"]
-    layers: Float[Tensor, "image part"]
-    before: Float[Tensor, "image layer d_embed"]
-    classes: Int[Tensor, " image"]
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, rows: Tensor) -> Looked:
-        return Looked(self.features[rows], self.layers[rows], self.before[rows], self.classes[rows])
-
-    @staticmethod
-    def cat(parts: list[Looked]) -> Looked:
-        return Looked(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in Looked.__annotations__)
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What clean images look like.
-
-    Attributes:
-        cut: the layer after which `surprise` predicts the feature.
-    """
-
-    distances: dict[View, ClassDistance]
-    extrapolation: Extrapolation
-    cut: int
-
-    @staticmethod
-    def of(clean: Looked, n_classes: int, cut: int) -> Expected:
-        extrapolation = Extrapolation.fit(clean.before, clean.features)
-        expected = Expected({}, extrapolation, cut)
-        fitted: dict[View, ClassDistance] = {
-            view: ClassDistance.fit(points, clean.classes, n_classes)
-            for view, points in expected.points(clean).items()
-        }
-        return Expected(fitted, extrapolation, cut)
-
-    def points(self, seen: Looked) -> dict[View, Float[Tensor, "image 1 dim"]]:
-        surprise = seen.features - self.extrapolation(seen.before)[:, self.cut]
-        return {
-            "feature": seen.features[:, None],
-            "layers": seen.layers[:, None],
-            "surprise": surprise[:, None],
-        }
-
-    def logs(self, seen: Looked) -> Float[Tensor, "image view"]:
-        """The distances' logarithms."""
-        tiny = torch.finfo(torch.float64).tiny
-        points = self.points(seen)
-        found = [self.distances[view](points[view], seen.classes)[:, 0] for view in VIEWS]
-        return torch.stack(found, 1).clamp_min(tiny).log()
-
-    def offsets(self, seen: Looked) -> Float[Tensor, "image d_embed"]:
-        """Of each feature from the mean of its class, in standard deviations along every direction."""
-        return self.distances["feature"].whitened(seen.features[:, None], seen.classes)[:, 0]
+from decompclip.defenses.term_views import class_directions, layer_terms, prefixes
 
 
 class AgnosticDet:
-    """An image is suspicious when it is unlike clean images of its class, in its feature or on the way to it.
+    """An image is suspicious when it is unlike clean images of its class, in its feature or on the way to it, or when
+    its heads and MLPs write more than they do for any of those.
 
         detector = AgnosticDet(model.zero_shot_classifier(class_names)).fit(clean)
         detector.score(model.decompose(images, normalize=True))
@@ -112,6 +53,7 @@ class AgnosticDet:
     Attributes:
         expected_: learnt from all clean images.
         mean_, deviation_: of each view's logarithm over clean images.
+        spread_: deviation of the sum of the distances over clean images.
         scores_: of the clean images, each by the other folds, in rising order.
         offsets_: of the same images, as `Expected.offsets`, each by the other folds.
     """
@@ -121,6 +63,7 @@ class AgnosticDet:
     maps_: TermMaps
     mean_: Float[Tensor, " view"]
     deviation_: Float[Tensor, " view"]
+    spread_: Float[Tensor, ""]
     scores_: Float[Tensor, " image"]
     offsets_: Float[Tensor, "image d_embed"]
 
@@ -167,7 +110,9 @@ class AgnosticDet:
             logs[out], offsets[out] = others.logs(looked[out]), others.offsets(looked[out])
         self.expected_ = Expected.of(looked, n_classes, cut)
         self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
-        scores = self._standard(logs).sum(1)
+        views = self._standard(logs)
+        self.spread_ = views[:, :-1].sum(1).std().clamp_min(1e-9)
+        scores = self._combined(views)
         self.scores_, order = scores.sort()
         self.offsets_ = offsets[order]
         return self
@@ -182,7 +127,9 @@ class AgnosticDet:
         terms = layer_terms(d)
         directions = class_directions(self.classifier).to(d.embed)
         classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
-        return Looked(d.features, (terms @ directions.T).flatten(1), prefixes(d, terms), classes)
+        layers = (terms @ directions.T).flatten(1)
+        written = 1 / (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
+        return Looked(d.features, layers, prefixes(d, terms), written, classes)
 
     def views(self, d: Decomposition) -> Float[Tensor, "batch view"]:
         """How unlike clean images in each of `VIEWS`, in standard deviations.
@@ -200,11 +147,11 @@ class AgnosticDet:
         Raises:
             NotFittedError, ValueError: as `views`.
         """
-        return self.views(d).sum(1)
+        return self._combined(self.views(d))
 
     def score_of(self, seen: Looked) -> Float[Tensor, " image"]:
         """`score`, of what `look` has seen."""
-        return self._views(seen).sum(1)
+        return self._combined(self._views(seen))
 
     def p_value(self, d: Decomposition) -> Float[Tensor, " batch"]:
         """Share of clean images that would be at least as suspicious.
@@ -236,6 +183,11 @@ class AgnosticDet:
 
     def _views(self, seen: Looked) -> Float[Tensor, "image view"]:
         return self._standard(self.expected_.logs(seen))
+
+    def _combined(self, views: Float[Tensor, "image view"]) -> Float[Tensor, " image"]:
+        """Fisher's: minus the logarithms of both upper tails, under a normal law."""
+        odd, written = views[:, :-1].sum(1) / self.spread_, views[:, -1]
+        return -log_ndtr(-odd) - log_ndtr(-written)
 
     def _standard(self, logs: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
         return (logs - self.mean_) / self.deviation_

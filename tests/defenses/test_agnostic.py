@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.exceptions import NotFittedError
 
@@ -107,7 +109,26 @@ def test_a_hijacked_feature_is_suspicious(
     detector = AgnosticDet(classifier).fit(clean)
     assert detector.score(hijacked(fresh, classifier[0])).min() > detector.threshold_at(0.05)
     assert detector.views(fresh).shape == (N, len(VIEWS))
-    assert torch.allclose(detector.views(fresh).sum(1), detector.score(fresh))
+    tails = [detector.views(fresh)[:, :-1].sum(1) / detector.spread_, detector.views(fresh)[:, -1]]
+    by_hand = -sum(np.log(scipy.stats.norm.sf(tail.numpy())) for tail in tails)
+    assert np.allclose(by_hand, detector.score(fresh).numpy())
+
+
+def test_features_that_were_written_by_the_blocks_alone_are_suspicious(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    """What the start lacks, the last MLP says: the feature, and how odd it is, stay."""
+    detector = AgnosticDet(classifier).fit(clean)
+    mlps = fresh.mlps.clone()
+    mlps[:, -1] += 0.9 * fresh.embed
+    less = fresh.edit(embed=0.1 * fresh.embed, mlps=mlps)
+    assert torch.allclose(less.features, fresh.features, atol=1e-5)
+    seen, was = detector.look(less).written, detector.look(fresh).written
+    start = (0.1 * fresh.embed + fresh.bias).norm(dim=-1)
+    assert torch.allclose(seen, 1 / start)
+    larger = seen > was
+    assert larger.any()
+    assert (detector.views(less)[:, -1] > detector.views(fresh)[:, -1])[larger].all()
 
 
 def test_too_fine_a_rate_says_how_many_images_it_takes(
