@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, get_args
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 Format = Literal["html", "png", "svg", "pdf"]
 
@@ -59,3 +61,8 @@ def _remedy(error: Exception) -> str:
     if "chrome" in text or "browser" in text:
         return "install Chrome or Chromium (Debian: apt-get install chromium), or write .html, which needs nothing"
     return ""
+
+
+def plotly_script() -> str:
+    """plotly.js, for pages that open without a network; it cannot end the element it stands in."""
+    return re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)

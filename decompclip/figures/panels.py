@@ -27,8 +27,8 @@ class Point:
     @staticmethod
     def of(rate: Mapping[str, Any], scale: float = 100) -> Point:
         """A rate or an area as JSON has it, in percent."""
-        ends = (None if rate.get(end) is None else scale * rate[end] for end in ("low", "high"))
-        return Point(scale * rate["value"], *ends)
+        low, high = (None if rate.get(end) is None else scale * rate[end] for end in ("low", "high"))
+        return Point(scale * rate["value"], low, high)
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ def point_panels(rows: Sequence[str], panels: Sequence[Panel], *, columns: int |
             shown.add(name)
             plot.add_trace(trace, row=row, col=column)
         if panel.line is not None:
-            plot.add_vline(
-                panel.line, line={"width": 1, "dash": "dot", "color": "#808a94"}, row=row, col=column
-            )  # pyright: ignore[reportArgumentType]
+            plot.add_trace(_line(panel.line, len(rows)), row=row, col=column)
         plot.update_xaxes(title=panel.unit, range=panel.ends, row=row, col=column)
     plot.update_yaxes(
         tickvals=list(range(len(rows))),
@@ -115,6 +113,17 @@ STYLES = (
     Style("", "#56B4E9", "longdashdot", "x"),
     Style("", "#333d47", "solid", "star"),
 )
+
+
+def _line(x: float, n_rows: int) -> go.Scatter:
+    return go.Scatter(
+        x=[x, x],
+        y=[-0.5, n_rows - 0.5],
+        mode="lines",
+        line={"width": 1, "dash": "dot", "color": "#808a94"},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def _markers(
