@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from analyses import leaderboard
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -59,3 +61,9 @@ def test_the_table_of_models_is_the_command_s() -> None:
         check=True,
     )
     assert run.stdout.strip() in README, "run `python -m analyses.bundled_models` and paste its table"
+
+
+def test_the_leaderboard_is_the_measured_one() -> None:
+    board = leaderboard.read()
+    for table in (leaderboard.detection_table(board), leaderboard.repair_table(board)):
+        assert table in README, "run `python -m analyses.leaderboard` and paste its tables"
