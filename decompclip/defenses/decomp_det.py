@@ -6,6 +6,7 @@ Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 7 and 8.
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 from typing import Literal, get_args
 
 from jaxtyping import Bool, Shaped
@@ -13,7 +14,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from decompclip.cache.decomposition import Decomposition
+from decompclip.defenses.repair_files import load_selector, save_selector, visual_of
 from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.vit import HookedViT
 
 Score = Literal["count", "excess"]
 
@@ -78,6 +82,28 @@ class DecompDet:
             NotFittedError, ValueError: as `score`.
         """
         return self.score(d) > self.zeta
+
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        check_fitted(self, "selector_")
+        return save_selector(self.selector_, Path(path), "DecompDet", {"score": self.kind, "zeta": self.zeta})
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> DecompDet:
+        """Read what `save` wrote; judged heads come back by their numbers.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or was fitted on another model.
+        """
+        selector, own = load_selector(Path(path), visual_of(model), "DecompDet")
+        detector = cls(**own)
+        detector.selector, detector.selector_ = selector, selector
+        return detector
 
     def __repr__(self) -> str:
         text = describe(self, self.selector, {"zeta": 5})

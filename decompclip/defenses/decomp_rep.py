@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.decomposition import Decomposition
-from decompclip.defenses.repair_files import load_selector, save_selector
+from decompclip.defenses.repair_files import load_selector, save_selector, visual_of
 from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import Hook, HookedViT
@@ -156,7 +156,7 @@ class DecompRep(Intervention):
         """
         check_fitted(self, "selector_")
         own = {name: getattr(self, name) for name in ("fill", "scale", "seed", "mlps")}
-        return save_selector(self.selector_, Path(path), own)
+        return save_selector(self.selector_, Path(path), "DecompRep", own)
 
     @classmethod
     def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> DecompRep:
@@ -166,7 +166,7 @@ class DecompRep(Intervention):
             FileNotFoundError: there is no such file.
             ValueError: the file is broken, holds something else, or was fitted on another model.
         """
-        selector, own = load_selector(Path(path), model if isinstance(model, HookedViT) else model.visual)
+        selector, own = load_selector(Path(path), visual_of(model), "DecompRep")
         repair = cls(**own)
         repair.selector, repair.selector_ = selector, selector
         return repair

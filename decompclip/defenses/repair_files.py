@@ -1,4 +1,4 @@
-"""A fitted selector as one safetensors file: what was learnt, the options, and whose model it is."""
+"""A fitted selector as one safetensors file: what was learnt, the options, whose model it is, and what judges by it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from decompclip.cache.fingerprint import same_model
 from decompclip.cache.maps import term_maps
 from decompclip.cache.moments import TERMS, Moments, StreamMeans
 from decompclip.defenses.selector import Selector
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import HookedViT
 
-FORMAT = "decompclip.repair/1"
-LEARNT = ("mask_", "prototypes_", "thresholds_")
+FORMAT = "decompclip.selector/2"
+LEARNT = ("mask_", "prototypes_", "thresholds_", "deviations_")
 OPTIONS = ("similarity", "threshold", "epsilon", "quantile", "convention")
 
 
-def save_selector(selector: Selector, path: Path, own: dict[str, Any]) -> Path:
+def save_selector(selector: Selector, path: Path, kind: str, own: dict[str, Any]) -> Path:
     """Write to a temporary name beside `path`, then rename. Second moments are left out.
 
     Args:
-        own: options of what judges by the selector.
+        kind: name of the class that judges by the selector; only it reads the file.
+        own: its options.
 
     Raises:
         ValueError: the terms that it was fitted on do not know their model.
@@ -47,6 +49,7 @@ def save_selector(selector: Selector, path: Path, own: dict[str, Any]) -> Path:
     }
     tensors["fingerprint"] = moments.maps.fingerprint
     about = {
+        "kind": kind,
         "own": own,
         "options": {name: getattr(selector, name) for name in OPTIONS},
         "count": moments.count,
@@ -67,18 +70,20 @@ def save_selector(selector: Selector, path: Path, own: dict[str, Any]) -> Path:
     return path
 
 
-def load_selector(path: Path, visual: HookedViT) -> tuple[Selector, dict[str, Any]]:
+def load_selector(path: Path, visual: HookedViT, kind: str) -> tuple[Selector, dict[str, Any]]:
     """Read what `save_selector` wrote, for the model that it was fitted on.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, holds something else, or belongs to another model.
     """
-    tensors, about = read_tensors(path, FORMAT, "a saved repair", "DecompRep.save")
+    tensors, about = read_tensors(path, FORMAT, f"a saved {kind}", f"{kind}.save")
+    if about["kind"] != kind:
+        raise ValueError(f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one")
     maps = term_maps(visual, about["convention"])
     if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
         raise ValueError(
-            f"expected the model that the prototypes in {path} were fitted on; received another one; fit the repair "
+            f"expected the model that the prototypes in {path} were fitted on; received another one; fit anew "
             "on clean images of this model"
         )
     device = maps.heads.device
@@ -99,5 +104,10 @@ def load_selector(path: Path, visual: HookedViT) -> tuple[Selector, dict[str, An
     selector.mask_ = mask
     selector.prototypes_ = tensors["prototypes_"].to(maps.heads)
     selector.thresholds_ = tensors["thresholds_"].to(maps.heads)
-    selector.deviations_ = None
+    deviations = tensors.get("deviations_")
+    selector.deviations_ = None if deviations is None else deviations.to(maps.heads)
     return selector, about["own"]
+
+
+def visual_of(model: HookedCLIP | HookedViT) -> HookedViT:
+    return model if isinstance(model, HookedViT) else model.visual

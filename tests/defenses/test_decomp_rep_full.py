@@ -140,6 +140,16 @@ def test_saved_and_loaded(tower: HookedViT, pair, components, tmp_path: Path) ->
     assert [x.name for x in (tmp_path / "new").iterdir()] == ["repair.safetensors"]
 
 
+@pytest.mark.parametrize("score", ["count", "excess"])
+def test_a_saved_detector_scores_as_before(tower: HookedViT, pair, score, tmp_path: Path) -> None:
+    clean, suspect = pair
+    detector = DecompDet(score=score, zeta=2, similarity="cosine", threshold="quantile").fit(clean)
+    loaded = DecompDet.load(detector.save(tmp_path / "d.safetensors"), tower)
+    assert torch.equal(loaded.score(suspect), detector.score(suspect))
+    assert torch.equal(loaded.predict(suspect), detector.predict(suspect))
+    assert (loaded.kind, loaded.zeta) == (score, 2)
+
+
 def test_stream_means_are_saved(tower: HookedViT, tmp_path: Path) -> None:
     repair = DecompRep(epsilon=0.02).fit(Moments.fit(tower, [drawn(20, 1)], normalize=True))
     images = drawn(4, 5)
@@ -183,12 +193,14 @@ def test_errors_say_what_to_do(
         ValueError, match="the model that the prototypes in .* were fitted on; received another"
     ):
         DecompRep.load(path, make_tower(seed=8, layer_scale=True))
-    with pytest.raises(FileNotFoundError, match="expected a saved repair; received"):
+    with pytest.raises(FileNotFoundError, match="expected a saved DecompRep; received"):
         DecompRep.load(tmp_path / "none", tower)
     with pytest.raises(
-        ValueError, match=r"of format decompclip\.repair/1; received .* decompclip\.decomposition"
+        ValueError, match=r"of format decompclip\.selector/2; received .* decompclip\.decomposition"
     ):
         DecompRep.load(clean.save(tmp_path / "d"), tower)
+    with pytest.raises(ValueError, match=r"expected a saved DecompDet; received .*r, a saved DecompRep"):
+        DecompDet.load(path, tower)
     (tmp_path / "broken").write_bytes(b"no")
     with pytest.raises(ValueError, match="which cannot be read"):
         DecompRep.load(tmp_path / "broken", tower)
