@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analyses.bundled_models import markdown
 from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, mean, over_seeds, said
+from analyses.study.rates import excess, rates_figure, rates_table
+from analyses.study.summary import mean
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.moments import Moments
-from decompclip.figures.panels import PERCENT, Panel, point_panels
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Figure 1: all heads, or all MLPs, mean-ablated"
@@ -50,34 +49,11 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
-    attacks, models = by_attack(record), record["found"]["models"]
-    rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
-    panels = [
-        Panel(
-            title,
-            "images, %",
-            {
-                setting: [over_seeds([models[n][setting][rate] for n in names]) for names in attacks.values()]
-                for setting in SETTINGS
-            },
-            PERCENT,
-        )
-        for rate, title in (("asr", "attack success"), ("control", "control"), ("cacc", "clean accuracy"))
-    ]
-    return {"rates": point_panels(rows, panels)}
+    return {"rates": rates_figure(record, tuple(SETTINGS))}
 
 
 def table(record: Mapping[str, Any]) -> str:
-    models = record["found"]["models"]
-    rows = [["attack", "trigger", "setting", "ASR, %", "control, %", "CACC, %"]]
-    for attack, names in by_attack(record).items():
-        kind = record["models"][names[0]]["kind"]
-        for setting in SETTINGS:
-            rates = (
-                over_seeds([models[n][setting][rate] for n in names]) for rate in ("asr", "control", "cacc")
-            )
-            rows.append([attack, kind, setting, *map(said, rates)])
-    return markdown(rows)
+    return rates_table(record, tuple(SETTINGS))
 
 
 def finding(record: Mapping[str, Any]) -> str:
@@ -89,8 +65,8 @@ def finding(record: Mapping[str, Any]) -> str:
         if not names:
             return f"No {extent} trigger among the models: the claim compares local ones with global ones."
         for setting in ("without heads", "without MLPs"):
-            falls[extent, setting] = 100 * mean(
-                _excess(models[n]["as it is"]) - _excess(models[n][setting]) for n in names
+            falls[extent, setting] = mean(
+                excess(models[n]["as it is"]) - excess(models[n][setting]) for n in names
             )
     holds = (
         falls["local", "without heads"] > falls["local", "without MLPs"] + 5
@@ -104,10 +80,6 @@ def finding(record: Mapping[str, Any]) -> str:
         f"when terms are mean-ablated: {said_so}. It holds if local triggers lose more without heads, and global ones "
         "without MLPs, each by 5 points or more."
     )
-
-
-def _excess(report: Mapping[str, Any]) -> float:
-    return report["asr"]["value"] - report["control"]["value"]
 
 
 if __name__ == "__main__":

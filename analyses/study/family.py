@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from analyses.study.case import Case, Member
 from decompclip.attacks.registry import from_card
@@ -52,6 +54,10 @@ class Family(ABC):
     @abstractmethod
     def clean_model(self) -> HookedCLIP:
         """The model before any attack."""
+
+    @abstractmethod
+    def classifier(self, model: HookedCLIP) -> Float[Tensor, "class d_embed"]:
+        """Of the family's classes, for one of its models."""
 
     @abstractmethod
     def case(self, member: Member, *, images: int, seed: int = 0) -> Case:
@@ -122,15 +128,17 @@ class BundledFamily(Family):
     def clean_model(self) -> HookedCLIP:
         return load_bundled(self.name)
 
+    @torch.no_grad()
+    def classifier(self, model: HookedCLIP) -> Float[Tensor, "class d_embed"]:
+        return self.world.classifier(model)
+
     def case(self, member: Member, *, images: int, seed: int = 0) -> Case:
         samples, model = self.samples(images, seed), load_bundled(member.name)
-        with torch.no_grad():
-            classifier = self.world.classifier(model)
         return Case(
             member,
             model,
             self.world.class_names,
-            classifier,
+            self.classifier(model),
             samples.fit,
             samples.clean,
             samples.labels,
