@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from decompclip.figures.lines import Curve
 from decompclip.figures.panels import Point
 
 
@@ -39,3 +40,35 @@ def said(point: Point, digits: int = 1) -> str:
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+FEW = 4
+"""As many curves as a panel holds: with more attacks, kinds of trigger are drawn."""
+
+
+def groups(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of models, by attack where these are few, else by kind of trigger."""
+    attacks = by_attack(record)
+    if len(attacks) <= FEW:
+        return attacks
+    kinds: dict[str, list[str]] = {}
+    for names in attacks.values():
+        kinds.setdefault(record["models"][names[0]]["kind"], []).extend(names)
+    return {
+        f"{kind} ({len(names)} model{'s' if len(names) > 1 else ''})": names for kind, names in kinds.items()
+    }
+
+
+def curve(
+    x: Sequence[float], values: Sequence[Sequence[float]], thin: Sequence[Sequence[float]] = ()
+) -> Curve:
+    """Mean over models, `values[model][x]`, and the range over them as a band."""
+    columns = list(zip(*values, strict=True))
+    several = len(values) > 1
+    return Curve(
+        x,
+        [mean(column) for column in columns],
+        [min(column) for column in columns] if several else None,
+        [max(column) for column in columns] if several else None,
+        [mean(column) for column in zip(*thin, strict=True)] if thin else None,
+    )
