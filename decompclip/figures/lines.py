@@ -77,6 +77,8 @@ def line_panels(
             shown.add(name)
         edge = col == 1 or not shared_y
         plot.update_xaxes(title=panel.x, type="log" if panel.log_x else "linear", row=row, col=col)
+        if panel.log_x:
+            plot.update_xaxes(dtick=1, tickformat="~g", row=row, col=col)
         plot.update_yaxes(
             title=panel.y if edge else None, type="log" if panel.log_y else "linear", row=row, col=col
         )
@@ -132,15 +134,15 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
 
 
 def _mark(x: float, text: str, panel: LinePanel) -> go.Scatter:
-    """A thin vertical line, named at its upper end."""
+    """A thin vertical line, named at its lower end."""
     values = [v for curve in panel.curves.values() for v in curve.y]
     low, high = panel.ends or (min(values), max(values))
     return go.Scatter(
         x=[x, x],
         y=[low, high],
         mode="lines+text",
-        text=["", text],
-        textposition="bottom right",
+        text=[text, ""],
+        textposition="top right",
         textfont={"size": 10},
         line={"width": 1, "dash": "dot", "color": "#808a94"},
         hoverinfo="skip",
