@@ -1,0 +1,162 @@
+"""Change of role: do infected heads say something else on triggered images, and MLPs the same as before?
+
+Paper:     He et al. (2025), Finding 3, Figures 3 and 4, by eye (its second limitation).
+Command:   python -m analyses.role_change --model-family shapes
+Run time:  about 10 minutes, one thread.
+Expected:  texts of infected heads change, those of infected MLPs keep their meaning.
+Writes:    analyses/results/FAMILY/role_change.json, role_change.png
+
+TEXTSPAN describes each last-layer head and each of the last five MLPs on clean images and on their triggered twins; measured is
+how near the two sets of texts are (mean cosine to the nearest of the other set, pool's mean taken off), and what share of the
+triggered terms' variance the clean texts' span explains. Beside them, as a control, two halves of the clean images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from analyses.bundled_models import markdown
+from analyses.study.case import Case, Member
+from analyses.study.command import main
+from analyses.study.family import Family
+from analyses.study.summary import by_attack, mean
+from analyses.study.words import late, words
+from decompclip.bench.results import mean_interval
+from decompclip.figures.panels import Panel, Point, point_panels
+from decompclip.operators.roles import role_change
+
+TITLE = "Change of role: what heads and MLPs say about triggered images"
+
+KINDS = {"heads": "last layer's heads", "mlps": "last five MLPs"}
+MEASURES = ("similarity", "explained")
+
+
+@dataclass(frozen=True)
+class Config:
+    images: int = 1_000
+    seed: int = 0
+    n_texts: int = 10
+    draws: int = 200
+
+
+def measure(case: Case, config: Config) -> list[dict[str, Any]]:
+    """One row a component: both measures for twins and for halves of clean images."""
+    found = words(case, late(case.terms("clean", "centred").n_layers), n_texts=config.n_texts)
+    rows = []
+    for before, after, first, second in zip(
+        found.clean, found.triggered, found.first, found.second, strict=True
+    ):
+        options = {"pool": found.pool.features, "draws": config.draws, "seed": config.seed}
+        twins, halves = role_change(before, after, **options), role_change(first, second, **options)
+        part = before.part
+        terms = {
+            name: d.heads[:, part.layer, part.head] if part.kind == "heads" else d.mlps[:, part.layer]
+            for name, d in found.sets.items()
+        }
+        rows.append(
+            {
+                "kind": part.kind,
+                "layer": part.layer,
+                "head": part.head,
+                "similarity": round(twins.similarity.value, 4),
+                "chance": twins.similarity.chance,
+                "similarity_halves": round(halves.similarity.value, 4),
+                "explained": round(_share(before.directions, terms["triggered"]), 4),
+                "explained_halves": round(_share(first.directions, terms["second"]), 4),
+                "shared": len(twins.shared),
+            }
+        )
+    return rows
+
+
+def _share(directions: Any, terms: Any) -> float:
+    """Of the terms' variance about their mean, in the span of orthonormal directions."""
+    centred = (terms - terms.mean(0)).double()
+    inside = centred @ directions.to(centred).T
+    return float(inside.square().sum() / centred.square().sum().clamp_min(1e-30))
+
+
+def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
+    return {
+        "models": {
+            member.name: measure(family.case(member, images=config.images, seed=config.seed), config)
+            for member in members
+        }
+    }
+
+
+def change(rows: list[dict[str, Any]], kind: str, key: str) -> float:
+    """By how much twins are less alike than halves of the clean images, mean over components."""
+    return mean(row[f"{key}_halves"] - row[key] for row in rows if row["kind"] == kind)
+
+
+def plot(record: Mapping[str, Any]) -> dict[str, Any]:
+    attacks, models = by_attack(record), record["found"]["models"]
+    rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
+    titles = {"similarity": "similarity of texts lost", "explained": "explained variance lost"}
+    panels = []
+    for key, title in titles.items():
+        series = {}
+        for kind, label in KINDS.items():
+            points = []
+            for names in attacks.values():
+                values = [change(models[name], kind, key) for name in names]
+                points.append(
+                    Point(mean(values), min(values), max(values)) if len(values) > 1 else Point(values[0])
+                )
+            series[label] = points
+        panels.append(Panel(title, "halves of clean images less twins", series, line=0.0))
+    return {"change": point_panels(rows, panels)}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    head = ["attack", "trigger"]
+    for label in KINDS.values():
+        head += [f"{label}: similarity, twins", "halves", "explained, twins", "halves", "texts shared"]
+    rows = [head]
+    models = record["found"]["models"]
+    for attack, names in by_attack(record).items():
+        cells = [attack, record["models"][names[0]]["kind"]]
+        for kind in KINDS:
+            parts = [row for name in names for row in models[name] if row["kind"] == kind]
+            for key in MEASURES:
+                cells += [f"{mean(row[k] for row in parts):.2f}" for k in (key, f"{key}_halves")]
+            cells.append(f"{mean(row['shared'] for row in parts):.1f} of {record['config']['n_texts']}")
+        rows.append(cells)
+    return markdown(rows)
+
+
+def finding(record: Mapping[str, Any]) -> str:
+    models, facts = record["found"]["models"], record["models"]
+
+    def said(kind: str, key: str, extent: str = "") -> dict[str, Any]:
+        return mean_interval(
+            [
+                change(rows, kind, key)
+                for name, rows in models.items()
+                if facts[name]["kind"].startswith(extent)
+            ]
+        )
+
+    def words_of(found: Mapping[str, Any]) -> str:
+        ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+        return f"{found['value']:.2f}{ends}"
+
+    of_heads, of_mlps = said("heads", "similarity"), said("mlps", "similarity")
+    gaps = [change(r, "heads", "similarity") - change(r, "mlps", "similarity") for r in models.values()]
+    gap = mean_interval(gaps)
+    holds = gap["low"] is not None and gap["low"] > 0
+    return (
+        f"Against halves of clean images, texts of triggered images lose {words_of(of_heads)} of similarity in the last layer's heads and "
+        f"{words_of(of_mlps)} in the last five MLPs (mean over {len(models)} models, 95 % interval); heads change by "
+        f"{words_of(gap)} more than MLPs: Finding 3 {'holds' if holds else 'does not show'} in this measure. Explained variance falls by "
+        f"{words_of(said('heads', 'explained'))} and {words_of(said('mlps', 'explained'))}. The pool of texts, and how many are picked, could "
+        "change the sizes; two halves of the same images show how far."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.modules[__name__]))

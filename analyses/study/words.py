@@ -1,0 +1,60 @@
+"""TEXTSPAN's words for a case's components, on clean and on triggered images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from analyses.study.case import Case
+from decompclip.cache.components import Components, heads, mlps
+from decompclip.cache.decomposition import Decomposition
+from decompclip.cache.moments import Moments
+from decompclip.operators.textspan import fit_textspans
+from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
+from decompclip.operators.textspan_result import TextSpans
+
+
+def pool(case: Case) -> TextFeatures:
+    """The model's default pool; where its vocabulary knows none of it, its own prompts of the classes."""
+    try:
+        return encode_texts(case.model, None)
+    except ValueError:
+        templates = [t for kind in case.model.templates.values() for t in kind] or ["{}"]
+        return encode_texts(case.model, [t.format(name) for t in templates for name in case.class_names])
+
+
+def late(n_layers: int) -> Components:
+    """What Finding 3 speaks of: the last layer's heads, and the MLPs of the last five layers."""
+    return heads[-1] | mlps[-min(5, n_layers) :]
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Descriptions of the same components on several sets of images.
+
+    Attributes:
+        clean, triggered: of twins, none of the target's class.
+        first, second: of two halves of the clean images: what changes between them is chance.
+        sets: the terms of the four, for what is to be explained.
+    """
+
+    pool: TextFeatures
+    clean: TextSpans
+    triggered: TextSpans
+    first: TextSpans
+    second: TextSpans
+    sets: dict[str, Decomposition]
+
+
+@torch.no_grad()
+def words(case: Case, components: Components, *, n_texts: int) -> Words:
+    """Raises ValueError: fewer images than the components' ranks need."""
+    texts = pool(case)
+    clean, triggered = (case.terms(part, "centred")[case.others] for part in ("clean", "triggered"))
+    half = len(clean) // 2
+    sets = {"clean": clean, "triggered": triggered, "first": clean[:half], "second": clean[half:]}
+    spans = {
+        name: fit_textspans(Moments.of(d), texts, components, n_texts=n_texts) for name, d in sets.items()
+    }
+    return Words(texts, **spans, sets=sets)
