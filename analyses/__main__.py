@@ -16,7 +16,7 @@ from pathlib import Path
 
 from analyses.study.family import open_family
 from analyses.study.index import write_index
-from analyses.study.registry import ANALYSES, load
+from analyses.study.registry import ANALYSES, READERS, load
 from analyses.study.results import RESULTS
 
 
@@ -35,7 +35,9 @@ def produce_all(
         return name, error
 
     with ThreadPoolExecutor(jobs) as pool:
-        return {name: error for name, error in pool.map(one, names) if error}
+        done = [*pool.map(one, [n for n in names if n not in READERS])]
+        done += pool.map(one, [n for n in names if n in READERS])
+    return {name: error for name, error in done if error}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,92 +1,80 @@
 """Designs of detection and repair without a hint, side by side: what was tried before `AgnosticDet` and `AgnosticRep`.
 
-Command:   python -m analyses.attack_agnostic
+Paper:     our own; the paper's repair must be told whether a trigger is local or global.
+Command:   python -m analyses.attack_agnostic --model-family shapes
 Run time:  about 5 minutes, one thread.
-Writes:    analyses/results/attack_agnostic.json
+Expected:  no single view finds every attack; ASR at least 5 points below the paper's repair with the right hint.
+Writes:    analyses/results/FAMILY/attack_agnostic.json, attack_agnostic-detection.png, attack_agnostic-repair.png
 
-Designs were compared on streams 211 and 212 of the world while they were made; here they are measured on streams that
-nothing was chosen on, over all bundled twins of `shapes`.
+Designs were compared on other images while they were made (streams 211 and 212 of the drawn world; photographs that no run of
+the leaderboard's first seed sees); here they are measured on images that nothing was chosen on.
 
-Detection: each view of `AgnosticDet` alone, their sum (what was settled on) and their maximum, and the distances of all heads
-and MLPs, one by one, combined by a Mahalanobis distance over the 54 of them.
+Detection: each view of `AgnosticDet` alone; how odd an image is by the three distances together; that or how much was written
+(what was settled on); the largest of all four; and the distances of all heads and MLPs, one by one, combined by a Mahalanobis distance.
 Repair, all at a clean budget of 1 %: where the story changes (what was settled on); everything after the first half of the
 layers, in images that are flagged; and the heads and MLPs that are flagged themselves, replaced by their means.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyses.bundled_models import markdown
-from decompclip.attacks.registry import from_card
-from decompclip.attacks.trigger import Trigger
+from analyses.study.case import Case, Member
+from analyses.study.command import main
+from analyses.study.family import Family
+from analyses.study.rates import excess, rates_figure
+from analyses.study.summary import by_attack, mean
 from decompclip.cache.components import everything
 from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
-from decompclip.data.shapes import Shapes
-from decompclip.defenses.agnostic_det import VIEWS
+from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.class_distance import ClassDistance
 from decompclip.defenses.component_distances import ComponentDistances
-from decompclip.evaluation.metrics import attack_report, auroc, predict
-from decompclip.models.clip import HookedCLIP
-from decompclip.models.spec import versions
-from decompclip.models.zoo import bundled, card, load_bundled
+from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.evaluation.metrics import auroc
+from decompclip.figures.panels import Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 
-RESULTS = Path(__file__).parent / "results" / "attack_agnostic.json"
-DETECTION = (*VIEWS, "sum of the three", "largest of the three", "components")
-REPAIR = ("none", "where the story changes", "after the first half", "flagged components")
+TITLE = "Without a hint: designs of detection and repair"
+
+SETTLED = "odd, or much written"
+DETECTION = (*VIEWS, "odd", SETTLED, "largest of the four", "components")
+REPAIR = (
+    "none",
+    "where the story changes",
+    "after the first half",
+    "flagged components",
+    "paper, right hint",
+)
 BUDGET = 0.01
 
 
 @dataclass(frozen=True)
 class Config:
-    fit_images: int = 1_000
     images: int = 1_000
-    fit_seed: int = 9_401
-    seed: int = 9_402
-
-
-@torch.no_grad()
-def terms(
-    model: HookedCLIP, data: Shapes, trigger: Trigger | None = None, convention: Convention = "centred"
-) -> Decomposition:
-    """Of unit features, of clean or of triggered images."""
-    return Decomposition.cat(
-        [
-            model.decompose(
-                model.normalize(b.images if trigger is None else trigger(b.images, b.indices)),
-                normalize=True,
-                convention=convention,
-            )
-            for b in data.batches(250)
-        ]
-    )
+    seed: int = 0
 
 
 def scores(
-    repair: AgnosticRep, distances: ComponentDistances, fit: Decomposition, d: Decomposition
+    detector: AgnosticDet, distances: ComponentDistances, fit: Decomposition, d: Decomposition
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every design of detection on the same images."""
-    views = repair.detector_.views(d)
+    views = detector.views(d)
     one = torch.zeros(len(fit), dtype=torch.long)
     joint = ClassDistance.fit(distances.score(fit)[:, None], one, 1)
     return {
         **{name: views[:, place] for place, name in enumerate(VIEWS)},
-        "sum of the three": views.sum(1),
-        "largest of the three": views.amax(1),
+        "odd": views[:, :-1].sum(1),
+        SETTLED: detector.score(d),
+        "largest of the four": views.amax(1),
         "components": joint(distances.score(d)[:, None], torch.zeros(len(d), dtype=torch.long))[:, 0],
     }
 
@@ -108,77 +96,85 @@ def repaired(
     yield "flagged components", MeanAblate(everything, repair.moments_).on(where)(d)
 
 
-def measure(name: str, config: Config) -> dict[str, Any]:
-    model, backdoor = load_bundled(name), card(name)["backdoor"]
-    classifier = model.zero_shot_classifier(model.class_names)
-    data, target = Shapes(config.images, seed=config.seed), model.class_names.index(backdoor["target"])
-    labels = data.draw(range(len(data))).labels
-    fit = terms(model, Shapes(config.fit_images, seed=config.fit_seed))
-    clean, hit = terms(model, data), terms(model, data, from_card(backdoor["trigger"]))
-    repair = AgnosticRep(classifier, budget=BUDGET).fit(fit)
-    distances = ComponentDistances(classifier).fit(fit)
-    others = labels != target
-    low, high = (scores(repair, distances, fit, d) for d in (clean, hit[others]))
+@torch.no_grad()
+def measure(case: Case) -> dict[str, Any]:
+    fit, clean, hit = (case.terms(part, "centred") for part in ("fit", "clean", "triggered"))
+    repair = AgnosticRep(case.classifier, budget=BUDGET).fit(fit)
+    distances = ComponentDistances(case.classifier).fit(fit)
+    low, high = (scores(repair.detector_, distances, fit, d[case.others]) for d in (clean, hit))
     found: dict[str, Any] = {
         "auroc": {design: auroc(low[design], high[design]) for design in DETECTION},
         "fpr_at_5": repair.detector_.predict(clean).double().mean().item(),
-        "repair": {},
+        "right": {},
     }
     edits = zip(repaired(repair, distances, clean), repaired(repair, distances, hit), strict=True)
     for (design, before), (_, after) in edits:
-        answers = [predict(d.features, classifier) for d in (before, after)]
-        report = attack_report(answers[0], labels, answers[1], labels, target)
-        right = (answers[1][others] == labels[others]).double().mean().item()
-        found["repair"][design] = report.to_dict() | {"accuracy_on_triggered": right}
+        answers = [case.answers(d.features) for d in (before, after)]
+        found[design] = case.report(*answers).to_dict()
+        found["right"][design] = (answers[1] == case.labels)[case.others].double().mean().item()
+    paper = DecompRep.paper(trigger=case.member.trigger.extent).fit(case.terms("fit"))
+    found[REPAIR[-1]] = case.report_of(paper)
     return found
 
 
-def run(config: Config, names: list[str]) -> dict[str, Any]:
+def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
     return {
-        "config": asdict(config),
-        "versions": versions(),
-        "weights": {name: card(name)["sha256"] for name in names},
-        "models": {name: measure(name, config) for name in names},
+        "models": {m.name: measure(family.case(m, images=config.images, seed=config.seed)) for m in members}
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def plot(record: Mapping[str, Any]) -> dict[str, Any]:
+    attacks, models = by_attack(record), record["found"]["models"]
+    rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
+    series = {}
+    for design in (*VIEWS, SETTLED, "components"):
+        values = [[models[n]["auroc"][design] for n in names] for names in attacks.values()]
+        series[design] = [Point(mean(v), min(v), max(v)) if len(v) > 1 else Point(v[0]) for v in values]
+    panel = Panel(
+        "clean images against their triggered twins", "AUROC (0.5 is chance)", series, (-0.03, 1.03), 0.5
+    )
+    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR)}
+
+
+def table(record: Mapping[str, Any]) -> str:
     """Means over models, with the least favourable one in brackets."""
-    models = found["models"].values()
+    models = record["found"]["models"].values()
     rows = [["detection", "AUROC, mean (worst)"]]
     for design in DETECTION:
         values = [m["auroc"][design] for m in models]
-        rows.append([design, f"{np.mean(values):.3f} ({min(values):.3f})"])
-    fpr = [100 * m["fpr_at_5"] for m in models]
+        rows.append([design, f"{mean(values):.3f} ({min(values):.3f})"])
     fixed = [["repair", "ASR, mean (worst)", "CACC, mean (worst)", "right on triggered, mean"]]
     for design in REPAIR:
-        asr, cacc = ([100 * m["repair"][design][rate]["value"] for m in models] for rate in ("asr", "cacc"))
-        right = [100 * m["repair"][design]["accuracy_on_triggered"] for m in models]
+        asr, cacc = ([100 * m[design][rate]["value"] for m in models] for rate in ("asr", "cacc"))
+        right = [100 * m["right"][design] for m in models if design in m["right"]]
         fixed.append(
             [
                 design,
-                f"{np.mean(asr):.1f} ({max(asr):.1f})",
-                f"{np.mean(cacc):.1f} ({min(cacc):.1f})",
-                f"{np.mean(right):.1f}",
+                f"{mean(asr):.1f} ({max(asr):.1f})",
+                f"{mean(cacc):.1f} ({min(cacc):.1f})",
+                f"{mean(right):.1f}" if right else "",
             ]
         )
-    said = f"False positives at a stated 5 %: {np.mean(fpr):.1f} % ({min(fpr):.1f} to {max(fpr):.1f})."
-    return f"{markdown(rows)}\n\n{said}\n\n{markdown(fixed)}"
+    return f"{markdown(rows)}\n\n{markdown(fixed)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def finding(record: Mapping[str, Any]) -> str:
+    models = list(record["found"]["models"].values())
+    areas = {design: mean(m["auroc"][design] for m in models) for design in DETECTION}
+    best = max(areas, key=areas.__getitem__)
+    fpr = [100 * m["fpr_at_5"] for m in models]
+    ours, theirs = (mean(excess(m[row]) for m in models) for row in ("where the story changes", REPAIR[-1]))
+    cacc = [
+        mean(100 * m[row]["cacc"]["value"] for m in models) for row in ("where the story changes", REPAIR[-1])
+    ]
+    return (
+        f"{SETTLED[0].upper()}{SETTLED[1:]} finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models "
+        f"{min(m['auroc'][SETTLED] for m in models):.3f}), the best design here is {best} ({areas[best]:.3f}); oddness alone {areas['odd']:.3f}. At a "
+        f"stated 5 % it flags {mean(fpr):.1f} % of fresh clean images ({min(fpr):.1f} to {max(fpr):.1f}). Repair without a hint leaves {ours:.1f} points of "
+        f"attack success over its control at CACC {cacc[0]:.1f}, the paper's with the right hint {theirs:.1f} at {cacc[1]:.1f}. Attacks that "
+        "imitate clean features and write no more than clean images would change this: none in the zoo does."
     )
-    parser.add_argument("--images", type=int, default=Config.images)
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    names = [name for name in bundled() if name.startswith("shapes-")]
-    found = run(Config(images=options.images), names)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.modules[__name__]))

@@ -17,6 +17,9 @@ OURS = (
 )
 ANALYSES = (*PAPER, *OURS)
 
+READERS = ("table4",)
+"""They read what others measured, and come after them."""
+
 
 def load(name: str) -> Analysis:
     """The module of an analysis.

@@ -12,7 +12,7 @@ from decompclip.figures.theme import DIVERGING, TEMPLATE
 
 Grid = Sequence[Sequence[float]]
 
-CELL = 118
+CELL = 96
 """Pixels of a map's side."""
 
 
@@ -70,7 +70,9 @@ def head_pairs(
     for row, picture in enumerate(pictures or (), 1):
         plot.add_trace(go.Image(source=picture, hoverinfo="skip"), row=row, col=1)
     plot.update_xaxes(visible=False, constrain="domain")
-    plot.update_yaxes(visible=False, autorange="reversed", scaleanchor=None)
+    plot.update_yaxes(visible=False, autorange="reversed", constrain="domain")
+    for number in range(1, 2 * columns + 1):  # square patches
+        plot.layout[f"yaxis{number if number > 1 else ''}"].scaleanchor = f"x{number if number > 1 else ''}"
     for row, name in enumerate(("clean", "triggered"), 1):
         plot.update_yaxes(
             visible=True, showticklabels=False, showgrid=False, ticks="", title=name, row=row, col=1
