@@ -28,6 +28,7 @@ def produce_all(
     def one(name: str) -> tuple[str, str]:
         begin = time.perf_counter()
         words = [sys.executable, "-m", f"analyses.{name}", "--model-family", family, "--out", str(out), *rest]
+        words += ["--results", str(out)] if name in READERS and out != RESULTS else []
         environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
         done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
         error = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -165,20 +165,56 @@ def _peak(values: list[float]) -> int:
 
 
 def finding(record: Mapping[str, Any]) -> str:
-    models = list(record["found"]["models"].values())
-    before = mean(left(m, "as it is") for m in models)
-    falls = {s: before - mean(left(m, s) for m in models) for s in SETTINGS if SETTINGS[s]}
-    layers = len(models[0]["mmd"]["heads"])
-    last = mean(m["mmd"]["heads"][-1] / sum(m["mmd"]["heads"]) for m in models)
-    spread = mean(m["mmd"]["mlps"][-1] / sum(m["mmd"]["mlps"]) for m in models)
-    centred = falls["last heads"] > 0.5 * falls["all heads"] and falls["all heads"] > 5
-    late = falls["last five MLPs"] > 0.5 * falls["all MLPs"] and falls["all MLPs"] > 5
-    said = ", ".join(f"{setting} {fall:.1f}" for setting, fall in falls.items())
+    """The paper speaks of heads under local triggers and of MLPs under global ones; every attack counts once."""
     return (
-        f"Finding 2: infected heads centred on the last layer {'hold' if centred else 'do not show'}, MLPs spread over late ones "
-        f"{'hold' if late else 'do not show'} in ablations: of {before:.1f} points, mean over {len(models)} models, these falls: {said}. "
-        f"The last of {layers} layers has {100 * last:.0f} % of the heads' MMD and {100 * spread:.0f} % of the MLPs'. Ablating terms misses what "
-        "works through later layers (`direct_or_causal`); an attack that no single kind carries stays whatever is ablated."
+        f"Finding 2. {_of_heads(record)} {_of_mlps(record)} {_of_mmd(record)} Ablating terms misses what works through later "
+        "layers (`direct_or_causal`); an attack that no single kind carries stays whatever is ablated."
+    )
+
+
+def _falls(record: Mapping[str, Any], extent: str) -> dict[str, float]:
+    """Falls of attack success less its control, by setting; empty without attacks of the extent."""
+    models, facts = record["found"]["models"], record["models"]
+    attacks = [names for names in by_attack(record).values() if facts[names[0]]["kind"].startswith(extent)]
+    if not attacks:
+        return {}
+    rest = {s: mean(mean(left(models[n], s) for n in names) for names in attacks) for s in SETTINGS}
+    return {s: rest["as it is"] - value for s, value in rest.items()}
+
+
+def _of_heads(record: Mapping[str, Any]) -> str:
+    falls = _falls(record, "local")
+    if not falls:
+        return "No local trigger among the models: nothing on heads."
+    holds = falls["last heads"] > max(5.0, 0.5 * falls["all heads"])
+    return (
+        f"Heads centred on the last layer under local triggers: {'hold' if holds else 'do not show'}; without the last layer's heads "
+        f"{falls['last heads']:.1f} points of attack success less control are lost, without all heads {falls['all heads']:.1f}."
+    )
+
+
+def _of_mlps(record: Mapping[str, Any]) -> str:
+    falls = _falls(record, "global")
+    if not falls:
+        return "No global trigger among the models: nothing on MLPs."
+    late, last = falls["last five MLPs"], falls["last MLP"]
+    holds = late > max(5.0, 0.5 * falls["all MLPs"]) and last < 0.5 * late
+    return (
+        f"MLPs spread over late layers under global ones: {'hold' if holds else 'do not show'}; without the last five {late:.1f} points "
+        f"are lost, without the last alone {last:.1f}, without all {falls['all MLPs']:.1f}."
+    )
+
+
+def _of_mmd(record: Mapping[str, Any]) -> str:
+    models = list(record["found"]["models"].values())
+
+    def share(kind: str) -> float:
+        return 100 * mean(m["mmd"][kind][-1] / (sum(m["mmd"][kind]) or 1.0) for m in models)
+
+    layers = len(models[0]["mmd"]["heads"])
+    return (
+        f"The last of {layers} layers has {share('heads'):.0f} % of the heads' MMD and {share('mlps'):.0f} % of the MLPs', "
+        f"mean over {len(models)} models."
     )
 
 

@@ -13,6 +13,7 @@ Similarity is the code's dot product of unit terms (`--similarity dot`) or the t
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
                 unit if head >= len(found["densities"]) - 4 else "",
                 "density",
                 {part: Curve(kde["x"], kde[part]) for part in ("clean", "triggered")},
+                ends=(0.0, 1.06 * max(*kde["clean"], *kde["triggered"], 1e-9)),
             )
             for head, kde in enumerate(found["densities"])
         ]
@@ -125,7 +127,7 @@ def table(record: Mapping[str, Any]) -> str:
                 attack,
                 record["models"][names[0]]["kind"],
                 f"{mean(a[-1] for a in areas):.3f}",
-                f"{mean(a[n // 2] for a in areas):.3f}",
+                f"{mean(map(statistics.median, areas)):.3f}",
                 f"{mean(sum(x > 0.8 for x in a) for a in areas):.1f} of {n}",
             ]
         )

@@ -82,7 +82,9 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             )
             for group, names in groups(record).items()
         }
-        return LinePanel(title, "epsilon", unit, curves, log_x=True, ends=PERCENT, marks=PAPER)
+        # Controls run where the word would stand.
+        marks = dict.fromkeys(PAPER, "") if key == "asr" else PAPER
+        return LinePanel(title, "epsilon", unit, curves, log_x=True, ends=PERCENT, marks=marks)
 
     return {
         "epsilon": line_panels(
@@ -131,8 +133,9 @@ def _nearest(epsilons: list[float], wanted: float) -> int:
 
 
 def _best(steps: list[dict[str, float]]) -> int:
-    """The step of least attack success less its control, of those that cost at most `FALL` points of the first's CACC."""
-    allowed = [i for i, step in enumerate(steps) if step["cacc"] >= steps[0]["cacc"] - FALL]
+    """The step of least attack success less its control, of those within `FALL` points of the best step's CACC."""
+    top = max(step["cacc"] for step in steps)
+    allowed = [i for i, step in enumerate(steps) if step["cacc"] >= top - FALL]
     return min(allowed, key=lambda i: steps[i]["asr"] - steps[i]["control"])
 
 

@@ -33,14 +33,14 @@ TITLE = "Table 4: repair on other data"
 
 @dataclass(frozen=True)
 class Config:
-    """`results` is the folder in which table1's lie."""
+    """`results` is the folder in which table1's lie; by default the project's own."""
 
-    results: str = str(RESULTS)
+    results: str = ""
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
     """Raises MissingResult: table1 was not measured; the message says which command does."""
-    models = read("table1", family.name, folder=Path(config.results))["found"]["models"]
+    models = read("table1", family.name, folder=Path(config.results or RESULTS))["found"]["models"]
     return {"models": {m.name: models[m.name] for m in members if m.name in models}}
 
 

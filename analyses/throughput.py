@@ -1,8 +1,9 @@
 """Throughput: what taking apart, mapping, sweeping and guarding cost beside a plain forward pass.
 
+Paper:     none; our own bars.
 Command:   python -m analyses.throughput --model-family shapes
 Run time:  about 2 minutes, one thread.
-Expected:  decompositions at most 1.15 times a plain forward, a guard at most 1.2 times (our own bars, of a ViT-B/32's size).
+Expected:  decompositions at most 1.15 times a plain forward, a guard at most 1.2 times, of a ViT-B/32's size.
 Writes:    analyses/results/FAMILY/throughput.json, throughput.png
 
 Processor times of the family's clean model, rounds of all tasks in turn in one process; a task's ratio is taken within each round to the

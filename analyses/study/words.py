@@ -49,12 +49,18 @@ class Words:
 
 @torch.no_grad()
 def words(case: Case, components: Components, *, n_texts: int) -> Words:
-    """Raises ValueError: fewer images than the components' ranks need."""
+    """Raises ValueError: fewer than four images of other classes than the target."""
     texts = pool(case)
     clean, triggered = (case.terms(part, "centred")[case.others] for part in ("clean", "triggered"))
     half = len(clean) // 2
+    if half < 2:
+        raise ValueError(
+            f"expected at least 4 images of other classes than the target; received {len(clean)}"
+        )
     sets = {"clean": clean, "triggered": triggered, "first": clean[:half], "second": clean[half:]}
+    # Half the images give at most so many directions; all four sets get the same.
     spans = {
-        name: fit_textspans(Moments.of(d), texts, components, n_texts=n_texts) for name, d in sets.items()
+        name: fit_textspans(Moments.of(d), texts, components, n_texts=n_texts, rank=half)
+        for name, d in sets.items()
     }
     return Words(texts, **spans, sets=sets)

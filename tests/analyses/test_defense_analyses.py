@@ -8,26 +8,28 @@ import pytest
 import torch
 from PIL import Image
 
-from analyses import adaptive_attacker, attack_agnostic, trigger_gallery, tuning_defenses
+from analyses import adaptive_attacker, attack_agnostic, table1, trigger_gallery
+from analyses.study.family import BundledFamily
 from decompclip.attacks.badnet import BadNet
 from decompclip.models.zoo import load_bundled
 from decompclip.training.losses import Seen
 
+SHAPES = BundledFamily("shapes")
+
 
 def test_every_design_is_measured_on_the_same_images() -> None:
-    config = attack_agnostic.Config(fit_images=240, images=80)
-    found = attack_agnostic.measure("shapes-sig", config)
+    members = SHAPES.select(("shapes-sig",))
+    record = attack_agnostic.run(attack_agnostic.Config(images=240), SHAPES, members)
+    found = record["models"]["shapes-sig"]
     assert set(found["auroc"]) == set(attack_agnostic.DETECTION)
-    assert set(found["repair"]) == set(attack_agnostic.REPAIR)
-    assert found["auroc"]["sum of the three"] > 0.9
-    assert (
-        found["repair"]["none"]["asr"]["value"]
-        > 0.9
-        > found["repair"]["where the story changes"]["asr"]["value"]
-    )
-    assert {r["cacc"]["total"] for r in found["repair"].values()} == {80}
-    text = attack_agnostic.table({"models": {"shapes-sig": found}})
+    assert set(attack_agnostic.REPAIR) < set(found)
+    assert found["auroc"][attack_agnostic.SETTLED] > 0.9
+    assert found["none"]["asr"]["value"] > 0.9 > found["where the story changes"]["asr"]["value"]
+    assert {found[row]["cacc"]["total"] for row in attack_agnostic.REPAIR} == {240}
+    whole = {"models": {"shapes-sig": {"attack": "SIG", "kind": "global, structured"}}, "found": record}
+    text = attack_agnostic.table(whole)
     assert text.count("\n| ") >= len(attack_agnostic.DETECTION) + len(attack_agnostic.REPAIR)
+    assert f"{100 * found['fpr_at_5']:.1f} % of fresh clean images" in attack_agnostic.finding(whole)
 
 
 def test_the_penalty_reads_the_last_heads_of_the_model_in_training() -> None:
@@ -50,18 +52,33 @@ def test_the_penalty_reads_the_last_heads_of_the_model_in_training() -> None:
 def test_the_paper_s_rows_stand_for_every_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tuning_defenses.Config(
-        twins=("shapes-sig",),
-        pairs=32,
-        recipe=tuning_defenses.FineTuning(epochs=1, batch_size=16, lr=1e-5),
-        images=160,
+    members = SHAPES.select(("shapes-sig",))
+    config = table1.Config(images=160, tuned="shapes-sig", pairs=32, epochs=1, batch_size=16, lr=1e-5)
+    record = {
+        "models": {"shapes-sig": {"attack": "SIG", "kind": "global, structured"}},
+        "found": table1.run(config, SHAPES, members, tmp_path),
+    }
+    rows = record["found"]["models"]["shapes-sig"]
+    assert set(rows) == set(table1.settings())
+    assert rows["Base-Decomp"] == rows["No Defense"]  # an exact sum answers as the tower does
+    assert rows["CleanCLIP + Base-Decomp"] == rows["CleanCLIP"]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {
+        f"tuned-shapes-sig-{name}.pt" for name in ("clean-fine-tuning", "cleanclip", "par")
+    }
+    assert table1.table(record).count("| SIG |") == len(table1.settings())
+    assert "after CleanCLIP" in table1.finding(record)
+    assert "No model was fine-tuned" in table1.finding(
+        record | {"found": table1.run(table1.Config(images=160, tuned="none"), SHAPES, members)}
     )
-    found = tuning_defenses.run(config, tmp_path)
-    rows = found["models"]["shapes-sig"]
-    assert list(rows) == ["none", "clean fine-tuning", "CleanCLIP", "PAR"]
-    assert all(list(row) == ["as it is", "Decomp-Rep", "agnostic"] for row in rows.values())
-    assert rows["none"]["as it is"]["asr"]["value"] > 0.9
-    assert len(tuning_defenses.table(found).splitlines()) == 2 + 4 * 3
+    with pytest.raises(ValueError, match=r"expected models to tune among shapes-sig; received 'x'"):
+        table1.run(table1.Config(tuned="x"), SHAPES, members)
+    assert table1.chosen(table1.Config(), SHAPES.members) == {"shapes-badnet", "shapes-blended"}
+
+
+def test_an_attacker_adapts_a_twin_of_its_own_family() -> None:
+    config = adaptive_attacker.Config(twin="cifar10-badnet")
+    with pytest.raises(ValueError, match=r"expected the twin 'cifar10-badnet'.*--model-family shapes"):
+        adaptive_attacker.run(config, SHAPES, SHAPES.members)
 
 
 def test_the_gallery_shows_every_kind_of_trigger_once(tmp_path: Path) -> None:

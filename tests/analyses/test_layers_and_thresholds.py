@@ -1,0 +1,95 @@
+"""Both ends of the findings of figures 2, 5 and 6, on records made up for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from analyses import figure2, figure5, figure6
+
+LOCAL = {"attack": "A", "kind": "local, structured"}
+GLOBAL = {"attack": "B", "kind": "global, noise"}
+
+
+def steps(*success: float) -> list[dict[str, float]]:
+    return [{"asr": value, "control": 0.0, "cacc": 90.0} for value in success]
+
+
+def sweeps(alone: list[float], backward: list[float]) -> dict[str, Any]:
+    """Of three layers; forward ends where backward begins."""
+    return {
+        "forward": steps(100, 100, backward[0]),
+        "backward": steps(*backward),
+        "separate": steps(*alone),
+    }
+
+
+KEPT = sweeps([100, 100, 100], [100, 100, 100])
+
+
+def layers(heads: dict[str, Any], mlps: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "before": steps(100)[0],
+        "sweeps": {"heads": heads, "mlps": mlps},
+        "mmd": {"heads": [1.0, 1.0, 2.0], "mlps": [0.0, 0.0, 0.0]},
+    }
+
+
+def record(**models: tuple[dict[str, str], Any]) -> dict[str, Any]:
+    return {
+        "models": {name: facts for name, (facts, _) in models.items()},
+        "found": {"models": {name: found for name, (_, found) in models.items()}},
+        "config": {"epsilons": [0.001, 0.01], "similarity": "cosine"},
+    }
+
+
+def test_finding_2_asks_heads_of_local_and_mlps_of_global_triggers() -> None:
+    last = sweeps([100, 100, 20], [10, 15, 20])
+    spread = sweeps([100, 100, 90], [0, 50, 90])
+    holds = figure2.finding(record(a=(LOCAL, layers(last, KEPT)), b=(GLOBAL, layers(KEPT, spread))))
+    assert "under local triggers: hold;" in holds and "80.0 points" in holds and "heads 90.0." in holds
+    assert "under global ones: hold; without the last five 100.0 points are lost" in holds
+    assert "50 % of the heads' MMD and 0 % of the MLPs'" in holds
+    # The same ablations under the other kind of trigger are no support for it.
+    swapped = figure2.finding(record(a=(LOCAL, layers(KEPT, spread)), b=(GLOBAL, layers(last, KEPT))))
+    assert "under local triggers: do not show" in swapped and "under global ones: do not show" in swapped
+
+
+def test_mlps_of_which_one_is_enough_are_not_spread() -> None:
+    one = sweeps([100, 100, 0], [0, 0, 0])
+    assert "under global ones: do not show" in figure2.finding(record(b=(GLOBAL, layers(KEPT, one))))
+
+
+def test_finding_2_says_which_kind_is_missing() -> None:
+    assert "No global trigger among" in figure2.finding(record(a=(LOCAL, layers(KEPT, KEPT))))
+    assert "No local trigger among" in figure2.finding(record(b=(GLOBAL, layers(KEPT, KEPT))))
+
+
+def test_every_attack_counts_once_whatever_its_seeds() -> None:
+    last, other = sweeps([100, 100, 0], [0, 0, 0]), {**LOCAL, "attack": "C"}
+    found = figure2.finding(
+        record(a=(LOCAL, layers(last, KEPT)), c=(other, layers(KEPT, KEPT)), c1=(other, layers(KEPT, KEPT)))
+    )
+    assert "50.0 points of attack success" in found
+
+
+def test_figure5_s_median_is_between_the_middle_heads() -> None:
+    found = record(a=(LOCAL, {"auroc": [0.9, 0.4, 0.6, 0.7]}))
+    assert "| 0.900 | 0.650 | 1.0 of 4 |" in figure5.table(found)
+    said = figure5.finding(found)
+    assert "of local triggers the best head" in said and "1.0 on the wrong side of 0.5" in said
+    assert "global" not in said
+
+
+@pytest.mark.parametrize(("rest", "said"), [(10.0, "matters"), (95.0, "is not what limits")])
+def test_figure6_says_whether_epsilon_matters(rest: float, said: str) -> None:
+    assert f"epsilon {said}" in figure6.finding(record(a=(LOCAL, steps(100, rest))))
+
+
+def test_an_epsilon_that_costs_too_much_is_not_the_best() -> None:
+    cheap, dear = steps(60, 0)
+    assert "leaves 60.0 points" in figure6.finding(record(a=(LOCAL, [cheap, dear | {"cacc": 84.0}])))
+    assert "leaves 0.0 points" in figure6.finding(record(a=(LOCAL, [cheap, dear | {"cacc": 86.0}])))
+    low_first = [cheap | {"cacc": 40.0}, dear | {"cacc": 90.0}, dear | {"cacc": 36.0}]
+    assert figure6._best(low_first) == 1

@@ -1,0 +1,159 @@
+# pyright: reportAttributeAccessIssue=false
+"""Our own questions: effects of a crossing by hand, direct beside causal, roles, activations, times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from analyses import base_decomp_gap, direct_or_causal, local_or_structured, role_change, throughput
+from analyses.study.family import BundledFamily
+from decompclip.models.zoo import load_bundled
+
+FAMILY = BundledFamily("shapes")
+IMAGES = 120
+
+
+def record(analysis: Any, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    config, members = analysis.Config(images=IMAGES, **options), FAMILY.select(names)
+    return {
+        "models": {m.name: {"attack": m.attack, "kind": m.kind, "seed": m.seed} for m in members},
+        "config": dict(vars(config)),
+        "family": {"title": FAMILY.title},
+        "found": analysis.run(config, FAMILY, members),
+    }
+
+
+# Local or structured
+
+
+CELLS = [(extent, structure) for extent in ("local", "global") for structure in ("structured", "noise")]
+
+
+def test_effects_are_those_of_a_linear_model() -> None:
+    rng = np.random.default_rng(0)
+    values = {cell: (i + rng.normal(size=3)).tolist() for i, cell in enumerate(CELLS)}
+    found = local_or_structured.effects(values)
+    y = np.concatenate([values[cell] for cell in CELLS])
+    a = np.repeat([1 if cell[0] == "local" else -1 for cell in CELLS], 3)
+    b = np.repeat([1 if cell[1] == "structured" else -1 for cell in CELLS], 3)
+    x = np.stack([np.ones(12), a, b, a * b], 1)
+    beta, rest, *_ = np.linalg.lstsq(x, y, rcond=None)
+    error = np.sqrt(rest[0] / 8 * np.linalg.inv(x.T @ x).diagonal())
+    for name, k in (("extent", 1), ("structure", 2), ("both", 3)):
+        assert found[name].value == pytest.approx(2 * beta[k])
+        assert found[name].high == pytest.approx(2 * (beta[k] + stats.t.ppf(0.975, 8) * error[k]))
+
+
+def test_the_crossing_needs_all_four_kinds() -> None:
+    with pytest.raises(ValueError, match=r"fewer of 'local, noise'.*--model-family shapes"):
+        record(local_or_structured, ("BadNet", "Blended"))
+
+
+def test_pushes_and_what_is_left() -> None:
+    found = local_or_structured.measure(FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES))
+    case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
+    towards = case.classifier[case.target] - case.classifier[torch.arange(12) != case.target].mean(0)
+    moved = (case.terms("triggered", "centred").features - case.terms("clean", "centred").features)[
+        case.others
+    ]
+    whole = float((moved @ towards).mean())
+    parts = sum(found["push"]["heads"]) + sum(found["push"]["mlps"])
+    # the embedding and the constants are the rest: divided by another length
+    assert parts == pytest.approx(whole, abs=0.1 * abs(whole))
+    assert found["gap"] == found["left"]["mlps"] - found["left"]["heads"]
+
+
+# Direct or causal
+
+
+def test_early_mlps_work_through_later_layers() -> None:
+    found = record(direct_or_causal, ("shapes-badnet", "shapes-badnet-1"), effect_images=16)
+    models = found["found"]["models"]
+    assert list(models) == ["shapes-badnet"]  # one model an attack
+    components = models["shapes-badnet"]["components"]
+    assert len(components) == 6 * 9
+    mlps = {c["layer"]: c for c in components if c["kind"] == "mlps"}
+    assert abs(mlps[0]["causal"]) > 10 * abs(mlps[0]["direct"])
+    assert models["shapes-badnet"]["all heads, causal"]["cacc"]["value"] < 0.5
+    assert models["shapes-badnet"]["all heads, direct"]["cacc"]["value"] > 0.8
+    figures = direct_or_causal.plot(found)
+    assert set(figures) == {"components", "rates"}
+    assert sum(len(t.x) for t in figures["components"].data if t.mode == "markers") == len(components)
+    assert direct_or_causal.by_layer(found).count("\n") == 1 + 6
+    assert "the direct effect cannot stand for the causal one" in direct_or_causal.finding(found)
+
+
+def test_correlations_of_what_does_not_vary_are_none() -> None:
+    parts = [{"direct": 1.0, "causal": float(i)} for i in range(5)]
+    assert direct_or_causal.correlation(parts) is None
+    parts = [{"direct": float(i), "causal": 2.0 * i} for i in range(5)]
+    assert direct_or_causal.correlation(parts) == pytest.approx(1)
+
+
+# Roles
+
+
+def test_roles_are_of_the_last_heads_and_late_mlps() -> None:
+    found = record(role_change, ("shapes-badnet",), n_texts=3, draws=20)
+    rows = found["found"]["models"]["shapes-badnet"]
+    assert [(r["kind"], r["layer"]) for r in rows] == [("heads", 5)] * 8 + [
+        ("mlps", layer) for layer in range(1, 6)
+    ]
+    assert all(0 <= r[key] <= 1 for r in rows for key in ("explained", "explained_halves"))
+    assert set(role_change.plot(found)) == {"change"}
+    assert "of 3 |" in role_change.table(found)
+
+
+def test_finding_3_has_two_ends() -> None:
+    def model(heads: float, mlps: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "kind": kind,
+                "similarity": 0.7 - lost,
+                "similarity_halves": 0.7,
+                "explained": 0.5,
+                "explained_halves": 0.5,
+            }
+            for kind, lost in (("heads", heads), ("mlps", mlps))
+        ]
+
+    facts = {name: {"kind": "local, noise"} for name in "abc"}
+    holds = {"models": {name: model(0.3 + 0.01 * i, 0.0) for i, name in enumerate("abc")}}
+    assert "Finding 3 holds" in role_change.finding({"models": facts, "found": holds})
+    fails = {"models": {name: model(0.0, 0.3 + 0.01 * i) for i, name in enumerate("abc")}}
+    assert "Finding 3 does not show" in role_change.finding({"models": facts, "found": fails})
+
+
+# The gap of Base-Decomp, and times
+
+
+def test_another_activation_is_another_model() -> None:
+    from decompclip.audit.diagnosis.switch import with_activation
+
+    found = record(base_decomp_gap, ("shapes-badnet",))
+    rows = found["found"]["models"]["shapes-badnet"]
+    assert rows["sum of terms"] == rows["as trained"]
+    assert rows["sum_error"] < 1e-5 and rows["activation"] == "gelu"
+    model = load_bundled("shapes-badnet")
+    pixels = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(
+        model.encode_image(pixels), with_activation(model, "quick_gelu").encode_image(pixels), rtol=1e-3
+    )
+    assert "loses 0.00 points of CACC" in base_decomp_gap.finding(found)
+
+
+def test_times_are_ratios_to_a_plain_forward() -> None:
+    config = throughput.Config(images=16, fit_images=130, rounds=3)
+    members = FAMILY.select(("shapes-badnet",))
+    found = {"config": vars(config), "found": throughput.run(config, FAMILY, members)}
+    ratios = found["found"]["models"]["shapes-badnet"]
+    assert ratios[throughput.PLAIN] == [1.0] * 3
+    assert ratios["decompose"][0] > 0.5
+    assert throughput.table(found).count("\n") == 1 + 4
+    with pytest.raises(ValueError, match=r"at least 3 rounds.*received 2"):
+        throughput.Config(rounds=2)
