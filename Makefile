@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 DEV       := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck weights clean
+.PHONY: help venv demo paper test lint format typecheck weights clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## audit the bundled backdoored models and say where the repo
 	$(BIN)/decompclip demo --out demo-report
 	@echo
 	@find "$(CURDIR)/demo-report" -name '*.html' -exec echo "The report: open {} in a browser" \;
+
+paper: $(INSTALLED) ## measure every figure and table again (half an hour on two cores) and write a page of them
+	$(BIN)/python -m analyses --all --model-family shapes --formats ""
 
 test: lint typecheck ## ruff, pyright and every test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)

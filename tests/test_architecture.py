@@ -45,7 +45,7 @@ MAY_IMPORT = {
         f"{ROOMS} {TOP} public",
     ),
     "__init__": f"{ROOMS} {TOP}",
-    "analyses": f"{ROOMS} zoo bench public",
+    "analyses": f"{ROOMS} zoo bench audit public",
 }
 
 # Inside functions only: methods that return the next room's result, and `.figure()` methods.
