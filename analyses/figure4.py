@@ -6,8 +6,8 @@ Run time:  about 5 minutes, one thread.
 Expected:  texts of an MLP mean the same on both.
 Writes:    analyses/results/FAMILY/figure4.json, figure4.png
 
-Similarity: mean cosine of each text to the nearest of the other set, pool's mean taken off. The thin curve is that of two halves
-of the clean images: what lies below it is more than chance.
+Similarity: mean cosine of each text to the nearest of the other set, pool's mean taken off. Two halves of the clean images have a
+curve of their own: what lies below it is more than chance.
 """
 
 from __future__ import annotations
@@ -70,16 +70,17 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
-    models = record["found"]["models"]
-    curves = {}
+    models, panels = record["found"]["models"], []
     for group, names in groups(record).items():
-        values = [[row["similarity"] for row in models[name]] for name in names]
-        halves = [[row["halves"] for row in models[name]] for name in names]
-        curves[group] = curve(range(len(values[0])), values, halves)
-    panel = LinePanel(
-        "texts of MLPs on clean and on triggered images", "layer", "similarity of texts", curves, whole=True
-    )
-    return {"mlps": line_panels([panel], columns=1, row_height=260)}
+        curves = {
+            name: curve(range(len(models[names[0]])), [[row[key] for row in models[n]] for n in names])
+            for name, key in {
+                "clean and triggered images": "similarity",
+                "halves of clean images": "halves",
+            }.items()
+        }
+        panels.append(LinePanel(group, "layer", "similarity of texts", curves, ends=(0.0, 1.04), whole=True))
+    return {"mlps": line_panels(panels, columns=2, row_height=200)}
 
 
 def table(record: Mapping[str, Any]) -> str:

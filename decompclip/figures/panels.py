@@ -82,7 +82,8 @@ def point_panels(rows: Sequence[str], panels: Sequence[Panel], *, columns: int |
                 )
             number = series.index(name)
             offset = (number - (len(series) - 1) / 2) * min(0.22, 0.7 / len(series))
-            trace = _markers(name, STYLES[number], points, rows, offset, legend=name not in shown)
+            named = len(series) > 1 and name not in shown
+            trace = _markers(name, STYLES[number], points, rows, offset, legend=named)
             shown.add(name)
             plot.add_trace(trace, row=row, col=column)
         if panel.line is not None:

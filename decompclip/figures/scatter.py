@@ -56,13 +56,15 @@ def scatter_panels(panels: Mapping[str, Mapping[str, Pairs]], *, x: str, y: str)
                 col=column,
             )
         plot.update_xaxes(title=x, row=1, col=column)
-        plot.update_yaxes(title=y if column == 1 else None, row=1, col=column)
+        plot.update_yaxes(
+            title={"text": y if column == 1 else None, "standoff": 8}, automargin=True, row=1, col=column
+        )
     height = 420
     plot.update_layout(
         template=TEMPLATE,
         height=height,
         autosize=True,
-        margin={"l": 60, "r": 16, "t": 64, "b": 48},
+        margin={"l": 10, "r": 16, "t": 64, "b": 48},
         legend={"y": 1 + 26 / (height - 112)},
     )
     plot.update_annotations(font_size=12)
