@@ -1,4 +1,4 @@
-"""The README's examples run, and the commands that it names exist."""
+"""The README's examples run, the commands that it names exist, and the numbers are the measured ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from analyses import leaderboard
+from analyses.study.registry import ANALYSES, load
+from analyses.study.results import RESULTS as FOLDER
+from analyses.study.results import read
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "analyses" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -60,10 +64,39 @@ def test_the_table_of_models_is_the_command_s() -> None:
         text=True,
         check=True,
     )
-    assert run.stdout.strip() in README, "run `python -m analyses.bundled_models` and paste its table"
+    assert run.stdout.strip() in RESULTS, "run `python -m analyses.bundled_models` and paste its table"
 
 
 def test_the_leaderboard_is_the_measured_one() -> None:
     board = leaderboard.read()
     for table in (leaderboard.detection_table(board), leaderboard.repair_table(board)):
-        assert table in README, "run `python -m analyses.leaderboard` and paste its tables"
+        assert table in RESULTS, "run `python -m analyses.leaderboard` and paste its tables"
+
+
+@pytest.mark.parametrize(
+    "family", sorted(path.name for path in FOLDER.iterdir() if (path / "figure1.json").exists())
+)
+def test_findings_are_what_the_committed_results_say(family: str) -> None:
+    for name in ANALYSES:
+        if (FOLDER / family / f"{name}.json").exists():
+            found = load(name).finding(read(name, family))
+            assert f"| `{name}` | {found} |" in RESULTS, (
+                f"run `python -m analyses.{name} --model-family {family} --redraw` and paste its finding"
+            )
+
+
+def test_numbers_in_short_are_those_of_the_long_tables() -> None:
+    rows = re.findall(r"^\|[^|]*\?\s*\|(.*)\|.*\|$", README, flags=re.MULTILINE)
+    numbers = {number for row in rows for number in re.findall(r"\d+\.\d+", row)}
+    assert len(numbers) > 10
+    assert not [number for number in numbers if number not in RESULTS]
+
+
+def test_files_that_it_names_are_there() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", prose)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+    for module in re.findall(r"python -m (analyses(?:\.\w+)?)", README + RESULTS):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or module == "analyses", module
