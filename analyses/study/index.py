@@ -68,7 +68,7 @@ def _entry(name: str, family: str, folder: Path) -> dict[str, Any]:
         return shown | {"missing": str(error)}
     return shown | {
         "family": record["family"]["title"],
-        "finding": analysis.finding(record),
+        "finding": _inline(analysis.finding(record)),
         "tables": [as_html(block) for block in analysis.table(record).split("\n\n") if block.strip()],
         "figures": [
             Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}))

@@ -63,7 +63,7 @@ def component_map(
                 xgap=2,
                 ygap=2,
                 customdata=None if second is None else second.numpy(),
-                texttemplate=_digits(top) if values.size <= LABELLED else None,
+                texttemplate=_digits(top, scale) if values.size <= LABELLED else None,
                 textfont={"size": 10},
                 hovertemplate=f"layer %{{y}}, {what} %{{x}}: %{{z:.4f}}"
                 + ("" if second is None else f" {note} %{{customdata:.4f}}")
@@ -86,6 +86,8 @@ def component_map(
     return plot
 
 
-def _digits(top: float) -> str:
-    """Two digits of the largest number."""
+def _digits(top: float, scale: str) -> str:
+    """Two digits of each number, for sizes of many orders; of those with a sign, two of the largest."""
+    if scale == "sequential":
+        return "%{z:.2~r}"
     return "%{z:." + str(max(0, 1 - int(np.floor(np.log10(top))))) + "f}"

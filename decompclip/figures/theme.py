@@ -62,6 +62,7 @@ TEMPLATE = go.layout.Template(
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
         "hoverlabel": {"font": {"family": FONT}},
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": "#a3abb2", "activecolor": "#0072B2"},
     }
 )
 
