@@ -15,13 +15,18 @@ from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
 from decompclip.operators.textspan_result import TextSpans
 
 
-def pool(case: Case) -> TextFeatures:
-    """The model's default pool; where its vocabulary knows none of it, its own prompts of the classes."""
+def pool(case: Case) -> tuple[TextFeatures, int]:
+    """The model's default pool; where its vocabulary knows none of it, its own prompts of the classes.
+
+    Beside it the number of different things that it can say: prompts of one class are one.
+    """
     try:
-        return encode_texts(case.model, None)
+        texts = encode_texts(case.model, None)
     except ValueError:
         templates = [t for kind in case.model.templates.values() for t in kind] or ["{}"]
-        return encode_texts(case.model, [t.format(name) for t in templates for name in case.class_names])
+        texts = encode_texts(case.model, [t.format(name) for t in templates for name in case.class_names])
+        return texts, len(case.class_names)
+    return texts, len(texts)
 
 
 def late(n_layers: int) -> Components:
@@ -49,8 +54,13 @@ class Words:
 
 @torch.no_grad()
 def words(case: Case, components: Components, *, n_texts: int) -> Words:
-    """Raises ValueError: fewer than four images of other classes than the target."""
-    texts = pool(case)
+    """Descriptions by `n_texts` texts, or by a third of what the pool can say: two picks of nearly all are always alike.
+
+    Raises:
+        ValueError: fewer than four images of other classes than the target.
+    """
+    texts, meanings = pool(case)
+    n_texts = min(n_texts, max(1, meanings // 3))
     clean, triggered = (case.terms(part, "centred")[case.others] for part in ("clean", "triggered"))
     half = len(clean) // 2
     if half < 2:
