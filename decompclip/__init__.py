@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from decompclip.attacks.badclip_optimise import optimise_patch
     from decompclip.attacks.badnet import BadNet
     from decompclip.attacks.blended import Blended
+    from decompclip.attacks.bundled import Backdoor, backdoor
     from decompclip.attacks.crossing import crossing
     from decompclip.attacks.issba import ISSBA
     from decompclip.attacks.kitty import Kitty
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from decompclip.attacks.preview import preview
     from decompclip.attacks.reflection import Reflection
     from decompclip.attacks.sig import SIG
+    from decompclip.attacks.trigger import Trigger
     from decompclip.attacks.wanet import WaNet
     from decompclip.audit import AuditConfig, AuditResult, run_audit
     from decompclip.audit.diagnose import diagnose
     from decompclip.audit.diagnosis import Diagnosis
+    from decompclip.audit.scan import ScanConfig, ScanResult, run_scan
     from decompclip.cache.activations import ViTCache
     from decompclip.cache.components import Components, embed, everything, heads, layers, mlps, neurons, pool
     from decompclip.cache.decomposition import Decomposition
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from decompclip.data.datasets import DatasetPairs, folder_pairs
     from decompclip.data.images import FolderSource, ShapesSource
     from decompclip.data.pairs import Pairs
+    from decompclip.data.pixels import to_pixels
     from decompclip.data.shapes import PROPERTIES, Shapes
     from decompclip.data.shapes_pairs import ShapesPairs
     from decompclip.data.shards import ShardPairs
@@ -48,8 +52,11 @@ if TYPE_CHECKING:
     from decompclip.defenses.decomp_det import DecompDet
     from decompclip.defenses.decomp_rep import DecompRep
     from decompclip.defenses.detectors import DETECTORS
+    from decompclip.defenses.detectors.detector import Detector
     from decompclip.defenses.guard import Guard
     from decompclip.evaluation.evaluate import evaluate
+    from decompclip.evaluation.intervals import Rate
+    from decompclip.evaluation.metrics import attack_report, auroc
     from decompclip.models.clip import HookedCLIP
     from decompclip.models.config import ViTConfig
     from decompclip.models.loading import load
@@ -61,6 +68,7 @@ if TYPE_CHECKING:
     from decompclip.operators.attribution import attribution_patching
     from decompclip.operators.effects import direct_and_causal
     from decompclip.operators.greedy import most_damaging
+    from decompclip.operators.intervention import Intervention
     from decompclip.operators.mask_scores import MaskScores, score_masks
     from decompclip.operators.mmd import head_mmd, layer_mmd
     from decompclip.operators.naming import agreement
@@ -82,7 +90,7 @@ if TYPE_CHECKING:
     from decompclip.report import write_report
     from decompclip.training.finetune import finetune
     from decompclip.training.monitor import Monitor
-    from decompclip.training.recipes import RECIPES
+    from decompclip.training.recipes import RECIPES, FineTuning
     from decompclip.training.result import FineTuned
 
 __version__ = "0.1.0"
@@ -192,7 +200,20 @@ _HOME = {
     "AuditConfig": "audit",
     "AuditResult": "audit",
     "run_audit": "audit",
+    "run_scan": "audit.scan",
+    "ScanConfig": "audit.scan",
+    "ScanResult": "audit.scan",
     "write_report": "report",
+    "Intervention": "operators.intervention",
+    "Trigger": "attacks.trigger",
+    "Detector": "defenses.detectors.detector",
+    "FineTuning": "training.recipes",
+    "Backdoor": "attacks.bundled",
+    "backdoor": "attacks.bundled",
+    "to_pixels": "data.pixels",
+    "attack_report": "evaluation.metrics",
+    "auroc": "evaluation.metrics",
+    "Rate": "evaluation.intervals",
 }
 
 # fmt: off
@@ -211,7 +232,8 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "crossing", "preview", "Shapes", "PROPERTIES", "Pairs", "ShapesPairs", "ShardPairs", "CsvPairs",
     "DatasetPairs", "folder_pairs", "PairStream", "cifar10", "finetune", "RECIPES", "Monitor", "FineTuned",
     "evaluate", "ShapesSource", "FolderSource", "diagnose", "Diagnosis", "AuditConfig", "AuditResult",
-    "run_audit", "write_report",
+    "run_audit", "run_scan", "ScanConfig", "ScanResult", "write_report", "Intervention", "Trigger", "Detector",
+    "FineTuning", "Backdoor", "backdoor", "to_pixels", "attack_report", "auroc", "Rate",
 ]
 # fmt: on
 

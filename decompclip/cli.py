@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from decompclip import __version__
+from decompclip.audit_command import audit, finish
 from decompclip.bench_command import bench
 from decompclip.command_options import (
     MAX_SEED,
@@ -18,7 +18,6 @@ from decompclip.command_options import (
     Checkpoint,
     Device,
     Model,
-    OnError,
     Pretrained,
     check_folder,
     usable_device,
@@ -30,7 +29,7 @@ from decompclip.poison_command import poison
 from decompclip.zoo_command import zoo
 
 if TYPE_CHECKING:
-    from decompclip.audit import AuditResult
+    pass
 
 app = typer.Typer(
     name="decompclip",
@@ -39,11 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Convention(str, Enum):
-    centred = "centred"
-    paper = "paper"
 
 
 def _version(asked: bool) -> None:
@@ -62,103 +56,6 @@ def root(
 
 
 @app.command()
-def audit(
-    model: Model,
-    clean: Annotated[str, typer.Option(help="Folder of clean images, or a bundled data set (shapes).")],
-    suspect: Annotated[
-        str, typer.Option(help="Folder of suspect images, or one of shapes:badnet, shapes:blended, ...")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
-    classes: Annotated[
-        Path | None, typer.Option(help="File with one class a line; bundled data sets know theirs.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
-    ] = None,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = None,
-    activation: Annotated[
-        Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
-    ] = Activation.auto,
-    reference: Annotated[
-        str | None, typer.Option(help="A model to show beside it, as a clean twin; like MODEL.")
-    ] = None,
-    reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
-    reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
-    limit: Annotated[
-        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all of a folder.")
-    ] = 2000,
-    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
-    convention: Annotated[
-        Convention, typer.Option(help="Bookkeeping of means and biases.")
-    ] = Convention.centred,
-    epsilon: Annotated[float, typer.Option(help="Fixed threshold of Decomp-Rep and Decomp-Det.")] = 0.002,
-    quantile: Annotated[float, typer.Option(help="Clean quantile of their other threshold.")] = 0.05,
-    zeta: Annotated[
-        int, typer.Option(min=0, help="Decomp-Det: suspicious with more flagged heads than this.")
-    ] = 5,
-    examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
-    batch_size: BatchSize = 64,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of subsets and splits.")] = 0,
-    device: Device = None,
-) -> None:
-    """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number."""
-    with plain_errors():
-        with imports():
-            from decompclip.audit import AuditConfig, Names, run_audit
-            from decompclip.audit.sources import open_classes, open_source
-            from decompclip.models.loading import load
-
-        check_folder(out, "the report")
-        if reference is None and (reference_pretrained or reference_checkpoint):
-            raise ValueError(
-                "expected --reference NAME with --reference-pretrained and --reference-checkpoint"
-            )
-        class_names = open_classes(classes, clean, suspect)
-        if target is not None:
-            _check_target(target, class_names, classes)
-        config = AuditConfig(
-            convention=convention.value,
-            epsilon=epsilon,
-            quantile=quantile,
-            zeta=zeta,
-            examples=examples,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        device = usable_device(device)
-        audited = load(
-            model, pretrained=pretrained, checkpoint=checkpoint, activation=activation.value, device=device
-        )
-        loaded = [(model, audited)]
-        if reference is not None:
-            twin = load(
-                reference,
-                pretrained=reference_pretrained,
-                checkpoint=reference_checkpoint,
-                activation=activation.value,
-                device=device,
-            )
-            loaded.append((f"{reference} (reference)" if reference == model else reference, twin))
-        results: list[AuditResult] = []
-        with progress() as track:
-            for name, clip in loaded:
-                options = {"limit": limit or None, "seed": seed, "on_error": on_error.value}
-                result = run_audit(
-                    clip,
-                    open_source(clean, clip, class_names, **options),
-                    open_source(suspect, clip, class_names, **options),
-                    class_names,
-                    target=results[0].target if results else target,  # the same for both
-                    names=Names(name, clean, suspect),
-                    config=config,
-                    track=track,
-                )
-                results.append(result)
-        _finish(results, out)
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     images: Annotated[int, typer.Option(min=50, help="Images of each set.")] = 1500,
@@ -174,7 +71,7 @@ def demo(
         config = AuditConfig(batch_size=250, seed=seed)
         with progress() as track:
             results = run_demo(images=images, config=config, track=track)
-        _finish(results, out, title="Two backdoored CLIPs beside their clean twin")
+        finish(results, out, title="Two backdoored CLIPs beside their clean twin")
 
 
 @app.command()
@@ -235,33 +132,7 @@ def main() -> None:
         gc.freeze()  # at the end Python would go through all that was imported, once more and again
 
 
-def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
-    from decompclip.data.images import class_index
-
-    try:
-        class_index(target, class_names)
-    except ValueError as error:
-        where = f" (class file {classes})" if classes else ""
-        raise ValueError(f"--target: {error}{where}") from error
-
-
-def _finish(results: list[AuditResult], out: Path, *, title: str | None = None) -> None:
-    from decompclip.audit import findings
-    from decompclip.report import write_report
-
-    path = write_report(results, out, title=title)
-    for result in results:
-        skipped = sum(map(len, result.skipped.values()))
-        counts = f"{result.counts['clean']} clean and {result.counts['suspect']} suspect images"
-        typer.echo(
-            f"{result.name}: {counts}{f'; {skipped} files skipped, see the report' if skipped else ''}",
-            err=True,
-        )
-        typer.echo(f"{result.name} on {result.suspect_name}: {findings(result)[0].title}")
-    typer.echo(f"Report: {path.resolve()}")
-
-
-for command in (poison, finetune, evaluate, bench):
+for command in (audit, poison, finetune, evaluate, bench):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = "audit report cli zoo bench poison_command finetune_command evaluate_command zoo_command bench_command command_options"  # and `__init__`, which lists the public names
+TOP = "audit report cli zoo bench audit_command poison_command finetune_command evaluate_command zoo_command bench_command command_options"  # and `__init__`, which lists the public names
 ROOMS = "models cache operators defenses attacks data evaluation training figures"
 
 # Room (or module on top): the rooms that it may import, besides itself.
@@ -35,6 +35,7 @@ MAY_IMPORT = {
         (
             "zoo",
             "bench",
+            "audit_command",
             "poison_command",
             "finetune_command",
             "evaluate_command",

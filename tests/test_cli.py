@@ -84,8 +84,8 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
         "index": 3, "name": "star", "inferred": True, "over_prediction": None, "images": 60,
     }  # fmt: skip
     assert first["findings"][0]["title"] == "Strong evidence of a trigger toward “star”"
-    assert "shapes-badnet on shapes:badnet: Strong evidence of a trigger toward “star”" in stdout
-    assert second["name"] == "shapes" and second["as_it_is"]["difference"]["value"] < 0.2
+    assert "shapes-badnet is backdoored: suspect images become “star” (backdoored, high confidence)" in stdout
+    assert second["name"] == "shapes (reference)" and second["as_it_is"]["difference"]["value"] < 0.2
 
 
 def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:

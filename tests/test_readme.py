@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analyses import leaderboard
+from analyses import audit_scan, leaderboard
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER
 from analyses.study.results import read
@@ -71,6 +71,11 @@ def test_the_leaderboard_is_the_measured_one() -> None:
     board = leaderboard.read()
     for table in (leaderboard.detection_table(board), leaderboard.repair_table(board)):
         assert table in RESULTS, "run `python -m analyses.leaderboard` and paste its tables"
+
+
+def test_the_scan_s_table_is_the_measured_one() -> None:
+    for block in audit_scan.printed(audit_scan.read()):
+        assert block in RESULTS, "run `python -m analyses.audit_scan` and paste what it prints"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class AuditConfig:
         convention: bookkeeping of the decomposition's means and biases (METHOD 1).
         epsilon: fixed similarity below which Decomp-Rep and Decomp-Det flag a head (METHOD 3).
         quantile: of a head's own clean similarities, where the threshold is taken from them instead.
+        false_positives: share of clean images that detection without a hint is set to flag.
         zeta: Decomp-Det calls an image suspicious when more heads than this are flagged.
         validation: share of the clean images that fits means and prototypes, and is reported nowhere.
         batch_size: images a forward pass.
@@ -42,6 +43,7 @@ class AuditConfig:
     convention: Convention = "centred"
     epsilon: float = 0.002
     quantile: float = 0.05
+    false_positives: float = 0.05
     zeta: int = 5
     validation: float = 0.2
     batch_size: int = 64
@@ -53,7 +55,7 @@ class AuditConfig:
             raise ValueError(f"convention {self.convention!r} is not one of {get_args(Convention)}")
         if not math.isfinite(self.epsilon):
             raise ValueError(f"expected a finite epsilon, a similarity; received {self.epsilon}")
-        for name in ("quantile", "validation"):
+        for name in ("quantile", "false_positives", "validation"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"expected {name} between 0 and 1, a share; received {getattr(self, name)}")
         for name, least in {"batch_size": 1, "examples": 0, "zeta": 0, "seed": 0}.items():

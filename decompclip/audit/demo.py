@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from decompclip.attacks.bundled import backdoor
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.audit.pipeline import Names, run_audit
 from decompclip.audit.result import AuditResult
@@ -12,7 +13,6 @@ from decompclip.audit.sources import WORLD, datasets, open_source
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.loading import load
-from decompclip.models.zoo import card
 
 SHOWN = ("shapes:badnet", "shapes:blended")
 """A local trigger and a global one, of all that are bundled."""
@@ -60,19 +60,19 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
     clean = draw(WORLD)
     results = []
     for spec, name in poisoned.items():
-        suspect, target = draw(spec), card(name)["backdoor"]["target"]
-        for model in (WORLD, name):
-            names = Names(model, WORLD, spec)
-            results.append(
-                run_audit(
-                    models[model],
-                    clean,
-                    suspect,
-                    PROPERTIES["shape"],
-                    target=target,
-                    names=names,
-                    config=config,
-                    track=track,
-                )
+        suspect, target = draw(spec), backdoor(name).target
+        audited = [
+            run_audit(
+                models[model],
+                clean,
+                suspect,
+                PROPERTIES["shape"],
+                target=target,
+                names=Names(model, WORLD, spec),
+                config=config,
+                track=track,
             )
+            for model in (WORLD, name)
+        ]
+        results += [audited[0], audited[1].beside(audited[0])]
     return results

@@ -18,13 +18,13 @@ from decompclip.audit.diagnosis.answers import (
     name_faults,
     other_order,
 )
-from decompclip.audit.diagnosis.paired import noticeable
 from decompclip.audit.diagnosis.pictures import Pictures, count, labelled, views
 from decompclip.audit.diagnosis.result import Diagnosis, Evidence, Fault
 from decompclip.audit.diagnosis.run import NO_ANSWER, Answers, answer
 from decompclip.audit.diagnosis.trials import MARGIN, Trial, better, compare, trials
 from decompclip.audit.diagnosis.weights import logit_scale_faults, weight_faults
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import noticeable
 from decompclip.evaluation.zero_shot import Template
 from decompclip.models.clip import HookedCLIP
 

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from decompclip.audit.collect import Split
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Repair, Scorer, Setting
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Repair, Suspicion
+from decompclip.audit.scoring import Answers, Scorer, Setting
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.moments import Moments
+from decompclip.defenses.agnostic_det import AgnosticDet
+from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.intervention import Intervention
 from decompclip.operators.sweep_results import Kind, Scheme
 from decompclip.operators.sweeps import ablation_sweep
 
@@ -27,6 +31,15 @@ SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
 THRESHOLDS: tuple[Threshold, ...] = ("quantile", "epsilon")
 RULES = tuple(product(SIMILARITIES, THRESHOLDS))
 NAMES = {"heads": "heads", "mlps": "MLPs"}
+
+GLOBAL_LAYERS = 5 / 12
+"""The paper's repair for global triggers takes the MLPs of five layers of twelve."""
+
+BUDGET = 0.01
+"""Clean images that the repair without a hint may touch, as a share."""
+
+BINS, SHOWN = 40, 0.99
+"""Bins of the histogram of scores, and the share of them that it shows apart."""
 
 
 def ablate(
@@ -63,10 +76,14 @@ def _layers(kind: str, scheme: str, layer: int, n_layers: int) -> str:
 
 
 def repair(
-    split: Split, classifier: Float[Tensor, "class d_embed"], score: Scorer, config: AuditConfig
+    split: Split,
+    moments: Moments,
+    classifier: Float[Tensor, "class d_embed"],
+    score: Scorer,
+    config: AuditConfig,
 ) -> Iterator[Repair]:
-    """Decomp-Rep under both similarities and both thresholds (METHOD 3)."""
-    sets = (split.clean.decomposition, split.suspect.decomposition)
+    """Decomp-Rep under both similarities and both thresholds, and for triggers that cover the image (METHOD 3)."""
+    before = _answers(split, classifier)
     for similarity, threshold in RULES:
         edit = DecompRep(
             similarity=similarity,
@@ -74,10 +91,40 @@ def repair(
             epsilon=config.epsilon,
             quantile=_quantile(split, config),
         ).fit(split.validation.decomposition)
+        after = _answers(split, classifier, edit)
+        sets = (split.clean.decomposition, split.suspect.decomposition)
+        flagged = [float(edit.flags(d).sum((1, 2)).double().mean()) for d in sets]
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
-        answers = [predict(edit(d).features, classifier) for d in sets]
-        clean, suspect = (float(edit.flags(d).sum((1, 2)).double().mean()) for d in sets)
-        yield Repair(similarity, threshold, score(name, answers[0], answers[1]), clean, suspect)
+        yield Repair(score(name, *after), score.change(before, after), *flagged)
+    n_layers = split.clean.decomposition.n_layers
+    first = n_layers - (round(n_layers * GLOBAL_LAYERS) or 1)
+    after = _answers(split, classifier, MeanAblate(mlps[first:], moments))
+    name = f"Decomp-Rep for global triggers, {_layers('mlps', 'backward', first, n_layers)}"
+    yield Repair(score(name, *after), score.change(before, after))
+
+
+def repair_without_hint(split: Split, classifier: Float[Tensor, "class d_embed"], score: Scorer) -> Repair:
+    """`AgnosticRep`, at the least budget of clean images that the validation part can tell, 1 % or more.
+
+    Raises:
+        ValueError: as `AgnosticRep.fit`, of too few clean images.
+    """
+    validation = split.validation.decomposition
+    budget = max(BUDGET, 1 / (len(validation) - 1)) if len(validation) > 1 else BUDGET
+    edit = AgnosticRep(classifier, budget=budget).fit(validation)
+    after = _answers(split, classifier, edit)
+    name = f"Agnostic repair, budget {100 * budget:.2g}\u00a0%"
+    return Repair(score(name, *after), score.change(_answers(split, classifier), after))
+
+
+def _answers(
+    split: Split, classifier: Float[Tensor, "class d_embed"], edit: Intervention | None = None
+) -> Answers:
+    clean, suspect = (
+        predict((edit(d) if edit else d).features, classifier)
+        for d in (split.clean.decomposition, split.suspect.decomposition)
+    )
+    return clean, suspect
 
 
 def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
@@ -105,6 +152,31 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
             Rate.of(suspect > config.zeta),
             *(torch.bincount(counts.long(), minlength=most) for counts in (clean, suspect)),
         )
+
+
+def suspicion(split: Split, classifier: Float[Tensor, "class d_embed"], config: AuditConfig) -> Suspicion:
+    """`AgnosticDet` at the stated share of false positives, with the histogram of both sets' scores.
+
+    Raises:
+        ValueError: as `AgnosticDet.fit` and `threshold_at`, of too few clean images.
+    """
+    detector = AgnosticDet(classifier).fit(split.validation.decomposition)
+    threshold = detector.threshold_at(config.false_positives)
+    clean, suspect = (detector.score(part.decomposition).double() for part in (split.clean, split.suspect))
+    # one long tail would leave a histogram of a single bin: the last bin holds what lies beyond
+    top = max(2 * threshold, float(torch.cat([clean, suspect]).quantile(SHOWN)))
+    edges = torch.linspace(0, top, BINS + 1, dtype=torch.float64)
+    counts = [torch.histc(s.clamp(0, top), BINS, 0, top).long() for s in (clean, suspect)]
+    return Suspicion(
+        config.false_positives,
+        threshold,
+        auroc(clean, suspect),
+        *auroc_interval(clean, suspect),
+        Rate.of(clean > threshold),
+        Rate.of(suspect > threshold),
+        edges,
+        *counts,
+    )
 
 
 def _quantile(split: Split, config: AuditConfig) -> float:

@@ -16,8 +16,10 @@ from decompclip import __version__
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.audit.examples import examples
-from decompclip.audit.interventions import ablate, detect, repair
-from decompclip.audit.result import AuditResult, ClassShare, Scorer, Target
+from decompclip.audit.infected import infection
+from decompclip.audit.interventions import ablate, detect, repair, repair_without_hint, suspicion
+from decompclip.audit.result import AuditResult, ClassShare, Target
+from decompclip.audit.scoring import Scorer
 from decompclip.audit.shift import shift
 from decompclip.cache.moments import Moments
 from decompclip.data.images import ImageSource, class_index
@@ -80,11 +82,19 @@ def run_audit(
     others = torch.arange(len(class_names)) != aim.index
     toward = F.normalize(classifier[aim.index] - classifier[others].mean(0), dim=0)
 
+    as_it_is = score("as it is", *answers)
     moments = Moments.of(parts.validation.decomposition, second=False)
     moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, twins=parts.twins)
+    repairs, left_out = list(repair(parts, moments, classifier, score, config)), {}
+    suspected = None
+    try:
+        suspected = suspicion(parts, classifier, config)
+        repairs.append(repair_without_hint(parts, classifier, score))
+    except ValueError as error:  # too few clean images of too few classes: the rest of the audit stands
+        left_out["detection and repair without a hint"] = str(error)
     return AuditResult(
         name=names.model,
-        provenance=_provenance(model, clean_set, suspect_set),
+        provenance=provenance_of(model) | {"sum_error": max(clean_set.sum_error, suspect_set.sum_error)},
         config=config,
         clean_name=names.clean,
         suspect_name=names.suspect,
@@ -97,12 +107,16 @@ def run_audit(
         class_names=class_names,
         target=aim,
         twins=parts.twins,
-        as_it_is=score("as it is", *answers),
+        as_it_is=as_it_is,
         class_shares=_shares(*answers, class_names),
         ablations=ablate(parts, moments, classifier, score),
         shift=moved,
-        repairs=tuple(repair(parts, classifier, score, config)),
+        infection=infection(
+            parts, moved, moments, classifier, score, affected=as_it_is.has_effect, seed=config.seed
+        ),
+        repairs=tuple(repairs),
         detectors=tuple(detect(parts, config)),
+        suspicion=suspected,
         examples=examples(
             model,
             parts,
@@ -115,6 +129,7 @@ def run_audit(
             seen=clean_set.kept,
         ),
         skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
+        left_out=left_out,
     )
 
 
@@ -157,12 +172,12 @@ def _shares(clean: Tensor, suspect: Tensor, class_names: tuple[str, ...]) -> tup
     return tuple(shares[:SHOWN_CLASSES])
 
 
-def _provenance(model: HookedCLIP, *sets: ImageSet) -> dict[str, object]:
+def provenance_of(model: HookedCLIP) -> dict[str, object]:
+    """Of a model: where its weights are from, its tower, and the versions of what it ran with."""
     versions = {"decompclip": __version__, "python": platform.python_version()}
     return {
         **model.provenance,
         "tower": model.cfg.to_dict(),
-        "sum_error": max(images.sum_error for images in sets),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions | {package: version(package) for package in PACKAGES},

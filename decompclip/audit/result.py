@@ -2,90 +2,28 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from decompclip.audit.config import AuditConfig
+from decompclip.audit.infected import Infection
+from decompclip.audit.scoring import Change, Setting
 from decompclip.data.images import SkippedFile
-from decompclip.evaluation.intervals import Rate, difference_interval
-from decompclip.evaluation.metrics import AttackReport, attack_report
+from decompclip.evaluation.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
+
+if TYPE_CHECKING:
+    from decompclip.audit.verdict import Verdict
 
 KINDS: tuple[Kind, ...] = ("heads", "mlps")
 SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of running the model, scored on clean and on suspect images.
-
-    With labels on both sides the attack success and its control leave out images of the target class. Else
-    both count all images (`excludes_target` is False), and a target class that is commoner among the
-    suspect images than among the clean ones shows as a difference.
-    """
-
-    name: str
-    report: AttackReport
-    clean_to_target: Rate  # all clean images, those of the target class included
-    suspect_to_target: Rate  # likewise
-
-    @property
-    def excludes_target(self) -> bool:
-        return self.report.asr is not None and self.report.control is not None
-
-    @property
-    def success(self) -> Rate:
-        """Suspect images taken for the target."""
-        asr = self.report.asr
-        return asr if asr is not None and self.excludes_target else self.suspect_to_target
-
-    @property
-    def control(self) -> Rate:
-        """Clean images taken for the target."""
-        control = self.report.control
-        return control if control is not None and self.excludes_target else self.clean_to_target
-
-    @property
-    def difference(self) -> float:
-        """What the suspect images add: success minus control; nan where either is a rate of nothing."""
-        return self.success.value - self.control.value
-
-    @property
-    def difference_interval(self) -> tuple[float, float]:
-        return difference_interval(self.success, self.control)
-
-    def to_dict(self) -> dict[str, Any]:
-        low, high = self.difference_interval
-        return {
-            "setting": self.name,
-            **self.report.to_dict(),
-            "clean_to_target": self.clean_to_target.to_dict(),
-            "suspect_to_target": self.suspect_to_target.to_dict(),
-            "difference": {"value": self.difference, "low": low, "high": high},
-            "excludes_target": self.excludes_target,
-        }
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores predictions of the audit's two sets; see `evaluation.metrics.attack_report`."""
-
-    clean_labels: Int[Tensor, " clean"] | None
-    suspect_labels: Int[Tensor, " suspect"] | None
-    target: int
-    n_classes: int
-
-    def __call__(self, name: str, clean: Int[Tensor, " clean"], suspect: Int[Tensor, " suspect"]) -> Setting:
-        report = attack_report(
-            clean, self.clean_labels, suspect, self.suspect_labels, self.target, n_classes=self.n_classes
-        )
-        return Setting(name, report, Rate.of(clean == self.target), Rate.of(suspect == self.target))
 
 
 @dataclass(frozen=True)
@@ -142,13 +80,19 @@ class Shift:
 
 @dataclass(frozen=True)
 class Repair:
-    """Decomp-Rep under one rule, and how many heads of the last layer it flags on average."""
+    """One way of repairing, scored on the same images.
 
-    similarity: str
-    threshold: str
+    Attributes:
+        setting: the model repaired so.
+        change: what that does image by image, beside the model as it is.
+        flagged_clean, flagged_suspect: heads of the last layer replaced in a mean image; None where a repair does
+            not choose heads.
+    """
+
     setting: Setting
-    flagged_clean: float
-    flagged_suspect: float
+    change: Change
+    flagged_clean: float | None = None
+    flagged_suspect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +109,29 @@ class Detector:
     true_positives: Rate  # suspect images over it
     clean_counts: Int[Tensor, " count"]  # images with 0, 1, ... flagged heads
     suspect_counts: Int[Tensor, " count"]
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """Detection without a hint about the attack (`AgnosticDet`), calibrated on clean images that are reported nowhere.
+
+    Attributes:
+        stated: share of clean images that the threshold was set to flag.
+        threshold: the score above which an image is flagged; higher is more suspicious.
+        false_positives, true_positives: clean and suspect images over it.
+        edges: of the histogram's bins, alike for both sets; what lies beyond the last is in the last bin.
+    """
+
+    stated: float
+    threshold: float
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    false_positives: Rate
+    true_positives: Rate
+    edges: Float[Tensor, " edge"]
+    clean_counts: Int[Tensor, " bin"]
+    suspect_counts: Int[Tensor, " bin"]
 
 
 @dataclass(frozen=True)
@@ -206,10 +173,14 @@ class AuditResult:
     class_shares: tuple[ClassShare, ...]
     ablations: Ablations
     shift: Shift
+    infection: Infection
     repairs: tuple[Repair, ...]
     detectors: tuple[Detector, ...]
+    suspicion: Suspicion | None
     examples: Examples | None
     skipped: dict[str, tuple[SkippedFile, ...]]
+    left_out: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
+    reference: Setting | None = None  # a clean model on the same images, where one was audited beside
 
     @property
     def n_layers(self) -> int:
@@ -223,9 +194,43 @@ class AuditResult:
     def chance(self) -> float:
         return 1 / len(self.class_names)
 
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict in words; see `decompclip.audit.verdict`."""
+        from decompclip.audit.verdict import verdict
+
+        return verdict(self)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"
+
+    @property
+    def in_short(self) -> str:
+        """What was looked at, in a line."""
+        skipped = sum(map(len, self.skipped.values()))
+        counts = f"{self.counts['clean']} clean and {self.counts['suspect']} suspect images"
+        return f"{self.name}: {counts}{f'; {skipped} files skipped, see the report' if skipped else ''}"
+
+    def beside(self, reference: AuditResult) -> AuditResult:
+        """This audit, with a clean model's on the same images as its reference.
+
+        Raises:
+            ValueError: the reference was audited on other images, or toward another class.
+        """
+        for what in ("clean_name", "suspect_name", "counts", "target"):
+            own, other = getattr(self, what), getattr(reference, what)
+            if what == "target":
+                own, other = own.index, other.index
+            if own != other:
+                raise ValueError(
+                    f"expected a reference audited on the same images and target; its {what.replace('_', ' ')} is {other}, "
+                    f"here {own}; audit both with the same options"
+                )
+        return replace(self, reference=reference.as_it_is)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every number; of the pictures only their captions and the maps over them."""
-        return {field.name: jsonable(getattr(self, field.name)) for field in fields(self)}
+        return {part.name: jsonable(getattr(self, part.name)) for part in fields(self)}
 
 
 def jsonable(value: Any) -> Any:
@@ -241,5 +246,5 @@ def jsonable(value: Any) -> Any:
     if (to_dict := getattr(value, "to_dict", None)) is not None:
         return jsonable(to_dict())
     if is_dataclass(value):
-        return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
+        return {part.name: jsonable(getattr(value, part.name)) for part in fields(value)}
     return value if isinstance(value, int | bool | str | None) else str(value)

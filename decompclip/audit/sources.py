@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decompclip.attacks.registry import from_card
-from decompclip.data.images import FolderSource, ImageSource, OnError, ShapesSource, read_classes
+from decompclip.data.images import FolderSource, ImageSource, OnError, ShapesSource, image_files, read_classes
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zoo import bundled, card
@@ -61,6 +61,18 @@ def open_source(
     return FolderSource(
         spec, model.preprocess, class_names=class_names, on_error=on_error, limit=limit, seed=seed
     )
+
+
+def check_source(spec: str) -> None:
+    """Whether `open_source` will find it: asked before any weights are loaded.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
+    """
+    if _is_dataset(spec):
+        _known(spec)
+    else:
+        image_files(Path(spec))
 
 
 def triggered_source(facts: Mapping[str, Any], model: HookedCLIP, world: Shapes) -> ShapesSource:

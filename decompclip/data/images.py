@@ -91,7 +91,7 @@ class FolderSource:
             raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
         self.folder, self.preprocess, self.on_error = Path(folder), preprocess, on_error
         self._skipped: dict[Path, SkippedFile] = {}
-        files = _image_files(self.folder)
+        files = image_files(self.folder)
         self._labels = _folder_labels(files, class_names or ())
         if self._labels:
             for file in files:
@@ -275,8 +275,8 @@ def _find(name: str, places: dict[str, list[int]]) -> int | None:
     return found[0] if found else None
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Paths of a folder's image files, inside the folder and in order."""
+def image_files(folder: Path) -> list[Path]:
+    """Paths of a folder's image files, inside it and in order; raises as `FolderSource` where there are none."""
     expected = f"expected a folder with image files (names that end in {', '.join(SUFFIXES)})"
     if not folder.exists():
         raise FileNotFoundError(f"{expected}; there is no folder {folder}")

@@ -13,7 +13,8 @@ from decompclip.figures.rates import short
 from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS, TEMPLATE, Style, band
 
 if TYPE_CHECKING:
-    from decompclip.audit.result import Ablations, Setting
+    from decompclip.audit.result import Ablations
+    from decompclip.audit.scoring import Setting
 
 KINDS = {"heads": "heads", "mlps": "MLPs"}
 AXES = {"forward": "layers 0 to x", "backward": "layers x to {last}", "separate": "layer x alone"}

@@ -11,7 +11,7 @@ from decompclip.evaluation.intervals import Rate
 from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS, Style, figure
 
 if TYPE_CHECKING:
-    from decompclip.audit.result import Setting
+    from decompclip.audit.scoring import Setting
 
 ROW, FRAME = 44, 84
 """Pixels of height a setting, and around them."""

@@ -12,25 +12,38 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from decompclip.audit.result import AuditResult
+from decompclip.audit.scan.result import ScanResult
 from decompclip.report.view import glance, subjects
+from decompclip.report.view_scan import scans
+
+NUMBERS = "audit.json"
+"""Beside the page."""
 
 TEMPLATES = files("decompclip.report") / "templates"
 
 
-def render(results: Sequence[AuditResult], *, title: str | None = None) -> str:
+def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = None) -> str:
     """The report as HTML, with plotly.js in it once, so that it opens without a network."""
     names = " and ".join(dict.fromkeys(result.name for result in results))
+    pairs = [result for result in results if isinstance(result, AuditResult)]
+    alone = [result for result in results if isinstance(result, ScanResult)]
+    audits, scanned = subjects(pairs), scans(alone, first=len(pairs))
+    images = [image for audit in audits if audit["maps"] for image in audit["maps"]["images"]]
+    images += [image for scan in scanned for probe in scan["probes"] for image in probe["images"]]
     return (
         _environment()
         .get_template("report.html")
         .render(
             title=title or f"Audit of {names}",
-            glance=glance(results),
-            subjects=subjects(results),
+            glance=glance(pairs),
+            subjects=audits,
+            scans=scanned,
+            images=images,
             css=Markup(_text("report.css")),
             js=Markup(_text("report.js")),
             plotly=Markup(_in_script(get_plotlyjs())),
             several=len(results) > 1,
+            numbers=NUMBERS,
         )
     )
 

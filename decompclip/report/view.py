@@ -8,24 +8,34 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from decompclip.audit.findings import difference, findings, plus_minus, points, share
+from decompclip.audit.findings import findings
+from decompclip.audit.findings_defenses import alarms
+from decompclip.audit.findings_parts import short
 from decompclip.audit.interventions import rule_name
-from decompclip.audit.result import AuditResult, Setting
+from decompclip.audit.result import AuditResult, Detector, Repair, Suspicion
+from decompclip.audit.scoring import Setting
+from decompclip.audit.words import difference, plus_minus, points, share
 from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.figures.components import component_map
 from decompclip.figures.curves import ablation_curves
 from decompclip.figures.detectors import counts, roc
-from decompclip.figures.maps import attention_overlay, contribution_overlay, picture
+from decompclip.figures.infected import pulls
 from decompclip.figures.rates import rates
+from decompclip.figures.suspicion import score_histogram
+from decompclip.report.tables import as_link, flat, tables_of
+from decompclip.report.view_maps import maps_of
 
 DASH = "–"
+
+SHOWN = 16
+"""Components in the table of those that pull; the CSV holds all."""
 
 
 def glance(results: Sequence[AuditResult]) -> list[dict[str, str]]:
     """The table at the top: one row an audit."""
     rows = []
     for result in results:
-        setting, detector = result.as_it_is, max(result.detectors, key=lambda d: d.auroc)
+        setting, found = result.as_it_is, result.verdict
         best = min((r.setting for r in result.repairs), key=lambda s: s.difference)
         rows.append(
             {
@@ -35,8 +45,9 @@ def glance(results: Sequence[AuditResult]) -> list[dict[str, str]]:
                 "success": rate(setting.success),
                 "control": rate(setting.control),
                 "difference": difference(setting),
+                "verdict": f"{found.level}, {found.confidence} confidence",
                 "repaired": difference(best),
-                "auroc": f"{detector.auroc:.3f} [{detector.auroc_low:.3f}, {detector.auroc_high:.3f}]",
+                "auroc": DASH if result.suspicion is None else area(result.suspicion),
             }
         )
     return rows
@@ -44,6 +55,8 @@ def glance(results: Sequence[AuditResult]) -> list[dict[str, str]]:
 
 def subjects(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
     """Everything the page shows of each audit."""
+    if not results:
+        return []
     tops = {
         what: max(
             float(getattr(result.shift, f"{kind}_{what}").abs().max())
@@ -53,6 +66,10 @@ def subjects(results: Sequence[AuditResult]) -> list[dict[str, Any]]:
         for what in ("distance", "push")
     }
     return [_subject(result, index, tops, wide=len(results) == 1) for index, result in enumerate(results)]
+
+
+def area(found: Detector | Suspicion) -> str:
+    return f"{found.auroc:.3f} [{found.auroc_low:.3f}, {found.auroc_high:.3f}]"
 
 
 def rate(value: Rate | None) -> str:
@@ -81,9 +98,7 @@ def _subject(result: AuditResult, index: int, tops: dict[str, float], *, wide: b
     shift = result.shift
     complete = [result.as_it_is, *result.ablations.complete.values()]
     last = result.n_layers - 1
-    layers = round(result.n_layers * 5 / 12) or 1  # the paper's five of twelve
-    mlps = result.ablations.sweeps["mlps"]["backward"][result.n_layers - layers]
-    repairs = [result.as_it_is, *(repair.setting for repair in result.repairs), mlps]
+    repairs = [result.as_it_is, *(repair.setting for repair in result.repairs)]
     rules = [rule_name(d.similarity, d.threshold) for d in result.detectors]
     unit = "share of the feature's norm"
     return {
@@ -129,70 +144,89 @@ def _subject(result: AuditResult, index: int, tops: dict[str, float], *, wide: b
             )
         ),
         "totals": {name: plus_minus(*total) for name, total in shift.totals.items()},
+        "verdict": result.verdict,
+        "infection": _infection(result),
+        "suspicion": _suspicion(result.suspicion),
+        "left_out": list(result.left_out.items()),
         "repairs": figure_json(rates(repairs)),
         "repair_rows": [
-            table_row(setting)
-            | {"flagged": DASH if r is None else f"{r.flagged_clean:.2f} / {r.flagged_suspect:.2f}"}
-            for setting, r in zip(repairs, [None, *result.repairs, None], strict=True)
+            table_row(setting) | _change(r)
+            for setting, r in zip(repairs, [None, *result.repairs], strict=True)
         ],
         "roc": figure_json(roc(result.detectors, rules)),
         "flag_counts": figure_json(counts(result.detectors, rules)),
         "detector_rows": [
             {
                 "name": name,
-                "auroc": f"{d.auroc:.3f} [{d.auroc_low:.3f}, {d.auroc_high:.3f}]",
+                "auroc": area(d),
                 "false": rate(d.false_positives),
                 "true": rate(d.true_positives),
                 "difference": _flag_difference(d.true_positives, d.false_positives),
             }
             for name, d in zip(rules, result.detectors, strict=True)
         ],
-        "maps": _maps(result, index),
+        "maps": maps_of(result, index),
         "skipped": [
             (side, file.path, file.reason) for side, found in result.skipped.items() for file in found
         ],
-        "provenance": list(_flat(_facts(result))),
+        "provenance": flat(_facts(result)),
+        "csv": {name: as_link(rows) for name, rows in tables_of(result).items()},
+    }
+
+
+def _change(repair: Repair | None) -> dict[str, str]:
+    """What a repair saves and costs; dashes for the model as it is."""
+    if repair is None:
+        return dict.fromkeys(("saved", "restored", "cost", "sent", "flagged"), DASH)
+    change, cost, flagged = repair.change, repair.change.cost, repair.flagged_clean
+    return {
+        "saved": rate(change.saved),
+        "restored": rate(change.restored),
+        "cost": DASH if cost is None else points(-cost[0], (-cost[2], -cost[1])),
+        "sent": rate(change.sent),
+        "flagged": DASH if flagged is None else f"{flagged:.2f} / {repair.flagged_suspect:.2f}",
+    }
+
+
+def _infection(result: AuditResult) -> dict[str, Any]:
+    """The components that pull, as a figure and a table; and what is left without them."""
+    parts = result.infection.parts[:SHOWN]
+    names = [short(part) for part in parts]
+    settings = [result.as_it_is, result.infection.without, result.infection.without_others]
+    return {
+        "figure": figure_json(pulls(parts, names)),
+        "count": len(result.infection.infected),
+        "all": len(result.infection.parts),
+        "rows": [
+            {
+                "name": name,
+                "infected": "infected" if part.infected else "",
+                "push": plus_minus(part.push, part.error),
+                "share": f"{100 * part.share:.1f} %",
+                "distance": f"{part.distance:.4f} ({part.floor:.4f})",
+            }
+            for name, part in zip(names, parts, strict=True)
+        ],
+        "settings": [table_row(setting) for setting in settings if setting is not None],
+    }
+
+
+def _suspicion(found: Suspicion | None) -> dict[str, str | Markup] | None:
+    if found is None:
+        return None
+    return {
+        "figure": figure_json(score_histogram(found)),
+        "auroc": area(found),
+        "false": rate(found.false_positives),
+        "true": rate(found.true_positives),
+        "stated": f"{100 * found.stated:g} %",
+        "threshold": f"{found.threshold:.3f}",
+        "alarms": alarms(found),
     }
 
 
 def _flag_difference(true: Rate, false: Rate) -> str:
     return points(true.value - false.value, difference_interval(true, false))
-
-
-def _maps(result: AuditResult, index: int) -> dict[str, Any] | None:
-    shown = result.examples
-    if shown is None:
-        return None
-    heads = []
-    for head in shown.heads:
-        attention_top = float(head.attention.max())
-        contribution_top = float(head.contribution.abs().max())
-        heads.append(
-            {
-                "name": f"{head.layer}.{head.head}",
-                "affected": head.affected,
-                "attention_top": f"{attention_top:.2f}",
-                "contribution_top": f"{contribution_top:.4f}",
-                "cells": [
-                    {
-                        "attention": attention_overlay(attention, attention_top),
-                        "class_token": f"{float(own):.2f}",
-                        "contribution": contribution_overlay(contribution, contribution_top),
-                        "sum": f"{float(contribution.sum()):+.4f}".replace("-", "−"),
-                    }
-                    for attention, own, contribution in zip(
-                        head.attention, head.class_token, head.contribution, strict=True
-                    )
-                ],
-            }
-        )
-    images = [
-        {"class": f"picture-{index}-{i}", "uri": picture(pixels), "caption": caption, "side": side}
-        for i, (pixels, caption, side) in enumerate(
-            zip(shown.pictures, shown.captions, shown.sides, strict=True)
-        )
-    ]
-    return {"images": images, "heads": heads, "small": shown.pictures.shape[1] < 128}
 
 
 def _facts(result: AuditResult) -> dict[str, Any]:
@@ -206,19 +240,3 @@ def _facts(result: AuditResult) -> dict[str, Any]:
         "target": f"{result.target.name}{' (inferred)' if result.target.inferred else ''}",
     }
     return {**result.provenance, "images": images, "options": vars(result.config)}
-
-
-def _flat(facts: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as (dotted name, value) rows."""
-    rows = []
-    for name, value in facts.items():
-        if hasattr(value, "items"):
-            rows += _flat(value, f"{prefix}{name}: ")
-        elif value is not None:
-            rows.append(
-                (
-                    f"{prefix}{str(name).replace('_', ' ')}",
-                    f"{value:.1e}" if name == "sum_error" else str(value),
-                )
-            )
-    return rows

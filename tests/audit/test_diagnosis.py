@@ -23,12 +23,12 @@ from decompclip.audit.diagnosis.answers import (
     name_faults,
     other_order,
 )
-from decompclip.audit.diagnosis.paired import Paired, mean_interval, noticeable
 from decompclip.audit.diagnosis.pixels import NORMALISATIONS, denormalise, normalise, repair
 from decompclip.audit.diagnosis.trials import Trial, better, compare
 from decompclip.audit.diagnosis.weights import logit_scale_faults, weight_faults
 from decompclip.data.shapes import PROPERTIES
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired, mean_interval, noticeable
 
 NAMES = PROPERTIES["shape"]
 OWN = ((0.5,) * 3, (0.25,) * 3)

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from decompclip.audit import AuditConfig, AuditResult, findings, run_audit
-from decompclip.audit.findings import Finding, plus_minus, points, share
-from decompclip.audit.result import Scorer, Setting
+from decompclip.audit.finding import Finding
+from decompclip.audit.scoring import Change, Scorer, Setting
 from decompclip.audit.sources import open_source
+from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
 from decompclip.data.shapes import PROPERTIES
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired
 from decompclip.models.clip import HookedCLIP
 
 
@@ -116,25 +118,31 @@ def test_an_ablation_that_sends_all_to_the_target_says_so(base: AuditResult) -> 
 
 
 @pytest.mark.parametrize(
-    ("left", "accuracy", "weight", "title"),
+    ("left", "lost", "weight", "title"),
     [
-        (0.02, 0.9, "evidence", "takes the difference away"),
-        (0.40, 0.9, "evidence", "in part"),
-        (0.02, 0.5, "unclear", "takes the difference away"),
-        (0.94, 0.9, "note", "does not repair"),
+        (0.02, 0, "evidence", "takes the difference away"),
+        (0.40, 0, "evidence", "in part"),
+        (0.02, 160, "unclear", "takes the difference away"),
+        (0.94, 0, "note", "No repair helps"),
     ],
 )
 def test_repair_is_judged_by_difference_and_cost(
-    base: AuditResult, left: float, accuracy: float, weight: str, title: str
+    base: AuditResult, left: float, lost: int, weight: str, title: str
 ) -> None:
-    repairs = tuple(replace(r, setting=setting(left, 0.02, accuracy=accuracy)) for r in base.repairs)
-    finding = found(replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs), "Decomp-Rep")
+    hit = 380
+    change = Change(Rate(round(hit * (1 - left)), hit), Rate(0, hit), Paired(0, lost, 400), Rate(0, 400))
+    repairs = tuple(replace(r, setting=setting(left, 0.02), change=change) for r in base.repairs)
+    finding = found(replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs), "It saves")
     assert (finding.weight, title in finding.title) == (weight, True)
-    assert ("costs clean accuracy" in finding.text) == (accuracy == 0.5)
+    assert ("costs clean accuracy" in finding.text) == (lost > 0)
 
 
 def test_nothing_to_repair_is_not_spoken_of(base: AuditResult) -> None:
-    assert not [f for f in findings(replace(base, as_it_is=setting(0.02, 0.02))) if "Decomp-Rep" in f.title]
+    assert not [
+        f
+        for f in findings(replace(base, as_it_is=setting(0.02, 0.02)))
+        if "epair" in f.title and not f.title.startswith("Not measured")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.audit.result import Ablations, Detector, Scorer, Setting
+from decompclip.audit.result import Ablations, Detector
+from decompclip.audit.scoring import Scorer, Setting
 from decompclip.evaluation.intervals import Rate
 from decompclip.figures.components import component_map
 from decompclip.figures.curves import ablation_curves

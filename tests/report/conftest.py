@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from decompclip.audit.config import AuditConfig
+from decompclip.audit.infected import Infection, infected_parts
 from decompclip.audit.result import (
     KINDS,
     SCHEMES,
@@ -18,13 +21,16 @@ from decompclip.audit.result import (
     Examples,
     HeadMaps,
     Repair,
-    Scorer,
-    Setting,
     Shift,
+    Suspicion,
     Target,
 )
+from decompclip.audit.scan.config import ScanConfig
+from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanResult
+from decompclip.audit.scoring import Change, Scorer, Setting
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired
 
 LAYERS, HEADS, IMAGES = 4, 6, 300
 CLASSES = ("circle", "square", "star")
@@ -49,6 +55,14 @@ def setting(
 
     known = labels if labelled else None
     return Scorer(known, known, 2, 3)(name, answers(control, accuracy), answers(success, 0.5))
+
+
+def changed(repaired: float, success: float, *, labelled: bool, images: int) -> Change:
+    """Of the images that the trigger sends to the target `repaired / success` stay there."""
+    hit = max(1, round(success * images))
+    saved = Rate(round(hit * max(0.0, 1 - repaired / max(success, 1e-9))), hit)
+    known = Rate(saved.count // 2, hit) if labelled else None
+    return Change(saved, known, Paired(2, 5, images) if labelled else None, Rate(1, images))
 
 
 def result(
@@ -85,11 +99,10 @@ def result(
     }
     repairs = tuple(
         Repair(
-            similarity,
-            threshold,
             setting(
                 f"Decomp-Rep, {similarity}, {threshold}", repaired, control, labelled=labelled, images=images
             ),
+            changed(repaired, success, labelled=labelled, images=images),
             0.4,
             4.2,
         )
@@ -98,8 +111,9 @@ def result(
     )
     counts = torch.tensor([200, 60, 20, 10, 5, 3, 2]), torch.tensor([5, 10, 20, 40, 60, 90, 75])
     detectors = tuple(
-        Detector(r.similarity, r.threshold, 4, 0.93, 0.9, 0.95, Rate(5, 300), Rate(165, 300), *counts)
-        for r in repairs
+        Detector(similarity, threshold, 4, 0.93, 0.9, 0.95, Rate(5, 300), Rate(165, 300), *counts)
+        for similarity in ("cosine", "dot")
+        for threshold in ("quantile", "epsilon")
     )
     map_shape = (2, 4, 5)
     maps = tuple(
@@ -113,6 +127,22 @@ def result(
         )
         for layer, head, end in ((3, 1, "most"), (0, 2, "least"))
     )
+    moved = Shift(
+        heads.abs(),
+        heads.abs() / 10,
+        heads,
+        heads.abs() / 5,
+        mlps.abs(),
+        mlps.abs() / 10,
+        mlps,
+        mlps.abs() / 5,
+        {"all": (0.2, 0.01), "heads": (0.15, 0.01), "mlps": (0.04, 0.01), "rest": (0.01, 0.005)},
+        twins,
+    )
+    as_it_is = scored("as it is", 1.0)
+    parts = infected_parts(moved, affected=as_it_is.has_effect)
+    chosen = any(part.infected for part in parts)
+    scores = torch.tensor([150, 100, 40, 10]), torch.tensor([5, 15, 80, 200])
     pictures = (255 * torch.rand(2, 48, 48, 3, generator=draw)).to(torch.uint8)
     return AuditResult(
         name=name,
@@ -130,30 +160,77 @@ def result(
         class_names=classes,
         target=Target(2, classes[2], inferred, (0.9, 0.8, 0.95) if inferred else None, 75 * inferred),
         twins=twins,
-        as_it_is=scored("as it is", 1.0),
+        as_it_is=as_it_is,
         class_shares=tuple(
             ClassShare(c, Rate(10 * i, 300), Rate(9 * i + 1, 300)) for i, c in enumerate(classes)
         ),
         ablations=Ablations({"heads": scored("all heads", 0.1), "mlps": scored("all MLPs", 0.7)}, sweeps),
-        shift=Shift(
-            heads.abs(),
-            heads.abs() / 10,
-            heads,
-            heads.abs() / 5,
-            mlps.abs(),
-            mlps.abs() / 10,
-            mlps,
-            mlps.abs() / 5,
-            {"all": (0.2, 0.01), "heads": (0.15, 0.01), "mlps": (0.04, 0.01), "rest": (0.01, 0.005)},
-            twins,
+        shift=moved,
+        infection=Infection(
+            parts,
+            scored("infected mean-ablated", 0.3) if chosen else None,
+            scored("others mean-ablated", 0.9) if chosen else None,
         ),
         repairs=repairs,
         detectors=detectors,
+        suspicion=Suspicion(
+            0.05,
+            2.5,
+            0.94,
+            0.91,
+            0.96,
+            Rate(14, 300),
+            Rate(250, 300),
+            torch.tensor([0.0, 1, 2, 3, 4]),
+            *scores,
+        ),
         examples=Examples(
             pictures, ("a.png: taken for star", "a.png: taken for circle"), ("suspect", "clean"), maps
         ),
         skipped={"clean": (), "suspect": skipped},
     )
+
+
+def scanned(
+    *, name: str = "tiny", lead: float = 3.0, reference: bool = True, target: str = "star"
+) -> ScanResult:
+    """A scan in which one class leads by so much in every probe; its reference's classes are all alike."""
+    draw = torch.Generator().manual_seed(0)
+
+    def probe(title: str, gap: float) -> ProbeResult:
+        easiest = ClassChange(target, Rate(180 if gap > 1 else 6, 200), 5 / math.exp(gap))
+        others = tuple(ClassChange(c, Rate(4, 200), 5.0 + i) for i, c in enumerate(CLASSES) if c != target)
+        pictures = (255 * torch.rand(3, 2, 24, 24, 3, generator=draw)).to(torch.uint8)
+        return ProbeResult(title, (easiest, *others), gap, gap - 0.2, gap + 0.2, 0, pictures)
+
+    def scan(label: str, gap: float) -> ScanResult:
+        return ScanResult(
+            name=label,
+            provenance={"name": label, "sha256": "cd" * 32, "versions": {"torch": "2"}},
+            config=ScanConfig(),
+            clean_name="clean/",
+            counts={"fit": 192, "held_out": 200},
+            class_names=CLASSES,
+            accuracy=Rate(180, 200),
+            predicted=(Rate(60, 200), Rate(70, 200), Rate(70, 200)),
+            probes=tuple(
+                probe(title, gap) for title in ("everywhere", "patch anywhere", "patch in the centre")
+            ),
+            skipped=(),
+        )
+
+    found = scan(name, lead)
+    if not reference:
+        return found
+    heads, mlps = torch.rand(LAYERS, HEADS, generator=draw), torch.rand(LAYERS, generator=draw)
+    return replace(
+        found, statistics=HeadStatistics(heads, mlps, "clean twin"), reference=scan("clean twin", 0.1)
+    )
+
+
+@pytest.fixture
+def make_scan() -> Callable[..., ScanResult]:
+    return scanned
 
 
 @pytest.fixture

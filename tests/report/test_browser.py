@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from decompclip.audit.result import AuditResult
+from decompclip.audit.scan.result import ScanResult
 from decompclip.data.images import SkippedFile
 from decompclip.report import write_report
 
@@ -71,5 +72,13 @@ def test_it_draws_everything_in_silence(
     ]
     dom, console = visit(write_report(results, tmp_path), tmp_path / "profile", *options)
     assert console == []
-    assert dom.count('class="main-svg"') >= 2 * 7
-    assert len(re.findall(r'class="chart js-plotly-plot"', dom)) == 2 * 7
+    assert dom.count('class="main-svg"') >= 2 * 9
+    assert len(re.findall(r'class="chart js-plotly-plot"', dom)) == 2 * 9
+
+
+def test_a_scan_is_drawn_in_silence(make_scan: Callable[..., ScanResult], tmp_path: Path) -> None:
+    evil = "<img src=x onerror=nobody.defined()>"
+    page = write_report([make_scan(), make_scan(name=evil, target=evil, reference=False)], tmp_path)
+    dom, console = visit(page, tmp_path / "profile")
+    assert console == []
+    assert len(re.findall(r'class="chart js-plotly-plot"', dom)) == 3

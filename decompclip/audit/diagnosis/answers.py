@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.audit.diagnosis.paired import Paired
 from decompclip.audit.diagnosis.result import FEWEST, Evidence, Fault
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired
 
 SIMPLE = 0.9
 """A simple order (a shift, the alphabet) is believed where it explains this share of what the best order explains."""

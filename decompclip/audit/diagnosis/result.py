@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from decompclip.audit.diagnosis.paired import Paired
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

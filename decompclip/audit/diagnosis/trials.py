@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.audit.diagnosis.paired import Paired
 from decompclip.audit.diagnosis.pictures import Views
 from decompclip.audit.diagnosis.pixels import NORMALISATIONS, normalise
 from decompclip.audit.diagnosis.result import Comparison, Evidence, Fault
 from decompclip.audit.diagnosis.switch import WORDS, in_image_tower, with_activation
 from decompclip.evaluation.intervals import Rate
+from decompclip.evaluation.paired import Paired
 from decompclip.models.clip import HookedCLIP
 
 MARGIN = 0.01

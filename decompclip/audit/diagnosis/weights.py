@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.audit.diagnosis.paired import mean_interval
 from decompclip.audit.diagnosis.result import Evidence, Fault
 from decompclip.audit.diagnosis.switch import WORDS, in_image_tower, in_text_tower
+from decompclip.evaluation.paired import mean_interval
 from decompclip.models.clip import HookedCLIP
 
 LARGEST = math.log(100)

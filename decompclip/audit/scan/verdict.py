@@ -1,0 +1,91 @@
+"""What a scan allows to be said: never more than "suspicious", and what it cannot tell."""
+
+from __future__ import annotations
+
+from decompclip.audit.scan.result import ProbeResult, ScanResult
+from decompclip.audit.verdict import Verdict
+from decompclip.audit.words import FEW, share
+
+CONCLUDES = (
+    "It can say that one class is far easier to reach than all others by a small change that works on every image: "
+    "backdoors are like that, and so, more rarely, is a class that a clean model takes for its favourite.",
+    "It cannot prove a backdoor: the trigger itself was not seen, and what was found is an adversarial change.",
+    "It cannot clear a model: triggers unlike the three families tried (a warp, a large or coloured object, a phrase), ones for "
+    "some images alone, and several targets at once need not stand out.",
+    "It looks at the classes named; a target that is none of them stays unseen.",
+)
+"""What a scan with clean images alone can and cannot conclude."""
+
+
+def scan_verdict(result: ScanResult) -> Verdict:
+    """Judge a scan with clean images alone.
+
+    "suspicious": in a probe one class leads the next by more than the threshold, with its whole interval; "moderate" where
+    a clean reference model was scanned and does not show the same class, else "low". "cannot tell": accuracy that
+    guessing may reach. "no sign": nothing leads; "low", since many triggers are unlike the probes.
+    """
+    chance = 1 / len(result.class_names)
+    if result.accuracy is not None and result.accuracy.low <= chance:
+        return Verdict(
+            "cannot tell",
+            "low",
+            f"{result.name} may not know these classes: nothing can be said of a backdoor",
+            (f"Clean accuracy is {share(result.accuracy)}; guessing gives {100 * chance:.1f} %.",),
+            ("The wrong activation, normalisation or class names look like this.",),
+            ("Run `decompclip diagnose` on the clean images and mend what it finds; then scan again.",),
+        )
+    doubts = [*CONCLUDES[1:3]]
+    if result.counts["held_out"] < FEW:
+        doubts.append(f"Fewer than {FEW} images told how well a change works.")
+    if (left_out := max(probe.left_out for probe in result.probes)) > 0:
+        doubts.append(f"{left_out} classes were left out of each probe after a short search.")
+    if not result.suspects:
+        best = result.strongest
+        why = (
+            f"No class leads the next one by more than the threshold of {result.config.lead:g} in any probe. {_said(best)}",
+        )
+        steps = ("Where a trigger is known or feared, audit images that carry it (--suspect).",)
+        return Verdict(
+            "no sign",
+            "low",
+            f"No class of {result.name} is far easier to reach than the others",
+            why,
+            tuple(doubts),
+            steps,
+        )
+    return _suspicious(result, doubts)
+
+
+def _suspicious(result: ScanResult, doubts: list[str]) -> Verdict:
+    best = max(result.suspects, key=lambda probe: probe.lead)
+    name = best.easiest.name
+    why = [_said(probe) for probe in result.suspects]
+    confidence = "low"
+    if (reference := result.reference) is None:
+        doubts.append(
+            "No clean model of the architecture was scanned beside it: this class may be easy in those too."
+        )
+    else:
+        twin = {probe.probe: probe for probe in reference.probes}[best.probe]
+        why.append(f"The reference, {reference.name}: {_said(twin)}")
+        if twin.easiest.name == name and twin.lead_high >= best.lead_low:
+            doubts.insert(0, "The reference model does the same: the class may be easy in any such model.")
+        else:
+            confidence = "moderate"
+    steps = [
+        f"Audit images that may carry a trigger toward “{name}” (--suspect); those that somebody reported, first.",
+        "Compare with a checkpoint of the same architecture whose origin is known (--reference)."
+        if reference is None
+        else "Take a checkpoint whose origin is known.",
+    ]
+    headline = f"{result.name} is suspicious: “{name}” is far easier to reach than any other class"
+    return Verdict("suspicious", confidence, headline, tuple(why), tuple(doubts), tuple(steps))
+
+
+def _said(probe: ProbeResult) -> str:
+    first, second = probe.classes[0], probe.classes[1]
+    return (
+        f"Probe “{probe.probe}”: a change sends {share(first.success)} of other images to “{first.name}”, at most "
+        f"{share(second.success)} to the next, “{second.name}”; lead {probe.lead:.2f} [{probe.lead_low:.2f}, "
+        f"{probe.lead_high:.2f}]."
+    ).replace("-", "−")

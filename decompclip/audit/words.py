@@ -1,0 +1,44 @@
+"""Numbers with their intervals in the report's words, and the sizes from which it calls an effect by a name."""
+
+from __future__ import annotations
+
+import math
+
+from decompclip.audit.scoring import Setting
+from decompclip.evaluation.intervals import Rate
+
+STRONG, WEAK = 0.5, 0.1
+"""Differences (of shares) that the lower end of an interval must pass to be called large, or more than small; where an
+effect's absence is spoken of, the upper end may be `WEAK` at most."""
+
+FEW = 100
+"""Images below which a set is called small."""
+
+
+def share(rate: Rate) -> str:
+    """A share with its interval."""
+    if not rate.total:
+        return "not measurable (no images)"
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def points(value: float, interval: tuple[float, float]) -> str:
+    """A difference of shares with its interval, in percentage points."""
+    low, high = interval
+    return f"{100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+
+
+def difference(setting: Setting) -> str:
+    """What suspect images add in this setting: attack success less control."""
+    return points(setting.difference, setting.difference_interval)
+
+
+def plus_minus(value: float, error: float, *, sign: bool = True) -> str:
+    """A number with the half-width of its 95 % interval."""
+    known = "unknown" if math.isnan(error) else f"{error:.4f}"
+    return f"{value:{'+' if sign else ''}.4f} ± {known}".replace("-", "−")
+
+
+def count(number: int, noun: str) -> str:
+    """`1 head`, `2 heads`, `no heads`."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,90 @@
+"""What the page shows of a scan with clean images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from decompclip.audit.scan.result import ProbeResult, ScanResult
+from decompclip.audit.scan.verdict import CONCLUDES
+from decompclip.figures.components import component_map
+from decompclip.figures.maps import picture
+from decompclip.figures.scan import class_changes
+from decompclip.report.tables import as_link, flat, tables_of_scan
+from decompclip.report.view import DASH, figure_json, rate
+
+SHOWN = 5
+"""Classes in the table of a probe; the CSV holds all."""
+
+
+def scans(results: Sequence[ScanResult], *, first: int = 0) -> list[dict[str, Any]]:
+    """Everything the page shows of each scan; `first` numbers them on from what stands before."""
+    return [_scan(result, first + place) for place, result in enumerate(results)]
+
+
+def _scan(result: ScanResult, index: int) -> dict[str, Any]:
+    statistics = result.statistics
+    favoured = sorted(zip(result.class_names, result.predicted, strict=True), key=lambda item: -item[1].value)
+    return {
+        "id": f"audit{index}",
+        "model": result.name,
+        "suspect": "",
+        "clean": result.clean_name,
+        "verdict": result.verdict,
+        "concludes": CONCLUDES,
+        "config": result.config,
+        "counts": result.counts,
+        "accuracy": rate(result.accuracy),
+        "classes": len(result.class_names),
+        "reference": None if result.reference is None else result.reference.name,
+        "figure": figure_json(class_changes(result)),
+        "probes": [
+            _probe(probe, index, place, None if result.reference is None else result.reference.probes[place])
+            for place, probe in enumerate(result.probes)
+        ],
+        "small": result.probes[0].pictures.shape[2] < 128,
+        "favoured": [{"name": name, "share": rate(share)} for name, share in favoured[:SHOWN]],
+        "statistics": None
+        if statistics is None
+        else figure_json(
+            component_map(statistics.heads, statistics.mlps, unit="unlike the reference", scale="sequential")
+        ),
+        "skipped": [("clean", file.path, file.reason) for file in result.skipped],
+        "provenance": flat(_facts(result)),
+        "csv": {name: as_link(rows) for name, rows in tables_of_scan(result).items()},
+    }
+
+
+def _probe(probe: ProbeResult, index: int, place: int, twin: ProbeResult | None) -> dict[str, Any]:
+    return {
+        "name": probe.probe,
+        "lead": lead(probe),
+        "left_out": probe.left_out,
+        "reference": DASH if twin is None else f"{twin.easiest.name}: {lead(twin)}",
+        "rows": [
+            {"name": change.name, "success": rate(change.success), "loss": f"{change.loss:.2f}"}
+            for change in probe.classes[:SHOWN]
+        ],
+        "images": [
+            {"class": f"probe-{index}-{place}-{i}-{side}", "uri": picture(pixels), "said": said}
+            for i, pair in enumerate(probe.pictures)
+            for side, (pixels, said) in enumerate(
+                zip(pair, ("as it is", f"changed toward {probe.easiest.name}"), strict=True)
+            )
+        ],
+    }
+
+
+def lead(probe: ProbeResult) -> str:
+    return f"{probe.lead:.2f} [{probe.lead_low:.2f}, {probe.lead_high:.2f}]".replace("-", "−")
+
+
+def _facts(result: ScanResult) -> dict[str, Any]:
+    images = {
+        "clean": result.clean_name,
+        "to search on": result.counts["fit"],
+        "held out": result.counts["held_out"],
+        "classes": f"{len(result.class_names)}: {', '.join(result.class_names[:20])}"
+        + (", ..." if len(result.class_names) > 20 else ""),
+    }
+    return {**result.provenance, "images": images, "options": vars(result.config)}

@@ -1,0 +1,59 @@
+"""`decompclip audit` with clean images alone, and what is said before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from decompclip.cli import app
+from decompclip.models import loading
+
+
+def invoke(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+def test_clean_images_alone_are_scanned(random_zoo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    code, said = invoke(
+        "audit", "shapes-badnet", "--clean", "shapes", "--limit", 60, "--out", out, "--reference", "shapes"
+    )
+    assert code == 0, said
+    (scan,) = json.loads((out / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert scan["kind"] == "scan" and scan["counts"] == {"fit": 23, "held_out": 37}
+    assert scan["verdict"]["level"] in ("cannot tell", "no sign", "suspicious")  # of random weights
+    assert scan["reference"]["name"] == "shapes (reference)"
+    assert scan["verdict"]["headline"] in said and "60 clean images, 12 classes" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "can and cannot conclude" in page and scan["verdict"]["headline"] in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--clean", "shapes", "--target", "star"), "--suspect images with --target"),
+        (("--clean", "shapes", "--suspect", "shapes:badnut"), "did you mean shapes:badnet"),
+        (("--clean", "nowhere", "--classes", "CLASSES"), "there is no folder nowhere"),
+        (("--clean", "EMPTY", "--classes", "CLASSES"), "none of them such"),
+        (("--clean", "shapes", "--false-positives", "2"), "false_positives between 0 and 1"),
+    ],
+)
+def test_what_can_be_known_is_said_before_weights_are_loaded(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_early(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded before the input was looked at")
+
+    monkeypatch.setattr(loading, "load", too_early)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    places = {"EMPTY": tmp_path / "empty", "CLASSES": tmp_path / "classes.txt"}
+    code, said = invoke(
+        "audit", "shapes", *(places.get(word, word) for word in words), "--out", tmp_path / "out"
+    )
+    assert code == 2, said
+    assert message in " ".join(said.split())

@@ -1,0 +1,167 @@
+"""The report in use: by keyboard alone, on small and large screens, in both schemes, and on paper."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decompclip.audit.result import AuditResult
+from decompclip.audit.scan.result import ScanResult
+from decompclip.report import write_report
+from tests.report.test_browser import BROWSER
+
+choreographer = pytest.importorskip("choreographer", reason="needs kaleido's browser driver, choreographer")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="needs a browser to look at the report: none is installed"
+)
+
+KEYS = {"Tab": (9, None), "Enter": (13, "\r")}
+
+
+DRAWN = """document.readyState === 'complete' && document.getElementById('verdict') && document.querySelectorAll('.figure').length ===
+[...document.querySelectorAll('.js-plotly-plot')].filter(chart => chart._fullLayout).length"""
+
+
+class Page:
+    """A tab of the browser, driven over its debugging protocol."""
+
+    def __init__(self, tab: Any) -> None:
+        self.tab = tab
+
+    async def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        answer = await self.tab.send_command(method, parameters)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    async def ask(self, script: str) -> Any:
+        found = await self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def press(self, key: str) -> None:
+        code, text = KEYS[key]
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code} | ({"text": text} if text else {})
+        await self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common)
+        await self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+
+    async def resize(self, width: int, height: int) -> None:
+        await self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+
+
+def use(path: Path, steps: Callable[[Page], Awaitable[None]]) -> None:
+    """Open the page, wait until its figures are drawn, and carry out the steps."""
+
+    async def run() -> None:
+        async with choreographer.Browser(path=BROWSER, headless=True) as browser:
+            page = Page(await browser.create_tab(path.as_uri()))
+            for _ in range(100):
+                if await page.ask(DRAWN):  # before, the tab may still be blank
+                    break
+                await asyncio.sleep(0.1)
+            await steps(page)
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+@pytest.fixture(params=["audit", "scan"])
+def path(
+    request: pytest.FixtureRequest,
+    make: Callable[..., AuditResult],
+    make_scan: Callable[..., ScanResult],
+    tmp_path: Path,
+) -> Path:
+    results = [make(), make(name="other")] if request.param == "audit" else [make_scan()]
+    return write_report(results, tmp_path)
+
+
+def test_everything_is_reached_by_keyboard(path: Path) -> None:
+    async def steps(page: Page) -> None:
+        wanted = await page.ask(
+            "[...document.querySelectorAll('a[href], button, summary, .scroll')]"
+            ".filter(e => e.checkVisibility()).length"
+        )
+        reached = set()
+        for _ in range(wanted + 5):
+            await page.press("Tab")
+            reached.add(
+                await page.ask(
+                    "[...document.querySelectorAll('*')].indexOf(document.activeElement) + ':' + "
+                    "(document.activeElement.getAttribute('download') || document.activeElement.id || document.activeElement.tagName)"
+                )
+            )
+        names = {name.split(":", 1)[1] for name in reached}
+        assert "scheme" in names and "SUMMARY" in names
+        assert sum(name.endswith(".csv") for name in names) == await page.ask(
+            "document.querySelectorAll('.download').length"
+        )
+
+        await page.ask("document.activeElement.blur(); window.scrollTo(0, 0)")
+        await page.ask("document.querySelector('.skip').focus()")
+        assert await page.ask("document.querySelector('.skip').getBoundingClientRect().left") >= 0
+        await page.press("Enter")
+        assert await page.ask("document.activeElement.id") == "verdict"
+
+    use(path, steps)
+
+
+def test_the_scheme_changes_by_keyboard_and_figures_with_it(path: Path) -> None:
+    async def steps(page: Page) -> None:
+        ink = "document.querySelector('.js-plotly-plot')._fullLayout.font.color"
+        ground = "getComputedStyle(document.body).backgroundColor"
+        before = await page.ask(ground), await page.ask(ink)
+        await page.ask("document.getElementById('scheme').focus()")
+        await page.press("Enter")
+        assert await page.ask("document.documentElement.dataset.scheme") == "dark"
+        after = await page.ask(ground), await page.ask(ink)
+        assert before[0] != after[0] and before[1] != after[1]
+        await page.press("Enter")
+        assert await page.ask(ground) == before[0]
+
+    use(path, steps)
+
+
+@pytest.mark.parametrize("width", [320, 390, 820, 1440])
+def test_no_page_is_wider_than_its_screen(path: Path, width: int) -> None:
+    async def steps(page: Page) -> None:
+        await page.resize(width, 800)
+        await asyncio.sleep(0.3)
+        assert await page.ask("document.documentElement.scrollWidth") <= width
+        outside = (
+            "[...document.querySelectorAll('h1, h2, h3, p, li, summary, .download')].filter(e => e.checkVisibility() && "
+            f"e.getBoundingClientRect().right > {width} + 1 && !e.closest('.scroll')).map(e => e.textContent.slice(0, 40))"
+        )
+        assert await page.ask(outside) == []
+
+    use(path, steps)
+
+
+def test_on_paper_all_is_unfolded_and_light(path: Path) -> None:
+    async def steps(page: Page) -> None:
+        await page.ask("document.getElementById('scheme').click()")
+        folded = await page.ask("document.querySelectorAll('details:not([open])').length")
+        assert folded
+        await page.ask(
+            "window.addEventListener('beforeprint', () => { window.atPrint = ["
+            "document.querySelectorAll('details:not([open])').length, document.documentElement.dataset.scheme] })"
+        )
+        pdf = base64.b64decode((await page.send("Page.printToPDF", printBackground=True))["data"])
+        assert pdf.startswith(b"%PDF")
+        pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
+        assert 2 <= pages <= 40
+        assert await page.ask("window.atPrint") == [0, "light"]
+        assert await page.ask("document.querySelectorAll('details:not([open])').length") == folded
+        assert await page.ask("document.documentElement.dataset.scheme") == "dark"
+
+    use(path, steps)
