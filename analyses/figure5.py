@@ -4,10 +4,10 @@ Paper:     He et al. (2025), Figure 5 and section 4: densities, head by head; tr
 Command:   python -m analyses.figure5 --model-family shapes
 Run time:  about 2 minutes, one thread.
 Expected:  infected heads of triggered images are far from their prototypes, the others like clean ones.
-Writes:    analyses/results/FAMILY/figure5.json, figure5-ATTACK.png
+Writes:    analyses/results/FAMILY/figure5.json, figure5-ATTACK-SIMILARITY.png
 
-Similarity is the code's dot product of unit terms (`--similarity dot`) or the text's cosine. For each head stands the AUROC of
-"less similar to the prototype" in telling triggered images from clean ones. Prototypes are of other clean images.
+Similarity is the text's cosine and the code's dot product. For each head stand the AUROC of "less similar to the prototype" in telling
+triggered images from clean ones, and the overlap of the two densities (1 where they are the same). Prototypes are of other clean images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, mean
-from decompclip.defenses.selector import Selector
+from decompclip.defenses.selector import Selector, Similarity
 from decompclip.evaluation.metrics import auroc
 from decompclip.figures.lines import Curve, LinePanel, line_panels
 
@@ -43,25 +43,38 @@ class Config:
 
     images: int = 1_000
     seed: int = 0
-    similarity: str = "cosine"
+    similarities: tuple[Similarity, ...] = ("cosine", "dot")
     draw: tuple[str, ...] = ("BadNet", "Blended")
     heads: int = 12
 
 
 def measure(case: Case, config: Config) -> dict[str, Any]:
-    """AUROC of every last-layer head, and densities on a grid of those drawn."""
-    selector = Selector(similarity=config.similarity, convention="paper").fit(case.terms("fit"))  # pyright: ignore[reportArgumentType]
+    """Of each similarity AUROC and overlap of every last-layer head, and densities on a grid of those drawn."""
+    return {similarity: _measure(case, config, similarity) for similarity in config.similarities}
+
+
+def _measure(case: Case, config: Config, similarity: Similarity) -> dict[str, Any]:
+    selector = Selector(similarity=similarity, convention="paper").fit(case.terms("fit"))
     clean, triggered = (
         selector.similarities(case.terms(part))[case.others][:, -1].double()
         for part in ("clean", "triggered")
     )
-    areas = [auroc(-clean[:, head], -triggered[:, head]) for head in range(clean.shape[1])]
-    found: dict[str, Any] = {"auroc": areas, "threshold": selector.thresholds_[-1].tolist()}
+    heads = range(clean.shape[1])
+    densities = [_density(clean[:, head], triggered[:, head]) for head in heads]
+    found: dict[str, Any] = {
+        "auroc": [round(auroc(-clean[:, head], -triggered[:, head]), 5) for head in heads],
+        "overlap": [round(_overlap(density), 4) for density in densities],
+        "threshold": selector.thresholds_[-1].tolist(),
+    }
     if case.member.attack in config.draw and case.member.seed == 0:
-        found["densities"] = [
-            _density(clean[:, head], triggered[:, head]) for head in range(min(clean.shape[1], config.heads))
-        ]
+        found["densities"] = densities[: config.heads]
     return found
+
+
+def _overlap(density: Mapping[str, list[float]]) -> float:
+    """Area under both curves at once, each brought to an area of 1 on the grid."""
+    clean, triggered = (np.array(density[name]) for name in ("clean", "triggered"))
+    return float(np.minimum(clean / max(clean.sum(), 1e-30), triggered / max(triggered.sum(), 1e-30)).sum())
 
 
 def _density(clean: torch.Tensor, triggered: torch.Tensor) -> dict[str, list[float]]:
@@ -86,26 +99,33 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
-    unit = f"{record['config']['similarity']} similarity"
     figures = {}
     for name, found in record["found"]["models"].items():
-        if "densities" not in found:
-            continue
-        attack = record["models"][name]["attack"]
-        panels = [
-            LinePanel(
-                f"head {head}, AUROC {found['auroc'][head]:.2f}",
-                unit if head >= len(found["densities"]) - 4 else "",
-                "density",
-                {part: Curve(kde["x"], kde[part]) for part in ("clean", "triggered")},
-                ends=(0.0, 1.06 * max(*kde["clean"], *kde["triggered"], 1e-9)),
-            )
-            for head, kde in enumerate(found["densities"])
-        ]
-        figures[re.sub(r"\W+", "-", attack.lower())] = line_panels(
-            panels, columns=4, row_height=130, shared_y=False
-        )
+        for similarity, of in found.items():
+            if "densities" in of:
+                attack = re.sub(r"\W+", "-", record["models"][name]["attack"].lower())
+                figures[f"{attack}-{similarity}"] = _panels(of, *UNITS[similarity])
     return figures
+
+
+UNITS = {"cosine": ("cosine similarity", 1.0), "dot": ("dot product × 1000", 1000.0)}
+
+
+def _panels(found: Mapping[str, Any], unit: str, scale: float) -> Any:
+    panels = [
+        LinePanel(
+            f"head {head}<br>AUROC {found['auroc'][head]:.2f}, overlap {found['overlap'][head]:.2f}",
+            unit if head >= len(found["densities"]) - 4 else "",
+            "density" if head % 4 == 0 else "",
+            {
+                part: Curve([scale * x for x in kde["x"]], [y / scale for y in kde[part]])
+                for part in ("clean", "triggered")
+            },
+            ends=(0.0, 1.06 * max(*kde["clean"], *kde["triggered"], 1e-9) / scale),
+        )
+        for head, kde in enumerate(found["densities"])
+    ]
+    return line_panels(panels, columns=4, row_height=130, shared_y=False)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -114,40 +134,48 @@ def table(record: Mapping[str, Any]) -> str:
         [
             "attack",
             "trigger",
-            "AUROC of the best head, mean over seeds",
+            "similarity",
+            "AUROC of the best head",
             "of the median head",
             "heads above 0.8",
+            "mean overlap",
         ]
     ]
     for attack, names in by_attack(record).items():
-        areas = [sorted(models[name]["auroc"]) for name in names]
-        n = len(areas[0])
-        rows.append(
-            [
-                attack,
-                record["models"][names[0]]["kind"],
-                f"{mean(a[-1] for a in areas):.3f}",
-                f"{mean(map(statistics.median, areas)):.3f}",
-                f"{mean(sum(x > 0.8 for x in a) for a in areas):.1f} of {n}",
-            ]
-        )
-    return markdown(rows)
+        for similarity in record["config"]["similarities"]:
+            found = [models[name][similarity] for name in names]
+            areas = [sorted(of["auroc"]) for of in found]
+            rows.append(
+                [
+                    attack,
+                    record["models"][names[0]]["kind"],
+                    similarity,
+                    f"{mean(a[-1] for a in areas):.3f}",
+                    f"{mean(map(statistics.median, areas)):.3f}",
+                    f"{mean(sum(x > 0.8 for x in a) for a in areas):.1f} of {len(areas[0])}",
+                    f"{mean(mean(of['overlap']) for of in found):.2f}",
+                ]
+            )
+    return f"{markdown(rows)}\n\nMeans over seeds."
 
 
 def finding(record: Mapping[str, Any]) -> str:
     facts, models = record["models"], record["found"]["models"]
     parts = []
     for extent in ("local", "global"):
-        areas = [m["auroc"] for name, m in models.items() if facts[name]["kind"].startswith(extent)]
-        if areas:
+        own = [m for name, m in models.items() if facts[name]["kind"].startswith(extent)]
+        for similarity in record["config"]["similarities"] if own else ():
+            areas, overlap = (
+                [m[similarity]["auroc"] for m in own],
+                mean(mean(m[similarity]["overlap"]) for m in own),
+            )
             parts.append(
-                f"of {extent} triggers the best head tells triggered from clean images at AUROC {mean(max(a) for a in areas):.2f}, "
-                f"{mean(sum(x > 0.8 for x in a) for a in areas):.1f} of {len(areas[0])} heads above 0.8, "
-                f"{mean(sum(x < 0.5 for x in a) for a in areas):.1f} on the wrong side of 0.5"
+                f"{extent} triggers, {similarity}: best head AUROC {mean(max(a) for a in areas):.2f}, {mean(sum(x > 0.8 for x in a) for a in areas):.1f} of "
+                f"{len(areas[0])} heads above 0.8, {mean(sum(x < 0.5 for x in a) for a in areas):.1f} on the wrong side of 0.5, overlap {overlap:.2f}"
             )
     return (
-        f"Similarity to prototypes ({record['config']['similarity']}): {'; '.join(parts)}. A head below 0.5 lies nearer to its prototype "
-        "in triggered images: counting far heads then misleads. Other target classes could move other heads."
+        f"Similarity of heads to their prototypes, triggered against clean images: {'; '.join(parts)}. A head below 0.5 lies nearer to its "
+        "prototype in triggered images: counting far heads then misleads. Other target classes could move other heads."
     )
 
 

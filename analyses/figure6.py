@@ -6,9 +6,9 @@ Run time:  about 3 minutes, one thread.
 Expected:  ASR and CACC both fall as epsilon rises, ASR first.
 Writes:    analyses/results/FAMILY/figure6.json, figure6.png
 
-Heads of the last layer whose dot product with their prototype is at most epsilon are replaced, whatever the kind of trigger. Dot
-products scale with the size of terms, so that one epsilon means different shares of heads in different models: the last
-panel says which.
+Heads of the last layer whose dot product with their prototype is at most epsilon are replaced, whatever the kind of trigger; dashed lines are
+the model without repair. Dot products scale with the size of terms, so that one epsilon means different shares of heads in different models: the last
+panel says which. The second row takes the threshold from a quantile of each head's own clean dot products, which is free of that scale.
 """
 
 from __future__ import annotations
@@ -42,23 +42,40 @@ class Config:
         *(0.0001, 0.0003, 0.001, 0.002, 0.0025, 0.004),
         *(0.006, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1),
     )
+    quantiles: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
     def __post_init__(self) -> None:
         if not self.epsilons or min(self.epsilons) <= 0:
             raise ValueError(f"expected epsilons above 0, for a logarithmic axis; received {self.epsilons}")
+        if not self.quantiles or not all(0 < q < 1 for q in self.quantiles):
+            raise ValueError(f"expected quantiles between 0 and 1; received {self.quantiles}")
 
 
-def measure(case: Case, config: Config) -> list[dict[str, float]]:
-    """Rates in %, and the shares of last-layer heads that are replaced."""
-    found = []
-    for epsilon in config.epsilons:
-        repair = DecompRep.paper(epsilon=epsilon).fit(case.terms("fit"))
-        report = case.report_of(repair)
-        step = {key: 100 * report[key]["value"] for key in ("asr", "control", "cacc")}
-        for part in ("clean", "triggered"):
-            step[f"replaced_{part}"] = 100 * repair.flags(case.terms(part))[:, -1].double().mean().item()
-        found.append({key: round(value, 3) for key, value in step.items()})
+def measure(case: Case, config: Config) -> dict[str, Any]:
+    """Rates in % without repair and along both sweeps, with the shares of last-layer heads that are replaced."""
+    before = case.report_of(None)
+    repairs = {
+        "epsilon": [DecompRep.paper(epsilon=epsilon) for epsilon in config.epsilons],
+        "quantile": [
+            DecompRep(similarity="dot", threshold="quantile", convention="paper", quantile=quantile)
+            for quantile in config.quantiles
+        ],
+    }
+    found: dict[str, Any] = {"before": {key: round(100 * before[key]["value"], 3) for key in RATES}}
+    for name, sweep in repairs.items():
+        found[name] = [_step(case, repair.fit(case.terms("fit"))) for repair in sweep]
     return found
+
+
+RATES = ("asr", "control", "cacc")
+
+
+def _step(case: Case, repair: DecompRep) -> dict[str, float]:
+    report = case.report_of(repair)
+    step = {key: 100 * report[key]["value"] for key in RATES}
+    for part in ("clean", "triggered"):
+        step[f"replaced_{part}"] = 100 * repair.flags(case.terms(part))[:, -1].double().mean().item()
+    return {key: round(value, 3) for key, value in step.items()}
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
@@ -71,32 +88,40 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
-    models, epsilons = record["found"]["models"], record["config"]["epsilons"]
+    models = record["found"]["models"]
+    before = {
+        rate: {
+            group: mean(models[n]["before"][rate] for n in names) for group, names in groups(record).items()
+        }
+        for rate in RATES
+    }
 
-    def panel(title: str, key: str, unit: str) -> LinePanel:
+    def panel(title: str, sweep: str, key: str, unit: str) -> LinePanel:
+        x = record["config"][f"{sweep}s"]
         curves = {
             group: curve(
-                epsilons,
-                [[step[key] for step in models[name]] for name in names],
-                [[step["control"] for step in models[name]] for name in names] if key == "asr" else (),
+                x,
+                [[step[key] for step in models[name][sweep]] for name in names],
+                [[step["control"] for step in models[name][sweep]] for name in names] if key == "asr" else (),
             )
             for group, names in groups(record).items()
         }
         # Controls run where the word would stand.
-        marks = dict.fromkeys(PAPER, "") if key == "asr" else PAPER
-        return LinePanel(title, "epsilon", unit, curves, log_x=True, ends=PERCENT, marks=marks)
+        marks = (dict.fromkeys(PAPER, "") if key == "asr" else PAPER) if sweep == "epsilon" else None
+        label = "epsilon" if sweep == "epsilon" else "quantile of clean dot products"
+        levels = before.get(key)
+        return LinePanel(title, label, unit, curves, log_x=True, ends=PERCENT, marks=marks, levels=levels)
 
-    return {
-        "epsilon": line_panels(
-            [
-                panel("attack success", "asr", "images or heads, %"),
-                panel("clean accuracy", "cacc", ""),
-                panel("heads replaced in triggered images", "replaced_triggered", ""),
-            ],
-            columns=3,
-            row_height=250,
+    panels = [
+        panel(title, sweep, key, unit)
+        for sweep in ("epsilon", "quantile")
+        for title, key, unit in (
+            ("attack success", "asr", "images or heads, %"),
+            ("clean accuracy", "cacc", ""),
+            ("heads replaced in triggered images", "replaced_triggered", ""),
         )
-    }
+    ]
+    return {"thresholds": line_panels(panels, columns=3, row_height=230)}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -113,15 +138,15 @@ def table(record: Mapping[str, Any]) -> str:
     ]
     models, epsilons = record["found"]["models"], record["config"]["epsilons"]
     for attack, names in by_attack(record).items():
-        at = [models[name][_nearest(epsilons, 0.002)] for name in names]
-        best = [_best(models[name]) for name in names]
+        at = [models[name]["epsilon"][_nearest(epsilons, 0.002)] for name in names]
+        best = [_best(models[name]["epsilon"]) for name in names]
         rows.append(
             [
                 attack,
                 f"{mean(step['asr'] for step in at):.1f}",
                 f"{mean(step['cacc'] for step in at):.1f}",
                 f"{mean(s['replaced_clean'] for s in at):.0f} / {mean(s['replaced_triggered'] for s in at):.0f} %",
-                f"{mean(models[n][b]['asr'] for n, b in zip(names, best, strict=True)):.1f}",
+                f"{mean(models[n]['epsilon'][b]['asr'] for n, b in zip(names, best, strict=True)):.1f}",
                 ", ".join(f"{epsilons[b]:g}" for b in best),
             ]
         )
@@ -141,14 +166,22 @@ def _best(steps: list[dict[str, float]]) -> int:
 
 def finding(record: Mapping[str, Any]) -> str:
     models = list(record["found"]["models"].values())
-    first, last = (mean(m[i]["asr"] - m[i]["control"] for m in models) for i in (0, -1))
-    best = mean(m[_best(m)]["asr"] - m[_best(m)]["control"] for m in models)
-    lost = mean(m[0]["cacc"] - m[-1]["cacc"] for m in models)
+
+    def excess(steps: list[dict[str, float]], place: int) -> float:
+        return steps[place]["asr"] - steps[place]["control"]
+
+    before = mean(m["before"]["asr"] - m["before"]["control"] for m in models)
+    first, last = (mean(excess(m["epsilon"], place) for m in models) for place in (0, -1))
+    best = {
+        sweep: mean(excess(m[sweep], _best(m[sweep])) for m in models) for sweep in ("epsilon", "quantile")
+    }
+    lost = mean(m["epsilon"][0]["cacc"] - m["epsilon"][-1]["cacc"] for m in models)
     return (
-        f"From the least to the largest epsilon attack success over its control goes from {first:.1f} to {last:.1f} points and CACC "
-        f"falls by {lost:.1f}, mean over {len(models)} models. Even the epsilon that is best for each model on these very images, at "
-        f"{FALL:g} points of CACC, leaves {best:.1f} points: the choice of epsilon {'matters' if first - best > 20 else 'is not what limits the method here'}. "
-        "A model whose trigger lives in few heads of the last layer would change that."
+        f"Without repair attack success over its control is {before:.1f} points. From the least to the largest epsilon it goes from {first:.1f} to "
+        f"{last:.1f} and CACC falls by {lost:.1f}, mean over {len(models)} models. Even the epsilon that is best for each model on these very images, at "
+        f"{FALL:g} points of CACC, leaves {best['epsilon']:.1f} points, and the best quantile of clean dot products {best['quantile']:.1f}: the choice of the "
+        f"threshold {'matters' if before - min(best.values()) > 20 else 'is not what limits the method here'}. A model whose trigger lives in few heads of the last "
+        "layer would change that."
     )
 
 

@@ -4,6 +4,7 @@ Paper:     He et al. (2025), Finding 3, Figures 3 and 4, by eye (its second limi
 Command:   python -m analyses.role_change --model-family shapes
 Run time:  about 10 minutes, one thread.
 Expected:  texts of infected heads change, those of infected MLPs keep their meaning.
+Measured:  heads and MLPs lose as much similarity, 0.13: no difference.
 Writes:    analyses/results/FAMILY/role_change.json, role_change.png
 
 TEXTSPAN describes each last-layer head and each of the last five MLPs on clean images and on their triggered twins; measured is

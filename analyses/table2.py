@@ -4,6 +4,7 @@ Paper:     He et al. (2025), Table 2: AUROC of STRIP, SCALE-UP, TeCo and Decomp-
 Command:   python -m analyses.table2 --model-family shapes
 Run time:  about 15 minutes, one thread: STRIP and TeCo take dozens of passes an image, and see fewer images.
 Expected:  Decomp-Det 0.92 to 0.99, the three others 0.63 to 0.89.
+Measured:  mean AUROC: agnostic 0.996, STRIP 0.946, Decomp-Det 0.800 and 0.845.
 Writes:    analyses/results/FAMILY/table2.json, table2.png
 
 Clean images of other classes than the target, against their triggered twins; higher is more suspicious for every detector. The

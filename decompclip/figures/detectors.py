@@ -10,7 +10,7 @@ from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.theme import GRID, RULES, TEMPLATE
+from decompclip.figures.theme import GRID, RULES, TEMPLATE, bars
 
 if TYPE_CHECKING:
     from decompclip.audit.result import Detector
@@ -68,16 +68,16 @@ def counts(detectors: Sequence[Detector], names: Sequence[str]) -> go.Figure:
     )
     for place, detector in enumerate(detectors):
         row, column = place // 2 + 1, place % 2 + 1
-        for label, found, colour, pattern in (
-            ("clean", detector.clean_counts, "#0072B2", ""),
-            ("suspect", detector.suspect_counts, "#D55E00", "/"),
+        for label, found, colour, filled in (
+            ("clean", detector.clean_counts, "#0072B2", True),
+            ("suspect", detector.suspect_counts, "#D55E00", False),
         ):
             plot.add_trace(
                 go.Bar(
                     x=list(range(len(found))),
                     y=(100 * found.double() / found.sum()).tolist(),
                     name=label,
-                    marker={"color": colour, "pattern": {"shape": pattern, "solidity": 0.35}},
+                    marker=bars(colour, filled=filled),
                     legendgroup=label,
                     showlegend=place == 0,
                     hovertemplate="%{x} heads: %{y:.1f} % of " + label + " images<extra></extra>",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from decompclip.figures.theme import figure
+from decompclip.figures.theme import bars, figure
 
 if TYPE_CHECKING:
     from decompclip.audit.infected import InfectedPart
@@ -19,9 +19,9 @@ def pulls(parts: Sequence[InfectedPart], names: Sequence[str]) -> go.Figure:
     """One bar a component with its simultaneous 95 % interval; filled where it is infected."""
     parts, names = parts[:SHOWN], names[:SHOWN]
     plot = figure(height=FRAME + ROW * len(parts), margin={"l": 10, "r": 12, "t": 30, "b": 46})
-    for label, wanted, colour, pattern in (
-        ("infected", True, "#D55E00", ""),
-        ("within chance, or less than an equal share", False, "#9aa5ae", "/"),
+    for label, wanted, colour in (
+        ("infected", True, "#D55E00"),
+        ("within chance, or less than an equal share", False, "#7a8690"),
     ):
         rows = [i for i, part in enumerate(parts) if part.infected is wanted]
         if not rows:
@@ -32,8 +32,13 @@ def pulls(parts: Sequence[InfectedPart], names: Sequence[str]) -> go.Figure:
                 y=rows,
                 orientation="h",
                 name=label,
-                error_x={"array": [parts[i].error for i in rows], "thickness": 1.2, "width": 3},
-                marker={"color": colour, "pattern": {"shape": pattern, "solidity": 0.3}},
+                error_x={
+                    "array": [parts[i].error for i in rows],
+                    "thickness": 1.2,
+                    "width": 3,
+                    "color": "#7a8690",
+                },
+                marker=bars(colour, filled=wanted),
                 customdata=[[names[i], 100 * parts[i].share] for i in rows],
                 hovertemplate="%{customdata[0]}: %{x:.4f}, %{customdata[1]:.1f} % of all that pulls<extra></extra>",
             )

@@ -12,6 +12,9 @@ from plotly.subplots import make_subplots
 from decompclip.figures.panels import STYLES
 from decompclip.figures.theme import TEMPLATE, Style, band
 
+LINE = 15
+"""Pixels of height a further line of a title takes."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -31,6 +34,7 @@ class LinePanel:
     Attributes:
         marks: where vertical lines stand, and what they say.
         ends: of the vertical axis.
+        levels: of series, where a dashed horizontal line of theirs stands, such as what was before.
     """
 
     title: str
@@ -41,6 +45,7 @@ class LinePanel:
     log_y: bool = False
     ends: tuple[float, float] | None = None
     marks: Mapping[float, str] | None = None
+    levels: Mapping[str, float] | None = None
     whole: bool = False
     """Whether x counts: whole ticks alone."""
 
@@ -57,7 +62,11 @@ def line_panels(
     if len(series) > len(STYLES):
         raise ValueError(f"expected at most {len(STYLES)} series; received {len(series)}")
     rows = -(-len(panels) // columns)
-    height = 112 + row_height * rows + 84 * (rows - 1)
+    above = LINE * max(
+        panel.title.count("<br>") for panel in panels
+    )  # what titles of several lines take more
+    gap, top = 84 + above, 64 + above
+    height = 48 + top + row_height * rows + gap * (rows - 1)
     plot = make_subplots(
         rows,
         columns,
@@ -66,15 +75,22 @@ def line_panels(
         ],
         shared_yaxes=shared_y,
         horizontal_spacing=0.04 if shared_y else 0.09,
-        vertical_spacing=84 / (height - 112) if rows > 1 else 0,
+        vertical_spacing=gap / (height - 48 - top) if rows > 1 else 0,
     )
     shown: set[str] = set()
     for place, panel in enumerate(panels):
         row, col = place // columns + 1, place % columns + 1
-        for name, curve in panel.curves.items():
-            for trace in _traces(name, STYLES[series.index(name)], curve, legend=name not in shown):
-                plot.add_trace(trace, row=row, col=col)
-            shown.add(name)
+        drawn = [
+            trace
+            for name, curve in panel.curves.items()
+            for trace in _traces(name, STYLES[series.index(name)], curve, legend=name not in shown)
+        ]
+        shown.update(panel.curves)
+        drawn += [
+            _level(name, STYLES[series.index(name)], y, panel) for name, y in (panel.levels or {}).items()
+        ]
+        for trace in sorted(drawn, key=lambda trace: trace.fill != "toself"):  # no band over another's line
+            plot.add_trace(trace, row=row, col=col)
         edge = col == 1 or not shared_y
         plot.update_xaxes(title=panel.x, type="log" if panel.log_x else "linear", row=row, col=col)
         if panel.log_x:
@@ -93,8 +109,8 @@ def line_panels(
         template=TEMPLATE,
         height=height,
         autosize=True,
-        margin={"l": 60, "r": 16, "t": 64, "b": 48},
-        legend={"y": 1 + 26 / (height - 112)},
+        margin={"l": 60, "r": 16, "t": top, "b": 48},
+        legend={"y": 1 + (26 + above) / (height - 48 - top)},
     )
     plot.update_annotations(font_size=12)
     return plot
@@ -131,6 +147,20 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
             hovertemplate="%{x:.4g}: %{y:.3g}<extra>" + name + "</extra>",
         ),
     ]
+
+
+def _level(name: str, style: Style, y: float, panel: LinePanel) -> go.Scatter:
+    """A dashed horizontal line in a series' colour."""
+    places = [x for curve in panel.curves.values() for x in curve.x]
+    return go.Scatter(
+        x=[min(places), max(places)],
+        y=[y, y],
+        mode="lines",
+        line={"color": style.colour, "width": 1, "dash": "longdash"},
+        legendgroup=name,
+        showlegend=False,
+        hovertemplate=f"before: {y:.3g}<extra>{name}</extra>",
+    )
 
 
 def _mark(x: float, text: str, panel: LinePanel) -> go.Scatter:

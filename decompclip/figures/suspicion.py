@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from decompclip.figures.theme import INK, figure
+from decompclip.figures.theme import INK, bars, figure
 
 if TYPE_CHECKING:
     from decompclip.audit.result import Suspicion
@@ -17,9 +17,9 @@ def score_histogram(found: Suspicion) -> go.Figure:
     edges = found.edges
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
     plot = figure(height=320, margin={"l": 56, "r": 12, "t": 40, "b": 48}, barmode="overlay", bargap=0)
-    for label, counts, colour, pattern in (
-        ("clean", found.clean_counts, "#0072B2", ""),
-        ("suspect", found.suspect_counts, "#D55E00", "/"),
+    for label, counts, colour, filled in (
+        ("clean", found.clean_counts, "#0072B2", True),
+        ("suspect", found.suspect_counts, "#D55E00", False),
     ):
         plot.add_trace(
             go.Bar(
@@ -27,12 +27,7 @@ def score_histogram(found: Suspicion) -> go.Figure:
                 y=(100 * counts.double() / counts.sum().clamp_min(1)).tolist(),
                 width=float(edges[1] - edges[0]),
                 name=label,
-                opacity=0.75,
-                marker={
-                    "color": colour,
-                    "pattern": {"shape": pattern, "solidity": 0.35},
-                    "line": {"width": 0},
-                },
+                marker=bars(colour, filled=filled),
                 hovertemplate="score %{x:.2f}: %{y:.1f} % of " + label + " images<extra></extra>",
             )
         )

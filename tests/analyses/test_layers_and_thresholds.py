@@ -32,7 +32,10 @@ def layers(heads: dict[str, Any], mlps: dict[str, Any]) -> dict[str, Any]:
     return {
         "before": steps(100)[0],
         "sweeps": {"heads": heads, "mlps": mlps},
-        "mmd": {"heads": [1.0, 1.0, 2.0], "mlps": [0.0, 0.0, 0.0]},
+        "mmd": {
+            "paper": {"heads": [1.0, 1.0, 2.0], "mlps": [0.0, 0.0, 0.0]},
+            "unbiased": {"heads": [1.0, 1.0, 1.0], "mlps": [3.0, -1.0, 1.0]},
+        },
     }
 
 
@@ -40,7 +43,7 @@ def record(**models: tuple[dict[str, str], Any]) -> dict[str, Any]:
     return {
         "models": {name: facts for name, (facts, _) in models.items()},
         "found": {"models": {name: found for name, (_, found) in models.items()}},
-        "config": {"epsilons": [0.001, 0.01], "similarity": "cosine"},
+        "config": {"epsilons": [0.001, 0.01], "quantiles": [0.1, 0.2], "similarities": ["cosine"]},
     }
 
 
@@ -51,6 +54,7 @@ def test_finding_2_asks_heads_of_local_and_mlps_of_global_triggers() -> None:
     assert "under local triggers: hold;" in holds and "80.0 points" in holds and "heads 90.0." in holds
     assert "under global ones: hold; without the last five 100.0 points are lost" in holds
     assert "50 % of the heads' MMD and 0 % of the MLPs'" in holds
+    assert "33 and 25 % (an equal share is 33 %)" in holds
     # The same ablations under the other kind of trigger are no support for it.
     swapped = figure2.finding(record(a=(LOCAL, layers(KEPT, spread)), b=(GLOBAL, layers(last, KEPT))))
     assert "under local triggers: do not show" in swapped and "under global ones: do not show" in swapped
@@ -75,21 +79,32 @@ def test_every_attack_counts_once_whatever_its_seeds() -> None:
 
 
 def test_figure5_s_median_is_between_the_middle_heads() -> None:
-    found = record(a=(LOCAL, {"auroc": [0.9, 0.4, 0.6, 0.7]}))
-    assert "| 0.900 | 0.650 | 1.0 of 4 |" in figure5.table(found)
+    found = record(a=(LOCAL, {"cosine": {"auroc": [0.9, 0.4, 0.6, 0.7], "overlap": [0.2, 0.4, 0.6, 0.8]}}))
+    assert "| cosine | 0.900 | 0.650 | 1.0 of 4 | 0.50 |" in figure5.table(found)
     said = figure5.finding(found)
-    assert "of local triggers the best head" in said and "1.0 on the wrong side of 0.5" in said
+    assert (
+        "local triggers, cosine: best head" in said and "1.0 on the wrong side of 0.5, overlap 0.50" in said
+    )
     assert "global" not in said
 
 
 @pytest.mark.parametrize(("rest", "said"), [(10.0, "matters"), (95.0, "is not what limits")])
 def test_figure6_says_whether_epsilon_matters(rest: float, said: str) -> None:
-    assert f"epsilon {said}" in figure6.finding(record(a=(LOCAL, steps(100, rest))))
+    sweep = steps(100, rest)
+    assert f"threshold {said}" in figure6.finding(record(a=(LOCAL, both(sweep))))
+    assert "Without repair attack success over its control is 100.0" in figure6.finding(
+        record(a=(LOCAL, both(sweep)))
+    )
+
+
+def both(sweep: list[dict[str, float]]) -> dict[str, Any]:
+    """The same sweep along epsilons and quantiles."""
+    return {"before": steps(100)[0], "epsilon": sweep, "quantile": sweep}
 
 
 def test_an_epsilon_that_costs_too_much_is_not_the_best() -> None:
     cheap, dear = steps(60, 0)
-    assert "leaves 60.0 points" in figure6.finding(record(a=(LOCAL, [cheap, dear | {"cacc": 84.0}])))
-    assert "leaves 0.0 points" in figure6.finding(record(a=(LOCAL, [cheap, dear | {"cacc": 86.0}])))
+    assert "leaves 60.0 points" in figure6.finding(record(a=(LOCAL, both([cheap, dear | {"cacc": 84.0}]))))
+    assert "leaves 0.0 points" in figure6.finding(record(a=(LOCAL, both([cheap, dear | {"cacc": 86.0}]))))
     low_first = [cheap | {"cacc": 40.0}, dear | {"cacc": 90.0}, dear | {"cacc": 36.0}]
     assert figure6._best(low_first) == 1

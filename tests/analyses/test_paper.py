@@ -85,7 +85,11 @@ def test_sweeps_end_where_everything_of_a_kind_is_ablated(case: Case) -> None:
         assert sweeps["forward"][0] == sweeps["separate"][0]
         assert sweeps["backward"][-1] == sweeps["separate"][-1]
         assert sweeps["forward"][-1]["asr"] == pytest.approx(100 * whole[setting]["asr"]["value"], abs=1e-2)
-    assert len(model["mmd"]["heads"]) == len(model["mmd"]["mlps"]) == case.terms("clean").n_layers
+    for estimate in ("paper", "unbiased"):
+        assert {len(values) for values in model["mmd"][estimate].values()} == {case.terms("clean").n_layers}
+    for level in figure2.plot(found)["asr"].data:
+        if level.hovertemplate and level.hovertemplate.startswith("before"):
+            assert level.y[0] in {m["before"]["asr"] for m in found["found"]["models"].values()}
     drawn(figure2, found, {"asr", "cacc", "mmd"})
     assert "Finding 2" in figure2.finding(found)
 
@@ -122,20 +126,32 @@ def test_figure5_s_areas_are_of_the_similarities(case: Case) -> None:
         for p in ("clean", "triggered")
     ]
     expected = [auroc(-sims[0][:, h], -sims[1][:, h]) for h in range(8)]
-    assert found["found"]["models"]["shapes-badnet"]["auroc"] == pytest.approx(expected, abs=1e-3)
-    density = found["found"]["models"]["shapes-sig"]["densities"][0]
+    measured = found["found"]["models"]["shapes-badnet"]["cosine"]
+    assert measured["auroc"] == pytest.approx(expected, abs=1e-3)
+    assert all(0 <= overlap <= 1 for overlap in measured["overlap"])
+    apart = max(range(8), key=lambda h: abs(expected[h] - 0.5))
+    assert measured["overlap"][apart] == min(
+        measured["overlap"]
+    )  # the head that tells them best overlaps least
+    density = found["found"]["models"]["shapes-sig"]["dot"]["densities"][0]
     assert np.trapezoid(density["clean"], density["x"]) == pytest.approx(1, abs=0.15)
-    drawn(figure5, found, {"sig"})
+    drawn(figure5, found, {"sig-cosine", "sig-dot"})
 
 
 def test_figure6_replaces_more_heads_with_every_step(case: Case) -> None:
-    found = record(figure6, epsilons=(0.001, 0.01, 10.0))
-    steps = found["found"]["models"]["shapes-badnet"]
+    found = record(figure6, epsilons=(0.001, 0.01, 10.0), quantiles=(0.05, 0.5))
+    model = found["found"]["models"]["shapes-badnet"]
+    steps = model["epsilon"]
     shares = [step["replaced_clean"] for step in steps]
     assert shares == sorted(shares) and shares[-1] == 100
+    assert model["before"]["asr"] == pytest.approx(100 * case.report_of(None)["asr"]["value"], abs=1e-2)
+    half = model["quantile"][1]["replaced_clean"]
+    assert model["quantile"][0]["replaced_clean"] < half and half == pytest.approx(
+        50, abs=12
+    )  # of other clean images
     everything = case.report_of(MeanAblate(heads[-1], Moments.of(case.terms("fit"))))
     assert steps[-1]["asr"] == pytest.approx(100 * everything["asr"]["value"], abs=1e-2)
-    drawn(figure6, found, {"epsilon"})
+    drawn(figure6, found, {"thresholds"})
 
 
 def test_table2_s_detectors_are_those_of_the_registry(case: Case) -> None:

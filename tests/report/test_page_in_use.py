@@ -159,7 +159,7 @@ def test_on_paper_all_is_unfolded_and_light(path: Path) -> None:
         pdf = base64.b64decode((await page.send("Page.printToPDF", printBackground=True))["data"])
         assert pdf.startswith(b"%PDF")
         pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
-        assert 2 <= pages <= 40
+        assert 2 <= pages <= 40 and len(pdf) < 5_000_000
         assert await page.ask("window.atPrint") == [0, "light"]
         assert await page.ask("document.querySelectorAll('details:not([open])').length") == folded
         assert await page.ask("document.documentElement.dataset.scheme") == "dark"
