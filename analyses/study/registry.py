@@ -12,7 +12,7 @@ PAPER = (
     *("table1", "table2", "table3", "table4", "table5"),
 )
 OURS = (
-    *("local_or_structured", "direct_or_causal", "role_change", "base_decomp_gap"),
+    *("local_or_structured", "infected_set", "direct_or_causal", "role_change", "base_decomp_gap"),
     *("attack_agnostic", "adaptive_attacker", "throughput"),
 )
 ANALYSES = (*PAPER, *OURS)

@@ -110,7 +110,7 @@ def infection(
     """The components that pull, and what mean-ablating the infected ones leaves beside as many others."""
     parts = infected_parts(shift, affected=affected)
     chosen = [part.part for part in parts if part.infected]
-    others = _as_many(chosen, [part.part for part in parts if not part.infected], seed)
+    others = as_many(chosen, [part.part for part in parts if not part.infected], seed)
 
     def without(which: list[Part], name: str) -> Setting | None:
         if not which:
@@ -128,7 +128,7 @@ def infection(
     )
 
 
-def _as_many(chosen: list[Part], rest: list[Part], seed: int) -> list[Part]:
+def as_many(chosen: list[Part], rest: list[Part], seed: int) -> list[Part]:
     """Of each kind as many of the rest as were chosen, drawn without replacement, or all that there are."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Part] = []

@@ -10,7 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from analyses import base_decomp_gap, direct_or_causal, local_or_structured, role_change, throughput
+from analyses import (
+    base_decomp_gap,
+    direct_or_causal,
+    infected_set,
+    local_or_structured,
+    role_change,
+    throughput,
+)
 from analyses.study.family import BundledFamily
 from decompclip.models.zoo import load_bundled
 
@@ -157,3 +164,39 @@ def test_times_are_ratios_to_a_plain_forward() -> None:
     assert throughput.table(found).count("\n") == 1 + 4
     with pytest.raises(ValueError, match=r"at least 3 rounds.*received 2"):
         throughput.Config(rounds=2)
+
+
+# Infected set
+
+
+def test_the_strongest_pull_and_carry_the_backdoor() -> None:
+    found = record(infected_set, ("shapes-sig",), sizes=(0, 8, 54), draws=2)
+    model = found["found"]["models"]["shapes-sig"]
+    assert len(model["order"]) == len(set(model["order"])) == model["components"] == 54
+    before, eight, _ = infected_set.excesses(model, "strongest")
+    assert before > 90 and eight < before - 40
+    assert infected_set.excesses(model, "others")[1] > before - 10
+    assert model["others"][2] == model["others"][0]  # nothing else is left to draw from
+    assert infected_set.half(model, [0, 8, 54]) == 8
+    assert set(infected_set.plot(found)) == {"sizes"}
+    assert "holds both heads and MLPs in 1 of them" in infected_set.finding(found)
+    assert "| SIG | global, structured |" in infected_set.table(found)
+
+
+def test_components_are_ordered_by_their_pull() -> None:
+    case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
+    order = infected_set.ordered(case)
+    others = torch.arange(12) != case.target
+    toward = case.classifier[case.target] - case.classifier[others].mean(0)
+    clean = case.terms("fit")
+    twins = case.member.trigger(case.fit, infected_set.FRESH + torch.arange(IMAGES))
+    triggered = case.model.decompose(case.model.normalize(twins), convention="paper", normalize=True)
+    moved = triggered.mlps.mean(0) - clean.mlps.mean(0)
+    mlps = [part.layer for part in order if part.kind == "mlps"]
+    assert mlps == (moved @ toward).argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 2), (0, 4, 2), (0, 0)])
+def test_sizes_of_sets_rise_from_nothing(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="rising sizes from 0"):
+        infected_set.Config(sizes=sizes)
