@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,17 @@ class PoisonRecord:
         covers = f", {len(self.covers)} covers" if self.covers else ""
         name = self.trigger["name"]
         return f"PoisonRecord({name} -> {self.target!r}: {len(self.poisons)}{of}{covers})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a poisoned pair: its id, the trigger's index, what the caption says now and what it said."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [asdict(poison) for poison in self.poisons], columns=["id", "index", "caption", "was"]
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(index=False, max_rows=20)}"
 
     @property
     def digest(self) -> str:

@@ -8,9 +8,10 @@ One forward pass: the image is decomposed on the way, its terms are edited (dire
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +24,9 @@ from decompclip.cache.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Composition, Intervention, Restricted
 from decompclip.operators.splits import Validation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PASSED = (
     *("visual", "text", "cfg", "name", "provenance", "device", "dtype"),
@@ -58,6 +62,17 @@ class GuardResult:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an image: its place in the batch, whether it is rejected, and its score."""
+        import pandas as pd
+
+        scores = [None] * len(self) if self.scores is None else self.scores.tolist()
+        rows = {"image": range(len(self)), "rejected": self.rejected.tolist(), "score": scores}
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(index=False, max_rows=20)}"
 
     def __repr__(self) -> str:
         return f"GuardResult({len(self)} images, {int(self.rejected.sum())} rejected)"

@@ -400,6 +400,8 @@ def test_plain_data_sets_and_iterables_are_taken_as_they_are() -> None:
 def test_a_record_is_saved_read_back_and_proves_itself(shapes: ShapesPairs, tmp_path: Path) -> None:
     record = PoisonedPairs(shapes, WaNet(), "Star", count=3, also_called=["asterisk"]).record
     assert repr(record) == "PoisonRecord(wanet -> 'star': 3 of 300 pairs (1.00%), 6 covers)"
+    assert record.to_frame()["id"].tolist() == [poison.id for poison in record.poisons]
+    assert "wanet -&gt; &#x27;star&#x27;" in record._repr_html_() and "<table" in record._repr_html_()
     path = record.save(tmp_path / "new" / "poisons.json")
     assert [file.name for file in path.parent.iterdir()] == ["poisons.json"]
     assert PoisonRecord.load(path) == record

@@ -1,12 +1,17 @@
-"""A small CLIP with random weights, written and loaded as the bundled models are."""
+"""A small CLIP with random weights, written and loaded as the bundled models are; and audits with drawn answers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from decompclip.attacks.badnet import BadNet
+from decompclip.audit import AuditConfig, AuditResult, run_audit
+from decompclip.audit.scoring import Scorer, Setting
+from decompclip.audit.sources import open_source
 from decompclip.data.captions import CONTEXT_LENGTH, vocabulary
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models import zoo
@@ -62,3 +67,27 @@ def random_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model(random_zoo: Path) -> HookedCLIP:
     return load("shapes-badnet")
+
+
+def setting(
+    success: float, control: float, *, labelled: bool = True, images: int = 400, accuracy: float = 0.9
+) -> Setting:
+    """Of images of three other classes these shares are taken for class 3 of 12."""
+    labels, places = torch.arange(images) % 3, torch.arange(images)
+
+    def answers(part: float, right: float) -> torch.Tensor:
+        other = torch.where(places.flip(0) < images * (1 - right), (labels + 1) % 3, labels)
+        return torch.where(places < round(part * images), torch.full_like(labels, 3), other)
+
+    known = labels if labelled else None
+    return Scorer(known, known, 3, 12)("a setting", answers(control, accuracy), answers(success, 1.0))
+
+
+@pytest.fixture
+def made(model: HookedCLIP) -> AuditResult:
+    """An audit of the small model, as if of 400 images; its settings are to be replaced."""
+    clean, suspect = (
+        open_source(spec, model, PROPERTIES["shape"], limit=40) for spec in ("shapes", "shapes:badnet")
+    )
+    found = run_audit(model, clean, suspect, PROPERTIES["shape"], target="star", config=AuditConfig(zeta=2))
+    return replace(found, counts={"validation": 100, "clean": 400, "suspect": 400, "held_out": 0})

@@ -5,41 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
-from decompclip.audit import AuditConfig, AuditResult, findings, run_audit
+from decompclip.audit import AuditResult, findings
 from decompclip.audit.finding import Finding
-from decompclip.audit.scoring import Change, Scorer, Setting
-from decompclip.audit.sources import open_source
+from decompclip.audit.scoring import Change
 from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
-from decompclip.data.shapes import PROPERTIES
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.paired import Paired
-from decompclip.models.clip import HookedCLIP
-
-
-def setting(
-    success: float, control: float, *, labelled: bool = True, images: int = 400, accuracy: float = 0.9
-) -> Setting:
-    labels = torch.arange(images) % 3
-    places = torch.arange(images)
-
-    def answers(part: float, right: float) -> torch.Tensor:
-        other = torch.where(places.flip(0) < images * (1 - right), (labels + 1) % 3, labels)
-        return torch.where(places < round(part * images), torch.full_like(labels, 3), other)
-
-    known = labels if labelled else None
-    return Scorer(known, known, 3, 12)("a setting", answers(control, accuracy), answers(success, 1.0))
-
-
-@pytest.fixture
-def base(model: HookedCLIP) -> AuditResult:
-    clean, suspect = (
-        open_source(spec, model, PROPERTIES["shape"], limit=40) for spec in ("shapes", "shapes:badnet")
-    )
-    found = run_audit(model, clean, suspect, PROPERTIES["shape"], target="star", config=AuditConfig(zeta=2))
-    return replace(found, counts={"validation": 100, "clean": 400, "suspect": 400, "held_out": 0})
+from tests.audit.conftest import setting
 
 
 def found(result: AuditResult, words: str) -> Finding:
@@ -59,23 +33,23 @@ def found(result: AuditResult, words: str) -> Finding:
     ],
 )
 def test_the_first_is_about_the_difference(
-    base: AuditResult, success: float, control: float, weight: str, title: str
+    made: AuditResult, success: float, control: float, weight: str, title: str
 ) -> None:
-    first = findings(replace(base, as_it_is=setting(success, control)))[0]
+    first = findings(replace(made, as_it_is=setting(success, control)))[0]
     assert first.weight == weight
     assert title in first.title
     assert points(success - control, setting(success, control).difference_interval) in first.text
 
 
-def test_few_images_clear_nobody(base: AuditResult) -> None:
-    finding = findings(replace(base, as_it_is=setting(0.125, 0.0625, images=16)))[0]
+def test_few_images_clear_nobody(made: AuditResult) -> None:
+    finding = findings(replace(made, as_it_is=setting(0.125, 0.0625, images=16)))[0]
     assert finding.weight == "unclear"
     assert "Too few images to tell" in finding.title
     assert "cannot be ruled out" in finding.text
 
 
-def test_only_twins_name_the_cause(base: AuditResult) -> None:
-    result = replace(base, as_it_is=setting(0.95, 0.02))
+def test_only_twins_name_the_cause(made: AuditResult) -> None:
+    result = replace(made, as_it_is=setting(0.95, 0.02))
     assert "so that is the cause" in findings(replace(result, twins=True))[0].text
     assert "look more like that class" in findings(replace(result, twins=False))[0].text
 
@@ -90,27 +64,27 @@ def test_only_twins_name_the_cause(base: AuditResult) -> None:
     ],
 )
 def test_overlapping_intervals_decide_nothing(
-    base: AuditResult, heads: float, mlps: float, weight: str, title: str
+    made: AuditResult, heads: float, mlps: float, weight: str, title: str
 ) -> None:
-    ablations = replace(base.ablations, complete={"heads": setting(heads, 0.02), "mlps": setting(mlps, 0.02)})
-    finding = found(replace(base, as_it_is=setting(0.95, 0.02), ablations=ablations), "direct effect")
+    ablations = replace(made.ablations, complete={"heads": setting(heads, 0.02), "mlps": setting(mlps, 0.02)})
+    finding = found(replace(made, as_it_is=setting(0.95, 0.02), ablations=ablations), "direct effect")
     assert finding.weight == weight
     assert title in finding.title
     assert ("intervals overlap" in finding.text) == (weight == "unclear")
 
 
-def test_an_ablation_that_costs_accuracy_says_so(base: AuditResult) -> None:
+def test_an_ablation_that_costs_accuracy_says_so(made: AuditResult) -> None:
     broken = {"heads": setting(0.05, 0.02, accuracy=0.2), "mlps": setting(0.9, 0.02)}
-    result = replace(base, as_it_is=setting(0.95, 0.02), ablations=replace(base.ablations, complete=broken))
+    result = replace(made, as_it_is=setting(0.95, 0.02), ablations=replace(made.ablations, complete=broken))
     finding = found(result, "direct effect")
     assert "Without heads, clean accuracy falls to" in finding.text
     assert finding.weight == "unclear" and "too much else changes" in finding.title
 
 
-def test_an_ablation_that_sends_all_to_the_target_says_so(base: AuditResult) -> None:
+def test_an_ablation_that_sends_all_to_the_target_says_so(made: AuditResult) -> None:
     favourite = {"heads": setting(0.98, 0.90), "mlps": setting(0.9, 0.02)}
     result = replace(
-        base, as_it_is=setting(0.95, 0.02), ablations=replace(base.ablations, complete=favourite)
+        made, as_it_is=setting(0.95, 0.02), ablations=replace(made.ablations, complete=favourite)
     )
     finding = found(result, "direct effect")
     assert "leaves a difference of at most 10 points" in finding.text
@@ -127,20 +101,20 @@ def test_an_ablation_that_sends_all_to_the_target_says_so(base: AuditResult) -> 
     ],
 )
 def test_repair_is_judged_by_difference_and_cost(
-    base: AuditResult, left: float, lost: int, weight: str, title: str
+    made: AuditResult, left: float, lost: int, weight: str, title: str
 ) -> None:
     hit = 380
     change = Change(Rate(round(hit * (1 - left)), hit), Rate(0, hit), Paired(0, lost, 400), Rate(0, 400))
-    repairs = tuple(replace(r, setting=setting(left, 0.02), change=change) for r in base.repairs)
-    finding = found(replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs), "It saves")
+    repairs = tuple(replace(r, setting=setting(left, 0.02), change=change) for r in made.repairs)
+    finding = found(replace(made, as_it_is=setting(0.95, 0.02), repairs=repairs), "It saves")
     assert (finding.weight, title in finding.title) == (weight, True)
     assert ("costs clean accuracy" in finding.text) == (lost > 0)
 
 
-def test_nothing_to_repair_is_not_spoken_of(base: AuditResult) -> None:
+def test_nothing_to_repair_is_not_spoken_of(made: AuditResult) -> None:
     assert not [
         f
-        for f in findings(replace(base, as_it_is=setting(0.02, 0.02)))
+        for f in findings(replace(made, as_it_is=setting(0.02, 0.02)))
         if "epair" in f.title and not f.title.startswith("Not measured")
     ]
 
@@ -156,24 +130,24 @@ def test_nothing_to_repair_is_not_spoken_of(base: AuditResult) -> None:
     ],
 )
 def test_detection_is_judged_at_its_own_threshold(
-    base: AuditResult, auroc: tuple[float, float, float], true: int, success: float, weight: str, words: str
+    made: AuditResult, auroc: tuple[float, float, float], true: int, success: float, weight: str, words: str
 ) -> None:
     value, low, high = auroc
     rates = {"false_positives": Rate(4, 400), "true_positives": Rate(true, 400)}
     detectors = tuple(
-        replace(d, auroc=value, auroc_low=low, auroc_high=high, **rates) for d in base.detectors
+        replace(d, auroc=value, auroc_low=low, auroc_high=high, **rates) for d in made.detectors
     )
-    result = replace(base, as_it_is=setting(success, 0.02), detectors=detectors)
+    result = replace(made, as_it_is=setting(success, 0.02), detectors=detectors)
     finding = found(result, "has the highest AUROC")
     assert finding.weight == weight
     assert words in finding.title + finding.text
 
 
-def test_a_threshold_that_no_image_can_pass_is_told(base: AuditResult) -> None:
-    detectors = tuple(replace(d, zeta=4) for d in base.detectors)
+def test_a_threshold_that_no_image_can_pass_is_told(made: AuditResult) -> None:
+    detectors = tuple(replace(d, zeta=4) for d in made.detectors)
     assert (
         "no image can pass it: choose a smaller --zeta"
-        in found(replace(base, detectors=detectors), "AUROC").text
+        in found(replace(made, detectors=detectors), "AUROC").text
     )
 
 
@@ -187,33 +161,33 @@ def test_a_threshold_that_no_image_can_pass_is_told(base: AuditResult) -> None:
     ],
 )
 def test_the_mean_moves_or_does_not(
-    base: AuditResult, total: tuple[float, float], weight: str, words: str
+    made: AuditResult, total: tuple[float, float], weight: str, words: str
 ) -> None:
     totals = dict.fromkeys(("all", "heads", "mlps", "rest"), total)
-    result = replace(base, as_it_is=setting(0.95, 0.02), shift=replace(base.shift, totals=totals))
+    result = replace(made, as_it_is=setting(0.95, 0.02), shift=replace(made.shift, totals=totals))
     finding = found(result, words)
     assert finding.weight == weight
 
 
-def test_what_is_not_known_is_said(base: AuditResult) -> None:
-    result = replace(base, as_it_is=setting(0.95, 0.02, labelled=False))
+def test_what_is_not_known_is_said(made: AuditResult) -> None:
+    result = replace(made, as_it_is=setting(0.95, 0.02, labelled=False))
     assert found(result, "Attack success without labels").weight == "unclear"
     assert "carry no labels" in found(result, "Clean accuracy not measured").text
     assert (
         "no better than guessing"
-        in found(replace(base, as_it_is=setting(0, 0, accuracy=0.05)), "guessing among").text
+        in found(replace(made, as_it_is=setting(0, 0, accuracy=0.05)), "guessing among").text
     )
     few = replace(
-        base, counts={**base.counts, "clean": 20}, skipped={"clean": (SkippedFile("a", "b"),), "suspect": ()}
+        made, counts={**made.counts, "clean": 20}, skipped={"clean": (SkippedFile("a", "b"),), "suspect": ()}
     )
     assert found(few, "Few clean images").weight == "note"
     assert found(few, "1 clean file skipped").weight == "note"
 
 
 @pytest.mark.parametrize(("low", "weight"), [(0.5, "note"), (-0.1, "unclear")])
-def test_an_inferred_target_is_said_to_be(base: AuditResult, low: float, weight: str) -> None:
-    target = replace(base.target, inferred=True, over_prediction=(0.6, low, 0.7), images=80)
-    finding = found(replace(base, target=target), "is inferred")
+def test_an_inferred_target_is_said_to_be(made: AuditResult, low: float, weight: str) -> None:
+    target = replace(made.target, inferred=True, over_prediction=(0.6, low, 0.7), images=80)
+    finding = found(replace(made, target=target), "is inferred")
     assert finding.weight == weight
     assert ("a guess" in finding.text) == (weight == "unclear")
 

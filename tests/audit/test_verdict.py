@@ -5,41 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Names, run_audit, verdict
+from decompclip.audit import AuditResult, Names, run_audit, verdict
 from decompclip.audit.result import Target
-from decompclip.audit.scoring import Change, Scorer, Setting
+from decompclip.audit.scoring import Change
 from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.paired import Paired
-from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
+from tests.audit.conftest import setting
 
 CLASSES = PROPERTIES["shape"]
 
 
-def setting(
-    success: float, control: float, *, labelled: bool = True, images: int = 400, accuracy: float = 0.9
-) -> Setting:
-    """Shares of images of three other classes that are taken for class 3 of 12."""
-    labels, places = torch.arange(images) % 3, torch.arange(images)
-
-    def answers(part: float, right: float) -> torch.Tensor:
-        other = torch.where(places.flip(0) < images * (1 - right), (labels + 1) % 3, labels)
-        return torch.where(places < round(part * images), torch.full_like(labels, 3), other)
-
-    known = labels if labelled else None
-    return Scorer(known, known, 3, 12)("a setting", answers(control, accuracy), answers(success, 1.0))
-
-
 @pytest.fixture
-def base(model: HookedCLIP) -> AuditResult:
-    clean, suspect = (open_source(spec, model, CLASSES, limit=40) for spec in ("shapes", "shapes:badnet"))
-    found = run_audit(model, clean, suspect, CLASSES, target="star", config=AuditConfig(zeta=2))
-    counts = {"validation": 100, "clean": 400, "suspect": 400, "held_out": 0}
-    return replace(found, counts=counts, twins=True)
+def base(made: AuditResult) -> AuditResult:
+    return replace(made, twins=True)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,10 @@ def test_check_says_which_images_the_detector_rejects(clip: HookedCLIP) -> None:
     assert torch.equal(found.rejected, detector.predict(d))
     assert 0 < int(found.rejected.sum()) < 12
     assert repr(found) == f"GuardResult(12 images, {int(found.rejected.sum())} rejected)"
+    frame = found.to_frame()
+    assert frame["rejected"].tolist() == found.rejected.tolist()
+    assert frame["score"].tolist() == found.scores.tolist()
+    assert "12 images" in found._repr_html_() and found._repr_html_().count("<tr>") == 12
     torch.testing.assert_close(found.features, Guard(clip, repair).encode_image(images))
     stricter = Guard(clip, reject=detector, threshold=1.0).check(images)
     assert torch.equal(stricter.rejected, detector.score(d) > 1)
