@@ -91,7 +91,8 @@ def run_audit(
         suspected = suspicion(parts, classifier, config)
         repairs.append(repair_without_hint(parts, classifier, score))
     except ValueError as error:  # too few clean images of too few classes: the rest of the audit stands
-        left_out["detection and repair without a hint"] = str(error)
+        part = f"{100 * config.validation:g} % of the clean images serve for this"
+        left_out["detection and repair without a hint"] = f"{error}; {part}, give more"
     return AuditResult(
         name=names.model,
         provenance=provenance_of(model) | {"sum_error": max(clean_set.sum_error, suspect_set.sum_error)},
