@@ -15,7 +15,7 @@ class ScanConfig:
         patch: side of the patch probes, as a share of the image's shorter side.
         steps, images: of the search for each class's change, and images a step.
         fit: most clean images that the search sees; the others, at most `held_out`, tell how well a change works.
-        most_classes: classes that are searched in full; of more, those are left that a short search gets furthest with.
+        most_classes: classes that are searched in full; of more, those are left that one step gets furthest with.
         lead: of a class over the next one (see `ProbeResult`) from which the scan calls it a likely target: twice the
             largest that clean models showed, which are not among those reported (`python -m analyses.audit_scan`).
         batch_size: images a forward pass.

@@ -42,7 +42,7 @@ class ProbeResult:
     Attributes:
         lead: log of the next class's loss over that of the easiest: 0 where both are as hard; 0.7 where it is twice.
         lead_low, lead_high: its 95 % interval over the held-out images.
-        left_out: classes that a short search left out.
+        left_out: classes that a first step left out.
         pictures: held-out images as they are and with the change for the easiest class.
     """
 

@@ -174,7 +174,7 @@ def _probe(
     track: Track,
 ) -> ProbeResult:
     classes = screened(model, classifier, fit, probe, config, track)
-    change = search(model, classifier, fit, probe, classes, config, track=track)
+    change = search(model, classifier, fit, probe, classes, config, track)
     found = []
     for row, wanted in enumerate(classes):
         hits, loss = measure(model, classifier, held, probe, change[row], wanted, config)

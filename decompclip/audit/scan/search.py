@@ -20,8 +20,8 @@ from decompclip.models.clip import HookedCLIP
 SHARPNESS = 30.0
 """Factor of cosines before the softmax: of the order of trained CLIPs' logit scales, and one for all models."""
 
-SCREEN = 6
-"""Steps of the short search that many classes go through first."""
+GLIMPSE = 8
+"""Images of the one step that many classes are told apart by first."""
 
 
 def losses(
@@ -42,8 +42,6 @@ def search(
     probe: Probe,
     classes: list[int],
     config: ScanConfig,
-    *,
-    steps: int | None = None,
     track: Track = silently,
 ) -> Float[Tensor, "class 3 a b"]:
     """The change for each of `classes`: Adam on the mean loss of a batch a step, the same batches for all of them."""
@@ -51,9 +49,8 @@ def search(
     change = probe.start(len(classes), pixels[0])
     change.grad = torch.zeros_like(change)
     optimiser = torch.optim.Adam([change], lr=probe.rate)
-    n_steps = config.steps if steps is None else steps
     words = f"{model.name}: {probe.name}, {len(classes)} classes"
-    for step in track(range(n_steps), words, n_steps):
+    for step in track(range(config.steps), words, config.steps):
         places = torch.arange(step * config.images, (step + 1) * config.images) % len(pixels)
         batch, seed = pixels[places], int(torch.randint(2**31, (), generator=generator))
         for row, wanted in enumerate(classes):  # one class a pass: memory as of one batch
@@ -97,14 +94,24 @@ def screened(
     config: ScanConfig,
     track: Track = silently,
 ) -> list[int]:
-    """The classes to search in full: all, or of more than `most_classes` those with the least loss after a few steps."""
-    classes = list(range(len(classifier)))
-    if len(classes) <= config.most_classes:
-        return classes
-    change = search(model, classifier, pixels, probe, classes, config, steps=SCREEN, track=track)
-    few = pixels[: 2 * config.images]
-    left = [
-        float(measure(model, classifier, few, probe, change[row], wanted, config)[1].mean())
-        for row, wanted in enumerate(classes)
-    ]
-    return sorted(sorted(classes, key=left.__getitem__)[: config.most_classes])
+    """The classes to search in full: all, or of more than `most_classes` those that one step gets furthest with.
+
+    The step is by the gradient's sign, as long as the probe allows, on a few images; its loss is taken on as many others.
+    """
+    n_classes = len(classifier)
+    if n_classes <= config.most_classes:
+        return list(range(n_classes))
+    few, others = pixels[:GLIMPSE], pixels[GLIMPSE : 2 * GLIMPSE]
+    left = []
+    for wanted in track(
+        range(n_classes), f"{model.name}: {probe.name}, a glimpse of {n_classes} classes", n_classes
+    ):
+        start = probe.start(1, pixels[0])
+        own = start[0].clone().requires_grad_(True)
+        targets = torch.full((len(few),), wanted, device=few.device)
+        drawn = torch.Generator().manual_seed(config.seed)
+        loss = losses(model, classifier, probe.apply(few, own, drawn), targets).mean()
+        (gradient,) = torch.autograd.grad(loss, own)
+        change = probe.bounded(start - 2 * gradient.sign())[0]  # 2 is beyond what any probe allows
+        left.append(float(measure(model, classifier, others, probe, change, wanted, config)[1].mean()))
+    return sorted(sorted(range(n_classes), key=left.__getitem__)[: config.most_classes])

@@ -38,7 +38,7 @@ def scan_verdict(result: ScanResult) -> Verdict:
     if result.counts["held_out"] < FEW:
         doubts.append(f"Fewer than {FEW} images told how well a change works.")
     if (left_out := max(probe.left_out for probe in result.probes)) > 0:
-        doubts.append(f"{left_out} classes were left out of each probe after a short search.")
+        doubts.append(f"{left_out} classes were left out of each probe after a first step.")
     if not result.suspects:
         best = result.strongest
         why = (
