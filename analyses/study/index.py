@@ -59,7 +59,7 @@ def _entry(name: str, family: str, folder: Path) -> dict[str, Any]:
         "id": f"{family}-{name}",
         "title": analysis.TITLE,
         "command": command(name, family),
-        "about": about(analysis),
+        "about": {head: _inline(text) for head, text in about(analysis).items()},
         "missing": "",
     }
     try:
@@ -79,9 +79,10 @@ def _entry(name: str, family: str, folder: Path) -> dict[str, Any]:
 
 
 def about(analysis: Analysis) -> dict[str, str]:
-    """Title line, and the remarks after the heads of the docstring: `Paper:`, `Expected:`."""
+    """The remarks after the heads of the docstring, `Paper:` and `Expected:`; and its last paragraph, on how it was done."""
     text = analysis.__doc__ or ""
     found = re.findall(r"^(Paper|Expected):\s+(.*(?:\n {11}.*)*)", text, flags=re.MULTILINE)
+    found.append(("How", text.strip().rsplit("\n\n", 1)[-1]))
     return {head: re.sub(r"\s+", " ", body) for head, body in found}
 
 
