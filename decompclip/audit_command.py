@@ -185,6 +185,9 @@ def _scan(
     from decompclip.audit.sources import open_source
 
     (name, clip), *others = loaded.items()
+    config = ScanConfig(batch_size=batch_size, seed=options["seed"])
+    most = config.fit + config.held_out  # of a folder a random subset, not the first classes
+    options = options | {"limit": min(options["limit"] or most, most)}
     with progress() as track:
         result = run_scan(
             clip,
@@ -194,7 +197,7 @@ def _scan(
             name=name,
             reference_name=others[0][0] if others else None,
             clean_name=clean,
-            config=ScanConfig(batch_size=batch_size, seed=options["seed"]),
+            config=config,
             track=track,
         )
     return [result]

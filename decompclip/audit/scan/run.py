@@ -45,7 +45,8 @@ def run_scan(
     """Ask of a model, with clean images alone, whether one class is far easier to reach than the others.
 
     Args:
-        clean: images of several classes as the model takes them; labels serve accuracy alone.
+        clean: images of several classes, mixed, as the model takes them: the first `fit + held_out` are used; labels serve
+            accuracy alone.
         class_names: of the zero-shot classifier.
         name, reference_name, clean_name: what the report calls them.
         reference: a clean model of the same architecture and preprocessing, scanned on the same images, to whose terms the
@@ -111,6 +112,8 @@ def _collect(
         labels.append(batch.labels)
         if sum(map(len, images)) >= enough:
             break
+    if not images:
+        raise ValueError("expected clean images; none could be read; check the image source")
     known = [part for part in labels if part is not None]
     return torch.cat(images)[:enough], torch.cat(known)[:enough] if len(known) == len(labels) else None
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from decompclip.audit import scan
 from decompclip.cli import app
+from decompclip.data.images import FolderSource
 from decompclip.models import loading
 
 
@@ -57,3 +59,26 @@ def test_what_can_be_known_is_said_before_weights_are_loaded(
     )
     assert code == 2, said
     assert message in " ".join(said.split())
+
+
+def test_a_folder_gives_a_random_subset_of_all_its_classes(
+    random_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("circle", "star"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(400):
+            (tmp_path / "images" / name / f"{number}.png").touch()
+    (tmp_path / "classes.txt").write_text("circle\nstar\n")
+    seen: list[FolderSource] = []
+
+    def looked_at(model: object, clean: FolderSource, *_: object, **__: object) -> None:
+        seen.append(clean)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(scan, "run_scan", looked_at)
+    words = ["--clean", tmp_path / "images", "--classes", tmp_path / "classes.txt", "--out", tmp_path / "out"]
+    code, said = invoke("audit", "shapes", *words)
+    assert code == 2 and "seen" in said
+    (source,) = seen
+    stars = sum("star" in str(file) for file in source._files)
+    assert len(source) == 192 + 300 and 200 < stars < 300
