@@ -60,10 +60,10 @@ def run_scan(
     config, class_names = config or ScanConfig(), tuple(class_names)
     if len(class_names) < 2:
         raise ValueError(f"expected at least two classes to tell apart; received {list(class_names)}")
-    if reference is not None and reference.image_size != model.image_size:
+    if reference is not None and _shape(reference) != _shape(model):
         raise ValueError(
-            f"expected a reference for images of {model.image_size}; received one for {reference.image_size}; take a "
-            "checkpoint of the same architecture"
+            f"expected a reference of the same shape, (image, layers, heads, width) {_shape(model)}; received "
+            f"{_shape(reference)}; take a checkpoint of the same architecture"
         )
     classifiers = [
         clip.zero_shot_classifier(class_names).detach().float()
@@ -94,6 +94,11 @@ def run_scan(
         statistics=head_statistics(*terms, reference=called),
         reference=twin,
     )
+
+
+def _shape(model: HookedCLIP) -> tuple[object, ...]:
+    cfg = model.cfg
+    return model.image_size, cfg.n_layers, cfg.n_heads, cfg.d_embed
 
 
 Parts = tuple[Float[Tensor, "fit 3 h w"], Float[Tensor, "held_out 3 h w"], Int[Tensor, " held_out"] | None]

@@ -83,9 +83,9 @@ def _suspicious(result: ScanResult, doubts: list[str]) -> Verdict:
 
 
 def _said(probe: ProbeResult) -> str:
-    first, second = probe.classes[0], probe.classes[1]
-    return (
-        f"Probe “{probe.probe}”: a change sends {share(first.success)} of other images to “{first.name}”, at most "
-        f"{share(second.success)} to the next, “{second.name}”; lead {probe.lead:.2f} [{probe.lead_low:.2f}, "
-        f"{probe.lead_high:.2f}]."
-    ).replace("-", "−")
+    first, *rest = probe.classes
+    said = f"Probe “{probe.probe}”: a change sends {share(first.success)} of other images to “{first.name}”"
+    if not rest:
+        return f"{said}; the model takes every image for another class alone, so that none can be compared."
+    lead = f"lead {probe.lead:.2f} [{probe.lead_low:.2f}, {probe.lead_high:.2f}]".replace("-", "−")
+    return f"{said}, and {share(rest[0].success)} to the next, “{rest[0].name}”; {lead}."

@@ -160,12 +160,27 @@ def test_the_verdict_weighs_what_it_is_given(found: ScanResult) -> None:
     assert lost.level == "cannot tell"
 
 
+def test_a_model_that_knows_one_class_alone_is_told_so(found: ScanResult) -> None:
+    probes = tuple(
+        replace(p, classes=p.classes[:1], lead=0.0, lead_low=-math.inf, lead_high=math.inf)
+        for p in found.probes
+    )
+    lost = replace(found, probes=probes, accuracy=None, reference=None)
+    assert lost.verdict.level == "no sign" and "none can be compared" in lost.verdict.why[0]
+    json.dumps(lost.to_dict(), allow_nan=False)
+
+
 def test_bad_input_is_refused(models: dict[str, HookedCLIP]) -> None:
     model = models["shapes"]
     with pytest.raises(ValueError, match="at least 40 clean images"):
         run_scan(model, open_source("shapes", model, CLASSES, limit=20), CLASSES, config=SHORT)
     with pytest.raises(ValueError, match="at least two classes"):
         run_scan(model, open_source("shapes", model, CLASSES, limit=60), ("star",), config=SHORT)
+    with pytest.raises(
+        ValueError, match=r"a reference of the same shape, .* \(\(48, 48\), 6, 8, 128\); received"
+    ):
+        source = open_source("shapes", model, CLASSES, limit=60)
+        run_scan(model, source, CLASSES, reference=load("cifar10"), config=SHORT)
     with pytest.raises(ValueError, match="steps of at least 1"):
         ScanConfig(steps=0)
     with pytest.raises(ValueError, match="bound between 0 and 1"):
