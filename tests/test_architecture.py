@@ -6,6 +6,8 @@ Imports under `if TYPE_CHECKING:` are free: they cost nothing and bind nothing a
 from __future__ import annotations
 
 import ast
+import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -72,8 +74,8 @@ SEEDED = {"Random", "Generator", "default_rng", "SeedSequence", "PCG64", "Philox
 GLOBAL_STATE = {"torch.manual_seed", "torch.seed", "torch.set_rng_state", "torch.cuda.manual_seed_all"}
 TORCH_DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
 
-MAX_LINES = 300
-MAY_BE_LONG: set[str] = set()
+LONG = 450
+"""Above this many lines a file is asked what it is really about; a warning, no wall: walls make artificial splits."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,6 @@ def breaches(path: PurePosixPath, source: str) -> list[str]:
     found = [(i.line, f"imports {i.target}", import_breach(path, i)) for i in imports(path, tree)]
     if path.parts[0] == "decompclip":
         found += [(c.lineno, f"calls {name}", call_breach(c, name, fork)) for c, name, fork in calls(tree)]
-    lines = source.count("\n")
-    if lines > MAX_LINES and str(path) not in MAY_BE_LONG:
-        found.append((lines, f"has {lines} lines", f"at most {MAX_LINES}: ask what the file is really about"))
     return [f"{path}:{line}: {what}: {rule}" for line, what, rule in found if rule]
 
 
@@ -200,6 +199,13 @@ def test_files_are_found() -> None:
 def test_file_keeps_the_rules(file: Path) -> None:
     found = breaches(PurePosixPath(file), (ROOT / file).read_text(encoding="utf-8"))
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_long_file_is_asked_what_it_is_about(file: Path) -> None:
+    lines = (ROOT / file).read_text(encoding="utf-8").count("\n")
+    if lines > LONG:
+        warnings.warn(f"{file} has {lines} lines, more than {LONG}: is it about one thing?", stacklevel=1)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,6 @@ def test_file_keeps_the_rules(file: Path) -> None:
         ("models/a.py", "import torch\ntorch.load('a')", "pass weights_only=True"),
         ("models/a.py", "import torch\ntorch.load('a', weights_only=False)", "pass weights_only=True"),
         ("models/a.py", "import numpy\nnumpy.load('a', allow_pickle=True)", "may run a stranger's code"),
-        ("models/a.py", "x = 1\n" * (MAX_LINES + 1), "models/a.py:301: has 301 lines"),
     ],
 )
 def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
@@ -256,3 +261,11 @@ def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
 )
 def test_what_is_allowed_passes(file: str, source: str) -> None:
     assert breaches(PurePosixPath("decompclip", file), source) == []
+
+
+def test_no_left_over_file_is_tracked() -> None:
+    """What merges and editors leave beside a file."""
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    assert not [name for name in tracked if name.endswith((".orig", ".rej", ".bak", ".tmp", "~"))]
