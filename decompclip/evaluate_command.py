@@ -103,7 +103,13 @@ def evaluate(
         check_text(clip)
         prompts = None if templates is None else load_texts(templates)
         source = open_labelled(
-            images, clip.image_size, names, limit=limit or None, seed=seed, on_error=on_error.value
+            images,
+            clip.image_size,
+            names,
+            preprocess=clip.pixels,
+            limit=limit or None,
+            seed=seed,
+            on_error=on_error.value,
         )
         classifier = clip.zero_shot_classifier(names, prompts)
         found = run(clip, source, classifier, attack, label, class_names=names, batch_size=batch_size)

@@ -123,7 +123,6 @@ def finetune(
 
             from decompclip.audit.diagnosis.command import check_text
             from decompclip.data.pair_sources import open_pairs
-            from decompclip.data.pixels import to_pixels
             from decompclip.models.loading import load
             from decompclip.models.saving import save_model
             from decompclip.training.finetune import finetune as run
@@ -150,7 +149,7 @@ def finetune(
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
-        source = open_pairs(pairs, to_pixels(clip.image_size), seed=seed)
+        source = open_pairs(pairs, clip.pixels, seed=seed)
         watch = None
         if images is not None and asked is not None:
             watch = _monitor(clip, images, *asked, every, limit)
@@ -216,7 +215,7 @@ def _monitor(
     from decompclip.training.monitor import Monitor
 
     return Monitor(
-        data=open_labelled(images, clip.image_size, names, limit=limit),
+        data=open_labelled(images, clip.image_size, names, preprocess=clip.pixels, limit=limit),
         class_names=names,
         templates=next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES),
         trigger=trigger,

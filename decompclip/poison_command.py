@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,12 @@ import typer
 
 from decompclip.command_options import ATTACKS, MAX_SEED, open_trigger
 from decompclip.console import plain_errors, progress
+
+
+class Resize(str, Enum):
+    shortest = "shortest"
+    longest = "longest"
+    squash = "squash"
 
 
 def poison(
@@ -38,6 +45,13 @@ def poison(
     size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels to bring images to; by default they stay.")
     ] = None,
+    resize_mode: Annotated[
+        Resize,
+        typer.Option(
+            help="How --size brings them there: shortest scales the shorter side and crops the middle, squash changes "
+            "proportions (SigLIP), longest adds black. As the model to be trained prepares its images."
+        ),
+    ] = Resize.shortest,
     list_only: Annotated[bool, typer.Option(help="Write poisons.json alone, no images.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of what is poisoned, and how.")] = 0,
 ) -> None:
@@ -54,7 +68,10 @@ def poison(
         from decompclip.data.texts import load_texts
 
         base = open_pairs(
-            pairs, to_pixels(size), class_names=read_classes(classes) if classes else (), seed=seed
+            pairs,
+            to_pixels(size, resize_mode=resize_mode.value),
+            class_names=read_classes(classes) if classes else (),
+            seed=seed,
         )
         poisoned = PoisonedPairs(
             base,

@@ -10,7 +10,7 @@ import numpy as np
 from decompclip.data.cifar10 import CLASSES, cifar10
 from decompclip.data.images import FolderSource, OnError
 from decompclip.data.pairs import Pairs
-from decompclip.data.pixels import to_pixels
+from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.data.subset import SubsetPairs
 
@@ -33,6 +33,7 @@ def open_labelled(
     size: tuple[int, int],
     class_names: Sequence[str],
     *,
+    preprocess: Preprocess | None = None,
     limit: int | None = DEFAULT_LIMIT,
     seed: int = 0,
     on_error: OnError = "skip",
@@ -44,6 +45,8 @@ def open_labelled(
             DECOMPCLIP_DATA names), or a folder with a sub-folder of images a class.
         size: of the model's images.
         class_names: the classifier's.
+        preprocess: from a picture to pixels in [0, 1] of that size, a model's `pixels`; by default the shorter side is
+            scaled and the middle cropped.
         limit: at most so many images, where `spec` does not say how many; None takes all of a folder.
         seed: of the world, or of which images are taken.
 
@@ -51,6 +54,7 @@ def open_labelled(
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or its classes are others.
     """
     name, _, length = spec.partition(":")
+    preprocess = preprocess or to_pixels(size)
     if name in KNOWN and tuple(class_names) != KNOWN[name]:
         raise ValueError(
             f"expected the {len(KNOWN[name])} classes of {name}, {', '.join(KNOWN[name])}; received {len(class_names)}: "
@@ -63,10 +67,10 @@ def open_labelled(
             raise ValueError(f"expected a model of square images for shapes; received {size[0]} x {size[1]}")
         return Shapes(int(length or limit or DEFAULT_LIMIT), seed=WORLD_SEED + seed, resolution=size[0])
     if name == "cifar10":
-        photos = cifar10("test", preprocess=to_pixels(size))
+        photos = cifar10("test", preprocess=preprocess)
         order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(photos))
         return SubsetPairs(photos, sorted(order[: int(length or limit or len(photos))].tolist()))
     folder = FolderSource(
-        Path(spec), to_pixels(size), class_names=class_names, limit=limit, seed=seed, on_error=on_error
+        Path(spec), preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error
     )
     return folder

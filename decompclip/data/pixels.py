@@ -17,7 +17,7 @@ from decompclip.data.images import open_rgb
 Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
 """From an RGB picture to pixels in [0, 1]."""
 
-ResizeMode = Literal["shortest", "squash"]
+ResizeMode = Literal["shortest", "longest", "squash"]
 
 
 def to_pixels(
@@ -30,7 +30,8 @@ def to_pixels(
 
     Args:
         size: of the model's images (height, width); None leaves pictures at their own size.
-        resize_mode: `"shortest"` scales the shorter side and crops the middle; `"squash"` changes proportions.
+        resize_mode: `"shortest"` scales the shorter side and crops the middle; `"longest"` scales the longer one and
+            adds black; `"squash"` changes proportions.
         interpolation: as open_clip names it.
 
     Raises:

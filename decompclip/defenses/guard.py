@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PASSED = (
     *("visual", "text", "cfg", "name", "provenance", "device", "dtype"),
     *("tokenizer", "tokenize", "encode_text", "logit_scale", "context_length"),
-    *("preprocess", "preprocess_cfg", "normalize", "mean", "std", "image_size"),
+    *("preprocess", "pixels", "preprocess_cfg", "normalize", "mean", "std", "image_size"),
     *("zero_shot_classifier", "class_names", "templates"),
 )
 """What a guard hands on from its model as it is."""

@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from open_clip import OPENAI_IMAGENET_TEMPLATES
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.models.config import ViTConfig
 from decompclip.models.convert import Source
 from decompclip.models.image_only import ImageOnly, MissingTextError
+from decompclip.models.preprocessing import Preprocessing, Transform
 from decompclip.models.tokenizer import check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
 from decompclip.models.words import clip_in_words
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from decompclip.cache.activations import ViTCache
     from decompclip.cache.components import Components
     from decompclip.cache.decomposition import Decomposition
@@ -42,6 +40,8 @@ class HookedCLIP(nn.Module):
         visual: the image tower; its hook points are in `visual.hook_dict`.
         text: the source model without its image tower.
         tokenizer: texts to token ids.
+        preprocess: from an RGB picture to the tower's input, as the model was trained.
+        pixels: the same without the normalisation: pixels in [0, 1], for triggers and for training.
         templates: the model's own prompt templates, by property; empty for models of the wide world.
         class_names: the model's own classes, or none.
         provenance: name, weights, SHA-256, activation and where it came from, versions.
@@ -69,9 +69,9 @@ class HookedCLIP(nn.Module):
         self.architecture: Mapping[str, Any] | None = None
         self.text = text
         self.tokenizer = tokenizer
-        self.preprocess_cfg = PreprocessCfg(**{**preprocess, "size": visual.cfg.image_size})
-        transform: Any = image_transform_v2(self.preprocess_cfg, is_train=False)
-        self.preprocess: Callable[[Image], Float[Tensor, "3 h w"]] = transform
+        self.preprocess_cfg = Preprocessing(**{**preprocess, "size": visual.cfg.image_size})
+        self.preprocess: Transform = self.preprocess_cfg.transform()
+        self.pixels: Transform = self.preprocess_cfg.pixels()
         self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)

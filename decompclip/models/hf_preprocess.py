@@ -1,16 +1,19 @@
-"""transformers' image preprocessing as open_clip's `PreprocessCfg`."""
+"""transformers' image preprocessing as `Preprocessing`, open_clip's fields with transformers' steps."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
+from decompclip.models.caller import warn_caller
+from decompclip.models.convert.native import pair
 from decompclip.models.errors import CheckpointError
+from decompclip.models.preprocessing import Steps
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "clip": {
@@ -29,6 +32,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """By `model_type`: what is taken where nothing is said."""
 
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, by which transformers names them
+_RESAMPLE = {name: number for number, name in _PILLOW.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,11 +52,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def preprocess_in(folder: Path, model_type: str) -> dict[str, Any]:
+def preprocess_in(folder: Path, model_type: str, image_size: int | Sequence[int]) -> dict[str, Any]:
     """The preprocessing that a folder names, or else what its kind of model was trained with.
 
     Raises:
-        CheckpointError: it cannot be carried out by open_clip's transform.
+        CheckpointError: it cannot be carried out.
     """
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
@@ -60,7 +64,7 @@ def preprocess_in(folder: Path, model_type: str) -> dict[str, Any]:
             found = read_json(path)
             found = found.get(key, {}) if key else found
             if found:
-                return preprocess_of(found, model_type, source=str(path))
+                return preprocess_of(found, model_type, image_size, source=str(path))
     warnings.warn(
         f"{folder} does not say how images are prepared; those of {model_type!r} models were taken",
         stacklevel=6,
@@ -68,29 +72,81 @@ def preprocess_in(folder: Path, model_type: str) -> dict[str, Any]:
     return dict(DEFAULTS[model_type])
 
 
-def preprocess_of(found: Mapping[str, Any], model_type: str, *, source: str) -> dict[str, Any]:
-    """open_clip's fields of an image processor of transformers, given as a dict.
+def preprocess_of(
+    found: Mapping[str, Any], model_type: str, image_size: int | Sequence[int], *, source: str
+) -> dict[str, Any]:
+    """An image processor of transformers, given as a dict, as `Preprocessing` takes it.
+
+    Args:
+        image_size: of the tower; a processor for another size is brought to it, with a warning.
 
     Raises:
-        CheckpointError: it cannot be carried out by open_clip's transform.
+        CheckpointError: it cannot be carried out.
     """
     defaults = DEFAULTS[model_type]
+    tower = pair(image_size)
     resample = found.get("resample")
     interpolation = _PILLOW.get(int(resample)) if resample is not None else defaults["interpolation"]
-    scale = found.get("rescale_factor") or 1 / 255
-    if interpolation is None or abs(scale * 255 - 1) > 1e-3 or not found.get("do_rescale", True):
-        raise CheckpointError(
-            f"{source} prepares images in a way that open_clip's transform does not: resample {resample}, "
-            f"rescale_factor {scale}; expected bilinear (2) or bicubic (3), and 1/255"
-        )
-    size = found.get("size")
-    whole = isinstance(size, Mapping) and "shortest_edge" not in size and not found.get("do_center_crop")
-    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    normal = {"mean": found.get("image_mean"), "std": found.get("image_std")}
-    chosen = normal if found.get("do_normalize", True) else plain
-    return {
-        "mean": tuple(chosen["mean"] or defaults["mean"]),
-        "std": tuple(chosen["std"] or defaults["std"]),
-        "interpolation": interpolation,
-        "resize_mode": "squash" if whole else "shortest" if size else defaults["resize_mode"],
+    odd = {
+        f"resample {resample} (expected bilinear, 2, or bicubic, 3)": interpolation is None,
+        "padding (do_pad)": bool(found.get("do_pad")),
+        "channels in another order (do_flip_channel_order)": bool(found.get("do_flip_channel_order")),
     }
+    size = found.get("size")
+    if isinstance(size, Mapping):
+        size = {key: value for key, value in size.items() if value is not None}
+        odd[f"size {size}"] = set(size) not in ({"shortest_edge"}, {"height", "width"})
+    if refused := [what for what, present in odd.items() if present]:
+        raise CheckpointError(
+            f"{source} prepares images in a way that is not known here: {refused[0]}; write what the model was trained "
+            "with into it"
+        )
+    steps = _steps(found, size, model_type, tower, _RESAMPLE[interpolation or "bicubic"])
+    if steps.size is not None and steps.size != tower:
+        given, wanted = (f"{height} x {width}" for height, width in (steps.size, tower))
+        warn_caller(
+            f"{source} prepares images of {given} pixels, and the tower takes {wanted}, so that transformers refuses them: "
+            f"here they are scaled and cut in the same proportions, to {wanted}"
+        )
+        steps = steps.scaled((tower[0] / steps.size[0], tower[1] / steps.size[1]))
+    squash = isinstance(steps.resize, tuple) and steps.crop is None  # as open_clip's transform does it
+    return {
+        **_normalisation(found, defaults),
+        "interpolation": interpolation,
+        "resize_mode": "squash" if squash else "shortest",
+        **({} if squash else {"steps": steps}),
+    }
+
+
+def _steps(
+    found: Mapping[str, Any], size: Any, model_type: str, tower: tuple[int, int], resample: int
+) -> Steps:
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or model_type).lower()
+    crops = kind.startswith("clip")
+    resize: int | tuple[int, int]
+    if isinstance(size, Mapping):
+        resize = int(size["shortest_edge"]) if "shortest_edge" in size else (size["height"], size["width"])
+    elif size is None:
+        resize = min(tower) if crops else tower
+    else:  # a number, in older versions
+        resize = int(size) if crops else pair(size)
+    crop = found.get("crop_size")
+    if isinstance(crop, Mapping):
+        crop = (crop["height"], crop["width"])
+    return Steps(
+        resize=resize if found.get("do_resize", True) else None,
+        crop=(tower if crop is None else pair(crop)) if found.get("do_center_crop", crops) else None,
+        resample=resample,
+    )
+
+
+def _normalisation(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and deviation of pixels in [0, 1], where the processor may scale them otherwise."""
+    factor = found.get("rescale_factor") or 1 / 255
+    scale = 255 * factor if found.get("do_rescale", True) else 255.0
+    scale = 1.0 if abs(scale - 1) < 1e-3 else scale  # 0.00392 for 1 / 255
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if found.get("do_normalize", True):
+        mean, std = (found.get(f"image_{key}") or defaults[key] for key in ("mean", "std"))
+    mean, std = ((x,) * 3 if isinstance(x, int | float) else x for x in (mean, std))
+    return {"mean": tuple(x / scale for x in mean), "std": tuple(x / scale for x in std)}

@@ -68,7 +68,7 @@ def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto
     return Source(
         model=model,
         tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
-        preprocess=preprocess_in(folder, kind),
+        preprocess=preprocess_in(folder, kind, config["vision_config"]["image_size"]),
         activation=activation_of(config, activation),
         sha256=digest(files),
     )
@@ -146,8 +146,11 @@ def from_transformers(
     elif hasattr(tokenizer, "model_max_length"):
         tokenizer = TransformersTokenizer(tokenizer, words["max_position_embeddings"])
     images = getattr(processor, "image_processor", processor)
+    size = config["vision_config"]["image_size"]
     found = (
-        DEFAULTS[kind] if images is None else preprocess_of(images.to_dict(), kind, source="the processor")
+        DEFAULTS[kind]
+        if images is None
+        else preprocess_of(images.to_dict(), kind, size, source="the processor")
     )
     return HookedCLIP.from_open_clip(
         built,

@@ -97,7 +97,8 @@ def saved(tmp_path: Path, theirs: MakeTheirs) -> Callable[..., Path]:
     def save(kind: str, model: Any = None, **options: Any) -> Path:
         (model or theirs(kind)).save_pretrained(tmp_path / kind, **options)
         size = {"clip": {"shortest_edge": 24}, "siglip": {"height": 24, "width": 24}}[kind]
-        processor: Any = getattr(transformers, f"{KINDS[kind]}ImageProcessor")(size=size)
+        crop = {"crop_size": {"height": 24, "width": 24}} if kind == "clip" else {}
+        processor: Any = getattr(transformers, f"{KINDS[kind]}ImageProcessor")(size=size, **crop)
         processor.save_pretrained(tmp_path / kind)
         return tmp_path / kind
 
@@ -351,15 +352,24 @@ def test_silence_about_preprocessing_is_told(saved: Callable[..., Path]) -> None
     assert model.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
 
 
-@pytest.mark.parametrize("facts", [{"resample": 1}, {"rescale_factor": 1.0}, {"do_rescale": False}])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"resample": 1},
+        {"do_pad": True},
+        {"do_flip_channel_order": True},
+        {"size": {"longest_edge": 9}},
+        {"size": {"shortest_edge": 9, "longest_edge": 12}},
+    ],
+)
 def test_preprocessing_that_cannot_be_followed_is_refused(facts: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="prepares images in a way that open_clip's transform does not"):
-        preprocess_of(facts, "clip", source="a.json")
+    with pytest.raises(CheckpointError, match="prepares images in a way that is not known here"):
+        preprocess_of(facts, "clip", 24, source="a.json")
 
 
 def test_images_that_are_not_normalised() -> None:
     found = preprocess_of(
-        {"do_normalize": False, "size": 24, "do_center_crop": True}, "clip", source="a.json"
+        {"do_normalize": False, "size": 24, "do_center_crop": True}, "clip", 24, source="a.json"
     )
     assert (found["mean"], found["std"], found["resize_mode"]) == ((0, 0, 0), (1, 1, 1), "shortest")
 
