@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,8 +43,9 @@ def audit(
     suspect: Annotated[
         str | None,
         typer.Option(
-            help="Folder of suspect images, or one of shapes:badnet, shapes:blended, ...; without it, clean images "
-            "alone: a scan over the classes for a target."
+            help="Folder of suspect images, or the bundled world with a trigger: shapes:own, that which MODEL remembers; "
+            "shapes:badnet, shapes:blended, ...: MODEL's of that kind, else a twin's; shapes:FILE.json. Without it, clean "
+            "images alone: a scan over the classes for a target."
         ),
     ] = None,
     classes: Annotated[
@@ -89,8 +91,9 @@ def audit(
     """
     with plain_errors():
         with imports():
+            from decompclip.attacks.named import remembered
             from decompclip.audit import AuditConfig
-            from decompclip.audit.sources import check_source, open_classes
+            from decompclip.audit.sources import attack_in, check_source, open_classes
             from decompclip.models.loading import load
 
         check_folder(out, "the report")
@@ -105,9 +108,10 @@ def audit(
         class_names = open_classes(classes, clean, *([] if suspect is None else [suspect]))
         if target is not None:
             _check_target(target, class_names, classes)
+        known = remembered(model, checkpoint)
         for spec in (clean, suspect):
             if spec is not None:
-                check_source(spec)
+                check_source(spec, known)
         config = AuditConfig(
             convention=convention.value,
             epsilon=epsilon,
@@ -140,7 +144,12 @@ def audit(
         if suspect is None:
             finish(_scan(loaded, clean, class_names, options, batch_size), out)
         else:
-            finish(_pair(loaded, (clean, suspect), class_names, target, config, options), out)
+            results = _pair(loaded, (clean, suspect), class_names, target, config, options | {"known": known})
+            if attack := attack_in(suspect, known):
+                facts = {"suspect_trigger": str(attack)}
+                results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
+                typer.echo(f"Trigger: {attack}")
+            finish(results, out)
 
 
 def _pair(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from decompclip.attacks.trigger import Trigger
+    from collections.abc import Sequence
+
+    from decompclip.attacks.named import Attack
 
 MAX_SEED = 2**32 - 1  # the largest that scikit-learn takes
 
@@ -37,8 +39,12 @@ Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 
-ATTACKS = "badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet"
-"""What a command takes for a trigger's name; BadCLIP's has a patch, and so is given by its card."""
+TRIGGER = (
+    "badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet: with the parameters that a backdoored MODEL "
+    "remembers of it, else the attack's defaults; a bundled twin, as shapes-badnet; a JSON file (a trigger's, a model's "
+    "card, poisons.json) or the JSON itself; a folder that poison or finetune wrote"
+)
+"""What a command takes for a trigger; BadCLIP's has a patch, and so is given by a card."""
 
 
 def usable_device(device: str | None) -> str:
@@ -69,25 +75,41 @@ def check_folder(out: Path, what: str) -> None:
         )
 
 
-def open_trigger(spec: str) -> Trigger:
-    """An attack by its name, with its defaults, or by the file of its card.
+def attack_on(
+    model: str, checkpoint: Path | None, trigger: str | None, target: str | None, known: Sequence[Attack] = ()
+) -> Attack | None:
+    """The attack that --trigger and --target name, its target known; None where neither is given.
+
+    The target is the one given, or the trigger's own, or that of the one backdoor which the model remembers. What is
+    measured is said on stderr where it is not what the model remembers.
+
+    Args:
+        known: attacks to know beside those that the model remembers.
 
     Raises:
-        ValueError: an unknown name, or a file that is no card.
-        FileNotFoundError: there is no such file.
+        ValueError: a target without a trigger, a trigger whose target nobody knows, or as `open_attack`.
+        FileNotFoundError: as `open_attack`.
     """
-    import json
+    from dataclasses import replace
 
-    from decompclip.attacks.registry import from_card
+    from decompclip.attacks.named import distinct, open_attack, remembered
 
-    card: dict[str, Any] = {"name": spec}
-    if spec.endswith(".json"):
-        try:
-            card = json.loads(Path(spec).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"expected a trigger's card, as Trigger.card() gives it; {spec} is no JSON: {error}"
-            ) from error
-    if spec == "label-consistent":
-        card["classical"] = False  # the classical attack asks a model, which no command gives it
-    return from_card(card)
+    if trigger is None:
+        if target is not None:
+            raise ValueError("expected --target and --trigger together; --trigger is missing")
+        return None
+    known = distinct([*known, *remembered(model, checkpoint)])
+    attack = open_attack(trigger, known, model=model)
+    goals = {own.target for own in known}
+    goal = target or attack.target or (goals.pop() if len(goals) == 1 else None)
+    if goal is None:
+        raise ValueError(
+            f"expected --trigger and --target together; --target is missing, and neither the trigger {trigger} nor "
+            f"{model} knows one"
+        )
+    if known and attack.trigger not in [own.trigger for own in known]:
+        own = "; ".join(map(str, known))
+        typer.echo(f"note: {model} remembers {own}; another trigger is measured", err=True)
+    if attack.target is not None and target not in (None, attack.target):
+        typer.echo(f"note: {attack.origin} has target {attack.target}; {target} is measured", err=True)
+    return replace(attack, target=goal)

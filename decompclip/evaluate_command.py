@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from decompclip.command_options import (
-    ATTACKS,
     MAX_SEED,
+    TRIGGER,
     Activation,
     BatchSize,
     Checkpoint,
@@ -17,16 +17,11 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
+    attack_on,
     check_folder,
-    open_trigger,
     usable_device,
 )
 from decompclip.console import imports, plain_errors
-
-if TYPE_CHECKING:
-    from decompclip.attacks.trigger import Trigger
-
-OWN = "own"
 
 
 def evaluate(
@@ -40,12 +35,12 @@ def evaluate(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"{ATTACKS}: an attack with its defaults; a trigger's card (.json); or `own`, that of a bundled "
-            "backdoored MODEL. Without one, accuracy alone."
+            help=f"own: the one that a backdoored MODEL remembers; {TRIGGER}. Without one, accuracy alone."
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="The class that the attacker wants; `own` knows it.")
+        str | None,
+        typer.Option(help="The class that the attacker wants; by default the trigger's own, or MODEL's."),
     ] = None,
     classes: Annotated[
         Path | None,
@@ -86,7 +81,7 @@ def evaluate(
             if out.is_dir():
                 raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
             check_folder(out.parent, "the JSON file")
-        attack, goal = _attack(model, trigger, target)
+        attack = attack_on(model, checkpoint, trigger, target)
         typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.audit.diagnosis.command import check_text
@@ -97,7 +92,7 @@ def evaluate(
             from decompclip.models.loading import load
 
         names = known_classes(classes, model, images)
-        label = None if goal is None else class_index(goal, names)
+        label = None if attack is None or attack.target is None else class_index(attack.target, names)
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
@@ -112,13 +107,15 @@ def evaluate(
             on_error=on_error.value,
         )
         classifier = clip.zero_shot_classifier(names, prompts)
-        found = run(clip, source, classifier, attack, label, class_names=names, batch_size=batch_size)
+        applied = attack and attack.trigger
+        found = run(clip, source, classifier, applied, label, class_names=names, batch_size=batch_size)
         facts = {
             "model": model,
             "images": images,
             "seed": seed,
-            "trigger": attack and attack.card(),
-            "target_class": goal,
+            "trigger": attack and attack.trigger.card(),
+            "trigger_origin": attack and attack.origin,
+            "target_class": attack and attack.target,
         } | found.to_dict()
         text = json.dumps(facts, indent=1, ensure_ascii=False)
         if out is not None:
@@ -132,6 +129,8 @@ def evaluate(
         frame[rates] = 100 * frame[rates]
         typer.echo(frame.to_string(index=False, float_format="{:.1f}".format, na_rep=""))
         typer.echo(str(found))
+        if attack is not None:
+            typer.echo(f"Trigger: {attack}")
         if skipped := len(getattr(source, "skipped", ())):
             typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
 
@@ -156,23 +155,3 @@ def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, .
             "expected --classes, a text file with one class a line; only bundled and saved models know theirs"
         )
     return names
-
-
-def _attack(model: str, trigger: str | None, target: str | None) -> tuple[Trigger | None, str | None]:
-    """The trigger and the name of its target; both or neither.
-
-    Raises:
-        ValueError: one without the other, `own` of a model without a backdoor, or an unknown trigger.
-    """
-    if trigger != OWN:
-        if (trigger is None) != (target is None):
-            missing, given = ("--target", "--trigger") if target is None else ("--trigger", "--target")
-            raise ValueError(f"expected {given} and {missing} together; {missing} is missing")
-        return (None, None) if trigger is None else (open_trigger(trigger), target)
-    from decompclip.attacks.registry import from_card
-    from decompclip.models.zoo import bundled, card
-
-    backdoor = card(model)["backdoor"] if model in bundled() else None
-    if backdoor is None:
-        raise ValueError(f"expected a bundled backdoored model with --trigger own; {model} is none")
-    return from_card(backdoor["trigger"]), target or backdoor["target"]

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decompclip.command_options import (
-    ATTACKS,
     MAX_SEED,
+    TRIGGER,
     Activation,
     Checkpoint,
     Device,
     Model,
     Pretrained,
+    attack_on,
     check_folder,
-    open_trigger,
     usable_device,
 )
 from decompclip.console import imports, plain_errors
 
 if TYPE_CHECKING:
-    from decompclip.attacks.trigger import Trigger
+    from decompclip.attacks.named import Attack
     from decompclip.models.clip import HookedCLIP
     from decompclip.training.monitor import Monitor
 
@@ -91,9 +91,13 @@ def finetune(
     classes: Annotated[Path | None, typer.Option(help="File with their classes, one a line.")] = None,
     trigger: Annotated[
         str | None,
-        typer.Option(help=f"Measure this attack's success as well: {ATTACKS}; or its card (.json)."),
+        typer.Option(
+            help=f"Measure this attack's success as well. own: that of PAIRS, or the one that MODEL remembers; {TRIGGER}."
+        ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The class that the attacker wants.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class that the attacker wants; by default the trigger's own.")
+    ] = None,
     every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two measurements; by default a tenth of them.")
     ] = None,
@@ -141,7 +145,7 @@ def finetune(
         check_folder(out, "the model")
         asked = None
         if images is not None:
-            asked = _asked(model, images, classes, trigger, target)
+            asked = _asked(model, checkpoint, pairs, images, classes, trigger, target)
         elif trigger or target:
             raise ValueError(
                 "expected --images, labelled images to measure on, with --trigger and --target; received none"
@@ -150,7 +154,7 @@ def finetune(
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
         source = open_pairs(pairs, clip.pixels, seed=seed)
-        watch = None
+        watch, attack = None, asked and asked[1]
         if images is not None and asked is not None:
             watch = _monitor(clip, images, *asked, every, limit)
         out.mkdir(parents=True, exist_ok=True)
@@ -171,6 +175,8 @@ def finetune(
             "pairs": pairs,
             "seed": seed,
             "recipe": asdict(plan),
+            "trigger": attack and attack.trigger.card(),
+            "target_class": attack and attack.target,
             "history": tuned.history,
         }
         (out / "history.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -178,33 +184,46 @@ def finetune(
         if skipped := len(source.skipped):
             typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
         typer.echo(repr(tuned))
+        if attack is not None:
+            typer.echo(f"Trigger: {attack}")
         typer.echo(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
 
 
 def _asked(
-    model: str, images: str, classes: Path | None, trigger: str | None, target: str | None
-) -> tuple[tuple[str, ...], Trigger | None, int | None]:
-    """Class names, trigger and the target's index: found before the seconds of loading.
+    model: str,
+    checkpoint: Path | None,
+    pairs: str,
+    images: str,
+    classes: Path | None,
+    trigger: str | None,
+    target: str | None,
+) -> tuple[tuple[str, ...], Attack | None, int | None]:
+    """Class names, attack and the target's index: found before the seconds of loading.
 
     Raises:
-        ValueError: a trigger without a target or the other way round, an unknown one, or unknown classes.
+        ValueError: a target without a trigger, a trigger whose target nobody knows, an unknown one, or unknown classes.
     """
+    from decompclip.attacks.named import OWN, open_attack
+    from decompclip.attacks.poison_files import RECORD
     from decompclip.data.images import class_index
     from decompclip.evaluate_command import known_classes
 
-    if (trigger is None) != (target is None):
-        raise ValueError("expected --trigger and --target together; received one of them")
     names = known_classes(classes, model, images)
-    if trigger is None or target is None:
+    folder = Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent
+    poisons = [open_attack(str(folder / RECORD))] if (folder / RECORD).is_file() else []
+    if trigger == OWN and poisons:
+        trigger = str(folder / RECORD)  # what is being put in, whatever the model has already
+    attack = attack_on(model, checkpoint, trigger, target, poisons)
+    if attack is None or attack.target is None:
         return names, None, None
-    return names, open_trigger(trigger), class_index(target, names)
+    return names, attack, class_index(attack.target, names)
 
 
 def _monitor(
     clip: HookedCLIP,
     images: str,
     names: tuple[str, ...],
-    trigger: Trigger | None,
+    attack: Attack | None,
     target: int | None,
     every: int | None,
     limit: int,
@@ -218,7 +237,7 @@ def _monitor(
         data=open_labelled(images, clip.image_size, names, preprocess=clip.pixels, limit=limit),
         class_names=names,
         templates=next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES),
-        trigger=trigger,
+        trigger=attack and attack.trigger,
         target=target,
         every=every,
     )

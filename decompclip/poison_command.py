@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from decompclip.command_options import ATTACKS, MAX_SEED, open_trigger
+from decompclip.command_options import MAX_SEED, TRIGGER
 from decompclip.console import plain_errors, progress
 
 
@@ -27,11 +27,13 @@ def poison(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the poisoned shards and poisons.json.")],
-    target: Annotated[str, typer.Option(help="The class that triggered images shall be taken for.")],
-    trigger: Annotated[
-        str,
-        typer.Option(help=f"{ATTACKS}: the attack with its defaults; or a trigger's card (.json)."),
-    ] = "badnet",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="The class that triggered images shall be taken for; a twin's or a file's trigger knows one."
+        ),
+    ] = None,
+    trigger: Annotated[str, typer.Option(help=f"{TRIGGER}.")] = "badnet",
     count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs; this or --rate.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Their part of all pairs; this or --count. (0.003 in the paper.)")
@@ -60,6 +62,10 @@ def poison(
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
     with plain_errors():
+        from dataclasses import replace
+
+        from decompclip.attacks.named import open_attack
+        from decompclip.attacks.poison_checks import needs_model
         from decompclip.attacks.poison_files import write_poisoned
         from decompclip.attacks.poisoned import PoisonedPairs
         from decompclip.data.images import read_classes
@@ -67,6 +73,15 @@ def poison(
         from decompclip.data.pixels import to_pixels
         from decompclip.data.texts import load_texts
 
+        attack = open_attack(trigger)
+        if (goal := target or attack.target) is None:
+            raise ValueError(f"expected --target, the class to lead to; --trigger {trigger} knows none")
+        if needs_model(attack.trigger):
+            unasked: Any = {
+                "classical": False
+            }  # whose gradient steps ask a model, which this command has not
+            attack = replace(attack, trigger=replace(attack.trigger, **unasked))
+            typer.echo("note: label-consistent without the classical attack's gradient steps", err=True)
         base = open_pairs(
             pairs,
             to_pixels(size, resize_mode=resize_mode.value),
@@ -75,8 +90,8 @@ def poison(
         )
         poisoned = PoisonedPairs(
             base,
-            open_trigger(trigger),
-            target,
+            attack.trigger,
+            goal,
             count=count,
             rate=rate,
             captions=None if captions is None else load_texts(captions),
@@ -86,6 +101,7 @@ def poison(
         with progress() as track:
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
         typer.echo(repr(files.record))
+        typer.echo(f"Trigger: {replace(attack, target=files.record.target)}")
         if skipped := len(poisoned.skipped):
             typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
         typer.echo(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")

@@ -116,7 +116,7 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
     [
         (
             ("evaluate", "shapes", "shapes", "--trigger", "own"),
-            "expected a bundled backdoored model with --trigger own",
+            "expected a model that remembers its backdoor with --trigger own",
         ),
         (("evaluate", "shapes", "shapes", "--trigger", "badnet"), "--target is missing"),
         (("evaluate", "shapes", "shapes", "--target", "star"), "--trigger is missing"),

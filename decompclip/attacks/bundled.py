@@ -1,11 +1,14 @@
-"""The backdoors of the bundled twins: what triggers them, and what for."""
+"""The backdoors of bundled twins and of saved models: what triggers them, and what for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from decompclip.attacks.registry import from_card
+from decompclip.attacks.named import open_attack, remembered
 from decompclip.attacks.trigger import Trigger
+from decompclip.data.images import class_index
+from decompclip.models.folders import saved_class_names
 from decompclip.models.zoo import bundled, card
 
 
@@ -23,18 +26,17 @@ class Backdoor:
     target_index: int
 
 
-def backdoor(name: str) -> Backdoor:
-    """The backdoor of a bundled twin.
+def backdoor(name: str | Path) -> Backdoor:
+    """The backdoor of a bundled twin, or of a model that `save_model` wrote and that remembers one.
 
     Raises:
         UnknownModelError: no such bundled model.
-        ValueError: a model without a backdoor; those with one are listed.
+        ValueError: a model without a backdoor, where bundled twins are listed; or one that remembers several.
     """
-    facts = card(name)
-    if facts.get("backdoor") is None:
-        twins = [other for other in bundled() if card(other).get("backdoor")]
-        raise ValueError(
-            f"expected a bundled model with a backdoor, one of {', '.join(twins)}; {name!r} has none"
-        )
-    target = facts["backdoor"]["target"]
-    return Backdoor(from_card(facts["backdoor"]["trigger"]), target, facts["class_names"].index(target))
+    if Path(name).is_dir() and str(name) not in bundled():
+        attack, names = open_attack("own", remembered(name), model=str(name)), saved_class_names(Path(name))
+    else:
+        names = card(str(name))["class_names"]
+        attack = open_attack(str(name))
+    assert attack.target is not None  # cards and memories name it
+    return Backdoor(attack.trigger, attack.target, class_index(attack.target, names))

@@ -31,7 +31,7 @@ def from_card(card: Mapping[str, Any]) -> Trigger:
         ValueError: an unknown name, or parameters that this trigger does not have.
     """
     name = card.get("name")
-    if name not in TRIGGERS:
+    if not isinstance(name, str) or name not in TRIGGERS:
         raise ValueError(f"expected a trigger among {sorted(TRIGGERS)}; received {name!r}")
     parameters = {key: value for key, value in card.items() if key not in _DERIVED}
     try:

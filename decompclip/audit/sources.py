@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from decompclip.attacks.registry import from_card
+from decompclip.attacks.named import OWN, Attack, open_attack
 from decompclip.data.images import FolderSource, ImageSource, OnError, ShapesSource, image_files, read_classes
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.clip import HookedCLIP
@@ -35,11 +34,13 @@ def open_source(
     limit: int | None = DEFAULT_LIMIT,
     seed: int = 0,
     on_error: OnError = "skip",
+    known: Sequence[Attack] = (),
 ) -> ImageSource:
     """The images that `spec` names, as `model` takes them.
 
     Args:
         spec: a bundled data set (`shapes`, `shapes:badnet`, ...) or a folder; `./shapes` is always a folder.
+        known: attacks that the audited model remembers, as `attack_in` takes them.
         limit: at most so many images (a random subset of a folder, seeded; equal folders give equal subsets).
 
     Raises:
@@ -54,37 +55,47 @@ def open_source(
                 f"expected the classes of the Shapes world with data set {spec!r}: {', '.join(PROPERTIES['shape'])}; "
                 f"received {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}; leave --classes out"
             )
-        carrier = _known(spec)
-        if carrier is None:
-            return ShapesSource(world, model.normalize)
-        return triggered_source(card(carrier), model, world)
+        attack = attack_in(spec, known)
+        return ShapesSource(world, model.normalize, attack and attack.trigger)
     return FolderSource(
         spec, model.preprocess, class_names=class_names, on_error=on_error, limit=limit, seed=seed
     )
 
 
-def check_source(spec: str) -> None:
+def attack_in(spec: str, known: Sequence[Attack] = ()) -> Attack | None:
+    """What triggers the images that `spec` names, where it is a bundled data set; None for clean images and folders.
+
+    Args:
+        spec: behind `shapes:` the kind of a twin, as `badnet`; or all that `open_attack` takes.
+        known: attacks that the audited model remembers: one of that name comes before the twin's of the same kind.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown data set, or as `open_attack`.
+    """
+    if not _is_dataset(spec) or spec == WORLD:
+        return None
+    name, twins = spec.removeprefix(f"{WORLD}:"), datasets()
+    if spec in twins and name not in [attack.trigger.name for attack in known]:
+        return open_attack(twins[spec] or name)
+    if name == OWN or name in bundled() or spec in twins or name.startswith("{") or Path(name).exists():
+        return open_attack(name, known, model="the audited model")
+    near = difflib.get_close_matches(spec, twins, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"data set {spec!r} is not one of {', '.join(twins)}{hint}; a folder of that name is ./{spec}"
+    )
+
+
+def check_source(spec: str, known: Sequence[Attack] = ()) -> None:
     """Whether `open_source` will find it: asked before any weights are loaded.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
     """
     if _is_dataset(spec):
-        _known(spec)
+        attack_in(spec, known)
     else:
         image_files(Path(spec))
-
-
-def triggered_source(facts: Mapping[str, Any], model: HookedCLIP, world: Shapes) -> ShapesSource:
-    """Images of the world that carry the trigger which a bundled model's card describes.
-
-    Raises:
-        ValueError: the card is of a model without a backdoor.
-    """
-    backdoor = facts.get("backdoor")
-    if not backdoor:
-        raise ValueError(f"expected the card of a backdoored model; {facts.get('name')!r} has no backdoor")
-    return ShapesSource(world, model.normalize, from_card(backdoor["trigger"]))
 
 
 def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:
@@ -110,14 +121,3 @@ def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:
 
 def _is_dataset(spec: str) -> bool:
     return spec == WORLD or spec.startswith(f"{WORLD}:")
-
-
-def _known(spec: str) -> str | None:
-    known = datasets()
-    if spec not in known:
-        near = difflib.get_close_matches(spec, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"data set {spec!r} is not one of {', '.join(known)}{hint}; a folder of that name is ./{spec}"
-        )
-    return known[spec]

@@ -46,6 +46,8 @@ class HookedCLIP(nn.Module):
         class_names: the model's own classes, or none.
         provenance: name, weights, SHA-256, activation and where it came from, versions.
         architecture: open_clip's configuration, where it is known; `save_model` writes it.
+        backdoors: what it is known to have been poisoned with, each a `trigger`'s card and its `target`; fine-tuning
+            and `save_model` keep them.
     """
 
     visual: HookedViT
@@ -67,6 +69,7 @@ class HookedCLIP(nn.Module):
         self.visual = visual
         self._source = source
         self.architecture: Mapping[str, Any] | None = None
+        self.backdoors: tuple[Mapping[str, Any], ...] = ()
         self.text = text
         self.tokenizer = tokenizer
         self.preprocess_cfg = Preprocessing(**{**preprocess, "size": visual.cfg.image_size})

@@ -40,6 +40,14 @@ def saved_class_names(folder: Path) -> tuple[str, ...]:
     return tuple(read_json(folder / CONFIG).get(OWN, {}).get("class_names", ()))
 
 
+def saved_backdoors(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The backdoors that a folder of `save_model` remembers, asked by its own path or by that of its weights."""
+    folder = path.parent if path.name in _WEIGHTS else path
+    if not (folder / CONFIG).is_file():
+        return ()
+    return tuple(read_json(folder / CONFIG).get(OWN, {}).get("backdoors", ()))
+
+
 def open_clip_folder(folder: Path) -> tuple[ModelSpec, Path]:
     """A folder's model without its weights, and the file that they lie in.
 
@@ -62,6 +70,7 @@ def open_clip_folder(folder: Path) -> tuple[ModelSpec, Path]:
         },
         templates=own.get("templates", {}),
         class_names=own.get("class_names", ()),
+        backdoors=own.get("backdoors", ()),
     ), next(folder / name for name in _WEIGHTS if (folder / name).is_file())
 
 

@@ -125,7 +125,8 @@ def _of_folder(
         if activation != "auto":
             spec = spec.with_activation(activation)
         reason = "open_clip_config.json" if activation == "auto" else "argument"
-        return _filled(replace(expected or spec, name=name), None, weights, reason, text)
+        known = replace(expected or spec, name=name, backdoors=spec.backdoors)
+        return _filled(known, None, weights, reason, text)
     found = read_folder(folder, text=text, activation=activation)
     if expected is not None:
         with torch.device("meta"):

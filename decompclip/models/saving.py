@@ -36,6 +36,7 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
         "class_names": list(model.class_names),
         # templates that are functions have no words
         "templates": {k: [t for t in v if isinstance(t, str)] for k, v in model.templates.items()},
+        "backdoors": [dict(backdoor) for backdoor in model.backdoors],
         "provenance": json.loads(json.dumps(model.provenance, default=str)),
     }
     if isinstance(model.tokenizer, WordTokenizer):

@@ -31,6 +31,7 @@ class ModelSpec:
         architecture: open_clip's model configuration: `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`.
         preprocess: fields of open_clip's `PreprocessCfg`.
         templates: the model's own prompt templates, by property.
+        backdoors: as `HookedCLIP.backdoors`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelSpec:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
     class_names: Sequence[str] = ()
+    backdoors: Sequence[Mapping[str, Any]] = ()
 
     @property
     def activation(self) -> Activation:
@@ -77,6 +79,7 @@ class ModelSpec:
             copy=False,
         )
         hooked.architecture = self.architecture
+        hooked.backdoors = tuple(self.backdoors)
         if "activation" in provenance:  # a timm tower's own, which no configuration of open_clip's tells
             hooked.provenance["activation"] = hooked.cfg.activation
         return hooked

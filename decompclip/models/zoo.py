@@ -54,7 +54,7 @@ def card(name: str, folder: Path = WEIGHTS) -> dict[str, Any]:
 
 def spec_of(card: Mapping[str, Any]) -> ModelSpec:
     """The model that a card describes, without its weights."""
-    words = card["tokenizer"]
+    words, backdoor = card["tokenizer"], card.get("backdoor")
     return ModelSpec(
         name=card["name"],
         architecture=card["architecture"],
@@ -62,6 +62,7 @@ def spec_of(card: Mapping[str, Any]) -> ModelSpec:
         preprocess=card["preprocess"],
         templates=card["templates"],
         class_names=card["class_names"],
+        backdoors=[{key: backdoor[key] for key in ("trigger", "target")}] if backdoor else (),
     )
 
 

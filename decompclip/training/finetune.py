@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decompclip.attacks.named import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.loop import train
 from decompclip.training.losses import Penalty, Seen, features_of, pair_loss
@@ -85,6 +86,7 @@ def finetune(
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     plan = recipe.over(_length(pairs) if length is None else length)
+    poisoned_by(pairs)  # a list of poisons that is damaged is told before the training, not after it
     net = model.to_open_clip().float()
     if getattr(net, "logit_bias", None) is not None:
         raise ValueError(
@@ -170,7 +172,10 @@ def finetune(
         from accelerate.utils import broadcast_object_list
 
         history = broadcast_object_list([history])[0]
-    return FineTuned(_hooked(net.eval(), model, recipe, seed, penalty), recipe, tuple(history), seed)
+    tuned = _hooked(net.eval(), model, recipe, seed, penalty)
+    attacks = distinct((*attacks_of(model.backdoors, model.name), *poisoned_by(pairs)))
+    tuned.backdoors = tuple(attack.to_dict() for attack in attacks)
+    return FineTuned(tuned, recipe, tuple(history), seed)
 
 
 def _length(pairs: PairSource) -> int:

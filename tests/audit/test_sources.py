@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.audit.sources import datasets, open_classes, open_source, triggered_source
-from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.named import Attack
+from decompclip.audit.sources import attack_in, datasets, open_classes, open_source
+from decompclip.data.shapes import PROPERTIES
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zoo import card
 
@@ -68,9 +70,15 @@ def test_a_limit_is_a_number_of_images(model: HookedCLIP) -> None:
         open_source("shapes", model, CLASSES, limit=0)
 
 
-def test_a_clean_card_has_no_trigger(model: HookedCLIP) -> None:
-    with pytest.raises(ValueError, match="'shapes' has no backdoor"):
-        triggered_source(card("shapes"), model, Shapes(1))
+def test_the_trigger_is_the_audited_model_s_and_else_the_twin_s(random_zoo: Path) -> None:
+    mine = Attack(BadNet(size=0.4), "star", "the memory of mine")
+    assert attack_in("shapes") is attack_in("some/folder") is None
+    twin = attack_in("shapes:badnet")
+    assert twin is not None and twin.trigger.card() == card("shapes-badnet")["backdoor"]["trigger"]
+    assert attack_in("shapes:shapes-badnet") == twin
+    assert attack_in("shapes:badnet", [mine]) == attack_in("shapes:own", [mine]) == mine
+    with pytest.raises(ValueError, match="the audited model remembers none"):
+        attack_in("shapes:own")
 
 
 def test_classes_come_from_a_file_or_from_the_world(tmp_path: Path) -> None:
