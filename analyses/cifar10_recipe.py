@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from open_clip.model import CLIP
-from PIL import Image
 from torch import Tensor
 
+from decompclip.data.pictures import open_rgb
 from decompclip.models.tokenizer import WordTokenizer
 from decompclip.training.loop import Recipe
 
@@ -119,8 +119,7 @@ def read_photos(shards: Sequence[Path]) -> Photos:
             for name in sorted(n for n in members if n.endswith(".jpg")):
                 photo, label = members[name], members[name[:-4] + ".cls"]
                 assert photo is not None and label is not None
-                with Image.open(io.BytesIO(photo.read())) as image:
-                    pixels.append(np.asarray(image.convert("RGB")))
+                pixels.append(np.asarray(open_rgb(io.BytesIO(photo.read()))))
                 labels.append(int(label.read()))
     stacked = torch.from_numpy(np.stack(pixels))
     return Photos(rearrange(stacked, "n h w c -> n c h w").contiguous(), torch.tensor(labels))

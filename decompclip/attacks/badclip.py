@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decompclip.attacks.patch import SIZE, Patch, Place
 from decompclip.attacks.trigger import Extent, Trigger
+from decompclip.data.pictures import PictureError, open_rgb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,8 @@ def decode_patch(patch: str) -> Float[Tensor, "3 h w"]:
         ValueError: not the base64 of a picture.
     """
     try:
-        with Image.open(io.BytesIO(base64.b64decode(patch, validate=True))) as image:
-            array = np.array(image.convert("RGB"))
-    except (binascii.Error, OSError, TypeError) as error:
+        array = np.array(open_rgb(io.BytesIO(base64.b64decode(patch, validate=True))))
+    except (binascii.Error, OSError, TypeError, PictureError) as error:
         raise ValueError(
             f"expected a patch as the base64 text of a PNG; received {str(patch)[:24]!r}; `encode_patch` makes one"
         ) from error

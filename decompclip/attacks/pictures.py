@@ -11,6 +11,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from decompclip.data.pictures import PictureError, open_rgb
+
 SIDE = 224
 _FINE = 4  # drawn so many times larger, then averaged: smooth edges
 
@@ -28,9 +30,8 @@ def open_picture(name: str) -> Float[Tensor, "3 h w"]:
         image = canvas.reduce(_FINE)
     elif Path(name).is_file():
         try:
-            with Image.open(name) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:
+            image = open_rgb(name)
+        except (OSError, PictureError) as error:
             raise ValueError(f"expected a picture in {name}; its bytes are none: {error}") from error
     else:
         raise ValueError(f"expected a picture among {sorted(PICTURES)}, or an image file; received {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from decompclip.data.draws import check_templates, template_caption
-from decompclip.data.images import OnError, open_rgb
+from decompclip.data.files import SkippedFile, is_bookkeeping, reason
+from decompclip.data.images import OnError, image_files
 from decompclip.data.pairs import Pairs
-from decompclip.data.pixels import Preprocess, check_image, reason, to_pixels
+from decompclip.data.pictures import open_rgb
+from decompclip.data.pixels import Preprocess, check_image, to_pixels
 
 
 class MapDataset(Protocol):
@@ -144,7 +147,10 @@ def folder_pairs(
     order_seed: int = 0,
     on_error: OnError = "skip",
 ) -> DatasetPairs:
-    """A folder with a sub-folder of images a class (torchvision's `ImageFolder`), captions from templates.
+    """A folder with a sub-folder of images a class (as torchvision's `ImageFolder`), captions from templates.
+
+    Bookkeeping of the system's (`.ipynb_checkpoints`, `__MACOSX`, ...) is no class; other files that are no pictures are
+    listed in `skipped`.
 
     Args:
         templates: with a slot {} for the class's name.
@@ -156,20 +162,53 @@ def folder_pairs(
         FileNotFoundError: no such folder, or no sub-folder or an empty one.
         ValueError: templates without a slot.
     """
-    from torchvision.datasets import ImageFolder
-
-    dataset = ImageFolder(str(folder), loader=open_rgb)
-    names = [(class_names or {}).get(name, name.replace("_", " ")) for name in dataset.classes]
-    return DatasetPairs(
-        dataset,
+    folder = Path(folder)
+    files, left_out = image_files(folder)
+    inside = [file for file in files if len(file.parts) > 1]
+    left_out += [
+        SkippedFile(file.as_posix(), "lies in no sub-folder that names its class")
+        for file in files
+        if len(file.parts) == 1
+    ]
+    classes = sorted({file.parts[0] for file in inside})
+    with_nothing = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not is_bookkeeping(entry.name) and entry.name not in classes
+    )
+    if with_nothing or not classes:
+        raise FileNotFoundError(
+            f"expected a sub-folder of images for each class in {folder}; "
+            f"{', '.join(with_nothing) + ' without any' if with_nothing else 'there is none'}; fill or remove such"
+        )
+    names = [(class_names or {}).get(name, name.replace("_", " ")) for name in classes]
+    pairs = DatasetPairs(
+        _ClassFolders(folder, inside, [classes.index(file.parts[0]) for file in inside]),
         preprocess,
         class_names=names,
         templates=templates,
-        ids=[Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples],
+        ids=[file.as_posix() for file in inside],
         caption_seed=caption_seed,
         order_seed=order_seed,
         on_error=on_error,
     )
+    pairs._left_out |= {skip.path: skip for skip in left_out}
+    return pairs
+
+
+@dataclass(frozen=True)
+class _ClassFolders:
+    """Picture files, read by their place, each with its class."""
+
+    folder: Path
+    files: Sequence[Path]
+    targets: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_rgb(self.folder / self.files[index]), self.targets[index]
 
 
 def _number(second: Any) -> int | None:

@@ -15,13 +15,12 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from decompclip.data.files import SkippedFile, canonical, reason, walk
+from decompclip.data.pictures import SUFFIXES, UNKNOWN, is_picture, open_rgb
 from decompclip.data.shapes import Shapes
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Names of the files that are taken for images, in lower or upper case."""
 
 OnError = Literal["skip", "raise"]
 
@@ -33,14 +32,6 @@ class ImageBatch:
     images: Float[Tensor, "batch 3 h w"]
     labels: Int[Tensor, " batch"] | None
     paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SkippedFile:
-    """A file that was left out: its path inside the folder, and why."""
-
-    path: str
-    reason: str
 
 
 class ImageSource(Protocol):
@@ -57,7 +48,11 @@ class ImageSource(Protocol):
 class FolderSource:
     """The image files of a folder and its sub-folders, in the order of their paths.
 
-    If sub-folders are named after classes (case, spaces, hyphens and underscores aside), an image's label is
+    What is an image is told by a file's content, whatever its name (`decompclip.data.pictures.FORMATS`). All else is listed in
+    `skipped`, but for bookkeeping of the system's (names that begin with a dot, `__MACOSX`, `Thumbs.db`, ...).
+    Links to folders are followed, to each folder once.
+
+    If sub-folders are named after classes (case, spaces, hyphens, underscores and Unicode form aside), an image's label is
     that of the nearest such folder above it, and files outside all of them are left out. If none is, labels
     are None.
 
@@ -90,8 +85,8 @@ class FolderSource:
         if limit is not None and limit < 1:
             raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
         self.folder, self.preprocess, self.on_error = Path(folder), preprocess, on_error
-        self._skipped: dict[Path, SkippedFile] = {}
-        files = image_files(self.folder)
+        files, left_out = image_files(self.folder)
+        self._skipped = {skip.path: skip for skip in left_out}
         self._labels = _folder_labels(files, class_names or ())
         if self._labels:
             for file in files:
@@ -143,16 +138,14 @@ class FolderSource:
     def _read(self, file: Path) -> Image.Image | None:
         try:
             return open_rgb(self.folder / file)
-        except UnidentifiedImageError as error:
-            return self._leave_out(file, "is no picture, or of a kind that is not known", error)
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
-            return self._leave_out(file, str(error) or type(error).__name__, error)
+            return self._leave_out(file, reason(error), error)
 
     def _leave_out(self, file: Path, reason: str, cause: Exception | None = None) -> None:
         if self.on_error == "raise":
             remedy = 'repair or remove it, or leave it out with on_error="skip"'
             raise ValueError(f"{self.folder / file}: {reason}; {remedy}") from cause
-        self._skipped[file] = SkippedFile(file.as_posix(), reason)
+        self._skipped[file.as_posix()] = SkippedFile(file.as_posix(), reason)
 
 
 @dataclass(frozen=True)
@@ -198,21 +191,6 @@ class ShapesSource:
             yield ImageBatch(self.normalise(images), batch.labels, names)
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """A picture file as a viewer shows it: upright, transparency on white, in RGB."""
-    with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to white
-            grey = np.asarray(picture).astype(np.float64) / 257
-            picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-        if picture.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if not (picture.mode.endswith("A") or "transparency" in picture.info):
-            return picture.convert("RGB")
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """Class names from a file: one a line (blank lines and lines that start with # aside), or a JSON list.
 
@@ -255,7 +233,7 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name.casefold())
+    return re.sub(r"[\s_-]+", "", canonical(name))
 
 
 def _places(class_names: Sequence[str]) -> dict[str, list[int]]:
@@ -275,20 +253,27 @@ def _find(name: str, places: dict[str, list[int]]) -> int | None:
     return found[0] if found else None
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Paths of a folder's image files, inside it and in order; raises as `FolderSource` where there are none."""
-    expected = f"expected a folder with image files (names that end in {', '.join(SUFFIXES)})"
+def image_files(folder: Path) -> tuple[list[Path], list[SkippedFile]]:
+    """Paths of a folder's image files, inside it and in order, and what else lies there.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: no such folder, or no image file in it.
+    """
+    expected = f"expected a folder with image files ({', '.join(SUFFIXES)}, or others of that content)"
     if not folder.exists():
         raise FileNotFoundError(f"{expected}; there is no folder {folder}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{expected}; {folder} is a file")
-    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+    found = walk(folder)
+    files = [file for file in found.files if file.suffix.lower() in SUFFIXES or is_picture(folder / file)]
+    pictures = set(files)
+    others = [SkippedFile(file.as_posix(), UNKNOWN) for file in found.files if file not in pictures]
     if not files:
+        hidden = f", and {found.hidden} hidden ones" if found.hidden else ""
         raise ValueError(
-            f"{expected}; {folder} and its sub-folders hold {len(inside)} files, none of them such"
+            f"{expected}; {folder} and its sub-folders hold {len(found.files) + len(found.left_out)} files{hidden}, none of them such"
         )
-    return files
+    return files, [*found.left_out, *others]
 
 
 def _folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> dict[Path, int]:

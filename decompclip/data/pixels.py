@@ -12,7 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.images import open_rgb
+from decompclip.data.files import reason
+from decompclip.data.pictures import open_rgb
 
 Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
 """From an RGB picture to pixels in [0, 1]."""
@@ -43,10 +44,12 @@ def to_pixels(
         return _to_tensor
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
+    from decompclip.models.proportions import without_extremes
+
     cfg = PreprocessCfg(
         size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=resize_mode
     )
-    return image_transform_v2(cfg, is_train=False)  # pyright: ignore[reportReturnType]
+    return without_extremes(image_transform_v2(cfg, is_train=False), cfg)  # pyright: ignore[reportArgumentType]
 
 
 def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
@@ -67,16 +70,10 @@ def stack_images(images: Sequence[Tensor]) -> Float[Tensor, "batch 3 h w"]:
 
 def decode(content: bytes, preprocess: Preprocess) -> Float[Tensor, "3 h w"] | str:
     """Pixels of an image file's content, or why there are none."""
-    file: Any = io.BytesIO(content)
     try:
-        return preprocess(open_rgb(file))
+        return preprocess(open_rgb(io.BytesIO(content)))
     except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
         return reason(error)
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_image(image: Any) -> Float[Tensor, "3 h w"]:

@@ -19,9 +19,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decompclip.data.draws import check_templates, template_caption
+from decompclip.data.files import reason
 from decompclip.data.images import OnError, SkippedFile
 from decompclip.data.pairs import Pairs
-from decompclip.data.pixels import Preprocess, decode, reason, to_pixels
+from decompclip.data.pixels import Preprocess, decode, to_pixels
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
+from decompclip.data.files import reason
 from decompclip.data.images import OnError, SkippedFile
 from decompclip.data.pairs import Pairs
-from decompclip.data.pixels import Preprocess, decode, reason, to_pixels
+from decompclip.data.pixels import Preprocess, decode, to_pixels
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
 CAPTION_COLUMNS = ("title", "caption", "text")

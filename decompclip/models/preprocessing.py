@@ -13,6 +13,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
+from decompclip.models.proportions import CutExtremes, without_extremes
+
 Transform = Callable[[Image.Image], Float[Tensor, "3 h w"]]
 
 
@@ -32,6 +34,7 @@ class Steps:
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         if self.resize is not None:
+            picture = self._cut(self.resize)(picture)
             height, width = self._size(picture.height, picture.width)
             picture = picture.resize((width, height), Image.Resampling(self.resample))
         if self.crop is None:
@@ -42,6 +45,14 @@ class Steps:
             for have, want in zip((picture.height, picture.width), self.crop, strict=True)
         )
         return picture.crop((left, top, left + self.crop[1], top + self.crop[0]))
+
+    def _cut(self, resize: int | tuple[int, int]) -> CutExtremes:
+        how = "bilinear" if self.resample == Image.Resampling.BILINEAR else "bicubic"
+        return (
+            CutExtremes((resize, resize), "shortest", how)
+            if isinstance(resize, int)
+            else CutExtremes(resize, "squash", how)
+        )
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self.resize, int):
@@ -89,15 +100,13 @@ class Preprocessing(PreprocessCfg):
         """From an RGB picture to pixels in [0, 1] of the tower's size, before any normalisation."""
         plain = replace(self, mean=(0, 0, 0), std=(1, 1, 1))
         if self.steps is None:
-            transform: Any = image_transform_v2(plain, is_train=False)
-            return transform
+            return without_extremes(image_transform_v2(plain, is_train=False), plain)
         return _Stepped(self.steps, (int(self.input_size[1]), int(self.input_size[2])))
 
     def transform(self) -> Transform:
         """From an RGB picture to the tower's input."""
         if self.steps is None:
-            transform: Any = image_transform_v2(self, is_train=False)
-            return transform
+            return without_extremes(image_transform_v2(self, is_train=False), self)
         return _Normalised(self.pixels(), tuple(self.mean), tuple(self.std))
 
 

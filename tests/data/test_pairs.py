@@ -459,5 +459,5 @@ def test_a_source_that_is_not_there_lists_what_there_could_be(tmp_path: Path) ->
     ):
         open_pairs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="Couldn't find any class folder"):
+    with pytest.raises(ValueError, match="empty and its sub-folders hold 0 files"):
         open_pairs(tmp_path / "empty")

@@ -17,6 +17,7 @@ from decompclip.audit.diagnosis.pixels import MOST_NORMALISED, denormalise, repa
 from decompclip.audit.diagnosis.result import Fault
 from decompclip.data.images import FolderSource, ImageSource, ShapesSource
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.proportions import CutExtremes
 
 Pictures = Tensor | Sequence[Image.Image] | ImageSource
 """Pixels in [0, 1], pictures, or a source of images."""
@@ -150,8 +151,9 @@ def _other_geometry(model: HookedCLIP) -> Callable[[Image.Image], Float[Tensor, 
     how = InterpolationMode(model.preprocess_cfg.interpolation.replace("random", "bicubic"))
     size = list(model.image_size)
     if model.preprocess_cfg.resize_mode == "squash":
-        return Compose([Resize(max(size), how), CenterCrop(size), ToTensor()])
-    return Compose([Resize(size, how), ToTensor()])
+        cut = CutExtremes((max(size), max(size)), "shortest", how.value)
+        return Compose([cut, Resize(max(size), how), CenterCrop(size), ToTensor()])
+    return Compose([CutExtremes(model.image_size, "squash", how.value), Resize(size, how), ToTensor()])
 
 
 def _fit(model: HookedCLIP, fed: Tensor) -> tuple[Tensor, tuple[Fault, ...]]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
+from decompclip.data.pictures import open_rgb
+
 SEVERITIES = (1, 2, 3, 4, 5)
 Images = Float[Tensor, "batch 3 h w"]
 
@@ -148,7 +150,7 @@ def _jpeg(images: Tensor, quality: float, generator: np.random.Generator) -> Ten
         array = (255 * image).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, format="JPEG", quality=int(quality))
-        made.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1) / 255)
+        made.append(torch.from_numpy(np.array(open_rgb(buffer))).permute(2, 0, 1) / 255)
     return torch.stack(made).to(images) if made else images.clone()
 
 

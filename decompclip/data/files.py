@@ -1,0 +1,154 @@
+"""Files as they lie about: which of a folder's are data, and how to open one that may be none."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+BOOKKEEPING = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+"""What systems leave beside files; all else of theirs begins with a dot (`._photo.jpg`, `.DS_Store`)."""
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that was left out: its path inside the folder, and why."""
+
+    path: str
+    reason: str
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether a file's or folder's name says that it is no data of the user's."""
+    return name.startswith(".") or name.casefold() in map(str.casefold, BOOKKEEPING)
+
+
+def canonical(name: str) -> str:
+    """One form for a name that systems write in several: composed letters, no spaces around, no upper case."""
+    composed = unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", composed.casefold()).strip()
+
+
+def open_regular(path: str | Path, *, root: str | Path | None = None) -> BinaryIO:
+    """A regular file, opened for reading: a FIFO would be waited for without end, and a device has none.
+
+    Args:
+        root: a folder that the file must lie in, links resolved.
+
+    Raises:
+        OSError: it is none, is not there, or lies elsewhere.
+    """
+    if root is not None and not Path(path).resolve().is_relative_to(Path(root).resolve()):
+        raise PermissionError(f"lies outside {root}")
+    _check_regular(os.stat(path).st_mode)
+    # it may have become another since
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line, without the path that an `OSError` repeats."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What lies in a folder and its sub-folders, by paths inside it and in their order.
+
+    Attributes:
+        files: regular files, those behind links too.
+        left_out: what else there is, but for bookkeeping (`is_bookkeeping`) of the system.
+        hidden: how many entries are such.
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[SkippedFile, ...]
+    hidden: int
+
+
+def walk(folder: Path) -> Walk:
+    """Go through a folder. Links to folders are followed, to each folder once: links may go round in circles.
+
+    The order is that of the names' composed Unicode form, so that copies of a folder are in one order on every system.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    top = folder.stat()
+    seen = {(top.st_dev, top.st_ino)}
+    files: list[Path] = []
+    left_out: list[SkippedFile] = []
+    hidden = 0
+    links: list[Path] = []
+
+    def descend(start: Path) -> None:
+        nonlocal hidden
+        waiting = [start]
+        while waiting:
+            at = waiting.pop()
+            try:
+                entries = sorted(os.scandir(folder / at), key=lambda entry: entry.name)
+            except OSError as error:
+                if at == Path():
+                    raise
+                left_out.append(SkippedFile(at.as_posix(), f"cannot be read: {reason(error)}"))
+                continue
+            for entry in entries:
+                path = at / entry.name
+                if is_bookkeeping(entry.name):
+                    hidden += 1
+                elif entry.is_symlink() and os.path.isdir(entry):
+                    links.append(path)
+                else:
+                    waiting.extend(take(path))
+
+    def take(path: Path) -> Iterator[Path]:
+        """Notes a file; yields a folder that was not gone through yet."""
+        try:
+            found = (folder / path).stat()
+        except OSError as error:  # a link to nothing, or gone since
+            left_out.append(SkippedFile(path.as_posix(), reason(error)))
+            return
+        if stat.S_ISREG(found.st_mode):
+            files.append(path)
+        elif not stat.S_ISDIR(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+            left_out.append(SkippedFile(path.as_posix(), f"is {kind}, no file"))
+        elif (found.st_dev, found.st_ino) in seen:
+            left_out.append(SkippedFile(path.as_posix(), "leads to a folder that is read already"))
+        else:
+            seen.add((found.st_dev, found.st_ino))
+            yield path
+
+    descend(Path())
+    while links:  # after the folders themselves, which keep their own names
+        for inside in take(links.pop(0)):
+            descend(inside)
+    return Walk(tuple(sorted(files, key=_order)), tuple(sorted(left_out, key=lambda skip: skip.path)), hidden)
+
+
+def _order(path: Path) -> tuple[tuple[str, ...], Path]:
+    return tuple(unicodedata.normalize("NFC", part) for part in path.parts), path
