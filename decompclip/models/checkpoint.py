@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from decompclip.models.archives import check_archive, members_of
 from decompclip.models.errors import CheckpointError
 from decompclip.models.fit import check_fit
 from decompclip.models.torchscript import OPENAI_NUMBERS, is_torchscript, read_torchscript
 
-__all__ = ["CheckpointError", "check_fit", "read_checkpoint", "sha256"]
+__all__ = ["CheckpointError", "check_fit", "digest", "read_checkpoint", "sha256"]
 
 # Where training scripts keep the weights beside optimizer, epoch and so on, innermost last.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 # What wrappers (DistributedDataParallel, torch.compile, trainers) put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
+
+LONGEST_HEADER = 16 << 20
+"""Bytes of a safetensors header that are parsed; those of models of thousands of weights have some hundred thousand."""
+
+TIMES_ITS_FILE = 4
+"""Weights may share their numbers (an embedding that is tied, a tower that is kept twice), but not without end."""
 
 _TO_SAFETENSORS = (
     "and trust it, or in a sandbox, read it with `torch.load(path, weights_only=False)`, write its weights "
@@ -41,6 +46,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest(files: Sequence[Path]) -> str:
+    """The SHA-256 of a file; of several, that of what `sha256sum` prints for them."""
+    if len(files) == 1:
+        return sha256(files[0])
+    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a local file: safetensors, torch.save's format, or a TorchScript archive such as OpenAI's.
 
@@ -53,10 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     kind = _kind(path)
     if kind == "safetensors":
-        try:
-            content: Any = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(path, error) from error
+        content: Any = _read_safetensors(path)
     elif kind == "torchscript":
         content = read_torchscript(path)
     else:
@@ -92,13 +102,23 @@ def _kind(path: Path) -> str:
     )
 
 
-def _kind_of_zip(path: Path) -> str:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        if is_torchscript(path):
-            return "torchscript"
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > LONGEST_HEADER:
+            raise ValueError(f"its header is said to have {header:,} bytes, more than any model's")
+        return load_file(path)
+    except Exception as error:  # safetensors' own, and Python's for odd shapes and types
+        raise _damaged(path, error) from error
+
+
+def _kind_of_zip(path: Path) -> str:
+    if is_torchscript(path):
+        return "torchscript"
+    try:
+        names = [member.filename for member in members_of(path)]
+    except ValueError as error:
         raise _damaged(path, error) from error
     if names and not any(name.endswith("data.pkl") for name in names):
         raise CheckpointError(
@@ -131,6 +151,8 @@ _HARMLESS = (
 
 def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
     try:
+        if mmap:
+            check_archive(path)
         with torch.serialization.safe_globals([(_Unread, name) for name in _HARMLESS]):
             # mapped, not read: an optimizer's state, twice the weights, is never touched
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -146,7 +168,9 @@ def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
             f"{path} holds more than tensors and plain data: unpickling it {what}. Refused, nothing was run. "
             f"If you know the file, {_TO_SAFETENSORS}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # torch's unpickler trips over odd bytes in many ways; what it may call is bounded
         raise _damaged(path, error) from error
 
 
@@ -169,6 +193,27 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         raise CheckpointError(
             f"no weights in {path}: it holds {held}; expected a state dict, alone or under 'state_dict'"
         )
+    _check_plain(path, weights)
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None):
         weights = {key[len(prefix) :]: value for key, value in weights.items()}
     return weights
+
+
+def _check_plain(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are dense numbers that lie in the file: what is small on disk must not fill the memory."""
+    odd = [
+        key
+        for key, x in weights.items()
+        if x.layout != torch.strided or x.is_meta or x.is_quantized or type(x) not in (Tensor, nn.Parameter)
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds {len(odd)} weights that are no plain tensors ({', '.join(odd[:3])}): sparse, quantised or "
+            "without numbers; save them dense, in floating point"
+        )
+    size, told = path.stat().st_size, sum(x.numel() * x.element_size() for x in weights.values())
+    if told > TIMES_ITS_FILE * size:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, and the weights in it are said to have {told:,}: they repeat the same numbers; "
+            "save contiguous copies (`tensor.clone()`)"
+        )

@@ -68,7 +68,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
         if key in state and wanted[key].is_floating_point() and not state[key].is_floating_point()
     ]
     if not (missing or left_over or reshaped or whole):
-        _check_finite(state, source=source, name=name)
+        _check_finite(wanted, state, source=source, name=name)
         return
     shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
     parts = [
@@ -87,8 +87,15 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     )
 
 
-def _check_finite(state: Mapping[str, Tensor], *, source: str, name: str) -> None:
-    bad = [key for key, value in state.items() if not value.is_meta and not value.isfinite().all()]
+def _check_finite(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, source: str, name: str
+) -> None:
+    # in the model's own type: what fp64 holds may be infinite in fp32
+    bad = [
+        key
+        for key, value in state.items()
+        if not value.is_meta and not value.to(wanted[key].dtype).isfinite().all()
+    ]
     if bad:
         raise CheckpointError(
             f"expected finite weights for {name}; received {source}, where {len(bad)} of {len(state)} hold infinite or "

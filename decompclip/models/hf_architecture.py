@@ -16,9 +16,21 @@ from decompclip.models.config import Activation
 from decompclip.models.errors import CheckpointError
 from decompclip.models.hf_alone import in_whole
 from decompclip.models.image_only import ImageOnly, build_image_only
+from decompclip.models.json_files import (
+    EPSILON,
+    FLAG,
+    SIDES,
+    SIZE,
+    TEXT,
+    Kind,
+    check_fields,
+    may_be_null,
+    part,
+)
+from decompclip.models.sizes import Tower, patches_of
 from decompclip.models.spec import Choice, build_open_clip
 
-__all__ = ["activation_of", "build", "completed"]
+__all__ = ["activation_of", "build", "completed", "towers_of"]
 
 # transformers' defaults, which newer versions leave out of config.json.
 _CLIP_DEFAULTS = {
@@ -77,12 +89,25 @@ _WHY_NOT = {
 }
 
 
+_FIELDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), SIZE),
+    **dict.fromkeys(("num_channels", "vocab_size", "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("projection_dim", "projection_size"), may_be_null(SIZE)),
+    "image_size": SIDES,
+    "patch_size": SIDES,
+    "hidden_act": TEXT,
+    "layer_norm_eps": EPSILON,
+    "vision_use_head": FLAG,
+}
+
+
 def completed(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """A config.json with transformers' defaults where it is silent; an image tower's as that of a whole model.
 
     Raises:
         CheckpointError: it is of another type of model, or of a variant that open_clip cannot build.
     """
+    check_fields(config, {"model_type": may_be_null(TEXT), **_FIELDS}, source=source)
     config = in_whole(config)
     kind = str(config.get("model_type"))
     if kind not in _DEFAULTS:
@@ -91,10 +116,11 @@ def completed(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
             f"{source} holds a model of type {kind!r}{why}; expected one of {', '.join(map(repr, _DEFAULTS))}"
         )
     # configurations of before 2023 keep what was changed in `..._config_dict`, which then has the last word
-    found = {
-        part: {**_DEFAULTS[kind][part], **(config.get(part) or {}), **(config.get(f"{part}_dict") or {})}
-        for part in _PARTS
-    }
+    found = {}
+    for name in _PARTS:
+        own, older = (part(config, key, source=source) for key in (name, f"{name}_dict"))
+        found[name] = {**_DEFAULTS[kind][name], **own, **older}
+        check_fields(found[name], _FIELDS, source=f"{source}, {name}")
     vision, text = found["vision_config"], found["text_config"]
     acts = {vision["hidden_act"], text["hidden_act"]}
     odd = {
@@ -117,6 +143,32 @@ def activation_of(config: Mapping[str, Any], activation: Choice = "auto") -> Act
     act = config["vision_config"]["hidden_act"]
     return (
         "quick_gelu" if act == "quick_gelu" else "gelu_tanh" if "act_kwargs" in _ACTIVATIONS[act] else "gelu"
+    )
+
+
+def towers_of(config: Mapping[str, Any], *, text: bool) -> list[Tower]:
+    """The sizes that a completed config.json gives.
+
+    Args:
+        text: with those of the text tower.
+    """
+    vision, words = config["vision_config"], config["text_config"]
+    patches = patches_of(vision["image_size"], vision["patch_size"])
+    longest = words["max_position_embeddings"]
+    found = [_tower("vision_config", vision, rows=patches, longest=patches)]
+    if text:
+        found.append(_tower("text_config", words, rows=longest + words["vocab_size"], longest=longest))
+    return found
+
+
+def _tower(name: str, part: Mapping[str, Any], *, rows: int, longest: int) -> Tower:
+    return Tower(
+        name=name,
+        layers=part["num_hidden_layers"],
+        width=part["hidden_size"],
+        mlp_ratio=part["intermediate_size"] / part["hidden_size"],
+        rows=rows,
+        longest=longest,
     )
 
 
@@ -219,14 +271,14 @@ def _siglip_tower(vision: Mapping[str, Any], own_activation: bool) -> TimmModel:
     return tower
 
 
-def _shape(part: Mapping[str, Any], own_activation: bool) -> dict[str, Any]:
+def _shape(tower: Mapping[str, Any], own_activation: bool) -> dict[str, Any]:
     """What both towers of open_clip call by the same names."""
     return {
-        "layers": part["num_hidden_layers"],
-        "width": part["hidden_size"],
-        "mlp_ratio": _ratio(part),
-        "norm_kwargs": {"eps": part["layer_norm_eps"]},
-        **(_ACTIVATIONS[part["hidden_act"]] if own_activation else {}),
+        "layers": tower["num_hidden_layers"],
+        "width": tower["hidden_size"],
+        "mlp_ratio": _ratio(tower),
+        "norm_kwargs": {"eps": tower["layer_norm_eps"]},
+        **(_ACTIVATIONS[tower["hidden_act"]] if own_activation else {}),
     }
 
 

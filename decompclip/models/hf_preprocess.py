@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,21 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from decompclip.models.caller import warn_caller
 from decompclip.models.convert.native import pair
 from decompclip.models.errors import CheckpointError
+from decompclip.models.json_files import (
+    FLAG,
+    MEAN,
+    SIZE,
+    STD,
+    TEXT,
+    Kind,
+    between,
+    check_fields,
+    either,
+    is_side,
+    may_be_null,
+    part,
+    read_json,
+)
 from decompclip.models.preprocessing import Steps
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -34,22 +48,27 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, by which transformers names them
 _RESAMPLE = {name: number for number, name in _PILLOW.items()}
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file holds none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}; copy or download it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path} holds {type(found).__name__}, expected an object; copy or download it again"
-        )
-    return found
+_SIZES = Kind(
+    "a side in pixels, or an object of them",
+    lambda value: (
+        is_side(value)
+        or (isinstance(value, Mapping) and all(each is None or is_side(each) for each in value.values()))
+    ),
+)
+_FIELDS: Mapping[str, Kind] = {
+    key: may_be_null(kind)
+    for key, kind in {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"), FLAG),
+        "image_mean": either(MEAN, between(-1e6, 1e6)),
+        "image_std": either(STD, between(1e-6, 1e6)),
+        "resample": SIZE,
+        "rescale_factor": between(1e-6, 1e3),
+        "size": _SIZES,
+        "crop_size": _SIZES,
+        "image_processor_type": TEXT,
+        "feature_extractor_type": TEXT,
+    }.items()
+}
 
 
 def preprocess_in(folder: Path, model_type: str, image_size: int | Sequence[int]) -> dict[str, Any]:
@@ -62,7 +81,7 @@ def preprocess_in(folder: Path, model_type: str, image_size: int | Sequence[int]
         path = folder / name
         if path.is_file():
             found = read_json(path)
-            found = found.get(key, {}) if key else found
+            found = part(found, key, source=str(path)) if key else found
             if found:
                 return preprocess_of(found, model_type, image_size, source=str(path))
     warnings.warn(
@@ -85,6 +104,7 @@ def preprocess_of(
     """
     defaults = DEFAULTS[model_type]
     tower = pair(image_size)
+    check_fields(found, _FIELDS, source=source)
     resample = found.get("resample")
     interpolation = _PILLOW.get(int(resample)) if resample is not None else defaults["interpolation"]
     odd = {
@@ -96,6 +116,9 @@ def preprocess_of(
     if isinstance(size, Mapping):
         size = {key: value for key, value in size.items() if value is not None}
         odd[f"size {size}"] = set(size) not in ({"shortest_edge"}, {"height", "width"})
+    crop = found.get("crop_size")
+    if isinstance(crop, Mapping):
+        odd[f"crop_size {dict(crop)}"] = set(crop) != {"height", "width"} or None in crop.values()
     if refused := [what for what, present in odd.items() if present]:
         raise CheckpointError(
             f"{source} prepares images in a way that is not known here: {refused[0]}; write what the model was trained "

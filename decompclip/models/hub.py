@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -34,6 +36,26 @@ def asked_once(repository: str | None) -> Iterator[None]:
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or (repository is not None and not reachable(repository))
     try:
-        yield
+        with _nobody_asked():
+            yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _nobody_asked() -> Iterator[None]:
+    """Inside, transformers refuses code that comes with a model where it would ask on the standard input to run it.
+
+    open_clip does not say `trust_remote_code=False` where it builds a text tower, and has no option for it.
+    """
+    transformers: Any = sys.modules.get(
+        "transformers.dynamic_module_utils"
+    )  # open_clip imports it if it is there
+    before = getattr(transformers, "TIME_OUT_REMOTE_CODE", 0)
+    try:
+        if transformers is not None:
+            transformers.TIME_OUT_REMOTE_CODE = 0
+        yield
+    finally:
+        if transformers is not None:
+            transformers.TIME_OUT_REMOTE_CODE = before

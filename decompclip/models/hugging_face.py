@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from decompclip.models.caller import warn_caller
-from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.checkpoint import check_fit, read_checkpoint
 from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.errors import CheckpointError, ModelError
 from decompclip.models.hf_alone import WHY, with_prefix
-from decompclip.models.hf_architecture import activation_of, build, completed
-from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of, read_json
+from decompclip.models.hf_architecture import activation_of, build, completed, towers_of
+from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of
 from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.hf_weights import rename
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
+from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
+from decompclip.models.sizes import check_sizes
 from decompclip.models.spec import Choice, versions
 
-__all__ = ["Source", "Text", "digest", "from_transformers", "read_folder", "weights_in"]
+__all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 
 Text = bool | Literal["auto"]
 """Whether to have the text side: yes, no, or as far as it can be had, with a warning."""
 
 _WEIGHTS = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
+"""In the order in which transformers looks for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Source:
     tokenizer: Tokenizer
     preprocess: Mapping[str, Any]
     activation: str
-    sha256: str | None
+    files: Sequence[Path] = ()
 
 
 def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto") -> Source:
@@ -59,19 +62,65 @@ def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto
             f"the folder {folder} holds no config.json (it holds {_listed(folder)}); expected a folder as transformers' "
             "save_pretrained writes, or one with open_clip_config.json; for a file of weights give its own path"
         )
-    config = completed(read_json(path), source=str(folder))
+    found = read_json(path)
+    _check_deployed_alike(found, folder)
+    config = completed(found, source=str(path))
     kind, (text, why) = config["model_type"], _text(config, text)
     files = weights_in(folder)
-    state = {key: value for file in files for key, value in read_checkpoint(file).items()}
-    model = build(config, text=text is not False, activation=activation, why=why)
+    state = _read(files)
+    check_sizes(towers_of(config, text=text is not False), state, source=str(path))
+    options: dict[str, Any] = {"text": text is not False, "activation": activation, "why": why}
+    with torch.device("meta"):  # weights that do not fit are told before memory is taken for a model
+        _fitting(build(config, **options), state, config, source=str(folder))
+    model = build(config, **options)
     _fill(model, state, config, source=str(folder))
     return Source(
         model=model,
         tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
         preprocess=preprocess_in(folder, kind, config["vision_config"]["image_size"]),
         activation=activation_of(config, activation),
-        sha256=digest(files),
+        files=files,
     )
+
+
+def _check_deployed_alike(config: Mapping[str, Any], folder: Path) -> None:
+    """Check that nothing in a folder makes transformers run other weights than those that are read here.
+
+    Raises:
+        CheckpointError: it names another file, quantises, or lays an adapter over the weights.
+    """
+    adapter = folder / "adapter_config.json"
+    why = next(
+        (
+            f"{folder / 'config.json'} has {name} ({shown(config[name])})"
+            for name in ("transformers_weights", "quantization_config")
+            if config.get(name) is not None
+        ),
+        f"{adapter} lays an adapter over the weights" if adapter.is_file() else None,
+    )
+    if why is not None:
+        raise CheckpointError(
+            f"{why}: transformers would run other weights than the plain ones in {folder}; merge them, save the model "
+            "with save_pretrained, and give that folder"
+        )
+
+
+def _read(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights of all files.
+
+    Raises:
+        CheckpointError: one is in two of them.
+    """
+    state: dict[str, Tensor] = {}
+    for file in files:
+        found = read_checkpoint(file)
+        if twice := sorted(state.keys() & found.keys()):
+            raise CheckpointError(
+                f"{file} holds {len(twice)} weights that are in another shard too ({', '.join(twice[:3])}); copy or download "
+                "the folder again"
+            )
+        state |= found
+    return state
 
 
 def _text(config: Mapping[str, Any], text: Text) -> tuple[Text, str]:
@@ -84,6 +133,13 @@ def _text(config: Mapping[str, Any], text: Text) -> tuple[Text, str]:
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str) -> None:
+    model.load_state_dict(_fitting(model, state, config, source=source))
+
+
+def _fitting(
+    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str
+) -> dict[str, Tensor]:
+    """The weights under the names of `model`, checked."""
     kind = config["model_type"]
     if config.get("alone"):
         state = with_prefix(state, kind, source=source)
@@ -93,7 +149,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, An
     if config.get("alone"):  # the scale of logits belongs to the pair of towers
         wanted |= {key: value for key, value in model.state_dict().items() if key.startswith("logit_")}
     check_fit(model, wanted, source=source, name="its config.json")
-    model.load_state_dict(wanted)
+    return wanted
 
 
 def _tokenizer(folder: Path, words: Mapping[str, Any], text: Text) -> Tokenizer:
@@ -183,7 +239,9 @@ def weights_in(folder: Path) -> list[Path]:
         )
     if first.suffix != ".json":
         return [first]
-    names = sorted(set(map(str, read_json(first).get("weight_map", {}).values())))
+    shards = part(read_json(first), "weight_map", source=str(first))
+    check_fields(shards, dict.fromkeys(shards, TEXT), source=f"{first}, weight_map")
+    names = sorted(set(shards.values()))
     astray = [name for name in names if Path(name).name != name]
     missing = [name for name in names if not (folder / name).is_file()]
     if astray or missing or not names:
@@ -192,11 +250,3 @@ def weights_in(folder: Path) -> list[Path]:
             f"({', '.join((astray or missing)[:3]) or 'none'}); copy or download them again"
         )
     return [folder / name for name in names]
-
-
-def digest(files: list[Path]) -> str:
-    """The SHA-256 of a file; of several, that of what `sha256sum` prints for them."""
-    if len(files) == 1:
-        return sha256(files[0])
-    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import open_clip
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decompclip.models.caller import warn_caller
-from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.checkpoint import check_fit, digest, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
 from decompclip.models.errors import ModelError, UnknownModelError
 from decompclip.models.fit import conform, is_of_transformers, models_like
-from decompclip.models.folders import is_of_open_clip, open_clip_folder
+from decompclip.models.folders import (
+    CONFIG,
+    configuration_in,
+    is_of_open_clip,
+    open_clip_folder,
+    other_weights,
+    weights_of_open_clip,
+)
 from decompclip.models.hf_tokenizer import tokenizer_of
 from decompclip.models.hub import asked_once
 from decompclip.models.hugging_face import Text, read_folder
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
 from decompclip.models.memory import from_memory
 from decompclip.models.options import check_options
+from decompclip.models.sizes import check_sizes, out_of, towers_of
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.torchscript import is_of_openai
@@ -120,27 +128,30 @@ def _of_folder(
     folder: Path, name: str, activation: Choice, text: Text, expected: ModelSpec | None = None
 ) -> HookedCLIP:
     """A folder's model; its image tower has to be of the shape `expected`."""
-    if is_of_open_clip(folder):
-        spec, weights = open_clip_folder(folder)
-        if activation != "auto":
-            spec = spec.with_activation(activation)
-        reason = "open_clip_config.json" if activation == "auto" else "argument"
-        known = replace(expected or spec, name=name, backdoors=spec.backdoors)
-        return _filled(known, None, weights, reason, text)
-    found = read_folder(folder, text=text, activation=activation)
-    if expected is not None:
-        with torch.device("meta"):
-            wanted = expected.build_image_only("")
-        state = image_side(conform(wanted, found.model.state_dict()))
-        check_fit(wanted, state, source=str(folder), name=name)
-    reason = "config.json" if activation == "auto" else "argument"
-    return HookedCLIP.from_open_clip(
-        found.model,
-        tokenizer=found.tokenizer,
-        preprocess=found.preprocess,
-        provenance=_provenance(name, None, str(folder), found.sha256, found.activation, reason),
-        copy=False,
-    )
+    with out_of(str(folder)):
+        if is_of_open_clip(folder):
+            spec, weights = open_clip_folder(folder), weights_of_open_clip(folder)
+            if activation != "auto":
+                spec = spec.with_activation(activation)
+            reason = "open_clip_config.json" if activation == "auto" else "argument"
+            known = replace(expected or spec, name=name, backdoors=spec.backdoors)
+            return _filled(known, None, weights, reason, text, folder=folder)
+        found = read_folder(folder, text=text, activation=activation)
+        if expected is not None:
+            with torch.device("meta"):
+                wanted = expected.build_image_only("")
+            state = image_side(conform(wanted, found.model.state_dict()))
+            check_fit(wanted, state, source=str(folder), name=name)
+        reason = "config.json" if activation == "auto" else "argument"
+        return HookedCLIP.from_open_clip(
+            found.model,
+            tokenizer=found.tokenizer,
+            preprocess=found.preprocess,
+            provenance=_provenance(
+                name, None, str(folder), found.activation, reason, files=found.files, folder=folder
+            ),
+            copy=False,
+        )
 
 
 def _bundled(
@@ -189,7 +200,11 @@ def _of_open_clip(
     if checkpoint is not None and Path(checkpoint).is_dir():
         return _of_folder(Path(checkpoint), name, activation, text, expected=spec)
     chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
-    return _filled(spec.with_activation(chosen), pretrained, checkpoint, reason, text)
+    spec = spec.with_activation(chosen)
+    if checkpoint is None:
+        return _filled(spec, pretrained, None, reason, text)
+    with out_of(str(checkpoint)):
+        return _filled(spec, pretrained, checkpoint, reason, text)
 
 
 def _activation(
@@ -214,26 +229,55 @@ def _activation(
 
 
 def _filled(
-    spec: ModelSpec, pretrained: str | None, checkpoint: str | Path | None, reason: str, text: Text
+    spec: ModelSpec,
+    pretrained: str | None,
+    checkpoint: str | Path | None,
+    reason: str,
+    text: Text,
+    *,
+    folder: Path | None = None,
 ) -> HookedCLIP:
-    """A model of `spec` with a tag's weights, the checkpoint's, or random ones."""
+    """A model of `spec` with a tag's weights, the checkpoint's (`folder`: where its configuration lies), or random ones."""
     tag = None if pretrained in (None, RANDOM) else pretrained
     weights = fetch(spec.name, tag) if tag else None if checkpoint is None else Path(checkpoint)
     state = None if tag or weights is None else read_checkpoint(weights)
+    if state is not None:
+        if folder is not None:
+            check_sizes(
+                towers_of(spec.architecture, text=text is not False), state, source=str(folder / CONFIG)
+            )
+        _check_unbuilt(spec, state, text, source=str(weights))
     model = _built(spec, tag, text)
     if isinstance(model, ImageOnly):
         spec = replace(spec, tokenizer=NoTokenizer(model.why))
         state = read_checkpoint(weights) if tag and weights else state
     if state is not None:
-        found = conform(model, state)
-        found = image_side(found) if isinstance(model, ImageOnly) else found
-        check_fit(model, found, source=str(weights), name=spec.name)
+        found = _fitting(model, state, source=str(weights), name=spec.name)
         model.load_state_dict(found)
     if checkpoint is not None and reason == "model name":
         _tell_the_guess(spec.name, checkpoint, spec.activation)
-    digest = None if weights is None else sha256(weights)
-    where = None if checkpoint is None else str(checkpoint)
-    return spec.hook(model, _provenance(spec.name, pretrained, where, digest, spec.activation, reason))
+    where = None if checkpoint is None else str(folder or checkpoint)
+    files = [] if weights is None else [weights]
+    return spec.hook(
+        model,
+        _provenance(spec.name, pretrained, where, spec.activation, reason, files=files, folder=folder),
+    )
+
+
+def _check_unbuilt(spec: ModelSpec, state: Mapping[str, Tensor], text: Text, *, source: str) -> None:
+    """Weights that do not fit are told before memory is taken for a model, and before the hub is asked for a text tower."""
+    alone = text is False or "hf_model_name" in spec.architecture["text_cfg"]
+    with torch.device("meta"):
+        shell = spec.build_image_only("") if alone else spec.build()
+    _fitting(shell, state, source=source, name=spec.name)
+
+
+def _fitting(model: OpenCLIP, state: Mapping[str, Tensor], *, source: str, name: str) -> dict[str, Tensor]:
+    """The weights under the names of `model`, checked."""
+    found = conform(model, state)
+    found = image_side(found) if isinstance(model, ImageOnly) else found
+    check_fit(model, found, source=source, name=name)
+    return found
 
 
 def _built(spec: ModelSpec, tag: str | None, text: Text) -> OpenCLIP:
@@ -272,15 +316,27 @@ def _provenance(
     name: str,
     pretrained: str | None,
     checkpoint: str | None,
-    digest: str | None,
     activation: str,
     reason: str,
+    *,
+    files: Sequence[Path] = (),
+    folder: Path | None = None,
 ) -> dict[str, Any]:
+    """What a model is made of: `files` of weights, and of a folder what lies beside them."""
+    beside = [] if folder is None else configuration_in(folder)
+    left = [] if folder is None else other_weights(folder, files)
+    if left:
+        warn_caller(
+            f"{', '.join(path.name for path in files)} {'is' if len(files) == 1 else 'are'} read, as open_clip and transformers "
+            f"do; in {folder} there lie other weights too, which are not looked at: {', '.join(left[:5])}"
+        )
     return {
         "name": name,
         "pretrained": pretrained,
         "checkpoint": checkpoint,
-        "sha256": digest,
+        "sha256": digest(files) if files else None,
+        "files": {path.name: sha256(path) for path in (*files, *beside)},
+        "files_not_read": left,
         "activation": activation,
         "activation_source": reason,
         "versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompclip.models.archives import check_archive, members_of
 from decompclip.models.errors import CheckpointError
 
 # Why not `torch.jit.load(path).state_dict()`: it compiles the archive's code and rebuilds its objects, for which a
@@ -56,6 +58,11 @@ DAMAGED = (
     AttributeError,
     RuntimeError,  # NotImplementedError and RecursionError among them
     OSError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    MemoryError,
+    struct.error,
 )
 """What reading an archive that is not as torch writes it may raise."""
 
@@ -65,7 +72,7 @@ MOST_PICKLED = 64 * 2**20
 
 def _pickled(archive: zipfile.ZipFile, name: str) -> bytes:
     entry = archive.getinfo(name)
-    # torch never compresses; a small file that inflates to fill the memory is no archive of its
+    # torch never compresses it; a small file that inflates to fill the memory is no archive of its
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MOST_PICKLED:
         raise ValueError(f"{name} is compressed, or larger than {MOST_PICKLED:,} bytes")
     return archive.read(entry)
@@ -75,8 +82,11 @@ def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip archive with code in it, as `torch.jit.save` writes."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        names = [member.filename for member in members_of(path)]
+    except ValueError:
+        return False  # reading it says what is wrong
+    return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
 
 
 def is_of_openai(path: Path) -> bool:
@@ -99,6 +109,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         CheckpointError: the archive is damaged, or its pickle asks for more than torch's writer does.
     """
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
             if len(names) != 1:
@@ -208,8 +219,7 @@ class _Reader:
         if key not in self.storages:
             dtype = _STORED[str(kind).removeprefix("torch ")]
             entry = self.archive.getinfo(f"{self.folder}data/{key}")
-            # torch never compresses; a small file that inflates to fill the memory is no archive of its
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != length * dtype.itemsize:
+            if entry.file_size != length * dtype.itemsize:
                 raise ValueError(f"{entry.filename} does not hold {length} numbers of {dtype}")
             content = bytearray(self.archive.read(entry))
             self.storages[key] = (

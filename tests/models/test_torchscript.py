@@ -155,9 +155,7 @@ def test_a_damaged_archive_says_so(
     assert reason in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("compressed", "told"), [("/data/", "does not hold"), ("data.pkl", "is compressed, or larger than")]
-)
+@pytest.mark.parametrize(("compressed", "told"), [("/data/", "is compressed"), ("data.pkl", "is compressed")])
 def test_compressed_entries_are_refused(archive: Callable[..., Path], compressed: str, told: str) -> None:
     path = archive("script")
     bomb = path.with_name("bomb.pt")
