@@ -32,10 +32,11 @@ import torch
 from analyses.bundled_models import markdown
 from decompclip.audit.demo import Held
 from decompclip.audit.scan import ScanConfig, run_scan
-from decompclip.bench.run import versions, weights_of, write
+from decompclip.bench.run import versions, weights_of
 from decompclip.bench.samples import draw_samples
 from decompclip.data.images import ImageBatch
 from decompclip.evaluation.intervals import Rate
+from decompclip.files import write_json
 from decompclip.models.loading import load
 from decompclip.models.zoo import bundled, card
 from decompclip.zoo.worlds import WORLDS
@@ -125,7 +126,7 @@ def measure(work: Path = WORK, folder: Path = RESULTS, *, share: tuple[int, int]
         path = work / f"{part}-{name}.json"
         if not path.exists():
             found = scan(name, part, work, config)
-            write(path, json.dumps(found, indent=1) + "\n")
+            write_json(path, found)
             print(f"{part}: {name}: {found['seconds']:.0f} s", file=sys.stderr)
     if any(not (work / f"{part}-{name}.json").exists() for part, name in todo):
         return
@@ -134,8 +135,7 @@ def measure(work: Path = WORK, folder: Path = RESULTS, *, share: tuple[int, int]
         runs[part][name] = json.loads((work / f"{part}-{name}.json").read_text(encoding="utf-8"))
     options = {key: value for key, value in vars(config).items() if key != "lead"}
     record = {"config": options, "versions": versions(), "runs": runs}
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "audit_scan.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "audit_scan.json", record)
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:

@@ -12,13 +12,14 @@ turn, in one process. The ratio is of medians.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from decompclip.files import write_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def main() -> None:
     for name, ratio in found["ratios"].items():
         print(f"{name}: {ratio} times the plain forward")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found)
 
 
 if __name__ == "__main__":

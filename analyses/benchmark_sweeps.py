@@ -12,13 +12,14 @@ one: each of the 72 settings reads the store, ablates, sums up the features and 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from decompclip.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,7 +180,7 @@ def main() -> None:
     result = run(replace(config, **{key: given[key] for key in asdict(config)}))
     print(table(result))
     if given["json"]:
-        given["json"].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(given["json"], result)
 
 
 if __name__ == "__main__":

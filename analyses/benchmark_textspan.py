@@ -14,12 +14,13 @@ all: heads do not differ in cost. Both make the same picks.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from decompclip.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +153,7 @@ def main() -> None:
     result = run(config)
     print(table(result))
     if given["json"]:
-        given["json"].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(given["json"], result)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from decompclip.files import write_json
+
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-SigLIP", "EVA02-B-16")
 WORK = ("source", "plain", "decompose", "token_logits")
 DTYPES = ("fp32", "bf16", "fp16", "bf16 autocast", "fp16 autocast")
@@ -237,9 +239,7 @@ def main() -> None:
         print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
     print(table(results))
     if given["json"]:
-        given["json"].write_text(
-            json.dumps({"config": asdict(config), **results}, indent=1) + "\n", encoding="utf-8"
-        )
+        write_json(given["json"], {"config": asdict(config), **results})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from decompclip.data.texts import POOL
+from decompclip.files import write_text
 
 LISTS = Path(__file__).parent / "text_pool"
 
@@ -75,8 +76,7 @@ def main() -> None:
         if not POOL.is_file() or POOL.read_text(encoding="utf-8") != as_file(texts):
             raise SystemExit(f"{POOL} is not what the lists give; run python -m analyses.build_text_pool")
         return
-    POOL.parent.mkdir(parents=True, exist_ok=True)
-    POOL.write_text(as_file(texts), encoding="utf-8", newline="\n")
+    write_text(POOL, as_file(texts))
     print(f"{len(texts)} descriptions in {POOL}")
 
 

@@ -25,6 +25,7 @@ from analyses.reduced_towers import features, reduced_tower, relative_error
 from analyses.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 from decompclip.cache.capture import decompose
 from decompclip.cache.maps import Convention
+from decompclip.files import write_json, write_text
 from decompclip.models.config import ViTConfig
 from decompclip.models.convert import Source, config_of
 from decompclip.models.convert.refusal import WHY_NOT
@@ -122,9 +123,7 @@ def run(names: Sequence[str], store: Path) -> list[Row]:
             continue
         rows[name] = measure(name)
         print(f"{name}: parity {rows[name].parity}, sum error {rows[name].sum_error}", flush=True)
-        half = store.with_name(f"{store.name}.partial")
-        half.write_text(json.dumps([asdict(row) for row in rows.values()]), encoding="utf-8")
-        half.replace(store)
+        write_json(store, [asdict(row) for row in rows.values()])
     return [rows[name] for name in names]
 
 
@@ -220,7 +219,7 @@ def main() -> None:
     if given.fresh:
         store.unlink(missing_ok=True)
     text = page(run(given.names, store))
-    given.out.write_text(text, encoding="utf-8")
+    write_text(given.out, text)
     store.unlink()
 
 

@@ -16,11 +16,12 @@ agreement that the frequencies of both alone would give; kappa is zero there and
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+from decompclip.files import write_json
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -105,8 +106,7 @@ def main() -> None:
         record = {
             f"{model}, {by}": found.to_frame().to_dict("records") for (model, by), found in results.items()
         }
-        text = json.dumps({"config": asdict(config), "parts": record}, indent=1)
-        given.json.write_text(text + "\n", encoding="utf-8")
+        write_json(given.json, {"config": asdict(config), "parts": record})
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from analyses.bundled_models import markdown
-from decompclip.bench.page import render
+from decompclip.bench.page import write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.results import leaderboard
-from decompclip.bench.run import run, write
+from decompclip.bench.run import run
 from decompclip.models.zoo import bundled
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
@@ -34,12 +34,7 @@ BASES = ("shapes", "cifar10")
 
 def measure(work: Path = WORK, folder: Path = RESULTS) -> None:
     runs = run(Plan(models=tuple(bundled())), work, log=lambda line: print(line, file=sys.stderr))
-    folder.mkdir(parents=True, exist_ok=True)
-    board = leaderboard(runs)
-    write(
-        folder / "leaderboard.json", json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-    write(folder / "leaderboard.html", render(board))
+    write_board(leaderboard(runs), folder)
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:

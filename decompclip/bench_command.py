@@ -14,7 +14,6 @@ from decompclip.console import imports, plain_errors
 if TYPE_CHECKING:
     from decompclip.bench.plan import Plan
 
-PAGE, NUMBERS = "leaderboard.html", "leaderboard.json"
 FAST = "fast"
 
 
@@ -59,18 +58,17 @@ def bench(
         check_folder(out, "the leaderboard")
         typer.echo("bench: loading", err=True)  # seconds pass before anything else is seen
         with imports():
-            from decompclip.bench.page import render
+            from decompclip.bench.page import write_board
             from decompclip.bench.results import leaderboard
-            from decompclip.bench.run import run, write
+            from decompclip.bench.run import run
 
         plan = _plan(models, detectors, repairs, images=images, slow_images=slow, seeds=tuple(seed or (0,)))
         runs = run(plan, out, log=lambda line: typer.echo(line, err=True))
         board = leaderboard(runs)
-        write(out / NUMBERS, _json(board))
-        write(out / PAGE, render(board))
+        page = write_board(board, out)
         for line in _lines(board):
             typer.echo(line)
-        typer.echo(f"Leaderboard: {(out / PAGE).resolve()}")
+        typer.echo(f"Leaderboard: {page.resolve()}")
 
 
 def _plan(models: str | None, detectors: str | None, repairs: str | None, **options: Any) -> Plan:
@@ -91,12 +89,6 @@ def _plan(models: str | None, detectors: str | None, repairs: str | None, **opti
 def _names(given: str) -> tuple[str, ...]:
     """Split at commas that stand in no brackets: "Decomp-Det (cosine, quantile)" is one name."""
     return tuple(name.strip() for name in re.split(r",(?![^()]*\))", given) if name.strip())
-
-
-def _json(board: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _lines(board: dict[str, Any]) -> list[str]:

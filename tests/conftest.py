@@ -1,8 +1,9 @@
-"""Shapes are checked in tests, at no cost in use; and towers to test on."""
+"""Shapes are checked in tests, at no cost in use; towers to test on; a disk that is full."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import jaxtyping
 import pytest
@@ -62,3 +63,15 @@ def images() -> torch.Tensor:
 def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave wrong shapes to the package's own checks, as in use: jaxtyping would speak first."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file grows beyond 100 kB: what a full disk does to a writer."""
+    resource = pytest.importorskip("resource", reason="needs limits of the size of files, as Unix has them")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

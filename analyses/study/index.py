@@ -14,8 +14,9 @@ from markupsafe import Markup, escape
 from analyses.study.command import Analysis
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import MissingResult, command, read
-from decompclip.bench.run import write
-from decompclip.figures.export import plotly_script
+from decompclip.figures.export import content_policy, figure_json, plotly_script
+from decompclip.files import write_text
+from decompclip.printable import printable, shown
 
 
 def write_index(folder: Path) -> Path:
@@ -31,17 +32,24 @@ def write_index(folder: Path) -> Path:
             f"expected results in {folder}; there are none; run: python -m analyses --all --model-family shapes"
         )
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
     )
     own = Path(__file__).with_name("index.html").read_text(encoding="utf-8")
     css = (files("decompclip.report") / "templates" / "report.css").read_text(encoding="utf-8")
     css += Path(__file__).with_name("index.css").read_text(encoding="utf-8")
+    js, plotly = Path(__file__).with_name("index.js").read_text(encoding="utf-8"), plotly_script()
     page = environment.from_string(own).render(
-        families=families, css=Markup(css), plotly=Markup(plotly_script())
+        families=families,
+        policy=Markup(content_policy(styles=[css], scripts=[plotly, js])),
+        css=Markup(css),
+        js=Markup(js),
+        plotly=plotly,
     )
-    path = folder / "index.html"
-    write(path, page)
-    return path
+    return write_text(folder / "index.html", page)
 
 
 def _family(name: str, folder: Path) -> dict[str, Any] | None:
@@ -70,10 +78,7 @@ def _entry(name: str, family: str, folder: Path) -> dict[str, Any]:
         "family": record["family"]["title"],
         "finding": _inline(analysis.finding(record)),
         "tables": [as_html(block) for block in analysis.table(record).split("\n\n") if block.strip()],
-        "figures": [
-            Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}))
-            for figure in analysis.plot(record).values()
-        ],
+        "figures": [figure_json(figure) for figure in analysis.plot(record).values()],
         "made": provenance(record),
     }
 
@@ -112,4 +117,4 @@ def as_html(block: str) -> Markup:
 
 
 def _inline(text: str) -> Markup:
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text)))))

@@ -12,7 +12,8 @@ from typing import Any
 
 from analyses.study.case import Member
 from analyses.study.family import Family
-from decompclip.bench.run import versions, write
+from decompclip.bench.run import versions
+from decompclip.files import write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -56,8 +57,7 @@ def save(
         "found": found,
     }
     path = place(analysis, family.name, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(path, record)
     return read(analysis, family.name, folder=folder)
 
 

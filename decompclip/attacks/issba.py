@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from decompclip.attacks.issba_networks import Decoder, Encoder, Shape, build
 from decompclip.attacks.trigger import FIXED, Extent, Trigger, check_pixels, stream
+from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError
 
@@ -159,14 +160,12 @@ def _read(path: Path) -> Networks:
 def write_networks(
     networks: Networks, card: Mapping[str, Any], folder: Path, *, name: str = "issba"
 ) -> dict[str, Any]:
-    """Write weights (fp16) and card, each under a temporary name and then renamed; returns the card."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write weights (fp16) and card together; returns the card."""
     pair = torch.nn.ModuleDict({"encoder": networks.encoder, "decoder": networks.decoder})
     state = {key: value.detach().cpu().half().contiguous() for key, value in pair.state_dict().items()}
-    partial, partial_card = folder / f"{name}.safetensors.partial", folder / f"{name}.json.partial"
-    save_file(state, partial)
-    written = {"name": name, "shape": asdict(networks.shape), **card, "sha256": sha256(partial)}
-    partial_card.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}.safetensors")
-    partial_card.replace(folder / f"{name}.json")
+    with atomic_folder(folder, f"{name}.json") as partial:
+        weights = partial / f"{name}.safetensors"
+        save_file(state, weights)
+        written = {"name": name, "shape": asdict(networks.shape), **card, "sha256": sha256(weights)}
+        write_json(partial / f"{name}.json", written)
     return written

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decompclip.files import write_text
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -81,14 +83,8 @@ class PoisonRecord:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, to a temporary name first; returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        text = json.dumps({"sha256": self.digest, **asdict(self)}, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-        return path
+        """Write it as JSON, whole or not at all; returns the path."""
+        return write_text(path, json.dumps({"sha256": self.digest, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PoisonRecord:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from decompclip.bench.tables import by_attack, detection_means, model_tables, repair_means
+from decompclip.figures.export import content_policy
+from decompclip.files import atomic_folder, digest, write_json, write_text
+from decompclip.printable import printable_all, shown
+
+PAGE, NUMBERS = "leaderboard.html", "leaderboard.json"
 
 TITLE = "Detectors and repairs on the zoo"
 
@@ -32,18 +38,35 @@ REPAIR_TEXT = (
 def render(board: dict[str, Any]) -> str:
     """`leaderboard(...)` as HTML, with its style in it and without scripts."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
     )
     own = files("decompclip.bench") / "templates"
     css = (files("decompclip.report") / "templates" / "report.css").read_text(encoding="utf-8")
     css += (own / "bench.css").read_text(encoding="utf-8")
     return environment.from_string((own / "bench.html").read_text(encoding="utf-8")).render(
         title=TITLE,
+        policy=Markup(content_policy(styles=[css])),
+        run=board.get("run", ""),
         css=Markup(css),
         sections=_sections(board),
         models=[_model(run) for run in board["runs"]],
-        provenance=json.dumps(_provenance(board["runs"]), indent=1, ensure_ascii=False),
+        provenance=escape(
+            json.dumps(printable_all(_provenance(board["runs"])), indent=1, ensure_ascii=False)
+        ),
     )
+
+
+def write_board(board: dict[str, Any], folder: Path) -> Path:
+    """The page and its numbers, which come together and carry the same `run`; returns the page's path."""
+    board = board | {"run": digest(board)}
+    with atomic_folder(folder, NUMBERS) as partial:
+        write_text(partial / PAGE, render(board))
+        write_json(partial / NUMBERS, board)
+    return folder / PAGE
 
 
 def _sections(board: dict[str, Any]) -> list[dict[str, Any]]:

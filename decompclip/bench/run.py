@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import Any
 from decompclip import __version__
 from decompclip.bench.measure import Log, measure
 from decompclip.bench.plan import Plan, base_of
+from decompclip.files import write_json
 from decompclip.models.zoo import card
 
 RUNS = "runs"
@@ -42,7 +42,7 @@ def run(plan: Plan, out: Path, *, log: Log = lambda line: None) -> list[dict[str
         begin = time.perf_counter()
         found = _facts(model, plan, seed) | measure(model, plan, seed=seed, log=lambda line: log(at + line))  # noqa: B023 - called at once
         found["seconds"] = round(time.perf_counter() - begin, 1)
-        write(path, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(path, found)
         log(f"{at}{model}, seed {seed}: {found['seconds']:.0f} s")
         runs.append(found)
     return runs
@@ -52,13 +52,6 @@ def weights_of(model: str) -> str:
     """SHA-256 of the model's weights, as its card says and its loading verifies."""
     facts = card(model)
     return facts.get("weights_sha256") or facts["sha256"]
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name first: there is no half file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _facts(model: str, plan: Plan, seed: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +14,13 @@ from torch import Tensor
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, TermMaps
 from decompclip.cache.token_terms import TokenTerms
+from decompclip.files import atomic_write
 
 FORMAT = "decompclip.decomposition/2"
 
 
 def save_decomposition(d: Decomposition, path: Path) -> Path:
-    """Write to a temporary name beside `path`, then rename: a killed run leaves no half a file."""
+    """Write it whole, or not at all."""
     tensors: dict[str, Tensor | None] = {
         **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "pool", "bias_coords", "target")},
         # Behind an attention pool the maps of heads are views of one identity.
@@ -32,17 +32,12 @@ def save_decomposition(d: Decomposition, path: Path) -> Path:
         tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
     about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
     about |= {"extras": d.maps.extras}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as partial:
         save_file(
             {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None},
-            temporary,
+            partial,
             metadata={"format": FORMAT, "about": json.dumps(about)},
         )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

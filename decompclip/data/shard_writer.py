@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from decompclip.data.pairs import Pair
+from decompclip.files import atomic_write
 
 
 def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 1000) -> list[Path]:
@@ -38,17 +39,15 @@ def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 
     shards: list[Path] = []
     while part := list(itertools.islice(numbered, per_shard)):
         path = folder / f"{len(shards):05d}.tar"
-        partial = path.with_suffix(".partial")
-        try:
-            with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for number, pair in part:
-                    for kind, content in _files(pair):
-                        member = tarfile.TarInfo(f"{number:09d}.{kind}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            atomic_write(path) as partial,
+            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for number, pair in part:
+                for kind, content in _files(pair):
+                    member = tarfile.TarInfo(f"{number:09d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
         shards.append(path)
     if not shards:
         raise ValueError("expected pairs to write; received none")

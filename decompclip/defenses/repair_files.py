@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -19,6 +18,7 @@ from decompclip.cache.fingerprint import same_model
 from decompclip.cache.maps import term_maps
 from decompclip.cache.moments import TERMS, Moments, StreamMeans
 from decompclip.defenses.selector import Selector
+from decompclip.files import atomic_write
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import HookedViT
 
@@ -28,7 +28,7 @@ OPTIONS = ("similarity", "threshold", "epsilon", "quantile", "convention")
 
 
 def save_selector(selector: Selector, path: Path, kind: str, own: dict[str, Any]) -> Path:
-    """Write to a temporary name beside `path`, then rename. Second moments are left out.
+    """Write it whole, or not at all. Second moments are left out.
 
     Args:
         kind: name of the class that judges by the selector; only it reads the file.
@@ -56,17 +56,12 @@ def save_selector(selector: Selector, path: Path, kind: str, own: dict[str, Any]
         "normalized": moments.normalized,
         "convention": moments.maps.convention,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as partial:
         save_file(
             {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items() if x is not None},
-            temporary,
+            partial,
             metadata={"format": FORMAT, "about": json.dumps(about)},
         )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
+from decompclip.files import atomic_write, write_text
+from decompclip.printable import printable_all
 
 Format = Literal["html", "png", "svg", "pdf"]
 
@@ -32,17 +41,15 @@ def write_figure(figure: go.Figure, path: str | Path, *, width: int = 960) -> Pa
             f"expected a file that ends in .{', .'.join(get_args(Format))}; received {path.name}"
         )
     if kind == "html":
-        path.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
-        return path
+        return write_text(path, figure.to_html(include_plotlyjs=True, full_html=True, div_id="figure"))
     try:
         data = on_white(figure).to_image(format=kind, width=width, scale=SCALE if kind == "png" else 1)
     except Exception as error:
         if remedy := _remedy(error):
             raise RuntimeError(f"expected kaleido and a Chrome to write {path.name}; {remedy}") from error
         raise
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)
     return path
 
 
@@ -63,6 +70,32 @@ def _remedy(error: Exception) -> str:
     return ""
 
 
-def plotly_script() -> str:
+@cache
+def plotly_script() -> Markup:
     """plotly.js, for pages that open without a network; it cannot end the element it stands in."""
-    return re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
+    source = get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it: its digest stands in the policy
+    # styles of its maps, which our pages have none of, would be put in by script, against the policy
+    source = re.sub(r'document\.getElementById\("[0-9a-f]{64}"\)', "true", source)
+    return Markup(re.sub(r"</(script)", r"<\\/\1", source, flags=re.IGNORECASE))
+
+
+def figure_json(plot: go.Figure) -> Markup:
+    """A figure as JSON that cannot end the script element it stands in; names in it are printable."""
+    return Markup(json.dumps(printable_all(json.loads(str(plot.to_json())))).replace("<", "\\u003c"))
+
+
+def content_policy(*, styles: Sequence[str], scripts: Sequence[str] = ()) -> str:
+    """The Content-Security-Policy of a page: these styles and scripts, inline, pictures in it, and nothing else.
+
+    plotly.js sets the attribute `style` of what it draws, and makes an empty style element, which it fills rule by rule.
+    """
+    runs = " ".join(map(_digest, scripts)) or "'none'"
+    looks = " ".join(map(_digest, (*styles, "")))
+    return (
+        f"default-src 'none'; script-src {runs}; style-src {looks}; style-src-attr 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decompclip.figures.maps import picture
 from decompclip.figures.theme import INK, TEMPLATE
+from decompclip.files import atomic_write
 
 if TYPE_CHECKING:
     from decompclip.attacks.preview import Preview
@@ -71,9 +72,9 @@ def save_gallery(previews: Sequence[Preview], path: str | Path, *, image: int = 
         for column, tile in enumerate(tiles):
             sheet.paste(_fitted(Image.fromarray(tile.numpy())), (_LABEL + column * (TILE + _GAP), top))
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    sheet.save(partial, format="PNG", optimize=True)
-    return partial.replace(path)
+    with atomic_write(path) as partial:
+        sheet.save(partial, format="PNG", optimize=True)
+    return path
 
 
 def _checked(previews: Sequence[Preview], image: int) -> Sequence[Preview]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from decompclip.files import atomic_write
 from decompclip.models.errors import CheckpointError
 
 SUFFIX = ".difference"
@@ -46,7 +47,8 @@ def write_difference(state: Mapping[str, Tensor], base: Mapping[str, Tensor], pa
     encoded = _encode(state, base)
     # the numbers follow each other without pattern: Huffman's code alone, no search for repetitions
     packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-    path.write_bytes(packer.compress(save(encoded)) + packer.flush())
+    with atomic_write(path) as partial:
+        partial.write_bytes(packer.compress(save(encoded)) + packer.flush())
     return digest(_restore(encoded, base))
 
 

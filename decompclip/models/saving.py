@@ -9,13 +9,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from decompclip.files import atomic_folder, write_text
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import CONFIG, OWN, WEIGHTS_NAME
 from decompclip.models.tokenizer import WordTokenizer
 
 
 def save_model(model: HookedCLIP, folder: str | Path) -> Path:
-    """Write weights and configuration in open_clip's form; returns the folder.
+    """Write weights and configuration in open_clip's form, the configuration last; returns the folder.
 
     `decompclip.load(folder)` gives the same model: weights bit for bit, preprocessing, templates and class names.
     open_clip reads the folder too (`local-dir:FOLDER`), but for models with a vocabulary of their own.
@@ -31,7 +32,6 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
             "model.architecture to its configuration (open_clip.get_model_config(NAME) gives one)"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {
         "class_names": list(model.class_names),
         # templates that are functions have no words
@@ -41,8 +41,6 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
     }
     if isinstance(model.tokenizer, WordTokenizer):
         own["words"] = list(model.tokenizer.words)
-    elif hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
-        inner.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
     config = {
         "model_cfg": dict(model.architecture),
         "preprocess_cfg": asdict(model.preprocess_cfg),
@@ -51,10 +49,9 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
     state = {
         key: x.detach().cpu().clone().contiguous() for key, x in model.to_open_clip().state_dict().items()
     }
-    partial = folder / f"{WEIGHTS_NAME}.partial"
-    save_file(state, partial)
-    partial.replace(folder / WEIGHTS_NAME)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    with atomic_folder(folder, CONFIG) as partial:
+        if hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
+            inner.save_pretrained(partial)  # pyright: ignore[reportOptionalMemberAccess]
+        save_file(state, partial / WEIGHTS_NAME)
+        write_text(partial / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
     return folder

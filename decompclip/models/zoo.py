@@ -14,6 +14,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
+from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import SUFFIX, digest, read_difference, write_difference
@@ -166,27 +167,24 @@ def write_bundled(
         raise ValueError(f"expected a name of lower-case letters, digits and hyphens, got {name!r}")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     check_fit(build_open_clip(card["architecture"]), state, source="the model", name=f"{name} (its card)")
-    folder.mkdir(parents=True, exist_ok=True)
     suffix = ".safetensors" if base is None else SUFFIX
-    partial = folder / f"{name}{suffix}.partial"
-    if base is None:
-        _save_as(state, dtype, partial)
-        how = {"dtype": str(dtype).removeprefix("torch.")}
-    else:
-        how = {
-            "difference_from": base,
-            "weights_sha256": write_difference(state, base_weights(base), partial),
+    with atomic_folder(folder, f"{name}.json") as partial:
+        weights = partial / f"{name}{suffix}"
+        if base is None:
+            _save_as(state, dtype, weights)
+            how = {"dtype": str(dtype).removeprefix("torch.")}
+        else:
+            how = {
+                "difference_from": base,
+                "weights_sha256": write_difference(state, base_weights(base), weights),
+            }
+        written = {
+            **card,
+            "sha256": sha256(weights),
+            **how,
+            "parameters": sum(value.numel() for value in state.values()),
         }
-    written = {
-        **card,
-        "sha256": sha256(partial),
-        **how,
-        "parameters": sum(value.numel() for value in state.values()),
-    }
-    partial_card = folder / f"{name}.json.partial"
-    partial_card.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}{suffix}")
-    partial_card.replace(folder / f"{name}.json")
+        write_json(partial / f"{name}.json", written)
     (folder / f"{name}{'.safetensors' if base else SUFFIX}").unlink(missing_ok=True)  # its other form before
     return written
 

@@ -9,10 +9,11 @@ from importlib.resources import files
 
 import jinja2
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
 from decompclip.audit.result import AuditResult
 from decompclip.audit.scan.result import ScanResult
+from decompclip.figures.export import content_policy, plotly_script
+from decompclip.printable import printable, shown
 from decompclip.report.view import glance, subjects
 from decompclip.report.view_scan import scans
 
@@ -22,14 +23,21 @@ NUMBERS = "audit.json"
 TEMPLATES = files("decompclip.report") / "templates"
 
 
-def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = None) -> str:
-    """The report as HTML, with plotly.js in it once, so that it opens without a network."""
+def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = None, run: str = "") -> str:
+    """The report as HTML, with plotly.js in it once, so that it opens without a network.
+
+    Args:
+        run: what the page and the numbers beside it have in common.
+    """
     names = " and ".join(dict.fromkeys(result.name for result in results))
     pairs = [result for result in results if isinstance(result, AuditResult)]
     alone = [result for result in results if isinstance(result, ScanResult)]
     audits, scanned = subjects(pairs), scans(alone, first=len(pairs))
     images = [image for audit in audits if audit["maps"] for image in audit["maps"]["images"]]
     images += [image for scan in scanned for probe in scan["probes"] for image in probe["images"]]
+    css = _text("report.css")
+    css += "".join(f".{image['class']} {{ background-image: url({image['uri']}); }}\n" for image in images)
+    js, plotly = _text("report.js"), plotly_script()
     return (
         _environment()
         .get_template("report.html")
@@ -38,10 +46,11 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
             glance=glance(pairs),
             subjects=audits,
             scans=scanned,
-            images=images,
-            css=Markup(_text("report.css")),
-            js=Markup(_text("report.js")),
-            plotly=Markup(_in_script(get_plotlyjs())),
+            policy=Markup(content_policy(styles=[css], scripts=[plotly, js])),
+            run=run,
+            css=Markup(css),
+            js=Markup(js),
+            plotly=plotly,
             several=len(results) > 1,
             numbers=NUMBERS,
         )
@@ -56,7 +65,7 @@ def tied(text: str) -> str:
 
 def cell(text: str) -> Markup:
     """A value with its interval in an element of its own, which a narrow table puts below it."""
-    value, bracket, interval = text.partition(" [")
+    value, bracket, interval = printable(text).partition(" [")
     if not bracket:
         return escape(tied(value))
     return escape(tied(value)) + Markup(' <span class="interval">{}</span>').format(tied(f"[{interval}"))
@@ -69,6 +78,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=shown,
     )
     environment.filters |= {"cell": cell, "tied": tied}
     return environment
@@ -77,8 +87,3 @@ def _environment() -> jinja2.Environment:
 @lru_cache
 def _text(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _in_script(source: str) -> str:
-    """JavaScript that cannot end the element it stands in."""
-    return re.sub(r"</(script)", r"<\\/\1", source, flags=re.IGNORECASE)

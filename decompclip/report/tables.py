@@ -14,6 +14,7 @@ from decompclip.audit.result import AuditResult, Repair
 from decompclip.audit.scan.result import ScanResult
 from decompclip.audit.scoring import Setting
 from decompclip.evaluation.intervals import Rate
+from decompclip.printable import inert
 
 Row = dict[str, Any]
 
@@ -78,12 +79,16 @@ def tables_of_scan(result: ScanResult) -> dict[str, list[Row]]:
 
 
 def as_csv(rows: list[Row]) -> str:
-    """Comma-separated, with a header of all columns; an empty cell where a row has no such number."""
+    """Comma-separated, with a header of all columns; an empty cell where a row has no such number.
+
+    Texts are quoted and no formulas, whatever a spreadsheet takes for the separator; numbers are as they are.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = [row.get(column, "") for column in columns]
+        writer.writerow([inert(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()
 
 

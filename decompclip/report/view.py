@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
 from markupsafe import Markup
 
 from decompclip.audit.findings import findings
@@ -19,6 +18,7 @@ from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.figures.components import component_map
 from decompclip.figures.curves import ablation_curves
 from decompclip.figures.detectors import counts, roc
+from decompclip.figures.export import figure_json
 from decompclip.figures.infected import pulls
 from decompclip.figures.rates import rates
 from decompclip.figures.suspicion import score_histogram
@@ -74,13 +74,6 @@ def area(found: Detector | Suspicion) -> str:
 
 def rate(value: Rate | None) -> str:
     return DASH if value is None or not value.total else share(value)
-
-
-def figure_json(plot: go.Figure) -> Markup:
-    """A figure as JSON that cannot end the script element it stands in."""
-    text = plot.to_json()
-    assert text is not None  # None only comes of a file
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def table_row(setting: Setting) -> dict[str, str]:

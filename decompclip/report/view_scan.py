@@ -8,10 +8,11 @@ from typing import Any
 from decompclip.audit.scan.result import ProbeResult, ScanResult
 from decompclip.audit.scan.verdict import CONCLUDES
 from decompclip.figures.components import component_map
+from decompclip.figures.export import figure_json
 from decompclip.figures.maps import picture
 from decompclip.figures.scan import class_changes
 from decompclip.report.tables import as_link, flat, tables_of_scan
-from decompclip.report.view import DASH, figure_json, rate
+from decompclip.report.view import DASH, rate
 
 SHOWN = 5
 """Classes in the table of a probe; the CSV holds all."""

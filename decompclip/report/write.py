@@ -1,9 +1,7 @@
-"""Results to files: each written to a temporary name first, so that no half report is ever left behind."""
+"""Results to files: page and numbers come together, and carry one mark."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from decompclip import __version__
 from decompclip.audit.findings import findings
 from decompclip.audit.result import AuditResult, jsonable
 from decompclip.audit.scan.result import ScanResult
+from decompclip.files import atomic_folder, digest, write_json, write_text
+from decompclip.printable import printable_all
 from decompclip.report.html import NUMBERS, render
 
 REPORT = "report.html"
@@ -23,6 +23,8 @@ SCHEMA = 2
 
 def write_report(results: Result | Sequence[Result], out: str | Path, *, title: str | None = None) -> Path:
     """Write `report.html` and `audit.json` into the folder `out`; returns the path of the report.
+
+    They come together, the JSON last, and carry the same `run`, a digest of the numbers.
 
     Args:
         results: one audit or scan, or several to be shown side by side.
@@ -37,11 +39,12 @@ def write_report(results: Result | Sequence[Result], out: str | Path, *, title: 
         raise ValueError("expected the result of at least one audit; received none")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"expected a folder to write the report to; {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    audits = [_numbers(result) for result in results]
-    numbers = {"schema": SCHEMA, "decompclip": __version__, "audits": audits}
-    _write(out / NUMBERS, json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / REPORT, render(results, title=title))
+    numbers: dict[str, Any] = {"schema": SCHEMA, "decompclip": __version__}
+    numbers["audits"] = printable_all([_numbers(result) for result in results])
+    numbers["run"] = digest(numbers)
+    with atomic_folder(out, NUMBERS) as partial:
+        write_text(partial / REPORT, render(results, title=title, run=numbers["run"]))
+        write_json(partial / NUMBERS, numbers)
     return out / REPORT
 
 
@@ -50,9 +53,3 @@ def _numbers(result: Result) -> dict[str, Any]:
         {"kind": "scan"} if isinstance(result, ScanResult) else {"findings": jsonable(list(findings(result)))}
     )
     return {"kind": "audit", **result.to_dict(), "verdict": jsonable(result.verdict), **said}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,29 +9,17 @@ from typing import Any
 
 import torch
 
+from decompclip.files import atomic_write
+
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write beside `path`, make sure that it is on the disk, then take the place of the last one.
+    """Take the place of the last one once it is on the disk.
 
     Raises:
         OSError: it cannot be written; the checkpoint before it is as it was.
     """
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        before = f"the one of before, {path}, is intact" if path.exists() else "there was none before it"
-        raise OSError(
-            f"expected to write a checkpoint to {partial}; received {_first_line(error)}; {before}: make room on "
-            "the disk and run the same again"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        torch.save(dict(state), file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,5 +45,4 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    cause: BaseException = error.__context__ if isinstance(error.__context__, OSError) else error
-    return (str(cause) or type(cause).__name__).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]

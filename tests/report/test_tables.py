@@ -48,9 +48,17 @@ def test_what_is_not_known_is_an_empty_cell(make: Make) -> None:
 
 
 def test_names_from_outside_stay_in_their_cell(make: Make) -> None:
-    evil = 'a,"b"\n<c>'
+    evil = 'a,"b"<c>'
     rows = rows_of(unquote(as_link(tables_of(make(classes=("x", "y", evil)))["classes"]).split(",", 1)[1]))
     assert rows[-1]["class"] == evil
+
+
+def test_no_cell_is_a_formula_whatever_the_separator(make: Make) -> None:
+    names = ("=HYPERLINK(1)", "a;=1+1", "b\t@c")
+    text = as_csv(tables_of(make(classes=names))["classes"])
+    assert [row["class"] for row in rows_of(text)] == ["'=HYPERLINK(1)", "a;=1+1", "b\\t@c"]
+    assert '"a;=1+1",' in text  # quoted: one cell where ";" parts cells too
+    assert as_csv([{"a": -0.5, "b": "-0.5", "c": -3}]) == '"a","b","c"\n-0.5,"-0.5",-3\n'
 
 
 def test_the_page_offers_each_table(make: Make) -> None:
@@ -64,4 +72,4 @@ def test_the_page_offers_each_table(make: Make) -> None:
 
 @pytest.mark.parametrize("rows", [[], [{"a": 1}, {"b": 2}]])
 def test_any_rows_are_a_table(rows: list[dict[str, int]]) -> None:
-    assert as_csv(rows) == ("\n" if not rows else "a,b\n1,\n,2\n")
+    assert as_csv(rows) == ("\n" if not rows else '"a","b"\n1,""\n"",2\n')

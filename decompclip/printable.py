@@ -1,0 +1,67 @@
+"""Names as people may see them: of files, classes and models that somebody else chose. Every room may import this.
+
+A file name need not be UTF-8, may turn the direction of the text around it, or break out of its line. What cannot be seen is
+shown escaped, at one place, for the report, JSON, CSV and the console alike.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # controls, formats (bidi, no width), halves of characters, line separators
+_JOINERS = "\u200c\u200d"  # spell words of some scripts, and emoji
+_BYTE = range(0xDC80, 0xDD00)  # how Python keeps a byte of a file name that is no UTF-8
+
+
+def printable(text: str) -> str:
+    r"""In one line, with what cannot be seen escaped: a byte that is no UTF-8 as `\xff`, a new line as `\n`, others by number."""
+    if text.isprintable():
+        return text
+    shown, before = [], ""
+    for sign in text:
+        joins = sign in _JOINERS and ord(before or "a") > 127
+        shown.append(_escaped(sign) if unicodedata.category(sign) in _HIDDEN and not joins else sign)
+        before = sign
+    return "".join(shown)
+
+
+def printable_all(value: Any) -> Any:
+    """`printable` of every text, and key, of nested lists and mappings."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable_all(key): printable_all(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [printable_all(item) for item in value]
+    return value
+
+
+def _escaped(sign: str) -> str:
+    if (number := ord(sign)) in _BYTE:
+        return f"\\x{number - 0xDC00:02x}"
+    return sign.encode("unicode_escape").decode("ascii")
+
+
+def shown(value: Any) -> Any:
+    """What a page says of a value: texts printable; markup, which is ours, as it is. Jinja's `finalize`."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def inert(text: str) -> str:
+    """`printable`, and no formula for a spreadsheet that opens it; a plain number stays one."""
+    text = printable(text)
+    if re.match(r"\s*[=+\-@＝＋－＠]", text) and not _NUMBER.fullmatch(text):
+        return f"'{text}"
+    return text
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

@@ -1,0 +1,150 @@
+"""Files are whole or not there; a folder has one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from decompclip.files import FolderInUse, alone_in, atomic_folder, atomic_write, sweep, write_json, write_text
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "plain": lambda path: path.write_bytes(bytes(10_000_000)),
+    "torch": lambda path: torch.save({"a": torch.zeros(2_000_000)}, path),
+    "safetensors": lambda path: save_file({"a": torch.zeros(2_000_000)}, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, small_files: None, writer: str) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with (
+        pytest.raises(
+            OSError, match=r"expected to write .*file; received: .*; what was there is as it was; make room"
+        ),
+        atomic_write(path) as partial,
+    ):
+        WRITERS[writer](partial)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
+    with pytest.raises(OSError, match="make room"), atomic_folder(tmp_path, "manifest") as partial:
+        WRITERS[writer](partial / "large")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_in_the_block_that_tells_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere") as error, atomic_write(tmp_path / "file"):
+        (tmp_path / "elsewhere").read_text()
+    assert error.value.errno == errno.ENOENT
+    with pytest.raises(RuntimeError, match="^shape$"), atomic_write(tmp_path / "file"):
+        raise RuntimeError("shape")
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(tmp_path: Path, writer: str, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "file") as partial:
+            WRITERS[writer](partial)
+        with atomic_folder(tmp_path / "folder", "manifest") as partial:
+            WRITERS[writer](partial / "weights")
+            write_text(partial / "manifest", "")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "file", tmp_path / "folder" / "weights", tmp_path / "folder" / "manifest"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_link_stays_a_link_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    write_text(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "after"
+    code = "from decompclip.files import write_text; write_text('/dev/stdout', 'said')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"said"
+    assert not Path("/dev/stdout").resolve().is_file() or Path("/dev/stdout").is_symlink()
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        write_text(tmp_path, "")
+
+
+def test_texts_that_are_no_utf_8_are_written_and_json_reads_them_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "file.json", {name: [name, 0.5]})
+    assert json.loads((tmp_path / "file.json").read_text(encoding="utf-8")) == {name: [name, 0.5]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", float("nan"))
+    assert "caf" in (tmp_path / "file.json").read_text(encoding="utf-8")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from decompclip.files import atomic_folder, atomic_write, alone_in
+folder = Path(sys.argv[1])
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+with alone_in(folder), atomic_write(folder / "other") as other, atomic_folder(folder, "manifest") as partial:
+    other.write_text("half")
+    for name in ("a", "b", "manifest"):
+        (partial / name).write_text("new")
+    place, moves = os.replace, int(sys.argv[2])
+    def replace(*names):
+        global moves
+        if not moves: die()
+        moves -= 1
+        place(*names)
+    os.replace = replace
+"""
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_folder_is_whole_when_its_manifest_is_there(tmp_path: Path, moves: int) -> None:
+    with atomic_folder(tmp_path, "manifest") as partial:
+        for name in ("a", "b", "manifest"):
+            (partial / name).write_text("old")
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moves)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    if (tmp_path / "manifest").exists():
+        assert len({(tmp_path / name).read_text() for name in ("a", "b", "manifest")}) == 1
+    assert not (tmp_path / "manifest").exists() or moves == 3
+    assert not (tmp_path / "other").exists()
+    assert list(tmp_path.glob(".*.partial"))
+    with alone_in(tmp_path):  # the lock of the dead is free, and what it left goes
+        assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_only_what_the_dead_left_is_swept(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "mine") as mine, atomic_folder(tmp_path, "m") as folder:
+        (tmp_path / "data.partial").write_text("somebody's own")
+        sweep(tmp_path)
+        assert mine.exists() and folder.exists()
+        (folder / "m").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.partial", "m", "mine"]
+
+
+def test_a_second_process_is_told_who_is_there(tmp_path: Path) -> None:
+    code = f"from decompclip.files import alone_in\nwith alone_in({str(tmp_path)!r}): pass"
+    with alone_in(tmp_path):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert run.returncode == 1
+        assert f"expected to be alone in writing to {tmp_path}; process {os.getpid()} on " in run.stderr
+        with pytest.raises(FolderInUse, match="wait until it is done"), alone_in(tmp_path):
+            pass
+        with alone_in(tmp_path, name="file.json"):  # a file of it is another thing
+            pass
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".decompclip.lock"]
