@@ -224,8 +224,8 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     Raises:
         ValueError: it is not among them (the nearest names are offered), or stands for several.
     """
-    places = _places(class_names)
-    if (place := _find(name, places)) is not None:
+    places = class_places(class_names)
+    if (place := find_class(name, places)) is not None:
         return place
     near = [class_names[places[key][0]] for key in difflib.get_close_matches(_key(name), places)]
     offered = f"nearest: {', '.join(map(repr, near))}" if near else f"they begin {list(class_names[:3])}"
@@ -236,14 +236,20 @@ def _key(name: str) -> str:
     return re.sub(r"[\s_-]+", "", canonical(name))
 
 
-def _places(class_names: Sequence[str]) -> dict[str, list[int]]:
+def class_places(class_names: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the classes by the form of a name that is compared."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(class_names):
         places.setdefault(_key(name), []).append(place)
     return places
 
 
-def _find(name: str, places: dict[str, list[int]]) -> int | None:
+def find_class(name: str, places: dict[str, list[int]]) -> int | None:
+    """A class's place by its name; None if there is none.
+
+    Raises:
+        ValueError: the name stands for several.
+    """
     found = places.get(_key(name), [])
     if len(found) > 1:
         raise ValueError(
@@ -278,6 +284,6 @@ def image_files(folder: Path) -> tuple[list[Path], list[SkippedFile]]:
 
 def _folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> dict[Path, int]:
     """The class of each file that lies in a folder named after one: the nearest above it, which comes last."""
-    places = _places(class_names)
-    found = ((file, _find(part, places)) for file in files for part in file.parent.parts)
+    places = class_places(class_names)
+    found = ((file, find_class(part, places)) for file in files for part in file.parent.parts)
     return {file: place for file, place in found if place is not None}

@@ -10,22 +10,30 @@ from __future__ import annotations
 import glob
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from decompclip.data.draws import check_templates, template_caption
-from decompclip.data.files import reason
-from decompclip.data.images import OnError, SkippedFile
+from decompclip.data.files import SkippedFile, is_bookkeeping, open_regular, reason
+from decompclip.data.images import OnError
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import Preprocess, decode, to_pixels
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "jfif", "ppm", "tif", "tiff")
+MOST_TEXT = 2**20
+"""Bytes of a caption; more is no caption."""
+
+MOST_IMAGE = 2**30
+MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,12 @@ class ShardPairs(Pairs):
     """The pairs of local WebDataset shards, in the shards' order.
 
     A shard that is broken is listed in `skipped` with the number of pairs that stand whole before the break
-    and are kept; so are pairs without an image or a caption.
+    and are kept; so are pairs without an image or a caption, what stands again under a key, and files that belong to no
+    pair. Names that begin with a dot or have none are no part of a pair, as in WebDataset; files of one key that do
+    not follow each other are put together, with a warning.
+
+    A pair is called after its shard and key: `00000/000000012`. Shards that are called alike are told apart by more of
+    their names, or by the folders above them: `cc3m/00000/000000012`.
 
     Args:
         shards: a folder, a path, a pattern (`cc3m/{00000..00331}.tar`, `cc3m/*.tar`), or a list of those.
@@ -53,6 +66,7 @@ class ShardPairs(Pairs):
         templates: captions of pairs that have a class and no text; a random one each.
         caption_seed: of the templates drawn.
         order_seed, on_error: as `Pairs`.
+        names: what each shard is called in its pairs' ids; by default `shard_names` of these shards.
 
     Raises:
         FileNotFoundError: there is no such shard.
@@ -69,15 +83,23 @@ class ShardPairs(Pairs):
         caption_seed: int = 0,
         order_seed: int = 0,
         on_error: OnError = "skip",
+        names: Mapping[Path, str] | None = None,
     ) -> None:
         templates = () if templates is None else check_templates(templates)
         super().__init__(
             class_names=class_names, templates=templates, order_seed=order_seed, on_error=on_error
         )
         self.preprocess = preprocess or to_pixels()
-        self.shards = expand_shards(shards)
+        given = expand_shards(shards)
+        self.shards = list({shard.resolve(): shard for shard in reversed(given)}.values())[::-1]
+        for shard in self.shards:
+            if sum(other.resolve() == shard.resolve() for other in given) > 1:
+                self._left_out[f"{shard} again"] = SkippedFile(
+                    str(shard), "was given more than once, and is read once"
+                )
         self._caption_seed = caption_seed
-        self._entries = [entry for shard in self.shards for entry in self._index(shard)]
+        labels_of = shard_names(self.shards) if names is None else names
+        self._entries = [entry for shard in self.shards for entry in self._index(shard, labels_of[shard])]
         if not self._entries:
             reasons = [f"{skip.path}: {skip.reason}" for skip in self.skipped[:1]]
             raise ValueError(
@@ -107,27 +129,55 @@ class ShardPairs(Pairs):
 
     def _image(self, entry: Entry) -> Tensor | str:
         try:
-            with entry.shard.open("rb") as file:
+            with open_regular(entry.shard) as file:
                 file.seek(entry.offset)
                 content = file.read(entry.size)
         except OSError as error:
             return reason(error)
         return decode(content, self.preprocess)
 
-    def _index(self, shard: Path) -> Iterator[Entry]:
-        kept, name = 0, shard.name.split(".")[0]
+    def _index(self, shard: Path, name: str) -> Iterator[Entry]:
+        foreign: list[str] = []
+        found: dict[str, Files] = {}
+        again, apart, kept, broken = 0, 0, 0, None
         try:
-            for key, files in _samples(shard):
-                entry = self._entry(f"{name}/{key}", shard, files)
-                if isinstance(entry, str):
-                    self._skip(f"{name}/{key}", entry)
+            for key, files in _samples(shard, foreign):
+                before = found.setdefault(key, {})
+                apart += bool(before)
+                if before.keys() & files.keys():
+                    again += 1
+                    self._skip(
+                        f"{name}/{key} again ({again})",
+                        "stands again in this shard; of one key the first is read",
+                    )
                 else:
-                    kept += 1
-                    yield entry
-        except (tarfile.TarError, OSError, EOFError) as error:
-            self._skip(str(shard), f"broken shard, {kept} pairs kept: {error}")
+                    before |= files
+        except (tarfile.TarError, OSError, EOFError) as error:  # what stands before a break is kept
+            broken = reason(error)
+        if apart > again:
+            warnings.warn(
+                f"{shard}: the files of {apart - again} pairs lie apart, and were put together by their keys; WebDataset's own "
+                "reader takes only files that follow each other for a pair: write the shard again, sorted by name",
+                stacklevel=3,
+            )
+        for key, files in found.items():
+            entry = self._entry(f"{name}/{key}", shard, files)
+            if isinstance(entry, str):
+                self._skip(f"{name}/{key}", entry)
+            else:
+                kept += 1
+                yield entry
+        if broken is not None:
+            self._skip(str(shard), f"broken shard, {kept} pairs kept: {broken}")
+        if foreign:
+            shown = ", ".join(list(dict.fromkeys(foreign))[:3]) + (", ..." if len(foreign) > 3 else "")
+            path = f"{shard}: {shown}"
+            self._left_out[path] = SkippedFile(
+                path,
+                f"{len(foreign)} file{'s' if len(foreign) > 1 else ''} of no pair: no key and kind in the name, or a link",
+            )
 
-    def _entry(self, name: str, shard: Path, files: dict[str, tuple[int, int, bytes | None]]) -> Entry | str:
+    def _entry(self, name: str, shard: Path, files: Files) -> Entry | str:
         """What stands at a key, or why it is no pair."""
         kind = next((kind for kind in IMAGE_KINDS if kind in files), None)
         if kind is None:
@@ -138,7 +188,10 @@ class ShardPairs(Pairs):
             if not text.isdecimal() or (self.class_names and int(text) >= len(self.class_names)):
                 return f"class {text!r} is not one of the {len(self.class_names)} classes, counted from 0"
             label = int(text)
-        caption = (files["txt"][2] or b"").decode("utf-8", "replace").strip() if "txt" in files else ""
+        try:
+            caption = (files["txt"][2] or b"").decode("utf-8-sig").strip() if "txt" in files else ""
+        except UnicodeDecodeError as error:
+            return f"its caption is no UTF-8: {error.reason} at byte {error.start}"
         if not caption and label is not None and self.templates and self.class_names:
             caption = template_caption(
                 self.class_names[label], self.templates, seed=self._caption_seed, name=name
@@ -146,6 +199,8 @@ class ShardPairs(Pairs):
         if not caption:
             return "has no caption (KEY.txt); give class_names and templates if it has a class (KEY.cls)"
         offset, size, _ = files[kind]
+        if size > MOST_IMAGE:
+            return f"its image has {size} bytes; expected at most {MOST_IMAGE}"
         return Entry(name, shard, offset, size, caption, label)
 
     def _skip(self, path: str, reason: str) -> None:
@@ -154,40 +209,69 @@ class ShardPairs(Pairs):
         self._left_out[path] = SkippedFile(path, reason)
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int, bytes | None]]]]:
-    """Keys with their files by kind: place, size, and the content of texts and classes.
+Files = dict[str, tuple[int, int, bytes | None]]
+"""Of one key, by kind: place, size, and the content of texts and classes."""
+
+
+def _samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, Files]]:
+    """Keys with their files, in order; names of files that belong to none go to `foreign`.
 
     Raises:
         tarfile.TarError, OSError: the shard is broken, after what stands whole before the break.
     """
-    length = shard.stat().st_size
-    with tarfile.open(shard, "r:") as tar:
-        files: dict[str, tuple[int, int, bytes | None]] = {}
+    with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        length = shard.stat().st_size
+        files: Files = {}
         key = ""
         for member in tar:
-            if not member.isfile():
+            split = _split(member.name)
+            if not member.isfile() or member.issparse() or split is None:
+                if not (member.isdir() or any(map(is_bookkeeping, PurePosixPath(member.name).parts))):
+                    foreign.append(member.name)
                 continue
-            before, (key, kind) = key, _split(member.name)
+            before, (key, kind) = key, split
             if files and key != before:
                 yield before, files
                 files = {}
             if member.offset_data + member.size > length:
                 raise tarfile.ReadError(f"ends within {member.name}")
-            stream = tar.extractfile(member) if kind in {"txt", "cls"} else None
+            if kind in files:  # another pair of that name
+                yield key, files
+                files = {}
+            stream = tar.extractfile(member) if kind in {"txt", "cls"} and member.size <= MOST_TEXT else None
             files[kind] = (member.offset_data, member.size, None if stream is None else stream.read())
         if files:
             yield key, files
-        with shard.open("rb") as file:  # tarfile takes a header that it cannot read for the end
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("ends without the mark that closes an archive")
+        file.seek(tar.offset)  # tarfile takes a header that it cannot read for the end
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("ends without the mark that closes an archive")
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and kind of a file: what stands before and after the first dot of its name, as WebDataset has it."""
+def _split(name: str) -> tuple[str, str] | None:
+    """Key and kind of a file: what stands before and after the first dot of its name; None where WebDataset sees neither."""
     folder, slash, file = name.rpartition("/")
-    stem, _, kind = file.partition(".")
-    return (f"{folder}{slash}{stem}" if stem else name), kind.lower()
+    stem, dot, kind = file.partition(".")
+    return (f"{folder}{slash}{stem}", kind.lower()) if stem and dot else None
+
+
+def shard_names(shards: Sequence[Path]) -> dict[Path, str]:
+    """What shards are called in ids: up to the first dot, where that is enough to tell them apart; else up to `.tar`;
+    else with the names of as many folders above them as it takes."""
+
+    def name(shard: Path, detail: int) -> str:
+        if detail == 0:
+            return shard.name.split(".")[0]
+        parts = shard.resolve().parts if detail > 1 else (shard.name,)
+        return "/".join((*parts[-detail:-1], Path(parts[-1]).stem))
+
+    details = dict.fromkeys(shards, 0)
+    while True:
+        named = {shard: name(shard, detail) for shard, detail in details.items()}
+        alike = {text for text, count in Counter(named.values()).items() if count > 1}
+        if not alike:
+            return named
+        for shard, text in named.items():
+            details[shard] += text in alike
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -209,6 +293,9 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
             for pattern in _braces(part):
                 path = Path(pattern)
                 paths = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
+                paths = [
+                    shard for shard in paths if not is_bookkeeping(shard.name)
+                ]  # such as a Mac's ._00000.tar
                 if not paths and path.is_file():
                     paths = [path]  # its own name holds a [, which a pattern would take for more
                 if not paths:
@@ -220,10 +307,22 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """`{000..012}` written out."""
-    if not (match := _RANGE.search(pattern)):
+    """`{000..012}` and `{train,val}` written out, as shells do; a path that is there stands for itself."""
+    if Path(pattern).exists():
         return [pattern]
-    first, last = match.groups()
-    numbers = range(int(first), int(last) + 1)
-    filled = (f"{pattern[: match.start()]}{n:0{len(first)}d}{pattern[match.end() :]}" for n in numbers)
-    return [whole for one in filled for whole in _braces(one)]
+    if match := _RANGE.search(pattern):
+        first, last = match.groups()
+        step = 1 if int(first) <= int(last) else -1
+        numbers = range(int(first), int(last) + step, step)
+        if len(numbers) > MOST_SHARDS:
+            raise ValueError(
+                f"expected at most {MOST_SHARDS} shards; received {pattern}, {len(numbers)} of them"
+            )
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        words = [f"{n:0{width}d}" for n in numbers]
+    elif match := _CHOICE.search(pattern):
+        words = match[1].split(",")
+    else:
+        return [pattern]
+    filled = (f"{pattern[: match.start()]}{word}{pattern[match.end() :]}" for word in words)
+    return list(dict.fromkeys(whole for one in filled for whole in _braces(one)))

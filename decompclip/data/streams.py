@@ -16,7 +16,7 @@ from decompclip.data.files import reason
 from decompclip.data.images import SkippedFile
 from decompclip.data.pairs import Pair, PairBatch
 from decompclip.data.pixels import Preprocess, check_image, decode, stack_images, to_pixels
-from decompclip.data.shards import IMAGE_KINDS, ShardPairs, expand_shards
+from decompclip.data.shards import IMAGE_KINDS, ShardPairs, expand_shards, shard_names
 
 
 class PairStream:
@@ -43,6 +43,7 @@ class PairStream:
             )
         self.items, self.preprocess, self.class_names = items, preprocess or to_pixels(), tuple(class_names)
         self._left_out: dict[str, SkippedFile] = {}
+        self._urls: dict[str, str] = {}
         self._running: Iterator[Pair] = iter(())
         self._position = 0
 
@@ -114,7 +115,13 @@ class PairStream:
 
     def _sample(self, sample: Mapping[str, Any]) -> Pair:
         """A WebDataset sample; its shard's name and its key make the id, as in `ShardPairs`."""
-        shard = Path(str(sample.get("__url__", ""))).name.split(".")[0]
+        url = str(sample.get("__url__", ""))
+        shard = Path(url).name.split(".")[0]
+        if self._urls.setdefault(shard, url) != url:
+            raise ValueError(
+                f"expected shards whose names tell them apart; received {self._urls[shard]} and {url}, whose pairs would have "
+                "the same ids; rename one, or read local shards with shard_stream or ShardPairs, which tell them apart"
+            )
         name = "/".join(part for part in (shard, str(sample.get("__key__", ""))) if part) or None
         kind = next((kind for kind in IMAGE_KINDS if kind in sample), None)
         if kind is None:
@@ -190,7 +197,12 @@ def shard_stream(
         FileNotFoundError: there is no such shard.
     """
     paths = expand_shards(shards)
-    options = {"class_names": class_names, "templates": templates, "caption_seed": caption_seed}
+    options = {
+        "class_names": class_names,
+        "templates": templates,
+        "caption_seed": caption_seed,
+        "names": shard_names(paths),
+    }
     return PairStream(
         _Shards(paths, lambda path: ShardPairs(path, preprocess, **options)), class_names=class_names
     )

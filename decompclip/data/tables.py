@@ -1,37 +1,52 @@
-"""Tables of image files and captions: the CSV files that open_clip, CleanCLIP and others train on."""
+"""Tables of image files, captions and classes: the CSV files that open_clip, CleanCLIP and others train on."""
 
 from __future__ import annotations
 
 import csv
+import io
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.data.files import reason
-from decompclip.data.images import OnError, SkippedFile
+from decompclip.data.draws import check_templates, template_caption
+from decompclip.data.files import SkippedFile, open_regular, reason
+from decompclip.data.images import OnError, class_places, find_class
 from decompclip.data.pairs import Pairs
-from decompclip.data.pixels import Preprocess, decode, to_pixels
+from decompclip.data.pictures import open_rgb
+from decompclip.data.pixels import Preprocess, to_pixels
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
 CAPTION_COLUMNS = ("title", "caption", "text")
+LABEL_COLUMNS = ("label", "class", "class_name", "category")
 
 
 class CsvPairs(Pairs):
     """The pairs of a table with a header: paths of images, from the table's folder on, and captions.
 
+    Quotation marks are marks of the format where every row then has the header's number of columns, and letters of
+    the captions otherwise, as in tables that were written without quoting. A row with another number of columns is left
+    out and listed with its line.
+
     Args:
         table: columns apart by commas, tabs or semicolons (told from the header).
         preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
-        image_column, caption_column: by default the first there is of open_clip's `filepath` and `title`,
-            CleanCLIP's `image` and `caption`, and common others.
-        class_names: what a target is checked against; the pairs themselves have no classes.
+        image_column, caption_column, label_column: by default the first there is of open_clip's `filepath` and `title`,
+            CleanCLIP's `image` and `caption`, and common others; of classes `label`, `class`, ....
+        class_names: the classes, by which labels are read (names, or places counted from 0), and that a target is
+            checked against.
+        templates: captions of rows that have a class and no caption; a random one each. None: a row needs a caption.
+        root: a folder that all images must lie in, links resolved; None allows any.
+        caption_seed: of the templates drawn.
         order_seed, on_error: as `Pairs`.
 
     Raises:
         FileNotFoundError: there is no such table.
-        ValueError: a column that is not there, no row with an image and a caption, or no text in UTF-8.
+        ValueError: a column that is not there, no row that can be used, or no text in UTF-8.
     """
 
     def __init__(
@@ -41,35 +56,56 @@ class CsvPairs(Pairs):
         *,
         image_column: str | None = None,
         caption_column: str | None = None,
+        label_column: str | None = None,
         class_names: Sequence[str] = (),
+        templates: Sequence[str] | None = None,
+        root: str | Path | None = None,
+        caption_seed: int = 0,
         order_seed: int = 0,
         on_error: OnError = "skip",
     ) -> None:
-        super().__init__(class_names=class_names, order_seed=order_seed, on_error=on_error)
-        self.table, self.preprocess = Path(table), preprocess or to_pixels()
+        filled = () if templates is None else check_templates(templates)
+        super().__init__(class_names=class_names, templates=filled, order_seed=order_seed, on_error=on_error)
+        self.table, self.preprocess, self.root = Path(table), preprocess or to_pixels(), root
         header, rows = _read_table(self.table)
         image = _column(header, image_column, IMAGE_COLUMNS, "image")
-        caption = _column(header, caption_column, CAPTION_COLUMNS, "caption")
+        label = _place(header, label_column, LABEL_COLUMNS) if class_names or label_column else None
+        if label is None and label_column is not None:
+            label = _column(header, label_column, LABEL_COLUMNS, "label")
+        caption = _place(header, caption_column, CAPTION_COLUMNS)
+        if caption is None and (label is None or not filled or caption_column is not None):
+            caption = _column(header, caption_column, CAPTION_COLUMNS, "caption")
+        places = class_places(class_names)
         self._files: list[Path] = []
         self._captions: list[str] = []
         self._ids: list[str] = []
+        self._found: list[int | None] = []
         for number, row in enumerate(rows, 1):
-            path, text = (row[place].strip() if place < len(row) else "" for place in (image, caption))
+            if isinstance(row.cells, str):
+                self._skip(f"{number}:", f"line {row.line} {row.cells}")
+                continue
+            path = row.cells[image].strip()
+            text = "" if caption is None else row.cells[caption].strip()
             name = f"{number}:{path}"
             if path.startswith(("http://", "https://")):
                 raise ValueError(
                     f"expected paths of image files in column {header[image]!r} of {self.table}; received the address "
                     f"{path}; download the images first (img2dataset writes shards, which ShardPairs reads)"
                 )
+            known = None if label is None else _class(row.cells[label].strip(), places, len(class_names))
+            if not text and filled and known is not None:
+                text = template_caption(class_names[known], filled, seed=caption_seed, name=name)
             if missing := [what for what, found in (("image", path), ("caption", text)) if not found]:
-                self._skip(name, f"row {number} has no {' and no '.join(missing)}")
+                self._skip(name, f"line {row.line} has no {' and no '.join(missing)}")
                 continue
             self._ids.append(name)
             self._files.append(self.table.parent / path)
             self._captions.append(text)
+            self._found.append(known)
         if not self._ids:
+            why = f"; {self.skipped[0].reason}" if self.skipped else ""
             raise ValueError(
-                f"expected rows with an image and a caption in {self.table}; found none in {len(rows)} rows"
+                f"expected rows with an image and a caption in {self.table}; found none in {len(rows)} rows{why}"
             )
 
     @property
@@ -82,44 +118,121 @@ class CsvPairs(Pairs):
 
     @property
     def labels(self) -> Int[Tensor, " pair"] | None:
-        return None
+        known = [label for label in self._found if label is not None]
+        return torch.tensor(known) if len(known) == len(self._found) else None
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         return [self._image(self._files[index]) for index in indices]
 
     def _image(self, file: Path) -> Tensor | str:
         try:
-            content = file.read_bytes()
-        except OSError as error:
+            return self.preprocess(open_rgb(file, root=self.root))
+        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
             return reason(error)
-        return decode(content, self.preprocess)
 
     def _skip(self, name: str, why: str) -> None:
         if self.on_error == "raise":
-            raise ValueError(f'{self.table}: {why}; fill it in, or leave the row out with on_error="skip"')
+            raise ValueError(f'{self.table}: {why}; mend it, or leave the row out with on_error="skip"')
         self._left_out[name] = SkippedFile(name, why)
 
 
-def _read_table(table: Path) -> tuple[list[str], list[list[str]]]:
-    if not table.is_file():
-        raise FileNotFoundError(f"expected a table of images and captions; {table} is no file")
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            separator = max("\t,;", key=first.count)
-            header, *rows = [row for row in csv.reader(file, delimiter=separator) if row] or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"expected a table in UTF-8; {table} cannot be read: {error}; save it as UTF-8"
-        ) from None
+@dataclass(frozen=True)
+class _Row:
+    """One row: the line that it begins in, and its cells, or why there are none."""
+
+    line: int
+    cells: list[str] | str
+
+
+def _read_table(table: Path) -> tuple[list[str], list[_Row]]:
+    text = _text(table)
+    lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): captions hold other marks that it splits at
+    separator = max("\t,;", key=lines[0].count)
+    header = _cells(lines[0], separator, None)
+    if isinstance(header, str):
+        header = lines[0].split(separator)
+    width = len(header)
+    numbered = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    rows = [_Row(number, _cells(line, separator, width)) for number, line in numbered]
+    if any(isinstance(row.cells, str) for row in rows):
+        rows = _over_lines(text, separator, width) or rows
     return [name.strip() for name in header], rows
 
 
+def _cells(line: str, separator: str, width: int | None) -> list[str] | str:
+    """A line's cells, or what is wrong with their number: quotes are marks if that makes it right, else letters."""
+    try:
+        marked = next(csv.reader([line], delimiter=separator, strict=True))
+    except (csv.Error, StopIteration):
+        marked = line.split(separator)
+    plain = line.split(separator)
+    for cells in (marked, plain):
+        if width is None or len(cells) == width:
+            return cells
+    if len(marked) < (width or 0):
+        return f"has too few columns, {len(marked)} of {width}"
+    shown = {"\t": "tab"}.get(separator, f"{separator!r}")
+    return f"has {len(marked)} columns, the header {width}; put texts that hold a {shown} in quotes"
+
+
+def _over_lines(text: str, separator: str, width: int) -> list[_Row] | None:
+    """Rows whose quoted texts may run over several lines; None if any row has another number of columns then."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows, before = [], 0
+    try:
+        for cells in reader:
+            if cells and len(cells) != width:
+                return None
+            if cells:
+                rows.append(_Row(before + 1, cells))
+            before = reader.line_num
+    except csv.Error:
+        return None
+    return rows[1:]
+
+
+def _text(table: Path) -> str:
+    if not table.exists():
+        raise FileNotFoundError(f"expected a table of images and captions; {table} is no file")
+    try:
+        with open_regular(table) as file:
+            content = file.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"expected a table of images and captions; {table} {reason(error)}"
+        ) from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        what = "it is UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"line {line}: {error.reason}"
+        raise ValueError(
+            f"expected a table in UTF-8; {table} cannot be read: {what}; save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"expected a table in UTF-8; {table} holds a NUL byte in line {line}: it is UTF-16 or damaged; save it as UTF-8"
+        )
+    return text
+
+
+def _class(value: str, places: dict[str, list[int]], classes: int) -> int | None:
+    found = find_class(value, places)
+    if found is None and value.isdecimal() and int(value) < classes:
+        return int(value)
+    return found
+
+
+def _place(header: Sequence[str], asked: str | None, known: Sequence[str]) -> int | None:
+    return next(
+        (header.index(name) for name in (known if asked is None else [asked]) if name in header), None
+    )
+
+
 def _column(header: Sequence[str], asked: str | None, known: Sequence[str], what: str) -> int:
-    for name in known if asked is None else [asked]:
-        if name in header:
-            return header.index(name)
+    if (place := _place(header, asked, known)) is not None:
+        return place
     wanted = f"{known}" if asked is None else f"{asked!r}"
     raise ValueError(
         f"expected a column of {what}s named {wanted}; the table has {list(header)}; pass {what}_column, or write a "

@@ -184,11 +184,11 @@ def test_rows_without_a_caption_are_skipped_and_counted(tmp_path: Path) -> None:
     pairs = CsvPairs(table)
     assert len(pairs) == 1
     assert [skip.reason for skip in pairs.skipped] == [
-        "row 2 has no caption",
-        "row 3 has no image",
-        "row 4 has no caption",
+        "line 3 has no caption",
+        "line 4 has no image",
+        "line 5 has too few columns, 1 of 2",
     ]
-    with pytest.raises(ValueError, match='row 2 has no caption; fill it in, or .* on_error="skip"'):
+    with pytest.raises(ValueError, match='line 3 has no caption; mend it, or .* on_error="skip"'):
         CsvPairs(table, on_error="raise")
 
 
@@ -262,8 +262,8 @@ def test_pixels_are_squashed_or_cropped() -> None:
     cropped, squashed = (to_pixels((20, 20), resize_mode=mode)(half) for mode in ("shortest", "squash"))
     assert cropped.max() == 0
     assert squashed.max() == 1
-    with pytest.raises(ValueError, match="resize_mode 'longest' is not one of"):
-        to_pixels(20, resize_mode="longest")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="resize_mode 'widest' is not one of"):
+        to_pixels(20, resize_mode="widest")  # pyright: ignore[reportArgumentType]
 
 
 def test_any_data_set_of_images_and_captions_is_a_source() -> None:
