@@ -13,13 +13,14 @@ from decompclip.files import atomic_folder, write_text
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import CONFIG, OWN, WEIGHTS_NAME
 from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.vocabulary import TOKENIZER, vocabulary_files
 
 
 def save_model(model: HookedCLIP, folder: str | Path) -> Path:
     """Write weights and configuration in open_clip's form, the configuration last; returns the folder.
 
     `decompclip.load(folder)` gives the same model: weights bit for bit, preprocessing, templates and class names.
-    open_clip reads the folder too (`local-dir:FOLDER`), but for models with a vocabulary of their own.
+    open_clip reads the folder too (`local-dir:FOLDER`), a vocabulary of the model's own included, with transformers' help.
 
     Raises:
         ValueError: the model's architecture is not known, since it was hooked in memory; set `model.architecture` to
@@ -31,6 +32,7 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
             f"expected a model whose open_clip configuration is known; {model.name!r} was hooked in memory; set "
             "model.architecture to its configuration (open_clip.get_model_config(NAME) gives one)"
         )
+    architecture = dict(model.architecture)
     folder = Path(folder)
     own: dict[str, Any] = {
         "class_names": list(model.class_names),
@@ -41,8 +43,10 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
     }
     if isinstance(model.tokenizer, WordTokenizer):
         own["words"] = list(model.tokenizer.words)
+        # open_clip asks transformers for the tokenizer of a folder whose configuration names any
+        architecture["text_cfg"] = {**architecture["text_cfg"], "hf_tokenizer_name": TOKENIZER}
     config = {
-        "model_cfg": dict(model.architecture),
+        "model_cfg": architecture,
         "preprocess_cfg": asdict(model.preprocess_cfg),
         OWN: own,
     }
@@ -50,7 +54,10 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
         key: x.detach().cpu().clone().contiguous() for key, x in model.to_open_clip().state_dict().items()
     }
     with atomic_folder(folder, CONFIG) as partial:
-        if hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
+        if isinstance(model.tokenizer, WordTokenizer):
+            for name, text in vocabulary_files(model.tokenizer).items():
+                write_text(partial / name, text)
+        elif hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
             inner.save_pretrained(partial)  # pyright: ignore[reportOptionalMemberAccess]
         save_file(state, partial / WEIGHTS_NAME)
         write_text(partial / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 import decompclip
 from decompclip.models.clip import HookedCLIP
@@ -64,6 +69,45 @@ def test_open_clip_opens_the_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs.encode_text(tokens), source.encode_text(tokens))
     ours = decompclip.load(tmp_path)
     torch.testing.assert_close(ours.encode_image(x), source.encode_image(x), rtol=1e-4, atol=1e-5)
+
+
+PLAIN = """
+import json, sys, numpy as np, open_clip, torch
+from PIL import Image
+where = "local-dir:" + sys.argv[1]
+model, _, preprocess = open_clip.create_model_and_transforms(where)
+tokenizer, texts = open_clip.get_tokenizer(where), json.loads(sys.argv[2])
+picture = Image.fromarray(np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3))
+with torch.no_grad():
+    tokens = tokenizer(texts)
+    found = [model.eval().encode_text(tokens), model.encode_image(preprocess(picture)[None])]
+assert "decompclip" not in sys.modules
+print(json.dumps([tokens.tolist(), *(x.tolist() for x in found)]))
+"""
+TEXTS = ["a star", "A photo of a RED ring, at the top-left!", "", "zebra  star\n9", "a " * 40, "Ünï star"]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:words unknown", "ignore:.*were cut")
+def test_plain_open_clip_reads_a_vocabulary_of_the_model_s_own(tmp_path: Path, model: HookedCLIP) -> None:
+    folder = save_model(model, tmp_path / "mine")
+    elsewhere = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=elsewhere,
+    )
+    assert run.returncode == 0, run.stderr
+    tokens, texts, image = json.loads(run.stdout)
+    assert tokens == model.tokenize(TEXTS).tolist()
+    torch.testing.assert_close(torch.tensor(texts), model.encode_text(TEXTS))
+    picture = Image.fromarray(np.arange(60 * 80 * 3, dtype=np.uint8).reshape(60, 80, 3))
+    torch.testing.assert_close(torch.tensor(image), model.encode_image(model.preprocess(picture)[None]))
+    again = decompclip.load(save_model(decompclip.load(folder), tmp_path / "again"))
+    assert torch.equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, model: HookedCLIP) -> None:
