@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from decompclip import __version__
+from decompclip.apply_trigger_command import apply_trigger
 from decompclip.audit_command import audit, finish
 from decompclip.bench_command import bench
 from decompclip.command_options import (
@@ -132,7 +133,7 @@ def main() -> None:
         gc.freeze()  # at the end Python would go through all that was imported, once more and again
 
 
-for command in (audit, poison, finetune, evaluate, bench):
+for command in (audit, apply_trigger, poison, finetune, evaluate, bench):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

@@ -16,7 +16,7 @@ from typing import TypeGuard
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = "audit report cli zoo bench audit_command poison_command finetune_command evaluate_command zoo_command bench_command command_options"  # and `__init__`, which lists the public names
+TOP = "audit report cli zoo bench audit_command apply_trigger_command repair_command poison_command finetune_command evaluate_command zoo_command bench_command command_options"  # and `__init__`, which lists the public names
 ROOMS = "models cache operators defenses attacks data evaluation training figures"
 
 # Room (or module on top): the rooms that it may import, besides itself.
@@ -38,6 +38,8 @@ MAY_IMPORT = {
             "zoo",
             "bench",
             "audit_command",
+            "apply_trigger_command",
+            "repair_command",
             "poison_command",
             "finetune_command",
             "evaluate_command",

@@ -20,6 +20,8 @@ from decompclip.models.folders import saved_backdoors
 from decompclip.models.zoo import bundled, card
 
 OWN = "own"
+TRIGGER_FILE = "trigger.json"
+"""What `apply-trigger` leaves beside its images."""
 _LONG = 60  # characters of a parameter that is printed whole; BadCLIP's patch has thousands
 
 
@@ -168,6 +170,8 @@ def _of_twin(name: str) -> Attack:
 def _of_folder(folder: Path) -> Attack:
     if (folder / RECORD).is_file():
         return _of_json(_text(folder / RECORD), str(folder / RECORD), folder / RECORD)
+    if (folder / TRIGGER_FILE).is_file():
+        return _of_json(_text(folder / TRIGGER_FILE), str(folder / TRIGGER_FILE), None)
     found = attacks_of(saved_backdoors(folder), f"the memory of {folder}")
     if len(found) != 1:
         raise ValueError(

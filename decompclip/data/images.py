@@ -103,6 +103,11 @@ class FolderSource:
         """Files left out so far; complete once `batches` has run to its end."""
         return list(self._skipped.values())
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """Paths of the files to read, inside the folder."""
+        return tuple(self._files)
+
     def __len__(self) -> int:
         """Number of files to read, unreadable ones included: which those are shows only in reading."""
         return len(self._files)
