@@ -170,6 +170,30 @@ def test_weights_written_past_autograd_are_noticed(family: HookedViT, images: Te
     assert not before.maps.matches(after.maps) and after.sum_error < 1e-13
 
 
+def test_one_number_that_an_optimizer_changes_is_noticed(make_tower: MakeTower, images: Tensor) -> None:
+    """Whichever it is: of large weights a sample alone is compared."""
+    tower = make_tower(dtype=torch.float64)
+    for name, parameter in tower.named_parameters():
+        if not name.startswith(("blocks.1.attn.W_out", "blocks.2.mlp.W_out", "ln_final", "proj")):
+            continue
+        before = decompose(tower, images.double())
+        with torch.no_grad():
+            parameter.view(-1)[1] += 0.5
+        after, fresh = decompose(tower, images.double()), decompose(copy.deepcopy(tower), images.double())
+        assert after.sum_error < 1e-12, name
+        torch.testing.assert_close(after.heads, fresh.heads, rtol=0, atol=0)
+        torch.testing.assert_close(after.mlps, fresh.mlps, rtol=0, atol=0)
+        assert not torch.equal(after.features, before.features), name
+
+
+def test_maps_are_made_once_for_weights_that_stay(make_tower: MakeTower) -> None:
+    tower = make_tower()
+    kept = term_maps(tower, "centred")
+    assert term_maps(tower, "centred") is kept
+    assert term_maps(tower, "paper") is not kept and term_maps(tower, "centred") is kept
+    assert term_maps(copy.deepcopy(tower), "centred") is not kept
+
+
 def test_decompositions_that_differ_in_kind_do_not_join(make_tower: MakeTower, images: Tensor) -> None:
     tower = make_tower()
     some, others = decompose(tower, images, tokens=heads[0, 0]), decompose(tower, images, tokens=heads[1, 1])

@@ -13,6 +13,7 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.component_distances import ComponentDistances
+from decompclip.defenses.expected import Expected
 from decompclip.defenses.sharpened_det import SharpenedDet, sharpen
 from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
 from decompclip.evaluation.metrics import auroc
@@ -88,6 +89,36 @@ def test_batches_teach_what_all_images_teach(clean: Decomposition, classifier: t
     assert torch.allclose(
         whole.score(clean[:7]), torch.cat([whole.score(clean[i]) for i in range(7)]), atol=1e-4
     )
+
+
+def test_no_image_is_calibrated_by_what_it_taught(clean: Decomposition, classifier: torch.Tensor) -> None:
+    """Views, scores and offsets, image by image, by what the other folds alone have taught."""
+    detector = AgnosticDet(classifier, folds=4, seed=7).fit(clean)
+    looked, cut = detector.look(clean), 0  # of three layers, the first
+    fold = torch.randperm(N, generator=torch.Generator().manual_seed(7)) % 4
+    logs, offsets = [], []
+    for i in range(0, N, 10):
+        others, own = Expected.of(looked[fold != fold[i]], len(classifier), cut), looked[torch.tensor([i])]
+        logs.append(others.logs(own)[0])
+        offsets.append(others.offsets(own)[0])
+    views = (torch.stack(logs) - detector.mean_) / detector.deviation_
+    odd, written = views[:, :-1].sum(1) / detector.spread_, views[:, -1]
+    scores = torch.from_numpy(-np.log(scipy.stats.norm.sf(odd)) - np.log(scipy.stats.norm.sf(written)))
+    nearest = (detector.scores_[:, None] - scores).abs().min(0)
+    assert nearest.values.max() < 1e-9
+    torch.testing.assert_close(detector.offsets_[nearest.indices], torch.stack(offsets))
+    assert (detector.scores_.diff() >= 0).all()
+
+
+def test_a_wild_image_does_not_hide_itself(clean: Decomposition, classifier: torch.Tensor) -> None:
+    """An image is never farther than sqrt(n) deviations from a mean and spread that it is part of."""
+    mlps = clean.mlps.clone()
+    mlps[17, -1] += 50 * classifier[1]
+    wild = clean.edit(mlps=mlps)
+    detector = AgnosticDet(classifier).fit(wild)
+    assert detector.offsets_.square().sum(1).max().sqrt() > 3 * N**0.5
+    within = AgnosticDet(classifier).fit(clean).offsets_.square().sum(1).sqrt()
+    assert within.max() < N**0.5
 
 
 def test_false_positives_are_as_stated(
@@ -215,6 +246,30 @@ def test_a_hijacked_image_goes_back_to_what_its_early_layers_saw(
     others = before != 0
     assert (after[others] == 0).double().mean() < 0.1
     assert (after[others] == before[others]).double().mean() > 0.6
+
+
+def test_the_turn_is_the_deepest_layer_that_says_another_class(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    """Image by image, against a plain loop over layers from the last."""
+    repair = AgnosticRep(classifier, budget=0.05).fit(clean)
+    victim = hijacked(fresh, classifier[0])
+    last, futures = (
+        repair.turn(victim),
+        repair.detector_.expected_.extrapolation(repair.detector_.look(victim).before),
+    )
+    flagged, several = repair.detector_.predict(victim, fpr=0.05), 0
+    for i in range(N):
+        final = int((victim.features[i] @ classifier.T).argmax())
+        others = [
+            layer
+            for layer in range(victim.n_layers - 1)
+            if int((futures[i, layer].float() @ classifier.T).argmax()) != final
+        ]
+        expected = others[-1] if others and flagged[i] else victim.n_layers - 1
+        assert int(last[i]) == expected
+        several += len(others) > 1
+    assert several > N / 4 and len(set(last.tolist())) > 1
 
 
 def test_where_restricts_the_images(

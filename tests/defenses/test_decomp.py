@@ -96,6 +96,22 @@ def test_a_clean_quantile_flags_its_share(pair, similarity) -> None:
     assert ((share - 0.25).abs() <= 1 / len(clean) + 1e-9).all(), share
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_head_at_its_threshold_is_flagged(pair, similarity) -> None:
+    """ "At or below": the clean image that sets a quantile counts, and so does one that sits on epsilon."""
+    clean, suspect = pair
+    selector = Selector(similarity=similarity, threshold="quantile", quantile=0.25).fit(clean)
+    assert (
+        selector.flags(clean)[:, -1].sum(0).tolist() == [10] * 4
+    )  # 9.75 steps from the least: the tenth of 40
+    at = selector.similarities(suspect)[:, -1]
+    on = Selector(similarity=similarity, epsilon=float(at[3, 2])).fit(clean)
+    assert torch.equal(on.flags(suspect)[:, -1], at <= at[3, 2])
+    assert on.flags(suspect)[3, -1, 2]
+    least = Selector(similarity=similarity, threshold="quantile", quantile=0.0).fit(clean)
+    assert least.flags(clean)[:, -1].sum(0).tolist() == [1] * 4
+
+
 def test_thresholds_at_the_ends(pair) -> None:
     clean, suspect = pair
     none = DecompDet(epsilon=-1e9).fit(clean)

@@ -114,6 +114,29 @@ def test_intervals_hold_the_value_and_shrink_with_the_texts() -> None:
     assert widths[1] < 0.6 * widths[0]
 
 
+def test_an_interval_has_the_width_of_its_confidence() -> None:
+    """A share's interval against the normal one of a mean of 400 texts: neither 90 % nor 99 %."""
+    axes, many = torch.eye(20)[:6], F.normalize(features(3, 400, 20), dim=1)
+    found = role_change(described(many), described(axes), draws=4000).measures["before by after"]
+    inside = many[:, :6].double().square().sum(1)
+    assert found.value == pytest.approx(float(inside.mean()))
+    half = 1.96 * float(inside.std()) / 20
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.06)
+    assert (found.high + found.low) / 2 == pytest.approx(found.value, abs=0.2 * half)
+
+
+def test_rounding_is_no_axis_and_a_small_difference_is_one() -> None:
+    """Two texts that differ by less than features are computed to span one axis; by more, two."""
+    x = torch.eye(8, dtype=torch.double)[:2]
+    for shift, axes in ((1e-9, 1), (1e-3, 2)):
+        alike = torch.stack([x[0], x[0] + shift * x[1]])
+        found = role_change(described(alike), described(x[:1]), draws=1)
+        assert found.overlap.value == pytest.approx((1 / axes + 1) / 2, abs=1e-6)
+        assert found.measures["before by after"].value == pytest.approx(1, abs=1e-5)
+        other = role_change(described(x[1:]), described(alike), draws=1)
+        assert other.measures["before by after"].value == pytest.approx(axes - 1, abs=1e-6)
+
+
 @pytest.mark.parametrize("measure", ["text similarity", "span overlap", "before by after", "after by before"])
 def test_an_interval_covers_the_truth_as_often_as_it_says(measure: str) -> None:
     """Many samples of texts to be described: their mean value is the truth, for a describing side as it is."""

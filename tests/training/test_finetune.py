@@ -173,9 +173,23 @@ def test_the_grouped_loss_reads_classes_or_else_captions(clip: HookedCLIP) -> No
 
 
 def test_the_logit_scale_is_kept_in_its_range(clip: HookedCLIP) -> None:
-    done = finetune(clip, RandomPairs(), replace(RECIPE, lr=0.5, logit_scale_max=2.0))
-    assert 0 <= done.model.logit_scale.item() <= 2.0
-    assert clip.logit_scale.item() > 2.0
+    start = clip.logit_scale.item()
+    assert start > 2.0
+    for most in (2.0, 1.5):
+        done = finetune(clip, RandomPairs(), replace(RECIPE, lr=1e-4, logit_scale_max=most))
+        assert done.model.logit_scale.item() == pytest.approx(most, abs=2e-3)  # held from the first step on
+        assert done.model.logit_scale.item() <= most
+    free = finetune(clip, RandomPairs(), replace(RECIPE, lr=1e-4, logit_scale_max=100.0))
+    assert free.model.logit_scale.item() == pytest.approx(start, abs=2e-3)
+    assert clip.logit_scale.item() == start
+
+
+def test_the_logit_scale_stays_above_zero() -> None:
+    clip = small_clip()
+    with torch.no_grad():
+        clip.logit_scale.fill_(-3.0)
+    done = finetune(clip, RandomPairs(), replace(RECIPE, lr=1e-4))
+    assert 0 <= done.model.logit_scale.item() < 2e-3
 
 
 def test_bfloat16_is_near_and_leaves_weights_in_fp32(clip: HookedCLIP) -> None:

@@ -1,0 +1,415 @@
+"""Mutation testing by hand: does some test fail when one line of the core is wrong?
+
+    python -m tests.mutants                              100 mutants, two at a time, some ten minutes on two idle cores
+    python -m tests.mutants --seed 1 --count 60 --room cache --room evaluation
+
+A mutant is the core with one expression changed: another comparison or operator, a constant, a negation, an argument
+dropped or swapped. The tests of its room run on a copy of the tree, which they must pass before any mutant is judged;
+those that import the changed module come first. A mutant that no test notices calls for a test, or, where it means the
+same, for an entry in `EQUIVALENT`. One that outlasts five times what the tests take unchanged is told apart and is no kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent
+BAR = 0.97
+"""The share of mutants, equivalent ones left out, that tests must notice."""
+
+HEAVY = (
+    "torch",
+    "open_clip",
+    "transformer_lens",
+    "timm",
+    "pandas",
+    "scipy.stats",
+    "sklearn.metrics",
+    "pytest",
+    "hypothesis",
+)
+"""Imported once, before the runs fork off; nothing of ours is among them."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Part of the core.
+
+    Attributes:
+        sources: patterns of the files that are mutated.
+        tests: files or folders that must notice.
+    """
+
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+MODELS = ("vit", "attention", "mlp", "norms", "pool", "clip", "config", "convert/*")
+DEFENSES = (
+    "selector",
+    "agnostic_*",
+    "expected",
+    "calibration",
+    "class_distance",
+    "term_views",
+    "decomp_*",
+    "guard",
+    "bake",
+)
+
+ROOMS = {
+    "models": Room(
+        tuple(f"decompclip/models/{name}.py" for name in MODELS),
+        tuple(f"tests/models/test_{name}.py" for name in ("attention", "vit", "convert", "clip", "towers")),
+    ),
+    "cache": Room(("decompclip/cache/*.py",), ("tests/cache",)),
+    "operators": Room(("decompclip/operators/*.py",), ("tests/operators",)),
+    "evaluation": Room(("decompclip/evaluation/*.py",), ("tests/evaluation",)),
+    "defenses": Room(
+        tuple(f"decompclip/defenses/{name}.py" for name in DEFENSES),
+        tuple(
+            f"tests/defenses/test_{name}.py"
+            for name in ("agnostic", "class_distance", "decomp", "decomp_rep_full", "guard", "bake")
+        ),
+    ),
+    "verdict": Room(("decompclip/audit/verdict.py",), ("tests/audit/test_verdict.py",)),
+}
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""Mutants that mean the same: file, line before, line after, and why."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str
+    line: int
+    before: str
+    after: str
+    source: bytes
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.path, self.before, self.after
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}\n          - {self.before}\n          + {self.after}"
+
+
+# Where one can be made
+
+SWAPS: dict[type[ast.AST], tuple[str, str]] = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"),
+    ast.Mod: ("%", "*"),
+    ast.Pow: ("**", "*"),
+    ast.BitAnd: ("&", "|"),
+    ast.BitOr: ("|", "&"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+WORDS = {"__repr__", "_repr_html_", "__str__"}
+SYMMETRIC = {"min", "max", "torch.equal", "torch.maximum", "torch.minimum", "math.hypot"}
+GUARDS = {"device", "strict"}
+"""Arguments without effect on the CPU, and on lists of one length."""
+
+Edit = tuple[int, int, str]
+"""From and to which byte of the file, and what stands there instead."""
+
+
+class Sites:
+    """All edits of a file that change what it computes, not what it says or how it is typed."""
+
+    def __init__(self, source: bytes) -> None:
+        self.source = source
+        self.starts = [0]
+        for line in source.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+
+    def span(self, node: ast.expr | ast.keyword) -> tuple[int, int]:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return (
+            self.starts[node.lineno - 1] + node.col_offset,
+            self.starts[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def text(self, node: ast.expr) -> str:
+        start, end = self.span(node)
+        return self.source[start:end].decode()
+
+    def walk(self, node: ast.AST, *, top: bool = True) -> Iterator[Edit]:
+        """Edits in a node and below it; `top` where it stands outside every function."""
+        if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.FunctionDef):
+            if node.name in WORDS:
+                return
+            below: list[ast.AST] = [*node.args.defaults, *(d for d in node.args.kw_defaults if d), *node.body]
+            top = False
+        elif isinstance(node, ast.AnnAssign):
+            below = [node.value] if node.value else []
+        elif isinstance(node, ast.ClassDef):
+            below = list(node.body)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "cast", "warnings.warn"):
+            below = node.args[:1]
+        else:
+            below = list(ast.iter_child_nodes(node))
+        yield from self.here(node, top)
+        for child in below:
+            yield from self.walk(child, top=top)
+
+    def here(self, node: ast.AST, top: bool) -> Iterator[Edit]:
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            yield from self.between(node.left, node.ops[0], node.comparators[0])
+        elif isinstance(node, ast.BinOp) and not (top and isinstance(node.op, ast.BitOr)):
+            yield from self.between(node.left, node.op, node.right)
+        elif isinstance(node, ast.BoolOp):
+            yield from self.between(node.values[0], node.op, node.values[1])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
+            if isinstance(node.operand, ast.Constant):
+                return  # a negative number is changed as a number
+            yield (*self.span(node), f"({self.text(node.operand)})")
+        elif isinstance(node, ast.If | ast.IfExp | ast.While):
+            yield (*self.span(node.test), f"(not ({self.text(node.test)}))")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+            value = node.value
+            other = (
+                not value
+                if isinstance(value, bool)
+                else value + 1
+                if isinstance(value, int)
+                else value * 2 or 1.0
+            )
+            yield (*self.span(node), repr(other))
+        elif isinstance(node, ast.Call):
+            yield from self.calls(node)
+
+    def between(self, left: ast.expr, operator: ast.AST, right: ast.expr) -> Iterator[Edit]:
+        if type(operator) in SWAPS:
+            old, new = SWAPS[type(operator)]
+            start, end = self.span(left)[1], self.span(right)[0]
+            yield start, end, self.source[start:end].decode().replace(old, new, 1)
+
+    def calls(self, node: ast.Call) -> Iterator[Edit]:
+        function = self.text(node.func)
+        args, keywords = ([ast.unparse(x) for x in part] for part in (node.args, node.keywords))
+        for i, keyword in enumerate(node.keywords):
+            if keyword.arg is not None and keyword.arg not in GUARDS:
+                yield (
+                    *self.span(node),
+                    f"{function}({', '.join([*args, *keywords[:i], *keywords[i + 1 :]])})",
+                )
+        apart = not any(isinstance(x, ast.Starred) for x in node.args[:2]) and function not in SYMMETRIC
+        if len(args) > 1 and args[0] != args[1] and apart:
+            yield (*self.span(node), f"{function}({', '.join([args[1], args[0], *args[2:], *keywords])})")
+
+
+def mutants(path: str) -> list[Mutant]:
+    """Every mutant of a file."""
+    source = (ROOT / path).read_bytes()
+    sites, found = Sites(source), {}
+    for start, end, text in sites.walk(ast.parse(source)):
+        changed = source[:start] + text.encode() + source[end:]
+        line = source.count(b"\n", 0, start)
+        try:
+            ast.parse(changed)
+        except SyntaxError:  # a keyword that a comprehension's brackets stood for
+            continue
+        before = source.splitlines()[line].decode().strip()
+        after = changed.splitlines()[line].decode().strip()
+        if changed != source:
+            found[changed] = Mutant(path, line + 1, before, after, changed)
+    return list(found.values())
+
+
+# What the tests say to it
+
+
+def test_files(room: Room, path: str | None = None) -> list[str]:
+    """The room's test files, those first that import what is changed."""
+    found = [
+        str(file.relative_to(ROOT))
+        for name in room.tests
+        for file in (sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name])
+    ]
+    module = (path or "").removesuffix(".py").replace("/", ".")
+    return sorted(
+        found, key=lambda name: f"from {module} import" not in (ROOT / name).read_text(encoding="utf-8")
+    )
+
+
+class Copy:
+    """A copy of the tree, in which mutants are made and undone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout.decode()
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+
+    def run(self, tests: list[str], limit: float, mutant: Mutant | None = None) -> str:
+        """ "passed", "failed", or "timed out"; as the tests are on a mutant, or on the tree as it is."""
+        if mutant is None:
+            return self._run(tests, limit, write=True)
+        target = self.folder / mutant.path
+        kept, times = target.read_bytes(), target.stat()
+        try:
+            target.write_bytes(mutant.source)
+            os.utime(target, (time.time(), time.time()))  # no compiled file of the original's fits
+            return self._run(tests, limit, write=False)
+        finally:
+            target.write_bytes(kept)
+            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def _run(self, tests: list[str], limit: float, *, write: bool) -> str:
+        child = os.fork()
+        if not child:
+            self._child(tests, write)
+        until = time.monotonic() + limit
+        while time.monotonic() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                # 0: all passed; 5: none collected, which is no answer; else a failure or a crash
+                return {0: "passed", 5: "none collected"}.get(code, "failed")
+            time.sleep(0.05)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "timed out"
+
+    def _child(self, tests: list[str], write: bool) -> None:
+        """In the forked process: run pytest in the copy, and end."""
+        code = 70
+        try:
+            os.setsid()
+            os.chdir(self.folder)
+            log = os.open(self.folder / "mutants.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["PYTHONPATH"] = str(self.folder)
+            sys.dont_write_bytecode = not write
+            for name in [
+                name for name in sys.modules if name.partition(".")[0] in ("decompclip", "tests", "analyses")
+            ]:
+                del sys.modules[name]
+            sys.path[:] = [str(self.folder), *(entry for entry in sys.path if entry and Path(entry) != ROOT)]
+            import pytest
+
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not data"]
+            code = int(pytest.main([*options, *tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+class Bench:
+    """Copies of the tree, lent out one a run."""
+
+    def __init__(self, copies: list[Copy]) -> None:
+        self.free: SimpleQueue[Copy] = SimpleQueue()
+        for copy in copies:
+            self.free.put(copy)
+
+    def unchanged(self, room: Room) -> float:
+        """How long a mutant of the room may take: five times what its tests take on the tree as it is, which they must pass."""
+        copy, start = self.free.get(), time.monotonic()
+        answer, log = copy.run(test_files(room), 3600), copy.folder / "mutants.log"
+        if answer != "passed":
+            raise SystemExit(f"{room.tests} {answer} without any change:\n{log.read_text()[-3000:]}")
+        self.free.put(copy)
+        seconds = time.monotonic() - start
+        print(f"{', '.join(room.sources)}: the tests pass unchanged, in {seconds:.0f} s", flush=True)
+        return 5 * seconds + 30
+
+    def judge(self, mutant: Mutant, room: Room, limit: float) -> str:
+        if mutant.key in EQUIVALENT:
+            return "equivalent"
+        copy, start = self.free.get(), time.monotonic()
+        answer = copy.run(test_files(room, mutant.path), limit, mutant)
+        self.free.put(copy)
+        word = {"failed": "killed", "passed": "SURVIVED"}.get(answer, answer.upper())
+        print(f"{word:<9} {time.monotonic() - start:4.0f} s  {mutant}", flush=True)
+        return word
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the draws of mutants")
+    parser.add_argument("--count", type=int, default=100, help="how many mutants, of each seed")
+    parser.add_argument("--room", action="append", choices=list(ROOMS), help="only these parts of the core")
+    parser.add_argument("--file", action="append", help="only these files of them")
+    parser.add_argument("--workers", type=int, default=2, help="how many at a time")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in HEAVY:
+        import_module(name)
+
+    places = {
+        str(file.relative_to(ROOT)): room
+        for room in options.room or ROOMS
+        for pattern in ROOMS[room].sources
+        for file in sorted(ROOT.glob(pattern))
+    }
+    places = {path: room for path, room in places.items() if not options.file or path in options.file}
+    everyone = [mutant for path in places for mutant in mutants(path)]
+    draws = {
+        seed: random.Random(seed).sample(everyone, min(options.count, len(everyone))) for seed in options.seed
+    }
+    rooms = sorted({places[mutant.path] for drawn in draws.values() for mutant in drawn})
+    print(f"{len(everyone)} mutants of {len(places)} files", flush=True)
+    killed = judged = 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.workers) as pool:
+        bench = Bench([Copy(Path(scratch) / str(i)) for i in range(options.workers)])
+        limits = dict(zip(rooms, pool.map(lambda room: bench.unchanged(ROOMS[room]), rooms), strict=True))
+        for seed, drawn in draws.items():
+            print(f"\nSeed {seed}: {len(drawn)} mutants", flush=True)
+            words = pool.map(lambda m: bench.judge(m, ROOMS[places[m.path]], limits[places[m.path]]), drawn)
+            counts = Counter(words)
+            judged += (these := len(drawn) - counts["equivalent"])
+            killed += counts["killed"]
+            print(f"{counts['killed']} of {these} killed; {dict(counts)}", flush=True)
+    print(f"\n{killed} of {judged} killed: {100 * killed / max(1, judged):.1f} %")
+    return int(killed < BAR * judged)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
