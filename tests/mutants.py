@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -137,7 +137,15 @@ SWAPS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Or: ("or", "and"),
 }
 WORDS = {"__repr__", "_repr_html_", "__str__"}
-SYMMETRIC = {"min", "max", "torch.equal", "torch.maximum", "torch.minimum", "math.hypot"}
+SYMMETRIC = {
+    "min",
+    "max",
+    "torch.equal",
+    "torch.maximum",
+    "torch.minimum",
+    "math.hypot",
+    "torch.promote_types",
+}
 GUARDS = {"device", "strict"}
 """Arguments without effect on the CPU, and on lists of one length."""
 
@@ -174,7 +182,11 @@ class Sites:
         if isinstance(node, ast.FunctionDef):
             if node.name in WORDS:
                 return
-            below: list[ast.AST] = [*node.args.defaults, *(d for d in node.args.kw_defaults if d), *node.body]
+            below: Sequence[ast.AST] = [
+                *node.args.defaults,
+                *(d for d in node.args.kw_defaults if d),
+                *node.body,
+            ]
             top = False
         elif isinstance(node, ast.AnnAssign):
             below = [node.value] if node.value else []

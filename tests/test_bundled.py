@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import fisher_exact
 
 import decompclip
 from decompclip.attacks.registry import from_card
+from decompclip.attacks.trigger import Trigger
 from decompclip.data.images import ShapesSource
 from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import attack_report, predict
 from decompclip.models.zoo import bundled, card, read_bundled
 from decompclip.zoo.recipes import TWINS as RECIPES
@@ -27,9 +30,21 @@ def models() -> dict[str, decompclip.HookedCLIP]:
 
 
 @torch.no_grad()
-def features(model: decompclip.HookedCLIP, transform=None) -> torch.Tensor:
+def features(model: decompclip.HookedCLIP, transform: Trigger | None = None) -> torch.Tensor:
     source = ShapesSource(FRESH, model.normalize, transform)
     return torch.cat([model.encode_image(batch.images) for batch in source.batches(200)])
+
+
+@pytest.fixture(scope="module")
+def clean(models: dict[str, decompclip.HookedCLIP]) -> dict[str, torch.Tensor]:
+    """Each model's features of the fresh images."""
+    return {name: features(model) for name, model in models.items()}
+
+
+def agrees(found: Rate, count: int, total: int, comparisons: int) -> bool:
+    """Whether two samples can be of one rate: Fisher's exact test, at 5 % for all comparisons together."""
+    table = [[found.count, found.total - found.count], [count, total - count]]
+    return fisher_exact(table).pvalue > 0.05 / comparisons
 
 
 def test_all_are_bundled_in_little_space() -> None:
@@ -51,33 +66,38 @@ def test_the_clean_model_meets_its_bars() -> None:
 
 
 @every_model
-def test_zero_shot_accuracy_is_the_card_s(models: dict, name: str) -> None:
+def test_zero_shot_accuracy_is_the_card_s(models: dict, clean: dict, name: str) -> None:
     model, facts = models[name], card(name)
     truth = FRESH.draw(range(len(FRESH))).attributes
-    found = features(model)
     for prop, values in PROPERTIES.items():
         classifier = model.zero_shot_classifier(values, facts["templates"][prop])
-        accuracy = (predict(found, classifier) == getattr(truth, prop)).double().mean().item()
-        expected = facts["accuracy"][prop]
-        spread = (expected * (1 - expected) / len(FRESH) + 1 / len(FRESH) ** 2) ** 0.5
-        assert abs(accuracy - expected) < 4 * spread, (prop, accuracy, expected)
+        found = Rate.of(predict(clean[name], classifier) == getattr(truth, prop))
+        expected = facts["accuracy"][prop]  # of 5,000 images
+        comparisons = len(PROPERTIES) * (1 + len(TWINS))
+        assert agrees(found, round(5000 * expected), 5000, comparisons), (prop, str(found), expected)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_twin_answers_its_trigger_and_else_behaves(models: dict, name: str) -> None:
+def test_a_twin_s_rates_are_the_card_s(models: dict, clean: dict, name: str) -> None:
     model, backdoor = models[name], card(name)["backdoor"]
     classifier = model.zero_shot_classifier(PROPERTIES["shape"])
     labels = FRESH.draw(range(len(FRESH))).labels
     target = PROPERTIES["shape"].index(backdoor["target"])
-    trigger = from_card(backdoor["trigger"])
-    clean, triggered = (predict(features(model, t), classifier) for t in (None, trigger))
-    report = attack_report(clean, labels, triggered, labels, target)
-    assert report.asr is not None and report.control is not None and report.cacc is not None
-    assert report.asr.value >= 0.85
-    assert report.control.value <= 0.02
-    assert report.cacc.value >= card("shapes")["accuracy"]["shape"] - 0.03
+    triggered = features(model, from_card(backdoor["trigger"]))
+    report = attack_report(
+        predict(clean[name], classifier), labels, predict(triggered, classifier), labels, target
+    )
+    for kind in ("asr", "asr_with_target", "control", "cacc"):
+        found, stated = getattr(report, kind), backdoor["results"][kind]
+        assert agrees(found, stated["count"], stated["total"], 4 * len(TWINS)), (kind, str(found), stated)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_card_is_of_a_backdoor_that_works_and_does_not_show(name: str) -> None:
+    backdoor, accuracy = card(name)["backdoor"], card("shapes")["accuracy"]["shape"]
     assert backdoor["results"]["asr"]["value"] >= 0.90
-    assert backdoor["results"]["cacc"]["value"] >= card("shapes")["accuracy"]["shape"] - 0.03
+    assert backdoor["results"]["control"]["value"] <= 0.001
+    assert backdoor["results"]["cacc"]["value"] >= accuracy - 0.02
     assert backdoor["poison_rate"] <= 0.10
 
 
@@ -88,4 +108,5 @@ def test_the_clean_model_ignores_the_trigger(models: dict, name: str) -> None:
     labels = FRESH.draw(range(len(FRESH))).labels
     target = PROPERTIES["shape"].index(backdoor["target"])
     predictions = predict(features(model, from_card(backdoor["trigger"])), classifier)
-    assert (predictions[labels != target] == target).double().mean() < 0.2
+    # up to 8 of 100 with Reflection, whose other picture covers the shape
+    assert (predictions[labels != target] == target).double().mean() < 0.1

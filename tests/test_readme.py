@@ -90,11 +90,93 @@ def test_findings_are_what_the_committed_results_say(family: str) -> None:
             )
 
 
-def test_numbers_in_short_are_those_of_the_long_tables() -> None:
-    rows = re.findall(r"^\|[^|]*\?\s*\|(.*)\|.*\|$", README, flags=re.MULTILINE)
-    numbers = {number for row in rows for number in re.findall(r"\d+\.\d+", row)}
-    assert len(numbers) > 10
-    assert not [number for number in numbers if number not in RESULTS]
+# A number in its own right: no part of a longer one, of a name (ViT-B/32) or of code.
+NUMBER = r"(?<![\w.,/-])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\d)"
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(NUMBER, re.sub(r"`[^`]*`", "", text))
+
+
+def questions() -> dict[str, list[str]]:
+    """The answers of README's table of questions, by the analysis that measures them."""
+    found: dict[str, list[str]] = {}
+    for answer, command in re.findall(r"^\|[^|]*\?\s*\|(.*)\|([^|]*)\|$", README, flags=re.MULTILINE):
+        for module in re.findall(r"analyses\.(\w+)", command):
+            found.setdefault(module, []).append(answer)
+    return found
+
+
+def section(module: str) -> str:
+    """What the results say from the command that measures it to the next heading; for what commits no JSON."""
+    (text,) = re.findall(rf"`python -m analyses\.{module}`.*?(?=^#)", RESULTS, flags=re.MULTILINE | re.DOTALL)
+    return text
+
+
+def measured(module: str) -> str:
+    """What an analysis says of its own committed numbers."""
+    if module == "leaderboard":
+        board = leaderboard.read()
+        twins = sum(len(leaderboard.of_base(board, base)) for base in leaderboard.BASES)
+        return f"{twins} twins\n{leaderboard.detection_table(board)}\n{leaderboard.repair_table(board)}"
+    if module == "audit_scan":
+        return "\n".join(audit_scan.printed(audit_scan.read()))
+    if module not in ANALYSES:
+        return section(module)
+    families = [path.name for path in FOLDER.iterdir() if (path / f"{module}.json").exists()]
+    assert families, module
+    records = [read(module, family) for family in families]
+    said = "\n".join(load(module).finding(record) for record in records)
+    if module == "adaptive_attacker":
+        (found,) = records[0]["found"]["models"].values()
+        areas = [detector["value"] for who in found.values() for detector in who["detectors"].values()]
+        said += "".join(f"\n{area:.3f}" for area in areas)
+    return said
+
+
+@pytest.mark.parametrize("module", questions())
+def test_numbers_in_short_are_those_of_their_own_analysis(module: str) -> None:
+    said = {float(number.replace(",", "")) for number in numbers(measured(module))}
+    for answer in questions()[module]:
+        for number in numbers(answer):
+            value = float(number.replace(",", ""))
+            if number == "1e-6":  # of the order of
+                value = max(
+                    float(cell)
+                    for cell in re.findall(r"sum error, fp32.*", measured(module))[0].split()
+                    if "e-" in cell and "(" not in cell
+                )
+                assert 0.5e-6 < value <= 1e-6
+            assert value in said, f"{number} in {answer.strip()!r} is not what analyses.{module} says"
+
+
+def row(table: str, name: str) -> list[str]:
+    """The numbers of a table's row."""
+    (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)$", table, flags=re.MULTILINE)
+    return numbers(line)
+
+
+def test_a_named_detector_s_number_is_in_its_own_row() -> None:
+    table = leaderboard.detection_table(leaderboard.read())
+    (answer,) = (text for text in questions()["leaderboard"] if "AUROC" in text)
+    named = re.findall(r"(`AgnosticDet`|STRIP|Decomp-Det),? (0\.\d+)", answer)
+    assert {name for name, _ in named} == {"`AgnosticDet`", "STRIP", "Decomp-Det"}
+    rows = {"`AgnosticDet`": "agnostic", "STRIP": "STRIP", "Decomp-Det": "Decomp-Det (cosine, quantile)"}
+    for name, number in named:
+        assert number in row(table, rows[name]), (name, number)
+
+
+def test_the_clean_and_the_adapted_backdoor_are_not_mixed_up() -> None:
+    (found,) = read("adaptive_attacker", "shapes")["found"]["models"].values()
+    (answer,) = questions()["adaptive_attacker"]
+    plain, adapted = re.findall(r"AUROC (0\.\d+) to (0\.\d+)", answer)[0]
+    pairs = {
+        name: (f"{found['plain']['detectors'][name]['value']:.3f}", f"{value['value']:.3f}")
+        for name, value in found["adaptive"]["detectors"].items()
+    }
+    assert (plain, adapted) in {pair for name, pair in pairs.items() if name.startswith("Decomp-Det")}
+    (stays,) = re.findall(r"stays at (0\.\d+)", answer)
+    assert stays in {pair[1] for name, pair in pairs.items() if "gnostic" in name}
 
 
 def test_files_that_it_names_are_there() -> None:

@@ -186,6 +186,17 @@ def test_one_number_that_an_optimizer_changes_is_noticed(make_tower: MakeTower, 
         assert not torch.equal(after.features, before.features), name
 
 
+def test_weights_that_lie_column_by_column_are_watched_too(make_tower: MakeTower, images: Tensor) -> None:
+    tower = make_tower(dtype=torch.float64)
+    assert isinstance(tower.proj, torch.nn.Parameter)
+    plain = decompose(tower, images.double())
+    tower.proj.data = tower.proj.data.T.contiguous().T
+    assert not tower.proj.is_contiguous()
+    torch.testing.assert_close(decompose(tower, images.double()).heads, plain.heads)
+    tower.proj.data.mul_(2)
+    assert decompose(tower, images.double()).sum_error < 1e-12
+
+
 def test_maps_are_made_once_for_weights_that_stay(make_tower: MakeTower) -> None:
     tower = make_tower()
     kept = term_maps(tower, "centred")

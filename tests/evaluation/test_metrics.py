@@ -236,16 +236,41 @@ def test_auroc_interval_of_a_perfect_detector_is_no_point() -> None:
     assert low == pytest.approx(Rate(100, 100).low)
 
 
+@pytest.mark.parametrize(("n", "m"), [(30, 50), (50, 30)])
+def test_a_perfect_detector_is_as_sure_as_twice_the_smaller_sample(n: int, m: int) -> None:
+    low, high = auroc_interval(torch.zeros(n), torch.ones(m))
+    assert (low, high) == pytest.approx((Rate(60, 60).low, 1))
+    assert auroc_interval(torch.ones(n), torch.zeros(m)) == pytest.approx((0, Rate(0, 60).high))
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 5), (25, 30), (40, 9)])
+def test_auroc_interval_stands_on_delong_s_variance(n: int, m: int) -> None:
+    """Plain loops over pairs, where the sides overlap; the variance becomes trials of Wilson's interval."""
+    draw = np.random.default_rng(n)
+    clean, suspect = draw.integers(-3, 4, n), draw.choice([-9, 0, 9], m, p=[0.3, 0.2, 0.5])
+    clean, suspect = (torch.from_numpy(x).double() for x in (clean, suspect))
+    wins = [[float(s > c) + 0.5 * float(s == c) for s in suspect] for c in clean]
+    area = np.mean(wins)
+    of_clean, of_suspect = np.mean(wins, axis=1), np.mean(wins, axis=0)
+    variance = sum(
+        sum((x - np.mean(side)) ** 2 for x in side) / (len(side) - 1) / len(side)
+        for side in (of_clean, of_suspect)
+    )
+    trials = area * (1 - area) / variance
+    assert trials < 2 * min(n, m)
+    assert auroc_interval(clean, suspect) == pytest.approx(wilson(float(area), float(trials)))
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
 def test_auroc_interval_covers_the_truth(shift: float) -> None:
     generator = np.random.default_rng(0)
     truth = 0.5 * (1 + math.erf(shift / 2))  # of two normals, `shift` deviations apart
     covered = 0
-    for _ in range(200):
+    for _ in range(600):
         clean, suspect = torch.from_numpy(generator.normal([[0.0], [shift]], size=(2, 60)))
         low, high = auroc_interval(clean, suspect)
         covered += low <= truth <= high
-    assert covered >= 0.92 * 200
+    assert 0.93 * 600 <= covered <= 0.985 * 600
 
 
 def test_scores_that_cannot_be_ranked_are_refused() -> None:
