@@ -44,6 +44,9 @@ def bench(
         int, typer.Option(help="To fit on, to measure on, and for the control: so many of each.")
     ] = 1_000,
     slow: Annotated[int, typer.Option(help="The same, for STRIP and TeCo.")] = 200,
+    draws: Annotated[
+        int, typer.Option(help="Of the images that repairs are fitted on; their intervals hold the draw.")
+    ] = 5,
     seed: Annotated[
         list[int] | None,
         typer.Option(help="Of the images; give it several times for several runs.  [default: 0]"),
@@ -62,7 +65,8 @@ def bench(
             from decompclip.bench.results import leaderboard
             from decompclip.bench.run import run
 
-        plan = _plan(models, detectors, repairs, images=images, slow_images=slow, seeds=tuple(seed or (0,)))
+        sizes = {"images": images, "slow_images": slow, "draws": draws}
+        plan = _plan(models, detectors, repairs, **sizes, seeds=tuple(seed or (0,)))
         runs = run(plan, out, log=lambda line: typer.echo(line, err=True))
         board = leaderboard(runs)
         page = write_board(board, out)

@@ -14,12 +14,20 @@ from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
 from decompclip.bench.memory import Remembering
 from decompclip.bench.plan import FPR, SLOW, Plan, base_of
-from decompclip.bench.repairs import REPAIRS, Known
-from decompclip.bench.samples import Samples, draw_samples
+from decompclip.bench.repairs import REPAIRS, Known, Repair
+from decompclip.bench.results import REPAIR
+from decompclip.bench.samples import MOST_SEEDS, Samples, draw_samples
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.cost import measure_cost
-from decompclip.evaluation.intervals import Rate
-from decompclip.evaluation.metrics import attack_report, auroc, auroc_interval, clean_accuracy, predict
+from decompclip.evaluation.intervals import Rate, Redrawn
+from decompclip.evaluation.metrics import (
+    attack_success,
+    auroc,
+    auroc_interval,
+    clean_accuracy,
+    predict,
+    target_rate,
+)
 from decompclip.models.zoo import card, load_bundled
 from decompclip.zoo.worlds import WORLDS
 
@@ -41,15 +49,15 @@ class Subject:
     twins: Float[Tensor, "twin 3 h w"] | None
 
     @staticmethod
-    def of(name: str, *, images: int, seed: int) -> Subject:
+    def of(name: str, *, images: int, seed: int, draws: int = 1) -> Subject:
         """Raises ValueError or FileNotFoundError as `draw_samples`."""
         world, backdoor = WORLDS[base_of(name)], card(name)["backdoor"]
         model = Remembering(load_bundled(name))
-        samples = draw_samples(world, images=images, seed=seed)
+        samples = draw_samples(world, images=images, seed=seed, draws=draws)
         trigger = None if backdoor is None else from_card(backdoor["trigger"])
         target = world.label if backdoor is None else world.class_names.index(backdoor["target"])
         twins = None if trigger is None else samples.twins(trigger, target)
-        for known in (samples.fit, samples.clean, samples.other, *([] if twins is None else [twins])):
+        for known in (*samples.fits, samples.clean, samples.other, *([] if twins is None else [twins])):
             model.remember(known)
         with torch.no_grad():
             classifier = world.classifier(model)
@@ -69,7 +77,7 @@ def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -
         ValueError: too few images for a detector or a repair (which is named), or more than there are.
         FileNotFoundError: the photographs of a model of `cifar10` are not there.
     """
-    subject = Subject.of(name, images=plan.images, seed=seed)
+    subject = Subject.of(name, images=plan.images, seed=seed, draws=plan.draws)
     detectors, repairs = {}, {}
     for detector in plan.detectors:
         log(f"{name}, seed {seed}: {detector}")
@@ -119,10 +127,19 @@ def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
 
 
 def mending(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
-    """Rates over clean images and triggered twins that went through the same repair."""
-    repair, samples, target = REPAIRS[name], subject.samples, subject.target
+    """Rates over clean images and triggered twins that went through the same repair, fitted on each draw in turn."""
+    rates: dict[str, list[Rate]] = {}
+    for draw, fit in enumerate(subject.samples.fits):
+        for key, rate in _mended(subject, REPAIRS[name], fit, seed=seed + MOST_SEEDS * draw).items():
+            rates.setdefault(key, []).append(rate)
+    return {key: Redrawn(tuple(rates[key])).to_dict() if key in rates else None for key in REPAIR}
+
+
+def _mended(subject: Subject, repair: Repair, images: Tensor, *, seed: int) -> dict[str, Rate]:
+    """After one draw."""
+    samples, target = subject.samples, subject.target
     extent = None if subject.trigger is None else subject.trigger.extent
-    fit = subject.model.terms(samples.fit, repair.convention)
+    fit = subject.model.terms(images, repair.convention)
     edit = repair.fit(Known(fit, subject.classifier, extent, seed))
 
     def answers(images: Tensor) -> Int[Tensor, " image"]:
@@ -130,16 +147,13 @@ def mending(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
         return predict(features, subject.classifier.to(features))
 
     clean = answers(samples.clean)
-    if subject.twins is None:
-        others = clean[samples.labels != target]
-        rates = {"cacc": clean_accuracy(clean, samples.labels), "control": Rate.of(others == target)}
-        return {"asr": None, "triggered_accuracy": None} | {key: x.to_dict() for key, x in rates.items()}
-    truth = samples.labels[samples.labels != target]
-    after = answers(subject.twins)
-    report = attack_report(clean, samples.labels, after, truth, target, n_classes=len(subject.classifier))
-    found = {"cacc": report.cacc, "asr": report.asr, "control": report.control}
-    found["triggered_accuracy"] = clean_accuracy(after, truth)
-    return {key: rate and rate.to_dict() for key, rate in found.items()}
+    found = {"cacc": clean_accuracy(clean, samples.labels)}
+    found["control"] = target_rate(clean, samples.labels, target)
+    if subject.twins is not None:
+        truth, after = samples.labels[samples.labels != target], answers(subject.twins)
+        found["asr"] = attack_success(after, truth, target)
+        found["triggered_accuracy"] = clean_accuracy(after, truth)
+    return found
 
 
 def area(clean: Tensor, suspect: Tensor) -> dict[str, float]:

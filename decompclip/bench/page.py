@@ -31,7 +31,9 @@ REPAIR_TEXT = (
     "ASR: share of triggered images taken for the target, to be read beside its control, the share of clean images of "
     "other classes that the same repair sends there. CACC: accuracy on clean images; accuracy with trigger: on triggered "
     "ones. The paper's repair is told whether the trigger is local or global; the others are told nothing. Means and "
-    "intervals are over attacks, as above."
+    "intervals are over attacks, as above. "
+    "A repair is fitted on several draws of clean images, and a rate is the mean over them; a model's own interval below is for "
+    "one more draw, or, where it says one draw, for the images that were drawn."
 )
 
 

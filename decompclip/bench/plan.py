@@ -11,7 +11,7 @@ from decompclip.bench.samples import check_seed
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.models.zoo import bundled, card
 
-SCHEMA = 1
+SCHEMA = 2
 """Of a run's JSON: raised when a field changes its meaning, so that old runs are measured again."""
 
 SLOW = ("STRIP", "TeCo")
@@ -33,6 +33,7 @@ class Plan:
         repairs: of `REPAIRS`.
         images: to fit on, to measure on, and for the control: so many of each.
         slow_images: the same, for the detectors of `SLOW`.
+        draws: of the images that repairs are fitted on, which their intervals hold.
         seeds: of the images, and of what repairs draw.
 
     Raises:
@@ -44,6 +45,7 @@ class Plan:
     repairs: tuple[str, ...] = tuple(REPAIRS)
     images: int = 1_000
     slow_images: int = 200
+    draws: int = 5
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -56,6 +58,10 @@ class Plan:
             check_seed(seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"expected each seed once; received {', '.join(map(str, self.seeds))}")
+        if self.draws < 2:
+            raise ValueError(
+                f"expected at least 2 draws of the images to fit on, whose difference intervals hold; received {self.draws}"
+            )
         for option, n in (("images", self.images), ("slow images", self.slow_images)):
             if n < LEAST_IMAGES:
                 raise ValueError(f"expected at least {LEAST_IMAGES} {option} of each kind; received {n}")
@@ -76,6 +82,7 @@ class Plan:
             "repairs": list(self.repairs),
             "images": self.images,
             "slow_images": min(self.images, self.slow_images),
+            "draws": self.draws,
             "fpr": FPR,
             "seed": seed,
         }

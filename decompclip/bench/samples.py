@@ -29,17 +29,22 @@ class Samples:
     """What one run sees.
 
     Attributes:
-        fit: clean images that detectors and repairs are fitted on.
+        fits: clean images that detectors (on the first) and repairs (on each in turn) are fitted on.
         clean: clean images that they are measured on.
         other: as many more, which take the place of triggered ones in the control.
         labels, other_labels: classes of `clean` and of `other`.
     """
 
-    fit: Float[Tensor, "image 3 h w"]
+    fits: tuple[Float[Tensor, "image 3 h w"], ...]
     clean: Float[Tensor, "image 3 h w"]
     other: Float[Tensor, "image 3 h w"]
     labels: Int[Tensor, " image"]
     other_labels: Int[Tensor, " image"]
+
+    @property
+    def fit(self) -> Float[Tensor, "image 3 h w"]:
+        """The first of `fits`."""
+        return self.fits[0]
 
     def twins(self, trigger: Trigger, target: int) -> Float[Tensor, "twin 3 h w"]:
         """Triggered copies of the clean images that are not of the target's class."""
@@ -48,11 +53,12 @@ class Samples:
 
     def first(self, n: int) -> Samples:
         """The first `n` images of each kind."""
-        return Samples(self.fit[:n], self.clean[:n], self.other[:n], self.labels[:n], self.other_labels[:n])
+        fits = tuple(fit[:n] for fit in self.fits)
+        return Samples(fits, self.clean[:n], self.other[:n], self.labels[:n], self.other_labels[:n])
 
 
-def draw_samples(world: World, *, images: int, seed: int) -> Samples:
-    """`images` images of each kind.
+def draw_samples(world: World, *, images: int, seed: int, draws: int = 1) -> Samples:
+    """`images` images of each kind, to fit on `draws` times as many: no image serves in two draws.
 
     Raises:
         ValueError: a world without a rule, more images than there are, or a seed out of range.
@@ -61,7 +67,7 @@ def draw_samples(world: World, *, images: int, seed: int) -> Samples:
     if world.base not in SPLITS:
         raise ValueError(f"expected a world among {', '.join(SPLITS)}; received {world.base!r}")
     check_seed(seed)
-    return SPLITS[world.base](world, images, seed)
+    return SPLITS[world.base](world, images, seed, draws)
 
 
 def check_seed(seed: int) -> None:
@@ -70,36 +76,45 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"expected a seed in 0..{MOST_SEEDS - 1}; received {seed}")
 
 
-def _drawn(world: World, images: int, seed: int) -> Samples:
-    fit = Shapes(images, seed=FIT + seed).draw(range(images)).images
+def _drawn(world: World, images: int, seed: int, draws: int) -> Samples:
+    fit = Shapes(draws * images, seed=FIT + seed).draw(range(draws * images)).images
     evaluation = Shapes(2 * images, seed=EVALUATION + seed).draw(range(2 * images))
-    return _halves(fit, evaluation.images, evaluation.labels)
+    return _halves(fit.split(images), evaluation.images, evaluation.labels)
 
 
-def _photographs(world: World, images: int, seed: int) -> Samples:
-    """The part of the training photographs that no twin was trained on, and the test part."""
-    fit = _some(world.validation(), images, FIT + seed)[0]
-    return _halves(fit, *_some(world.report(), 2 * images, EVALUATION + seed))
-
-
-def _some(source: object, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    assert isinstance(source, Pairs)
-    if n > len(source):
+def _photographs(world: World, images: int, seed: int, draws: int) -> Samples:
+    """To fit on: the training photographs that no twin was trained on, then what is left of the test part."""
+    known, report = world.validation(), world.report()
+    assert isinstance(known, Pairs) and isinstance(report, Pairs)
+    order, own = _order(report, EVALUATION + seed), _order(known, FIT + seed)
+    left = len(known) + max(0, len(report) - 2 * images)
+    if 2 * images > len(report) or draws * images > left:
         raise ValueError(
-            f"expected at most {len(source)} images to draw from this part; {n} were asked for; lower --images"
+            f"expected at most {len(report) // 2} images of each kind, {draws} times as many of them to fit on among {left} "
+            f"photographs; {images} were asked for; lower --images or --draws"
         )
-    places = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(source))[:n]
-    batch = source.read(places.tolist())
+    parts = [_read(known, own[: draws * images])[0]]
+    if draws * images > len(known):
+        parts.append(_read(report, order[2 * images : (2 + draws) * images - len(known)])[0])
+    return _halves(torch.cat(parts).split(images), *_read(report, order[: 2 * images]))
+
+
+def _order(source: Pairs, seed: int) -> list[int]:
+    return np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(source)).tolist()
+
+
+def _read(source: Pairs, places: list[int]) -> tuple[Tensor, Tensor]:
+    batch = source.read(places)
     assert batch.labels is not None
     return batch.images, batch.labels
 
 
-def _halves(fit: Tensor, images: Tensor, labels: Tensor) -> Samples:
+def _halves(fits: tuple[Tensor, ...], images: Tensor, labels: Tensor) -> Samples:
     half = len(images) // 2
     return Samples(
-        fit, images[:half], images[half:], torch.as_tensor(labels[:half]), torch.as_tensor(labels[half:])
+        fits, images[:half], images[half:], torch.as_tensor(labels[:half]), torch.as_tensor(labels[half:])
     )
 
 
-SPLITS: dict[str, Callable[[World, int, int], Samples]] = {"shapes": _drawn, "cifar10": _photographs}
+SPLITS: dict[str, Callable[[World, int, int, int], Samples]] = {"shapes": _drawn, "cifar10": _photographs}
 """By the clean model's name."""

@@ -105,8 +105,11 @@ def model_tables(run: dict[str, Any]) -> list[Table]:
         ]
         tables.append(Table("", ("detector", *RATES.values(), "images", "time"), tuple(rows)))
     if found := run["repairs"]:
-        rows = [Row(name, tuple(_cells(cells, REPAIR_RATES))) for name, cells in found.items()]
-        tables.append(Table("", ("repair", *REPAIR_RATES.values()), tuple(rows)))
+        rows = [
+            Row(name, (*_cells(cells, REPAIR_RATES), Cell(str(len(cells["cacc"].get("draws", (0,)))))))
+            for name, cells in found.items()
+        ]
+        tables.append(Table("", ("repair", *REPAIR_RATES.values(), "draws"), tuple(rows)))
     return tables
 
 

@@ -29,7 +29,7 @@ from torch.special import log_ndtr
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
 from decompclip.defenses.calibration import calibrated
-from decompclip.defenses.expected import VIEWS, Expected, Looked
+from decompclip.defenses.expected import VIEWS, Expected, Looked, Sums
 from decompclip.defenses.selector import check_fitted
 from decompclip.defenses.term_views import class_directions, layer_terms, prefixes
 
@@ -104,10 +104,13 @@ class AgnosticDet:
         fold = torch.randperm(len(looked), generator=generator).to(looked.classes.device) % self.folds
         logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
         offsets = torch.zeros_like(looked.features, dtype=torch.float64)
+        near = looked.after(cut)
+        whole = Sums.of(near, n_classes)
         for held in range(self.folds):
             out = fold == held
-            others = Expected.of(looked[~out], n_classes, cut)
-            logs[out], offsets[out] = others.logs(looked[out]), others.offsets(looked[out])
+            own = near[out]
+            others = (whole - Sums.of(own, n_classes, about=whole)).expected()
+            logs[out], offsets[out] = others.logs(own), others.offsets(own)
         self.expected_ = Expected.of(looked, n_classes, cut)
         self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
         views = self._standard(logs)

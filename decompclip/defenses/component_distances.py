@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
-from decompclip.defenses.class_distance import ClassDistance
+from decompclip.defenses.class_distance import ClassDistance, ClassSums
 from decompclip.defenses.selector import check_fitted
 from decompclip.operators.intervention import Where
 
@@ -65,11 +65,15 @@ class ComponentDistances:
         generator = torch.Generator().manual_seed(self.seed)
         fold = torch.randperm(n, generator=generator).to(classes.device) % self.folds
         k, logs = len(self.classifier), []
+        whole = [ClassSums.of(x, classes, k) for x in (heads, mlps)]
         for held in range(self.folds):
             out = fold == held
-            pair = [ClassDistance.fit(x[~out], classes[~out], k) for x in (heads, mlps)]
-            logs.append(_logs(pair, (heads[out], mlps[out], classes[out])))
-        self.heads_, self.mlps_ = (ClassDistance.fit(x, classes, k) for x in (heads, mlps))
+            own = (heads[out], mlps[out], classes[out])
+            held_out = (
+                ClassSums.of(x, own[2], k, origin=all_.origin) for x, all_ in zip(own, whole, strict=False)
+            )
+            logs.append(_logs([(a - b).distance() for a, b in zip(whole, held_out, strict=True)], own))
+        self.heads_, self.mlps_ = (sums.distance() for sums in whole)
         self.logs_ = torch.cat(logs).sort(0).values
         return self
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.readout import full_precision
+from decompclip.cache.threads import one_thread
 
 MAX_DIRECTIONS = 32
 """Directions of the classifier that layers are compared in: with more, a thousand images estimate no covariance."""
@@ -39,7 +40,8 @@ def prefixes(
 def class_directions(classifier: Float[Tensor, "class d_embed"]) -> Float[Tensor, "direction d_embed"]:
     """An orthonormal basis of the leading directions in which the classifier tells classes apart."""
     centred = classifier.double() - classifier.double().mean(0)
-    values, basis = torch.linalg.svd(centred, full_matrices=False)[1:]
+    with one_thread():
+        values, basis = torch.linalg.svd(centred, full_matrices=False)[1:]
     kept = int((values > 1e-6 * values[0]).sum())
     return basis[: min(kept, MAX_DIRECTIONS)].to(classifier)
 
@@ -65,11 +67,30 @@ class Extrapolation:
         mean_in, mean_out = x.mean(0), y.mean(0)
         x, y = x - mean_in, y - mean_out
         gram = torch.einsum("nld,nle->lde", x, x)
-        scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        gram = gram + (RIDGE * scale + torch.finfo(x.dtype).tiny) * torch.eye(x.shape[-1]).to(x)
-        return Extrapolation(mean_in, mean_out, torch.linalg.solve(gram, torch.einsum("nld,ne->lde", x, y)))
+        return Extrapolation(mean_in, mean_out, ridge(gram, torch.einsum("nld,ne->lde", x, y)))
+
+    def of_layer(
+        self, before: Float[Tensor, "image layer d_embed"], layer: int
+    ) -> Float[Tensor, "image d_embed"]:
+        """From the prefix of one layer."""
+        return self.mean_out + (before[:, layer].to(self.weights) - self.mean_in[layer]) @ self.weights[layer]
 
     def __call__(self, before: Float[Tensor, "image layer d_embed"]) -> Float[Tensor, "image layer d_embed"]:
         return self.mean_out + torch.einsum(
             "nld,lde->nle", before.to(self.weights) - self.mean_in, self.weights
         )
+
+
+def ridge(
+    gram: Float[Tensor, "layer d_embed d_embed"], cross: Float[Tensor, "layer d_embed out"]
+) -> Float[Tensor, "layer d_embed out"]:
+    """Weights of a regression with the penalty `RIDGE`, from moments about the means.
+
+    By Cholesky's factors, in one thread: see `one_thread`.
+    """
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    # One for a layer that never varies, whose weights are then zero.
+    penalty = torch.where(scale > 0, RIDGE * scale, torch.ones_like(scale))
+    penalised = gram + penalty * torch.eye(gram.shape[-1]).to(gram)
+    with one_thread():
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(penalised))

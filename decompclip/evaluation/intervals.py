@@ -1,13 +1,15 @@
-"""Shares with their uncertainty: Wilson's interval, and Newcombe's for a difference of two shares."""
+"""Shares with their uncertainty: Wilson's interval, with the draw of what was fitted on, and of a difference of two shares."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from jaxtyping import Bool
 from scipy.special import ndtri
+from scipy.stats import t
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -78,6 +80,52 @@ class Rate:
         """For JSON, which knows no nan: the value of a rate of nothing is None."""
         value = self.value if self.total else None
         return {"count": self.count, "total": self.total, "value": value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """One rate on the same images, measured after each of several independent draws of what was fitted on.
+
+    `low` and `high`: between them lies, with 95 %, what one more draw gives on all images of the kind. Student's t over the
+    draws and Wilson's interval over the images, their half-widths added in quadrature.
+    """
+
+    rates: tuple[Rate, ...]
+
+    def __post_init__(self) -> None:
+        totals = {rate.total for rate in self.rates}
+        if len(totals) != 1 or 0 in totals:
+            raise ValueError(
+                f"expected rates on the same images, at least one; received {len(self.rates)} rates of "
+                f"{sorted(totals)} images; measure every draw on the same ones"
+            )
+
+    @property
+    def value(self) -> float:
+        return fmean(rate.value for rate in self.rates)
+
+    @property
+    def low(self) -> float:
+        return max(0.0, self.value - self._half(wilson(self.value, self.rates[0].total)[0]))
+
+    @property
+    def high(self) -> float:
+        return min(1.0, self.value + self._half(wilson(self.value, self.rates[0].total)[1]))
+
+    def _half(self, end: float) -> float:
+        n = len(self.rates)
+        if n < 2:
+            return 1.0  # one draw does not tell how much they differ
+        spread = stdev(rate.value for rate in self.rates) * math.sqrt(1 + 1 / n)
+        return math.hypot(float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread, end - self.value)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the value of every draw."""
+        ends = {"value": self.value, "low": self.low, "high": self.high}
+        return ends | {"total": self.rates[0].total, "draws": [rate.value for rate in self.rates]}
 
 
 def difference_interval(a: Rate, b: Rate) -> tuple[float, float]:

@@ -107,6 +107,10 @@ def target_rate(
     return attack_success(predictions, labels, target, n_classes=n_classes)
 
 
+ENOUGH = 20
+"""Images that bear half of an AUROC's trials beyond the most that a few could give (`auroc_interval`)."""
+
+
 @dataclass(frozen=True)
 class AttackReport:
     """Clean accuracy, attack success and its control; None where labels or a target were not known."""
@@ -185,8 +189,9 @@ def auroc_interval(
     """95 % interval of `auroc`: DeLong's variance, as an effective number of trials of Wilson's interval.
 
     It assumes no distribution of the scores, needs no resampling (hence no seed), stays inside 0..1, and does
-    not shrink to a point where the scores separate perfectly: the trials are at most twice the smaller
-    sample. Images are taken as independent.
+    not shrink to a point where the scores separate perfectly: near 0 and 1 the variance stands on few images, and
+    what it gives beyond `2 min(n, m)` trials (as where a few triggered images look just like clean ones) counts only as
+    far as so many images bear it. Images are taken as independent.
 
     Raises:
         ValueError: as `auroc`.
@@ -198,8 +203,14 @@ def auroc_interval(
     of_suspect = (ranks[len(clean) :] - rankdata(suspect)) / len(clean)
     area = float(of_suspect.mean())
     variance = sum(v.var(ddof=1) / len(v) for v in (of_clean, of_suspect) if len(v) > 1)
-    most = 2 * min(len(clean), len(suspect))
-    return wilson(area, min(most, area * (1 - area) / variance) if variance and 0 < area < 1 else most)
+    trials = most = 2 * min(len(clean), len(suspect))
+    if variance and 0 < area < 1:
+        trials = area * (1 - area) / variance
+    if trials > most:
+        squares = np.concatenate([((v - v.mean()) / len(v)) ** 2 for v in (of_clean, of_suspect)])
+        bearing = squares.sum() ** 2 / (squares**2).sum()
+        trials = most + (trials - most) * bearing / (bearing + ENOUGH)
+    return wilson(area, trials)
 
 
 def _scores(scores: Tensor, side: str) -> np.ndarray:

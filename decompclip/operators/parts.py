@@ -16,6 +16,7 @@ from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import TermMaps
 from decompclip.cache.masks import ComponentMask
 from decompclip.cache.moments import Moments, check_finite
+from decompclip.cache.threads import one_thread
 
 Head = int | Literal["mlp"]
 """A head of a layer by its number, or the layer's MLP."""
@@ -187,7 +188,8 @@ class Points:
         self._kept = [[] for _ in self.parts]
         single = any(part.head is not None for part in self.parts)
         if single and not d.maps.direct:
-            triangles = torch.linalg.qr(d.maps.heads.double().mT, mode="r").R
+            with one_thread():
+                triangles = torch.linalg.qr(d.maps.heads.double().mT, mode="r").R
             self._factors = triangles.mT
 
     def _points(self, d: Decomposition, part: Part) -> Float[Tensor, "batch point"]:

@@ -19,6 +19,8 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.cache.threads import one_thread
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
@@ -226,7 +228,8 @@ def _nearest(
 
 def _basis(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "d_embed axis"]:
     """Orthonormal axes of the span."""
-    U, S, _ = torch.linalg.svd(x.T, full_matrices=False)
+    with one_thread():
+        U, S, _ = torch.linalg.svd(x.T, full_matrices=False)
     return U[:, S / S[0] > EXACT]
 
 
@@ -237,8 +240,9 @@ def _overlap(A: Tensor, B: Tensor) -> tuple[Float[Tensor, " before"], Float[Tens
     resampled spans, of fewer texts, would overlap more.
     """
     a, b = _basis(A), _basis(B)
-    shares = (A * (torch.linalg.pinv(A, rtol=EXACT).T @ b @ b.T)).sum(1)
-    others = (B * (torch.linalg.pinv(B, rtol=EXACT).T @ a @ a.T)).sum(1)
+    with one_thread():
+        inverse, other = (torch.linalg.pinv(x, rtol=EXACT).T for x in (A, B))
+    shares, others = (A * (inverse @ b @ b.T)).sum(1), (B * (other @ a @ a.T)).sum(1)
     return shares * len(A) / a.shape[1], others * len(B) / b.shape[1]
 
 

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.cache.threads import one_thread
+
 TIE = 1e-9
 """Scores that differ by less, as a share of the largest, are equal: the text that stands first is picked."""
 
@@ -93,11 +95,13 @@ def frame(
     second, covariance, maps = terms.second, terms.covariance, terms.maps
     start = None
     if maps is not None and maps.shape[1] < maps.shape[2]:
-        start, triangle = torch.linalg.qr(maps.mT)  # terms = coords triangle^T start^T
+        with one_thread():
+            start, triangle = torch.linalg.qr(maps.mT)  # terms = coords triangle^T start^T
         second, covariance = (triangle @ moment @ triangle.mT for moment in (second, covariance))
     elif maps is not None:
         second, covariance = (maps.mT @ moment @ maps for moment in (second, covariance))
-    values, vectors = torch.linalg.eigh(covariance if centred else second)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(covariance if centred else second)
     values, vectors = values.flip(-1), vectors.flip(-1)
     width = vectors.shape[1] if maps is None else maps.shape[2]
     if tolerance is None:

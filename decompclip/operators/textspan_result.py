@@ -14,6 +14,7 @@ from torch import Tensor
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
+from decompclip.cache.threads import one_thread
 from decompclip.operators.parts import Head, Part, part_at, parts_named, place_of
 
 if TYPE_CHECKING:
@@ -289,4 +290,5 @@ def _inverse(maps: Float[Tensor, "coord d_embed"]) -> Float[Tensor, "d_embed coo
     square = maps.shape[0] == maps.shape[1]
     if square and torch.equal(maps, torch.eye(len(maps)).to(maps)):
         return maps
-    return torch.linalg.pinv(maps)
+    with one_thread():
+        return torch.linalg.pinv(maps)

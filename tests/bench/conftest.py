@@ -14,12 +14,12 @@ TWIN, IMAGES = "shapes-blended", 120
 
 @pytest.fixture(scope="session")
 def plan() -> Plan:
-    return Plan(models=(TWIN,), detectors=("k-distance", "Decomp-Det (paper)"), images=IMAGES)
+    return Plan(models=(TWIN,), detectors=("k-distance", "Decomp-Det (paper)"), images=IMAGES, draws=2)
 
 
 @pytest.fixture(scope="session")
 def subject() -> Subject:
-    return Subject.of(TWIN, images=IMAGES, seed=0)
+    return Subject.of(TWIN, images=IMAGES, seed=0, draws=2)
 
 
 @pytest.fixture(scope="session")

@@ -64,8 +64,8 @@ def test_a_trigger_is_found(measured: dict[str, Any]) -> None:
 
 
 def test_terms_are_looked_at_once(subject: Subject) -> None:
-    images = len(subject.samples.fit) * 3 + len(subject.twins)  # type: ignore[arg-type]
-    own = Subject.of(TWIN, images=IMAGES, seed=0)
+    images = len(subject.samples.fit) * 4 + len(subject.twins)  # type: ignore[arg-type]
+    own = Subject.of(TWIN, images=IMAGES, seed=0, draws=2)
     for name in ("Decomp-Rep (cosine, quantile)", "last 5 MLPs", "none"):
         mending(own, name, seed=0)
     assert own.model.looks <= images
@@ -84,11 +84,30 @@ def test_no_repair_is_the_model_itself(subject: Subject) -> None:
         clean = predict(model.encode_image(model.normalize(s.clean)), classifier)
         twins = predict(model.encode_image(model.normalize(subject.twins)), classifier)  # type: ignore[arg-type]
     others = s.labels != target
-    assert found["cacc"] == Rate.of(clean == s.labels).to_dict()
-    assert found["asr"] == Rate.of(twins == target).to_dict()
-    assert found["control"] == Rate.of(clean[others] == target).to_dict()
-    assert found["triggered_accuracy"] == Rate.of(twins == s.labels[others]).to_dict()
+    hits = {
+        "cacc": clean == s.labels,
+        "asr": twins == target,
+        "control": clean[others] == target,
+        "triggered_accuracy": twins == s.labels[others],
+    }
+    for key, hit in hits.items():  # nothing is fitted: both draws say the same, and Wilson's interval is left
+        one = Rate.of(hit)
+        assert found[key]["draws"] == [one.value] * 2 and found[key]["total"] == one.total
+        assert [found[key][end] for end in ("value", "low", "high")] == pytest.approx(
+            [one.value, one.low, one.high]
+        )
     assert found["asr"]["value"] > 0.9
+
+
+def test_a_repair_is_fitted_on_each_draw_in_turn(subject: Subject) -> None:
+    name = "Decomp-Rep (cosine, quantile)"
+    found = mending(subject, name, seed=0)["cacc"]
+    clean = subject.model.terms(subject.samples.clean, "centred")
+    for fit, value in zip(subject.samples.fits, found["draws"], strict=True):
+        known = Known(subject.model.terms(fit, "centred"), subject.classifier, "global", 0)
+        answers = predict(REPAIRS[name].fit(known)(clean).features, subject.classifier)
+        assert value == Rate.of(answers == subject.samples.labels).value
+    assert found["value"] == pytest.approx(sum(found["draws"]) / 2)
 
 
 def test_the_hint_is_the_twins_own(subject: Subject) -> None:

@@ -23,6 +23,7 @@ from decompclip.bench.run import attack_of
         ({"seeds": (1, 1)}, "expected each seed once; received 1, 1"),
         ({"seeds": (100,)}, r"expected a seed in 0\.\.99; received 100"),
         ({"images": 39}, "expected at least 40 images of each kind; received 39"),
+        ({"draws": 1}, "expected at least 2 draws of the images to fit on, .*; received 1"),
         ({"slow_images": 0}, "expected at least 40 slow images of each kind; received 0"),
     ],
 )

@@ -76,9 +76,20 @@ def test_photographs_to_fit_on_are_validation_and_to_measure_on_the_test_part() 
     assert torch.equal(again.clean, found.clean) and not torch.equal(other.clean, found.clean)
 
 
-def test_more_photographs_than_there_are() -> None:
-    with pytest.raises(ValueError, match="expected at most 20 images .* 21 were asked for; lower --images"):
-        draw_samples(SmallPhotographs(), images=21, seed=0)
+def test_draws_share_no_image_and_begin_with_the_one_that_detectors_see() -> None:
+    for world, images in ((WORLD, 12), (SmallPhotographs(), 10)):
+        found = draw_samples(world, images=images, seed=1, draws=4)
+        every = rows(*found.fits, found.clean, found.other)
+        assert len(set(every)) == len(every) == 6 * images
+        assert torch.equal(found.fit, draw_samples(world, images=images, seed=1).fit)
+
+
+@pytest.mark.parametrize(("images", "draws"), [(21, 1), (15, 3)])
+def test_more_photographs_than_there_are(images: int, draws: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"expected at most 20 images .* {images} were asked for; lower --images"
+    ):
+        draw_samples(SmallPhotographs(), images=images, seed=0, draws=draws)
 
 
 @pytest.mark.parametrize("seed", [-1, MOST_SEEDS])
@@ -96,5 +107,6 @@ def test_a_world_without_a_rule() -> None:
 def test_first_keeps_labels_with_images() -> None:
     labels = torch.arange(4)
     images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = Samples(images, images, images, labels, labels).first(2)
+    found = Samples((images,), images, images, labels, labels).first(2)
+    assert len(found.fit) == 2
     assert found.labels.tolist() == found.other_labels.tolist() == [0, 1]

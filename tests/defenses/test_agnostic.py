@@ -12,6 +12,7 @@ from decompclip.cache.capture import decompose
 from decompclip.cache.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
+from decompclip.defenses.class_distance import ClassDistance
 from decompclip.defenses.component_distances import ComponentDistances
 from decompclip.defenses.sharpened_det import SharpenedDet, sharpen
 from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
@@ -96,6 +97,50 @@ def test_batches_teach_what_all_images_teach(clean: Decomposition, classifier: t
     assert torch.allclose(
         whole.score(clean[:7]), torch.cat([whole.score(clean[i]) for i in range(7)]), atol=1e-4
     )
+
+
+def test_cross_fitting_by_sums_is_fitting_on_the_other_folds(
+    clean: Decomposition, classifier: torch.Tensor
+) -> None:
+    """The plain way: of every fold, all that is expected is learnt anew from the images of the others."""
+    detector = AgnosticDet(classifier, folds=4, seed=3).fit(clean)
+    seen = detector.look(clean)
+    fold = torch.randperm(N, generator=torch.Generator().manual_seed(3)) % 4
+    logs, offsets = torch.zeros(N, len(VIEWS)).double(), torch.zeros_like(seen.features).double()
+    for held in range(4):
+        rest, own = seen[fold != held], seen[fold == held]
+        cut = clean.n_layers // 2 - 1
+
+        def points(x, rest=rest, cut=cut):
+            follow = Extrapolation.fit(rest.before, rest.features)
+            return x.features, x.layers, x.features - follow(x.before)[:, cut]
+
+        for place, (learnt, held_out) in enumerate(zip(points(rest), points(own), strict=True)):
+            distance = ClassDistance.fit(learnt[:, None], rest.classes, len(classifier))
+            logs[fold == held, place] = distance(held_out[:, None], own.classes)[:, 0].log()
+            if place == 0:
+                offsets[fold == held] = distance.whitened(held_out[:, None], own.classes)[:, 0]
+        logs[fold == held, -1] = own.written.double().log()
+    views = (logs - logs.mean(0)) / logs.std(0)
+    odd = views[:, :-1].sum(1)
+    tails = (odd / odd.std(), views[:, -1])
+    scores, order = (-sum(torch.special.log_ndtr(-tail) for tail in tails)).sort()
+    assert torch.allclose(detector.scores_, scores, rtol=1e-6)
+    assert torch.allclose(detector.offsets_, offsets[order], atol=1e-8)
+
+
+def test_a_class_of_a_single_image_does_no_harm(clean: Decomposition, fresh: Decomposition) -> None:
+    """Its own fold knows nothing of it: it is held to all images, and the others' threshold stays what it was."""
+    means = torch.stack([clean.features[k::4].mean(0) for k in range(4)])
+    classifier = torch.nn.functional.normalize(means - means.mean(0), dim=1)
+    classes, unseen = (clean.features @ classifier.T).argmax(1), (fresh.features @ classifier.T).argmax(1)
+    first = (classes == 0).nonzero()[:1, 0]
+    few = clean[torch.cat([first, (classes != 0).nonzero()[:, 0]])]
+    detector = AgnosticDet(classifier).fit(few)
+    assert detector.scores_.isfinite().all()
+    assert detector.score(fresh).isfinite().all()
+    share = detector.predict(fresh[(unseen != 0).nonzero()[:, 0]], fpr=0.05).double().mean().item()
+    assert share < 0.12
 
 
 def test_a_wild_image_does_not_hide_itself(clean: Decomposition, classifier: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.covariance import empirical_covariance, oas
 
-from decompclip.defenses.class_distance import ClassDistance, oas_shrinkage, whitener
+from decompclip.defenses.class_distance import ClassDistance, ClassSums, oas_shrinkage, whitener
 
 
 def points(n: int, dim: int, components: int = 1, seed: int = 0) -> torch.Tensor:
@@ -77,3 +77,30 @@ def test_directions_without_spread_do_no_harm() -> None:
 def test_one_point_has_no_spread() -> None:
     with pytest.raises(ValueError, match=r"at least 2 points; received 1; fit on more"):
         ClassDistance.fit(torch.zeros(1, 1, 2), torch.zeros(1, dtype=torch.long), 1)
+
+
+def test_sums_less_a_fold_s_are_those_of_the_others() -> None:
+    """Held to the points themselves: means of classes drawn to the common one, and the spread about them."""
+    x, classes = points(90, 6, components=2) + 100, torch.arange(90) ** 2 % 7
+    x += classes[:, None, None].double()
+    out, n_classes = torch.arange(90) % 5 == 1, 9
+    whole = ClassSums.of(x, classes, n_classes)
+    found = (whole - ClassSums.of(x[out], classes[out], n_classes, origin=whole.origin)).distance(2.0)
+    kept, own = x[~out], classes[~out]
+    common = kept.mean(0)
+    means = torch.stack(
+        [common + (kept[own == k] - common).sum(0) / ((own == k).sum() + 2) for k in range(n_classes)]
+    )
+    rest = kept - means[own]
+    spread = torch.einsum("ncd,nce->cde", rest, rest) / len(rest)
+    assert torch.allclose(found.means, means, rtol=1e-12)
+    assert torch.allclose(found.whitener, whitener(spread, len(rest)), rtol=1e-8)
+
+
+def test_sums_of_mapped_points() -> None:
+    x, classes = points(40, 5), torch.arange(40) % 3
+    map_ = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
+    shift = torch.arange(4.0).double()
+    mapped = ClassSums.of(x, classes, 3).mapped(map_, shift).distance()
+    plain = ClassDistance.fit(x @ map_ + shift, classes, 3)
+    assert torch.allclose(mapped.means, plain.means) and torch.allclose(mapped.whitener, plain.whitener)

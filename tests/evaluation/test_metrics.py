@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor, tensor
 
-from decompclip.evaluation.intervals import Rate, difference_interval, wilson
+from decompclip.evaluation.intervals import Rate, Redrawn, difference_interval, wilson
 from decompclip.evaluation.metrics import (
     attack_report,
     attack_success,
@@ -215,6 +215,39 @@ def test_labels_past_the_classes_are_named() -> None:
 scores = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(lambda values: tensor(values))
 
 
+def test_a_rate_after_several_draws_covers_what_one_more_draw_gives() -> None:
+    """On fresh images: draws differ by 7 points, and Wilson's interval of a single one mostly misses the next."""
+    rng, covered, alone = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        truth = np.clip(rng.normal(0.79, 0.07, size=6), 0, 1)
+        images = rng.random(900)  # the same for every draw
+        rates = [Rate(int((images < share).sum()), 900) for share in truth[:5]]
+        fresh = rng.binomial(100_000, truth[5]) / 100_000
+        found = Redrawn(tuple(rates))
+        covered += found.low <= fresh <= found.high
+        alone += rates[0].low <= fresh <= rates[0].high
+    assert 0.92 * 400 <= covered <= 0.98 * 400
+    assert alone < 0.5 * 400
+
+
+def test_draws_that_agree_leave_wilson_s_interval_and_one_draw_tells_nothing() -> None:
+    one = Rate(30, 200)
+    same = Redrawn((one,) * 5)
+    assert (same.value, same.low, same.high) == pytest.approx((one.value, one.low, one.high))
+    assert same.to_dict()["draws"] == [0.15] * 5 and str(same) == str(one)
+    alone = Redrawn((one,))
+    assert (alone.low, alone.high) == (0.0, 1.0)
+    two = Redrawn((Rate(20, 200), Rate(40, 200)))
+    half = 12.7062047 * np.std([0.1, 0.2], ddof=1) * math.sqrt(1.5)
+    assert two.high == pytest.approx(min(1.0, 0.15 + math.hypot(half, wilson(0.15, 200)[1] - 0.15)))
+    with pytest.raises(
+        ValueError, match=r"rates on the same images, .* received 2 rates of \[100, 200\] images"
+    ):
+        Redrawn((one, Rate(3, 100)))
+    with pytest.raises(ValueError, match="received 0 rates of"):
+        Redrawn(())
+
+
 @given(scores, scores)
 def test_auroc_counts_ordered_pairs(clean: Tensor, suspect: Tensor) -> None:
     pairs = suspect[:, None].double() - clean
@@ -228,6 +261,37 @@ def test_auroc_interval_holds_its_value_and_mirrors(clean: Tensor, suspect: Tens
     assert 0 <= low <= auroc(clean, suspect) + 1e-12
     assert auroc(clean, suspect) - 1e-12 <= high <= 1
     assert auroc_interval(suspect, clean) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(
+    ("area", "n", "narrower"), [(0.99, 200, 0.9), (0.99, 1000, 0.85), (0.999, 1000, 0.75)]
+)
+def test_auroc_interval_near_one_is_no_wider_than_the_images_ask_for(
+    area: float, n: int, narrower: float
+) -> None:
+    """Of two normal laws, where many images bear the variance: it covers, and is narrower than so many coin flips would be."""
+    rng, covered, width = np.random.default_rng(0), 0, 0.0
+    for _ in range(150):
+        clean = tensor(rng.normal(size=n))
+        suspect = tensor(rng.normal(size=n) + math.sqrt(2) * norm.ppf(area))
+        low, high = auroc_interval(clean, suspect)
+        covered += low <= area <= high
+        width += (high - low) / 150
+    plain = wilson(area, 2 * n)
+    assert covered >= 0.93 * 150
+    assert width < narrower * (plain[1] - plain[0])
+
+
+@pytest.mark.parametrize("n", [50, 200])
+def test_auroc_interval_holds_where_few_suspects_look_clean(n: int) -> None:
+    """A share of them does, all others are far: hardly an image tells so, and a variance alone would be sure of itself."""
+    area, rng, covered = 0.99, np.random.default_rng(1), 0
+    for _ in range(200):
+        alike = rng.random(n) < 2 * (1 - area)
+        clean, suspect = rng.normal(size=n), rng.normal(size=n) + np.where(alike, 0, 50)
+        low, high = auroc_interval(tensor(clean), tensor(suspect))
+        covered += low <= area <= high
+    assert covered >= 0.9 * 200
 
 
 def test_auroc_interval_of_a_perfect_detector_is_no_point() -> None:
