@@ -9,6 +9,7 @@ shrunken spans would miss the very value it is meant for.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from scipy.linalg import subspace_angles
+from scipy.stats import norm, t
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 EXACT = 1e-6
 """Relative size under which an axis of a span is rounding of the features."""
+
+SIMILARITY = "text similarity"
 
 CHANCE_DRAWS = 200
 """Pairs of random sets of texts that give the level of chance."""
@@ -91,7 +95,7 @@ class RoleChange:
 
     @property
     def similarity(self) -> Estimate:
-        return self.measures["text similarity"]
+        return self.measures[SIMILARITY]
 
     @property
     def overlap(self) -> Estimate:
@@ -173,8 +177,9 @@ def role_change(
         drawn = a[i].mean(1).sort().values + b[j].mean(1).sort().values
         return (a.mean() + b.mean()) / 2, drawn / 2
 
+    counts: dict[str, int] = {}  # of what is resampled
     found = {
-        "text similarity": of_texts(*_nearest(cosines)),
+        SIMILARITY: of_texts(*_nearest(cosines)),
         "span overlap": of_texts(*_overlap(A, B)),
     }
     # Terms are explained by texts as they are, other texts past the pool's mean.
@@ -183,6 +188,7 @@ def role_change(
     for side, x in samples.items():
         for other, texts in spans.items():
             if side != other or terms:
+                counts[f"{side} by {other}"] = len(x)
                 found[f"{side} by {other}"] = _explained(x, texts, draws, generator)
     chance: dict[str, float] = {}
     if wide is not None:
@@ -193,7 +199,10 @@ def role_change(
     return RoleChange(
         before=tuple(before.texts),
         after=tuple(after.texts),
-        measures={name: _estimate(*pair, chance.get(name)) for name, pair in found.items()},
+        measures={
+            name: _estimate(name, *pair, counts.get(name, min(len(A), len(B))), chance.get(name))
+            for name, pair in found.items()
+        },
         angles=angles,
         cosines=cosines,
         centred=pool is not None,
@@ -278,7 +287,7 @@ def _chance(
     for _ in range(CHANCE_DRAWS):
         raw = [pool[torch.randperm(len(pool), generator=generator)[:size]] for size in (p, q)]
         a, b = (_unit(x - mean) for x in raw)
-        pairs = {"text similarity": _nearest(a @ b.T), "span overlap": _overlap(a, b)}
+        pairs = {SIMILARITY: _nearest(a @ b.T), "span overlap": _overlap(a, b)}
         drawn = {name: (x.mean() + y.mean()) / 2 for name, (x, y) in pairs.items()}
         spans = dict(zip(("before", "after"), raw if terms else (a, b), strict=True))
         for side, x in (terms or spans).items():
@@ -289,7 +298,17 @@ def _chance(
     return {name: float(torch.stack(found).mean()) for name, found in values.items()}
 
 
-def _estimate(value: Tensor, drawn: Tensor, chance: float | None) -> Estimate:
+def _estimate(name: str, value: Tensor, drawn: Tensor, count: int, chance: float | None) -> Estimate:
+    """Percentiles of the resampled values, spread as far as so few texts or images ask for.
+
+    A bootstrap's own spread is that of `count` values divided by `count`, and normal: both too small a correction for
+    few (Hesterberg, 2015), so that without it ten texts' 95 % are 90.
+    """
+    least = -1.0 if name == SIMILARITY else 0.0
+    if count < 2:
+        return Estimate(float(value), least, 1.0, chance)  # one text, or image, does not tell how much they differ
     tail = (1 - CONFIDENCE) / 2
-    low, high = torch.quantile(drawn, drawn.new_tensor([tail, 1 - tail])).tolist()
+    wider = float(t.ppf(1 - tail, count - 1) / norm.ppf(1 - tail)) * math.sqrt(count / (count - 1))
+    spread = value + wider * (drawn - value)
+    low, high = torch.quantile(spread, spread.new_tensor([tail, 1 - tail])).clamp(least, 1).tolist()
     return Estimate(float(value), low, high, chance)
