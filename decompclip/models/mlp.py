@@ -47,7 +47,7 @@ class MLP(nn.Module):
         gated: bool = False,
         norm: bool = False,
         norm_in: bool = False,
-        eps: float = 1e-5,
+        eps: float,
     ) -> None:
         super().__init__()
         self.gated = gated

@@ -45,7 +45,7 @@ class AttentionPool(nn.Module):
         self.ln_post = LayerNorm(d, config.ln_eps) if config.pool_norm else None
         has_mlp = config.pool_mlp > 0
         self.ln = LayerNorm(d, config.ln_eps) if has_mlp else None
-        self.mlp = MLP(d, config.pool_mlp, config.pool_activation) if has_mlp else None
+        self.mlp = MLP(d, config.pool_mlp, config.pool_activation, eps=config.ln_eps) if has_mlp else None
         self.hook_q = HookPoint()
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()

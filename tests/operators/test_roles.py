@@ -141,9 +141,9 @@ def test_rounding_is_no_axis_and_a_small_difference_is_one() -> None:
 def test_an_interval_covers_the_truth_as_often_as_it_says(measure: str) -> None:
     """Many samples of texts to be described: their mean value is the truth, for a describing side as it is."""
     axis = torch.eye(40)[:8]
-    many, others = (F.normalize(features(seed, 2000, 40), dim=1) for seed in (7, 8))
+    many, others = (F.normalize(features(seed, 6000, 40), dim=1) for seed in (7, 8))
     estimates, truths = [], []
-    for i in range(100):
+    for i in range(300):
         rows = slice(20 * i, 20 * (i + 1))
         before = axis if measure == "after by before" else many[rows]
         after = axis if measure == "before by after" else others[rows]
@@ -153,9 +153,10 @@ def test_an_interval_covers_the_truth_as_often_as_it_says(measure: str) -> None:
         if measure == "text similarity":  # each side describes the other: all texts against this side
             sides = (many @ after.T).amax(1).mean(), (others @ before.T).amax(1).mean()
             truths.append(float(sum(sides)) / 2)
-    truths = truths or [np.mean([estimate.value for estimate in estimates])] * 100
-    covered = sum(e.low <= truth <= e.high for e, truth in zip(estimates, truths, strict=True))
-    assert 85 <= covered <= 100
+    truths = truths or [np.mean([estimate.value for estimate in estimates])] * 300
+    covered = sum(e.low <= truth <= e.high for e, truth in zip(estimates, truths, strict=True)) / 300
+    # A bootstrap of 20 texts is a little narrow; an overlap adds its sides' errors as if they always went together.
+    assert 0.9 <= covered <= (1 if measure == "span overlap" else 0.98)
 
 
 def test_intervals_of_explained_terms_cover_the_truth() -> None:

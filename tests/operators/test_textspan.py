@@ -162,6 +162,8 @@ def test_paper_settings_are_rank_80(make_tower: Any, photos: Tensor) -> None:
     # A head's terms have d_head degrees of freedom: a rank of 80 is cut to them.
     assert [span.rank for span in paper] == [32, 80]
     same(paper.spans[1], d.mlps[:, -1].double(), texts.features)
+    least = fit_textspans(moments, texts, mlps[-1], n_texts=1, rank=1).spans[0]
+    assert least.rank == 1 and len(least.indices) == 1
     auto = fit_textspans(moments, texts, mlps[-1], n_texts=8).spans[0]
     assert auto.rank == 100
     assert auto.indices != paper.spans[1].indices
