@@ -306,7 +306,9 @@ def _estimate(name: str, value: Tensor, drawn: Tensor, count: int, chance: float
     """
     least = -1.0 if name == SIMILARITY else 0.0
     if count < 2:
-        return Estimate(float(value), least, 1.0, chance)  # one text, or image, does not tell how much they differ
+        return Estimate(
+            float(value), least, 1.0, chance
+        )  # one text, or image, does not tell how much they differ
     tail = (1 - CONFIDENCE) / 2
     wider = float(t.ppf(1 - tail, count - 1) / norm.ppf(1 - tail)) * math.sqrt(count / (count - 1))
     spread = value + wider * (drawn - value)

@@ -155,8 +155,8 @@ def test_an_interval_covers_the_truth_as_often_as_it_says(measure: str) -> None:
             truths.append(float(sum(sides)) / 2)
     truths = truths or [np.mean([estimate.value for estimate in estimates])] * 300
     covered = sum(e.low <= truth <= e.high for e, truth in zip(estimates, truths, strict=True)) / 300
-    # A bootstrap of 20 texts is a little narrow; an overlap adds its sides' errors as if they always went together.
-    assert 0.9 <= covered <= (1 if measure == "span overlap" else 0.98)
+    # An overlap adds its sides' errors as if they always went together, and so is wider than it says.
+    assert 0.925 <= covered <= (1 if measure == "span overlap" else 0.98)
 
 
 def test_intervals_of_explained_terms_cover_the_truth() -> None:
