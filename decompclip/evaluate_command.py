@@ -17,7 +17,6 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
-    Root,
     attack_on,
     check_folder,
     usable_device,
@@ -30,8 +29,7 @@ def evaluate(
     images: Annotated[
         str,
         typer.Argument(
-            help="Labelled images: a folder with a sub-folder a class, a table (.csv, .tsv), WebDataset shards (a folder that "
-            "`decompclip poison` wrote), shapes, shapes:5000, or cifar10 (its test part)."
+            help="Labelled images: a folder with a sub-folder a class, shapes, shapes:5000, or cifar10 (its test part)."
         ),
     ],
     trigger: Annotated[
@@ -67,7 +65,6 @@ def evaluate(
         ),
     ] = 2000,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
-    root: Root = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of which images are taken.")] = 0,
     device: Device = None,
@@ -108,13 +105,13 @@ def evaluate(
             limit=limit or None,
             seed=seed,
             on_error=on_error.value,
-            root=root,
         )
         classifier = clip.zero_shot_classifier(names, prompts)
         applied = attack and attack.trigger
         found = run(clip, source, classifier, applied, label, class_names=names, batch_size=batch_size)
         facts = {
             "model": model,
+            "provenance": clip.provenance,
             "images": images,
             "seed": seed,
             "trigger": attack and attack.trigger.card(),

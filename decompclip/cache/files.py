@@ -1,8 +1,10 @@
-"""A decomposition as one safetensors file, complete with its maps."""
+"""Files of ours, with a digest of what they hold; a decomposition as one of them, complete with its maps."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,13 +34,27 @@ def save_decomposition(d: Decomposition, path: Path) -> Path:
         tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
     about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
     about |= {"extras": d.maps.extras}
+    return write_tensors(path, {name: x for name, x in tensors.items() if x is not None}, FORMAT, about)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> Path:
+    """Write tensors and what is to be said about them, whole or not at all, with a digest of both."""
+    stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    text = json.dumps(about)
+    metadata = {"format": form, "about": text, "sha256": _digest(stored, text)}
     with atomic_write(path) as partial:
-        save_file(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None},
-            partial,
-            metadata={"format": FORMAT, "about": json.dumps(about)},
-        )
+        save_file(stored, partial, metadata=metadata)
     return path
+
+
+def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
+    """SHA-256 of names, types, shapes and numbers, and of what is said about them."""
+    found = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        found.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,7 +66,8 @@ def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[st
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is broken, or holds something else.
+        ValueError: the file is broken, not as it was written, or holds something else. Files of older versions have no
+            digest; their numbers are taken as they are.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected {what}; received {path}, which is no file")
@@ -67,7 +84,13 @@ def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[st
             f"expected a file of format {form}; received {path} of format {metadata.get('format', 'unknown')}; "
             f"write it with {writer}"
         )
-    return tensors, json.loads(metadata["about"])
+    text = metadata.get("about", "")
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
+        raise ValueError(
+            f"expected {path} as it was written; received other numbers than its digest is of: it was changed or damaged; "
+            "copy it again, or save it again"
+        )
+    return tensors, json.loads(text)
 
 
 def load_decomposition(path: Path) -> Decomposition:

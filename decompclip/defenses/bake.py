@@ -96,7 +96,11 @@ def bake(model: HookedCLIP, edit: Intervention) -> HookedCLIP:
     for step in steps:
         _fold(step, model.visual, baked.visual)
     baked.provenance = {
-        **{key: value for key, value in model.provenance.items() if key != "sha256"},
+        **{
+            key: value
+            for key, value in model.provenance.items()
+            if key not in ("sha256", "files", "files_not_read")
+        },
         "name": f"{model.name}, repaired",
         "baked": {"base": model.name, "edit": repr(edit)},
     }

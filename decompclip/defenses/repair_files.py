@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.cache.components import heads
-from decompclip.cache.files import read_tensors
+from decompclip.cache.files import read_tensors, write_tensors
 from decompclip.cache.fingerprint import same_model
 from decompclip.cache.maps import term_maps
 from decompclip.cache.moments import TERMS, Moments, StreamMeans
 from decompclip.defenses.selector import Selector
-from decompclip.files import atomic_write
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.vit import HookedViT
 
@@ -56,13 +53,7 @@ def save_selector(selector: Selector, path: Path, kind: str, own: dict[str, Any]
         "normalized": moments.normalized,
         "convention": moments.maps.convention,
     }
-    with atomic_write(path) as partial:
-        save_file(
-            {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items() if x is not None},
-            partial,
-            metadata={"format": FORMAT, "about": json.dumps(about)},
-        )
-    return path
+    return write_tensors(path, {name: x for name, x in tensors.items() if x is not None}, FORMAT, about)
 
 
 def load_selector(path: Path, visual: HookedViT, kind: str) -> tuple[Selector, dict[str, Any]]:

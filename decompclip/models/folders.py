@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import Tokenizer
 from decompclip.models.errors import CheckpointError
 from decompclip.models.hf_tokenizer import CLIP_VOCABULARY, FolderTokenizer, clip_tokenizer
-from decompclip.models.json_files import OBJECT, OBJECTS, TEXTS, check_fields, part, read_json
+from decompclip.models.json_files import OBJECT, OBJECTS, TEXT, TEXTS, check_fields, part, read_json
 from decompclip.models.open_clip_config import check_architecture, preprocess_of
 from decompclip.models.spec import ModelSpec
 from decompclip.models.tokenizer import WordTokenizer
@@ -95,6 +96,20 @@ def weights_of_open_clip(folder: Path) -> Path:
     return next(folder / name for name in _WEIGHTS if (folder / name).is_file())
 
 
+def check_saved(folder: Path, weights: Path) -> None:
+    """Check that the weights in a folder are those that `save_model` wrote there, where it did.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    told = _own(read_json(folder / CONFIG), folder).get("sha256")
+    if told and weights.name == WEIGHTS_NAME and told != (found := sha256(weights)):
+        raise CheckpointError(
+            f"expected {weights} as it was saved, with SHA-256 {told}; received {found}: it was changed or damaged; copy "
+            f"the folder again, or, if the weights were replaced on purpose, take {OWN}.sha256 out of {CONFIG}"
+        )
+
+
 def open_clip_folder(folder: Path) -> ModelSpec:
     """A folder's model without its weights.
 
@@ -123,7 +138,7 @@ def open_clip_folder(folder: Path) -> ModelSpec:
 def _own(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     source = f"{folder / CONFIG}, {OWN}"
     own = part(config, OWN, source=str(folder / CONFIG))
-    kinds = {"class_names": TEXTS, "words": TEXTS, "templates": OBJECT, "backdoors": OBJECTS}
+    kinds = {"class_names": TEXTS, "words": TEXTS, "templates": OBJECT, "backdoors": OBJECTS, "sha256": TEXT}
     check_fields(own, kinds, source=source)
     templates = own.get("templates", {})
     check_fields(templates, dict.fromkeys(templates, TEXTS), source=f"{source}, templates")

@@ -21,6 +21,7 @@ from decompclip.models.errors import ModelError, UnknownModelError
 from decompclip.models.fit import conform, is_of_transformers, models_like
 from decompclip.models.folders import (
     CONFIG,
+    check_saved,
     configuration_in,
     is_of_open_clip,
     open_clip_folder,
@@ -131,6 +132,7 @@ def _of_folder(
     with out_of(str(folder)):
         if is_of_open_clip(folder):
             spec, weights = open_clip_folder(folder), weights_of_open_clip(folder)
+            check_saved(folder, weights)
             if activation != "auto":
                 spec = spec.with_activation(activation)
             reason = "open_clip_config.json" if activation == "auto" else "argument"

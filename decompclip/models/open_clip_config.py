@@ -52,7 +52,8 @@ _NAMED: Mapping[str, Kind] = {
     "patch_size": SIDES,
     # a ResNet's are four; it is refused by that
     "layers": Kind(
-        "a whole number above 0", lambda x: SIZE.holds(x) or (isinstance(x, list) and all(map(SIZE.holds, x)))
+        "a whole number above 0",
+        lambda x: SIZE.holds(x) or (isinstance(x, list) and len(x) == 4 and all(map(SIZE.holds, x))),
     ),
     "pad_id": WHOLE,
     "eos_id": WHOLE,

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from decompclip.files import atomic_folder, write_text
+from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import CONFIG, OWN, WEIGHTS_NAME
 from decompclip.models.tokenizer import WordTokenizer
@@ -60,5 +61,6 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
         elif hasattr(inner := getattr(model.tokenizer, "tokenizer", None), "save_pretrained"):
             inner.save_pretrained(partial)  # pyright: ignore[reportOptionalMemberAccess]
         save_file(state, partial / WEIGHTS_NAME)
+        own["sha256"] = sha256(partial / WEIGHTS_NAME)
         write_text(partial / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
     return folder

@@ -132,6 +132,7 @@ def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
             "pretrained": "bundled",
             "checkpoint": None,
             "sha256": facts["sha256"],
+            "files": {f"{name}{SUFFIX if facts.get('difference_from') else '.safetensors'}": facts["sha256"]},
             "activation": spec.activation,
             "activation_source": "card",
         },

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from decompclip.files import atomic_write
+from decompclip.models.archives import check_archive
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -29,8 +30,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is broken or no checkpoint of a training.
     """
     try:
+        check_archive(path)
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, EOFError, UnpicklingError, ValueError) as error:
         raise ValueError(
             f"expected a checkpoint of a training in {path}; received a file that cannot be read "
             f"({_first_line(error)}); delete it to start anew"

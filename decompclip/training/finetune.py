@@ -262,7 +262,11 @@ def _hooked(
 ) -> HookedCLIP:
     about = {"base": origin.name, "recipe": asdict(recipe), "seed": seed}
     about |= {} if penalty is None else {"penalty": repr(penalty)}
-    kept = {key: value for key, value in origin.provenance.items() if key != "sha256"}
+    kept = {
+        key: value
+        for key, value in origin.provenance.items()
+        if key not in ("sha256", "files", "files_not_read")
+    }
     tuned = HookedCLIP.from_open_clip(
         net,
         tokenizer=origin.tokenizer,

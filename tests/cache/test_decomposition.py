@@ -276,6 +276,22 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         Decomposition.load(other)
 
 
+def test_one_flipped_bit_is_seen(tower: HookedViT, images: Tensor, tmp_path: Path) -> None:
+    """In the numbers, in a name, in what is said about them; files of before, without a digest, are read."""
+    path = decompose(tower, images).save(tmp_path / "d.safetensors")
+    content = path.read_bytes()
+    for at in (len(content) - 5, content.index(b'"coords"') + 2, content.index(b"normalized")):
+        broken = bytearray(content)
+        broken[at] ^= 1
+        path.write_bytes(broken)
+        with pytest.raises(
+            ValueError, match="as it was written; received other numbers than its digest is of"
+        ):
+            Decomposition.load(path)
+    path.write_bytes(content.replace(b'"sha256"', b'"digest"'))
+    assert torch.equal(Decomposition.load(path).features, decompose(tower, images).features)
+
+
 def test_to_another_dtype(tower: HookedViT, images: Tensor) -> None:
     d = decompose(tower, images, tokens=True)
     wide = d.to(torch.float64)

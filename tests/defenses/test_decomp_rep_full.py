@@ -148,6 +148,11 @@ def test_a_saved_detector_scores_as_before(tower: HookedViT, pair, score, tmp_pa
     assert torch.equal(loaded.score(suspect), detector.score(suspect))
     assert torch.equal(loaded.predict(suspect), detector.predict(suspect))
     assert (loaded.kind, loaded.zeta) == (score, 2)
+    content = bytearray((tmp_path / "d.safetensors").read_bytes())
+    content[-4] ^= 1
+    (tmp_path / "d.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="received other numbers than its digest is of"):
+        DecompDet.load(tmp_path / "d.safetensors", tower)
 
 
 def test_stream_means_are_saved(tower: HookedViT, tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read"):
         load_checkpoint(path)
+    save_checkpoint(path, {**STATE, "ballast": torch.zeros(1_000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4_000)) + 1_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not as it was written"):
+        load_checkpoint(path)
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="received another file of torch's; give another name"):
         load_checkpoint(path)
