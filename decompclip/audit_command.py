@@ -18,6 +18,7 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
+    Root,
     check_folder,
     usable_device,
 )
@@ -38,12 +39,18 @@ class Convention(str, Enum):
 
 def audit(
     model: Model,
-    clean: Annotated[str, typer.Option(help="Folder of clean images, or a bundled data set (shapes).")],
+    clean: Annotated[
+        str,
+        typer.Option(
+            help="Clean images: a folder, a table (.csv, .tsv), WebDataset shards, or a bundled data set (shapes)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     suspect: Annotated[
         str | None,
         typer.Option(
-            help="Folder of suspect images, or the bundled world with a trigger: shapes:own, that which MODEL remembers; "
+            help="Suspect images, likewise; of a folder that `decompclip poison` wrote, OUT/poisons.json stands for the poisoned "
+            "ones alone. Or the bundled world with a trigger: shapes:own, that which MODEL remembers; "
             "shapes:badnet, shapes:blended, ...: MODEL's of that kind, else a twin's; shapes:FILE.json. Without it, clean "
             "images alone: a scan over the classes for a target."
         ),
@@ -68,6 +75,7 @@ def audit(
         int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all of a folder.")
     ] = 2000,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    root: Root = None,
     convention: Annotated[
         Convention, typer.Option(help="Bookkeeping of means and biases.")
     ] = Convention.centred,
@@ -140,7 +148,7 @@ def audit(
                 activation=activation.value,
                 device=device,
             )
-        options = {"limit": limit or None, "seed": seed, "on_error": on_error.value}
+        options = {"limit": limit or None, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
             finish(_scan(loaded, clean, class_names, options, batch_size), out)
         else:

@@ -20,6 +20,7 @@ from decompclip.command_options import (
     Device,
     Model,
     Pretrained,
+    Root,
     check_folder,
     usable_device,
 )
@@ -79,7 +80,10 @@ def demo(
 def diagnose(
     model: Model,
     images: Annotated[
-        str, typer.Option(help="Folder with a sub-folder of images a class, or a bundled data set (shapes).")
+        str,
+        typer.Option(
+            help="Labelled images: a folder with a sub-folder a class, a table (.csv, .tsv), WebDataset shards, or a bundled data set (shapes)."
+        ),
     ],
     classes: Annotated[
         Path | None, typer.Option(help="File with one class a line; bundled models know theirs.")
@@ -90,6 +94,7 @@ def diagnose(
         Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
     ] = Activation.auto,
     limit: Annotated[int, typer.Option(min=0, help="Most images (a seeded subset); 0 takes all.")] = 500,
+    root: Root = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the subset.")] = 0,
     device: Device = None,
@@ -113,7 +118,7 @@ def diagnose(
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
-        source = open_source(images, clip, names, limit=limit or None, seed=seed)
+        source = open_source(images, clip, names, limit=limit or None, seed=seed, root=root)
         with progress() as track:
             found = run_diagnosis(clip, source, class_names=names, batch_size=batch_size, track=track)
         typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else repr(found))

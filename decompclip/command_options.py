@@ -36,6 +36,12 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="Local weights for MODEL; code in them is never run.")]
 Pretrained = Annotated[str | None, typer.Option(help="open_clip's tag of weights for MODEL, as openai.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that the image files of folders and tables must lie in, links followed; else left out."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 

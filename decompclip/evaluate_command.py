@@ -17,6 +17,7 @@ from decompclip.command_options import (
     Model,
     OnError,
     Pretrained,
+    Root,
     attack_on,
     check_folder,
     usable_device,
@@ -29,7 +30,8 @@ def evaluate(
     images: Annotated[
         str,
         typer.Argument(
-            help="Labelled images: a folder with a sub-folder a class, shapes, shapes:5000, or cifar10 (its test part)."
+            help="Labelled images: a folder with a sub-folder a class, a table (.csv, .tsv), WebDataset shards (a folder that "
+            "`decompclip poison` wrote), shapes, shapes:5000, or cifar10 (its test part)."
         ),
     ],
     trigger: Annotated[
@@ -65,6 +67,7 @@ def evaluate(
         ),
     ] = 2000,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    root: Root = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of which images are taken.")] = 0,
     device: Device = None,
@@ -105,6 +108,7 @@ def evaluate(
             limit=limit or None,
             seed=seed,
             on_error=on_error.value,
+            root=root,
         )
         classifier = clip.zero_shot_classifier(names, prompts)
         applied = attack and attack.trigger

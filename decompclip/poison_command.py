@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from decompclip.command_options import MAX_SEED, TRIGGER
+from decompclip.command_options import MAX_SEED, TRIGGER, Root
 from decompclip.console import plain_errors, progress
 
 
@@ -54,6 +54,8 @@ def poison(
             "proportions (SigLIP), longest adds black. As the model to be trained prepares its images."
         ),
     ] = Resize.shortest,
+    root: Root = None,
+    new_target: Annotated[bool, typer.Option(help="Take a --target that no pair shows or names.")] = False,
     list_only: Annotated[bool, typer.Option(help="Write poisons.json alone, no images.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of what is poisoned, and how.")] = 0,
 ) -> None:
@@ -87,6 +89,7 @@ def poison(
             to_pixels(size, resize_mode=resize_mode.value),
             class_names=read_classes(classes) if classes else (),
             seed=seed,
+            root=root,
         )
         poisoned = PoisonedPairs(
             base,
@@ -98,6 +101,12 @@ def poison(
             also_called=also_called or (),
             seed=seed,
         )
+        record = poisoned.record
+        if not new_target and not attack.trigger.clean_label and record.candidates == record.pairs:
+            raise ValueError(
+                f"expected a --target that some pair shows or names; none of {record.pairs} does {goal!r}; spell it as they do, "
+                "name it otherwise with --also-called, or say --new-target if it shall be new"
+            )
         with progress() as track:
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
         typer.echo(repr(files.record))

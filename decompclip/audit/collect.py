@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.cache.decomposition import Decomposition
+from decompclip.data.files import canonical
 from decompclip.data.images import ImageSource, SkippedFile
 from decompclip.data.splits import split_indices
 from decompclip.models.clip import HookedCLIP
@@ -171,5 +172,5 @@ def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
 
 
 def _names(images: ImageSet) -> list[str]:
-    """Paths without their endings: a changed copy may be stored in another format."""
-    return [PurePosixPath(path).with_suffix("").as_posix() for path in images.paths]
+    """Paths without their endings, in one form: a changed copy may be stored in another format, on another system."""
+    return ["/".join(map(canonical, PurePosixPath(path).with_suffix("").parts)) for path in images.paths]

@@ -1,4 +1,4 @@
-"""Where an audit's images come from, by the words of the command line: a folder or a bundled data set."""
+"""Where an audit's images come from, by the words of the command line: a bundled data set, a folder, a table or shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decompclip.attacks.named import OWN, Attack, open_attack
-from decompclip.data.images import FolderSource, ImageSource, OnError, ShapesSource, image_files, read_classes
+from decompclip.data.images import ImageSource, OnError, ShapesSource, read_classes
+from decompclip.data.pair_images import check_images, open_images
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zoo import bundled, card
@@ -35,13 +36,16 @@ def open_source(
     seed: int = 0,
     on_error: OnError = "skip",
     known: Sequence[Attack] = (),
+    root: str | Path | None = None,
 ) -> ImageSource:
     """The images that `spec` names, as `model` takes them.
 
     Args:
-        spec: a bundled data set (`shapes`, `shapes:badnet`, ...) or a folder; `./shapes` is always a folder.
+        spec: a bundled data set (`shapes`, `shapes:badnet`, ...), or a folder, table or shards as `open_images` takes them;
+            `./shapes` is always a folder.
         known: attacks that the audited model remembers, as `attack_in` takes them.
         limit: at most so many images (a random subset of a folder, seeded; equal folders give equal subsets).
+        root: a folder that the images must lie in, links resolved.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `FolderSource`, or an unknown data set.
@@ -57,8 +61,8 @@ def open_source(
             )
         attack = attack_in(spec, known)
         return ShapesSource(world, model.normalize, attack and attack.trigger)
-    return FolderSource(
-        spec, model.preprocess, class_names=class_names, on_error=on_error, limit=limit, seed=seed
+    return open_images(
+        spec, model.preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root
     )
 
 
@@ -95,7 +99,7 @@ def check_source(spec: str, known: Sequence[Attack] = ()) -> None:
     if _is_dataset(spec):
         attack_in(spec, known)
     else:
-        image_files(Path(spec))
+        check_images(spec)
 
 
 def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:

@@ -146,6 +146,7 @@ def folder_pairs(
     caption_seed: int = 0,
     order_seed: int = 0,
     on_error: OnError = "skip",
+    root: str | Path | None = None,
 ) -> DatasetPairs:
     """A folder with a sub-folder of images a class (as torchvision's `ImageFolder`), captions from templates.
 
@@ -157,6 +158,7 @@ def folder_pairs(
         preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
         class_names: names of classes whose folders are called otherwise, such as `{"n02123045": "tabby cat"}`.
         caption_seed, order_seed, on_error: as `DatasetPairs`.
+        root: a folder that all images must lie in, links resolved; None allows any.
 
     Raises:
         FileNotFoundError: no such folder, or no sub-folder or an empty one.
@@ -183,7 +185,7 @@ def folder_pairs(
         )
     names = [(class_names or {}).get(name, name.replace("_", " ")) for name in classes]
     pairs = DatasetPairs(
-        _ClassFolders(folder, inside, [classes.index(file.parts[0]) for file in inside]),
+        _ClassFolders(folder, inside, [classes.index(file.parts[0]) for file in inside], root),
         preprocess,
         class_names=names,
         templates=templates,
@@ -203,12 +205,13 @@ class _ClassFolders:
     folder: Path
     files: Sequence[Path]
     targets: Sequence[int]
+    root: str | Path | None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_rgb(self.folder / self.files[index]), self.targets[index]
+        return open_rgb(self.folder / self.files[index], root=self.root), self.targets[index]
 
 
 def _number(second: Any) -> int | None:

@@ -64,6 +64,7 @@ class FolderSource:
             `"raise"` stops at the first.
         limit: take a random subset of so many files, still in the order of their paths.
         seed: of the subset.
+        root: a folder that all images must lie in, links resolved; None allows any.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
@@ -79,12 +80,13 @@ class FolderSource:
         on_error: OnError = "skip",
         limit: int | None = None,
         seed: int = 0,
+        root: str | Path | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
         if limit is not None and limit < 1:
             raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
-        self.folder, self.preprocess, self.on_error = Path(folder), preprocess, on_error
+        self.folder, self.preprocess, self.on_error, self.root = Path(folder), preprocess, on_error, root
         files, left_out = image_files(self.folder)
         self._skipped = {skip.path: skip for skip in left_out}
         self._labels = _folder_labels(files, class_names or ())
@@ -142,7 +144,7 @@ class FolderSource:
 
     def _read(self, file: Path) -> Image.Image | None:
         try:
-            return open_rgb(self.folder / file)
+            return open_rgb(self.folder / file, root=self.root)
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
             return self._leave_out(file, reason(error), error)
 

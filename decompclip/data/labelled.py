@@ -9,6 +9,7 @@ import numpy as np
 
 from decompclip.data.cifar10 import CLASSES, cifar10
 from decompclip.data.images import FolderSource, OnError
+from decompclip.data.pair_images import PairImages, open_images
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes
@@ -37,18 +38,20 @@ def open_labelled(
     limit: int | None = DEFAULT_LIMIT,
     seed: int = 0,
     on_error: OnError = "skip",
-) -> Shapes | Pairs | FolderSource:
+    root: str | Path | None = None,
+) -> Shapes | Pairs | FolderSource | PairImages:
     """The images that `spec` names.
 
     Args:
         spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `cifar10:500` (its test part, in the folder that
-            DECOMPCLIP_DATA names), or a folder with a sub-folder of images a class.
+            DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, a table, shards.
         size: of the model's images.
         class_names: the classifier's.
         preprocess: from a picture to pixels in [0, 1] of that size, a model's `pixels`; by default the shorter side is
             scaled and the middle cropped.
         limit: at most so many images, where `spec` does not say how many; None takes all of a folder.
         seed: of the world, or of which images are taken.
+        root: a folder that the images must lie in, links resolved.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or its classes are others.
@@ -70,7 +73,4 @@ def open_labelled(
         photos = cifar10("test", preprocess=preprocess)
         order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(photos))
         return SubsetPairs(photos, sorted(order[: int(length or limit or len(photos))].tolist()))
-    folder = FolderSource(
-        Path(spec), preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error
-    )
-    return folder
+    return open_images(spec, preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root)

@@ -83,6 +83,11 @@ class Pairs(ABC):
     @abstractmethod
     def labels(self) -> Int[Tensor, " pair"] | None: ...
 
+    @property
+    def known_labels(self) -> Sequence[int | None]:
+        """The class of each pair that has one, where `labels` is for all or none."""
+        return [None] * len(self) if self.labels is None else self.labels.tolist()
+
     @abstractmethod
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         """The image of each pair, or why there is none."""
@@ -110,12 +115,17 @@ class Pairs(ABC):
                 label = None if self.labels is None else int(self.labels[index])
                 yield Pair(self.ids[index], image, self.captions[index], label)
 
-    def readable(self, index: int) -> bool:
-        """Whether the image of a pair can be read; one that cannot is listed in `skipped`."""
+    def image(self, index: int) -> Tensor | None:
+        """The image of a pair; None if it cannot be read, which is listed in `skipped`."""
         image = self._images([index])[0]
         if isinstance(image, str):
             self._leave_out(index, image)
-        return not isinstance(image, str)
+            return None
+        return image
+
+    def readable(self, index: int) -> bool:
+        """Whether the image of a pair can be read; one that cannot is listed in `skipped`."""
+        return self.image(index) is not None
 
     def read(self, indices: Sequence[int]) -> PairBatch:
         """The pairs at these places.

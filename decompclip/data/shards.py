@@ -66,6 +66,7 @@ class ShardPairs(Pairs):
         templates: captions of pairs that have a class and no text; a random one each.
         caption_seed: of the templates drawn.
         order_seed, on_error: as `Pairs`.
+        need_captions: False keeps pairs without one, for their images.
         names: what each shard is called in its pairs' ids; by default `shard_names` of these shards.
 
     Raises:
@@ -83,6 +84,7 @@ class ShardPairs(Pairs):
         caption_seed: int = 0,
         order_seed: int = 0,
         on_error: OnError = "skip",
+        need_captions: bool = True,
         names: Mapping[Path, str] | None = None,
     ) -> None:
         templates = () if templates is None else check_templates(templates)
@@ -98,8 +100,9 @@ class ShardPairs(Pairs):
                     str(shard), "was given more than once, and is read once"
                 )
         self._caption_seed = caption_seed
-        labels_of = shard_names(self.shards) if names is None else names
-        self._entries = [entry for shard in self.shards for entry in self._index(shard, labels_of[shard])]
+        self.names = shard_names(self.shards) if names is None else names
+        self._need_captions = need_captions
+        self._entries = [entry for shard in self.shards for entry in self._index(shard, self.names[shard])]
         if not self._entries:
             reasons = [f"{skip.path}: {skip.reason}" for skip in self.skipped[:1]]
             raise ValueError(
@@ -123,6 +126,10 @@ class ShardPairs(Pairs):
     @property
     def labels(self) -> Int[Tensor, " pair"] | None:
         return self._labels
+
+    @property
+    def known_labels(self) -> Sequence[int | None]:
+        return [entry.label for entry in self._entries]
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         return [self._image(self._entries[index]) for index in indices]
@@ -196,7 +203,7 @@ class ShardPairs(Pairs):
             caption = template_caption(
                 self.class_names[label], self.templates, seed=self._caption_seed, name=name
             )
-        if not caption:
+        if not caption and self._need_captions:
             return "has no caption (KEY.txt); give class_names and templates if it has a class (KEY.cls)"
         offset, size, _ = files[kind]
         if size > MOST_IMAGE:

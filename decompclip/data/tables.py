@@ -41,6 +41,7 @@ class CsvPairs(Pairs):
             checked against.
         templates: captions of rows that have a class and no caption; a random one each. None: a row needs a caption.
         root: a folder that all images must lie in, links resolved; None allows any.
+        need_captions: False keeps rows without one, for their images.
         caption_seed: of the templates drawn.
         order_seed, on_error: as `Pairs`.
 
@@ -60,6 +61,7 @@ class CsvPairs(Pairs):
         class_names: Sequence[str] = (),
         templates: Sequence[str] | None = None,
         root: str | Path | None = None,
+        need_captions: bool = True,
         caption_seed: int = 0,
         order_seed: int = 0,
         on_error: OnError = "skip",
@@ -73,7 +75,7 @@ class CsvPairs(Pairs):
         if label is None and label_column is not None:
             label = _column(header, label_column, LABEL_COLUMNS, "label")
         caption = _place(header, caption_column, CAPTION_COLUMNS)
-        if caption is None and (label is None or not filled or caption_column is not None):
+        if caption is None and need_captions and (label is None or not filled or caption_column is not None):
             caption = _column(header, caption_column, CAPTION_COLUMNS, "caption")
         places = class_places(class_names)
         self._files: list[Path] = []
@@ -95,7 +97,9 @@ class CsvPairs(Pairs):
             known = None if label is None else _class(row.cells[label].strip(), places, len(class_names))
             if not text and filled and known is not None:
                 text = template_caption(class_names[known], filled, seed=caption_seed, name=name)
-            if missing := [what for what, found in (("image", path), ("caption", text)) if not found]:
+            if missing := [
+                what for what, found in (("image", path), ("caption", text or not need_captions)) if not found
+            ]:
                 self._skip(name, f"line {row.line} has no {' and no '.join(missing)}")
                 continue
             self._ids.append(name)
@@ -120,6 +124,10 @@ class CsvPairs(Pairs):
     def labels(self) -> Int[Tensor, " pair"] | None:
         known = [label for label in self._found if label is not None]
         return torch.tensor(known) if len(known) == len(self._found) else None
+
+    @property
+    def known_labels(self) -> Sequence[int | None]:
+        return self._found
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         return [self._image(self._files[index]) for index in indices]

@@ -8,7 +8,7 @@ import torch
 
 from decompclip.audit.diagnosis.pictures import labelled
 from decompclip.audit.sources import WORLD, open_classes
-from decompclip.data.images import FolderSource
+from decompclip.data.pair_images import open_images
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.image_only import ImageOnly, MissingTextError, NoTokenizer
 from decompclip.models.zoo import bundled, card
@@ -29,9 +29,7 @@ def class_names(model: str, classes: Path | None, images: str) -> tuple[str, ...
             f"{', '.join(bundled())}"
         )
     names = known or open_classes(classes, images)
-    if not of_dataset and not labelled(
-        FolderSource(images, lambda _: torch.zeros(3, 1, 1), class_names=names)
-    ):
+    if not of_dataset and not labelled(open_images(images, lambda _: torch.zeros(3, 1, 1), names)):
         raise ValueError(
             f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
             f"one; name them as the classes are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -16,6 +16,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from decompclip.audit.diagnosis.pixels import MOST_NORMALISED, denormalise, repair, resize
 from decompclip.audit.diagnosis.result import Fault
 from decompclip.data.images import FolderSource, ImageSource, ShapesSource
+from decompclip.data.pair_images import PairImages
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.proportions import CutExtremes
 
@@ -54,8 +55,8 @@ def count(images: Pictures) -> int:
 
 
 def labelled(images: Pictures) -> bool:
-    """Whether a folder's images bring labels along, told from the first; other sources may be streams."""
-    if not isinstance(images, FolderSource):
+    """Whether images by a path bring labels along, told from the first; other sources may be streams."""
+    if not isinstance(images, FolderSource | PairImages):
         return True
     return next(images.batches(1)).labels is not None
 
