@@ -161,6 +161,20 @@ def test_the_pool_is_there_where_the_tower_has_one() -> None:
     assert names(layers[2]) == names(heads[2] | mlps[2])
     with pytest.raises(IndexError, match="whose attention pooling has an MLP of its own, .* leave pool out"):
         resolve(heads | pool)
+    for part in (
+        heads,
+        mlps,
+        layers,
+        embed,
+        everything,
+        neurons[0],
+        heads | embed,
+        heads & layers[1],
+        heads - layers[1],
+    ):
+        assert not part.resolve(L, H).has_pool  # unless it is said
+    with pytest.raises(IndexError, match="whose attention pooling"):
+        pool.resolve(L, H)
 
 
 @settings(max_examples=60)
