@@ -38,7 +38,7 @@ class DecompRep(Intervention):
     Args:
         fill: what stands in for a flagged head: its "prototype", "zero" (the paper's "w/ Abandon"), or "random"
             noise ("w/ Random Prototypes").
-        scale: of the noise: "unit" as in the paper, or "matched": see `RandomAblate`.
+        scale: of the noise: "unit" as in the paper, anew for every image and head, or "matched": see `RandomAblate`.
         seed: of the noise.
         mlps: how many of the last MLPs are replaced by their means, in every image.
         judging: similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see

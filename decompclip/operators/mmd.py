@@ -44,8 +44,8 @@ class MMD:
         parts: single heads and MLPs, or (`layer_mmd`) all heads of each layer and the MLPs.
         values: squared MMD; with the paper's kernel biased and times 1000, else unbiased (so that it can fall
             below zero).
-        p_values: share of relabelled samples with a value as large, the observed one counted; None without
-            permutations. Not below 1 / (permutations + 1).
+        p_values: share of relabelled samples with a value as large, the observed one counted, one where both sets are
+            the same images; None without permutations. Not below 1 / (permutations + 1).
         adjusted: Benjamini and Hochberg's p-values, over the parts; see `least_adjusted`.
         bandwidths: of the Gaussian kernel.
         counts: images of either set.
@@ -242,11 +242,11 @@ def _mmd(
         points = points - points.mean(0)  # distances stay, and lose fewer digits
         sigma = PAPER_BANDWIDTH if kernel == "paper" else median_distance(points[subset])
         options = (sigma, n, kernel == "unbiased", twins, block)
-        found = statistics(points, labels[:, : FIRST + 1], *options)
-        p_value = _p_value(found)
+        found, size = statistics(points, labels[:, : FIRST + 1], *options)
+        p_value = _p_value(found, size)
         if permutations > FIRST and p_value * (FIRST + 1) <= ENOUGH:
-            found = torch.cat([found, statistics(points, labels[:, FIRST + 1 :], *options)])
-            p_value = _p_value(found)
+            found = torch.cat([found, statistics(points, labels[:, FIRST + 1 :], *options)[0]])
+            p_value = _p_value(found, size)
         values.append(found[0] * (PAPER_SCALE if kernel == "paper" else 1))
         p_values.append(p_value)
         bandwidths.append(sigma)
@@ -267,7 +267,12 @@ def _mmd(
     )
 
 
-def _p_value(found: Float[Tensor, " labelling"]) -> Float[Tensor, ""]:
-    """Share of values as large as the first, which is the observed one."""
-    slack = 1e-12 * found.abs().max()  # relabellings that only round differently are ties
+def _p_value(found: Float[Tensor, " labelling"], size: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Share of values as large as the first, which is the observed one.
+
+    Args:
+        size: of an entry of the kernel matrix. Values that differ by a 10^12th of it are ties, told apart by rounding
+            alone: all of them where both sets are the same images, and p is then one.
+    """
+    slack = 1e-12 * size
     return (found >= found[0] - slack).double().mean()

@@ -39,8 +39,8 @@ def statistics(
     unbiased: bool,
     twins: bool,
     block: int,
-) -> Float[Tensor, " labelling"]:
-    """Squared MMD of every labelling, from blocks of `E = kernel - 1`.
+) -> tuple[Float[Tensor, " labelling"], Float[Tensor, ""]]:
+    """Squared MMD of every labelling, from blocks of `E = kernel - 1`; and the mean size of an entry of E.
 
     With `s` the first set's indicator, `s' E s`, `s' E 1` and `1' E 1` give all three sums of pairs. The ones
     cancel in the MMD, and without them nothing is lost where the kernel is nearly one. E has a zero diagonal.
@@ -64,11 +64,12 @@ def statistics(
             within += fold * (s_ * (E @ t_)).sum(0)
             toward_all += E.sum(1) @ s_ + (E.sum(0) @ t_ if fold == 2 else 0)
             total += fold * E.sum()
+    size = total.abs() / len(points) ** 2  # no entry is above zero
     between, rest = toward_all - within, total - 2 * toward_all + within
     if not unbiased:
-        return within / n**2 + rest / m**2 - 2 * between / (n * m)
+        return within / n**2 + rest / m**2 - 2 * between / (n * m), size
     pairs = n * (n - 1) if twins else n * m
-    return within / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * between / pairs
+    return within / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * between / pairs, size
 
 
 def _squared_distances(x: Float[Tensor, "a point"], y: Float[Tensor, "b point"]) -> Float[Tensor, "a b"]:

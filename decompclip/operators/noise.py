@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
@@ -28,16 +31,17 @@ Scale = Literal["matched", "unit"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RandomAblate(Replacement):
-    """Components replaced by noise: one random vector for each, the same for all images.
+    """Components replaced by noise.
 
-    "matched" draws what a component writes to the stream, at every token alike (a head: z past its value bias), as
+    "matched" draws, once for all images, what a component writes to the stream, at every token alike (a head: z past its value bias), as
     long as makes its mean term as long as the mean that it stands in for. Causal mode writes it; direct mode puts
     in the term of that same write, at the image's own frozen scale. "unit" draws the terms themselves, standard
-    normal in every dimension of the joint space, as the paper's code does (for width 512 about 22 long, against
-    terms shorter than 1). Heads cannot write such terms, so that there is no causal edit of this kind, and
+    normal in every dimension of the joint space, anew for every image and component, as the paper's code does (for width
+    512 about 22 long, against terms shorter than 1). An image's draw depends on the seed and on the image alone, known
+    by the signs of its feature and of its last MLP's term: whatever batch it stands in, it is the same. Heads cannot write such terms, so that there is no causal edit of this kind, and
     in what comes out heads' coordinates are their terms: in a composition it stands last.
 
-    The draw of a component depends on the seed alone, not on what else is replaced.
+    The draw of a component does not depend on what else is replaced.
 
     Attributes:
         components: which.
@@ -83,14 +87,7 @@ class RandomAblate(Replacement):
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
         if self.scale == "unit":
-            generator = torch.Generator().manual_seed(self.seed)
-            shapes = (
-                (d.n_layers, d.n_heads, d.d_embed),
-                (d.n_layers, d.d_embed),
-                (d.d_embed,),
-                (1, d.d_embed),
-            )
-            return Fill(*(torch.randn(shape, generator=generator) for shape in shapes))
+            return _standard_normal(d, mask, self.seed)
         moments = self._means
         moments.check(d)
         visual = None
@@ -129,3 +126,28 @@ class RandomAblate(Replacement):
         moments = "" if self.moments is None else f", {self.moments!r}"
         options = f", scale={self.scale!r}, seed={self.seed}{show_rows(self.rows)}"
         return f"RandomAblate({self.components!r}{moments}{options})"
+
+
+def _standard_normal(d: Decomposition, mask: ComponentMask, seed: int) -> Fill:
+    """Terms of every image, drawn for the components in the mask alone."""
+    signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() > 0
+    heads = torch.zeros(len(d), d.n_layers, d.n_heads, d.d_embed)
+    mlps, embed, pool = (
+        torch.zeros(len(d), d.n_layers, d.d_embed),
+        torch.zeros(len(d), d.d_embed),
+        d.pool.cpu(),
+    )
+    pool = torch.zeros_like(pool)
+    chosen: list[tuple[str, Tensor]] = [
+        *((f"heads {i}", heads[:, i]) for i in range(d.n_layers) if mask.heads[i].any()),
+        *((f"mlp {i}", mlps[:, i]) for i in range(d.n_layers) if mask.mlps[i]),
+        *([("embed", embed)] if mask.embed else []),
+        *([("pool", pool)] if mask.pool else []),
+    ]
+    for image, known in enumerate(signs.numpy()):
+        key = blake2b(np.packbits(known).tobytes(), digest_size=16, key=str(seed).encode()).digest()
+        for name, terms in chosen:
+            digest = blake2b(name.encode(), digest_size=8, key=key).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            terms[image] = torch.randn(terms.shape[1:], generator=generator)
+    return Fill(heads, mlps, embed, pool)

@@ -191,7 +191,7 @@ def test_only_small_p_values_take_more_relabellings(a: Decomposition, b: Decompo
     counts = set()
     for part, p, sigma in zip(found.parts, found.p_values.tolist(), found.bandwidths.tolist(), strict=True):
         points = torch.cat([x.heads[:, part.layer, part.head] for x in (a, mixed)]).double()
-        values = statistics(points - points.mean(0), labels, sigma, 9, True, False, 8)
+        values, _ = statistics(points - points.mean(0), labels, sigma, 9, True, False, 8)
         large = values >= values[0] - 1e-9
         count = 2501 if int(large[:1000].sum()) <= 100 else 1000
         counts.add(count)
@@ -226,6 +226,17 @@ def test_the_same_images_twice_are_no_further_apart_than_chance(a: Decomposition
     assert found.p_values is not None and (found.p_values == 1).all()
 
 
+@pytest.mark.parametrize("kernel", ["unbiased", "paper"])
+@pytest.mark.parametrize("twins", [True, False])
+def test_identical_sets_have_a_p_value_of_one(a: Decomposition, kernel: Any, twins: bool) -> None:
+    """Every relabelling of twins that are one image gives the same value, but for its rounding."""
+    for options in ({}, {"components": heads[0] | mlps}):
+        found = head_mmd(a, a, kernel=kernel, twins=twins, permutations=99, **options)
+        assert found.p_values is not None and found.adjusted is not None
+        assert found.p_values.min() > 0.9 if not twins else found.p_values.min() == 1
+        assert not found.significant(0.5)
+
+
 def test_terms_that_never_vary_are_not_apart(a: Decomposition) -> None:
     still = a.edit(coords=torch.ones_like(a.coords))
     found = head_mmd(still, still[:5], components=heads, permutations=20)
@@ -239,7 +250,7 @@ def test_the_estimate_is_unbiased_and_the_test_keeps_its_rate() -> None:
     for seed in range(1000):
         points = torch.randn(24, 3, generator=generator, dtype=torch.float64)
         labels = labellings(12, 12, 39, False, torch.Generator().manual_seed(seed))
-        found = statistics(points, labels, 1.5, 12, True, False, 8)
+        found, _ = statistics(points, labels, 1.5, 12, True, False, 8)
         values.append(float(found[0]))
         rejected += bool((found >= found[0]).double().mean() <= 0.05)
     assert abs(np.mean(values)) < 3 * np.std(values) / 1000**0.5
