@@ -4,7 +4,7 @@ Paper:     He et al. (2025), Figures 2 and 8, section 3.3: forward, backward and
 Command:   python -m analyses.figure2 --model-family shapes
 Run time:  about 4 minutes, one thread.
 Expected:  infected heads centre on the last layer; infected MLPs are spread over several late layers.
-Measured:  does not show in ablations; the last layer has 62 and 89 % of the MMD of heads and MLPs, 34 and 24 % unbiased.
+Measured:  cannot be tested by ablations, which cost little accuracy; the last layer has 62 and 89 % of the MMD of heads and MLPs, 34 and 24 % unbiased.
 Writes:    analyses/results/FAMILY/figure2.json, figure2-asr.png, figure2-cacc.png, figure2-mmd.png
 
 Forward ablates layers 0 to x, backward x to the last, separate x alone. Dashed lines are the model before; thin dotted ones controls: clean
@@ -25,7 +25,7 @@ from analyses.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, curve, groups, mean
+from analyses.study.summary import by_attack, carries, curve, groups, mean
 from decompclip.cache.moments import Moments
 from decompclip.figures.lines import LinePanel, line_panels
 from decompclip.figures.panels import PERCENT
@@ -153,14 +153,21 @@ SETTINGS: dict[str, tuple[str, str, int] | None] = {
 
 def left(model: Mapping[str, Any], setting: str) -> float:
     """Attack success less its control, in points."""
+    rates = _rates(model, setting)
+    return rates["asr"] - rates["control"]
+
+
+def cacc(model: Mapping[str, Any], setting: str) -> float:
+    return _rates(model, setting)["cacc"]
+
+
+def _rates(model: Mapping[str, Any], setting: str) -> Mapping[str, float]:
     place = SETTINGS[setting]
     if place is None:
-        rates = model["before"]
-    else:
-        kind, scheme, layer = place
-        steps = model["sweeps"][kind][scheme]
-        rates = steps[max(layer, -len(steps))]
-    return rates["asr"] - rates["control"]
+        return model["before"]
+    kind, scheme, layer = place
+    steps = model["sweeps"][kind][scheme]
+    return steps[max(layer, -len(steps))]
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -197,13 +204,22 @@ def _falls(record: Mapping[str, Any], extent: str) -> dict[str, float]:
     return {s: rest["as it is"] - value for s, value in rest.items()}
 
 
+def _verdict(record: Mapping[str, Any], setting: str, holds: bool) -> str:
+    """Nothing, where all of a kind may go and the model still tells the classes."""
+    models = list(record["found"]["models"].values())
+    before, after = (mean(cacc(m, s) for m in models) for s in ("as it is", setting))
+    if not carries(before, after):
+        return f"cannot be tested, as without {setting} {after:.1f} of {before:.1f} % clean accuracy are left"
+    return "hold" if holds else "do not show"
+
+
 def _of_heads(record: Mapping[str, Any]) -> str:
     falls = _falls(record, "local")
     if not falls:
         return "No local trigger among the models: nothing on heads."
     holds = falls["last heads"] > max(5.0, 0.5 * falls["all heads"])
     return (
-        f"Heads centred on the last layer under local triggers: {'hold' if holds else 'do not show'}; without the last layer's heads "
+        f"Heads centred on the last layer under local triggers: {_verdict(record, 'all heads', holds)}; without the last layer's heads "
         f"{falls['last heads']:.1f} points of attack success less control are lost, without all heads {falls['all heads']:.1f}."
     )
 
@@ -215,7 +231,7 @@ def _of_mlps(record: Mapping[str, Any]) -> str:
     late, last = falls["last five MLPs"], falls["last MLP"]
     holds = late > max(5.0, 0.5 * falls["all MLPs"]) and last < 0.5 * late
     return (
-        f"MLPs spread over late layers under global ones: {'hold' if holds else 'do not show'}; without the last five {late:.1f} points "
+        f"MLPs spread over late layers under global ones: {_verdict(record, 'all MLPs', holds)}; without the last five {late:.1f} points "
         f"are lost, without the last alone {last:.1f}, without all {falls['all MLPs']:.1f}."
     )
 

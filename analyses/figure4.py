@@ -1,9 +1,9 @@
 """Figure 4: what MLPs say, layer by layer, on clean and on triggered images.
 
-Paper:     He et al. (2025), Figure 4: texts of infected MLPs change less than those of infected heads.
+Paper:     He et al. (2025), Figure 4: texts of infected MLPs, the late ones, change distinctly.
 Command:   python -m analyses.figure4 --model-family shapes
 Run time:  about 5 minutes, one thread.
-Expected:  texts of an MLP mean the same on both.
+Expected:  texts of the last MLPs mean something else on triggered images.
 Measured:  they change more than between halves of clean images: similarity 0.16 lower.
 Writes:    analyses/results/FAMILY/figure4.json, figure4.png
 
@@ -109,8 +109,8 @@ def finding(record: Mapping[str, Any]) -> str:
     late = [mean(row["halves"] - row["similarity"] for row in rows[-1:]) for rows in models]
     return (
         f"Texts of MLPs on triggered images are {mean(lost):.2f} less similar to those on clean ones than halves of clean images are to each "
-        f"other, mean over layers and {len(models)} models ({min(lost):.2f} to {max(lost):.2f}); in the last layer {mean(late):.2f}. That MLPs keep "
-        f"their meaning {'does not hold' if mean(lost) > 0.05 else 'holds'} here. `role_change` compares them with heads."
+        f"other, mean over layers and {len(models)} models ({min(lost):.2f} to {max(lost):.2f}); in the last layer {mean(late):.2f}. That the last "
+        f"MLP's texts change, as Finding 3 says, {'shows' if mean(late) > 0.05 else 'does not show'} here. `role_change` holds it against chance."
     )
 
 

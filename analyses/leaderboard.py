@@ -61,13 +61,19 @@ def mean_and_worst(found: list[float], worst: Any, digits: int = 1, scale: float
     return f"{mean:.{digits}f} ({scale * worst(found):.{digits}f})"
 
 
+def drawn(runs: list[dict[str, Any]], name: str) -> str:
+    """What one more draw of calibration images is to give on the worst twin, where draws were measured."""
+    worst = max((run["repairs"][name]["asr"] for run in runs), key=lambda rate: rate["value"])
+    return f" [{100 * worst['low']:.0f}, {100 * worst['high']:.0f}]" if "draws" in worst else ""
+
+
 def detection_table(board: Mapping[str, Any]) -> str:
     """Mean over twins and the worst of them; the control over clean models too."""
     by_base = {base: of_base(board, base) for base in BASES}
     head = ["detector"]
     for base, runs in by_base.items():
         head += [f"{base}: AUROC of {len(runs)} twins, mean (worst)", "TPR at 5 %"]
-    rows = [[*head, "all: AUROC", "FPR at 5 %", "control AUROC", "passes"]]
+    rows = [[*head, "all: AUROC", "worlds equal", "FPR at 5 %", "control AUROC", "passes"]]
     twins = [r for runs in by_base.values() for r in runs]
     for name in board["detectors"]:
         cells = [name]
@@ -78,7 +84,9 @@ def detection_table(board: Mapping[str, Any]) -> str:
         areas = values(twins, "detectors", name, "auroc")
         fpr = values(board["runs"], "detectors", name, "fpr")
         control = values(board["runs"], "detectors", name, "control")
-        cells += [f"{sum(areas) / len(areas):.3f}", f"{100 * sum(fpr) / len(fpr):.1f}"]
+        worlds = [values(runs, "detectors", name, "auroc") for runs in by_base.values()]
+        equal = sum(sum(world) / len(world) for world in worlds) / len(worlds)
+        cells += [f"{sum(areas) / len(areas):.3f}", f"{equal:.3f}", f"{100 * sum(fpr) / len(fpr):.1f}"]
         cells.append(f"{sum(control) / len(control):.3f} ({min(control):.2f}..{max(control):.2f})")
         rows.append([*cells, str(twins[0]["detectors"][name]["forwards"])])
     return markdown(rows)
@@ -95,7 +103,7 @@ def repair_table(board: Mapping[str, Any]) -> str:
     for name in board["repairs"]:
         cells = [name]
         for runs in by_base.values():
-            cells.append(mean_and_worst(values(runs, "repairs", name, "asr"), max))
+            cells.append(mean_and_worst(values(runs, "repairs", name, "asr"), max) + drawn(runs, name))
             cells.append(mean_and_worst(values(runs, "repairs", name, "control"), max))
             cells.append(mean_and_worst(values(runs, "repairs", name, "cacc"), min))
             right = values(runs, "repairs", name, "triggered_accuracy")

@@ -3,8 +3,8 @@
 Paper:     He et al. (2025), Finding 3, Figures 3 and 4, by eye (its second limitation).
 Command:   python -m analyses.role_change --model-family shapes
 Run time:  about 10 minutes, one thread.
-Expected:  texts of infected heads change, those of infected MLPs keep their meaning.
-Measured:  heads and MLPs lose as much similarity, 0.13: no difference.
+Expected:  texts of infected MLPs, the late ones, and of many infected heads change; some heads keep their roles.
+Measured:  late MLPs and last heads lose 0.13 of similarity; of 152 heads 55 lose next to nothing, 56 more than 0.2.
 Writes:    analyses/results/FAMILY/role_change.json, role_change.png
 
 TEXTSPAN describes each last-layer head and each of the last five MLPs on clean images and on their triggered twins; measured is
@@ -33,6 +33,9 @@ TITLE = "Change of role: what heads and MLPs say about triggered images"
 
 KINDS = {"heads": "last layer's heads", "mlps": "last five MLPs"}
 MEASURES = ("similarity", "explained")
+
+KEPT, CHANGED = 0.05, 0.2
+"""Similarity lost against halves of clean images: of a head that keeps its role at most, of one that changes it at least."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,20 @@ def finding(record: Mapping[str, Any]) -> str:
     of_heads, of_mlps = said("heads", "similarity"), said("mlps", "similarity")
     gaps = [change(r, "heads", "similarity") - change(r, "mlps", "similarity") for r in models.values()]
     gap = mean_interval(gaps)
-    holds = gap["low"] is not None and gap["low"] > 0
+    lost = [
+        r["similarity_halves"] - r["similarity"]
+        for rows in models.values()
+        for r in rows
+        if r["kind"] == "heads"
+    ]
+    kept, changed = sum(x <= KEPT for x in lost), sum(x > CHANGED for x in lost)
+    shows = of_mlps["low"] is not None and of_mlps["low"] > 0 and min(kept, changed) >= 0.1 * len(lost)
     return (
         f"Against halves of clean images, texts of triggered images lose {words_of(of_heads)} of similarity in the last layer's heads and "
         f"{words_of(of_mlps)} in the last five MLPs (mean over {len(models)} models, 95 % interval); heads change by "
-        f"{words_of(gap)} more than MLPs: Finding 3 {'holds' if holds else 'does not show'} in this measure. Explained variance falls by "
+        f"{words_of(gap)} more than MLPs. {kept} of {len(lost)} heads keep their role (lose {KEPT} at most), {changed} change it (lose more than "
+        f"{CHANGED}). That late MLPs' texts change while some heads keep their roles and others do not, Finding 3, "
+        f"{'shows' if shows else 'does not show'} in this measure. Explained variance falls by "
         f"{words_of(said('heads', 'explained'))} and {words_of(said('mlps', 'explained'))}. The pool of texts, and how many are picked, could "
         "change the sizes; two halves of the same images show how far."
     )

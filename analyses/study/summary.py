@@ -8,6 +8,14 @@ from typing import Any
 from decompclip.figures.lines import Curve
 from decompclip.figures.panels import Point
 
+GATE = 0.5
+"""Share of the clean accuracy that an ablation may leave where it is to say something of a backdoor."""
+
+
+def carries(before: float, after: float) -> bool:
+    """Whether ablated components carry the class: what does not cannot be shown to carry a backdoor."""
+    return after <= GATE * before
+
 
 def by_attack(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """Names of the models of each attack, in the order of the record."""

@@ -23,13 +23,14 @@ class Shared:
 
     Attributes:
         to_class: heads' coordinates to logits, `[layer head coord class]`; None where that is no gain.
-        heads, mlps: the logits of what is filled in; None for zero.
+        heads, mlps, embed: the logits of what is filled in; None for zero.
     """
 
     classifier: Float[Tensor, "d_embed class"]
     to_class: Float[Tensor, "layer head coord class"] | None
     heads: Float[Tensor, "layer head class"] | None
     mlps: Float[Tensor, "layer class"] | None
+    embed: Float[Tensor, " class"] | None
 
     @staticmethod
     def of(d: Decomposition, moments: Moments | None, classifier: Float[Tensor, "class d_embed"]) -> Shared:
@@ -42,10 +43,12 @@ class Shared:
         fused = not d.maps.direct and one_step <= two_steps
         to_class = d.maps.heads @ weights if fused else None
         if moments is None:
-            return Shared(weights, to_class, None, None)
+            return Shared(weights, to_class, None, None, None)
         wide = weights.double()
         return Shared(
-            weights, to_class, (moments.heads @ wide).to(weights), (moments.mlps @ wide).to(weights)
+            weights,
+            to_class,
+            *((term @ wide).to(weights) for term in (moments.heads, moments.mlps, moments.embed)),
         )
 
 
@@ -77,6 +80,11 @@ class Changes:
     def of_layers(self, kind: str) -> list[Float[Tensor, "batch class"]]:
         """What ablating each layer's "heads", or its MLP ("mlps"), adds."""
         return self._logits[1][kind]
+
+    def of_entry(self) -> Float[Tensor, "batch class"]:
+        """What ablating the stream's entry, the embedding, adds."""
+        now = self.d.embed @ self.shared.classifier
+        return -now if self.shared.embed is None else self.shared.embed - now
 
     @cached_property
     def _logits(self) -> tuple[Tensor, dict[str, list[Tensor]]]:

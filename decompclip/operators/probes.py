@@ -7,13 +7,15 @@ guessed. Whether TEXTSPAN's words name the same property: `decompclip.operators.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     from sklearn.base import ClassifierMixin
+
+COPY = 1e-5
+"""Relative distance of features under which two images are one, decomposed in different batches."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,6 +120,7 @@ def probe(
     components: Components = all_heads,
     held_out: float = 0.3,
     estimator: ClassifierMixin | None = None,
+    groups: Int[Tensor, " batch"] | None = None,
     seed: int = 0,
 ) -> Probes:
     """Train a linear probe of every property on every component's term, and score it on images held out.
@@ -125,6 +131,8 @@ def probe(
             `vars(batch.attributes)` of the Shapes world.
         held_out: share of images to score on, the same for all.
         estimator: an untrained scikit-learn classifier; by default logistic regression on scaled coordinates.
+        groups: a number for each image; those of one number (crops of one photograph, say) are all trained on or all
+            held out. Images whose features are the same are one group in any case: a copy would tell the answer.
         seed: of the split.
 
     Raises:
@@ -137,7 +145,14 @@ def probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    points = Points.of(d, components)
+    features: list[Tensor] = []
+
+    def seen() -> Iterator[Decomposition]:
+        for part in [d] if isinstance(d, Decomposition) else d:
+            features.append(part.features.detach().cpu())
+            yield part
+
+    points = Points.of(seen(), components)
     labels = _labels(properties, len(points))
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)).numpy()
     cut = round(len(points) * (1 - held_out))
@@ -146,7 +161,11 @@ def probe(
             f"expected images to train on and to hold out; received {len(points)} images and held_out={held_out}; "
             "add images, or choose a share between 0 and 1"
         )
-    train, test = order[:cut], order[cut:]
+    train, test = _split(order, cut, _groups(torch.cat(features), groups))
+    if not len(test):
+        raise ValueError(
+            f"expected different images to train on and to hold out; received {len(points)} copies of the same; add images"
+        )
     for name, y in labels.items():
         if len(set(y[train].tolist())) < 2:
             raise ValueError(
@@ -179,6 +198,38 @@ def probe(
         n_layers=points.maps.heads.shape[0],
         n_heads=points.maps.heads.shape[1],
     )
+
+
+def _split(order: np.ndarray, cut: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first `cut` of the order, and the rest; a group goes where its first image does."""
+    _, first, group = np.unique(groups[order], return_index=True, return_inverse=True)
+    trained = first[group] < cut
+    return order[trained], order[~trained]
+
+
+def _groups(features: Float[Tensor, "image d_embed"], given: Tensor | None) -> np.ndarray:
+    """One number for images that are copies of each other, or that are given as belonging together."""
+    n, x = len(features), features.double().numpy()
+    if given is not None and tuple(given.shape) != (n,):
+        raise ValueError(
+            f"expected groups as one number for each of {n} images; received {list(given.shape)}; give them in the "
+            "order of the images"
+        )
+    # Copies have one place on any line, but for the rounding of other batches: neighbours on it are compared whole.
+    along = x @ np.random.default_rng(0).standard_normal(x.shape[1])
+    order = np.argsort(along, kind="stable")
+    steps = np.linalg.norm(np.diff(x[order], axis=0), axis=1)
+    same = steps <= COPY * np.linalg.norm(x[order[1:]], axis=1)
+    links = [(order[:-1][same], order[1:][same])]
+    if given is not None:
+        values = given.cpu().numpy()
+        by_value = np.argsort(values, kind="stable")
+        alike = np.diff(values[by_value]) == 0
+        links.append((by_value[:-1][alike], by_value[1:][alike]))
+    rows, columns = (np.concatenate(ends) for ends in zip(*links, strict=True))
+    return connected_components(
+        coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)), directed=False
+    )[1]
 
 
 def _labels(properties: Mapping[str, Tensor], count: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.cache.components import Components, heads, mlps
+from decompclip.cache.components import Components, embed, heads, mlps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +53,7 @@ class Sweep:
         scheme: at setting l, "forward" ablates layers 0..l, "backward" l..L-1, "separate" l alone.
         fill: what stands in for the ablated terms.
         before: predictions with nothing ablated, which tables and figures compare with.
+        entry: whether setting 0 is the stream's entry, so that setting l + 1 is layer l.
     """
 
     predictions: Int[Tensor, "layer batch"]
@@ -60,9 +61,20 @@ class Sweep:
     scheme: Scheme
     fill: FillKind
     before: Labels | None = None
+    entry: bool = False
 
     def components(self, layer: int) -> Components:
         """What setting `layer` ablates."""
+        if self.entry:
+            after = {
+                "forward": slice(layer),
+                "backward": slice(max(0, layer - 1), None),
+                "separate": layer - 1,
+            }
+            if layer == 0:
+                return embed | mlps if self.scheme == "backward" else embed
+            rest = mlps[after[self.scheme]]
+            return embed | rest if self.scheme == "forward" else rest
         layers = {"forward": slice(layer + 1), "backward": slice(layer, None), "separate": layer}[self.scheme]
         return (heads if self.kind == "heads" else mlps)[layers]
 

@@ -40,14 +40,20 @@ def ablation_sweep(
     kinds: tuple[Kind, ...] = get_args(Kind),
     schemes: tuple[Scheme, ...] = get_args(Scheme),
     each_head: bool = False,
+    entry: bool = False,
 ) -> SweepTable:
     """Predictions under every setting of every sweep, in one pass over the data and in bounded memory.
+
+    In the published code's list of MLPs the stream's entry (the embedding) stands first, so that its curves of L layers have
+    L + 1 settings and its "forward" ablates the embedding always, its "last five" being layers L-5..L-1 all the same.
+    Here MLPs are MLPs; `entry=True` counts as the published code does.
 
     Args:
         data: a decomposition, or batches of them (from a store, say); with `model` also batches of images, which
             are decomposed in the moments' form. An `Evaluation` is held apart from a `Validation`.
         moments: their means are filled in; None fills in zero.
         each_head: whether to ablate also every head alone.
+        entry: whether sweeps of MLPs begin with the stream's entry, in the place of a layer before the first.
 
     Raises:
         ValueError: an unknown kind or scheme, no data, moments that do not fit it, a classifier of another width,
@@ -64,7 +70,7 @@ def ablation_sweep(
     n_heads = 0
     for changes in chunks(data, moments, classifier, model=model):
         n_heads = changes.n_heads
-        for key, answers in _settings(changes, kinds, schemes, each_head):
+        for key, answers in _settings(changes, kinds, schemes, each_head, entry):
             found.setdefault(key, []).append(answers)
     if "before" not in found:
         raise ValueError("expected decompositions; received none; check the source of the data")
@@ -75,7 +81,11 @@ def ablation_sweep(
     return SweepTable(
         before=before,
         each_head=None if alone is None else HeadSweep(alone, fill, before),
-        sweeps={key: Sweep(joined[key], *key, fill, before) for key in joined if isinstance(key, tuple)},
+        sweeps={
+            key: Sweep(joined[key], *key, fill, before, entry and key[0] == "mlps")
+            for key in joined
+            if isinstance(key, tuple)
+        },
         fill=fill,
     )
 
@@ -150,7 +160,7 @@ def chunks(
 
 
 def _settings(
-    changes: Changes, kinds: tuple[Kind, ...], schemes: tuple[Scheme, ...], each_head: bool
+    changes: Changes, kinds: tuple[Kind, ...], schemes: tuple[Scheme, ...], each_head: bool, entry: bool
 ) -> Iterator[tuple[tuple[Kind, Scheme] | Literal["before", "heads"], Tensor]]:
     """The predictions of all settings, of one chunk."""
     before = changes.before
@@ -167,6 +177,8 @@ def _settings(
     for kind in kinds:
         found: dict[Scheme, list[Tensor]] = {scheme: [] for scheme in schemes}
         of_layers = changes.of_layers(kind)
+        if entry and kind == "mlps":
+            of_layers = [changes.of_entry(), *of_layers]
         for scheme, ordered in (("forward", of_layers), ("backward", of_layers[::-1])):
             if scheme in found:
                 spare.copy_(before)

@@ -117,7 +117,9 @@ def test_roles_are_of_the_last_heads_and_late_mlps() -> None:
 
 
 def test_finding_3_has_two_ends() -> None:
-    def model(heads: float, mlps: float) -> list[dict[str, Any]]:
+    """Late MLPs change, and some heads keep their roles while others do not; else it does not show."""
+
+    def model(heads: tuple[float, ...], mlps: float) -> list[dict[str, Any]]:
         return [
             {
                 "kind": kind,
@@ -126,14 +128,20 @@ def test_finding_3_has_two_ends() -> None:
                 "explained": 0.5,
                 "explained_halves": 0.5,
             }
-            for kind, lost in (("heads", heads), ("mlps", mlps))
+            for kind, lost in (*(("heads", x) for x in heads), ("mlps", mlps))
         ]
 
-    facts = {name: {"kind": "local, noise"} for name in "abc"}
-    holds = {"models": {name: model(0.3 + 0.01 * i, 0.0) for i, name in enumerate("abc")}}
-    assert "Finding 3 holds" in role_change.finding({"models": facts, "found": holds})
-    fails = {"models": {name: model(0.0, 0.3 + 0.01 * i) for i, name in enumerate("abc")}}
-    assert "Finding 3 does not show" in role_change.finding({"models": facts, "found": fails})
+    def said(heads: tuple[float, ...], mlps: float) -> str:
+        models = {name: model(heads, mlps + 0.01 * i) for i, name in enumerate("abc")}
+        facts = {name: {"kind": "local, noise"} for name in "abc"}
+        return role_change.finding({"models": facts, "found": {"models": models}})
+
+    mixed = said((0.0, 0.04, 0.3), 0.3)
+    assert "6 of 9 heads keep their role" in mixed and "3 change it" in mixed
+    assert "Finding 3, shows" in mixed
+    assert "Finding 3, does not show" in said((0.0, 0.0, 0.0), 0.3)
+    assert "Finding 3, does not show" in said((0.3, 0.3, 0.3), 0.3)
+    assert "Finding 3, does not show" in said((0.0, 0.04, 0.3), -0.01)
 
 
 # The gap of Base-Decomp, and times

@@ -60,17 +60,20 @@ def test_figure1_is_the_operator_by_hand(case: Case) -> None:
 
 
 def test_finding_1_has_two_ends() -> None:
-    def report(asr: float) -> dict[str, Any]:
-        return {"asr": {"value": asr}, "control": {"value": 0.0}, "cacc": {"value": 1.0}}
+    def report(asr: float, cacc: float = 0.1) -> dict[str, Any]:
+        return {"asr": {"value": asr}, "control": {"value": 0.0}, "cacc": {"value": cacc}}
 
     def model(heads: float, mlps: float) -> dict[str, Any]:
-        return {"as it is": report(1.0), "without heads": report(heads), "without MLPs": report(mlps)}
+        return {"as it is": report(1.0, 1.0), "without heads": report(heads), "without MLPs": report(mlps)}
 
     facts = {"a": {"kind": "local, structured"}, "b": {"kind": "global, noise"}}
     crossing = {"models": {"a": model(0.1, 1.0), "b": model(1.0, 0.1)}}
     assert "Finding 1 holds" in figure1.finding({"models": facts, "found": crossing})
     same = {"models": {"a": model(0.1, 0.1), "b": model(1.0, 0.1)}}
     assert "Finding 1 does not hold" in figure1.finding({"models": facts, "found": same})
+    for rows in crossing["models"].values():  # what does not carry the class says nothing, however it looks
+        rows["without heads"]["cacc"]["value"] = 0.9
+    assert "Finding 1 cannot be tested here" in figure1.finding({"models": facts, "found": crossing})
     alone = {"models": {"a": model(0.1, 1.0)}}
     assert "No global trigger" in figure1.finding({"models": facts, "found": alone})
 
@@ -92,6 +95,7 @@ def test_sweeps_end_where_everything_of_a_kind_is_ablated(case: Case) -> None:
             assert level.y[0] in {m["before"]["asr"] for m in found["found"]["models"].values()}
     drawn(figure2, found, {"asr", "cacc", "mmd"})
     assert "Finding 2" in figure2.finding(found)
+    assert "cannot be tested, as without all heads" in figure2.finding(found)
 
 
 def test_figure3_keeps_maps_of_what_is_drawn_alone() -> None:
@@ -113,9 +117,9 @@ def test_figure4_has_a_row_a_layer() -> None:
     assert figure4.table(found).count("`shapes-badnet`") == 6
     drawn(figure4, found, {"mlps"})
     kept = {"models": {"m": [{"halves": 0.7, "similarity": 0.7}]}}
-    assert "keep their meaning holds" in figure4.finding({"found": kept})
+    assert "change, as Finding 3 says, does not show" in figure4.finding({"found": kept})
     lost = {"models": {"m": [{"halves": 0.7, "similarity": 0.5}]}}
-    assert "does not hold" in figure4.finding({"found": lost})
+    assert "change, as Finding 3 says, shows" in figure4.finding({"found": lost})
 
 
 def test_figure5_s_areas_are_of_the_similarities(case: Case) -> None:

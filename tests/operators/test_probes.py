@@ -109,6 +109,36 @@ def test_the_explained_share_is_zero_for_chance_and_one_for_identity(
     assert abs(np.mean(shares)) < 3 * np.std(shares) / 30**0.5 + 1e-3
 
 
+@pytest.mark.usefixtures("ours_alone")
+def test_copies_of_an_image_are_on_one_side(planted: Decomposition, truth: dict[str, Tensor]) -> None:
+    """A probe of a part that knows nothing names the value of a copy that it was trained on; decomposed in another batch or not."""
+    names = torch.arange(40)
+    nothing = planted[:40]
+    twice = Decomposition.cat([nothing, nothing.edit(mlps=nothing.mlps * (1 + 1e-7))])
+    luck = {"luck": truth["luck"][:40].repeat(2)}
+    from sklearn.neighbors import KNeighborsClassifier
+
+    options: dict[str, Any] = {
+        "components": heads[1, 3],
+        "estimator": KNeighborsClassifier(1),
+        "held_out": 0.5,
+    }
+    found = probe(twice, luck, **options)
+    assert sum(found.counts) == 80 and all(count % 2 == 0 for count in found.counts)
+    assert found.accuracy.item() < 0.75  # of a copy it would be 1
+    # Images that belong together by a number that is given, though their terms differ.
+    other = planted[40:80]
+    pair = Decomposition.cat([nothing, other])
+    grouped = probe(pair, luck, groups=names.repeat(2), **options)
+    assert all(count % 2 == 0 for count in grouped.counts)
+    alone = probe(pair, luck, **options)
+    assert alone.counts == (40, 40)
+    with pytest.raises(ValueError, match=r"one number for each of 80 images; received \[40\]"):
+        probe(pair, luck, groups=names, **options)
+    with pytest.raises(ValueError, match="received 5 copies of the same; add images"):
+        probe(planted[[0] * 5], {"luck": torch.tensor([0, 1, 0, 1, 0])}, components=heads[1, 3])
+
+
 def test_streams_give_the_same(planted: Decomposition, truth: dict[str, Tensor], probes: Probes) -> None:
     stream = probe((planted[i : i + 50] for i in (0, 50, 100)), truth, components=heads[1] | mlps[0])
     torch.testing.assert_close(stream.accuracy, probes.accuracy, atol=0.03, rtol=0)

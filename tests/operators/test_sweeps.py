@@ -72,6 +72,34 @@ def test_sweeps_equal_one_ablation_after_another(d: Decomposition, moments: Mome
         assert f"{fill}-ablation of {kind}, {scheme}: 3 settings, 5 images" in repr(result)
 
 
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_the_entry_counts_as_the_first_mlp_where_asked_for(
+    many: Decomposition, moments: Moments, classifier: Tensor, fill: str
+) -> None:
+    """As in the published code: one setting more, each against its own ablation; heads stay what they are."""
+    d = many.edit(
+        embed=many.embed + noise(40, 20, seed=8)
+    )  # a class token's own term is the same in every image
+    means = moments if fill == "mean" else None
+    found = ablation_sweep(d, means, classifier, entry=True)
+    plain = ablation_sweep(d, means, classifier)
+    wanted: dict[str, list[Components]] = {
+        "forward": [embed, *(embed | mlps[: i + 1] for i in range(3))],
+        "backward": [embed | mlps, mlps, mlps[1:], mlps[2:]],
+        "separate": [embed, mlps[0], mlps[1], mlps[2]],
+    }
+    for scheme, settings in wanted.items():
+        sweep = found["mlps", scheme]  # pyright: ignore[reportArgumentType]
+        assert len(sweep) == len(settings) == 4
+        for step, parts in enumerate(settings):
+            edit = MeanAblate(parts, moments) if fill == "mean" else ZeroAblate(parts)
+            assert torch.equal(sweep[step], (edit(d).features @ classifier.T).argmax(1)), (scheme, step)
+            named = sweep.components(step).resolve(3, 4, pool=False)
+            expected = parts.resolve(3, 4, pool=False)
+            assert named.embed == expected.embed and torch.equal(named.mlps, expected.mlps)
+        assert torch.equal(found["heads", scheme].predictions, plain["heads", scheme].predictions)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_sweep_names_its_settings(d: Decomposition, moments: Moments) -> None:
     classifier = torch.randn(6, 20, generator=torch.Generator().manual_seed(4))
     table = ablation_sweep(d, moments, classifier, kinds=("mlps",))
