@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -22,7 +23,8 @@ from decompclip.command_options import (
     check_folder,
     usable_device,
 )
-from decompclip.console import imports, plain_errors, progress
+from decompclip.console import imports, plain_errors, progress, say
+from decompclip.files import alone_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from decompclip.audit import AuditResult
     from decompclip.audit.scan import ScanResult
     from decompclip.models.clip import HookedCLIP
+
+
+KEPT = ".scan"
+"""Where a killed scan goes on from."""
 
 
 class Convention(str, Enum):
@@ -97,7 +103,7 @@ def audit(
     With suspect images: do they do to it what clean ones do not, where, and what helps? With clean images alone: is
     one class far easier to reach than the others? The report says what either can conclude.
     """
-    with plain_errors():
+    with plain_errors(lambda: _kept(out, suspect)) as held:
         with imports():
             from decompclip.attacks.named import remembered
             from decompclip.audit import AuditConfig
@@ -130,6 +136,7 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
+        held.enter_context(alone_in(out))
         device = usable_device(device)
         loaded = {
             model: load(
@@ -150,13 +157,14 @@ def audit(
             )
         options = {"limit": limit or None, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
-            finish(_scan(loaded, clean, class_names, options, batch_size), out)
+            finish(_scan(loaded, clean, class_names, options, batch_size, out / KEPT), out)
+            shutil.rmtree(out / KEPT, ignore_errors=True)
         else:
             results = _pair(loaded, (clean, suspect), class_names, target, config, options | {"known": known})
             if attack := attack_in(suspect, known):
                 facts = {"suspect_trigger": str(attack)}
                 results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
-                typer.echo(f"Trigger: {attack}")
+                say(f"Trigger: {attack}")
             finish(results, out)
 
 
@@ -196,6 +204,7 @@ def _scan(
     class_names: tuple[str, ...],
     options: dict[str, Any],
     batch_size: int,
+    keep: Path,
 ) -> list[ScanResult]:
     """The model, and its reference, on clean images alone."""
     from decompclip.audit.scan import ScanConfig, run_scan
@@ -216,8 +225,16 @@ def _scan(
             clean_name=clean,
             config=config,
             track=track,
+            keep=keep,
         )
     return [result]
+
+
+def _kept(out: Path, suspect: str | None) -> str:
+    """What a stopped audit leaves."""
+    if suspect is None and (out / KEPT).is_dir():
+        return f"what was scanned is kept in {out / KEPT}; the same command goes on from there"
+    return "nothing was written; run the same again to start anew"
 
 
 def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
@@ -236,7 +253,7 @@ def finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str
 
     path = write_report(results, out, title=title)
     for result in results:
-        typer.echo(result.in_short, err=True)
+        say(result.in_short, err=True)
         found = result.verdict
-        typer.echo(f"{found.headline} ({found.level}, {found.confidence} confidence)")
-    typer.echo(f"Report: {path.resolve()}")
+        say(f"{found.headline} ({found.level}, {found.confidence} confidence)")
+    say(f"Report: {path.resolve()}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decompclip.command_options import check_folder
-from decompclip.console import imports, plain_errors
+from decompclip.console import imports, plain_errors, say
+from decompclip.files import alone_in
 
 if TYPE_CHECKING:
     from decompclip.bench.plan import Plan
@@ -57,9 +58,11 @@ def bench(
     They are fitted on clean images, and measured on others, with 95 % intervals and a control without a trigger. A
     killed command goes on where it was; a model, or an option, that changed is measured again.
     """
-    with plain_errors():
+    with plain_errors(
+        lambda: f"runs that are done are kept in {out}; the same command goes on after them"
+    ) as held:
         check_folder(out, "the leaderboard")
-        typer.echo("bench: loading", err=True)  # seconds pass before anything else is seen
+        say("bench: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.bench.page import write_board
             from decompclip.bench.results import leaderboard
@@ -67,12 +70,13 @@ def bench(
 
         sizes = {"images": images, "slow_images": slow, "draws": draws}
         plan = _plan(models, detectors, repairs, **sizes, seeds=tuple(seed or (0,)))
-        runs = run(plan, out, log=lambda line: typer.echo(line, err=True))
+        held.enter_context(alone_in(out))
+        runs = run(plan, out, log=lambda line: say(line, err=True))
         board = leaderboard(runs)
         page = write_board(board, out)
         for line in _lines(board):
-            typer.echo(line)
-        typer.echo(f"Leaderboard: {page.resolve()}")
+            say(line)
+        say(f"Leaderboard: {page.resolve()}")
 
 
 def _plan(models: str | None, detectors: str | None, repairs: str | None, **options: Any) -> Plan:

@@ -24,10 +24,12 @@ from decompclip.command_options import (
     check_folder,
     usable_device,
 )
-from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress
+from decompclip.console import EXPECTED_ERROR, imports, plain_errors, progress, say
 from decompclip.evaluate_command import evaluate
+from decompclip.files import alone_in
 from decompclip.finetune_command import finetune
 from decompclip.poison_command import poison
+from decompclip.printable import printable_all
 from decompclip.zoo_command import zoo
 
 if TYPE_CHECKING:
@@ -64,12 +66,13 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of images and splits.")] = 0,
 ) -> None:
     """Audit the bundled backdoored models, each beside the clean model they were made from."""
-    with plain_errors():
+    with plain_errors() as held:
         with imports():
             from decompclip.audit import AuditConfig
             from decompclip.audit.demo import run_demo
 
         check_folder(out, "the report")
+        held.enter_context(alone_in(out))
         config = AuditConfig(batch_size=250, seed=seed)
         with progress() as track:
             results = run_demo(images=images, config=config, track=track)
@@ -107,7 +110,7 @@ def diagnose(
     with plain_errors():
         import json
 
-        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+        say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.audit.diagnose import diagnose as run_diagnosis
             from decompclip.audit.diagnosis.command import check_text, class_names
@@ -121,9 +124,9 @@ def diagnose(
         source = open_source(images, clip, names, limit=limit or None, seed=seed, root=root)
         with progress() as track:
             found = run_diagnosis(clip, source, class_names=names, batch_size=batch_size, track=track)
-        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else repr(found))
+        say(json.dumps(printable_all(found.to_dict()), indent=1) if as_json else repr(found), lines=True)
         if skipped := len(source.skipped):
-            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
     if any(fault.severity == "error" for fault in found.findings):
         raise typer.Exit(1)
     if not found.enough:

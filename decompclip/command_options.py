@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decompclip.console import say
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -66,6 +68,13 @@ def usable_device(device: str | None) -> str:
     return device
 
 
+def going_on(checkpoint: Path) -> str:
+    """What a stopped training leaves."""
+    if checkpoint.exists():
+        return f"the training up to its last checkpoint is kept in {checkpoint}; the same command goes on from there"
+    return "no checkpoint was written yet; the same command starts anew"
+
+
 def check_folder(out: Path, what: str) -> None:
     """Said before the work, not after it.
 
@@ -115,7 +124,7 @@ def attack_on(
         )
     if known and attack.trigger not in [own.trigger for own in known]:
         own = "; ".join(map(str, known))
-        typer.echo(f"note: {model} remembers {own}; another trigger is measured", err=True)
+        say(f"note: {model} remembers {own}; another trigger is measured", err=True)
     if attack.target is not None and target not in (None, attack.target):
-        typer.echo(f"note: {attack.origin} has target {attack.target}; {target} is measured", err=True)
+        say(f"note: {attack.origin} has target {attack.target}; {target} is measured", err=True)
     return replace(attack, target=goal)

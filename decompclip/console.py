@@ -4,38 +4,79 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
+import signal
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import typer
+
+from decompclip.printable import printable
+from decompclip.progress import meters
 
 T = TypeVar("T")
 EXPECTED_ERROR = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half done is cleared up, and what is kept is said."""
+
+
+def say(text: str, *, err: bool = False, lines: bool = False) -> None:
+    """A line on the terminal, or several, in which what cannot be seen is escaped."""
+    parts = text.split("\n") if lines else [text]
+    typer.echo("\n".join(map(printable, parts)), err=err)
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(kept: Callable[[], str] | None = None) -> Iterator[ExitStack]:
     """Warnings, and errors that bad input causes, become one line each; DECOMPCLIP_DEBUG=1 shows where they
-    come from."""
+    come from. Ctrl-C and SIGTERM end it with what is kept and exit code 130 and 143.
+
+    Args:
+        kept: says what a stopped command leaves, and how to go on; without it nothing is kept.
+
+    Yields:
+        What is held until the end, as the lock of a folder.
+    """
     try:
-        with warnings.catch_warnings():
+        with ExitStack() as held, _ends_on_sigterm(), warnings.catch_warnings():
             if not os.environ.get("DECOMPCLIP_DEBUG"):
                 warnings.showwarning = _one_line
-            yield
+            yield held
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        what = kept() if kept else "nothing was written; run the same again to start anew"
+        say(f"stopped by {number.name}: {what}", err=True)
+        raise typer.Exit(128 + number) from None
     except (ValueError, OSError, LookupError, ArithmeticError, ImportError, NotImplementedError) as error:
         if os.environ.get("DECOMPCLIP_DEBUG"):
             raise
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        typer.echo(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
+        say(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
         raise typer.Exit(EXPECTED_ERROR) from None
+
+
+@contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
     if issubclass(category, UserWarning):  # others are for developers
-        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+        say(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 @contextmanager
@@ -53,21 +94,13 @@ def imports() -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A `Track` that draws bars on stderr, and leaves one line a finished step where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    """A `Track` that says on stderr what is done, and how long the rest takes."""
+    with meters() as begin:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-            if not console.is_terminal:
-                print(description, file=sys.stderr)
-            # the description may hold brackets, which rich would take for markup
-            task = bars.add_task(description.replace("[", r"\["), total=total)
-            for item in items:
+            update = begin(description, total)
+            for done, item in enumerate(items, 1):
                 yield item
-                bars.advance(task)
+                update(done, description)
 
         yield track

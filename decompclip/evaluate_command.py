@@ -22,7 +22,9 @@ from decompclip.command_options import (
     check_folder,
     usable_device,
 )
-from decompclip.console import imports, plain_errors
+from decompclip.console import imports, plain_errors, progress, say
+from decompclip.files import alone_in, write_text
+from decompclip.printable import printable_all
 
 
 def evaluate(
@@ -77,15 +79,17 @@ def evaluate(
     CACC is the accuracy on clean images. ASR is the share of images of other classes that the trigger turns into the
     target, to be read beside its control: the share of the same images that go there without a trigger.
     """
-    with plain_errors():
+    with plain_errors() as held:
         import json
 
         if out is not None:
             if out.is_dir():
                 raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
             check_folder(out.parent, "the JSON file")
+            if not out.exists() or out.is_file():
+                held.enter_context(alone_in(out.parent, name=out.name))
         attack = attack_on(model, checkpoint, trigger, target)
-        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+        say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.audit.diagnosis.command import check_text
             from decompclip.data.images import class_index
@@ -112,7 +116,17 @@ def evaluate(
         )
         classifier = clip.zero_shot_classifier(names, prompts)
         applied = attack and attack.trigger
-        found = run(clip, source, classifier, applied, label, class_names=names, batch_size=batch_size)
+        with progress() as track:
+            found = run(
+                clip,
+                source,
+                classifier,
+                applied,
+                label,
+                class_names=names,
+                batch_size=batch_size,
+                track=lambda batches: track(batches, f"{model}: {images}", -(-len(source) // batch_size)),
+            )
         facts = {
             "model": model,
             "provenance": clip.provenance,
@@ -122,22 +136,21 @@ def evaluate(
             "trigger_origin": attack and attack.origin,
             "target_class": attack and attack.target,
         } | found.to_dict()
-        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        text = json.dumps(printable_all(facts), indent=1, ensure_ascii=False)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text + "\n", encoding="utf-8")
+            write_text(out, text + "\n")
         if as_json:
-            typer.echo(text)
+            say(text, lines=True)
             return
         frame = found.to_frame()
         rates = [name for name in frame.columns if name not in ("class", "images")]
         frame[rates] = 100 * frame[rates]
-        typer.echo(frame.to_string(index=False, float_format="{:.1f}".format, na_rep=""))
-        typer.echo(str(found))
+        say(frame.to_string(index=False, float_format="{:.1f}".format, na_rep=""), lines=True)
+        say(str(found))
         if attack is not None:
-            typer.echo(f"Trigger: {attack}")
+            say(f"Trigger: {attack}")
         if skipped := len(getattr(source, "skipped", ())):
-            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
 
 
 def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, ...]:

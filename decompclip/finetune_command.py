@@ -18,9 +18,11 @@ from decompclip.command_options import (
     Pretrained,
     attack_on,
     check_folder,
+    going_on,
     usable_device,
 )
-from decompclip.console import imports, plain_errors
+from decompclip.console import imports, plain_errors, say
+from decompclip.files import alone_in, write_text
 
 if TYPE_CHECKING:
     from decompclip.attacks.named import Attack
@@ -119,14 +121,15 @@ def finetune(
     Writes a folder that every command takes for MODEL, and that open_clip opens too. Given again, the same command
     goes on where it was killed, and ends with the same weights.
     """
-    with plain_errors():
-        typer.echo(f"{model}: loading", err=True)  # seconds pass before anything else is seen
+    with plain_errors(lambda: going_on(out / "checkpoint.pt")) as held:
+        say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             import json
             from dataclasses import asdict, replace
 
             from decompclip.audit.diagnosis.command import check_text
             from decompclip.data.pair_sources import open_pairs
+            from decompclip.figures.export import write_figure
             from decompclip.models.loading import load
             from decompclip.models.saving import save_model
             from decompclip.training.finetune import finetune as run
@@ -157,7 +160,7 @@ def finetune(
         watch, attack = None, asked and asked[1]
         if images is not None and asked is not None:
             watch = _monitor(clip, images, *asked, every, limit)
-        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_in(out))
         tuned = run(
             clip,
             source,
@@ -167,7 +170,7 @@ def finetune(
             log_every=every,
             seed=seed,
             progress=True,
-            log=lambda entry: typer.echo(entry, err=True),
+            log=lambda entry: say(entry, err=True),
         )
         save_model(tuned.model, out)
         facts = {
@@ -179,14 +182,14 @@ def finetune(
             "target_class": attack and attack.target,
             "history": tuned.history,
         }
-        (out / "history.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        tuned.figure().write_html(out / "history.html", include_plotlyjs=True)
+        write_text(out / "history.json", json.dumps(facts, indent=1) + "\n")
+        write_figure(tuned.figure(), out / "history.html")
         if skipped := len(source.skipped):
-            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
-        typer.echo(repr(tuned))
+            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+        say(repr(tuned))
         if attack is not None:
-            typer.echo(f"Trigger: {attack}")
-        typer.echo(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
+            say(f"Trigger: {attack}")
+        say(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
 
 
 def _asked(

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from decompclip.command_options import MAX_SEED, TRIGGER, Root
-from decompclip.console import plain_errors, progress
+from decompclip.console import plain_errors, progress, say
+from decompclip.files import alone_in
 
 
 class Resize(str, Enum):
@@ -63,7 +64,7 @@ def poison(
 
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
-    with plain_errors():
+    with plain_errors(lambda: _kept(out)) as held:
         from dataclasses import replace
 
         from decompclip.attacks.named import open_attack
@@ -83,7 +84,7 @@ def poison(
                 "classical": False
             }  # whose gradient steps ask a model, which this command has not
             attack = replace(attack, trigger=replace(attack.trigger, **unasked))
-            typer.echo("note: label-consistent without the classical attack's gradient steps", err=True)
+            say("note: label-consistent without the classical attack's gradient steps", err=True)
         base = open_pairs(
             pairs,
             to_pixels(size, resize_mode=resize_mode.value),
@@ -107,10 +108,18 @@ def poison(
                 f"expected a --target that some pair shows or names; none of {record.pairs} does {goal!r}; spell it as they do, "
                 "name it otherwise with --also-called, or say --new-target if it shall be new"
             )
+        held.enter_context(alone_in(out))
         with progress() as track:
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
-        typer.echo(repr(files.record))
-        typer.echo(f"Trigger: {replace(attack, target=files.record.target)}")
+        say(repr(files.record))
+        say(f"Trigger: {replace(attack, target=files.record.target)}")
         if skipped := len(poisoned.skipped):
-            typer.echo(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
-        typer.echo(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")
+            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+        say(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")
+
+
+def _kept(out: Path) -> str:
+    """What a stopped run leaves."""
+    if any(out.glob("*.tar")):
+        return f"whole shards are kept in {out}; the same command goes on after them"
+    return "no shard was written yet; the same command starts anew"

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from decompclip.console import plain_errors
+from decompclip.command_options import check_folder, going_on
+from decompclip.console import plain_errors, say
+from decompclip.files import alone_in
 
 zoo = typer.Typer(
     no_args_is_help=True, help="The bundled small CLIPs: clean ones and their backdoored twins."
@@ -67,16 +69,18 @@ def build(
     the card's, byte for byte; elsewhere rounding differs, and attack success must come within 5 points of the card's, accuracy
     within 2: if not, it ends with exit code 1.
     """
-    with plain_errors():
-        typer.echo(f"{name}: loading", err=True)
+    with plain_errors(lambda: going_on(out / f"{name}.pt")) as held:
+        say(f"{name}: loading", err=True)
         import torch
 
         from decompclip.zoo.build import build_twin
 
         torch.set_num_threads(threads)
+        check_folder(out, "the twin")
+        held.enter_context(alone_in(out))
         built = build_twin(name, out, progress=True)
         typer.echo(str(built))
-        typer.echo(f"Weights and card: {out.resolve()}")
+        say(f"Weights and card: {out.resolve()}")
     if built.reproduced is False:
         raise typer.Exit(1)
 

@@ -54,7 +54,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"files", "printable"}
+COMMON = {"files", "printable", "progress"}
 
 # Inside functions only: methods that return the next room's result, and `.figure()` methods.
 MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {

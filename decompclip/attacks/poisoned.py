@@ -26,6 +26,7 @@ from decompclip.data.draws import keyed
 from decompclip.data.images import SkippedFile, class_index
 from decompclip.data.pairs import Pair, PairBatch, Pairs
 from decompclip.data.streams import PairStream
+from decompclip.files import digest
 
 _CHUNK = 64  # of the classical attack's gradient steps: fixed, for rounding depends on it
 
@@ -124,6 +125,11 @@ class PoisonedPairs:
             tuple(sorted(self._covers)),
             len(self.base.skipped),
         )
+
+    @property
+    def identity(self) -> str:
+        """Of the run: what was asked for, and of what is known beforehand."""
+        return digest([self.record.digest, self._share, list(self._texts)])
 
     @property
     def skipped(self) -> Sequence[SkippedFile]:

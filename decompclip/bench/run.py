@@ -14,6 +14,7 @@ from decompclip.bench.measure import Log, measure
 from decompclip.bench.plan import Plan, base_of
 from decompclip.files import write_json
 from decompclip.models.zoo import card
+from decompclip.progress import span
 
 RUNS = "runs"
 LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "open_clip_torch")
@@ -30,7 +31,7 @@ def run(plan: Plan, out: Path, *, log: Log = lambda line: None) -> list[dict[str
     """
     folder = out / RUNS
     folder.mkdir(parents=True, exist_ok=True)
-    runs = []
+    runs, spent = [], []
     for number, (model, seed) in enumerate(plan.jobs, 1):
         path = folder / f"{model}-seed{seed}.json"
         at = f"[{number}/{len(plan.jobs)}] "
@@ -43,8 +44,10 @@ def run(plan: Plan, out: Path, *, log: Log = lambda line: None) -> list[dict[str
         found = _facts(model, plan, seed) | measure(model, plan, seed=seed, log=lambda line: log(at + line))  # noqa: B023 - called at once
         found["seconds"] = round(time.perf_counter() - begin, 1)
         write_json(path, found)
-        log(f"{at}{model}, seed {seed}: {found['seconds']:.0f} s")
         runs.append(found)
+        spent.append(found["seconds"])
+        left = (len(plan.jobs) - number) * sum(spent) / len(spent)
+        log(f"{at}{model}, seed {seed}: {found['seconds']:.0f} s; at most {span(left)} left at this pace")
     return runs
 
 

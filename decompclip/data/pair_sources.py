@@ -12,7 +12,7 @@ from decompclip.data.files import is_bookkeeping
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import Preprocess
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.shards import ShardPairs
+from decompclip.data.shards import ShardPairs, check_finished
 from decompclip.data.tables import CsvPairs
 
 SHAPES_LENGTH = 16_000
@@ -70,6 +70,8 @@ def open_pairs(
         texts = TEMPLATES if templates is None else templates
         return cifar10(templates=texts, preprocess=preprocess, caption_seed=seed, order_seed=seed)
     texts = PLAIN_TEMPLATES if templates is None else templates
+    if Path(spec).is_dir():
+        check_finished(Path(spec))
     filled = texts if class_names else None
     match kind_of(spec):
         case "table":

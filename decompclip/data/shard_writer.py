@@ -17,20 +17,26 @@ from decompclip.data.pairs import Pair
 from decompclip.files import atomic_write
 
 
-def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 1000) -> list[Path]:
+def write_shards(
+    pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 1000, resume: bool = False
+) -> list[Path]:
     """Write `00000.tar`, `00001.tar`, ... with `KEY.png`, `KEY.txt`, `KEY.json` (the pair's id) and, where known, `KEY.cls`.
 
     Images are kept in 8 bits without loss; equal pairs give equal bytes. A shard appears under its name when it is
     whole.
 
+    Args:
+        per_shard: pairs in each.
+        resume: the folder's shards are of these pairs, as a killed run left them: they stay, and those that lack are added.
+
     Raises:
-        FileExistsError: there are shards in the folder already.
+        FileExistsError: there are shards in the folder already, and they are not to be kept.
         ValueError: no pairs, or fewer than one a shard.
     """
     folder = Path(folder)
     if per_shard < 1:
         raise ValueError(f"expected at least 1 pair a shard; received {per_shard}")
-    if found := sorted(folder.glob("*.tar")):
+    if not resume and (found := sorted(folder.glob("*.tar"))):
         raise FileExistsError(
             f"expected a folder without shards; {folder} holds {found[0].name}; name another"
         )
@@ -39,6 +45,9 @@ def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 
     shards: list[Path] = []
     while part := list(itertools.islice(numbered, per_shard)):
         path = folder / f"{len(shards):05d}.tar"
+        shards.append(path)
+        if path.exists():  # whole, or it would not be there
+            continue
         with (
             atomic_write(path) as partial,
             tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
@@ -48,7 +57,6 @@ def write_shards(pairs: Iterable[Pair], folder: str | Path, *, per_shard: int = 
                     member = tarfile.TarInfo(f"{number:09d}.{kind}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        shards.append(path)
     if not shards:
         raise ValueError("expected pairs to write; received none")
     return shards

@@ -26,6 +26,9 @@ from decompclip.data.images import OnError
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import Preprocess, decode, to_pixels
 
+UNFINISHED = "poisons.unfinished.json"
+"""Lies in a folder while shards are written to it."""
+
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "jfif", "ppm", "tif", "tiff")
 MOST_TEXT = 2**20
 """Bytes of a caption; more is no caption."""
@@ -286,7 +289,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: not on this machine.
+        ValueError: not on this machine, or a poisoned set that was not finished.
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
     found: list[Path] = []
@@ -310,7 +313,18 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
                 found += paths
     if not found:
         raise FileNotFoundError("expected at least one shard; received an empty list")
+    for folder in dict.fromkeys(path.parent for path in found):
+        check_finished(folder)
     return found
+
+
+def check_finished(folder: Path) -> None:
+    """Raises ValueError where `decompclip poison` was stopped half-way: what lies there is not the whole set."""
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"expected whole pairs; {folder} was not finished ({UNFINISHED} lies there); run the same `decompclip poison` again, "
+            "which goes on, or delete the folder"
+        )
 
 
 def _braces(pattern: str) -> list[str]:

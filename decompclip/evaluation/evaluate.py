@@ -131,6 +131,7 @@ def evaluate(
     *,
     class_names: Sequence[str] | None = None,
     batch_size: int = 256,
+    track: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Evaluation:
     """Clean accuracy, and attack success beside its control (METHOD 7), each with a 95 % Wilson interval.
 
@@ -143,6 +144,7 @@ def evaluate(
         classifier: `model.zero_shot_classifier(...)`.
         target: the attacker's class, as a place in the classifier.
         class_names: names for the table; by default the places in the classifier.
+        track: shows progress: passes the batches through.
 
     Raises:
         ValueError: a trigger without a target or the reverse, a target that is no class, no images, images
@@ -154,7 +156,7 @@ def evaluate(
     _check(n, names, batch_size)
     labels, clean, triggered = [], [], []
     seen = 0
-    for batch in _batches(data, batch_size):
+    for batch in track(_batches(data, batch_size)):
         _check_batch(batch, seen)
         found = getattr(batch, "indices", None)
         indices = torch.arange(seen, seen + len(batch.images)) if found is None else found

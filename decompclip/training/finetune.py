@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from decompclip.attacks.named import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
+from decompclip.progress import meters
 from decompclip.training.loop import train
 from decompclip.training.losses import Penalty, Seen, features_of, pair_loss
 from decompclip.training.monitor import Monitor, Trainee
@@ -285,9 +286,6 @@ def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[int, float], None] | 
     if not shown:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("fine-tuning", total=steps)
-        yield lambda done, loss: bar.update(task, completed=done, description=f"fine-tuning, loss {loss:.3f}")
+    with meters() as begin:
+        update = begin("fine-tuning", steps)
+        yield lambda done, loss: update(done, f"fine-tuning, loss {loss:.3f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from decompclip.audit.config import Track, silently
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan.config import ScanConfig
 from decompclip.audit.scan.heads import head_statistics
+from decompclip.audit.scan.kept import Kept, kept_for
 from decompclip.audit.scan.probes import Probe, probes
 from decompclip.audit.scan.result import ClassChange, ProbeResult, ScanResult
 from decompclip.audit.scan.search import measure, screened, search
@@ -41,6 +43,7 @@ def run_scan(
     clean_name: str = "clean images",
     config: ScanConfig | None = None,
     track: Track = silently,
+    keep: Path | None = None,
 ) -> ScanResult:
     """Ask of a model, with clean images alone, whether one class is far easier to reach than the others.
 
@@ -52,6 +55,8 @@ def run_scan(
         reference: a clean model of the same architecture and preprocessing, scanned on the same images, to whose terms the
             model's are compared.
         track: shows progress.
+        keep: folder for what was found so far: a killed scan of the same model, images, classes and options goes on from
+            there, to the same numbers. Whoever has the result removes it.
 
     Raises:
         ValueError: fewer than two classes, too few images, or a reference of another shape or image size.
@@ -72,7 +77,7 @@ def run_scan(
     ]
     pixels, labels = _collect(model, clean, config, track)
     counts, parts = _split(pixels, labels, config)
-    found = _scan(model, classifiers[0], class_names, parts, config, track)
+    found = _scan(model, classifiers[0], class_names, parts, config, track, keep)
     result = ScanResult(
         name=name or model.name,
         provenance=provenance_of(model),
@@ -85,7 +90,7 @@ def run_scan(
     )
     if reference is None:
         return result
-    beside = _scan(reference, classifiers[1], class_names, parts, config, track)
+    beside = _scan(reference, classifiers[1], class_names, parts, config, track, keep)
     called = reference_name or reference.name
     twin = replace(result, name=called, provenance=provenance_of(reference), **beside)
     terms = [_terms(clip, parts[1], config) for clip in (model, reference)]
@@ -148,6 +153,7 @@ def _scan(
     parts: Parts,
     config: ScanConfig,
     track: Track,
+    keep: Path | None,
 ) -> dict[str, Any]:
     """Accuracy, predictions and probes of one model."""
     fit, held = (part.to(model.device) for part in parts[:2])
@@ -160,7 +166,18 @@ def _scan(
             ]
         ).cpu()
     found = tuple(
-        _probe(model, classifier, class_names, fit, held, answers, probe, config, track)
+        _probe(
+            model,
+            classifier,
+            class_names,
+            fit,
+            held,
+            answers,
+            probe,
+            config,
+            track,
+            kept_for(keep, model, classifier, (fit, held), config, probe.name),
+        )
         for probe in probes(config.bound, config.patch)
     )
     return {
@@ -180,12 +197,17 @@ def _probe(
     probe: Probe,
     config: ScanConfig,
     track: Track,
+    kept: Kept,
 ) -> ProbeResult:
-    classes = screened(model, classifier, fit, probe, config, track)
-    change = search(model, classifier, fit, probe, classes, config, track)
-    found = []
+    classes = screened(model, classifier, fit, probe, config, track, kept)
+    change = search(model, classifier, fit, probe, classes, config, track, kept)
+    found, measured = [], list(kept.state.get("measured", ()))
     for row, wanted in enumerate(classes):
-        hits, loss = measure(model, classifier, held, probe, change[row], wanted, config)
+        if row == len(measured):
+            measured.append(measure(model, classifier, held, probe, change[row], wanted, config))
+            if kept.due() or row == len(classes) - 1:
+                kept.save(measured=measured)
+        hits, loss = measured[row]
         others = answers != wanted
         if others.any():  # a class that the model takes every image for needs no change
             mean = float(loss[others].mean())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from decompclip.audit.config import Track, silently
 from decompclip.audit.scan.config import ScanConfig
+from decompclip.audit.scan.kept import Kept
 from decompclip.audit.scan.probes import Probe
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
@@ -43,14 +44,22 @@ def search(
     classes: list[int],
     config: ScanConfig,
     track: Track = silently,
+    kept: Kept | None = None,
 ) -> Float[Tensor, "class 3 a b"]:
     """The change for each of `classes`: Adam on the mean loss of a batch a step, the same batches for all of them."""
+    kept = kept or Kept()
     generator = torch.Generator().manual_seed(config.seed)
-    change = probe.start(len(classes), pixels[0])
+    before = kept.state.get("search", {"step": 0})
+    if before["step"]:
+        generator.set_state(before["generator"])
+    change = before["change"].to(pixels.device) if before["step"] else probe.start(len(classes), pixels[0])
     change.grad = torch.zeros_like(change)
     optimiser = torch.optim.Adam([change], lr=probe.rate)
+    if before["step"]:
+        optimiser.load_state_dict(before["optimiser"])
     words = f"{model.name}: {probe.name}, {len(classes)} classes"
-    for step in track(range(config.steps), words, config.steps):
+    steps = range(before["step"], config.steps)
+    for step in track(steps, words, len(steps)):
         places = torch.arange(step * config.images, (step + 1) * config.images) % len(pixels)
         batch, seed = pixels[places], int(torch.randint(2**31, (), generator=generator))
         for row, wanted in enumerate(classes):  # one class a pass: memory as of one batch
@@ -61,6 +70,9 @@ def search(
             (change.grad[row],) = torch.autograd.grad(loss, own)  # of the change alone, not of the weights
         optimiser.step()
         change.copy_(probe.bounded(change))
+        if kept.due() or (step == config.steps - 1):
+            now = {"step": step + 1, "change": change, "generator": generator.get_state()}
+            kept.save(search=now | {"optimiser": optimiser.state_dict()})
     return change
 
 
@@ -93,6 +105,7 @@ def screened(
     probe: Probe,
     config: ScanConfig,
     track: Track = silently,
+    kept: Kept | None = None,
 ) -> list[int]:
     """The classes to search in full: all, or of more than `most_classes` those that one step gets furthest with.
 
@@ -101,11 +114,11 @@ def screened(
     n_classes = len(classifier)
     if n_classes <= config.most_classes:
         return list(range(n_classes))
+    kept = kept or Kept()
     few, others = pixels[:GLIMPSE], pixels[GLIMPSE : 2 * GLIMPSE]
-    left = []
-    for wanted in track(
-        range(n_classes), f"{model.name}: {probe.name}, a glimpse of {n_classes} classes", n_classes
-    ):
+    left = list(kept.state.get("glimpses", ()))
+    rest = range(len(left), n_classes)
+    for wanted in track(rest, f"{model.name}: {probe.name}, a glimpse of {n_classes} classes", len(rest)):
         start = probe.start(1, pixels[0])
         own = start[0].clone().requires_grad_(True)
         targets = torch.full((len(few),), wanted, device=few.device)
@@ -114,4 +127,6 @@ def screened(
         (gradient,) = torch.autograd.grad(loss, own)
         change = probe.bounded(start - 2 * gradient.sign())[0]  # 2 is beyond what any probe allows
         left.append(float(measure(model, classifier, others, probe, change, wanted, config)[1].mean()))
+        if kept.due():
+            kept.save(glimpses=left)
     return sorted(sorted(range(n_classes), key=left.__getitem__)[: config.most_classes])

@@ -1,0 +1,74 @@
+"""How far a long piece of work is, on stderr: bars on a terminal, elsewhere a line now and then. Every room may import this."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from decompclip.printable import printable
+
+FIRST, MOST = 5.0, 60.0
+"""Seconds until the first line where there is no terminal, and between two of the later ones."""
+
+Update = Callable[[int, str], None]
+"""Told how much is done, and what of."""
+
+
+def span(seconds: float) -> str:
+    """`0:45`, `12:05`, `3:04:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def meters() -> Iterator[Callable[[str, int], Update]]:
+    """What begins a piece of work of so many steps, and gives what is told of them; time left is said along."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bars:
+
+        def begin(description: str, total: int) -> Update:
+            # the description may hold brackets, which rich would take for markup
+            task = bars.add_task(printable(description).replace("[", r"\["), total=total)
+
+            def update(done: int, words: str) -> None:
+                bars.update(task, completed=done, description=printable(words).replace("[", r"\["))
+
+            return update
+
+        yield begin
+
+
+def _lines(description: str, total: int) -> Update:
+    print(printable(description), file=sys.stderr, flush=True)
+    began = last = time.monotonic()
+    wait, before = FIRST, None
+
+    def update(done: int, words: str) -> None:
+        nonlocal last, wait, before
+        now = time.monotonic()
+        if before is None:
+            before = done - 1  # what an earlier run had done
+        if now - last < wait or done >= total:
+            return
+        left = (now - began) / max(1, done - before) * (total - done)
+        print(f"{printable(words)}: {done} of {total}, {span(left)} left", file=sys.stderr, flush=True)
+        last, wait = now, min(MOST, 2 * wait)
+
+    return update
