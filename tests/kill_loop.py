@@ -89,7 +89,9 @@ def scan(folder: Path) -> None:
 
 
 def bench(folder: Path) -> None:
-    plan = Plan(models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=30, slow_images=20)
+    plan = Plan(
+        models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=30, slow_images=20
+    )
     with alone_in(folder):
         write_board(leaderboard(run(plan, folder)), folder)
 
@@ -180,7 +182,9 @@ def loop(name: str, kills: int, seed: int, folder: Path) -> str:
             work.whole(place)
         work.whole(place)
         ended += 1
-        assert content(place) == expected, f"{name} after {killed} kills: {place} is not as an undisturbed run leaves it"
+        assert content(place) == expected, (
+            f"{name} after {killed} kills: {place} is not as an undisturbed run leaves it"
+        )
         assert not list(place.rglob(".*.partial")), f"{name}: left-over files in {place}"
     return f"{name}: {killed} kills, {ended} runs ended with the bytes of an undisturbed one ({took:.1f} s)"
 

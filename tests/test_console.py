@@ -1,0 +1,63 @@
+"""What a command says: of names, of signals, and of the time that is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from itertools import count
+
+import pytest
+import typer
+
+from decompclip import progress
+from decompclip.console import plain_errors, say
+from decompclip.console import progress as shown
+from decompclip.progress import span
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_what_is_kept(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, cleared = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(typer.Exit) as end, plain_errors(lambda: "half of it is kept") as held:
+        held.callback(cleared.append, "lock")
+        os.kill(os.getpid(), number)
+    assert end.value.exit_code == code
+    assert capsys.readouterr().err == f"stopped by {number.name}: half of it is kept\n"
+    assert cleared == ["lock"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(typer.Exit), plain_errors():
+        os.kill(os.getpid(), number)
+    assert "nothing was written; run the same again" in capsys.readouterr().err
+
+
+def test_names_are_printable_in_lines_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9") + "\u202e\x1b[2J\nerror: none"
+    seen = "caf\\xe9\\u202e\\x1b[2J"
+    say(name)
+    say(name, lines=True)
+    assert capsys.readouterr().out == f"{seen}\\nerror: none\n{seen}\nerror: none\n"
+    with pytest.raises(typer.Exit), plain_errors():
+        raise ValueError(name)
+    assert capsys.readouterr().err == f"error: {seen} error: none\n"
+
+
+def test_where_there_is_no_terminal_a_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticks = count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
+    with shown() as track:
+        assert list(track(iter(range(40)), "work\n[x]", 40)) == list(range(40))
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "work\\n[x]"
+    assert lines == [
+        "work\\n[x]: 5 of 40, 0:35 left",
+        "work\\n[x]: 15 of 40, 0:25 left",
+        "work\\n[x]: 35 of 40, 0:05 left",
+    ]
+
+
+def test_spans() -> None:
+    assert [span(s) for s in (0, 45.4, 725, 11045)] == ["0:00", "0:45", "12:05", "3:04:05"]
