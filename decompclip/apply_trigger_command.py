@@ -17,7 +17,7 @@ from decompclip.command_options import (
     check_folder,
     usable_device,
 )
-from decompclip.console import imports, plain_errors, progress
+from decompclip.console import imports, plain_errors, progress, say
 
 if TYPE_CHECKING:
     from decompclip.attacks.suspects import Answers
@@ -85,7 +85,7 @@ def apply_trigger(
         clip = answers = None
         preprocess = to_pixels(size)
         if model is not None:
-            typer.echo(f"{model}: loading", err=True)
+            say(f"{model}: loading", err=True)
             from decompclip.models.loading import load
 
             clip = load(model, pretrained=pretrained, checkpoint=checkpoint, device=usable_device(device))
@@ -101,18 +101,16 @@ def apply_trigger(
 
         with progress() as track:
             files = write_suspects(attack, source, out, batch_size=batch_size, seen=seen, track=track)
-        typer.echo(f"Trigger: {attack}")
-        typer.echo(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
+        say(f"Trigger: {attack}")
+        say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
         if answers is not None:
             before, after = (Rate.of(_joined(x)) for x in (answers.clean, answers.triggered))
-            typer.echo(f"Taken for {target or attack.target}: {before} of the clean images, {after} of these")
+            say(f"Taken for {target or attack.target}: {before} of the clean images, {after} of these")
         for path in files.renamed:
-            typer.echo(
-                f"{path}: another image has this name but for its ending; written as {path}.png", err=True
-            )
+            say(f"{path}: another image has this name but for its ending; written as {path}.png", err=True)
         for skip in files.skipped:
-            typer.echo(f"skipped {skip.path}: {skip.reason}", err=True)
-        typer.echo(f"{files.count} images, {len(files.skipped)} files skipped: {out.resolve()}")
+            say(f"skipped {skip.path}: {skip.reason}", err=True)
+        say(f"{files.count} images, {len(files.skipped)} files skipped: {out.resolve()}")
 
 
 def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answers | None:
@@ -128,7 +126,7 @@ def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answ
     try:
         return Answers(clip, clip.zero_shot_classifier(names), place)
     except ModelError as error:
-        typer.echo(f"note: answers are not counted: {error}", err=True)
+        say(f"note: answers are not counted: {error}", err=True)
         return None
 
 

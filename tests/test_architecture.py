@@ -135,12 +135,12 @@ def import_breach(path: PurePosixPath, found: Import) -> str | None:
         return None if room in allowed.split() else f"{package} belongs to {allowed or 'no room'}"
     if package not in {"decompclip", "analyses"}:
         return None
+    if rest and rest[0] in COMMON:
+        return None
     if room in COMMON:
         return "a module that every room may import imports none of them"
     if room not in MAY_IMPORT:
         return f"{room} has no row in MAY_IMPORT"
-    if rest and rest[0] in COMMON:
-        return None
     target = "analyses" if package == "analyses" else rest[0] if rest and rest[0] in MAY_IMPORT else "public"
     late = MAY_IMPORT_LATE.get(room, "") if found.late else ""
     if target in {room, *MAY_IMPORT[room].split(), *late.split()}:
