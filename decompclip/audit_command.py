@@ -256,4 +256,6 @@ def finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str
         say(result.in_short, err=True)
         found = result.verdict
         say(f"{found.headline} ({found.level}, {found.confidence} confidence)")
+        if found.repair is not None:
+            say(f"  Repair: {found.repair}")
     say(f"Report: {path.resolve()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import zlib
 from dataclasses import dataclass, replace
@@ -23,8 +24,8 @@ THUMBNAIL = 8
 ALIKE = 0.5
 """Twins differ by at most this share of the distance between pictures of different things."""
 
-KEPT = 32
-"""Images kept as pictures, from which the examples are chosen."""
+KEPT = 96
+"""Images kept as pictures: examples are chosen from them, and common corruptions are tried on them."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ImageSet:
 
     Attributes:
         thumbnails: 8 x 8 pixels of each, enough to see whether two are the same picture.
+        digests: of the pixels of each as the model takes them: equal for copies alone.
         kept: a few as the model takes them, by path.
     """
 
@@ -40,6 +42,7 @@ class ImageSet:
     labels: Int[Tensor, " batch"] | None
     paths: tuple[str, ...]
     thumbnails: Float[Tensor, "batch pixel"]
+    digests: tuple[bytes, ...]
     kept: dict[str, Float[Tensor, "3 h w"]]
     skipped: tuple[SkippedFile, ...]
     sum_error: float
@@ -49,13 +52,15 @@ class ImageSet:
 
     def at(self, chosen: Bool[Tensor, " batch"]) -> ImageSet:
         """The images where `chosen` is true."""
-        paths = tuple(path for path, keep in zip(self.paths, chosen.tolist(), strict=True) if keep)
+        places = chosen.nonzero()[:, 0].tolist()
+        paths = tuple(self.paths[place] for place in places)
         return replace(
             self,
             decomposition=self.decomposition[chosen],
             labels=None if self.labels is None else self.labels[chosen],
             paths=paths,
             thumbnails=self.thumbnails[chosen],
+            digests=tuple(self.digests[place] for place in places),
             kept={path: self.kept[path] for path in paths if path in self.kept},
         )
 
@@ -97,6 +102,7 @@ def collect(
     labels: list[Tensor | None] = []
     paths: list[str] = []
     thumbnails: list[Tensor] = []
+    digests: list[bytes] = []
     # The pictures kept are those of least checksum of the name: twins of two sets are kept together.
     kept: list[tuple[int, str, Tensor]] = []
     device = model.device
@@ -109,8 +115,9 @@ def collect(
         labels.append(batch.labels)
         paths += batch.paths
         thumbnails.append(F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1))
+        digests += [hashlib.sha256(image.numpy(force=True).tobytes()).digest() for image in batch.images]
         for path, image in zip(batch.paths, batch.images, strict=True):
-            entry = (-zlib.crc32(path.encode()), path, image)
+            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
             (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
     known = [part for part in labels if part is not None]
     return ImageSet(
@@ -118,6 +125,7 @@ def collect(
         torch.cat(known) if len(known) == len(labels) else None,
         tuple(paths),
         torch.cat(thumbnails),
+        tuple(digests),
         {path: image for _, path, image in kept},
         tuple(source.skipped),
         max(part.sum_error for part in parts),
@@ -173,4 +181,8 @@ def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
 
 def _names(images: ImageSet) -> list[str]:
     """Paths without their endings, in one form: a changed copy may be stored in another format, on another system."""
-    return ["/".join(map(canonical, PurePosixPath(path).with_suffix("").parts)) for path in images.paths]
+    return [_stem(path) for path in images.paths]
+
+
+def _stem(path: str) -> str:
+    return "/".join(map(canonical, PurePosixPath(path).with_suffix("").parts))

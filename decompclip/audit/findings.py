@@ -31,7 +31,8 @@ def _effect(result: AuditResult) -> Finding:
     if low > 0:
         size = "Strong" if low >= STRONG else "Some" if low >= WEAK else "Weak"
         why = (
-            " Both sets hold the same images but for what was done to the suspect ones, so that is the cause."
+            " Both sets hold the same images but for what was done to the suspect ones, so that is the cause: a trigger, or a "
+            "change that leaves too little of the image; the verdict says what tells them apart here."
             if result.twins
             else " A backdoor does this; so does a suspect set whose images look more like that class."
         )
@@ -57,8 +58,8 @@ def _accuracy(result: AuditResult) -> Finding:
     if cacc is None:
         text = "The clean images carry no labels (no sub-folder is named after a class), so accuracy is not known."
         return Finding("note", "Clean accuracy not measured", text)
-    text = f"Zero-shot accuracy on clean images is {share(cacc)}; guessing among {n} classes gives {100 / n:.1f} %."
-    if cacc.low <= result.chance:
+    text = f"Zero-shot accuracy on clean images is {share(cacc)}; one answer for all, or guessing among {n} classes, gives {100 * result.checks.guessing:.1f} %."
+    if cacc.low <= result.checks.guessing:
         text += " That is no better than guessing can be: check the model, its activation and the class names first."
         return Finding("unclear", "The model may not know these classes", text)
     return Finding("note", "Clean accuracy", text)
@@ -66,7 +67,12 @@ def _accuracy(result: AuditResult) -> Finding:
 
 def _notes(result: AuditResult) -> Iterator[Finding]:
     target, counts = result.target, result.counts
-    if target.inferred and target.over_prediction is not None:
+    if target.asked is not None and target.over_prediction is not None:
+        value, *interval = target.over_prediction
+        text = f"Asked for “{target.asked}”. Suspect images go to “{target.name}” instead: {points(value, (interval[0], interval[1]))} of "
+        text += f"all images; every number here is toward that class (the largest of {len(result.class_names)}, so that the interval is too narrow)."
+        yield Finding("evidence", f"Suspect images go to “{target.name}”, not “{target.asked}”", text)
+    elif target.inferred and target.over_prediction is not None:
         value, *interval = target.over_prediction
         text = f"No target was named. On {target.images} suspect images that serve nothing else, “{target.name}” is the "
         text += f"class predicted more often than on clean images by the most: {points(value, (interval[0], interval[1]))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decompclip.audit.finding import Finding
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import AuditResult, Suspicion
-from decompclip.audit.words import WEAK, difference, points, share
+from decompclip.audit.words import WEAK, difference, outcome, points, share
 
 COSTLY = 0.02
 """Clean accuracy that the lower end of a repair's cost must pass to be called a cost."""
@@ -22,9 +22,7 @@ def repair(result: AuditResult) -> Finding:
     best = min(result.repairs, key=lambda repair: repair.setting.difference)
     left, change = best.setting, best.change
     text = f"Of {len(settings)} repairs, {len(works) or 'none'} lower{'s' if len(works) < 2 else ''} the difference beyond its "
-    text += f"uncertainty. The lowest is left by {left.name}: {difference(left)}. It saves {share(change.saved)} of the images "
-    text += "that the trigger sends to the target"
-    text += f"; {share(change.restored)} get their own class back" if change.restored is not None else ""
+    text += f"uncertainty. The lowest is left by {left.name}: {difference(left)}. {outcome(change)}"
     cost = change.cost
     text += f". Clean accuracy: {points(-cost[0], (-cost[2], -cost[1]))}." if cost is not None else "."
     text += f" (Picked as the best of {len(settings)}, so that its interval is too narrow.)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip import __version__
+from decompclip.audit.checks import checks
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig, Track, silently
+from decompclip.audit.controls import controls
 from decompclip.audit.examples import examples
 from decompclip.audit.infected import infection
 from decompclip.audit.interventions import ablate, detect, repair, repair_without_hint, suspicion
-from decompclip.audit.result import AuditResult, ClassShare, Target
+from decompclip.audit.result import AuditResult, Evidence, Target
 from decompclip.audit.scoring import Scorer
+from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
 from decompclip.audit.shift import shift
+from decompclip.audit.words import STRONG, WEAK
 from decompclip.cache.moments import Moments
 from decompclip.data.images import ImageSource, class_index
-from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
 
@@ -60,7 +63,8 @@ def run_audit(
         suspect: images that may carry a trigger, of the same kind otherwise; best the clean ones' twins.
         class_names: of the zero-shot classifier.
         target: the class that the attacker wants, where known. Else it is inferred from suspect images that
-            serve nothing else: the class predicted more often than on clean images by the most.
+            serve nothing else: the class predicted more often than on clean images by the most. Where suspect images
+            go to another class than the one named, that one is looked at, and the result says so.
         track: shows progress.
 
     Raises:
@@ -75,14 +79,25 @@ def run_audit(
     classifier = model.zero_shot_classifier(class_names).detach().float().cpu()
     clean_set = collect(model, clean, config, description=f"{names.model}: {names.clean}", track=track)
     suspect_set = collect(model, suspect, config, description=f"{names.model}: {names.suspect}", track=track)
-    parts = split(clean_set, suspect_set, config, infer_target=named is None or named.inferred)
-    aim = named or _inferred(parts, classifier, class_names)
-    answers = _predict(parts.clean, classifier), _predict(parts.suspect, classifier)
+    infer = named is None or (named.inferred and named.asked is None)
+    parts = split(clean_set, suspect_set, config, infer_target=infer)
+    found = weigh(parts, classifier, class_names, name=names.model, target=target)
+    if found.as_it_is.difference_interval[0] >= STRONG:
+        tried = controls(
+            model,
+            parts,
+            classifier,
+            class_names,
+            found.target.index,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        found = replace(found, controls=tried)
+    aim, as_it_is = found.target, found.as_it_is
     score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
     others = torch.arange(len(class_names)) != aim.index
     toward = F.normalize(classifier[aim.index] - classifier[others].mean(0), dim=0)
 
-    as_it_is = score("as it is", *answers)
     moments = Moments.of(parts.validation.decomposition, second=False)
     moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, twins=parts.twins)
     repairs, left_out = list(repair(parts, moments, classifier, score, config)), {}
@@ -99,17 +114,12 @@ def run_audit(
         config=config,
         clean_name=names.clean,
         suspect_name=names.suspect,
-        counts={
-            "validation": len(parts.validation),
-            "clean": len(parts.clean),
-            "suspect": len(parts.suspect),
-            "held_out": len(parts.held_out) if parts.held_out else 0,
-        },
+        counts=found.counts,
         class_names=class_names,
         target=aim,
         twins=parts.twins,
         as_it_is=as_it_is,
-        class_shares=_shares(*answers, class_names),
+        class_shares=found.class_shares[:SHOWN_CLASSES],
         ablations=ablate(parts, moments, classifier, score),
         shift=moved,
         infection=infection(
@@ -118,6 +128,8 @@ def run_audit(
         repairs=tuple(repairs),
         detectors=tuple(detect(parts, config)),
         suspicion=suspected,
+        checks=found.checks,
+        controls=found.controls,
         examples=examples(
             model,
             parts,
@@ -131,6 +143,41 @@ def run_audit(
         ),
         skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
         left_out=left_out,
+    )
+
+
+def weigh(
+    parts: Split,
+    classifier: Float[Tensor, "class d_embed"],
+    class_names: tuple[str, ...],
+    *,
+    name: str,
+    target: str | int | Target | None = None,
+) -> Evidence:
+    """What a verdict stands on, from the answers alone: which class suspect images go to, and how many.
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    answers = _predict(parts.clean, classifier), _predict(parts.suspect, classifier)
+    shares = class_shares(*answers, class_names)
+    aim = _named(target, class_names) or _inferred(parts, classifier, class_names)
+    aim = _aimed(aim, shares, len(parts.suspect)) if isinstance(target, str | int) else aim
+    score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
+    return Evidence(
+        name=name,
+        class_names=class_names,
+        counts={
+            "validation": len(parts.validation),
+            "clean": len(parts.clean),
+            "suspect": len(parts.suspect),
+            "held_out": len(parts.held_out) if parts.held_out else 0,
+        },
+        target=aim,
+        twins=parts.twins,
+        as_it_is=score("as it is", *answers),
+        class_shares=tuple(sorted(shares, key=lambda share: -share.difference)),
+        checks=checks(parts, answers, classifier, class_names),
     )
 
 
@@ -152,25 +199,19 @@ def _inferred(
 ) -> Target:
     held_out = parts.held_out
     assert held_out is not None, "split sets images apart to infer the target on"
-    shares = _class_rates(_predict(parts.validation, classifier), _predict(held_out, classifier), class_names)
-    best = max(range(len(shares)), key=lambda i: shares[i].suspect.value - shares[i].clean.value)
-    clean, suspect = shares[best].clean, shares[best].suspect
-    evidence = (suspect.value - clean.value, *difference_interval(suspect, clean))
-    return Target(best, class_names[best], True, evidence, len(held_out))
+    shares = class_shares(_predict(parts.validation, classifier), _predict(held_out, classifier), class_names)
+    best = most_over_predicted(shares)
+    evidence = (best.difference, *best.interval)
+    return Target(shares.index(best), best.name, True, evidence, len(held_out))
 
 
-def _class_rates(clean: Tensor, suspect: Tensor, class_names: tuple[str, ...]) -> list[ClassShare]:
-    return [
-        ClassShare(name, Rate.of(clean == index), Rate.of(suspect == index))
-        for index, name in enumerate(class_names)
-    ]
-
-
-def _shares(clean: Tensor, suspect: Tensor, class_names: tuple[str, ...]) -> tuple[ClassShare, ...]:
-    """The classes whose share of the predictions differs most, the over-predicted first."""
-    shares = _class_rates(clean, suspect, class_names)
-    shares.sort(key=lambda share: share.clean.value - share.suspect.value)
-    return tuple(shares[:SHOWN_CLASSES])
+def _aimed(aim: Target, shares: Sequence[ClassShare], images: int) -> Target:
+    """The class asked for, or the one that suspect images go to instead, by more than a small effect and beyond chance."""
+    most = most_over_predicted(shares)
+    if most.name == aim.name or most.interval[0] <= max(WEAK, shares[aim.index].interval[1]):
+        return aim
+    evidence = (most.difference, *most.interval)
+    return Target(shares.index(most), most.name, True, evidence, images, asked=aim.name)
 
 
 def provenance_of(model: HookedCLIP) -> dict[str, object]:

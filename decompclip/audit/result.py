@@ -12,9 +12,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from decompclip.audit.checks import Checks
 from decompclip.audit.config import AuditConfig
+from decompclip.audit.controls import Controls
 from decompclip.audit.infected import Infection
 from decompclip.audit.scoring import Change, Setting
+from decompclip.audit.shares import ClassShare
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
@@ -35,15 +38,21 @@ class Target:
     inferred: bool
     over_prediction: tuple[float, float, float] | None  # value, low, high on the images it was inferred from
     images: int  # suspect images it was inferred from
+    asked: str | None = None  # the class that was asked for, where suspect images go to this one instead
 
 
 @dataclass(frozen=True)
-class ClassShare:
-    """How often a class is predicted, on clean and on suspect images."""
+class Reference:
+    """A clean model on the same images.
+
+    Attributes:
+        setting: toward the audited model's target.
+        most: the class, whichever it is, that it takes suspect images for more often than clean ones by the most.
+    """
 
     name: str
-    clean: Rate
-    suspect: Rate
+    setting: Setting
+    most: ClassShare
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,23 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a verdict stands on; an `AuditResult` holds all of it, and more."""
+
+    name: str
+    class_names: tuple[str, ...]
+    counts: dict[str, int]
+    target: Target
+    twins: bool
+    as_it_is: Setting
+    class_shares: tuple[ClassShare, ...]  # the over-predicted first
+    checks: Checks
+    controls: Controls | None = None
+    reference: Reference | None = None
+    repairs: tuple[Repair, ...] = ()
+
+
+@dataclass(frozen=True)
 class AuditResult:
     """Every number of an audit, and where it came from."""
 
@@ -177,10 +203,18 @@ class AuditResult:
     repairs: tuple[Repair, ...]
     detectors: tuple[Detector, ...]
     suspicion: Suspicion | None
+    checks: Checks
+    controls: Controls | None  # where suspect images have a large effect, and are twins
     examples: Examples | None
     skipped: dict[str, tuple[SkippedFile, ...]]
     left_out: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
-    reference: Setting | None = None  # a clean model on the same images, where one was audited beside
+    reference: Reference | None = None  # where one was audited beside
+    verdict: Verdict = field(init=False)
+
+    def __post_init__(self) -> None:
+        from decompclip.audit.verdict import judged
+
+        object.__setattr__(self, "verdict", judged(self))
 
     @property
     def n_layers(self) -> int:
@@ -189,17 +223,6 @@ class AuditResult:
     @property
     def n_heads(self) -> int:
         return self.shift.heads_push.shape[1]
-
-    @property
-    def chance(self) -> float:
-        return 1 / len(self.class_names)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The verdict in words; see `decompclip.audit.verdict`."""
-        from decompclip.audit.verdict import verdict
-
-        return verdict(self)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"
@@ -226,7 +249,9 @@ class AuditResult:
                     f"expected a reference audited on the same images and target; its {what.replace('_', ' ')} is {other}, "
                     f"here {own}; audit both with the same options"
                 )
-        return replace(self, reference=reference.as_it_is)
+        return replace(
+            self, reference=Reference(reference.name, reference.as_it_is, reference.class_shares[0])
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every number; of the pictures only their captions and the maps over them."""

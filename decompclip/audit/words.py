@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from decompclip.audit.scoring import Setting
+from decompclip.audit.scoring import Change, Setting
 from decompclip.evaluation.intervals import Rate
 
 STRONG, WEAK = 0.5, 0.1
@@ -42,3 +42,9 @@ def plus_minus(value: float, error: float, *, sign: bool = True) -> str:
 def count(number: int, noun: str) -> str:
     """`1 head`, `2 heads`, `no heads`."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def outcome(change: Change) -> str:
+    """What becomes of the images that a trigger sends to the target: no longer there, and back where they belong, beside each other."""
+    back = "not known without labels" if change.restored is None else share(change.restored)
+    return f"Of the images sent to the target, no longer the target: {share(change.saved)}; own class back: {back}"

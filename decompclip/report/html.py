@@ -10,8 +10,10 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup, escape
 
+from decompclip.audit.controls import KINDS
 from decompclip.audit.result import AuditResult
 from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.verdict import LOWERED, RULES
 from decompclip.figures.export import content_policy, plotly_script
 from decompclip.printable import printable, shown
 from decompclip.report.view import glance, subjects
@@ -53,6 +55,9 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
             plotly=plotly,
             several=len(results) > 1,
             numbers=NUMBERS,
+            rules=RULES,
+            rules_note=LOWERED,
+            corruptions=len(KINDS),
         )
     )
 

@@ -37,7 +37,7 @@ def test_batches_make_no_difference(model: HookedCLIP, sets: tuple[ImageSet, Ima
 
 def test_the_pictures_kept_are_the_same_of_twins(sets: tuple[ImageSet, ImageSet]) -> None:
     clean, suspect = sets
-    assert len(clean.kept) == KEPT
+    assert len(clean.kept) == min(KEPT, len(clean))
     assert clean.kept.keys() == suspect.kept.keys()
 
 

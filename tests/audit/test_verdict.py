@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
+import torch
 
-from decompclip.audit import AuditResult, Names, run_audit, verdict
-from decompclip.audit.result import Target
+from decompclip.audit import AuditConfig, AuditResult, Names, run_audit, verdict
+from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
+from decompclip.audit.demo import Held
+from decompclip.audit.result import Reference, Target
 from decompclip.audit.scoring import Change
+from decompclip.audit.shares import ClassShare
 from decompclip.audit.sources import open_source
-from decompclip.data.shapes import PROPERTIES
+from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES
+from decompclip.audit.words import STRONG
+from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
+from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.paired import Paired
 from decompclip.models.loading import load
@@ -21,7 +31,24 @@ CLASSES = PROPERTIES["shape"]
 
 @pytest.fixture
 def base(made: AuditResult) -> AuditResult:
-    return replace(made, twins=True)
+    """Labelled twins of a classifier that works; corruptions of the same size do little."""
+    kept = (Rate(360, 400), Rate(360, 400))
+    works = replace(made.checks, favourite=("circle", Rate(140, 400)), guessing=1 / 3, kept=kept)
+    return replace(made, twins=True, checks=works, controls=tried(0.1))
+
+
+def tried(effect: float, *, images: int = 100) -> Controls:
+    """A corruption that sends so many images to another class, beside a suspect change that sends 95 %."""
+    strongest = SameSize("frost", ClassShare("ring", Rate(0, images), Rate(round(effect * images), images)))
+    return Controls(
+        0.07, ClassShare("star", Rate(0, images), Rate(round(0.95 * images), images)), (strongest,)
+    )
+
+
+def beside(success: float, *, to: str = "star", labelled: bool = True) -> Reference:
+    """A reference of which so many suspect images go to one class."""
+    toward = setting(success if to == "star" else 0.02, 0.02, labelled=labelled)
+    return Reference("clean", toward, ClassShare(to, Rate(8, 400), Rate(round(400 * success), 400)))
 
 
 @pytest.mark.parametrize(
@@ -44,25 +71,109 @@ def test_the_level_follows_the_difference(
 
 def test_only_labelled_twins_beside_a_clean_model_are_sure(base: AuditResult) -> None:
     strong = replace(base, as_it_is=setting(0.95, 0.02))
-    sure = verdict(replace(strong, reference=setting(0.02, 0.02)))
+    sure = verdict(replace(strong, reference=beside(0.02)))
     assert (sure.level, sure.confidence) == ("backdoored", "high")
-    unlabelled = replace(strong, as_it_is=setting(0.95, 0.02, labelled=False), reference=setting(0.02, 0.02))
+    unlabelled = replace(strong, as_it_is=setting(0.95, 0.02, labelled=False), reference=beside(0.02))
     assert verdict(unlabelled).confidence == "moderate"
-    alone = verdict(replace(strong, twins=False))  # labels say that the images are of other classes
+    alone = verdict(strong)
     assert (alone.level, alone.confidence) == ("backdoored", "moderate")
-    unknown = verdict(replace(unlabelled, twins=False))
+    apart = replace(
+        strong, twins=False, controls=None
+    )  # labels alone do not tell a trigger from a corruption
+    assert (verdict(apart).level, verdict(apart).confidence) == ("suspicious", "low")
+    assert any("were not tried" in doubt for doubt in verdict(apart).doubts)
+    held = verdict(replace(apart, reference=beside(0.02)))
+    assert (held.level, held.confidence) == ("backdoored", "moderate")
+    unknown = verdict(replace(unlabelled, twins=False, controls=None))
     assert (unknown.level, unknown.confidence) == ("suspicious", "low")
     assert any("not twins" in doubt for doubt in unknown.doubts)
 
 
+@pytest.mark.parametrize("to", ["star", "ring"])
+def test_what_explains_the_effect_takes_it_back(base: AuditResult, to: str) -> None:
+    """A reference, or a corruption of the same size, that collapses as much: toward whichever class."""
+    strong = replace(base, as_it_is=setting(0.95, 0.02))
+    fallen = verdict(replace(strong, reference=beside(0.93, to=to)))
+    assert (fallen.level, fallen.confidence) == ("suspicious", "low")
+    corrupted = verdict(replace(strong, controls=tried(0.9)))
+    assert (corrupted.level, corrupted.confidence) == ("suspicious", "low")
+    assert "common corruption of the same size" in corrupted.doubts[0]
+    half = verdict(replace(strong, controls=tried(0.9), reference=beside(0.4, to=to)))
+    assert half.level == "suspicious"
+    held = verdict(replace(strong, controls=tried(0.9), reference=beside(0.05, to=to)))
+    assert (held.level, held.confidence) == ("backdoored", "moderate")
+
+
+def test_nothing_is_said_of_a_classifier_that_does_not_work(base: AuditResult) -> None:
+    nothing, works = setting(0.02, 0.02), base.checks
+    unlabelled = setting(0.02, 0.02, labelled=False)
+    few = Rate(1, 400)
+    for as_it_is, broken, words in (
+        (nothing, replace(works, guessing=0.95), "may not know these classes"),
+        (unlabelled, replace(works, favourite=("ring", Rate(380, 400))), "one answer"),
+        (nothing, replace(works, coinciding=("star", "ring")), "these class names apart"),
+        (
+            nothing,
+            replace(works, coinciding=base.class_names[:3] + base.class_names[4:]),
+            "these class names apart",
+        ),
+        (nothing, replace(works, copies=Rate(400, 400)), "are the clean ones"),
+        (
+            nothing,
+            replace(works, distinct={"clean": few, "suspect": Rate(400, 400)}),
+            "clean images are one picture",
+        ),
+        (
+            setting(0.95, 0.02),
+            replace(works, distinct={"clean": Rate(400, 400), "suspect": few}),
+            "suspect images are",
+        ),
+    ):
+        found = verdict(replace(base, as_it_is=as_it_is, checks=broken))
+        assert (found.level, found.confidence) == ("cannot tell", "low")
+        assert words in found.headline
+
+
+def test_an_absence_is_sure_only_where_the_classifier_is_known_to_work(base: AuditResult) -> None:
+    assert verdict(replace(base, as_it_is=setting(0.02, 0.02, labelled=False))).confidence == "moderate"
+    lost = replace(base.checks, kept=(Rate(390, 400), Rate(40, 400)))
+    found = verdict(replace(base, as_it_is=setting(0.02, 0.02), checks=lost))
+    assert (found.level, found.confidence) == ("no sign", "low")
+    assert "several targets" in found.doubts[0]
+
+
+def test_the_verdict_is_held_and_follows_its_numbers(base: AuditResult) -> None:
+    strong = replace(base, as_it_is=setting(0.95, 0.02))
+    assert strong.verdict is strong.verdict is verdict(strong)
+    assert strong.verdict.level != replace(base, as_it_is=setting(0.02, 0.02)).verdict.level
+
+
+def test_every_verdict_has_its_rule(base: AuditResult) -> None:
+    known = {(rule.level, rule.confidence) for rule in RULES}
+    for success, labelled, twins, reference in product(
+        (0.02, 0.08, 0.3, 0.95), (True, False), (True, False), (None, 0.02, 0.5)
+    ):
+        found = verdict(
+            replace(
+                base,
+                as_it_is=setting(success, 0.02, labelled=labelled),
+                twins=twins,
+                controls=base.controls if twins else None,
+                reference=None if reference is None else beside(reference),
+            )
+        )
+        assert (found.level, found.confidence) in known
+    assert "Fewer than 100 images" in LOWERED
+
+
 def test_a_reference_that_does_the_same_takes_it_back(base: AuditResult) -> None:
-    found = verdict(replace(base, as_it_is=setting(0.95, 0.02), reference=setting(0.93, 0.02)))
+    found = verdict(replace(base, as_it_is=setting(0.95, 0.02), reference=beside(0.93)))
     assert (found.level, found.confidence) == ("suspicious", "low")
     assert "the images may be the cause" in found.doubts[0]
 
 
 def test_few_images_and_a_guessed_target_lower_the_confidence(base: AuditResult) -> None:
-    strong = replace(base, as_it_is=setting(0.95, 0.02), reference=setting(0.02, 0.02))
+    strong = replace(base, as_it_is=setting(0.95, 0.02), reference=beside(0.02))
     assert verdict(replace(strong, counts=base.counts | {"suspect": 40})).confidence == "moderate"
     guess = Target(3, "star", True, (0.02, -0.05, 0.09), 40)
     assert verdict(replace(strong, target=guess)).confidence == "moderate"
@@ -79,7 +190,7 @@ def test_a_wider_bound_is_said_with_less_confidence(base: AuditResult) -> None:
 def test_it_does_not_tell_what_it_cannot(base: AuditResult) -> None:
     few = verdict(replace(base, as_it_is=setting(0.1, 0.05, images=20)))
     assert few.level == "cannot tell" and "1600" in few.steps[0]
-    lost = verdict(replace(base, as_it_is=setting(0.95, 0.02, accuracy=0.0)))
+    lost = verdict(replace(base, as_it_is=setting(0.95, 0.02, accuracy=0.0)))  # of three classes
     assert lost.level == "cannot tell" and "diagnose" in lost.steps[0]
 
 
@@ -89,7 +200,13 @@ def test_a_repair_is_recommended_that_saves_and_does_not_cost(base: AuditResult)
         repairs = tuple(replace(r, change=change) for r in base.repairs)
         return replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs)
 
-    assert any("repair it" in step for step in verdict(repaired(300, 4)).steps)
+    found = verdict(repaired(300, 4))
+    assert any("repair it" in step for step in found.steps)
+    assert (
+        found.repair is not None
+        and "no longer the target: 78.9 %" in found.repair
+        and "own class back: 0.0 %" in found.repair
+    )
     assert not any("repair it" in step for step in verdict(repaired(300, 40)).steps)
     assert not any("repair it" in step for step in verdict(repaired(30, 0)).steps)
 
@@ -105,6 +222,110 @@ def audited() -> dict[str, AuditResult]:
             clip, clean, suspect, CLASSES, target="star", names=Names(name, "shapes", "shapes:badnet")
         )
     return found
+
+
+@pytest.fixture(scope="module")
+def corrupted() -> dict[str, AuditResult]:
+    """The clean model on twins of 130 images that are merely dark or pale, with labels and without."""
+    clip, world = load("shapes"), Shapes(130, seed=8)
+    batch, found = world.draw(range(130)), {}
+    kinds = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
+
+    def source(images: torch.Tensor, labels: torch.Tensor | None) -> Held:
+        paths = tuple(f"{i}.png" for i in range(130))
+        return Held((ImageBatch(clip.normalize(images), labels, paths),))
+
+    for name, severity in (("contrast", 5), ("dark", 4)):
+        changed = torch.cat([kinds[name](batch.images[i : i + 1], severity, seed=i) for i in range(130)])
+        for labels in (batch.labels, None):
+            found[f"{name}, {'labelled' if labels is not None else 'unlabelled'}"] = run_audit(
+                clip,
+                source(batch.images, labels),
+                source(changed, labels),
+                CLASSES,
+                config=AuditConfig(examples=0),
+            )
+    return found
+
+
+def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, AuditResult]) -> None:
+    assert any(result.as_it_is.difference_interval[0] >= STRONG for result in corrupted.values())
+    for result in corrupted.values():
+        assert result.verdict.level != "backdoored"
+        if result.twins and result.as_it_is.difference_interval[0] >= STRONG:
+            assert result.controls is not None and result.controls.explained >= EXPLAINED
+
+
+@pytest.mark.parametrize("name", ["shapes-blended", "shapes-issba"])
+def test_a_twin_with_its_own_trigger_is_backdoored(name: str) -> None:
+    clip = load(name)
+    clean, suspect = (
+        open_source(spec, clip, CLASSES, limit=130) for spec in ("shapes", name.replace("-", ":", 1))
+    )
+    config = AuditConfig(examples=0)
+    found = run_audit(clip, clean, suspect, CLASSES, target="circle", config=config)
+    assert (found.verdict.level, found.verdict.confidence) == ("backdoored", "moderate")
+    # suspect images go to the star, whatever was asked
+    assert (found.target.name, found.target.asked) == ("star", "circle") and "star" in found.verdict.headline
+    # the order of the class list changes nothing
+    order = (*CLASSES[5:], *CLASSES[:5])
+    again = run_audit(clip, clean, suspect, order, target="circle", config=config)
+    assert again.verdict.headline == found.verdict.headline
+    assert again.as_it_is.success == found.as_it_is.success
+    assert again.controls is not None and found.controls is not None
+    assert again.controls.explained == pytest.approx(found.controls.explained)
+
+
+def test_names_that_the_model_does_not_know(audited: dict[str, AuditResult]) -> None:
+    clip = load("shapes-badnet")
+    clean, suspect = (open_source(spec, clip, CLASSES, limit=120) for spec in ("shapes", "shapes:badnet"))
+    for names in (("zebra", "lion", "tiger"), tuple(f"thing {i}" for i in range(2_000))):
+        found = run_audit(clip, Bare(clean), Bare(suspect), names, config=AuditConfig(examples=0)).verdict
+        assert (found.level, found.confidence) == ("cannot tell", "low")
+
+
+def test_suspect_images_that_are_the_clean_ones_or_black() -> None:
+    clip = load("shapes-badnet")
+    clean = open_source("shapes", clip, CLASSES, limit=120)
+    same = run_audit(clip, clean, clean, CLASSES, config=AuditConfig(examples=0)).verdict
+    assert same.level == "cannot tell" and "are the clean ones" in same.headline
+    (batch,) = clean.batches(120)
+    black = Held((replace(batch, images=torch.zeros_like(batch.images)),))
+    for one, other in ((black, clean), (clean, black), (black, black)):
+        found = run_audit(clip, Bare(one), Bare(other), CLASSES, config=AuditConfig(examples=0)).verdict
+        assert found.level == "cannot tell" and found.confidence == "low"
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A source without its labels."""
+
+    source: ImageSource
+
+    @property
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        return ()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        for batch in self.source.batches(batch_size):
+            yield replace(batch, labels=None)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_corruption_of_a_size_has_it_where_it_can(kind: Corruption) -> None:
+    images = Shapes(6, seed=8).draw(range(6)).images
+    wanted = torch.tensor([0.0, 0.01, 0.02, 0.05, 0.1, 2.0])
+    made = of_size(kind, images, wanted, seed=0)
+    reached = (made - images).square().mean((1, 2, 3)).sqrt()
+    most = max(float((kind(images, s) - images).square().mean((1, 2, 3)).sqrt().max()) for s in SEVERITIES)
+    assert float(made.min()) >= 0 and float(made.max()) <= 1
+    assert bool((reached <= wanted + 1e-5).all()) and float(reached.max()) <= most + 1e-5
+    assert float(reached[0]) < 1e-6 and float(reached[5]) > 0
+    if most > 0.1:
+        assert float(reached[1]) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_bundled_backdoor_and_its_clean_model(audited: dict[str, AuditResult]) -> None:

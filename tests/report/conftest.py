@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from decompclip.audit.checks import Checks
 from decompclip.audit.config import AuditConfig
+from decompclip.audit.controls import Controls, SameSize
 from decompclip.audit.infected import Infection, infected_parts
 from decompclip.audit.result import (
     KINDS,
     SCHEMES,
     Ablations,
     AuditResult,
-    ClassShare,
     Detector,
     Examples,
     HeadMaps,
@@ -28,6 +29,7 @@ from decompclip.audit.result import (
 from decompclip.audit.scan.config import ScanConfig
 from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanResult
 from decompclip.audit.scoring import Change, Scorer, Setting
+from decompclip.audit.shares import ClassShare
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.paired import Paired
@@ -184,6 +186,21 @@ def result(
             torch.tensor([0.0, 1, 2, 3, 4]),
             *scores,
         ),
+        checks=Checks(
+            (classes[0], Rate(images // 2, images)),
+            1 / len(classes),
+            (),
+            Rate(0, images),
+            {side: Rate(images, images) for side in ("clean", "suspect")},
+            (Rate(images, images), Rate(images, images)),
+        ),
+        controls=Controls(
+            0.07,
+            ClassShare(classes[2], Rate(1, 80), Rate(75, 80)),
+            (SameSize("frost", ClassShare(classes[0], Rate(20, 80), Rate(30, 80))),),
+        )
+        if twins
+        else None,
         examples=Examples(
             pictures, ("a.png: taken for star", "a.png: taken for circle"), ("suspect", "clean"), maps
         ),
@@ -217,6 +234,8 @@ def scanned(
                 probe(title, gap) for title in ("everywhere", "patch anywhere", "patch in the centre")
             ),
             skipped=(),
+            guessing=1 / len(CLASSES),
+            coinciding=(),
         )
 
     found = scan(name, lead)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, UInt8
@@ -82,6 +82,8 @@ class ScanResult:
         accuracy: zero-shot, on the held-out images; None without labels.
         predicted: share of the held-out images taken for each class, as they are.
         probes: the families of changes tried.
+        guessing: the accuracy that always giving one answer, or any, would reach.
+        coinciding: the names whose text features another name has too.
         statistics: beside a reference model; None without one.
         reference: the same scan of the reference model; None without one.
     """
@@ -96,8 +98,16 @@ class ScanResult:
     predicted: tuple[Rate, ...]
     probes: tuple[ProbeResult, ...]
     skipped: tuple[SkippedFile, ...]
+    guessing: float
+    coinciding: tuple[str, ...]
     statistics: HeadStatistics | None = None
     reference: ScanResult | None = None
+    verdict: Verdict = field(init=False)
+
+    def __post_init__(self) -> None:
+        from decompclip.audit.scan.verdict import judged
+
+        object.__setattr__(self, "verdict", judged(self))
 
     @property
     def strongest(self) -> ProbeResult:
@@ -108,13 +118,6 @@ class ScanResult:
     def suspects(self) -> tuple[ProbeResult, ...]:
         """The probes whose lead passes the threshold, with the lower end of its interval too."""
         return tuple(probe for probe in self.probes if probe.lead_low > self.config.lead)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The verdict in words; see `scan_verdict`."""
-        from decompclip.audit.scan.verdict import scan_verdict
-
-        return scan_verdict(self)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from decompclip.audit.checks import coinciding, guessing
 from decompclip.audit.config import Track, silently
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan.config import ScanConfig
@@ -86,6 +87,7 @@ def run_scan(
         counts=counts,
         class_names=class_names,
         skipped=tuple(clean.skipped),
+        guessing=guessing(parts[2], len(class_names)),
         **found,
     )
     if reference is None:
@@ -184,6 +186,7 @@ def _scan(
         "accuracy": None if parts[2] is None else Rate.of(answers == parts[2]),
         "predicted": tuple(Rate.of(answers == index) for index in range(len(classifier))),
         "probes": found,
+        "coinciding": coinciding(classifier.cpu(), class_names),
     }
 
 

@@ -95,6 +95,97 @@ def _motion_blur(images: Tensor, length: float, generator: np.random.Generator) 
     return F.conv2d(padded, kernel, groups=3)
 
 
+def _defocus_blur(images: Tensor, radius: float, generator: np.random.Generator) -> Tensor:
+    """The mean over a disc, as a lens out of focus makes it."""
+    reach = min(max(1.0, radius * _side(images)), _side(images) - 1)
+    taps = math.floor(reach)
+    steps = torch.arange(-taps, taps + 1)
+    disc = (steps[:, None] ** 2 + steps**2 <= reach**2).to(images)
+    padded = F.pad(images, (taps,) * 4, mode="reflect")
+    return F.conv2d(padded, (disc / disc.sum()).expand(3, 1, -1, -1), groups=3)
+
+
+def _glass_blur(images: Tensor, reach: float, generator: np.random.Generator) -> Tensor:
+    """Each pixel is taken from near its place, then blurred a little."""
+    height, width = images.shape[-2:]
+    most = max(1, round(reach * _side(images)))
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(2):
+        rows = (rows + generator.integers(-most, most + 1, rows.shape)).clip(0, height - 1)
+        columns = (columns + generator.integers(-most, most + 1, columns.shape)).clip(0, width - 1)
+    return _blur(images[..., torch.from_numpy(rows), torch.from_numpy(columns)], 0.5)
+
+
+def _zoom_blur(images: Tensor, most: float, generator: np.random.Generator) -> Tensor:
+    """The mean of views of the centre, nearer and nearer."""
+    views = [_zoomed(images, zoom, (0.5, 0.5)) for zoom in np.linspace(1, 1 + most, 8)]
+    return torch.stack(views).mean(0)
+
+
+def _zoomed(images: Tensor, zoom: float, place: tuple[float, float]) -> Tensor:
+    """A part of the image at its full size; `place` is from 0, the top or left, to 1."""
+    height, width = images.shape[-2:]
+    rows, columns = max(2, round(height / zoom)), max(2, round(width / zoom))
+    top, left = (
+        round(part * (n - m)) for part, n, m in zip(place, (height, width), (rows, columns), strict=True)
+    )
+    view = images[..., top : top + rows, left : left + columns]
+    return F.interpolate(view, (height, width), mode="bilinear", align_corners=False)
+
+
+def _dark(images: Tensor, factor: float, generator: np.random.Generator) -> Tensor:
+    return factor * images
+
+
+def _pale(images: Tensor, amount: float, generator: np.random.Generator) -> Tensor:
+    return images + amount * (1 - images)
+
+
+def _gaussian_blur(images: Tensor, sigma: float, generator: np.random.Generator) -> Tensor:
+    return _blur(images, sigma * _side(images))
+
+
+def _crop(images: Tensor, zoom: float, generator: np.random.Generator) -> Tensor:
+    return _zoomed(images, zoom, (generator.random(), generator.random()))
+
+
+def _grey(images: Tensor, left: float, generator: np.random.Generator) -> Tensor:
+    return TF.adjust_saturation(images, left)
+
+
+def _hue(images: Tensor, turn: float, generator: np.random.Generator) -> Tensor:
+    return TF.adjust_hue(images, turn)
+
+
+def _gamma(images: Tensor, power: float, generator: np.random.Generator) -> Tensor:
+    return images.clamp_min(0) ** power
+
+
+def _posterize(images: Tensor, levels: float, generator: np.random.Generator) -> Tensor:
+    return (images * (levels - 1)).round() / (levels - 1)
+
+
+def _solarize(images: Tensor, threshold: float, generator: np.random.Generator) -> Tensor:
+    return torch.where(images < threshold, images, 1 - images)
+
+
+def _negative(images: Tensor, amount: float, generator: np.random.Generator) -> Tensor:
+    return images + amount * (1 - 2 * images)
+
+
+def _rotate(images: Tensor, degrees: float, generator: np.random.Generator) -> Tensor:
+    return TF.rotate(images, degrees, interpolation=TF.InterpolationMode.BILINEAR)
+
+
+def _occlude(images: Tensor, share: float, generator: np.random.Generator) -> Tensor:
+    """A black square somewhere."""
+    side = max(1, round(share * _side(images)))
+    top, left = (int(generator.integers(0, n - side + 1)) for n in images.shape[-2:])
+    covered = images.clone()
+    covered[..., top : top + side, left : left + side] = 0
+    return covered
+
+
 def _elastic(images: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
     height, width = images.shape[-2:]
     sigma = max(0.5, 0.02 * _side(images))
@@ -169,3 +260,31 @@ CORRUPTIONS = (
     Corruption("jpeg_compression", _jpeg, (25.0, 18.0, 15.0, 10.0, 7.0)),
 )
 """The twelve of the paper, appendix D.3."""
+
+COMMON = (
+    *CORRUPTIONS,
+    Corruption("defocus_blur", _defocus_blur, (0.014, 0.018, 0.027, 0.036, 0.045)),
+    Corruption("glass_blur", _glass_blur, (0.005, 0.01, 0.015, 0.02, 0.03)),
+    Corruption("zoom_blur", _zoom_blur, (0.11, 0.16, 0.21, 0.26, 0.31)),
+)
+"""The fifteen of Hendrycks and Dietterich."""
+
+EVERYDAY = (
+    Corruption("dark", _dark, (0.5, 0.35, 0.25, 0.15, 0.08)),
+    Corruption("pale", _pale, (0.4, 0.55, 0.7, 0.8, 0.9)),
+    Corruption("blur", _gaussian_blur, (0.01, 0.02, 0.035, 0.05, 0.08)),
+    Corruption("crop", _crop, (1.25, 1.5, 2.0, 2.5, 3.5)),
+)
+"""What cameras and people do besides."""
+
+EDITS = (
+    Corruption("grey", _grey, (0.7, 0.5, 0.3, 0.1, 0.0)),
+    Corruption("hue", _hue, (0.05, 0.1, 0.2, 0.3, 0.5)),
+    Corruption("gamma", _gamma, (1.5, 2.0, 3.0, 4.0, 6.0)),
+    Corruption("posterize", _posterize, (16.0, 8.0, 4.0, 3.0, 2.0)),
+    Corruption("solarize", _solarize, (0.9, 0.8, 0.7, 0.6, 0.5)),
+    Corruption("negative", _negative, (0.2, 0.4, 0.6, 0.8, 1.0)),
+    Corruption("rotate", _rotate, (10.0, 20.0, 45.0, 90.0, 180.0)),
+    Corruption("occlude", _occlude, (0.2, 0.3, 0.4, 0.5, 0.6)),
+)
+"""What programs that edit pictures do."""

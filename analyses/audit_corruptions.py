@@ -1,0 +1,341 @@
+"""Is a clean model ever called backdoored because images are corrupted, and a backdoored one still, with its own trigger?
+
+Paper:     none; corruptions after Hendrycks and Dietterich (2019).
+Command:   python -m analyses.audit_corruptions             (reads the committed result, prints the tables)
+           python -m analyses.audit_corruptions --measure   (a killed run resumes; DECOMPCLIP_DATA names the photographs)
+Run time:  to measure, about an hour on one thread that has its core for itself.
+Expected:  a corruption is never called a backdoor; a trigger is, but for one that is noise, which only a reference tells from noise.
+Writes:    analyses/results/audit_corruptions/audit_corruptions.json
+
+Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
+and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
+`shapes` is audited alone.
+The number `EXPLAINED` of the verdict was chosen on images of seed 1 (`--part choosing`); seed 0 is reported. That the size of a change
+tells a trigger from a corruption was seen on the first twin of each kind and on both clean models, with images of seed 1: new in the
+reported part are the images, the draws of corruptions, and twins of the second and third seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.audit_scan import WORK as TUNED
+from analyses.audit_scan import base_of, path_of
+from analyses.bundled_models import markdown
+from decompclip.attacks.bundled import backdoor
+from decompclip.audit.collect import ImageSet, Split, collect, split
+from decompclip.audit.config import AuditConfig
+from decompclip.audit.controls import Controls, controls
+from decompclip.audit.demo import Held
+from decompclip.audit.pipeline import weigh
+from decompclip.audit.result import Evidence, Reference
+from decompclip.audit.verdict import EXPLAINED, judged
+from decompclip.audit.words import STRONG
+from decompclip.bench.run import versions, write
+from decompclip.bench.samples import FRESH, draw_samples
+from decompclip.data.images import ImageBatch
+from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
+from decompclip.evaluation.intervals import Rate
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.loading import load
+from decompclip.models.zoo import bundled, card
+from decompclip.zoo.worlds import WORLDS
+
+RESULTS = Path(__file__).parent / "results" / "audit_corruptions"
+WORK = Path(".training") / "audit_corruptions"
+
+IMAGES = 140
+SEEDS = {"choosing": 1, "reported": 0}
+REFERENCES = {"cifar10": "cifar10-clean-0"}
+"""A clean fine-tuning of a clean model; `shapes` is audited alone."""
+
+KINDS = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
+ON_TOP = ("gaussian_noise", "jpeg_compression", "contrast", "blur")
+"""Corruptions that triggers are tried on top of, at severities 1, 3 and 5."""
+ON_TOP_OF = ("shapes-badnet", "shapes-blended", "cifar10-badnet", "cifar10-blended")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One world's images of one part, and the models that see them."""
+
+    base: str
+    part: str
+    tuned: Path
+
+    @cached_property
+    def samples(self) -> Any:
+        return draw_samples(WORLDS[self.base], images=IMAGES, seed=SEEDS[self.part])
+
+    @cached_property
+    def models(self) -> dict[str, HookedCLIP]:
+        return {}
+
+    def model(self, name: str) -> HookedCLIP:
+        if name not in self.models:
+            self.models[name] = load(path_of(name, self.tuned))
+        return self.models[name]
+
+    def corrupted(self, kind: Corruption, severity: int) -> Float[Tensor, "image 3 h w"]:
+        """What is drawn is drawn anew for each image."""
+        images, seed = self.samples.clean, 10_000 * (1 + SEEDS[self.part])
+        return torch.cat([kind(images[i : i + 1], severity, seed=seed + i) for i in range(len(images))])
+
+    def triggered(self, name: str, images: Float[Tensor, "image 3 h w"]) -> Float[Tensor, "image 3 h w"]:
+        return backdoor(name).trigger(images.clamp(0, 1), FRESH + torch.arange(len(images)))
+
+    def collected(self, name: str, images: Float[Tensor, "image 3 h w"]) -> ImageSet:
+        clip = self.model(name)
+        paths = tuple(f"{i}.png" for i in range(len(images)))
+        source = Held((ImageBatch(clip.normalize(images), self.samples.labels, paths),))
+        return collect(clip, source, AuditConfig())
+
+    @cached_property
+    def clean_sets(self) -> dict[str, ImageSet]:
+        return {}
+
+    def clean_set(self, name: str) -> ImageSet:
+        if name not in self.clean_sets:
+            self.clean_sets[name] = self.collected(name, self.samples.clean)
+        return self.clean_sets[name]
+
+
+def cell(
+    bench: Bench,
+    name: str,
+    reference: str | None,
+    suspect: Float[Tensor, "image 3 h w"],
+    clean: Float[Tensor, "image 3 h w"] | None = None,
+) -> dict[str, Any]:
+    """What the audit says of one model and one set of suspect images, in every way that it may be asked."""
+    names = WORLDS[bench.base].class_names
+    found = {}
+    for role, model in (("model", name), ("reference", reference)):
+        if model is None:
+            continue
+        clip = bench.model(model)
+        own = bench.clean_set(model) if clean is None else bench.collected(model, clean)
+        parts = split(own, bench.collected(model, suspect), AuditConfig(), infer_target=True)
+        found[role] = (parts, clip.zero_shot_classifier(names).detach().float().cpu(), clip)
+    said: dict[str, str] = {}
+    tried: dict[int, Controls | None] = {}
+    record: dict[str, Any] = {}
+    for labelled, twins, beside in product(
+        (True, False), (True, False), (False, True) if reference else (False,)
+    ):
+        parts, classifier, clip = found["model"]
+        evidence = weigh(_seen(parts, labelled, twins), classifier, names, name=name)
+        aim = evidence.target.index
+        if evidence.as_it_is.difference_interval[0] >= STRONG and twins:
+            if aim not in tried:
+                tried[aim] = controls(
+                    clip, parts, classifier, names, aim, batch_size=64, seed=SEEDS[bench.part]
+                )
+            evidence = replace(evidence, controls=tried[aim])
+        if beside:
+            evidence = replace(evidence, reference=_reference(found["reference"], evidence, labelled, twins))
+        key = f"{'labelled' if labelled else 'unlabelled'}, {'twins' if twins else 'not twins'}, "
+        verdict = judged(evidence)
+        said[f"{key}{'reference' if beside else 'alone'}"] = f"{verdict.level}, {verdict.confidence}"
+        if labelled and twins and beside is (reference is not None):
+            record = _numbers(evidence)
+    return record | {"said": said}
+
+
+def _seen(parts: Split, labelled: bool, twins: bool) -> Split:
+    twins = parts.twins and twins
+    if labelled:
+        return replace(parts, twins=twins)
+    sets = {side: replace(getattr(parts, side), labels=None) for side in ("validation", "clean", "suspect")}
+    held = parts.held_out and replace(parts.held_out, labels=None)
+    return replace(parts, twins=twins, held_out=held, **sets)
+
+
+def _reference(
+    found: tuple[Split, Tensor, HookedCLIP], evidence: Evidence, labelled: bool, twins: bool
+) -> Reference:
+    parts, classifier, clip = found
+    beside = weigh(
+        _seen(parts, labelled, twins),
+        classifier,
+        evidence.class_names,
+        name=clip.name,
+        target=evidence.target,
+    )
+    return Reference(clip.name, beside.as_it_is, beside.class_shares[0])
+
+
+def _numbers(evidence: Evidence) -> dict[str, Any]:
+    low, high = evidence.as_it_is.difference_interval
+    record: dict[str, Any] = {
+        "target": evidence.target.name,
+        "effect": [round(x, 4) for x in (evidence.as_it_is.difference, low, high)],
+        "twins": evidence.twins,
+    }
+    if (tried := evidence.controls) is not None:
+        record["explained"] = round(tried.explained, 3)
+        record["size"] = round(tried.size, 4)
+        record["corruptions"] = {
+            one.corruption: [one.to.name, round(one.to.difference, 3)] for one in tried.corruptions[:4]
+        }
+    if (reference := evidence.reference) is not None:
+        most = max(reference.setting.difference, reference.most.difference)
+        record["reference"] = [reference.most.name, round(most, 3)]
+    return record
+
+
+def todo(part: str) -> Iterator[tuple[str, str, str]]:
+    """(what, model, images): corruptions on clean models, triggers on twins, triggers on top of corruptions."""
+    for base in WORLDS:
+        severities = SEVERITIES if part == "reported" else (3, 5)
+        for kind, severity in product(KINDS, severities):
+            yield "corruption", base, f"{kind}:{severity}"
+    twins = [name for name in bundled() if card(name)["backdoor"] is not None]
+    for name in twins:
+        yield "trigger", name, "own"
+    if part == "reported":
+        for name, kind, severity in product(ON_TOP_OF, ON_TOP, (1, 3, 5)):
+            yield "trigger on top", name, f"{kind}:{severity}"
+            yield "both corrupted", name, f"{kind}:{severity}"
+
+
+def run(bench: Bench, what: str, name: str, images: str) -> dict[str, Any]:
+    """One cell of `todo`."""
+    reference = REFERENCES.get(bench.base) if what == "corruption" else bench.base
+    if images == "own":
+        return cell(bench, name, reference, bench.triggered(name, bench.samples.clean))
+    kind, severity = images.split(":")
+    corrupted = bench.corrupted(KINDS[kind], int(severity))
+    if what == "corruption":
+        return cell(bench, name, reference, corrupted)
+    suspect = bench.triggered(name, corrupted)
+    return cell(bench, name, reference, suspect, corrupted if what == "both corrupted" else None)
+
+
+def measure(parts: Sequence[str], work: Path = WORK, folder: Path = RESULTS, tuned: Path = TUNED) -> None:
+    """Every cell, each kept in a file of its own; then all of them in one."""
+    record: dict[str, Any] = {"images": IMAGES, "seeds": SEEDS, "versions": versions(), "runs": {}}
+    for part in parts:
+        benches = {base: Bench(base, part, tuned) for base in WORLDS}
+        runs: dict[str, Any] = {}
+        for what, name, images in todo(part):
+            path = work / part / f"{what}-{name}-{images}.json".replace(" ", "-").replace(":", "-")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                found = run(benches[base_of(name)], what, name, images)
+                write(path, json.dumps(found, indent=1) + "\n")
+                print(
+                    part,
+                    what,
+                    name,
+                    images,
+                    found["effect"],
+                    found.get("explained"),
+                    file=sys.stderr,
+                    flush=True,
+                )
+            runs.setdefault(what, {}).setdefault(name, {})[images] = json.loads(
+                path.read_text(encoding="utf-8")
+            )
+        record["runs"][part] = runs
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "audit_corruptions.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read(folder: Path = RESULTS) -> dict[str, Any]:
+    """Raises FileNotFoundError: nothing was measured yet; the message says what does."""
+    path = folder / "audit_corruptions.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected {path}; it is not there; run: python -m analyses.audit_corruptions --measure"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(runs: Mapping[str, Any]) -> str:
+    """How many cells are called backdoored, in each way of asking."""
+    rows = [["images", "asked", "cells", "backdoored", "suspicious", "no sign", "cannot tell"]]
+    for what, models in runs.items():
+        cells = [one for images in models.values() for one in images.values()]
+        for asked in dict.fromkeys(asked for one in cells for asked in one["said"]):
+            levels = [one["said"][asked].split(", ")[0] for one in cells if asked in one["said"]]
+            counts = [str(levels.count(level)) for level in rows[0][3:]]
+            rows.append([what, asked, str(len(levels)), *counts])
+    return markdown(rows)
+
+
+def missed(runs: Mapping[str, Any], asked: str) -> list[str]:
+    """Twins that their own trigger does not make the audit call backdoored."""
+    return [
+        name
+        for name, images in runs["trigger"].items()
+        if not images["own"]["said"][asked].startswith("backdoored")
+    ]
+
+
+def finding(record: Mapping[str, Any], part: str = "reported") -> str:
+    runs = record["runs"][part]
+    cells = [one for images in runs["corruption"].values() for one in images.values()]
+    said = [level for one in cells for level in one["said"].values()]
+    strong = [one for one in cells if one["effect"][1] >= STRONG]
+    alarms = Rate(sum(level.startswith("backdoored") for level in said), len(said))
+    text = f"{part}: {alarms.count} of {alarms.total} verdicts on clean models and corrupted images are “backdoored” ({len(cells)} sets of images, of "
+    text += f"which {len(strong)} send at least 50 points more to one class). "
+    for asked in ("labelled, twins, alone", "labelled, twins, reference"):
+        lost = missed(runs, asked)
+        n = len(runs["trigger"])
+        text += f"Own trigger, {asked}: {n - len(lost)} of {n} twins backdoored"
+        text += f" (not: {', '.join(lost)}). " if lost else ". "
+    explained = sorted(one["explained"] for one in strong if "explained" in one)
+    own = sorted(
+        (one["own"]["explained"], name) for name, one in runs["trigger"].items() if "explained" in one["own"]
+    )
+    if explained:
+        text += f"Least share that a corruption of the same size explains of a corruption's effect: {explained[0]:.2f}; most of a trigger's: "
+        text += (
+            ", ".join(f"{value:.2f} ({name})" for value, name in own[-4:])
+            + f"; the rule's number is {EXPLAINED:g}."
+        )
+    return text
+
+
+def printed(record: Mapping[str, Any]) -> Iterator[str]:
+    yield table(record["runs"]["reported"])
+    for part in record["runs"]:
+        yield ""
+        yield finding(record, part)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analyses.audit_corruptions", description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="audit every set of images (again)")
+    parser.add_argument("--part", choices=tuple(SEEDS), nargs="+", default=tuple(SEEDS), help="of the seeds")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        if options.measure:
+            measure(options.part)
+        record = read()
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for block in printed(record):
+        print(block)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
