@@ -260,14 +260,14 @@ def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, AuditR
 def test_a_twin_with_its_own_trigger_is_backdoored(name: str) -> None:
     clip = load(name)
     clean, suspect = (
-        open_source(spec, clip, CLASSES, limit=130) for spec in ("shapes", name.replace("-", ":", 1))
+        Bare(open_source(spec, clip, CLASSES, limit=130)) for spec in ("shapes", name.replace("-", ":", 1))
     )
     config = AuditConfig(examples=0)
     found = run_audit(clip, clean, suspect, CLASSES, target="circle", config=config)
     assert (found.verdict.level, found.verdict.confidence) == ("backdoored", "moderate")
     # suspect images go to the star, whatever was asked
     assert (found.target.name, found.target.asked) == ("star", "circle") and "star" in found.verdict.headline
-    # the order of the class list changes nothing
+    # the order of the class list changes nothing (labels are places in it, so there are none here)
     order = (*CLASSES[5:], *CLASSES[:5])
     again = run_audit(clip, clean, suspect, order, target="circle", config=config)
     assert again.verdict.headline == found.verdict.headline
