@@ -44,11 +44,12 @@ from decompclip.audit.pipeline import weigh
 from decompclip.audit.result import Evidence, Reference
 from decompclip.audit.verdict import EXPLAINED, judged
 from decompclip.audit.words import STRONG
-from decompclip.bench.run import versions, write
+from decompclip.bench.run import versions
 from decompclip.bench.samples import FRESH, draw_samples
 from decompclip.data.images import ImageBatch
 from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.evaluation.intervals import Rate
+from decompclip.files import write_json
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from decompclip.models.zoo import bundled, card
@@ -236,7 +237,7 @@ def measure(parts: Sequence[str], work: Path = WORK, folder: Path = RESULTS, tun
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 found = run(benches[base_of(name)], what, name, images)
-                write(path, json.dumps(found, indent=1) + "\n")
+                write_json(path, found)
                 print(
                     part,
                     what,
@@ -252,7 +253,7 @@ def measure(parts: Sequence[str], work: Path = WORK, folder: Path = RESULTS, tun
             )
         record["runs"][part] = runs
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "audit_corruptions.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "audit_corruptions.json", record)
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:
