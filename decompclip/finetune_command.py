@@ -131,7 +131,7 @@ def finetune(
             from decompclip.data.pair_sources import open_pairs
             from decompclip.figures.export import write_figure
             from decompclip.models.loading import load
-            from decompclip.models.saving import save_model
+            from decompclip.models.saving import check_saveable, save_model
             from decompclip.training.finetune import finetune as run
             from decompclip.training.recipes import RECIPES
 
@@ -156,6 +156,7 @@ def finetune(
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
+        check_saveable(clip)
         source = open_pairs(pairs, clip.pixels, seed=seed)
         watch, attack = None, asked and asked[1]
         if images is not None and asked is not None:

@@ -17,13 +17,9 @@ from decompclip.models.archives import check_archive, members_of
 from decompclip.models.errors import CheckpointError
 from decompclip.models.fit import check_fit
 from decompclip.models.torchscript import OPENAI_NUMBERS, is_torchscript, read_torchscript
+from decompclip.models.wrappers import flat, unwrapped
 
 __all__ = ["CheckpointError", "check_fit", "digest", "read_checkpoint", "sha256"]
-
-# Where training scripts keep the weights beside optimizer, epoch and so on, innermost last.
-_NESTS = ("state_dict", "model_state_dict", "model", "module")
-# What wrappers (DistributedDataParallel, torch.compile, trainers) put before every name.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 
 LONGEST_HEADER = 16 << 20
 """Bytes of a safetensors header that are parsed; those of models of thousands of weights have some hundred thousand."""
@@ -54,14 +50,19 @@ def digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, *, prefix: str | None = None) -> dict[str, Tensor]:
     """The state dict in a local file: safetensors, torch.save's format, or a TorchScript archive such as OpenAI's.
 
-    Weights may lie under `state_dict`, as open_clip_train, CleanCLIP, BadCLIP and RoCLIP write them, and carry
-    `module.` prefixes; what stands beside them is left unread. Nothing in the file is ever run.
+    Weights may lie under `state_dict`, as open_clip_train, CleanCLIP, BadCLIP and RoCLIP write them, and carry the words of
+    wrappers (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, ...) anywhere in their names; other weights beside them are
+    left out, with a warning. Nothing in the file is ever run.
+
+    Args:
+        prefix: which copy to take, of a file that holds several (a student and its teacher, a model and its average).
 
     Raises:
-        CheckpointError: no such file, damaged, of another format, with code in it, or without weights.
+        CheckpointError: no such file, damaged, of another format, with code in it, without weights, or with several
+            copies and no prefix.
     """
     path = Path(path)
     kind = _kind(path)
@@ -71,7 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         content = read_torchscript(path)
     else:
         content = _unpickle_plain_data(path, mmap=kind == "zip")
-    return _state_dict(path, content)
+    return _state_dict(path, content, prefix)
 
 
 def _kind(path: Path) -> str:
@@ -182,21 +183,16 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    for nest in _NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
+def _state_dict(path: Path, content: Any, prefix: str | None) -> dict[str, Tensor]:
     found = content if isinstance(content, Mapping) else {}
-    weights = {str(k): v for k, v in found.items() if isinstance(v, Tensor) and k not in OPENAI_NUMBERS}
+    weights = {key: value for key, value in flat(found) if key.split(".")[-1] not in OPENAI_NUMBERS}
     if not weights:
         held = ", ".join(map(str, list(found)[:8])) if found else type(content).__name__
         raise CheckpointError(
             f"no weights in {path}: it holds {held}; expected a state dict, alone or under 'state_dict'"
         )
     _check_plain(path, weights)
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None):
-        weights = {key[len(prefix) :]: value for key, value in weights.items()}
-    return weights
+    return unwrapped(weights, prefix, source=str(path))
 
 
 def _check_plain(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from decompclip.models.preprocessing import Preprocessing, Transform
 from decompclip.models.tokenizer import check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
 from decompclip.models.words import clip_in_words
+from decompclip.models.wrappers import shell
 
 if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
@@ -106,8 +107,7 @@ class HookedCLIP(nn.Module):
         """
         source: Any = model
         origin = Source(source.visual, copy=copy)
-        text = copying.copy(model)  # a shell of its own, around the source's text side only
-        text._modules = {name: module for name, module in model._modules.items() if name != "visual"}
+        text = shell(model, {name: module for name, module in model._modules.items() if name != "visual"})
         return cls(
             origin.adopt(),
             copying.deepcopy(text) if copy else text,
@@ -145,6 +145,14 @@ class HookedCLIP(nn.Module):
         """
         if isinstance(self.text, ImageOnly):
             raise MissingTextError(f"open_clip models have a text tower; this one has none: {self.text.why}")
+        return self.source_like()
+
+    def source_like(self) -> nn.Module:
+        """As `to_open_clip`; of an image tower alone the stand-in around open_clip's tower.
+
+        Raises:
+            ValueError: as `to_open_clip`.
+        """
         if self._source is None:
             raise ValueError(
                 "expected a model converted from open_clip's; received one around a HookedViT of its own"

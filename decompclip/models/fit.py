@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import open_clip
 import torch
+from einops import rearrange
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from decompclip.models.errors import CheckpointError
 
 # What older versions saved among the weights, and no model needs: it follows from the shapes.
 _FOLLOWS = re.compile(r"(.*\.)?(position_ids|attn_mask)")
 _TRANSFORMERS = r"(vision_model|text_model)\..*"
+# Tables of positions, with the tokens before the patches.
+_POSITIONS = {"visual.positional_embedding": 1, "visual.trunk.pos_embed": 0}
+_PATCHES = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
 # Marks of layouts that are not open_clip's, in the order in which they are told.
 _LAYOUTS = {
     r"visual\.layer1\.0\.conv1\.weight": "the file holds a ResNet, whose tower is not supported",
@@ -49,6 +55,48 @@ def conform(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             wanted["logit_bias"]
         )  # as open_clip does; no feature depends on it
     return found
+
+
+def with_positions_of(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The same weights, the table of positions interpolated to the model's grid as open_clip's `force_image_size` does it.
+
+    Raises:
+        CheckpointError: the table is no square grid.
+    """
+    found, wanted = dict(state), model.state_dict()
+    for key in _POSITIONS.keys() & wanted.keys() & found.keys():
+        table, prefix = found[key], _POSITIONS[key]
+        visual: Any = model.get_submodule("visual")
+        rows, columns = grid = (
+            visual.grid_size if hasattr(visual, "grid_size") else visual.trunk.patch_embed.grid_size
+        )
+        if table.ndim != wanted[key].ndim or table.shape[-2] == rows * columns + prefix:
+            continue
+        side = math.isqrt(table.shape[-2] - prefix)
+        if side**2 != table.shape[-2] - prefix:
+            raise CheckpointError(
+                f"expected positions of a square grid; received {source}, whose {key} has {table.shape[-2]} rows; give "
+                "the image size that it was trained with"
+            )
+        rest = table.reshape(-1, table.shape[-1])
+        patches = rearrange(rest[prefix:], "(rows columns) d -> 1 d rows columns", rows=side).float()
+        patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
+        patches = rearrange(patches, "1 d rows columns -> (rows columns) d").to(table.dtype)
+        found[key] = torch.cat([rest[:prefix], patches]).reshape(wanted[key].shape)
+    return found
+
+
+def image_size_said(size: tuple[int, int], state: Mapping[str, Tensor] | None) -> str:
+    """An image size that was asked for, beside the one that the weights are of, for `provenance`."""
+    said = f"{size[0]} x {size[1]}, as asked for"
+    key = next((key for key in _POSITIONS if key in (state or {})), None)
+    if state is None or key is None:
+        return said
+    side = math.isqrt(max(0, state[key].shape[-2] - _POSITIONS[key]))
+    patch = next((state[k].shape[-1] for k in _PATCHES if k in state), 0)
+    if (side * patch, side * patch) == size:
+        return f"{said} and trained"
+    return f"{said}; positions interpolated (bicubic) from {side * patch} x {side * patch}"
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
@@ -121,13 +169,34 @@ def likely_cause(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> s
         kinds = ("a timm tower (SigLIP, EVA, ...)", "open_clip's native tower")
         holds, asks = kinds if timm_file else kinds[::-1]
         return f"the file holds {holds}, and that name has {asks}; give the name that it was trained under"
+    if any(".lora_" in key or ".base_layer." in key for key in state):
+        return (
+            "the file holds adapters (LoRA) beside the weights that they change; merge them "
+            "(`model.merge_and_unload()`), and save the result"
+        )
+    size = _other_size(wanted, state)
     names = models_like(state)
+    if size and not names:
+        return f"the file is of another resolution{_sizes(wanted, state)}; {size}"
     image = _differs(wanted, state, "visual.")
     if names and (image or not _text_kind(state)):
-        return f"the file holds {' or '.join(names[:3])}{_sizes(wanted, state)}; give that name"
+        return f"the file holds {' or '.join(names[:3])}{_sizes(wanted, state)}; give that name{size and f', or {size}'}"
     if not image:
         return _text_differs(wanted, state)
     return f"the file holds another model{_sizes(wanted, state)}; give the name that it was trained under"
+
+
+def _other_size(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What to pass where nothing but the number of positions differs."""
+    differing = {key for key in wanted if key in state and wanted[key].shape != state[key].shape}
+    if len(differing) != 1 or not differing <= _POSITIONS.keys():
+        return ""
+    (key,) = differing
+    patch = next((wanted[k].shape[-1] for k in _PATCHES if k in wanted), 0)
+    theirs, ours = (
+        patch * math.isqrt(max(0, some[key].shape[-2] - _POSITIONS[key])) for some in (state, wanted)
+    )
+    return f"pass image_size={theirs} to load it so, or image_size={ours} to interpolate its positions"
 
 
 def _differs(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str) -> bool:
@@ -185,8 +254,12 @@ def _size(state: Mapping[str, Tensor], which: str) -> str:
             return str(len({match[1] for key in state if (match := blocks.match(key))}) or "")
 
 
-def models_like(state: Mapping[str, Tensor]) -> list[str]:
-    """open_clip's names of native models with this state dict's shapes, without their QuickGELU twins."""
+def models_like(state: Mapping[str, Tensor], *, of_any_size: bool = False) -> list[str]:
+    """open_clip's names of native models with this state dict's shapes, without their QuickGELU twins.
+
+    Args:
+        of_any_size: whatever the number of positions.
+    """
     keys = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj")
     if not all(key in state for key in keys):
         return []
@@ -204,7 +277,7 @@ def models_like(state: Mapping[str, Tensor]) -> list[str]:
             vision.get("layers"),
             vision.get("width"),
             patch,
-            (size // patch) ** 2 + 1,
+            positions[0] if of_any_size else (size // patch) ** 2 + 1,
             config["embed_dim"],
         )
         same_text = words in (None, (text.get("vocab_size", 49408), text.get("width")))

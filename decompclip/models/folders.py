@@ -9,7 +9,7 @@ from typing import Any
 from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import Tokenizer
 from decompclip.models.errors import CheckpointError
-from decompclip.models.hf_tokenizer import CLIP_VOCABULARY, FolderTokenizer, clip_tokenizer
+from decompclip.models.hf_tokenizer import CLIP_VOCABULARY, FolderTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.json_files import OBJECT, OBJECTS, TEXT, TEXTS, check_fields, part, read_json
 from decompclip.models.open_clip_config import check_architecture, preprocess_of
 from decompclip.models.spec import ModelSpec
@@ -138,7 +138,14 @@ def open_clip_folder(folder: Path) -> ModelSpec:
 def _own(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     source = f"{folder / CONFIG}, {OWN}"
     own = part(config, OWN, source=str(folder / CONFIG))
-    kinds = {"class_names": TEXTS, "words": TEXTS, "templates": OBJECT, "backdoors": OBJECTS, "sha256": TEXT}
+    kinds = {
+        "class_names": TEXTS,
+        "words": TEXTS,
+        "templates": OBJECT,
+        "backdoors": OBJECTS,
+        "tokenizer": TEXT,
+        "sha256": TEXT,
+    }
     check_fields(own, kinds, source=source)
     templates = own.get("templates", {})
     check_fields(templates, dict.fromkeys(templates, TEXTS), source=f"{source}, templates")
@@ -149,6 +156,8 @@ def _tokenizer(folder: Path, text: Mapping[str, Any], own: Mapping[str, Any]) ->
     length = text.get("context_length", 77)
     if "words" in own:
         return WordTokenizer(tuple(own["words"]), length)
+    if own.get("tokenizer") == "transformers":
+        return tokenizer_in(folder, context_length=length, vocabulary=text.get("vocab_size", CLIP_VOCABULARY))
     if text.get(
         "hf_tokenizer_name"
     ):  # open_clip, too, takes the files in the folder and not those of that name

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.timm_model import TimmModel
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from decompclip.models.config import Activation
 from decompclip.models.errors import CheckpointError
 from decompclip.models.hf_alone import in_whole
-from decompclip.models.image_only import ImageOnly, build_image_only
 from decompclip.models.json_files import (
     EPSILON,
     FLAG,
@@ -28,9 +20,9 @@ from decompclip.models.json_files import (
     part,
 )
 from decompclip.models.sizes import Tower, patches_of
-from decompclip.models.spec import Choice, build_open_clip
+from decompclip.models.spec import Choice
 
-__all__ = ["activation_of", "build", "completed", "towers_of"]
+__all__ = ["activation_of", "architecture_of", "completed", "towers_of"]
 
 # transformers' defaults, which newer versions leave out of config.json.
 _CLIP_DEFAULTS = {
@@ -172,23 +164,23 @@ def _tower(name: str, part: Mapping[str, Any], *, rows: int, longest: int) -> To
     )
 
 
-def build(
-    config: Mapping[str, Any],
-    *,
-    text: bool = True,
-    activation: Choice = "auto",
-    why: str = "",
-) -> CLIP | CustomTextCLIP | ImageOnly:
-    """open_clip's model of a completed config.json, with random weights.
+def architecture_of(config: Mapping[str, Any], activation: Choice = "auto") -> dict[str, Any]:
+    """open_clip's configuration of a completed config.json; a SigLIP's tower, of which open_clip knows fixed shapes only,
+    is told under `siglip_tower`.
 
-    Args:
-        text: with its text tower; without it an `ImageOnly` is built, which tells users `why`.
+    Raises:
+        ValueError: QuickGELU for SigLIP.
     """
-    builders: dict[str, Callable[..., CLIP | CustomTextCLIP | ImageOnly]] = {"clip": _clip, "siglip": _siglip}
-    return builders[config["model_type"]](config, text=text, activation=activation, why=why)
+    if config["model_type"] == "clip":
+        return _clip(config, activation)
+    if activation == "quick_gelu":
+        raise ValueError(
+            "expected activation 'gelu' for SigLIP, whose towers have no QuickGELU; leave it out"
+        )
+    return _siglip(config, activation == "auto")
 
 
-def _clip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str) -> Any:
+def _clip(config: Mapping[str, Any], activation: Choice) -> dict[str, Any]:
     vision, words = config["vision_config"], config["text_config"]
     # before 2023 transformers took the largest id for the end of a text, and kept that for configurations with a 2
     end = words.get("eos_token_id", 2)
@@ -198,7 +190,7 @@ def _clip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str
         else {"pool_type": "eos", "eos_id": end}
     )
     own = activation == "auto"
-    architecture = {
+    return {
         "embed_dim": config.get("projection_dim") or 512,
         "quick_gelu": activation_of(config, activation) == "quick_gelu",
         "vision_cfg": {
@@ -215,22 +207,28 @@ def _clip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str
             "vocab_size": words["vocab_size"],
         },
     }
-    return build_open_clip(architecture) if text else build_image_only(architecture, why=why)
 
 
-def _siglip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: str) -> Any:
+def _siglip(config: Mapping[str, Any], own: bool) -> dict[str, Any]:
     vision, words = config["vision_config"], config["text_config"]
-    if activation == "quick_gelu":
-        raise ValueError(
-            "expected activation 'gelu' for SigLIP, whose towers have no QuickGELU; leave it out"
-        )
-    own = activation == "auto"
-    architecture = {
+    tanh = own and "act_kwargs" in _ACTIVATIONS[vision["hidden_act"]]
+    return {
         "embed_dim": vision["hidden_size"],
         "init_logit_bias": -10.0,
         "nonscalar_logit_scale": True,
         "custom_text": True,
-        "vision_cfg": {"layers": 1, "width": 1, "head_width": 1, "image_size": 1, "patch_size": 1},
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "siglip_tower": {
+                "patch_size": vision["patch_size"],
+                "embed_dim": vision["hidden_size"],
+                "depth": vision["num_hidden_layers"],
+                "num_heads": vision["num_attention_heads"],
+                "mlp_ratio": _ratio(vision),
+                "act_layer": "gelu_tanh" if tanh else "gelu",
+                "ln_eps": vision["layer_norm_eps"],
+            },
+        },
         "text_cfg": {
             **_shape(words, own),
             "heads": words["num_attention_heads"],
@@ -241,34 +239,6 @@ def _siglip(config: Mapping[str, Any], *, text: bool, activation: Choice, why: s
             "pool_type": "last",
         },
     }
-    model: Any = build_open_clip(architecture) if text else build_image_only(architecture, why=why)
-    model.visual = _siglip_tower(vision, own)
-    return model
-
-
-def _siglip_tower(vision: Mapping[str, Any], own_activation: bool) -> TimmModel:
-    """open_clip's wrapper around a timm trunk of any shape, where its configurations know fixed names only."""
-    tanh = own_activation and "act_kwargs" in _ACTIVATIONS[vision["hidden_act"]]
-    with torch.device("meta"):
-        tower = TimmModel("vit_base_patch16_siglip_224", embed_dim=0, pool="map", proj="none")
-    with torch.random.fork_rng(devices=[]):
-        trunk = VisionTransformer(
-            img_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            embed_dim=vision["hidden_size"],
-            depth=vision["num_hidden_layers"],
-            num_heads=vision["num_attention_heads"],
-            mlp_ratio=_ratio(vision),
-            norm_layer=partial(nn.LayerNorm, eps=vision["layer_norm_eps"]),
-            num_classes=0,
-            class_token=False,
-            global_pool="map",
-            act_layer="gelu_tanh" if tanh else "gelu",
-        )
-    tower.trunk = trunk
-    size = vision["image_size"]
-    tower.image_size = (size, size) if isinstance(size, int) else tuple(size)
-    return tower
 
 
 def _shape(tower: Mapping[str, Any], own_activation: bool) -> dict[str, Any]:

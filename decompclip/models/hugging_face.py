@@ -13,16 +13,25 @@ from torch import Tensor, nn
 from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, read_checkpoint
 from decompclip.models.clip import HookedCLIP, Tokenizer
+from decompclip.models.convert.native import pair
 from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.fit import image_size_said, with_positions_of
 from decompclip.models.hf_alone import WHY, with_prefix
-from decompclip.models.hf_architecture import activation_of, build, completed, towers_of
+from decompclip.models.hf_architecture import activation_of, architecture_of, completed, towers_of
 from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of
 from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.hf_weights import rename
-from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
+from decompclip.models.image_only import (
+    WITHOUT_TEXT,
+    ImageOnly,
+    MissingTextError,
+    NoTokenizer,
+    build_image_only,
+    image_side,
+)
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
 from decompclip.models.sizes import check_sizes
-from decompclip.models.spec import Choice, versions
+from decompclip.models.spec import Choice, build_open_clip, versions
 
 __all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 
@@ -46,11 +55,23 @@ class Source:
     tokenizer: Tokenizer
     preprocess: Mapping[str, Any]
     activation: str
+    architecture: Mapping[str, Any]
     files: Sequence[Path] = ()
+    resized: str | None = None
 
 
-def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto") -> Source:
+def read_folder(
+    folder: Path,
+    *,
+    text: Text = "auto",
+    activation: Choice = "auto",
+    image_size: tuple[int, int] | None = None,
+    prefix: str | None = None,
+) -> Source:
     """The model of a folder that `save_pretrained` wrote, or that the hub's snapshot is.
+
+    Args:
+        image_size, prefix: as `load` takes them.
 
     Raises:
         CheckpointError: no such model there, one of another type, or weights that do not fit its config.json.
@@ -67,20 +88,45 @@ def read_folder(folder: Path, *, text: Text = "auto", activation: Choice = "auto
     config = completed(found, source=str(path))
     kind, (text, why) = config["model_type"], _text(config, text)
     files = weights_in(folder)
-    state = _read(files)
+    state = _read(files, prefix)
+    own_size = pair(config["vision_config"]["image_size"])
+    if image_size is not None:
+        config["vision_config"] |= {"image_size": list(image_size)}
     check_sizes(towers_of(config, text=text is not False), state, source=str(path))
-    options: dict[str, Any] = {"text": text is not False, "activation": activation, "why": why}
+    architecture = architecture_of(config, activation)
+    if text is False:
+        architecture["image_only"] = why
+    resize = image_size is not None
     with torch.device("meta"):  # weights that do not fit are told before memory is taken for a model
-        _fitting(build(config, **options), state, config, source=str(folder))
-    model = build(config, **options)
-    _fill(model, state, config, source=str(folder))
+        _fitting(_built(architecture), state, config, source=str(folder), resize=resize)
+    model = _built(architecture)
+    _fill(model, state, config, source=str(folder), resize=resize)
     return Source(
         model=model,
         tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
-        preprocess=preprocess_in(folder, kind, config["vision_config"]["image_size"]),
+        preprocess=_for_size(preprocess_in(folder, kind, own_size), own_size, image_size),
         activation=activation_of(config, activation),
         files=files,
+        architecture=architecture,
+        resized=None
+        if image_size is None
+        else image_size_said(image_size, rename(state, kind, source=str(folder))),
     )
+
+
+def _built(architecture: Mapping[str, Any]) -> nn.Module:
+    why = architecture.get("image_only")
+    return build_open_clip(architecture) if why is None else build_image_only(architecture, why=why)
+
+
+def _for_size(
+    preprocess: dict[str, Any], own: tuple[int, int], size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """A preprocessing for images of the size that was asked for."""
+    if size is None or "steps" not in preprocess:
+        return preprocess
+    steps = preprocess["steps"].scaled((size[0] / own[0], size[1] / own[1]))
+    return preprocess | {"steps": steps}
 
 
 def _check_deployed_alike(config: Mapping[str, Any], folder: Path) -> None:
@@ -105,7 +151,7 @@ def _check_deployed_alike(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _read(files: Sequence[Path]) -> dict[str, Tensor]:
+def _read(files: Sequence[Path], prefix: str | None) -> dict[str, Tensor]:
     """The weights of all files.
 
     Raises:
@@ -113,7 +159,7 @@ def _read(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for file in files:
-        found = read_checkpoint(file)
+        found = read_checkpoint(file, prefix=prefix)
         if twice := sorted(state.keys() & found.keys()):
             raise CheckpointError(
                 f"{file} holds {len(twice)} weights that are in another shard too ({', '.join(twice[:3])}); copy or download "
@@ -132,14 +178,26 @@ def _text(config: Mapping[str, Any], text: Text) -> tuple[Text, str]:
     return False, WHY
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str) -> None:
-    model.load_state_dict(_fitting(model, state, config, source=source))
+def _fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    source: str,
+    resize: bool = False,
+) -> None:
+    model.load_state_dict(_fitting(model, state, config, source=source, resize=resize))
 
 
 def _fitting(
-    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    source: str,
+    resize: bool = False,
 ) -> dict[str, Tensor]:
-    """The weights under the names of `model`, checked."""
+    """The weights under the names of `model`, checked; `resize`: their positions brought to its grid."""
     kind = config["model_type"]
     if config.get("alone"):
         state = with_prefix(state, kind, source=source)
@@ -148,6 +206,7 @@ def _fitting(
         wanted = image_side(wanted)
     if config.get("alone"):  # the scale of logits belongs to the pair of towers
         wanted |= {key: value for key, value in model.state_dict().items() if key.startswith("logit_")}
+    wanted = with_positions_of(model, wanted, source=source) if resize else wanted
     check_fit(model, wanted, source=source, name="its config.json")
     return wanted
 
@@ -190,7 +249,11 @@ def from_transformers(
     kind, words = config["model_type"], config["text_config"]
     having, why = _text(config, "auto" if text else False)
     like = next(model.parameters())
-    built = build(config, text=having is not False, why=why).to(device=like.device, dtype=like.dtype)
+    architecture = architecture_of(config)
+    if having is False:
+        architecture["image_only"] = why
+    built = _built(architecture)
+    built = built.to(device=like.device, dtype=like.dtype)
     _fill(built, {k: v.detach() for k, v in model.state_dict().items()}, config, source=source)
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     if having is False:
@@ -208,7 +271,7 @@ def from_transformers(
         if images is None
         else preprocess_of(images.to_dict(), kind, size, source="the processor")
     )
-    return HookedCLIP.from_open_clip(
+    hooked = HookedCLIP.from_open_clip(
         built,
         tokenizer=tokenizer,
         preprocess=found,
@@ -223,6 +286,8 @@ def from_transformers(
         },
         copy=False,
     )
+    hooked.architecture = architecture
+    return hooked
 
 
 def weights_in(folder: Path) -> list[Path]:

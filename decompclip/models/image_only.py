@@ -11,6 +11,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from decompclip.models.errors import ModelError
+from decompclip.models.siglip_tower import LEAST, siglip_tower
 
 # The smallest text tower that open_clip builds; it is thrown away.
 _LEAST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
@@ -83,10 +84,16 @@ class NoTokenizer:
 def build_image_only(architecture: Mapping[str, Any], *, why: str, seed: int = 0) -> ImageOnly:
     """The image tower of an open_clip architecture with random weights; of the text side nothing is built."""
     options = deepcopy({key: architecture[key] for key in _IMAGE_SIDE if key in architecture})
-    options["vision_cfg"]["timm_model_pretrained"] = False
+    vision = options["vision_cfg"]
+    vision["timm_model_pretrained"] = False
+    siglip = vision.pop("siglip_tower", None)
+    if siglip is not None:
+        options["vision_cfg"] = dict(LEAST)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIP(**options, text_cfg=_LEAST_TEXT)  # pyright: ignore[reportArgumentType]
+        model: Any = CLIP(**options, text_cfg=_LEAST_TEXT)  # pyright: ignore[reportArgumentType]
+        if siglip is not None:
+            model.visual = siglip_tower(vision["image_size"], siglip)
     bias = model.logit_bias
     return ImageOnly(
         model.visual, model.logit_scale.detach(), None if bias is None else bias.detach(), why=why

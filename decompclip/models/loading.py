@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,13 @@ from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
 from decompclip.models.errors import ModelError, UnknownModelError
-from decompclip.models.fit import conform, is_of_transformers, models_like
+from decompclip.models.fit import (
+    conform,
+    image_size_said,
+    is_of_transformers,
+    models_like,
+    with_positions_of,
+)
 from decompclip.models.folders import (
     CONFIG,
     check_saved,
@@ -33,11 +38,13 @@ from decompclip.models.hub import asked_once
 from decompclip.models.hugging_face import Text, read_folder
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
 from decompclip.models.memory import from_memory
+from decompclip.models.names import known_name
 from decompclip.models.options import check_options
 from decompclip.models.sizes import check_sizes, out_of, towers_of
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.torchscript import is_of_openai
+from decompclip.models.wrappers import without_others
 from decompclip.models.zoo import bundled, card, load_bundled, spec_of
 
 RANDOM = "random"
@@ -50,6 +57,8 @@ def load(
     pretrained: str | None = None,
     checkpoint: str | Path | None = None,
     activation: Choice = "auto",
+    image_size: int | tuple[int, int] | None = None,
+    prefix: str | None = None,
     text: Text = "auto",
     tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
@@ -61,7 +70,8 @@ def load(
         name: a bundled model (`decompclip.bundled()`); an architecture of open_clip (`open_clip.list_models()`);
             the path of a folder with a `CLIPModel` or `SiglipModel` of Hugging Face transformers, their image
             towers alone, or a model of open_clip's; of a file of weights whose architecture its shapes tell; or a model of
-            open_clip's or transformers' in memory, which is left as it is.
+            open_clip's or transformers' in memory, which is left as it is. Names are found whatever their case,
+            hyphens and underscores.
         pretrained: one of open_clip's tags for that architecture, downloaded if need be; `"random"` for seeded
             random weights.
         checkpoint: local weights instead: safetensors, torch's format as open_clip, CleanCLIP, BadCLIP and RoCLIP
@@ -69,6 +79,9 @@ def load(
         activation: of the MLPs. `"auto"` follows the pretrained tag or config.json; most checkpoints do not
             say it, and then the architecture's name decides (`ViT-B-32-quickgelu` or `ViT-B-32`), with a
             warning. The choice and its reason are kept in `provenance`.
+        image_size: pixels of the images (height and width), where they shall be others than the name's: positions are
+            interpolated as open_clip's `force_image_size` does it, unless the checkpoint has as many; kept in `provenance`.
+        prefix: which copy to take of a checkpoint that holds several, a student and its teacher for instance.
         text: whether to have the text tower; by default as far as it can be had: where it needs a download
             or a package that is not there, the image tower is loaded alone, with a warning. Asking such a
             model about texts explains what is missing. Bundled models always bring theirs.
@@ -86,106 +99,140 @@ def load(
     """
     if activation not in get_args(Choice):
         raise ValueError(f"activation {activation!r} is not one of {get_args(Choice)}")
-    check_options(name, device, dtype)
+    check_options(name, device, dtype, image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    asked = _Asked(pretrained, checkpoint, activation, size, prefix, text)
+    with torch.inference_mode(False):  # weights that can be differentiated, whatever mode the caller is in
+        model = _found(name, asked, tokenizer)
+        if tokenizer is not None:
+            model.tokenizer = tokenizer
+        return model.to(device=device, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The options of `load` that say which weights, in what form."""
+
+    pretrained: str | None
+    checkpoint: str | Path | None
+    activation: Choice
+    image_size: tuple[int, int] | None
+    prefix: str | None
+    text: Text
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        return read_checkpoint(path, prefix=self.prefix)
+
+
+def _found(name: str | Path | nn.Module, asked: _Asked, tokenizer: Tokenizer | None) -> HookedCLIP:
     if isinstance(name, nn.Module):
-        if pretrained is not None or checkpoint is not None or activation != "auto":
+        if replace(asked, text="auto") != _Asked(None, None, "auto", None, None, "auto"):
             raise UnknownModelError(
-                "a model in memory has its weights and its activation; leave pretrained=, checkpoint= and activation= out"
+                "a model in memory has its weights, its activation and its image size; leave pretrained=, checkpoint=, "
+                "activation=, image_size= and prefix= out"
             )
-        model = from_memory(name, text=text is not False, tokenizer=tokenizer)
-    elif name in bundled():
-        model = _bundled(str(name), pretrained, checkpoint, activation, text)
-    elif name in open_clip.list_models() or not Path(name).exists():
-        model = _of_open_clip(str(name), pretrained, checkpoint, activation, text)
-    else:
-        model = _of_path(Path(name), pretrained, checkpoint, activation, text)
-    if tokenizer is not None:
-        model.tokenizer = tokenizer
-    return model.to(device=device, dtype=dtype).eval()
+        return from_memory(name, text=asked.text is not False, tokenizer=tokenizer)
+    if asked.prefix is not None and asked.checkpoint is None and not Path(name).exists():
+        raise UnknownModelError(f"expected prefix={asked.prefix!r} with a checkpoint; received none")
+    if not Path(name).exists() or name in bundled():
+        name = known_name(str(name))
+        return _bundled(name, asked) if name in bundled() else _of_open_clip(name, asked)
+    if name in open_clip.list_models():
+        return _of_open_clip(str(name), asked)
+    return _of_path(Path(name), asked)
 
 
-def _of_path(
-    path: Path, pretrained: str | None, checkpoint: str | Path | None, activation: Choice, text: Text
-) -> HookedCLIP:
-    if pretrained is not None or checkpoint is not None:
+def _of_path(path: Path, asked: _Asked) -> HookedCLIP:
+    if asked.pretrained is not None or asked.checkpoint is not None:
         raise UnknownModelError(f"{path} has its weights; leave pretrained= and checkpoint= out")
     if path.is_dir():
-        return _of_folder(path, str(path), activation, text)
-    state = read_checkpoint(path)
+        return _of_folder(path, str(path), asked)
+    state = asked.read(path)
     if is_of_transformers(state):
         raise UnknownModelError(
             f"{path} is a file of Hugging Face transformers'; load its folder, with its config.json: {str(path.parent)!r}"
         )
-    names = models_like(state)
+    names = models_like(state, of_any_size=asked.image_size is not None)
     if len(names) == 1:
-        return _of_open_clip(names[0], None, path, activation, text)
+        return _of_open_clip(names[0], replace(asked, checkpoint=path))
+    more = ""
+    if not names and (near := models_like(state, of_any_size=True)):
+        more = f" but for their image size, which {', '.join(near[:3])} would fit; pass image_size= besides"
     raise UnknownModelError(
         f"the shapes of the weights in {path} fit {'several' if names else 'no native'} architectures of open_clip's"
-        f"{': ' if names else ''}{', '.join(names)}; pass the name of theirs with checkpoint={str(path)!r}"
+        f"{more}{': ' if names else ''}{', '.join(names)}; pass the name of theirs with checkpoint={str(path)!r}"
     )
 
 
-def _of_folder(
-    folder: Path, name: str, activation: Choice, text: Text, expected: ModelSpec | None = None
-) -> HookedCLIP:
+def _of_folder(folder: Path, name: str, asked: _Asked, expected: ModelSpec | None = None) -> HookedCLIP:
     """A folder's model; its image tower has to be of the shape `expected`."""
+    reason = "argument" if asked.activation != "auto" else None
     with out_of(str(folder)):
         if is_of_open_clip(folder):
             spec, weights = open_clip_folder(folder), weights_of_open_clip(folder)
             check_saved(folder, weights)
-            if activation != "auto":
-                spec = spec.with_activation(activation)
-            reason = "open_clip_config.json" if activation == "auto" else "argument"
-            known = replace(expected or spec, name=name, backdoors=spec.backdoors)
-            return _filled(known, None, weights, reason, text, folder=folder)
-        found = read_folder(folder, text=text, activation=activation)
+            if asked.activation != "auto":
+                spec = spec.with_activation(asked.activation)
+            known = replace(expected or _sized(spec, asked.image_size), name=name, backdoors=spec.backdoors)
+            asked = replace(asked, pretrained=None, checkpoint=weights)
+            return _filled(known, asked, reason or "open_clip_config.json", folder=folder)
+        found = read_folder(
+            folder,
+            text=asked.text,
+            activation=asked.activation,
+            image_size=asked.image_size,
+            prefix=asked.prefix,
+        )
         if expected is not None:
             with torch.device("meta"):
                 wanted = expected.build_image_only("")
             state = image_side(conform(wanted, found.model.state_dict()))
             check_fit(wanted, state, source=str(folder), name=name)
-        reason = "config.json" if activation == "auto" else "argument"
-        return HookedCLIP.from_open_clip(
+        provenance = _provenance(
+            name,
+            None,
+            str(folder),
+            found.activation,
+            reason or "config.json",
+            files=found.files,
+            folder=folder,
+            resized=found.resized,
+            prefix=asked.prefix,
+        )
+        model = HookedCLIP.from_open_clip(
             found.model,
             tokenizer=found.tokenizer,
             preprocess=found.preprocess,
-            provenance=_provenance(
-                name, None, str(folder), found.activation, reason, files=found.files, folder=folder
-            ),
+            provenance=provenance,
             copy=False,
         )
+        model.architecture = found.architecture
+        return model
 
 
-def _bundled(
-    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: str, text: Text
-) -> HookedCLIP:
-    if pretrained is not None and checkpoint is not None:
+def _bundled(name: str, asked: _Asked) -> HookedCLIP:
+    if asked.pretrained is not None and asked.checkpoint is not None:
         raise UnknownModelError(f"expected pretrained= or checkpoint= for {name!r}, not both")
-    if pretrained not in (None, RANDOM):
-        raise UnknownModelError(f"{name!r} is bundled with its weights; leave pretrained={pretrained!r} out")
-    spec = spec_of(card(name))
-    if activation not in ("auto", spec.activation):
-        raise ValueError(
-            f"expected activation {spec.activation!r}, with which {name!r} was trained; received {activation!r}"
-        )
-    if pretrained is None and checkpoint is None:
-        return load_bundled(name)
-    return _filled(spec, pretrained, checkpoint, "card", text)
-
-
-def _of_open_clip(
-    name: str, pretrained: str | None, checkpoint: str | Path | None, activation: Choice, text: Text
-) -> HookedCLIP:
-    elsewhere = ":" in name  # "hf-hub:...", of which open_clip would ask the network
-    config: Any = None if elsewhere else open_clip.get_model_config(name)
-    if config is None:
-        near = difflib.get_close_matches(name, [*bundled(), *open_clip.list_models()], n=4, cutoff=0.5)
+    if asked.pretrained not in (None, RANDOM):
         raise UnknownModelError(
-            f"there is no model {name!r}; nearest: {', '.join(map(repr, near)) or 'none'}; `decompclip.bundled()` "
-            "and `open_clip.list_models()` list all. Weights from elsewhere: download them, and pass the name of their "
-            "architecture with checkpoint=PATH"
+            f"{name!r} is bundled with its weights; leave pretrained={asked.pretrained!r} out"
         )
+    spec = spec_of(card(name))
+    if asked.activation not in ("auto", spec.activation):
+        raise ValueError(
+            f"expected activation {spec.activation!r}, with which {name!r} was trained; received {asked.activation!r}"
+        )
+    if asked.pretrained is None and asked.checkpoint is None:
+        if asked.image_size is not None:
+            raise ValueError(f"{name!r} is bundled for images of its own size; leave image_size= out")
+        return load_bundled(name)
+    return _filled(_sized(spec, asked.image_size), asked, "card")
+
+
+def _of_open_clip(name: str, asked: _Asked) -> HookedCLIP:
+    config: Any = open_clip.get_model_config(name)
     refuse(name, oddities(config["vision_cfg"]))
+    pretrained, checkpoint = asked.pretrained, asked.checkpoint
     if (pretrained is None) == (checkpoint is None):
         raise UnknownModelError(
             f"expected either pretrained= or checkpoint= for {name!r}; received {'both' if pretrained else 'neither'}; "
@@ -199,97 +246,132 @@ def _of_open_clip(
         tokenizer=tokenizer_of(name, config),
         preprocess=preprocess_of(name, None if pretrained == RANDOM else pretrained),
     )
+    spec = _sized(spec, asked.image_size)
     if checkpoint is not None and Path(checkpoint).is_dir():
-        return _of_folder(Path(checkpoint), name, activation, text, expected=spec)
-    chosen, reason = _activation(name, config, pretrained, checkpoint, activation)
+        return _of_folder(Path(checkpoint), name, asked, expected=spec)
+    chosen, reason = _activation(name, config, asked)
     spec = spec.with_activation(chosen)
     if checkpoint is None:
-        return _filled(spec, pretrained, None, reason, text)
+        return _filled(spec, asked, reason)
     with out_of(str(checkpoint)):
-        return _filled(spec, pretrained, checkpoint, reason, text)
+        return _filled(spec, asked, reason)
 
 
-def _activation(
-    name: str,
-    config: Mapping[str, Any],
-    pretrained: str | None,
-    checkpoint: str | Path | None,
-    activation: Choice,
-) -> tuple[Activation, str]:
+def _sized(spec: ModelSpec, size: tuple[int, int] | None) -> ModelSpec:
+    """A spec for images of another size.
+
+    Raises:
+        ValueError: its tower is timm's, of one size.
+    """
+    vision = spec.architecture["vision_cfg"]
+    if size is None:
+        return spec
+    if vision.get("timm_model_name"):
+        raise ValueError(
+            f"expected no image_size for {spec.name!r}, whose tower is timm's, of one size in open_clip; received {size[0]} x "
+            f"{size[1]}; take the name of another resolution (open_clip.list_models())"
+        )
+    plain: Any = size[0] if size[0] == size[1] else list(size)
+    return replace(spec, architecture={**spec.architecture, "vision_cfg": {**vision, "image_size": plain}})
+
+
+def _activation(name: str, config: Mapping[str, Any], asked: _Asked) -> tuple[Activation, str]:
     """The activation to take, and what decided it."""
     of_name: Activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    if activation == "quick_gelu" and config["vision_cfg"].get("timm_model_name"):
+    if asked.activation == "quick_gelu" and config["vision_cfg"].get("timm_model_name"):
         raise ValueError(f"expected activation 'gelu' for {name!r}, whose tower is timm's; leave it out")
-    if activation != "auto":
-        return activation, "argument"
-    if pretrained not in (None, RANDOM):
-        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+    if asked.activation != "auto":
+        return asked.activation, "argument"
+    if asked.pretrained not in (None, RANDOM):
+        quick = open_clip.get_pretrained_cfg(name, asked.pretrained).get("quick_gelu", False)
         return ("quick_gelu" if quick else of_name), "pretrained tag"
+    checkpoint = asked.checkpoint
     if checkpoint is not None and Path(checkpoint).is_file() and is_of_openai(Path(checkpoint)):
         return "quick_gelu", "OpenAI's archive"
     return of_name, "model name"
 
 
-def _filled(
-    spec: ModelSpec,
-    pretrained: str | None,
-    checkpoint: str | Path | None,
-    reason: str,
-    text: Text,
-    *,
-    folder: Path | None = None,
-) -> HookedCLIP:
+def _filled(spec: ModelSpec, asked: _Asked, reason: str, *, folder: Path | None = None) -> HookedCLIP:
     """A model of `spec` with a tag's weights, the checkpoint's (`folder`: where its configuration lies), or random ones."""
-    tag = None if pretrained in (None, RANDOM) else pretrained
+    tag = None if asked.pretrained in (None, RANDOM) else asked.pretrained
+    checkpoint = asked.checkpoint
     weights = fetch(spec.name, tag) if tag else None if checkpoint is None else Path(checkpoint)
-    state = None if tag or weights is None else read_checkpoint(weights)
+    state = None if tag or weights is None else asked.read(weights)
+    resize = asked.image_size is not None
     if state is not None:
+        text = asked.text is not False and "image_only" not in spec.architecture
         if folder is not None:
-            check_sizes(
-                towers_of(spec.architecture, text=text is not False), state, source=str(folder / CONFIG)
-            )
-        _check_unbuilt(spec, state, text, source=str(weights))
-    model = _built(spec, tag, text)
+            check_sizes(towers_of(spec.architecture, text=text), state, source=str(folder / CONFIG))
+        state = _check_unbuilt(spec, state, text=text, resize=resize, source=str(weights))
+    model = _built(spec, tag, asked)
     if isinstance(model, ImageOnly):
         spec = replace(spec, tokenizer=NoTokenizer(model.why))
-        state = read_checkpoint(weights) if tag and weights else state
+        state = asked.read(weights) if tag and weights else state
     if state is not None:
-        found = _fitting(model, state, source=str(weights), name=spec.name)
+        found = _fitting(model, state, resize=resize, source=str(weights), name=spec.name)
         model.load_state_dict(found)
     if checkpoint is not None and reason == "model name":
         _tell_the_guess(spec.name, checkpoint, spec.activation)
     where = None if checkpoint is None else str(folder or checkpoint)
     files = [] if weights is None else [weights]
+    resized = None if asked.image_size is None else image_size_said(asked.image_size, state)
     return spec.hook(
         model,
-        _provenance(spec.name, pretrained, where, spec.activation, reason, files=files, folder=folder),
+        _provenance(
+            spec.name,
+            asked.pretrained,
+            where,
+            spec.activation,
+            reason,
+            files=files,
+            folder=folder,
+            resized=resized,
+            prefix=asked.prefix,
+        ),
     )
 
 
-def _check_unbuilt(spec: ModelSpec, state: Mapping[str, Tensor], text: Text, *, source: str) -> None:
-    """Weights that do not fit are told before memory is taken for a model, and before the hub is asked for a text tower."""
-    alone = text is False or "hf_model_name" in spec.architecture["text_cfg"]
+def _check_unbuilt(
+    spec: ModelSpec, state: Mapping[str, Tensor], *, text: bool, resize: bool, source: str
+) -> dict[str, Tensor]:
+    """Weights that do not fit are told before memory is taken for a model, and before the hub is asked for a text tower.
+
+    Returns:
+        The weights without those of heads beside the model, which are told.
+    """
+    alone = not text or "hf_model_name" in spec.architecture["text_cfg"]
     with torch.device("meta"):
         shell = spec.build_image_only("") if alone else spec.build()
-    _fitting(shell, state, source=source, name=spec.name)
+    if not alone:
+        state = without_others(conform(shell, state), shell.state_dict(), source=source)
+    _fitting(shell, state, resize=resize, source=source, name=spec.name)
+    return dict(state)
 
 
-def _fitting(model: OpenCLIP, state: Mapping[str, Tensor], *, source: str, name: str) -> dict[str, Tensor]:
-    """The weights under the names of `model`, checked."""
+def _fitting(
+    model: OpenCLIP, state: Mapping[str, Tensor], *, resize: bool, source: str, name: str
+) -> dict[str, Tensor]:
+    """The weights under the names of `model`, checked; `resize`: their positions brought to its grid."""
     found = conform(model, state)
     found = image_side(found) if isinstance(model, ImageOnly) else found
+    found = with_positions_of(model, found, source=source) if resize else found
     check_fit(model, found, source=source, name=name)
     return found
 
 
-def _built(spec: ModelSpec, tag: str | None, text: Text) -> OpenCLIP:
+def _built(spec: ModelSpec, tag: str | None, asked: _Asked) -> OpenCLIP:
     """A whole model, with the tag's weights if there is one; or an image tower with random weights."""
-    if text is False:
-        return spec.build_image_only(WITHOUT_TEXT)
+    if asked.text is False or "image_only" in spec.architecture:
+        if asked.text is True:
+            raise MissingTextError(f"the text tower cannot be had: {spec.architecture['image_only']}")
+        return spec.build_image_only(spec.architecture.get("image_only", WITHOUT_TEXT))
     repository = spec.architecture["text_cfg"].get("hf_model_name")
+    quick = spec.activation == "quick_gelu"
     try:
         with asked_once(repository):
-            return create(spec.name, tag, quick_gelu=spec.activation == "quick_gelu") if tag else spec.build()
+            if tag:
+                return create(spec.name, tag, quick_gelu=quick, image_size=asked.image_size)
+            return spec.build()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if repository is None or isinstance(error, ModelError):
             raise
@@ -298,7 +380,7 @@ def _built(spec: ModelSpec, tag: str | None, text: Text) -> OpenCLIP:
             f"that of {spec.name!r} is transformers' {repository!r}, whose configuration lies on the hub and could not be "
             f"had ({first}); install transformers and load it once where there is a network"
         )
-        if text is True:
+        if asked.text is True:
             raise MissingTextError(f"the text tower cannot be had: {why}") from error
         warn_caller(f"the image tower is loaded alone, without the text tower: {why}")
         return spec.build_image_only(why)
@@ -323,6 +405,8 @@ def _provenance(
     *,
     files: Sequence[Path] = (),
     folder: Path | None = None,
+    resized: str | None = None,
+    prefix: str | None = None,
 ) -> dict[str, Any]:
     """What a model is made of: `files` of weights, and of a folder what lies beside them."""
     beside = [] if folder is None else configuration_in(folder)
@@ -341,5 +425,7 @@ def _provenance(
         "files_not_read": left,
         "activation": activation,
         "activation_source": reason,
+        **({} if resized is None else {"image_size": resized}),
+        **({} if prefix is None else {"prefix": prefix}),
         "versions": versions(),
     }

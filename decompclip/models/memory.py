@@ -11,10 +11,11 @@ from decompclip.models.errors import UnknownModelError
 from decompclip.models.hf_tokenizer import clip_tokenizer
 from decompclip.models.hugging_face import from_transformers
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, NoTokenizer
+from decompclip.models.wrappers import bare
 
 
 def from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | None = None) -> HookedCLIP:
-    """Hook a model that is in memory; it is left as it is.
+    """Hook a model that is in memory, wrapped or not; it is left as it is.
 
     Args:
         text: with its text tower.
@@ -24,6 +25,7 @@ def from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | N
         UnknownModelError: a model of some other kind.
         UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
     """
+    model = bare(model)
     source: Any = model
     if isinstance(getattr(getattr(source, "config", None), "model_type", None), str):
         return from_transformers(model, tokenizer=tokenizer, text=text)

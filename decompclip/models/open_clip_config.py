@@ -46,7 +46,16 @@ _MODEL: Mapping[str, Kind] = {
     "nonscalar_logit_scale": FLAG,
     "output_dict": FLAG,
     "pad_id": WHOLE,
+    "image_only": TEXT,  # why, where `save_model` wrote an image tower alone
 }
+_SIGLIP: Mapping[str, Kind] = {
+    **dict.fromkeys(("embed_dim", "depth", "num_heads"), SIZE),
+    "patch_size": SIDES,
+    "mlp_ratio": POSITIVE,
+    "act_layer": one_of("gelu", "gelu_tanh"),
+    "ln_eps": EPSILON,
+}
+"""Of `siglip_tower`, which `save_model` writes."""
 _NAMED: Mapping[str, Kind] = {
     "image_size": SIDES,
     "patch_size": SIDES,
@@ -105,6 +114,12 @@ def check_architecture(architecture: Mapping[str, Any], *, source: str) -> None:
         kinds = _kinds_of(kind)
         if section.get("timm_model_name") or isinstance(section.get("layers"), list):  # of which sizes follow
             kinds = {key: may_be_null(each) for key, each in kinds.items()}
+        if name == "vision_cfg" and "siglip_tower" in section:
+            tower = part(section, "siglip_tower", source=where)
+            check_fields(tower, _SIGLIP, source=f"{where}, siglip_tower", closed=True)
+            if lacking := sorted(set(_SIGLIP) - set(tower)):
+                raise CheckpointError(f"{where}, siglip_tower lacks {', '.join(lacking)}")
+            kinds = {**kinds, "siglip_tower": OBJECT}
         check_fields(section, kinds, source=where, closed=True)
         for key, known in _KWARGS.items():
             check_fields(part(section, key, source=where), known, source=f"{where}, {key}", closed=True)

@@ -11,17 +11,24 @@ from torch import nn
 from decompclip.models.errors import UnknownModelError
 
 
-def check_options(name: Any, device: Any, dtype: Any) -> None:
+def check_options(name: Any, device: Any, dtype: Any, image_size: Any = None) -> None:
     """Check the arguments of `load` that need no look at any model.
 
     Raises:
         UnknownModelError: `name` is no name, path or model.
-        ValueError: a device that cannot be used here, or a dtype that is none of floating point.
+        ValueError: a device that cannot be used here, a dtype that is none of floating point, or no image size.
     """
     if not isinstance(name, str | Path | nn.Module):
         raise UnknownModelError(
             f"expected a name, a path, or a model of open_clip's or transformers'; received {name!r}, "
             f"of type {type(name).__name__}"
+        )
+    sizes = (image_size,) if isinstance(image_size, int) else image_size
+    if sizes is not None and not (
+        isinstance(sizes, tuple) and len(sizes) in (1, 2) and all(isinstance(x, int) and x > 0 for x in sizes)
+    ):
+        raise ValueError(
+            f"expected image_size as a number of pixels, or height and width; received {image_size!r}"
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None

@@ -90,6 +90,7 @@ class Preprocessing(PreprocessCfg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
         if isinstance(self.steps, dict):  # out of JSON
             given: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in self.steps.items()

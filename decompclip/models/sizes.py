@@ -48,7 +48,11 @@ def towers_of(architecture: Mapping[str, Any], *, text: bool) -> list[Tower]:
     """
     found = []
     vision = architecture["vision_cfg"]
-    if not vision.get("timm_model_name") and isinstance(vision.get("layers", 12), int):
+    if siglip := vision.get("siglip_tower"):
+        patches = patches_of(vision["image_size"], siglip["patch_size"])
+        told = {"layers": siglip["depth"], "width": siglip["embed_dim"], "mlp_ratio": siglip["mlp_ratio"]}
+        found.append(_tower("siglip_tower", told, 0, rows=patches, longest=patches))
+    elif not vision.get("timm_model_name") and isinstance(vision.get("layers", 12), int):
         patches = patches_of(vision.get("image_size", 224), vision.get("patch_size", 16))
         found.append(_tower("vision_cfg", vision, 768, rows=patches, longest=patches))
     for name in ("text_cfg", "multimodal_cfg") if text else ():

@@ -16,6 +16,7 @@ from decompclip.models.clip import HookedCLIP, Tokenizer
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
 from decompclip.models.image_only import ImageOnly, build_image_only
+from decompclip.models.siglip_tower import LEAST, siglip_tower
 
 Choice = Literal["auto", "gelu", "quick_gelu"]
 """The activation that a user asks for; "auto" leaves it to what the weights were trained with."""
@@ -91,7 +92,7 @@ def build_open_clip(architecture: Mapping[str, Any], *, seed: int = 0) -> CLIP |
 
     Args:
         architecture: open_clip's model configuration: `embed_dim`, `vision_cfg`, `text_cfg`, and
-            optionally `quick_gelu` and the like.
+            optionally `quick_gelu` and the like; `vision_cfg` may hold a `siglip_tower` instead of sizes.
 
     Raises:
         OSError, RuntimeError: a text tower of transformers' whose configuration cannot be had.
@@ -105,9 +106,15 @@ def build_open_clip(architecture: Mapping[str, Any], *, seed: int = 0) -> CLIP |
         text_cfg["hf_model_pretrained"] = False
     if "timm_model_name" in vision_cfg:
         vision_cfg["timm_model_pretrained"] = False
+    siglip = vision_cfg.pop("siglip_tower", None)
+    if siglip is not None:
+        options["vision_cfg"] = dict(LEAST)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(**options)
+        model = kind(**options)
+        if siglip is not None:
+            model.visual = siglip_tower(vision_cfg["image_size"], siglip)
+        return model
 
 
 def versions() -> dict[str, str]:

@@ -68,7 +68,9 @@ def fetch(name: str, tag: str) -> Path:
         raise _unreachable(name, tag, error) from error
 
 
-def create(name: str, tag: str, *, quick_gelu: bool) -> CLIP | CustomTextCLIP | CoCa:
+def create(
+    name: str, tag: str, *, quick_gelu: bool, image_size: tuple[int, int] | None = None
+) -> CLIP | CustomTextCLIP | CoCa:
     """open_clip's model with the weights of a tag that was fetched.
 
     Raises:
@@ -84,7 +86,11 @@ def create(name: str, tag: str, *, quick_gelu: bool) -> CLIP | CustomTextCLIP | 
         ):
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the choice has settled it
             model = open_clip.create_model(
-                name, pretrained=tag, quick_gelu=quick_gelu, require_pretrained=True
+                name,
+                pretrained=tag,
+                quick_gelu=quick_gelu,
+                force_image_size=image_size,
+                require_pretrained=True,
             )
             return cast("CLIP | CustomTextCLIP | CoCa", model)
     except (OSError, RuntimeError) as error:
