@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.patch import SIZE, Patch, Place
 from decompclip.attacks.trigger import FIXED, check_pixels, stream
+from decompclip.models.gradients import differentiable
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -36,6 +37,7 @@ class OptimisedPatch:
     similarity: tuple[float, float]
 
 
+@differentiable
 def optimise_patch(
     model: HookedCLIP,
     images: Float[Tensor, "image 3 h w"],

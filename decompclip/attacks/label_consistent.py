@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.patch import SIZE, Place
 from decompclip.attacks.trigger import Extent, Logits, Structure, Trigger, check_share
+from decompclip.models.gradients import differentiable, plain
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -99,6 +100,7 @@ class LabelConsistent(Trigger):
         return self(hard, indices)
 
 
+@differentiable
 def adversarial(
     images: Float[Tensor, "batch 3 h w"],
     labels: Int[Tensor, " batch"],
@@ -134,7 +136,7 @@ def adversarial(
 
 def zero_shot_logits(model: HookedCLIP, classifier: Float[Tensor, "class d_embed"]) -> Logits:
     """The logits of a zero-shot classifier as a function of pixels in [0, 1]."""
-    scale = model.logit_scale.exp().detach()
+    scale, classifier = model.logit_scale.exp().detach(), plain(classifier)
 
     def logits(pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch class"]:
         return scale * model.encode_image(model.normalize(pixels), normalize=True) @ classifier.T

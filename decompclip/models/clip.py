@@ -17,6 +17,7 @@ from decompclip.models.config import ViTConfig
 from decompclip.models.convert import Source
 from decompclip.models.image_only import ImageOnly, MissingTextError
 from decompclip.models.preprocessing import Preprocessing, Transform
+from decompclip.models.raw_pixels import RawPixels
 from decompclip.models.tokenizer import check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
 from decompclip.models.words import clip_in_words
@@ -79,6 +80,7 @@ class HookedCLIP(nn.Module):
         self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)
+        self._raw_pixels = RawPixels()
         self.eval()
 
     def __repr__(self) -> str:
@@ -291,6 +293,7 @@ class HookedCLIP(nn.Module):
                 f"expected floating-point images as `preprocess` or `normalize` gives them, got {images.dtype}; divide "
                 "pixels by 255 and pass them through `normalize`"
             )
+        self._raw_pixels.look(images, self.mean, self.std)
         return images.to(self.device, self.dtype)
 
     @contextmanager

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.models.gradients import differentiable
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.patching import (
     POINTS,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
 
+@differentiable
 def attribution_patching(
     model: HookedViT | HookedCLIP,
     base: Images,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from decompclip.attacks.named import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.gradients import differentiable, plain
 from decompclip.progress import meters
 from decompclip.training.loop import train
 from decompclip.training.losses import Penalty, Seen, features_of, pair_loss
@@ -41,6 +42,7 @@ class PairSource(Protocol):
     def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]: ...
 
 
+@differentiable
 def finetune(
     model: HookedCLIP,
     pairs: PairSource,
@@ -223,7 +225,7 @@ def _batch(
     if recipe.loss == "grouped" and labels is None:
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         labels = torch.tensor([places[text] for text in texts])
-    return images, texts, labels
+    return plain(images), texts, labels
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
+from decompclip.models.gradients import differentiable
 from decompclip.training.checkpoints import load_checkpoint, save_checkpoint
 
 NoDecay = Callable[[str, Tensor], bool]
@@ -78,6 +79,7 @@ def build_optimizers(
     return optimizers
 
 
+@differentiable
 def train(
     modules: dict[str, nn.Module],
     loss: Callable[[int], Tensor],

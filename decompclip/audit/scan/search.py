@@ -17,6 +17,7 @@ from decompclip.audit.scan.kept import Kept
 from decompclip.audit.scan.probes import Probe
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.gradients import differentiable
 
 SHARPNESS = 30.0
 """Factor of cosines before the softmax: of the order of trained CLIPs' logit scales, and one for all models."""
@@ -36,6 +37,7 @@ def losses(
     return F.cross_entropy(SHARPNESS * features @ classifier.T, wanted, reduction="none")
 
 
+@differentiable
 def search(
     model: HookedCLIP,
     classifier: Float[Tensor, "class d_embed"],
@@ -98,6 +100,7 @@ def measure(
     return torch.cat(hits).cpu(), torch.cat(left).double().cpu()
 
 
+@differentiable
 def screened(
     model: HookedCLIP,
     classifier: Float[Tensor, "class d_embed"],

@@ -1,0 +1,65 @@
+"""Pixels that were not normalised, noticed at a model's door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decompclip.models.caller import warn_caller
+
+LOOKS = 8
+"""Batches on an accelerator that are looked at: each look waits for it once."""
+
+_SAMPLE = 4096
+
+
+class RawPixels:
+    """Warns once of images in [0, 1] or 0..255 that a model takes normalised.
+
+    Normalised images of a photograph have negative numbers: all that is darker than the mean. Those without any are looked at
+    more closely, for a pale picture may have none: raw pixels reach both 0 and 1, or stand on the grid of 8 bits.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        self.looks = 0
+
+    @torch.no_grad()
+    def look(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        if self.told or images.numel() == 0 or images.is_meta or max(mean) <= 0:
+            return
+        if images.device.type != "cpu":
+            self.looks += 1
+            if self.looks > LOOKS:
+                return
+        flat = images.detach().reshape(-1)
+        if float(flat[:: max(1, len(flat) // _SAMPLE)].min()) < 0:  # nearly all normalised batches end here
+            return
+        low, high = (float(x) for x in images.aminmax())
+        most = max((1 - m) / s for m, s in zip(mean, std, strict=True))
+        if low < 0 or not (high <= 1 or high > 4 * max(most, 1)):
+            return
+        scale = 1 if high <= 1 else 255
+        if scale == 1 and not _raw(images, low, high, mean, std):
+            return
+        self.told = True
+        warn_caller(
+            f"these images lie in {low:.2f}..{high:.2f}, as pixels in {'[0, 1]' if scale == 1 else '0..255'} do, and this "
+            "model takes them normalised; pass pixels in [0, 1] through `model.normalize`, or pictures through "
+            "`model.preprocess`: without that it answers wrongly"
+        )
+
+
+def _raw(images: Tensor, low: float, high: float, mean: Sequence[float], std: Sequence[float]) -> bool:
+    few = images[:4].float()
+    own, width = (few.new_tensor(x).view(1, -1, 1, 1) for x in (mean, std))
+    if _on_grid(few * width + own):  # 8 bits, normalised
+        return False
+    return _on_grid(few) or (low < 0.02 and high > 0.98)
+
+
+def _on_grid(pixels: Tensor) -> bool:
+    steps = pixels * 255
+    return bool((steps - steps.round()).abs().max() < 2e-3)
