@@ -399,7 +399,9 @@ def test_what_is_no_model_is_refused(source: CLIP) -> None:
         load(torch.nn.Linear(1, 1))
     with pytest.raises(UnknownModelError, match="received a HookedCLIP"):
         load(load(source))
-    with pytest.raises(UnknownModelError, match="leave pretrained=, checkpoint= and activation= out"):
+    with pytest.raises(
+        UnknownModelError, match="leave pretrained=, checkpoint=, activation=, image_size= and prefix= out"
+    ):
         load(source, activation="gelu")
 
 
@@ -417,14 +419,32 @@ def test_a_timm_tower_has_no_quick_gelu(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("ViT-B32", "'ViT-B-32'"),
-        ("ViT-B/32", "'ViT-B-32'"),
+        ("ViT-B-33", "'ViT-B-32'"),
         ("shape", "'shapes'"),
         ("hf-hub:x/CLIP", "checkpoint=PATH"),
     ],
 )
 def test_an_unknown_name_offers_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UnknownModelError, match=f"there is no model '{name}'; nearest: .*{nearest}"):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["vit-b-32", "ViT-B32", "ViT-B/32", "vit_b_32", "VIT-B-32"])
+def test_a_name_is_found_however_it_is_written(name: str) -> None:
+    assert load(name, pretrained="random", text=False).name == "ViT-B-32"
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("openai/clip-vit-base-patch16", r"load\('ViT-B-16', pretrained='openai'\)"),
+        ("openai/clip-vit-large-patch14-336", r"load\('ViT-L-14-336', pretrained='openai'\)"),
+        ("google/siglip-so400m-patch14-384", r"load\('ViT-SO400M-14-SigLIP-384'\)"),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", r"load\('ViT-H-14'\)"),
+    ],
+)
+def test_a_repository_of_the_hub_names_the_architecture(name: str, call: str) -> None:
+    with pytest.raises(UnknownModelError, match=call):
         load(name)
 
 
@@ -528,7 +548,7 @@ def test_bad_options_are_refused_before_anything_is_read(
 def test_a_warning_about_a_path_points_at_the_caller(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("decompclip.models.loading.models_like", lambda state: ["ViT-tiny-8"])
+    monkeypatch.setattr("decompclip.models.loading.models_like", lambda state, **options: ["ViT-tiny-8"])
     with pytest.warns(UserWarning, match="does not say which activation") as told:
         load(checkpoint)
     assert told[0].filename == __file__
