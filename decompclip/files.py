@@ -152,6 +152,7 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / (f".{name[:40]}.lock" if name else LOCK)
     holder = lock.with_suffix(".holder")
@@ -181,6 +182,14 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
             if name:  # beside somebody's file nothing is left; in a folder of ours the lock stays, as waiters share it
                 lock.unlink(missing_ok=True)
         held.release()
+        if made and os.listdir(folder) in (
+            [],
+            [lock.name],
+        ):  # an error before anything was written leaves nothing
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+                for above in made:
+                    above.rmdir()
 
 
 def _who(holder: Path) -> str:

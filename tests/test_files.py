@@ -148,3 +148,12 @@ def test_a_second_process_is_told_who_is_there(tmp_path: Path) -> None:
             pass
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [path.name for path in tmp_path.iterdir()] == [".decompclip.lock"]
+
+
+def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), alone_in(tmp_path / "a" / "b"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    with alone_in(tmp_path / "a" / "b"):
+        write_text(tmp_path / "a" / "b" / "file", "")
+    assert (tmp_path / "a" / "b" / "file").exists()
