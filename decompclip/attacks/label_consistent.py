@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.patch import SIZE, Place
 from decompclip.attacks.trigger import Extent, Logits, Structure, Trigger, check_share
-from decompclip.models.gradients import differentiable, plain
+from decompclip.models.gradients import differentiable
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -134,9 +134,10 @@ def adversarial(
     return moved.detach()
 
 
+@differentiable
 def zero_shot_logits(model: HookedCLIP, classifier: Float[Tensor, "class d_embed"]) -> Logits:
     """The logits of a zero-shot classifier as a function of pixels in [0, 1]."""
-    scale, classifier = model.logit_scale.exp().detach(), plain(classifier)
+    scale = model.logit_scale.exp().detach()
 
     def logits(pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch class"]:
         return scale * model.encode_image(model.normalize(pixels), normalize=True) @ classifier.T

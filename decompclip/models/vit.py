@@ -205,9 +205,18 @@ class HookedViT(HookedRootModule):
                 )
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
-        """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens)."""
+        """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens).
+
+        Raises:
+            ValueError: `pos_slice`, with which a cache would hold rows that the pooled row's scales do not belong to.
+        """
         from decompclip.cache.activations import ViTCache
 
+        if kwargs.pop("pos_slice", None) is not None:
+            raise ValueError(
+                "expected a cache of all positions; received pos_slice; leave it out, and choose positions when you read the "
+                "cache: `cache.decompose_resid(pos_slice=0)`, or `cache[name][:, position]`"
+            )
         remove_batch_dim = kwargs.get("remove_batch_dim", False)
         features, cache = super().run_with_cache(*args, **kwargs)
         return features, ViTCache(cache, self, has_batch_dim=not remove_batch_dim)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import decompclip
 from decompclip.cache.activations import ViTCache
 from decompclip.models.vit import HookedViT
 
@@ -198,3 +199,13 @@ def test_what_would_be_wrong_is_refused(run: tuple[Tensor, ViTCache]) -> None:
         cache["resid_post", 3]
     with pytest.raises(KeyError, match=r"received 'logits' \(hook_logits\); cached are"):
         cache["logits"]
+
+
+@pytest.mark.parametrize("positions", [0, 3, -1, [0, 1], (0, 2)], ids=str)
+def test_a_cache_of_some_positions_is_refused(positions: Any) -> None:
+    visual = decompclip.load("shapes").visual
+    with pytest.raises(
+        ValueError, match="expected a cache of all positions; received pos_slice; leave it out"
+    ):
+        visual.run_with_cache(torch.randn(1, 3, 48, 48), pos_slice=positions)
+    visual.run_with_cache(torch.randn(1, 3, 48, 48), pos_slice=None)
