@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from decompclip.defenses.detectors import DETECTORS
     from decompclip.defenses.detectors.detector import Detector
     from decompclip.defenses.guard import Guard
+    from decompclip.defenses.guard_files import load_guard, save_guard
     from decompclip.evaluation.evaluate import evaluate
     from decompclip.evaluation.intervals import Rate
     from decompclip.evaluation.metrics import attack_report, auroc
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "models.loading",
+    "load": "defenses.guard_files",
     "bundled": "models.zoo",
     "HookedCLIP": "models.clip",
     "HookedViT": "models.vit",
@@ -157,6 +158,8 @@ _HOME = {
     "AgnosticRep": "defenses.agnostic_rep",
     "ComponentDistances": "defenses.component_distances",
     "Guard": "defenses.guard",
+    "save_guard": "defenses.guard_files",
+    "load_guard": "defenses.guard_files",
     "bake": "defenses.bake",
     "even": "defenses.bake",
     "CleanCLIP": "defenses.clean_finetuning",
@@ -226,7 +229,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "textspans", "fit_textspans", "TextFeatures", "encode_texts", "TextSpan", "TextSpans", "load_texts",
     "head_mmd", "layer_mmd", "role_change", "probe", "Probes", "agreement", "direct_and_causal",
     "attention_maps", "contribution_maps", "rollout", "TokenMaps", "score_masks", "MaskScores", "DecompRep",
-    "DecompDet", "AgnosticDet", "AgnosticRep", "ComponentDistances", "Guard", "bake", "even", "CleanCLIP",
+    "DecompDet", "AgnosticDet", "AgnosticRep", "ComponentDistances", "Guard", "save_guard", "load_guard", "bake", "even", "CleanCLIP",
     "CleanFineTuning", "PAR", "DETECTORS", "save_model", "BadNet", "Blended", "LabelConsistent", "ISSBA",
     "BadCLIP", "optimise_patch", "Kitty", "Reflection", "SIG", "WaNet", "PoisonedPairs", "PoisonRecord",
     "crossing", "preview", "Shapes", "PROPERTIES", "Pairs", "ShapesPairs", "ShardPairs", "CsvPairs",

@@ -30,6 +30,7 @@ from decompclip.files import alone_in
 from decompclip.finetune_command import finetune
 from decompclip.poison_command import poison
 from decompclip.printable import printable_all
+from decompclip.repair_command import repair
 from decompclip.zoo_command import zoo
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def main() -> None:
         gc.freeze()  # at the end Python would go through all that was imported, once more and again
 
 
-for command in (audit, apply_trigger, poison, finetune, evaluate, bench):
+for command in (audit, apply_trigger, repair, poison, finetune, evaluate, bench):
     app.command()(command)
 app.add_typer(zoo, name="zoo")
 

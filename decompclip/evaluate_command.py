@@ -95,8 +95,8 @@ def evaluate(
             from decompclip.data.images import class_index
             from decompclip.data.labelled import open_labelled
             from decompclip.data.texts import load_texts
+            from decompclip.defenses.guard_files import load
             from decompclip.evaluation.evaluate import evaluate as run
-            from decompclip.models.loading import load
 
         names = known_classes(classes, model, images)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)

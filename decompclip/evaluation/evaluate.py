@@ -156,7 +156,7 @@ def evaluate(
     _check(n, names, batch_size)
     labels, clean, triggered = [], [], []
     seen = 0
-    for batch in track(_batches(data, batch_size)):
+    for batch in track(batches_of(data, batch_size)):
         _check_batch(batch, seen)
         found = getattr(batch, "indices", None)
         indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
@@ -187,7 +187,7 @@ def evaluate(
     return Evaluation(report, tuple(rows), target, truth, before, after)
 
 
-def _batches(data: Labelled | Iterable[Any], batch_size: int) -> Iterator[Any]:
+def batches_of(data: Labelled | Iterable[Any], batch_size: int) -> Iterator[Any]:
     """Batches of a source, or of pairs that are gone through one by one."""
     if isinstance(data, Labelled):
         yield from data.batches(batch_size)

@@ -18,6 +18,8 @@ from decompclip.models.tokenizer import WordTokenizer
 CONFIG = "open_clip_config.json"
 OWN = "decompclip"
 """Section of the configuration that `save_model` adds: what open_clip has no place for."""
+GUARD, GUARDED = "guard.json", "model"
+"""Of a folder with a model and its repair: what says so, and the sub-folder with the model."""
 WEIGHTS_NAME = "open_clip_model.safetensors"
 _WEIGHTS = (
     WEIGHTS_NAME,
@@ -78,6 +80,7 @@ def saved_class_names(folder: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: they are no list of texts.
     """
+    folder = _of_guard(folder)
     if not (folder / CONFIG).is_file():
         return ()
     return tuple(_own(read_json(folder / CONFIG), folder).get("class_names", ()))
@@ -85,10 +88,15 @@ def saved_class_names(folder: Path) -> tuple[str, ...]:
 
 def saved_backdoors(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The backdoors that a folder of `save_model` remembers, asked by its own path or by that of its weights."""
-    folder = path.parent if path.name in _WEIGHTS else path
+    folder = _of_guard(path.parent if path.name in _WEIGHTS else path)
     if not (folder / CONFIG).is_file():
         return ()
     return tuple(_own(read_json(folder / CONFIG), folder).get("backdoors", ()))
+
+
+def _of_guard(folder: Path) -> Path:
+    """The folder of the model, where a folder holds one with its repair."""
+    return folder / GUARDED if (folder / GUARD).is_file() else folder
 
 
 def weights_of_open_clip(folder: Path) -> Path:

@@ -26,6 +26,8 @@ from decompclip.models.fit import (
 )
 from decompclip.models.folders import (
     CONFIG,
+    GUARD,
+    GUARDED,
     check_saved,
     configuration_in,
     is_of_open_clip,
@@ -145,6 +147,11 @@ def _found(name: str | Path | nn.Module, asked: _Asked, tokenizer: Tokenizer | N
 def _of_path(path: Path, asked: _Asked) -> HookedCLIP:
     if asked.pretrained is not None or asked.checkpoint is not None:
         raise UnknownModelError(f"{path} has its weights; leave pretrained= and checkpoint= out")
+    if (path / GUARD).is_file():
+        raise UnknownModelError(
+            f"{path} holds a model with its repair, which `decompclip.load` and `decompclip evaluate` take; the model alone, "
+            f"without the repair, is {path / GUARDED}"
+        )
     if path.is_dir():
         return _of_folder(path, str(path), asked)
     state = asked.read(path)
