@@ -46,7 +46,7 @@ _DETECTOR = ("mean_", "deviation_", "spread_", "scores_", "offsets_")
 _EXTRAPOLATION = ("mean_in", "mean_out", "weights")
 
 
-def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP:
+def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
     """A model by name, path or from memory, as `decompclip.models.loading.load`; or a folder of `save_guard`.
 
     Such a folder gives a `Guard`, which hands on what zero-shot code asks of a model; its `encode_image` is repaired.
@@ -56,8 +56,7 @@ def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP:
     """
     if isinstance(name, nn.Module) or not (Path(name) / GUARD).is_file():
         return load_model(name, **options)
-    guard: Any = load_guard(name, **options)  # stands for a model wherever only its answers are asked for
-    return guard
+    return load_guard(name, **options)
 
 
 def save_guard(guard: Guard, folder: str | Path) -> Path:

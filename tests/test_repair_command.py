@@ -1,0 +1,108 @@
+"""A repaired model, by the command line: what is written is what was measured, and opens again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import decompclip
+from decompclip.cli import app
+from decompclip.data.shapes import Shapes
+from decompclip.defenses.guard import Guard
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def repaired(out: Path, *options: object) -> dict:
+    code, stdout, stderr = run("repair", "shapes-badnet", "--out", out, *options)
+    assert code == 0, stderr
+    assert "badnet (seed=0, size=0.145833" in stdout
+    return json.loads((out / "repair.json").read_text())["results"]
+
+
+@torch.no_grad()
+def test_a_guarded_model_opens_again_and_is_the_one_measured(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    found = repaired(out, "--method", "agnostic", "--clean", "shapes:300", "--budget", 0.02)
+    assert found["before"]["asr"]["value"] > 0.9 and found["after"]["asr"]["value"] < 0.2
+    assert found["after"]["cacc"]["value"] > found["before"]["cacc"]["value"] - 0.05
+    assert found["after"]["own_class"]["value"] > found["before"]["own_class"]["value"] + 0.4
+    assert (found["before"]["touched"]["value"], found["after"]["touched"]["value"] < 0.15) == (0, True)
+    assert found["control"]["asr"]["value"] > found["after"]["asr"]["value"]
+    guard = decompclip.load(out)
+    assert isinstance(guard, Guard)
+    model, batch = decompclip.load("shapes-badnet"), Shapes(8, seed=5).draw(range(8))
+    images = model.normalize(decompclip.backdoor("shapes-badnet").trigger(batch.images, range(8)))
+    assert torch.equal(decompclip.load(out / "model").encode_image(images), model.encode_image(images))
+    assert not torch.allclose(guard.encode_image(images), model.encode_image(images))
+    with pytest.raises(ValueError, match="a model with its repair"):
+        from decompclip.models.loading import load
+
+        load(out)
+    file = out / "repair.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="changed since"):
+        decompclip.load(out)
+
+
+def test_a_repair_of_another_model_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    repaired(out, "--method", "rep", "--clean", "shapes:80", "--no-control")
+    decompclip.save_model(decompclip.load("shapes"), out / "model")
+    with pytest.raises(ValueError, match="another one"):
+        decompclip.load(out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "rep", "--hint", "global", "--clean", "shapes:60"),
+        ("--method", "par", "--clean", "shapes:64", "--epochs", 1, "--batch-size", 16, "--no-control"),
+    ],
+)
+def test_what_folds_into_weights_is_an_ordinary_model(options: tuple[object, ...], tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    found = repaired(out, *options)
+    again = decompclip.load(out)
+    assert isinstance(again, decompclip.HookedCLIP) and (out / "open_clip_config.json").is_file()
+    assert found["after"]["touched"]["value"] > 0.9 and "control" not in found
+    assert [backdoor["target"] for backdoor in again.backdoors] == ["star"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"--method": "magic"}, "magic"),
+        ({"--clean": "nowhere"}, "nowhere"),
+        ({"--clean": "EMPTY"}, "EMPTY"),
+        ({"--target": "cat"}, "class 'cat' is not among"),
+        ({"--out": "FULL"}, "holds files; name another"),
+        ({"--images": "shapes:100"}, "leave --images out"),
+        ({"--hint": "local"}, "expected --method rep with --hint"),
+        ({"--epochs": 3}, "expected --method cleanclip or par with --epochs"),
+        ({"MODEL": "ViT-B-32", "--clean": "EMPTY"}, "expected --classes"),
+        ({"--clean": "shapes:20"}, "clean images"),
+    ],
+)
+def test_bad_input_says_what_to_do(options: dict[str, object], words: str, tmp_path: Path) -> None:
+    for name in ("EMPTY", "FULL"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "FULL" / "a.txt").write_text("mine")
+    wanted = {"--method": "agnostic", "--clean": "shapes:100", "--out": "new"} | options
+    model = wanted.pop("MODEL", "shapes-badnet")
+    places = ("EMPTY", "FULL", "new")
+    given = [part for key, x in wanted.items() for part in (key, tmp_path / str(x) if x in places else x)]
+    code, _, stderr = run("repair", model, *given)
+    assert code == 2 and words in stderr, stderr
