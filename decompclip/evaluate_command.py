@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -101,7 +101,7 @@ def evaluate(
         names = known_classes(classes, model, images)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)
         weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
-        clip = load(model, **weights, device=usable_device(device))
+        clip: Any = load(model, **weights, device=usable_device(device))
         check_text(clip)
         prompts = None if templates is None else load_texts(templates)
         source = open_labelled(

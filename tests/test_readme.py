@@ -41,7 +41,9 @@ def test_make_targets_exist() -> None:
 
 
 def test_commands_and_their_options_exist() -> None:
-    commands = re.findall(r"decompclip ([\w-]+)(.*?)(?<!\\)\n", "\n".join(blocks("sh")) + "\n", flags=re.DOTALL)
+    commands = re.findall(
+        r"decompclip ([\w-]+)(.*?)(?<!\\)\n", "\n".join(blocks("sh")) + "\n", flags=re.DOTALL
+    )
     assert commands
     for command, options in commands:
         run = subprocess.run(
