@@ -51,6 +51,10 @@ def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
 
     Such a folder gives a `Guard`, which hands on what zero-shot code asks of a model; its `encode_image` is repaired.
 
+    Args:
+        name: also a folder that `save_guard` or `decompclip repair` wrote.
+        options: `pretrained`, `checkpoint`, `activation`, `text`, `tokenizer`, `device`, `dtype`, ... of that function.
+
     Raises:
         As `decompclip.models.loading.load`; ValueError: a repair that was changed, or is another model's.
     """
