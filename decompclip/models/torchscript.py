@@ -80,12 +80,10 @@ def _pickled(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip archive with code in it, as `torch.jit.save` writes."""
-    if not zipfile.is_zipfile(path):
-        return False
     try:
         names = [member.filename for member in members_of(path)]
     except ValueError:
-        return False  # reading it says what is wrong
+        return False  # no archive, or reading it says what is wrong
     return any("/code/" in name or name.endswith("/constants.pkl") for name in names)
 
 
