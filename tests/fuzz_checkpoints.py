@@ -97,7 +97,12 @@ def seeds(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         script: Any = torch.jit.script(Shell(model))
         script.save(str(folder / "script.pt"))
     found |= {name: (folder / name, by_name) for name in ("a.pt", "legacy.bin", "a.safetensors", "script.pt")}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 16, "patch_size": 8}
     text = {**vision, "vocab_size": 24, "max_position_embeddings": 8, "num_hidden_layers": 1}
     text = {key: value for key, value in text.items() if key not in ("image_size", "patch_size")}
@@ -365,7 +370,8 @@ def outcome(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (taken := _memory() - before) > MEBIBYTES:
         told = "memory", f"{taken:.0f} MiB"
-    return f"{kind}, {name if origin.is_dir() else 'file'}", *told
+    what, more = told
+    return f"{kind}, {name if origin.is_dir() else 'file'}", what, more
 
 
 def _memory() -> float:

@@ -53,7 +53,7 @@ def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-        found.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
