@@ -10,9 +10,8 @@ Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
 and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
 `shapes` is audited alone.
-The number `EXPLAINED` of the verdict was chosen on images of seed 1 (`--part choosing`); seed 0 is reported. That the size of a change
-tells a trigger from a corruption was seen on the first twin of each kind and on both clean models, with images of seed 1: new in the
-reported part are the images, the draws of corruptions, and twins of the second and third seed.
+The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing"; and, before there was this file, of seed 1); seed 2 is reported. The models
+are the same in both parts: new in the reported one are images, what corruptions draw, and what triggers draw anew.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ RESULTS = Path(__file__).parent / "results" / "audit_corruptions"
 WORK = Path(".training") / "audit_corruptions"
 
 IMAGES = 140
-SEEDS = {"choosing": 1, "reported": 0}
+SEEDS = {"choosing": 0, "reported": 2}
 REFERENCES = {"cifar10": "cifar10-clean-0"}
 """A clean fine-tuning of a clean model; `shapes` is audited alone."""
 
 KINDS = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
-ON_TOP = ("gaussian_noise", "jpeg_compression", "contrast", "blur")
+ON_TOP = ("gaussian_noise", "jpeg_compression", "contrast")
 """Corruptions that triggers are tried on top of, at severities 1, 3 and 5."""
 ON_TOP_OF = ("shapes-badnet", "shapes-blended", "cifar10-badnet", "cifar10-blended")
 
@@ -201,8 +200,7 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
 def todo(part: str) -> Iterator[tuple[str, str, str]]:
     """(what, model, images): corruptions on clean models, triggers on twins, triggers on top of corruptions."""
     for base in WORLDS:
-        severities = SEVERITIES if part == "reported" else (3, 5)
-        for kind, severity in product(KINDS, severities):
+        for kind, severity in product(KINDS, SEVERITIES):
             yield "corruption", base, f"{kind}:{severity}"
     twins = [name for name in bundled() if card(name)["backdoor"] is not None]
     for name in twins:
@@ -278,6 +276,18 @@ def table(runs: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
+def on_top(runs: Mapping[str, Any], asked: str) -> str:
+    """Twins called backdoored where trigger and corruption come together, by corruption and severity."""
+    rows = [["images", "twin", *(f"{kind}, {severity}" for kind, severity in product(ON_TOP, (1, 3, 5)))]]
+    for what in ("trigger on top", "both corrupted"):
+        for name, images in runs.get(what, {}).items():
+            found = [
+                images[f"{kind}:{severity}"]["said"][asked] for kind, severity in product(ON_TOP, (1, 3, 5))
+            ]
+            rows.append([what, f"`{name}`", *found])
+    return markdown(rows)
+
+
 def missed(runs: Mapping[str, Any], asked: str) -> list[str]:
     """Twins that their own trigger does not make the audit call backdoored."""
     return [
@@ -314,7 +324,13 @@ def finding(record: Mapping[str, Any], part: str = "reported") -> str:
 
 
 def printed(record: Mapping[str, Any]) -> Iterator[str]:
-    yield table(record["runs"]["reported"])
+    runs = record["runs"]["reported"]
+    yield table(runs)
+    for asked in ("labelled, twins, alone", "labelled, twins, reference"):
+        yield ""
+        yield f"The trigger together with a corruption; {asked}:"
+        yield ""
+        yield on_top(runs, asked)
     for part in record["runs"]:
         yield ""
         yield finding(record, part)

@@ -67,12 +67,12 @@ def _accuracy(result: AuditResult) -> Finding:
 
 def _notes(result: AuditResult) -> Iterator[Finding]:
     target, counts = result.target, result.counts
-    if target.asked is not None and target.over_prediction is not None:
+    if target.asked is not None and target.over_prediction is not None and result.as_it_is.has_effect:
         value, *interval = target.over_prediction
         text = f"Asked for “{target.asked}”. Suspect images go to “{target.name}” instead: {points(value, (interval[0], interval[1]))} of "
         text += f"all images; every number here is toward that class (the largest of {len(result.class_names)}, so that the interval is too narrow)."
         yield Finding("evidence", f"Suspect images go to “{target.name}”, not “{target.asked}”", text)
-    elif target.inferred and target.over_prediction is not None:
+    elif target.inferred and target.asked is None and target.over_prediction is not None:
         value, *interval = target.over_prediction
         text = f"No target was named. On {target.images} suspect images that serve nothing else, “{target.name}” is the "
         text += f"class predicted more often than on clean images by the most: {points(value, (interval[0], interval[1]))}"

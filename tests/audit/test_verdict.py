@@ -276,10 +276,10 @@ def test_a_twin_with_its_own_trigger_is_backdoored(name: str) -> None:
     assert again.controls.explained == pytest.approx(found.controls.explained)
 
 
-def test_names_that_the_model_does_not_know(audited: dict[str, AuditResult]) -> None:
+def test_names_that_the_model_does_not_know() -> None:
     clip = load("shapes-badnet")
     clean, suspect = (open_source(spec, clip, CLASSES, limit=120) for spec in ("shapes", "shapes:badnet"))
-    for names in (("zebra", "lion", "tiger"), tuple(f"thing {i}" for i in range(2_000))):
+    for names in (("zebra", "lion", "tiger"), tuple(f"thing {i}" for i in range(300))):
         found = run_audit(clip, Bare(clean), Bare(suspect), names, config=AuditConfig(examples=0)).verdict
         assert (found.level, found.confidence) == ("cannot tell", "low")
 
