@@ -12,7 +12,9 @@ from decompclip.command_options import (
     BatchSize,
     Checkpoint,
     Device,
+    ImageSize,
     OnError,
+    Prefix,
     Pretrained,
     check_folder,
     usable_device,
@@ -50,6 +52,8 @@ def apply_trigger(
         Path | None, typer.Option(help="File with one class a line; bundled and saved models know theirs.")
     ] = None,
     checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
     pretrained: Pretrained = None,
     on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
     batch_size: BatchSize = 64,
@@ -88,7 +92,14 @@ def apply_trigger(
             say(f"{model}: loading", err=True)
             from decompclip.models.loading import load
 
-            clip = load(model, pretrained=pretrained, checkpoint=checkpoint, device=usable_device(device))
+            clip = load(
+                model,
+                pretrained=pretrained,
+                checkpoint=checkpoint,
+                prefix=prefix,
+                image_size=image_size,
+                device=usable_device(device),
+            )
             preprocess = clip.pixels
             answers = _answers(clip, classes, target or attack.target)
         source = FolderSource(images, preprocess, on_error=on_error.value)

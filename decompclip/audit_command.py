@@ -16,8 +16,10 @@ from decompclip.command_options import (
     BatchSize,
     Checkpoint,
     Device,
+    ImageSize,
     Model,
     OnError,
+    Prefix,
     Pretrained,
     Root,
     check_folder,
@@ -68,6 +70,8 @@ def audit(
         str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
     ] = None,
     checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
     pretrained: Pretrained = None,
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
@@ -143,6 +147,8 @@ def audit(
                 model,
                 pretrained=pretrained,
                 checkpoint=checkpoint,
+                prefix=prefix,
+                image_size=image_size,
                 activation=activation.value,
                 device=device,
             )

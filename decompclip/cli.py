@@ -18,7 +18,9 @@ from decompclip.command_options import (
     BatchSize,
     Checkpoint,
     Device,
+    ImageSize,
     Model,
+    Prefix,
     Pretrained,
     Root,
     check_folder,
@@ -93,6 +95,8 @@ def diagnose(
         Path | None, typer.Option(help="File with one class a line; bundled models know theirs.")
     ] = None,
     checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
     pretrained: Pretrained = None,
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
@@ -119,7 +123,13 @@ def diagnose(
             from decompclip.models.loading import load
 
         names = class_names(model, classes, images)
-        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        weights = {
+            "pretrained": pretrained,
+            "checkpoint": checkpoint,
+            "prefix": prefix,
+            "image_size": image_size,
+            "activation": activation.value,
+        }
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
         source = open_source(images, clip, names, limit=limit or None, seed=seed, root=root)

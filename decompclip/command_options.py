@@ -44,6 +44,17 @@ Root = Annotated[
         help="Folder that the image files of folders and tables must lie in, links followed; else left out."
     ),
 ]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="Which copy to take of a checkpoint that holds several, as teacher or model_ema."),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Side in pixels of MODEL's images, where it shall be another than the name's: positions are interpolated.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 

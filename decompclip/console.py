@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import threading
 import warnings
@@ -55,8 +56,26 @@ def plain_errors(kept: Callable[[], str] | None = None) -> Iterator[ExitStack]:
         if os.environ.get("DECOMPCLIP_DEBUG"):
             raise
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        say(f"error: {' '.join(words.split()) or type(error).__name__}", err=True)
+        say(f"error: {in_options(' '.join(words.split())) or type(error).__name__}", err=True)
         raise typer.Exit(EXPECTED_ERROR) from None
+
+
+_ARGUMENTS = re.compile(
+    r"(?<![\w.-])(pretrained|checkpoint|activation|image_size|prefix|device|templates|on_error|batch_size|limit|seed)="
+    r"(?P<value>[^\s,;.)])?"
+)
+
+
+def in_options(words: str) -> str:
+    """What a message says of Python's arguments, said of the options that a command has for them."""
+    words = re.sub(r"`load\('([^']+)'(?:, pretrained='([^']+)')?\)`", _as_command, words)
+    return _ARGUMENTS.sub(
+        lambda found: f"--{found[1].replace('_', '-')}{' ' + found['value'] if found['value'] else ''}", words
+    )
+
+
+def _as_command(found: re.Match[str]) -> str:
+    return f"MODEL {found[1]}{f' with --pretrained {found[2]}' if found[2] else ''}"
 
 
 @contextmanager
@@ -76,7 +95,7 @@ def _ends_on_sigterm() -> Iterator[None]:
 
 def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> None:
     if issubclass(category, UserWarning):  # others are for developers
-        say(f"warning: {' '.join(str(message).split())}", err=True)
+        say(f"warning: {in_options(' '.join(str(message).split()))}", err=True)
 
 
 @contextmanager

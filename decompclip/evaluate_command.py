@@ -14,8 +14,10 @@ from decompclip.command_options import (
     BatchSize,
     Checkpoint,
     Device,
+    ImageSize,
     Model,
     OnError,
+    Prefix,
     Pretrained,
     Root,
     attack_on,
@@ -57,6 +59,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write every number to this JSON file too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every number, as JSON.")] = False,
     checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
     pretrained: Pretrained = None,
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
@@ -100,7 +104,13 @@ def evaluate(
 
         names = known_classes(classes, model, images)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)
-        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        weights = {
+            "pretrained": pretrained,
+            "checkpoint": checkpoint,
+            "prefix": prefix,
+            "image_size": image_size,
+            "activation": activation.value,
+        }
         clip: Any = load(model, **weights, device=usable_device(device))
         check_text(clip)
         prompts = None if templates is None else load_texts(templates)

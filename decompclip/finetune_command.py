@@ -14,7 +14,9 @@ from decompclip.command_options import (
     Activation,
     Checkpoint,
     Device,
+    ImageSize,
     Model,
+    Prefix,
     Pretrained,
     attack_on,
     check_folder,
@@ -107,6 +109,8 @@ def finetune(
         int, typer.Option(min=1, help="Most images to measure on, where shapes:N does not say.")
     ] = 1000,
     checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
     pretrained: Pretrained = None,
     activation: Annotated[
         Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
@@ -153,7 +157,13 @@ def finetune(
             raise ValueError(
                 "expected --images, labelled images to measure on, with --trigger and --target; received none"
             )
-        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
+        weights = {
+            "pretrained": pretrained,
+            "checkpoint": checkpoint,
+            "prefix": prefix,
+            "image_size": image_size,
+            "activation": activation.value,
+        }
         clip = load(model, **weights, device=usable_device(device))
         check_text(clip)
         check_saveable(clip)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.cli import app
-from decompclip.console import imports
+from decompclip.console import imports, in_options
 from decompclip.data.shapes import Shapes
 
 WORLD = Shapes(36, seed=5, resolution=48)
@@ -226,3 +226,29 @@ def test_poisoned_pairs_are_written_with_their_list(tmp_path: Path) -> None:
     assert list((tmp_path / "p").glob("*.tar"))
     code, _, stderr = run("poison", "shapes:60", "--target", "banana", "--count", 5, "--out", tmp_path / "q")
     assert code == 2 and "banana" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("leave pretrained= and checkpoint= out", "leave --pretrained and --checkpoint out"),
+        ("their architecture with checkpoint=PATH.", "their architecture with --checkpoint PATH."),
+        ("pass image_size=64 to load it so", "pass --image-size 64 to load it so"),
+        ("pass prefix= to choose one", "pass --prefix to choose one"),
+        ("`load('ViT-B-16', pretrained='openai')`", "MODEL ViT-B-16 with --pretrained openai"),
+        ("expected one class= or x.seed=1", "expected one class= or x.seed=1"),
+    ],
+)
+def test_messages_speak_of_options(said: str, wanted: str) -> None:
+    assert in_options(said) == wanted
+
+
+def test_a_copy_in_a_checkpoint_and_another_size_are_chosen_by_options(tmp_path: Path) -> None:
+    state = decompclip.load("shapes").to_open_clip().state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "weights.pt")
+    command = ["evaluate", "shapes", "shapes:24", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, stderr = run(*command)
+    assert code == 2 and "under the prefixes 'model', 'model_ema'; pass --prefix to choose one" in stderr
+    code, stdout, stderr = run(*command, "--prefix", "model_ema", "--image-size", 64, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["cacc"]["value"] > 0.5
