@@ -43,7 +43,7 @@ from decompclip.report import write_report
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
 
-SCAN = ScanConfig(steps=8, images=4, fit=16, held_out=24)
+SCAN = ScanConfig(steps=4, images=2, fit=20, held_out=20)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 
 
@@ -90,7 +90,12 @@ def scan(folder: Path) -> None:
 
 def bench(folder: Path) -> None:
     plan = Plan(
-        models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=30, slow_images=20
+        models=("shapes", "shapes-badnet"),
+        detectors=(),
+        repairs=("none",),
+        images=40,
+        slow_images=40,
+        draws=2,
     )
     with alone_in(folder):
         write_board(leaderboard(run(plan, folder)), folder)

@@ -18,10 +18,10 @@ CONFIG = ScanConfig(steps=4, images=2, fit=16, held_out=24, most_classes=3)
 def stopped_after(most: int) -> Any:
     seen = 0
 
-    def track(items: Iterable[Any], words: str, total: int) -> Iterator[Any]:
+    def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         nonlocal seen
         for item in items:
-            if "clean images" not in words:
+            if "clean images" not in description:
                 seen += 1
                 if seen > most:
                     raise KeyboardInterrupt
@@ -44,9 +44,9 @@ def test_it_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Monk
             scan(keep=tmp_path, track=stopped_after(most))
     steps: list[str] = []
 
-    def counted(items: Iterable[Any], words: str, total: int) -> Iterator[Any]:
+    def counted(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         for item in items:
-            steps.extend([words] if "clean images" not in words else [])
+            steps.extend([description] if "clean images" not in description else [])
             yield item
 
     assert scan(keep=tmp_path, track=counted) == whole
