@@ -124,7 +124,8 @@ def evaluate(
             on_error=on_error.value,
             root=root,
         )
-        classifier = clip.zero_shot_classifier(names, prompts)
+        with progress() as track:
+            classifier = clip.zero_shot_classifier(names, prompts, track=track)
         applied = attack and attack.trigger
         with progress() as track:
             found = run(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 Template = str | Callable[[str], str]
 """A prompt with one slot `{}` for the class's name, or a function from the name to the prompt."""
+
+Track = Callable[[Iterable[int], str, int], Iterator[int]]
+"""Shows progress: passes numbers of batches through while it says what is done and how many there are."""
 
 
 def zero_shot_classifier(
@@ -23,6 +25,7 @@ def zero_shot_classifier(
     *,
     batch_size: int = 256,
     allow_duplicates: bool = False,
+    track: Track | None = None,
 ) -> Float[Tensor, "class d_embed"]:
     """One unit vector a class: the mean over the templates of its unit text features, normalised again.
 
@@ -33,6 +36,7 @@ def zero_shot_classifier(
         batch_size: texts a call of `encode_text`.
         allow_duplicates: let two classes share a name, as two pairs of ImageNet's published names do; the
             later one is then never predicted.
+        track: shows progress, where there are several batches.
 
     Raises:
         ValueError: no classes, no templates, a name that stands twice, a template without a slot, or a
@@ -40,16 +44,27 @@ def zero_shot_classifier(
     """
     _check_names(class_names, allow_duplicates=allow_duplicates)
     _check_templates(templates)
-    prompts = [_fill(template, name) for name in class_names for template in templates]
+    places: dict[str, list[int]] = {}  # of each distinct prompt, the classes that it counts for
+    for place, name in enumerate(class_names):
+        for template in templates:
+            places.setdefault(_fill(template, name), []).append(place)
+    prompts = list(places)
+    starts: Iterable[int] = range(0, len(prompts), batch_size)
+    if track is not None and len(prompts) > batch_size:
+        words = f"texts of {len(class_names)} classes"
+        starts = track(starts, words, len(range(0, len(prompts), batch_size)))
+    sums: Tensor | None = None  # of the features of a class: never those of all prompts at once
     with torch.no_grad():
-        features = torch.cat(
-            [
-                F.normalize(encode_text(tokenize(prompts[start : start + batch_size])), dim=-1)
-                for start in range(0, len(prompts), batch_size)
-            ]
-        )
-        means = reduce(features, "(name template) d_embed -> name d_embed", "mean", template=len(templates))
-        return F.normalize(means, dim=-1)
+        for start in starts:
+            batch = prompts[start : start + batch_size]
+            features = F.normalize(encode_text(tokenize(batch)), dim=-1)
+            rows = torch.tensor([(i, place) for i, prompt in enumerate(batch) for place in places[prompt]])
+            rows = rows.to(features.device)
+            if sums is None:
+                sums = features.new_zeros(len(class_names), features.shape[1])
+            sums = sums.index_add(0, rows[:, 1], features[rows[:, 0]])
+        assert sums is not None
+        return F.normalize(sums / len(templates), dim=-1)
 
 
 def _fill(template: Template, name: str) -> str:

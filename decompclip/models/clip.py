@@ -17,6 +17,7 @@ from decompclip.models.config import ViTConfig
 from decompclip.models.convert import Source
 from decompclip.models.image_only import ImageOnly, MissingTextError
 from decompclip.models.preprocessing import Preprocessing, Transform
+from decompclip.models.prompts import causal, encode_prompts, keep, kept, key_of
 from decompclip.models.raw_pixels import RawPixels
 from decompclip.models.tokenizer import check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from decompclip.cache.components import Components
     from decompclip.cache.decomposition import Decomposition
     from decompclip.cache.maps import Convention
-    from decompclip.evaluation.zero_shot import Template
+    from decompclip.evaluation.zero_shot import Template, Track
 
 Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
 
@@ -237,6 +238,8 @@ class HookedCLIP(nn.Module):
         self,
         class_names: Sequence[str] | None = None,
         templates: str | Sequence[Template] | None = None,
+        *,
+        track: Track | None = None,
     ) -> Float[Tensor, "class d_embed"]:
         """One unit vector a class: the mean over the templates of its unit text features, normalised again.
 
@@ -245,6 +248,7 @@ class HookedCLIP(nn.Module):
             templates: prompts with one slot `{}`, or functions of the name; or, for a bundled model, the
                 name of a property (`"colour"`). By default the model's own, for the first property, or
                 else open_clip's `OPENAI_IMAGENET_TEMPLATES`.
+            track: shows progress, where there are many. The last few classifiers are kept while the text tower is as it was.
 
         Raises:
             ValueError: no class names, a single string for a list, a template without a slot.
@@ -252,7 +256,24 @@ class HookedCLIP(nn.Module):
         from decompclip.evaluation.zero_shot import zero_shot_classifier
 
         names = self.class_names if class_names is None else class_names
-        return zero_shot_classifier(self.encode_text, self.tokenize, names, self._templates(templates))
+        chosen = self._templates(templates)
+        key = (
+            None
+            if isinstance(names, str) or isinstance(chosen, str)
+            else key_of(names, chosen, self.tokenizer)
+        )
+        if key is not None and (found := kept(self.text, key)) is not None:
+            return found
+        classifier = zero_shot_classifier(self._encode_prompts, self.tokenize, names, chosen, track=track)
+        if key is not None:
+            keep(self.text, key, classifier)
+        return classifier
+
+    def _encode_prompts(self, tokens: Int[Tensor, "text position"]) -> Float[Tensor, "text d_embed"]:
+        if not causal(self.text):
+            return self.encode_text(tokens)
+        check_tokens(tokens, self.context_length, getattr(self.text, "vocab_size", None))
+        return encode_prompts(self.text, tokens.to(self.device))
 
     def _templates(self, templates: str | Sequence[Template] | None) -> Sequence[Template]:
         if templates is None:
