@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,7 @@ def preprocess_in(folder: Path, model_type: str, image_size: int | Sequence[int]
             found = part(found, key, source=str(path)) if key else found
             if found:
                 return preprocess_of(found, model_type, image_size, source=str(path))
-    warnings.warn(
-        f"{folder} does not say how images are prepared; those of {model_type!r} models were taken",
-        stacklevel=6,
-    )
+    warn_caller(f"{folder} does not say how images are prepared; those of {model_type!r} models were taken")
     return dict(DEFAULTS[model_type])
 
 
