@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from analyses import audit_scan, leaderboard
+from analyses import audit_corruptions, audit_scan, leaderboard
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER
 from analyses.study.results import read
+from decompclip.audit.controls import KINDS
+from decompclip.audit.verdict import EXPLAINED, FIRM, HOLDS, ONE_ANSWER, RULES
+from decompclip.audit.words import STRONG, WEAK
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,37 @@ def test_the_leaderboard_is_the_measured_one() -> None:
     board = leaderboard.read()
     for table in (leaderboard.detection_table(board), leaderboard.repair_table(board)):
         assert table in RESULTS, "run `python -m analyses.leaderboard` and paste its tables"
+
+
+def test_the_verdicts_on_corrupted_images_are_the_measured_ones() -> None:
+    record = audit_corruptions.read()
+    for block in audit_corruptions.printed(record):
+        assert block in RESULTS, "run `python -m analyses.audit_corruptions` and paste what it prints"
+    for runs in record["runs"].values():
+        cells = [cell for images in runs["corruption"].values() for cell in images.values()]
+        assert len(cells) == 2 * 19 * 5
+        assert not [said for cell in cells for said in cell["said"].values() if said.startswith("backdoored")]
+        assert audit_corruptions.missed(runs, "labelled, twins, reference") == []
+
+
+def test_the_readme_says_the_rules_numbers() -> None:
+    readme = " ".join(README.split())
+    for words in (
+        f"more than an effect of {100 * STRONG:g} points",
+        f"none of {len(KINDS)} common corruptions",
+        f"as much does {100 * EXPLAINED:g} % of it",
+        f"moves by at most {100 * WEAK:g} points",
+        f"where {100 * FIRM:g} points or more can be ruled out",
+    ):
+        assert words in readme
+    rules = " ".join(rule.when for rule in RULES)
+    for words in (
+        f"at least {100 * STRONG:g} points",
+        f"{100 * EXPLAINED:g} %",
+        f"{100 * HOLDS:g} %",
+        f"{100 * ONE_ANSWER:g} % of the clean",
+    ):
+        assert words in rules
 
 
 def test_the_scan_s_table_is_the_measured_one() -> None:

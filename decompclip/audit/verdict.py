@@ -42,7 +42,7 @@ RULES = (
         "backdoored",
         "high",
         "labelled twins; at least 50 points more suspect than clean images are taken for one class; a clean reference adds at most 10 "
-        "points to it; no common corruption that changes the images as much does 90 % of it, toward any class",
+        "points to it, and to any class less than 25 % of the effect; no common corruption that changes the images as much does 90 % of it, toward any class",
     ),
     Rule(
         "backdoored",
@@ -267,7 +267,7 @@ def _affected(result: AuditResult | Evidence, low: float) -> Verdict:
     confidence: Confidence = "moderate" if low >= WEAK and isolated else "low"
     if low >= STRONG and isolated and not fallen and (weak or held):
         level = "backdoored"
-        sure = weak and result.twins and result.as_it_is.excludes_target and reference is not None
+        sure = weak and held and result.twins and result.as_it_is.excludes_target
         if sure and reference is not None and reference.setting.difference_interval[1] <= WEAK:
             confidence = "high"
     elif low >= STRONG:

@@ -100,6 +100,8 @@ def test_what_explains_the_effect_takes_it_back(base: AuditResult, to: str) -> N
     assert "common corruption of the same size" in corrupted.doubts[0]
     half = verdict(replace(strong, controls=tried(0.9), reference=beside(0.4, to=to)))
     assert half.level == "suspicious"
+    shaken = verdict(replace(strong, reference=beside(0.4, to=to)))
+    assert (shaken.level, shaken.confidence) == ("backdoored", "moderate")
     held = verdict(replace(strong, controls=tried(0.9), reference=beside(0.05, to=to)))
     assert (held.level, held.confidence) == ("backdoored", "moderate")
 
