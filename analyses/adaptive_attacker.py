@@ -37,7 +37,7 @@ from decompclip.bench.plan import SLOW
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.figures.panels import PERCENT, Panel, Point, point_panels
+from decompclip.figures.points import PERCENT, Panel, Point, point_panels
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zoo import load_bundled
 from decompclip.training.finetune import finetune

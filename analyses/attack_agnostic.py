@@ -41,7 +41,7 @@ from decompclip.defenses.class_distance import ClassDistance
 from decompclip.defenses.component_distances import ComponentDistances
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.evaluation.metrics import auroc
-from decompclip.figures.panels import Panel, Point, point_panels
+from decompclip.figures.points import Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Without a hint: designs of detection and repair"

@@ -27,8 +27,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, carries, curve, groups, mean
 from decompclip.cache.moments import Moments
-from decompclip.figures.lines import LinePanel, line_panels
-from decompclip.figures.panels import PERCENT
+from decompclip.figures.curves import LinePanel, line_panels
+from decompclip.figures.points import PERCENT
 from decompclip.operators.mmd import Kernel, layer_mmd
 from decompclip.operators.sweep_results import Kind, Scheme
 from decompclip.operators.sweeps import ablation_sweep

@@ -29,8 +29,8 @@ from analyses.study.family import Family
 from analyses.study.summary import mean
 from analyses.study.words import words
 from decompclip.cache.components import heads
-from decompclip.figures.head_gallery import HeadPair, head_pairs
-from decompclip.figures.maps import picture
+from decompclip.figures.gallery import HeadPair, head_pairs
+from decompclip.figures.pictures import picture
 from decompclip.operators.attention import contribution_maps
 from decompclip.operators.mmd import head_mmd
 from decompclip.operators.roles import role_change

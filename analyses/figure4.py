@@ -27,7 +27,7 @@ from analyses.study.family import Family
 from analyses.study.summary import curve, groups, mean
 from analyses.study.words import words
 from decompclip.cache.components import mlps
-from decompclip.figures.lines import LinePanel, line_panels
+from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.operators.roles import role_change
 
 TITLE = "Figure 4: what MLPs say, layer by layer"

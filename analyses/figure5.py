@@ -30,7 +30,7 @@ from analyses.study.family import Family
 from analyses.study.summary import by_attack, mean
 from decompclip.defenses.selector import Selector, Similarity
 from decompclip.evaluation.metrics import auroc
-from decompclip.figures.lines import Curve, LinePanel, line_panels
+from decompclip.figures.curves import Curve, LinePanel, line_panels
 
 TITLE = "Figure 5: similarity of heads to their prototypes"
 

@@ -24,8 +24,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, mean
 from decompclip.defenses.decomp_rep import DecompRep
-from decompclip.figures.lines import LinePanel, line_panels
-from decompclip.figures.panels import PERCENT
+from decompclip.figures.curves import LinePanel, line_panels
+from decompclip.figures.points import PERCENT
 
 TITLE = "Figure 6: the threshold epsilon"
 

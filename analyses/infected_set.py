@@ -33,8 +33,8 @@ from decompclip.audit.infected import as_many, infected_parts
 from decompclip.audit.shift import shift
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
-from decompclip.figures.lines import LinePanel, line_panels
-from decompclip.figures.panels import PERCENT
+from decompclip.figures.curves import LinePanel, line_panels
+from decompclip.figures.points import PERCENT
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.parts import Part
 

@@ -31,7 +31,7 @@ from decompclip.bench.measure import area
 from decompclip.bench.memory import Remembering
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.figures.panels import Panel, point_panels
+from decompclip.figures.points import Panel, point_panels
 
 TITLE = "Table 2: detection of triggered images"
 

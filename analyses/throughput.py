@@ -31,7 +31,7 @@ from decompclip.cache.components import heads
 from decompclip.cache.moments import Moments
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.guard import Guard
-from decompclip.figures.panels import Panel, Point, point_panels
+from decompclip.figures.points import Panel, Point, point_panels
 from decompclip.operators.attention import contribution_maps
 from decompclip.operators.sweeps import ablation_sweep
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from decompclip.attacks.preview import preview
+from decompclip.attacks.preview import preview, save_gallery
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
-from decompclip.figures.triggers import save_gallery
 from decompclip.models.zoo import bundled, card
 
 RESULT = Path(__file__).parent / "results" / "trigger_gallery.png"

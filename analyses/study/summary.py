@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from decompclip.figures.lines import Curve
-from decompclip.figures.panels import Point
+from decompclip.figures.curves import Curve
+from decompclip.figures.points import Point
 
 GATE = 0.5
 """Share of the clean accuracy that an ablation may leave where it is to say something of a backdoor."""

@@ -1,109 +1,273 @@
-"""Mean-ablation layer by layer: attack success, its control and clean accuracy (He et al., Figures 1 and 2)."""
+"""Curves in panels: several series over one axis, each with its band."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.evaluation.intervals import Rate
-from decompclip.figures.rates import short
-from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS, TEMPLATE, Style, band
+from decompclip.figures.points import PERCENT, Point
+from decompclip.figures.theme import TEMPLATE, Style, band, lettered, styled
 
-if TYPE_CHECKING:
-    from decompclip.audit.result import Ablations
-    from decompclip.audit.scoring import Setting
+LINE = 15
+"""Pixels of height a further line of a title takes."""
 
-KINDS = {"heads": "heads", "mlps": "MLPs"}
-AXES = {"forward": "layers 0 to x", "backward": "layers x to {last}", "separate": "layer x alone"}
+FEW = 40
+"""Places along x up to which each carries a marker."""
 
 
-def ablation_curves(ablations: Ablations, before: Setting, *, wide: bool = True) -> go.Figure:
-    """One panel for each kind of component and scheme; thin lines are the model as it is.
+@dataclass(frozen=True)
+class Curve:
+    """Values along x, with the ends of a band around them.
+
+    Attributes:
+        thin: a second, thinner curve that goes with them.
+        hollow: whether the marker of each place is drawn in outline.
+        large: the place whose marker is larger than the others.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    thin: Sequence[float] | None = None
+    hollow: Sequence[bool] | None = None
+    large: int | None = None
+
+
+@dataclass(frozen=True)
+class LinePanel:
+    """One pair of axes.
+
+    Attributes:
+        title: above it.
+        x: title of the horizontal axis.
+        y: title of the vertical one.
+        curves: by series.
+        log_x: whether x is drawn on a logarithmic axis.
+        log_y: likewise.
+        ends: of the vertical axis.
+        marks: where vertical lines stand, and what they say.
+        levels: of series, where a dashed horizontal line of theirs stands, such as what was before.
+        whole: whether x counts: whole ticks alone.
+        ticks: names of x = 0, 1, ...
+        diagonal: whether a thin line shows where y is x.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, Curve]
+    log_x: bool = False
+    log_y: bool = False
+    ends: tuple[float, float] | None = None
+    marks: Mapping[float, str] | None = None
+    levels: Mapping[str, float] | None = None
+    whole: bool = False
+    ticks: Sequence[str] | None = None
+    diagonal: bool = False
+
+
+def line_panels(
+    panels: Sequence[LinePanel],
+    *,
+    columns: int,
+    row_height: int = 210,
+    shared_y: bool = True,
+    styles: Mapping[str, Style] | None = None,
+) -> go.Figure:
+    """Panels row by row, with letters; a series looks the same in all of them.
 
     Args:
-        wide: two rows of three panels, for a whole page's width; else three rows of two.
+        panels: in reading order.
+        columns: panels in a line.
+        row_height: pixels of a panel's height.
+        shared_y: whether a line of panels has one vertical axis.
+        styles: of the series; by default one after the other of the theme's.
+
+    Raises:
+        ValueError: more series than styles.
     """
-    n_layers = len(ablations.sweeps["heads"]["forward"])
-    panels = [(k, s) for k in KINDS for s in AXES] if wide else [(k, s) for s in AXES for k in KINDS]
-    rows, columns = (2, 3) if wide else (3, 2)
-    titles = [f"{KINDS[k]}, {AXES[s].format(last=n_layers - 1)}" for k, s in panels]
+    look = styled([name for panel in panels for name in panel.curves], styles)
+    rows = -(-len(panels) // columns)
+    above = LINE * max(panel.title.count("<br>") for panel in panels)
+    titled = any(panel.title for panel in panels)
+    gap, top = 84 + above, (64 if titled else 40) + above
+    height = 48 + top + row_height * rows + gap * (rows - 1)
     plot = make_subplots(
         rows,
         columns,
-        subplot_titles=titles,
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        vertical_spacing=0.17 if wide else 0.12,
+        subplot_titles=lettered([panel.title for panel in panels]),
+        shared_yaxes=shared_y,
+        horizontal_spacing=0.04 if shared_y else 0.09,
+        vertical_spacing=gap / (height - 48 - top) if rows > 1 else 0,
     )
-    for place, (kind, scheme) in enumerate(panels):
-        for trace in _panel(ablations.sweeps[kind][scheme], before, legend=place == 0):
-            plot.add_trace(trace, row=place // columns + 1, col=place % columns + 1)
-    rate_axes(plot, n_layers, rows, columns)
+    shown: set[str] = set()
+    for place, panel in enumerate(panels):
+        row, col = place // columns + 1, place % columns + 1
+        several = len(look) > 1
+        drawn = [
+            trace
+            for name, curve in panel.curves.items()
+            for trace in _traces(name, look[name], curve, legend=several and name not in shown)
+        ]
+        shown.update(panel.curves)
+        drawn += [_level(name, look[name], y, panel) for name, y in (panel.levels or {}).items()]
+        if panel.diagonal:
+            drawn.append(_diagonal(panel))
+        for trace in sorted(drawn, key=lambda trace: trace.fill != "toself"):  # no band over another's line
+            plot.add_trace(trace, row=row, col=col)
+        _axes(plot, panel, row, col, titled=col == 1 or not shared_y)
     plot.update_layout(
         template=TEMPLATE,
-        height=500 if wide else 660,
+        height=height,
         autosize=True,
-        margin={"l": 56, "r": 12, "t": 66, "b": 48},
-        legend={"y": 1.1 if wide else 1.06},
+        margin={"l": 60, "r": 16, "t": top, "b": 48},
+        legend={"y": 1 + ((26 if titled else 4) + above) / (height - 48 - top)},
     )
+    plot.update_annotations(font_size=12)
     return plot
 
 
-def _panel(settings: Sequence[Setting], before: Setting, *, legend: bool) -> list[go.Scatter]:
-    traces = []
-    for style, values, start in (
-        (ACCURACY, [setting.report.cacc for setting in settings], before.report.cacc),
-        (CONTROL, [setting.control for setting in settings], before.control),
-        (SUCCESS, [setting.success for setting in settings], before.success),
-    ):
-        known = [(layer, rate) for layer, rate in enumerate(values) if rate is not None and rate.total]
-        if known and start is not None:
-            traces += rate_series(style, known, start, len(settings), legend=legend)
-    return traces
+def sweep_panels(
+    panels: Mapping[str, Mapping[Style, Sequence[Point | None]]],
+    before: Mapping[Style, float],
+    *,
+    columns: int = 3,
+    x: str = "x, counted from 0",
+    ticks: Sequence[str] | None = None,
+) -> go.Figure:
+    """Shares of the images setting by setting, in percent with their bands; dashed lines are the model as it is.
+
+    Args:
+        panels: by title and series, a share for each setting; None where there is none.
+        before: by series, its share with nothing changed.
+        columns: panels in a line.
+        x: title of the horizontal axis.
+        ticks: names of the settings; by default they are counted.
+    """
+    drawn = []
+    for title, series in panels.items():
+        curves = {}
+        for style, points in series.items():
+            known = [(float(place), p) for place, p in enumerate(points) if p is not None]
+            if known:
+                curves[style.short] = Curve(
+                    [place for place, _ in known],
+                    [p.value for _, p in known],
+                    [p.value if p.low is None else p.low for _, p in known],
+                    [p.value if p.high is None else p.high for _, p in known],
+                )
+        levels = {style.short: value for style, value in before.items() if style.short in curves}
+        panel = LinePanel(title, x, "images, %", curves, ends=PERCENT, levels=levels, whole=True, ticks=ticks)
+        drawn.append(panel)
+    styles = {style.short: style for series in panels.values() for style in series}
+    return line_panels(drawn, columns=min(columns, len(drawn)), row_height=150, styles=styles)
 
 
-def rate_axes(plot: go.Figure, n_layers: int, rows: int, columns: int) -> None:
-    """Layers to the right and percents upward, titled at the edges of the panels alone."""
-    plot.update_xaxes(dtick=1 if n_layers <= 12 else 2 if n_layers <= 24 else 4, range=[-0.3, n_layers - 0.7])
-    plot.update_yaxes(range=[-3, 103], dtick=25)
-    for column in range(1, columns + 1):
-        plot.update_xaxes(title="x, counted from 0", row=rows, col=column)
-    for row in range(1, rows + 1):
-        plot.update_yaxes(title="images, %", row=row, col=1)
-    plot.update_annotations(font_size=12)
+def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool) -> None:
+    plot.update_xaxes(title=panel.x, type="log" if panel.log_x else "linear", row=row, col=col)
+    if panel.log_x:
+        plot.update_xaxes(dtick=1, tickformat="~g", row=row, col=col)
+    plot.update_yaxes(
+        title=panel.y if titled else None, type="log" if panel.log_y else "linear", row=row, col=col
+    )
+    if panel.whole:
+        n = max(len(found.x) for found in panel.curves.values())
+        plot.update_xaxes(dtick=1 if n <= 12 else 2 if n <= 24 else 4, row=row, col=col)
+    if panel.ticks is not None:
+        names = {"tickvals": list(range(len(panel.ticks))), "ticktext": list(panel.ticks)}
+        plot.update_xaxes(tickangle=-30, automargin=True, row=row, col=col, **names)
+    if panel.ends is not None:
+        plot.update_yaxes(range=panel.ends, row=row, col=col)
+    for x, text in (panel.marks or {}).items():
+        plot.add_trace(_mark(x, text, panel), row=row, col=col)
 
 
-def rate_series(
-    style: Style, known: Sequence[tuple[int, Rate]], start: Rate, n_layers: int, *, legend: bool
-) -> list[go.Scatter]:
-    """A rate layer by layer with its band, and a line where it started."""
-    layers = [layer for layer, _ in known]
-    ends = ([100 * rate.low for _, rate in known], [100 * rate.high for _, rate in known])
+def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.Scatter]:
+    traces: list[Any] = []
+    said, ends = "%{y:.3g}", None
+    if curve.low is not None and curve.high is not None:
+        traces.append(band(curve.x, curve.low, curve.high, style, legendgroup=name))
+        said, ends = (
+            "%{y:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]",
+            list(zip(curve.low, curve.high, strict=True)),
+        )
+    if curve.thin is not None:
+        traces.append(
+            go.Scatter(
+                x=list(curve.x),
+                y=list(curve.thin),
+                mode="lines",
+                line={"color": style.colour, "width": 1, "dash": "dot"},
+                legendgroup=name,
+                showlegend=False,
+                hovertemplate="%{x:.4g}: control %{y:.3g}<extra>" + name + "</extra>",
+            )
+        )
+    marker = style.marker(size=6)
+    if curve.hollow is not None:
+        marker["symbol"] = [style.symbol + ("-open" if open_ else "") for open_ in curve.hollow]
+    if curve.large is not None:
+        marker["size"] = [13 if place == curve.large else 5 for place in range(len(curve.x))]
     return [
-        band(layers, *ends, style, legendgroup=style.label),
+        *traces,
         go.Scatter(
-            x=[-0.3, n_layers - 0.7],
-            y=[100 * start.value] * 2,
-            mode="lines",
-            line={"color": style.colour, "width": 1, "dash": style.dash},
-            opacity=0.55,
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=style.label,
-        ),
-        go.Scatter(
-            x=layers,
-            y=[100 * rate.value for _, rate in known],
-            mode="lines+markers",
+            x=list(curve.x),
+            y=list(curve.y),
+            mode="lines+markers" if len(curve.x) <= FEW else "lines",
             line=style.line(),
-            marker=style.marker(size=6),
-            name=short(style),
-            legendgroup=style.label,
+            marker=marker,
+            name=name,
+            legendgroup=name,
             showlegend=legend,
-            customdata=[str(rate) for _, rate in known],
-            hovertemplate="x = %{x}: %{customdata}<extra>" + short(style) + "</extra>",
+            customdata=ends,
+            hovertemplate="%{x:.4g}: " + said + "<extra>" + name + "</extra>",
         ),
     ]
+
+
+def _level(name: str, style: Style, y: float, panel: LinePanel) -> go.Scatter:
+    """A dashed horizontal line in a series' colour."""
+    places = [x for curve in panel.curves.values() for x in curve.x]
+    return go.Scatter(
+        x=[min(places), max(places)],
+        y=[y, y],
+        mode="lines",
+        line={"color": style.colour, "width": 1, "dash": "longdash"},
+        legendgroup=name,
+        showlegend=False,
+        hovertemplate=f"before: {y:.3g}<extra>{name}</extra>",
+    )
+
+
+def _diagonal(panel: LinePanel) -> go.Scatter:
+    ends = list(panel.ends or (0.0, 1.0))
+    return go.Scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        line={"width": 1, "dash": "dot", "color": "#808a94"},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _mark(x: float, text: str, panel: LinePanel) -> go.Scatter:
+    """A thin vertical line, named at its lower end."""
+    values = [v for curve in panel.curves.values() for v in curve.y]
+    low, high = panel.ends or (min(values), max(values))
+    return go.Scatter(
+        x=[x, x],
+        y=[low, high],
+        mode="lines+text",
+        text=[text, ""],
+        textposition="top right",
+        textfont={"size": 10},
+        line={"width": 1, "dash": "dot", "color": "#808a94"},
+        hoverinfo="skip",
+        showlegend=False,
+    )

@@ -1,24 +1,22 @@
-"""Maps over pictures, heads by images, as in He et al., Figure 3."""
+"""Pictures in rows: maps of heads over images (He et al., Figure 3), heads beside each other, and triggers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from einops import repeat
-from jaxtyping import Bool, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.maps import picture, tint
-from decompclip.figures.theme import INK, TEMPLATE
-
-if TYPE_CHECKING:
-    from decompclip.operators.token_maps import TokenMaps
+from decompclip.figures.pictures import picture, tint
+from decompclip.figures.theme import DIVERGING, INK, TEMPLATE, escaped
 
 Scale = Literal["map", "shared"]
 
@@ -30,8 +28,41 @@ LETTER = 6.3
 """Width of a letter of the small print, pixels: about that of the widest font in the theme's list."""
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """Maps over the same images, one a row of the gallery.
+
+    Attributes:
+        patches: a number a patch.
+        labels: of the maps.
+        names: of the images.
+        image_size: height and width, pixels.
+        patch_size: likewise.
+        signed: whether numbers are shown on both sides of zero.
+        toward: what signed numbers are counted toward.
+        pictures: the images themselves, where they are known.
+    """
+
+    patches: Float[Tensor, "map batch rows columns"]
+    labels: Sequence[str]
+    names: Sequence[str]
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    signed: bool
+    toward: str = ""
+    pictures: UInt8[Tensor, "batch h w 3"] | None = None
+
+    @property
+    def top(self) -> Float[Tensor, " map"]:
+        """Largest size of each map over all images: the end of its colours."""
+        return self.patches.abs().amax((1, 2, 3))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def gallery(
-    *maps: TokenMaps,
+    *maps: Overlay,
     masks: Bool[Tensor, "batch h w"] | None = None,
     scale: Scale = "map",
     smooth: bool = False,
@@ -98,7 +129,7 @@ def gallery(
     return plot
 
 
-def _check(maps: Sequence[TokenMaps], masks: Tensor | None, scale: str, notes: Sequence[str]) -> None:
+def _check(maps: Sequence[Overlay], masks: Tensor | None, scale: str, notes: Sequence[str]) -> None:
     if not maps:
         raise ValueError("expected maps to show; received none; make them with contribution_maps")
     if scale not in get_args(Scale):
@@ -130,13 +161,13 @@ def _panels(rows: int, columns: int, image: tuple[int, int]) -> tuple[go.Figure,
     return plot, (high, broad)
 
 
-def _end(maps: Sequence[TokenMaps], of: TokenMaps, index: int, scale: Scale) -> float:
+def _end(maps: Sequence[Overlay], of: Overlay, index: int, scale: Scale) -> float:
     """The number of the strongest colour; shared, it is one for all that is signed and one for the rest."""
     alike = [float(other.top.max()) for other in maps if other.signed == of.signed]
     return (float(of.top[index]) if scale == "map" else max(alike)) or 1.0
 
 
-def _heat(of: TokenMaps, index: int, column: int, top: float, smooth: bool) -> go.Heatmap:
+def _heat(of: Overlay, index: int, column: int, top: float, smooth: bool) -> go.Heatmap:
     height, width = of.patch_size
     return go.Heatmap(
         z=of.patches[index, column].numpy(),
@@ -145,7 +176,7 @@ def _heat(of: TokenMaps, index: int, column: int, top: float, smooth: bool) -> g
         colorscale=_see_through(of.signed),
         zsmooth="best" if smooth else False,
         showscale=False,
-        hovertemplate=f"{of.labels[index]}, {_escaped(of.names[column])}: %{{z:.4f}}<extra></extra>",
+        hovertemplate=f"{of.labels[index]}, {escaped(of.names[column])}: %{{z:.4f}}<extra></extra>",
     )  # fmt: skip
 
 
@@ -159,7 +190,7 @@ def _see_through(signed: bool) -> list[list[Any]]:
     ]
 
 
-def _legend(plot: go.Figure, maps: Sequence[TokenMaps], scale: Scale) -> None:
+def _legend(plot: go.Figure, maps: Sequence[Overlay], scale: Scale) -> None:
     """One colour bar for all that is signed, one for the rest."""
     for place, signed in enumerate(sorted({of.signed for of in maps}, reverse=True)):
         of = next(of for of in maps if of.signed == signed)
@@ -190,15 +221,11 @@ def _name_row(plot: go.Figure, row: int, columns: int, text: str) -> None:
 
 
 def _words(name: str, room: int) -> dict[str, Any]:
-    return {"text": _short(name, room), "showarrow": False, "font": {"size": 11}, "hovertext": _escaped(name)}
+    return {"text": _short(name, room), "showarrow": False, "font": {"size": 11}, "hovertext": escaped(name)}
 
 
 def _short(text: str, width: int) -> str:
-    return _escaped(text if len(text) <= width else text[: width - 1] + "…")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "%&#123;")
+    return escaped(text if len(text) <= width else text[: width - 1] + "…")
 
 
 def _axis(letter: str, panel: int) -> str:
@@ -242,3 +269,145 @@ def _outline(mask: np.ndarray) -> tuple[go.Scatter, go.Scatter]:
         go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name="mask") for line in lines
     )
     return rim, border
+
+
+Grid = Sequence[Sequence[float]]
+
+CELL = 96
+"""Pixels of a map's side."""
+
+
+@dataclass(frozen=True)
+class HeadPair:
+    """Maps of one head on the clean and on the triggered image, and two short lines about it."""
+
+    title: str
+    clean: Grid
+    triggered: Grid
+
+
+def head_pairs(
+    heads: Sequence[HeadPair],
+    *,
+    unit: str,
+    pictures: tuple[str, str] | None = None,
+    marked: Sequence[tuple[int, int]] = (),
+) -> go.Figure:
+    """Two rows, clean above triggered; a column a head, behind one of the pictures where they are known.
+
+    Args:
+        pictures: data URIs of the clean and the triggered image.
+        marked: patches (row, column) that the trigger touches, outlined in the lower row.
+    """
+    first = 1 if pictures else 0
+    columns = len(heads) + first
+    titles = ["image"] * first + [head.title for head in heads] + [""] * columns
+    plot = make_subplots(2, columns, subplot_titles=titles, horizontal_spacing=0.008, vertical_spacing=0.04)
+    top = max(
+        (abs(v) for h in heads for grid in (h.clean, h.triggered) for row in grid for v in row), default=1.0
+    )
+    for column, head in enumerate(heads, 1 + first):
+        for row, grid in enumerate((head.clean, head.triggered), 1):
+            plot.add_trace(
+                go.Heatmap(
+                    z=[list(line) for line in grid],
+                    colorscale=DIVERGING,
+                    zmin=-top,
+                    zmax=top,
+                    showscale=column == columns and row == 1,
+                    colorbar={
+                        "title": {"text": unit, "side": "right"},
+                        "thickness": 10,
+                        "len": 1.0,
+                        "y": 0.5,
+                    },
+                    hovertemplate="row %{y}, column %{x}: %{z:.4f}<extra></extra>",
+                ),
+                row=row,
+                col=column,
+            )
+        for y, x in marked:
+            plot.add_trace(_patch_border(y, x), row=2, col=column)
+    for row, source in enumerate(pictures or (), 1):
+        plot.add_trace(go.Image(source=source, hoverinfo="skip"), row=row, col=1)
+    plot.update_xaxes(visible=False, constrain="domain")
+    plot.update_yaxes(visible=False, autorange="reversed", constrain="domain")
+    for number in range(1, 2 * columns + 1):  # square patches
+        plot.layout[f"yaxis{number if number > 1 else ''}"].scaleanchor = f"x{number if number > 1 else ''}"
+    for row, name in enumerate(("clean", "triggered"), 1):
+        plot.update_yaxes(
+            visible=True, showticklabels=False, showgrid=False, ticks="", title=name, row=row, col=1
+        )
+    plot.update_layout(
+        template=TEMPLATE,
+        height=2 * CELL + 96,
+        autosize=True,
+        margin={"l": 34, "r": 70, "t": 62, "b": 16},
+        showlegend=False,
+    )
+    plot.update_annotations(font_size=10)
+    return plot
+
+
+def _patch_border(y: int, x: int) -> go.Scatter:
+    return go.Scatter(
+        x=[x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5],
+        y=[y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
+        mode="lines",
+        line={"color": "#333d47", "width": 1.5},
+        hoverinfo="skip",
+    )
+
+
+TRIGGER_COLUMNS = ("clean", "triggered", "difference x 10, around grey")
+TILE = 192
+_LABEL, _HEAD = 190, 26
+
+
+@dataclass(frozen=True)
+class TriggerRow:
+    """One trigger: lines about it, and a tile for each of `TRIGGER_COLUMNS`."""
+
+    lines: Sequence[str]
+    tiles: Sequence[UInt8[Tensor, "h w 3"]]
+
+
+def trigger_gallery(rows: Sequence[TriggerRow]) -> go.Figure:
+    """One row a trigger, its name and fidelity beside it."""
+    plot = make_subplots(
+        rows=len(rows),
+        cols=len(TRIGGER_COLUMNS),
+        column_titles=TRIGGER_COLUMNS,
+        row_titles=["<br>".join(row.lines) for row in rows],
+        horizontal_spacing=0.02,
+        vertical_spacing=0.02 if len(rows) < 2 else min(0.02, 0.3 / (len(rows) - 1)),
+    )
+    for number, row in enumerate(rows, start=1):
+        for column, tile in enumerate(row.tiles, start=1):
+            plot.add_trace(go.Image(source=picture(tile), hoverinfo="skip"), row=number, col=column)
+    plot.update_xaxes(visible=False).update_yaxes(visible=False)
+    plot.for_each_annotation(lambda note: note.update(textangle=0, font_size=12))
+    margin = {"l": 8, "r": 190, "t": 36, "b": 8}
+    return plot.update_layout(template=TEMPLATE, height=(TILE + GAP) * len(rows) + 44, margin=margin)
+
+
+def trigger_sheet(rows: Sequence[TriggerRow]) -> Image.Image:
+    """The same gallery as one picture, without a browser."""
+    width = _LABEL + len(TRIGGER_COLUMNS) * (TILE + GAP) + GAP
+    sheet = Image.new("RGB", (width, _HEAD + len(rows) * (TILE + GAP)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for column, title in enumerate(TRIGGER_COLUMNS):
+        pen.text((_LABEL + column * (TILE + GAP), 5), title.split(",")[0], fill=INK, font=font)
+    for number, row in enumerate(rows):
+        top = _HEAD + number * (TILE + GAP)
+        pen.multiline_text((GAP, top + 8), "\n".join(row.lines), fill=INK, font=font, spacing=5)
+        for column, tile in enumerate(row.tiles):
+            sheet.paste(_fitted(Image.fromarray(tile.numpy())), (_LABEL + column * (TILE + GAP), top))
+    return sheet
+
+
+def _fitted(tile: Image.Image) -> Image.Image:
+    """At most a tile wide and high; enlarged pixels stay squares."""
+    larger = max(tile.size) > TILE
+    size = tuple(max(1, round(TILE * n / max(tile.size))) for n in tile.size)
+    return tile.resize((size[0], size[1]), Image.Resampling.LANCZOS if larger else Image.Resampling.NEAREST)

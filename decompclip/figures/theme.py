@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ class Style:
         return {"color": self.colour, "symbol": self.symbol, "size": 8} | more
 
     @property
+    def short(self) -> str:
+        """The label without its explanation, for legends."""
+        return self.label.split(" (")[0]
+
+    @property
     def band(self) -> str:
         red, green, blue = (int(self.colour[i : i + 2], 16) for i in (1, 3, 5))
         return f"rgba({red}, {green}, {blue}, {BAND})"
@@ -51,6 +56,14 @@ RULES = (
     Style("", "#CC79A7", "dashdot", "triangle-up"),
 )
 
+STYLES = (
+    *RULES,
+    Style("", "#E69F00", "longdash", "cross"),
+    Style("", "#56B4E9", "longdashdot", "x"),
+    Style("", "#333d47", "solid", "star"),
+)
+"""Of series without a meaning of their own, in this order."""
+
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 12, "color": INK},
@@ -65,6 +78,32 @@ TEMPLATE = go.layout.Template(
         "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": "#a3abb2", "activecolor": "#0072B2"},
     }
 )
+
+
+def styled(names: Sequence[str], styles: Mapping[str, Style] | None = None) -> dict[str, Style]:
+    """A look for each series, the same one wherever it comes up.
+
+    Raises:
+        ValueError: more series than styles.
+    """
+    series = list(dict.fromkeys(names))
+    if styles is not None:
+        return {name: styles[name] for name in series}
+    if len(series) > len(STYLES):
+        raise ValueError(f"expected at most {len(STYLES)} series; received {len(series)}")
+    return dict(zip(series, STYLES, strict=False))
+
+
+def lettered(titles: Sequence[str]) -> list[str]:
+    """Titles of panels; with letters where there are several."""
+    if len(titles) == 1:
+        return list(titles)
+    return [f"({chr(97 + place)}) {title}" for place, title in enumerate(titles)]
+
+
+def escaped(text: str) -> str:
+    """Text as plotly shows it: it reads a few tags, and places for numbers."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "%&#123;")
 
 
 def bars(colour: str, *, filled: bool) -> dict[str, Any]:

@@ -39,6 +39,9 @@ Z = 1.959963984540054
 """Half-width of a 95 % interval in standard errors."""
 
 
+KIND_NAMES = {"heads": "heads", "mlps": "MLPs", "embed": "embedding", "pool": "MLP of the pool"}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects:
     """Mean change of a score when each part is edited, both ways.
@@ -125,9 +128,25 @@ class Effects:
 
     def figure(self, *, mode: Mode | None = None) -> go.Figure:
         """Causal over direct, one marker a part; with a mode, its heat map, layers by heads."""
-        from decompclip.figures.effects import effect_map, effect_scatter
+        what = self.metric.replace("_", " ")
+        if mode is None:
+            from decompclip.figures.scatter import Effect, effect_scatter
 
-        return effect_scatter(self) if mode is None else effect_map(self, mode)
+            names, kinds = [str(part) for part in self.parts], [KIND_NAMES[part.kind] for part in self.parts]
+            found = Effect(names, kinds, self.direct, self.causal, self.direct_error, self.causal_error)
+            return effect_scatter(
+                found, x=f"direct effect on the {what}", y="causal effect", equal="causal = direct"
+            )
+        from decompclip.figures.heatmaps import component_map
+
+        shown = [x.abs().nan_to_num().max() for m in get_args(Mode) for x in (self.heads(m), self.mlps(m))]
+        return component_map(
+            self.heads(mode),
+            self.mlps(mode),
+            unit=f"{mode}{'' if mode == 'difference' else ' effect'} ({what})",
+            scale="diverging",
+            top=float(max(shown)),  # of all three, which are to be compared
+        )
 
     def __repr__(self) -> str:
         n = len(self.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decompclip.cache.components import Components, heads, mlps
 from decompclip.cache.moments import Moments
+from decompclip.evaluation.intervals import Rate
 from decompclip.operators.changes import Changes, predictions
 from decompclip.operators.splits import Validation
 from decompclip.operators.sweep_results import FillKind
@@ -64,9 +65,14 @@ class GreedySet:
 
     def figure(self) -> go.Figure:
         """The rate after each step."""
-        from decompclip.figures.sweeps import greedy_curve
+        from decompclip.figures.curves import sweep_panels
+        from decompclip.figures.points import Point
+        from decompclip.figures.theme import ACCURACY
 
-        return greedy_curve(self)
+        style = replace(ACCURACY, label="Taken for their answer")
+        points = [Point.of(Rate(hits, self.total).to_dict()) for hits in self.hits]
+        names = ["none", *(f"+ {step!r}" for step in self.steps)]
+        return sweep_panels({"": {style: points}}, {style: points[0].value}, x="", ticks=names)
 
     def __repr__(self) -> str:
         ends = f"{self.rates[0]:.3f} to {self.rates[-1]:.3f}"

@@ -9,7 +9,7 @@ clean twin, where there is nothing to find.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from einops import rearrange, reduce
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from decompclip.figures.points import Point
+
 Inside = Literal["touched", "covered"]
+SHARE, HITS = "share of what is positive, inside the mask", "strongest patch inside the mask"
+MAX_ROWS = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,11 +86,58 @@ class MaskScores:
             }
         )
 
-    def figure(self, **options: Any) -> go.Figure:
-        """Both scores of each map, with intervals; options as `decompclip.figures.mask_scores.scores` takes them."""
-        from decompclip.figures.mask_scores import scores
+    def figure(
+        self,
+        *,
+        control: MaskScores | None = None,
+        control_name: str = "clean images",
+        count: int = MAX_ROWS,
+    ) -> go.Figure:
+        """One row a map, the highest share first; 95 % intervals over images; the dotted line is chance.
 
-        return scores(self, **options)
+        Args:
+            control: of the same maps where there is nothing to find (hollow markers), such as the paired clean images'.
+            control_name: what the legend calls it.
+            count: rows; the maps with the lowest shares are left out, and counted below.
+
+        Raises:
+            ValueError: the control is of other maps.
+        """
+        from decompclip.figures.points import PERCENT, Panel, point_panels
+        from decompclip.figures.theme import Style
+
+        if control is not None and control.labels != self.labels:
+            raise ValueError(
+                "expected a control of the same maps; received one of others; score both for the same heads"
+            )
+        order = self.order[:count]
+        points, styles = {}, {}
+        for scores, suffix, form in ((self, "", ""), (control, f" ({control_name})", "-open")):
+            if scores is not None:
+                share, hits = SHARE + suffix, HITS + suffix
+                points |= {share: scores._share_points(order), hits: scores._hit_points(order)}
+                styles |= {share: Style(share, "#D55E00", "solid", "circle" + form)}
+                styles |= {hits: Style(hits, "#0072B2", "dash", "diamond" + form)}
+        chance, more = 100 * float(self.chance.mean()), len(self.labels) - len(order)
+        unit = "%" + (f" (not shown: {more} maps of lower share)" if more else "")
+        panel = Panel("", f"{unit}; dotted: chance, {chance:.1f} %", points, PERCENT, chance)
+        return point_panels([self.labels[i] for i in order], [panel], styles=styles)
+
+    def _share_points(self, order: list[int]) -> list[Point]:
+        from decompclip.evaluation.intervals import Z
+        from decompclip.figures.points import Point
+
+        frame = self.to_frame().iloc[order]
+        half = (Z * frame["share_error"]).fillna(0.0)
+        low, high = (frame["share"] - half).clip(lower=0), (frame["share"] + half).clip(upper=1)
+        ends = zip(frame["share"], low, high, strict=True)
+        return [Point(100 * value, 100 * lower, 100 * upper) for value, lower, upper in ends]
+
+    def _hit_points(self, order: list[int]) -> list[Point]:
+        from decompclip.evaluation.intervals import Rate
+        from decompclip.figures.points import Point
+
+        return [Point.of(Rate.of(self.hit[i]).to_dict()) for i in order]
 
     def _facts(self) -> dict[str, str]:
         best = self.order[0]

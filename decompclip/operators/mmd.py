@@ -125,13 +125,40 @@ class MMD:
 
     def figure(self) -> go.Figure:
         """A heat map, layers by heads with the MLPs beside; of whole layers, two curves."""
-        from decompclip.figures.mmd import mmd_curves, mmd_map
+        if any(p.kind == "heads" and p.head is None for p in self.parts):
+            return self._curves()
+        from decompclip.figures.heatmaps import component_map
 
-        return (
-            mmd_curves(self)
-            if any(p.kind == "heads" and p.head is None for p in self.parts)
-            else mmd_map(self)
+        shown, shape = {}, (self.n_layers, self.n_heads)
+        if self.adjusted is not None:
+            heads_p, mlps_p = grid(self.parts, self.adjusted, *shape)
+            dots = heads_p <= RATE, mlps_p <= RATE
+            shown = {"heads_note": heads_p, "mlps_note": mlps_p, "note": "adjusted p", "dots": dots}
+            shown["dots_name"] = f"beyond chance (false discovery rate {RATE:.0%})"
+        return component_map(
+            self.heads,
+            self.mlps,
+            unit=self._unit,
+            scale="sequential",
+            top=float(self.values.abs().max()),
+            **shown,
         )
+
+    def _curves(self) -> go.Figure:
+        """Of whole layers: heads and MLPs over depth; filled where the difference is beyond chance."""
+        from decompclip.figures.curves import Curve, LinePanel, line_panels
+
+        curves = {}
+        for kind, name in (("heads", "all heads of the layer"), ("mlps", "MLP")):
+            rows = [i for i, part in enumerate(self.parts) if part.kind == kind]
+            hollow = None if self.adjusted is None else (self.adjusted[rows] > RATE).tolist()
+            layers = [float(self.parts[i].layer or 0) for i in rows]
+            curves[name] = Curve(layers, self.values[rows].tolist(), hollow=hollow)
+        return line_panels([LinePanel("", "layer", self._unit, curves, whole=True)], columns=1)
+
+    @property
+    def _unit(self) -> str:
+        return "MMD² × 1000 (paper's kernel)" if self.kernel == "paper" else "MMD² (unbiased)"
 
     def __repr__(self) -> str:
         tested = "no p-values"

@@ -63,9 +63,17 @@ class Naming:
 
     def figure(self) -> go.Figure:
         """The shares as bars, each beside the pool's."""
-        from decompclip.figures.probes import naming_bars
+        from decompclip.figures.bars import bar_rows
 
-        return naming_bars(self)
+        frame = self.to_frame()
+        return bar_rows(
+            frame["property"].tolist(),
+            {"these texts": frame["share"].tolist(), "their pool": frame["usual"].tolist()},
+            unit="share of texts that name a value",
+            notes=frame["values"].tolist(),
+            percent=True,
+            row_height=44,
+        )
 
     def __repr__(self) -> str:
         return f"Naming({self.property}: {', '.join(f'{name} {x:.0%}' for name, x in self.shares.items())})"
@@ -171,9 +179,25 @@ class Agreement:
 
     def figure(self) -> go.Figure:
         """How often each probed property goes with each named one."""
-        from decompclip.figures.probes import agreement_map
+        import numpy as np
 
-        return agreement_map(self)
+        from decompclip.figures.heatmaps import matrix
+
+        rows = sorted(set(self.probed))
+        columns = [*rows, *sorted(set(self.named) - set(rows))]
+        counts = np.zeros((len(rows), len(columns)))
+        for probed, named in zip(self.probed, self.named, strict=True):
+            counts[rows.index(probed), columns.index(named)] += 1
+        return matrix(
+            counts,
+            rows=rows,
+            columns=columns,
+            unit="parts",
+            hover="probe: %{y}, texts: %{x}: %{z} parts",
+            x="named by the texts",
+            y="found by the probe",
+            numbers=True,
+        )
 
     def __repr__(self) -> str:
         low, high = self.interval

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+SHOWN = 30
+"""Neurons drawn, those with the longest terms."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class NeuronTerms:
     """Terms of some neurons, for a batch of images.
@@ -79,9 +83,19 @@ class NeuronTerms:
 
     def figure(self) -> go.Figure:
         """The neurons that write most."""
-        from decompclip.figures.neurons import neuron_bars
+        from decompclip.figures.bars import bar_rows
 
-        return neuron_bars(self)
+        frame = self.to_frame().nlargest(SHOWN, "length")
+        return bar_rows(
+            [
+                f"neurons[{layer}, {neuron}]"
+                for layer, neuron in zip(frame["layer"], frame["neuron"], strict=True)
+            ],
+            {"mean over images": frame["length"].tolist()},
+            unit="length of the term",
+            largest={"largest": frame["largest"].tolist()},
+            row_height=16,
+        )
 
     def __len__(self) -> int:
         return len(self.coords)

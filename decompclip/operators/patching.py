@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+SITE_NAMES = {
+    "resid_pre": "stream before the block",
+    "resid_mid": "stream between attention and MLP",
+    "resid_post": "stream after the block",
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+    "z": "heads (z)",
+}
 Images = Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]]
 Score = Callable[[Float[Tensor, "batch d_embed"]], Float[Tensor, " batch"]]
 POINTS: dict[str, str] = {
@@ -137,10 +145,29 @@ class Patching:
         return frame if self.checks else frame.drop(columns="exact")
 
     def figure(self, *, shares: bool = True) -> go.Figure:
-        """Heat maps, one for each site."""
-        from decompclip.figures.patching import patching_maps
+        """Heat maps on common colours, one for each site.
 
-        return patching_maps(self, shares=shares)
+        Args:
+            shares: of the gap between the two runs: 1 does what patching everything does; else changes of the score.
+        """
+        from decompclip.figures.heatmaps import Grid, grid_maps
+
+        scale = 1 / self.gap if shares and self.gap else 1.0
+        grids = []
+        for site, effects in self.effects.items():
+            columns, axis = self._columns(site)
+            names = columns if axis else [""]
+            grids.append(Grid(SITE_NAMES[site], scale * effects.reshape(len(effects), -1), names, axis))
+        top = max(float(grid.values.abs().max()) for grid in grids)
+        return grid_maps(grids, unit="share of the gap" if shares else "change of the score", top=top)
+
+    def _columns(self, site: str) -> tuple[list[str], str]:
+        """Names of what a site is taken apart into, and what they are; heads token by token stand side by side."""
+        shape = self.effects[site].shape[1:]
+        if site == "z" and self.by_token:
+            return [f"{head}.{token}" for head in range(shape[0]) for token in range(shape[1])], "head.token"
+        axis = "head" if site == "z" else "token" if self.by_token else ""
+        return [str(place) for place in range(shape[0] if shape else 1)], axis
 
     def __repr__(self) -> str:
         places = {site: "x".join(map(str, effects.shape)) for site, effects in self.effects.items()}

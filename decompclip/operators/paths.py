@@ -76,9 +76,12 @@ class PathPatching:
 
     def figure(self) -> go.Figure:
         """A map of the receivers."""
-        from decompclip.figures.patching import path_map
+        from decompclip.figures.heatmaps import component_map
 
-        return path_map(self)
+        title = f"message of {self.sender!r} to each of them"
+        return component_map(
+            self.heads, self.mlps, unit="change of the score", scale="diverging", title=title
+        )
 
     def __repr__(self) -> str:
         receivers = int((~self.heads.isnan()).sum() + (~self.mlps.isnan()).sum())

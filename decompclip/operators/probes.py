@@ -97,9 +97,19 @@ class Probes:
 
     def figure(self) -> go.Figure:
         """Gain, parts by properties."""
-        from decompclip.figures.probes import probe_map
+        from decompclip.figures.heatmaps import matrix
 
-        return probe_map(self)
+        return matrix(
+            self.gain.clamp_min(0).numpy(),
+            rows=[str(part) for part in self.parts],
+            columns=self.properties,
+            unit="accuracy, from chance (0) to all (1)",
+            hover="%{y}, %{x}: %{customdata[0]:.1%} of images held out, %{customdata[1]:.1%} of variance",
+            notes=torch.stack([self.accuracy, self.explained], dim=-1).numpy(),
+            top=1.0,
+            row_height=18,
+            x_above=True,
+        )
 
     def __repr__(self) -> str:
         trained, held_out = self.counts

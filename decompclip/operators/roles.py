@@ -118,9 +118,12 @@ class RoleChange:
 
     def figure(self) -> go.Figure:
         """The measures with their intervals, and the cosines text by text."""
-        from decompclip.figures.roles import role_figure
+        from decompclip.figures.heatmaps import text_cosines
+        from decompclip.figures.points import Point
 
-        return role_figure(self)
+        points = {name: Point(e.value, e.low, e.high, str(e)) for name, e in self.measures.items()}
+        chance = {name: e.chance for name, e in self.measures.items() if e.chance is not None}
+        return text_cosines(points, chance, self.cosines, self.before, self.after)
 
     def __repr__(self) -> str:
         return (

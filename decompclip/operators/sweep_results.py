@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor
 
 from decompclip.cache.components import Components, embed, heads, mlps
+from decompclip.evaluation.intervals import Rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,23 @@ FillKind = Literal["mean", "zero"]
 
 
 Labels = Int[Tensor, " batch"]
+
+SHARES = {
+    "accuracy": "Taken for their own class",
+    "target": "Taken for the target",
+    "changed": "Taken for another class than before",
+}
+"""What the columns of shares mean, in words."""
+
+
+def sweep_title(kind: Kind, scheme: Scheme, n_layers: int) -> str:
+    """What the settings of a sweep ablate, x being the setting."""
+    layers = {
+        "forward": "layers 0 to x",
+        "backward": f"layers x to {n_layers - 1}",
+        "separate": "layer x alone",
+    }
+    return f"{'heads' if kind == 'heads' else 'MLPs'}, {layers[scheme]}"
 
 
 def shares(
@@ -98,11 +116,8 @@ class Sweep:
 
     def figure(self, labels: Labels | None = None, target: int | None = None) -> go.Figure:
         """Curves over layers: `changed`, or accuracy and the target's share where asked for."""
-        from decompclip.figures.sweeps import sweep_curves
-
-        return sweep_curves(
-            SweepTable(self._before, {(self.kind, self.scheme): self}, None, self.fill), labels, target
-        )
+        alone = SweepTable(self._before, {(self.kind, self.scheme): self}, None, self.fill)
+        return alone.figure(labels, target)
 
     @property
     def _before(self) -> Labels:
@@ -163,9 +178,27 @@ class HeadSweep:
     def figure(self, labels: Labels | None = None, target: int | None = None) -> go.Figure:
         """A map of the heads: the share of images that each changes; with labels, or else a target, by how much
         their share falls (or, below 0, rises)."""
-        from decompclip.figures.sweeps import head_map
+        from decompclip.figures.heatmaps import matrix
 
-        return head_map(self, labels, target)
+        frame = self.to_frame(labels, target)
+        column = "accuracy" if labels is not None else "changed" if target is None else "target"
+        layers, n_heads, _ = self.predictions.shape
+        values = frame[column].to_numpy().reshape(layers, n_heads)
+        falls = column != "changed"
+        if falls:
+            right = self.before == (target if labels is None else labels.to(self.before))
+            values = float(right.double().mean()) - values
+        return matrix(
+            100 * values,
+            rows=[str(layer) for layer in range(layers)],
+            columns=[str(head) for head in range(n_heads)],
+            unit=f"{'fall of: ' if falls else ''}{SHARES[column].lower()}, %",
+            hover="layer %{y}, head %{x}: %{z:.1f} %",
+            scale="diverging" if falls else "sequential",
+            x="head",
+            y="layer",
+            upward=True,
+        )
 
     def __repr__(self) -> str:
         layers, n_heads, images = self.predictions.shape
@@ -216,10 +249,35 @@ class SweepTable:
         return frame.astype({"layer": "Int64", "head": "Int64"})
 
     def figure(self, labels: Int[Tensor, " batch"] | None = None, target: int | None = None) -> go.Figure:
-        """Curves over layers, one panel for each sweep."""
-        from decompclip.figures.sweeps import sweep_curves
+        """Curves over layers, one panel for each sweep, with 95 % Wilson intervals; dashed: the model as it is.
 
-        return sweep_curves(self, labels, target)
+        Args:
+            labels: the images' classes; without them (and without a target) the share of changed answers is drawn.
+            target: a class whose share is drawn.
+        """
+        from decompclip.figures.curves import sweep_panels
+        from decompclip.figures.points import Point
+        from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
+
+        hits = {}
+        if labels is not None:
+            hits["accuracy"] = labels, True, replace(ACCURACY, label=SHARES["accuracy"])
+        if target is not None:
+            hits["target"] = target, True, replace(SUCCESS, label=SHARES["target"])
+        hits = hits or {"changed": (self.before, False, replace(CONTROL, label=SHARES["changed"]))}
+
+        def point(predictions: Tensor, answer: Tensor | int, same: bool) -> Point:
+            return Point.of(Rate.of((predictions == answer) == same).to_dict())
+
+        panels = {
+            sweep_title(kind, scheme, len(sweep)): {
+                style: [point(setting, answer, same) for setting in sweep.predictions]
+                for answer, same, style in hits.values()
+            }
+            for (kind, scheme), sweep in self.sweeps.items()
+        }
+        before = {style: point(self.before, answer, same).value for answer, same, style in hits.values()}
+        return sweep_panels(panels, before)
 
     def _settings(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         nothing: dict[str, Any] = {"kind": "none", "scheme": "none", "layer": None, "head": None}

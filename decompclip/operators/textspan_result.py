@@ -84,9 +84,20 @@ class TextSpan:
 
     def figure(self) -> go.Figure:
         """The texts beside the variance that they explain."""
-        from decompclip.figures.textspan import span_bars
+        from decompclip.figures.bars import bar_rows
 
-        return span_bars(self.texts, self.variance_explained, name=str(self.part))
+        so_far = self.variance_explained.tolist()
+        added = [share - before for share, before in zip(so_far, [0.0, *so_far], strict=False)]
+        return bar_rows(
+            self.texts,
+            {"variance added": added},
+            unit="share of the variance added (beside the bars: cumulative)",
+            notes=[f"added, with those above {share:.1%}" for share in so_far],
+            texts=[f"{share:.0%}" for share in so_far],
+            percent=True,
+            ends=(0.0, 1.15 * max(added, default=1.0)),
+            title=str(self.part),
+        )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -132,9 +143,18 @@ class ReconstructionAccuracy:
 
     def figure(self) -> go.Figure:
         """The three accuracies as bars."""
-        from decompclip.figures.textspan import accuracy_bars
+        from decompclip.figures.bars import bar_rows
 
-        return accuracy_bars(self)
+        frame = self.to_frame()
+        return bar_rows(
+            frame["components"].tolist(),
+            {"accuracy": frame["accuracy"].tolist()},
+            unit="zero-shot accuracy",
+            texts=[f"{share:.1%}" for share in frame["accuracy"]],
+            percent=True,
+            ends=(0.0, 1.1),
+            row_height=36,
+        )
 
     def __repr__(self) -> str:
         texts = "all" if self.n_texts is None else str(self.n_texts)
@@ -261,15 +281,33 @@ class TextSpans:
 
         So few, because as many texts as a head has dimensions explain all of it.
         """
-        from decompclip.figures.textspan import span_map
+        import numpy as np
+
+        from decompclip.figures.heatmaps import matrix
+        from decompclip.figures.theme import escaped
 
         layers, n_heads, _ = self.means.coords.shape
-        cells = [
-            (span.part.layer, span.part.head, span.share(n_texts), span.texts[:n_texts])
-            for span in self.spans
-            if span.part.layer is not None
-        ]
-        return span_map(cells, n_layers=layers, n_heads=n_heads, n_texts=n_texts)
+        values = np.full((layers, n_heads + 1), np.nan)
+        words = np.full(values.shape, "", dtype=object)
+        for span in self.spans:
+            if span.part.layer is not None:
+                place = span.part.layer, n_heads if span.part.head is None else span.part.head
+                values[place] = span.share(n_texts)
+                words[place] = "<br>".join(escaped(text) for text in span.texts[:n_texts])
+        described = ~np.isnan(values)
+        rows, columns = (described.any(axis).nonzero()[0].tolist() for axis in (1, 0))
+        return matrix(
+            values[np.ix_(rows, columns)],
+            rows=[str(row) for row in rows],
+            columns=["MLP" if column == n_heads else str(column) for column in columns],
+            unit=f"variance in {n_texts} texts",
+            hover="layer %{y}, head %{x}: %{z:.1%}<br>%{customdata}",
+            notes=words[np.ix_(rows, columns)],
+            x="head",
+            y="layer",
+            upward=True,
+            percent=True,
+        )
 
     def __repr__(self) -> str:
         words = ", ".join(f"{name}: {value}" for name, value in self.settings.items())

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from decompclip.figures.gallery import Overlay
+
 MapKind = Literal["attention", "contribution", "rollout"]
 
 
@@ -124,7 +126,7 @@ class TokenMaps:
             ValueError: the pictures are not known.
             IndexError: there is no such map or image.
         """
-        from decompclip.figures.maps import lay_over
+        from decompclip.figures.pictures import lay_over
 
         if self.pictures is None:
             raise ValueError(
@@ -167,11 +169,34 @@ class TokenMaps:
             }
         )
 
-    def figure(self, **options: Any) -> go.Figure:
-        """A gallery, maps by images; options as `decompclip.figures.gallery.gallery` takes them."""
+    def figure(self, *others: TokenMaps, **options: Any) -> go.Figure:
+        """A gallery, maps by images.
+
+        Args:
+            others: more maps of the same images, such as a rollout, to stand below.
+            options: `masks`, `scale`, `smooth`, `notes`, as `decompclip.figures.gallery.gallery` takes them.
+
+        Raises:
+            ValueError: as `gallery`.
+        """
         from decompclip.figures.gallery import gallery
 
-        return gallery(self, **options)
+        return gallery(*(maps.overlays() for maps in (self, *others)), **options)
+
+    def overlays(self) -> Overlay:
+        """What a gallery draws: the maps with their names and pictures."""
+        from decompclip.figures.gallery import Overlay
+
+        return Overlay(
+            self.patches,
+            self.labels,
+            self.names,
+            self.image_size,
+            self.patch_size,
+            self.signed,
+            self.toward,
+            self.pictures,
+        )
 
     def _facts(self) -> dict[str, str]:
         shown = ", ".join(self.labels[:6]) + (

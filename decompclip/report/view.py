@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import plotly.graph_objects as go
 from markupsafe import Markup
+from torch import Tensor
 
 from decompclip.audit.findings import findings
 from decompclip.audit.findings_defenses import alarms
 from decompclip.audit.findings_parts import short
+from decompclip.audit.infected import InfectedPart
 from decompclip.audit.interventions import rule_name
-from decompclip.audit.result import AuditResult, Detector, Repair, Suspicion
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detector, Repair, Suspicion
 from decompclip.audit.scoring import Setting
 from decompclip.audit.words import difference, plus_minus, points, share
 from decompclip.evaluation.intervals import Rate, difference_interval
-from decompclip.figures.components import component_map
-from decompclip.figures.curves import ablation_curves
-from decompclip.figures.detectors import counts, roc
+from decompclip.figures.bars import Histogram, bar_rows, histograms
+from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
 from decompclip.figures.export import figure_json
-from decompclip.figures.infected import pulls
-from decompclip.figures.rates import rates
-from decompclip.figures.suspicion import score_histogram
+from decompclip.figures.heatmaps import component_map
+from decompclip.figures.points import PERCENT, Panel, Point, point_panels, wrapped
+from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
+from decompclip.operators.sweep_results import Kind, Scheme, sweep_title
 from decompclip.report.tables import as_link, flat, tables_of
 from decompclip.report.view_maps import maps_of
 
@@ -74,6 +78,107 @@ def area(found: Detector | Suspicion) -> str:
 
 def rate(value: Rate | None) -> str:
     return DASH if value is None or not value.total else share(value)
+
+
+RATES = {
+    SUCCESS: lambda setting: setting.success,
+    CONTROL: lambda setting: setting.control,
+    ACCURACY: lambda setting: setting.report.cacc,
+}
+"""What is drawn of a setting, by its look."""
+
+
+def rates(settings: Sequence[Setting]) -> go.Figure:
+    """Attack success, control and clean accuracy with their 95 % intervals, a row a setting."""
+    points = {style.short: [_point(of(setting)) for setting in settings] for style, of in RATES.items()}
+    known = {name: values for name, values in points.items() if any(value is not None for value in values)}
+    styles = {style.short: style for style in RATES}
+    names = [wrapped(setting.name) for setting in settings]
+    return point_panels(names, [Panel("", "images, %", known, PERCENT)], styles=styles)
+
+
+def ablation_curves(ablations: Ablations, before: Setting, *, wide: bool = True) -> go.Figure:
+    """Mean-ablation layer by layer, a panel for each kind of component and scheme (He et al., Figures 1 and 2).
+
+    Args:
+        ablations: what was measured.
+        before: the model as it is.
+        wide: three panels in a line, for a whole page's width; else two.
+    """
+    order: list[tuple[Kind, Scheme]] = [(k, s) for k in KINDS for s in SCHEMES]
+    if not wide:
+        order = [(k, s) for s in SCHEMES for k in KINDS]
+    panels = {
+        sweep_title(kind, scheme, len(settings)): {
+            style: [_point(of(setting)) for setting in settings] for style, of in RATES.items()
+        }
+        for kind, scheme in order
+        if (settings := ablations.sweeps[kind][scheme])
+    }
+    levels = {style: 100 * of(before).value for style, of in RATES.items() if of(before) is not None}
+    return sweep_panels(panels, levels, columns=3 if wide else 2)
+
+
+def roc(detectors: Sequence[Detector], names: Sequence[str]) -> go.Figure:
+    """One curve a rule; the large point on it is the detector's own threshold."""
+    curves = {}
+    for detector, name in zip(detectors, names, strict=True):
+        false, true = _at_least(detector.clean_counts), _at_least(detector.suspect_counts)
+        curves[name] = Curve(false, true, large=min(detector.zeta + 1, len(false) - 1))
+    x, y = "clean images called suspicious, %", "suspect images called suspicious, %"
+    panel = LinePanel("", x, y, curves, ends=PERCENT, diagonal=True)
+    return line_panels([panel], columns=1, row_height=290)
+
+
+def _at_least(counts: Tensor) -> list[float]:
+    """Percent of images with at least 0, 1, ... flagged heads, and with more than all: 100 to 0."""
+    return [*(100 * counts.flip(0).cumsum(0).flip(0).double() / counts.sum()).tolist(), 0.0]
+
+
+def flag_counts(detectors: Sequence[Detector], names: Sequence[str]) -> go.Figure:
+    """Share of images by number of flagged heads, a panel a rule; suspicious is right of the line."""
+    panels = [
+        Histogram(
+            name,
+            list(range(len(detector.clean_counts))),
+            detector.clean_counts.tolist(),
+            detector.suspect_counts.tolist(),
+            detector.zeta + 0.5,
+        )
+        for detector, name in zip(detectors, names, strict=True)
+    ]
+    return histograms(panels, x="flagged heads")
+
+
+def score_histogram(found: Suspicion) -> go.Figure:
+    """Share of images a bin; right of the line an image is flagged. The last bin holds all that lies beyond."""
+    said = f"flagged from here (set to {100 * found.stated:g} % of clean images)"
+    middles = ((found.edges[:-1] + found.edges[1:]) / 2).tolist()
+    counts = found.clean_counts.tolist(), found.suspect_counts.tolist()
+    panel = Histogram("", middles, *counts, found.threshold, said)
+    return histograms([panel], x="score: higher is more suspicious", overlay=True, height=320)
+
+
+def infected_bars(parts: Sequence[InfectedPart]) -> go.Figure:
+    """One bar a component with its simultaneous 95 % interval; filled where it is infected."""
+    series = {
+        "infected": [part.push if part.infected else None for part in parts],
+        "within chance, or less than an equal share": [None if p.infected else p.push for p in parts],
+    }
+    return bar_rows(
+        [short(part) for part in parts],
+        {name: values for name, values in series.items() if any(v is not None for v in values)},
+        unit="contribution toward the target, share of the feature's norm",
+        notes=[f"{100 * part.share:.1f} % of all toward the target" for part in parts],
+        errors=[part.error for part in parts],
+        colours=("#D55E00", "#7a8690") if any(p.infected for p in parts) else ("#7a8690",),
+    )
+
+
+def _point(value: Rate | None) -> Point | None:
+    if value is None or not value.total:
+        return None
+    return replace(Point.of(value.to_dict()), note=f"of {value.total} images")
 
 
 def table_row(setting: Setting) -> dict[str, str]:
@@ -147,7 +252,7 @@ def _subject(result: AuditResult, index: int, tops: dict[str, float], *, wide: b
             for setting, r in zip(repairs, [None, *result.repairs], strict=True)
         ],
         "roc": figure_json(roc(result.detectors, rules)),
-        "flag_counts": figure_json(counts(result.detectors, rules)),
+        "flag_counts": figure_json(flag_counts(result.detectors, rules)),
         "detector_rows": [
             {
                 "name": name,
@@ -187,7 +292,7 @@ def _infection(result: AuditResult) -> dict[str, Any]:
     names = [short(part) for part in parts]
     settings = [result.as_it_is, result.infection.without, result.infection.without_others]
     return {
-        "figure": figure_json(pulls(parts, names)),
+        "figure": figure_json(infected_bars(parts)),
         "count": len(result.infection.infected),
         "all": len(result.infection.parts),
         "rows": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from decompclip.audit.result import AuditResult
-from decompclip.figures.maps import attention_overlay, contribution_overlay, picture
+from decompclip.figures.pictures import attention_overlay, contribution_overlay, picture
 
 
 def maps_of(result: AuditResult, index: int) -> dict[str, Any] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import plotly.graph_objects as go
+
 from decompclip.audit.scan.result import ProbeResult, ScanResult
 from decompclip.audit.scan.verdict import CONCLUDES
-from decompclip.figures.components import component_map
 from decompclip.figures.export import figure_json
-from decompclip.figures.maps import picture
-from decompclip.figures.scan import class_changes
+from decompclip.figures.heatmaps import component_map
+from decompclip.figures.pictures import picture
+from decompclip.figures.points import PERCENT, Panel, Point, point_panels
 from decompclip.report.tables import as_link, flat, tables_of_scan
 from decompclip.report.view import DASH, rate
 
@@ -21,6 +23,29 @@ SHOWN = 5
 def scans(results: Sequence[ScanResult], *, first: int = 0) -> list[dict[str, Any]]:
     """Everything the page shows of each scan; `first` numbers them on from what stands before."""
     return [_scan(result, first + place) for place, result in enumerate(results)]
+
+
+DRAWN = 16
+"""Classes drawn: those that some probe reaches most easily."""
+
+
+def class_changes(result: ScanResult) -> go.Figure:
+    """Success with its 95 % interval, a row a class, a panel a probe; the reference's beside where there is one."""
+    best: dict[str, float] = {}
+    for change in (change for probe in result.probes for change in probe.classes):
+        best[change.name] = max(best.get(change.name, 0.0), change.success.value)
+    names = sorted(best, key=lambda name: -best[name])[:DRAWN]
+    scans = {result.name: result} | (
+        {} if result.reference is None else {result.reference.name: result.reference}
+    )
+    panels = []
+    for place, probe in enumerate(result.probes):
+        points: dict[str, list[Point | None]] = {}
+        for label, scan in scans.items():
+            found = {change.name: Point.of(change.success.to_dict()) for change in scan.probes[place].classes}
+            points[label] = [found.get(name) for name in names]
+        panels.append(Panel(probe.probe, "images sent there, %", points, ends=PERCENT))
+    return point_panels(names, panels)
 
 
 def _scan(result: ScanResult, index: int) -> dict[str, Any]:

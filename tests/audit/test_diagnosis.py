@@ -446,6 +446,7 @@ def test_a_result_as_json() -> None:
 
 def test_a_result_as_a_figure() -> None:
     figure: Any = result().figure()
-    (trace,) = figure.data
-    assert list(trace.y) == ["as it is", "blue, green, red"]
+    trace, chance = figure.data
+    assert list(figure.layout.yaxis.ticktext) == ["as it is", "blue, green, red"]
     assert list(trace.x) == [70, 60]
+    assert set(chance.x) == {100 * result().chance}

@@ -15,12 +15,10 @@ from PIL import Image
 from decompclip.audit.result import Ablations, Detector
 from decompclip.audit.scoring import Scorer, Setting
 from decompclip.evaluation.intervals import Rate
-from decompclip.figures.components import component_map
-from decompclip.figures.curves import ablation_curves
-from decompclip.figures.detectors import counts, roc
-from decompclip.figures.maps import attention_overlay, contribution_overlay, picture
-from decompclip.figures.rates import rates
+from decompclip.figures.heatmaps import component_map
+from decompclip.figures.pictures import attention_overlay, contribution_overlay, picture
 from decompclip.figures.theme import ACCURACY, CONTROL, RULES, SUCCESS
+from decompclip.report.view import ablation_curves, flag_counts, rates, roc
 
 LAYERS = 4
 
@@ -55,8 +53,12 @@ def test_curves_show_what_was_measured_with_its_bands(ablations: Ablations, wide
     assert len(series) == len(bands) == 6 * 3
     success = [trace for trace in series if trace.name == "Attack success"]
     assert [list(trace.y) for trace in success] == [[100, 75, 50, 25]] * 6
+    before = [trace for trace in traces(plot) if trace.line.dash == "longdash"]
+    assert {(trace.legendgroup, tuple(trace.y)) for trace in before} == {
+        (SUCCESS.short, (100, 100)), (CONTROL.short, (0, 0)), (ACCURACY.short, (100, 100))
+    }  # fmt: skip
     rate = ablations.sweeps["heads"]["forward"][1].success
-    band = next(trace for trace in bands if trace.legendgroup == SUCCESS.label)
+    band = next(trace for trace in bands if trace.legendgroup == SUCCESS.short)
     assert 100 * rate.high in band.y and 100 * rate.low in band.y
     assert sum(bool(trace.showlegend) for trace in traces(plot)) == 3
     assert all(a.title.text for a in plot.select_yaxes(col=1))  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,12 +117,13 @@ class Area:
 def test_the_roc_curve_holds_the_area_that_it_should() -> None:
     clean, suspect = torch.tensor([6, 3, 1, 0]), torch.tensor([1, 2, 3, 4])
     detector = Detector("dot", "epsilon", 1, 0.8, 0.7, 0.9, Rate(1, 10), Rate(7, 10), clean, suspect)
-    _, curve = traces(roc([detector], ["rule"]))
+    curve, diagonal = traces(roc([detector], ["rule"]))
+    assert list(diagonal.x) == list(diagonal.y)
     area = np.trapezoid(np.array(curve.y)[::-1], np.array(curve.x)[::-1]) / 1e4
     assert area == pytest.approx(Area(clean, suspect).value())
     own = int(np.argmax(curve.marker.size))
     assert (curve.x[own], curve.y[own]) == pytest.approx((10, 70))
-    bars = traces(counts([detector] * 4, ["a", "b", "c", "d"]))
+    bars = traces(flag_counts([detector] * 4, ["a", "b", "c", "d"]))
     assert len(bars) == 8 and list(bars[0].y) == pytest.approx([60, 30, 10, 0])
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.figures.gallery import MAX_COLUMNS, MAX_ROWS, SIDE, gallery
-from decompclip.figures.mask_scores import scores
+from decompclip.figures.gallery import MAX_COLUMNS, MAX_ROWS, SIDE
+from decompclip.figures.gallery import gallery as draw_gallery
 from decompclip.operators.mask_scores import score_masks
 from decompclip.operators.token_maps import TokenMaps
 
@@ -49,6 +49,10 @@ def weights(maps: TokenMaps) -> TokenMaps:
 
 def traces(plot: go.Figure) -> Sequence[Any]:
     return plot.data  # type: ignore[return-value] - plotly's own annotation is of the figure
+
+
+def gallery(*maps: TokenMaps, **options: Any) -> go.Figure:
+    return draw_gallery(*(of.overlays() for of in maps), **options)
 
 
 def heats(plot: go.Figure) -> list[Any]:
@@ -181,6 +185,7 @@ def test_errors_say_what_to_do() -> None:
 def test_results_make_their_own_figures() -> None:
     maps = make()
     assert len(heats(maps.figure(scale="shared"))) == 6
+    assert maps.figure(weights(maps)) == gallery(maps, weights(maps))
     masks = torch.zeros(3, *SIZE, dtype=torch.bool)
     masks[:, :4, :6] = True
     found = score_masks(maps, masks)
@@ -190,7 +195,7 @@ def test_results_make_their_own_figures() -> None:
     assert list(hits.x) == pytest.approx([100 * float(found.hit_rate[i]) for i in order])
     assert all(trace.marker.symbol.endswith("-open") for trace in control) and len(control) == 2
     assert (np.array(share.x) + share.error_x.array <= 100.001).all()
-    assert list(traces(scores(found, count=1))[0].customdata) == [found.labels[order[0]]]
-    assert "not shown: 1 maps" in layout(scores(found, count=1)).xaxis.title.text
+    assert [row[0] for row in traces(found.figure(count=1))[0].customdata] == [found.labels[order[0]]]
+    assert "not shown: 1 maps" in layout(found.figure(count=1)).xaxis.title.text
     with pytest.raises(ValueError, match="expected a control of the same maps"):
         found.figure(control=score_masks(make(1), masks))

@@ -11,10 +11,10 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from decompclip.figures.curves import Curve, LinePanel, line_panels
 from decompclip.figures.export import on_white, plotly_script, write_figure
-from decompclip.figures.head_gallery import HeadPair, head_pairs
-from decompclip.figures.lines import Curve, LinePanel, line_panels
-from decompclip.figures.panels import PERCENT, Panel, Point, point_panels
+from decompclip.figures.gallery import HeadPair, head_pairs
+from decompclip.figures.points import PERCENT, Panel, Point, point_panels
 from decompclip.figures.scatter import scatter_panels
 
 RATE = {"value": 0.5, "low": 0.4, "high": 0.7}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.preview import Preview, preview
+from decompclip.attacks.preview import Preview, gallery, preview, save_gallery
 from decompclip.attacks.sig import SIG
-from decompclip.figures.triggers import COLUMNS, TILE, save_gallery, trigger_gallery
+from decompclip.figures.gallery import TILE, TRIGGER_COLUMNS
 
 
 @pytest.fixture
@@ -25,16 +25,25 @@ def previews() -> list[Preview]:
 
 
 def test_a_row_a_trigger_a_tile_a_column(previews: list[Preview]) -> None:
-    figure = trigger_gallery(previews, image=1)
+    figure = gallery(previews, image=1)
     traces: Any = figure.data
-    assert len(traces) == 2 * len(COLUMNS)
+    assert len(traces) == 2 * len(TRIGGER_COLUMNS)
     source = traces[0].source.partition(",")[2]
     tile = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     expected = (previews[0].clean[1] * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(tile, expected)
     layout: Any = figure.layout
     texts = " ".join(note.text for note in layout.annotations)
-    for word in ("badnet", "local, structured", "sig", "global", "PSNR", "SSIM", "% of pixels", *COLUMNS):
+    for word in (
+        "badnet",
+        "local, structured",
+        "sig",
+        "global",
+        "PSNR",
+        "SSIM",
+        "% of pixels",
+        *TRIGGER_COLUMNS,
+    ):
         assert word in texts
 
 
@@ -49,11 +58,11 @@ def test_the_file_is_a_picture_of_all_rows(previews: list[Preview], tmp_path: Pa
 
 
 def test_a_previews_own_figure_is_its_row(previews: list[Preview]) -> None:
-    assert previews[0].figure() == trigger_gallery(previews[:1])
+    assert previews[0].figure() == gallery(previews[:1])
 
 
 def test_bad_input_is_told(previews: list[Preview], tmp_path: Path) -> None:
-    for draw in (trigger_gallery, lambda p, **o: save_gallery(p, tmp_path / "x.png", **o)):
+    for draw in (gallery, lambda p, **o: save_gallery(p, tmp_path / "x.png", **o)):
         with pytest.raises(ValueError, match="expected at least one preview; received none"):
             draw([])
         with pytest.raises(

@@ -178,9 +178,14 @@ class Diagnosis:
 
     def figure(self) -> go.Figure:
         """The accuracy of each way in which the model was run, with its interval."""
-        from decompclip.figures.diagnosis import comparisons
+        from decompclip.figures.points import PERCENT, Panel, Point, point_panels
 
-        return comparisons(self)
+        rates = {"as it is": self.accuracy} | {way.name: way.accuracy for way in self.comparisons}
+        points = [Point.of(rate.to_dict()) for rate in rates.values()]
+        panel = Panel(
+            "", "zero-shot accuracy, %; dotted: chance", {"accuracy": points}, PERCENT, 100 * self.chance
+        )
+        return point_panels(list(rates), [panel])
 
     def _head(self) -> str:
         plural = "" if len(self.findings) == 1 else "s"

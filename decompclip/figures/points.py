@@ -1,4 +1,4 @@
-"""Several series of values over the same rows, panel beside panel: attacks under settings, detectors over attacks."""
+"""Values with intervals, rows downward: rates of settings, attacks under defenses, detectors over attacks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.figures.theme import RULES, TEMPLATE, Style
+from decompclip.figures.theme import TEMPLATE, Style, lettered, styled
 
 ROW, FRAME = 36, 112
 """Pixels of height a row, and around them."""
+
+PERCENT = (-3.0, 103.0)
+"""Ends of an axis of percents, with room for markers at both."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,32 @@ class Panel:
     line: float | None = None
 
 
-PERCENT = (-3.0, 103.0)
-
-
-def point_panels(rows: Sequence[str], panels: Sequence[Panel], *, columns: int | None = None) -> go.Figure:
+def point_panels(
+    rows: Sequence[str],
+    panels: Sequence[Panel],
+    *,
+    columns: int | None = None,
+    styles: Mapping[str, Style] | None = None,
+) -> go.Figure:
     """Rows downward, values to the right; series differ by colour, marker and place within the row.
+
+    Args:
+        rows: their names.
+        panels: side by side, with letters where there are several.
+        columns: panels in a line; by default all of them.
+        styles: of the series; by default one after the other of the theme's.
 
     Raises:
         ValueError: more series than styles, or a series that is not as long as the rows.
     """
-    series = list(dict.fromkeys(name for panel in panels for name in panel.points))
-    if len(series) > len(STYLES):
-        raise ValueError(f"expected at most {len(STYLES)} series; received {len(series)}")
+    look = styled([name for panel in panels for name in panel.points], styles)
     columns = columns or len(panels)
     n_rows = -(-len(panels) // columns)
-    letters = [f"({chr(97 + i)}) " if len(panels) > 1 else "" for i in range(len(panels))]
     height = FRAME + n_rows * (ROW * len(rows) + 40)
     plot = make_subplots(
         n_rows,
         columns,
-        subplot_titles=[letter + panel.title for letter, panel in zip(letters, panels, strict=True)],
+        subplot_titles=lettered([panel.title for panel in panels]),
         shared_yaxes=True,
         horizontal_spacing=0.04,
         vertical_spacing=0.16 if n_rows > 1 else 0,
@@ -75,15 +84,16 @@ def point_panels(rows: Sequence[str], panels: Sequence[Panel], *, columns: int |
     shown: set[str] = set()
     for place, panel in enumerate(panels):
         row, column = place // columns + 1, place % columns + 1
-        for name, points in panel.points.items():
+        for number, (name, points) in enumerate(
+            (name, panel.points[name]) for name in look if name in panel.points
+        ):
             if len(points) != len(rows):
                 raise ValueError(
                     f"expected {len(rows)} points of {name!r}, one a row; received {len(points)}"
                 )
-            number = series.index(name)
-            offset = (number - (len(series) - 1) / 2) * min(0.22, 0.7 / len(series))
-            named = len(series) > 1 and name not in shown
-            trace = _markers(name, STYLES[number], points, rows, offset, legend=named)
+            offset = (number - (len(panel.points) - 1) / 2) * min(0.22, 0.7 / len(look))
+            named = len(look) > 1 and name not in shown
+            trace = _markers(name, look[name], points, rows, offset, legend=named)
             shown.add(name)
             plot.add_trace(trace, row=row, col=column)
         if panel.line is not None:
@@ -97,23 +107,26 @@ def point_panels(rows: Sequence[str], panels: Sequence[Panel], *, columns: int |
         ticks="",
         automargin=True,
     )
+    titled = any(panel.title for panel in panels)
     plot.update_layout(
         template=TEMPLATE,
         height=height,
         autosize=True,
-        margin={"l": 10, "r": 16, "t": 64, "b": 48},
-        legend={"y": 1 + 26 / (height - 112)},
+        margin={"l": 10, "r": 16, "t": 64 if titled else 38, "b": 48},
+        legend={"y": 1 + (26 if titled else 4) / (height - 112)},
     )
     plot.update_annotations(font_size=12)
     return plot
 
 
-STYLES = (
-    *RULES,
-    Style("", "#E69F00", "longdash", "cross"),
-    Style("", "#56B4E9", "longdashdot", "x"),
-    Style("", "#333d47", "solid", "star"),
-)
+def wrapped(name: str, width: int = 24) -> str:
+    """A row's name in lines of about `width` letters, never broken at a no-break space."""
+    lines = [""]
+    for word in name.split(" "):
+        if len(lines[-1]) + len(word) > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "<br>".join(lines)
 
 
 def _line(x: float, n_rows: int) -> go.Scatter:
@@ -141,8 +154,9 @@ def _markers(
         x=[point.value for _, point in known],
         y=[row + offset for row, _ in known],
         error_x={
-            "array": [0 if p.high is None else p.high - p.value for _, p in known],
-            "arrayminus": [0 if p.low is None else p.value - p.low for _, p in known],
+            # an interval of percentiles need not enclose its estimate
+            "array": [0 if p.high is None else max(0.0, p.high - p.value) for _, p in known],
+            "arrayminus": [0 if p.low is None else max(0.0, p.value - p.low) for _, p in known],
             "thickness": 1.5,
             "width": 3,
         },
