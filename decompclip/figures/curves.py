@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.figures.points import PERCENT, Point
+from decompclip.figures.points import PERCENT, Point, wrapped
 from decompclip.figures.theme import TEMPLATE, Style, band, lettered, styled
 
 LINE = 15
@@ -149,6 +149,8 @@ def sweep_panels(
         x: title of the horizontal axis.
         ticks: names of the settings; by default they are counted.
     """
+    styles = {style.short: style for series in panels.values() for style in series}
+    y = "images, %" if len(styles) > 1 else f"{wrapped(next(iter(styles)), 20)}, %"
     drawn = []
     for title, series in panels.items():
         curves = {}
@@ -162,10 +164,10 @@ def sweep_panels(
                     [p.value if p.high is None else p.high for _, p in known],
                 )
         levels = {style.short: value for style, value in before.items() if style.short in curves}
-        panel = LinePanel(title, x, "images, %", curves, ends=PERCENT, levels=levels, whole=True, ticks=ticks)
+        panel = LinePanel(title, x, y, curves, ends=PERCENT, levels=levels, whole=True, ticks=ticks)
         drawn.append(panel)
-    styles = {style.short: style for series in panels.values() for style in series}
-    return line_panels(drawn, columns=min(columns, len(drawn)), row_height=150, styles=styles)
+    height = 170 if len(drawn) > 1 else 230
+    return line_panels(drawn, columns=min(columns, len(drawn)), row_height=height, styles=styles)
 
 
 def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool) -> None:
@@ -182,7 +184,7 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
         names = {"tickvals": list(range(len(panel.ticks))), "ticktext": list(panel.ticks)}
         plot.update_xaxes(tickangle=-30, automargin=True, row=row, col=col, **names)
     if panel.ends is not None:
-        plot.update_yaxes(range=panel.ends, row=row, col=col)
+        plot.update_yaxes(range=panel.ends, dtick=25 if panel.ends == PERCENT else None, row=row, col=col)
     for x, text in (panel.marks or {}).items():
         plot.add_trace(_mark(x, text, panel), row=row, col=col)
 

@@ -96,7 +96,7 @@ def styled(names: Sequence[str], styles: Mapping[str, Style] | None = None) -> d
 
 def lettered(titles: Sequence[str]) -> list[str]:
     """Titles of panels; with letters where there are several."""
-    if len(titles) == 1:
+    if len(titles) == 1 or not any(titles):
         return list(titles)
     return [f"({chr(97 + place)}) {title}" for place, title in enumerate(titles)]
 

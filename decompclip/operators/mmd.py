@@ -154,7 +154,9 @@ class MMD:
             hollow = None if self.adjusted is None else (self.adjusted[rows] > RATE).tolist()
             layers = [float(self.parts[i].layer or 0) for i in rows]
             curves[name] = Curve(layers, self.values[rows].tolist(), hollow=hollow)
-        return line_panels([LinePanel("", "layer", self._unit, curves, whole=True)], columns=1)
+        low, high = float(self.values.min()), float(self.values.max())
+        ends = min(0.0, 1.1 * low), max(1.08 * high, 1e-9)
+        return line_panels([LinePanel("", "layer", self._unit, curves, ends=ends, whole=True)], columns=1)
 
     @property
     def _unit(self) -> str:

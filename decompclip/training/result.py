@@ -43,14 +43,14 @@ class FineTuned:
             entries = [entry for entry in self.history if name in entry]
             return Curve([e["step"] for e in entries], [factor * e[name] for e in entries])
 
-        loss = "Loss (mean since the point before)"
+        loss = "Loss"
         panels = [LinePanel("", "steps", "loss", {loss: curve("loss")})]
         rates = {"cacc": ACCURACY, "asr": SUCCESS, "control": CONTROL}
         measured = {name: style for name, style in rates.items() if any(name in e for e in self.history)}
         if measured:
-            curves = {style.label: curve(name, 100) for name, style in measured.items()}
+            curves = {style.short: curve(name, 100) for name, style in measured.items()}
             panels.append(LinePanel("", "steps", "images, %", curves, ends=PERCENT))
-        styles = {loss: STYLES[-1]} | {style.label: style for style in measured.values()}
+        styles = {loss: STYLES[-1]} | {style.short: style for style in measured.values()}
         return line_panels(panels, columns=1, shared_y=False, styles=styles)
 
     def __repr__(self) -> str:
