@@ -23,9 +23,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from decompclip.cache.readout import blocks
 from decompclip.models.norms import LayerNorm
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import HookedViT, blocks
 
 Position = Slice | int | tuple[int, ...] | list[int] | Tensor | None  # as TransformerLens' SliceInput
 Stack = Float[Tensor, "component *batch_and_token d_model"]

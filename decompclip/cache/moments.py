@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,10 +18,7 @@ from torch import Tensor
 from decompclip.cache.capture import decompose
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, TermMaps
-from decompclip.models.vit import Hook, HookedViT
-
-if TYPE_CHECKING:
-    from decompclip.models.clip import HookedCLIP
+from decompclip.models.vit import HasTower, Hook, HookedViT
 
 TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
 SCATTERED = TERMS[:4]
@@ -118,7 +115,7 @@ class Moments:
 
     @staticmethod
     def fit(
-        model: HookedViT | HookedCLIP,
+        model: HookedViT | HasTower,
         batches: Iterable[Float[Tensor, "_ 3 h w"]],
         *,
         convention: Convention = "centred",

@@ -16,13 +16,12 @@ the feature is affine in the last stream `x [row d_model]`. For pooling head q (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.models.vit import Block, HookedViT
+from decompclip.models.vit import HookedViT, blocks
 
 
 def wide(x: Tensor) -> Tensor:
@@ -33,11 +32,6 @@ def wide(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> torch.autocast:
     """A context without autocast on the device of `x`: terms are exact where the tower itself is not."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def blocks(visual: HookedViT) -> list[Block]:
-    """The tower's blocks, as what they are."""
-    return cast(list[Block], list(visual.blocks))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decompclip.cache.maps import Convention
-from decompclip.cache.readout import blocks, wide
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.cache.readout import wide
+from decompclip.models.vit import Hook, HookedViT, blocks
 
 
 class DecompositionError(ArithmeticError):

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from decompclip.cache.masks import ComponentMask
-from decompclip.cache.readout import blocks
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.config import ViTConfig
-from decompclip.models.vit import Block, HookedViT, hooked
+from decompclip.models.vit import Block, HookedViT, blocks, hooked
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.fills import fit_rows, resolve, token_mask
 from decompclip.operators.intervention import Composition, Intervention

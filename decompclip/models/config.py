@@ -147,3 +147,26 @@ class ViTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_POOLS = {"cls": (), "mean": ("mean pool",), "attention": ("attention pool",)}
+
+
+def tower_in_words(config: ViTConfig) -> str:
+    return f"HookedViT({', '.join(tower_facts(config))})"
+
+
+def tower_facts(config: ViTConfig) -> list[str]:
+    """Activation, sizes, and the pool where it is not the class token."""
+    return [
+        config.activation,
+        _by(config.image_size),
+        f"patches {_by(config.patch_size)}",
+        f"{config.n_layers} layers x {config.n_heads} heads",
+        f"d_embed {config.d_embed}",
+        *_POOLS[config.pool],
+    ]
+
+
+def _by(sizes: tuple[int, int]) -> str:
+    return f"{sizes[0]} x {sizes[1]}"

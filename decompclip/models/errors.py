@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from decompclip.models.tower_errors import ModelError, UnsupportedTowerError
 
-class ModelError(ValueError):
-    """A model cannot be had as asked for; the message says what to do."""
+__all__ = ["CheckpointError", "ModelError", "UnknownModelError", "UnsupportedTowerError"]
 
 
 class UnknownModelError(ModelError):
     """Neither a bundled model nor a name or pretrained tag that open_clip knows."""
-
-
-class UnsupportedTowerError(ModelError):
-    """An image tower that `HookedViT` cannot run exactly."""
 
 
 class CheckpointError(ModelError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from einops import rearrange
@@ -20,17 +20,23 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from decompclip.models.attention import Attention
-from decompclip.models.config import ViTConfig
+from decompclip.models.config import ViTConfig, tower_in_words
 from decompclip.models.mlp import MLP
 from decompclip.models.norms import LayerNorm
 from decompclip.models.pool import AttentionPool
-from decompclip.models.words import tower_in_words
 
 Hook = tuple[str | Callable[..., bool], Callable[..., Any]]
 """A hook point's name, or a choice among names, and what to do there; as TransformerLens takes them."""
 
 if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
+
+
+class HasTower(Protocol):
+    """A model with an image tower, such as a CLIP."""
+
+    @property
+    def visual(self) -> HookedViT: ...
 
 
 class Causal(Protocol):
@@ -220,3 +226,8 @@ class HookedViT(HookedRootModule):
         remove_batch_dim = kwargs.get("remove_batch_dim", False)
         features, cache = super().run_with_cache(*args, **kwargs)
         return features, ViTCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+
+def blocks(visual: HookedViT) -> list[Block]:
+    """The tower's blocks, as what they are."""
+    return cast(list[Block], list(visual.blocks))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from decompclip.models.config import ViTConfig
+from decompclip.models.config import tower_facts
 from decompclip.models.image_only import ImageOnly
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
-
-_POOLS = {"cls": (), "mean": ("mean pool",), "attention": ("attention pool",)}
 
 
 def clip_in_words(model: HookedCLIP) -> str:
@@ -20,26 +18,6 @@ def clip_in_words(model: HookedCLIP) -> str:
     if isinstance(model.text, ImageOnly):
         facts.append("image tower alone")
     return f"{type(model).__name__}({', '.join(facts)})"
-
-
-def tower_in_words(config: ViTConfig) -> str:
-    return f"HookedViT({', '.join(tower_facts(config))})"
-
-
-def tower_facts(config: ViTConfig) -> list[str]:
-    """Activation, sizes, and the pool where it is not the class token."""
-    return [
-        config.activation,
-        _by(config.image_size),
-        f"patches {_by(config.patch_size)}",
-        f"{config.n_layers} layers x {config.n_heads} heads",
-        f"d_embed {config.d_embed}",
-        *_POOLS[config.pool],
-    ]
-
-
-def _by(sizes: tuple[int, int]) -> str:
-    return f"{sizes[0]} x {sizes[1]}"
 
 
 def _weights(model: HookedCLIP) -> str:

@@ -15,8 +15,7 @@ from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.masks import ComponentMask
 from decompclip.cache.moments import Moments
-from decompclip.cache.readout import blocks
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import HookedViT, blocks
 from decompclip.operators.fills import Fill, Rows, show_rows
 from decompclip.operators.replacement import Replacement, stream_means
 from decompclip.operators.splits import Validation, moments_of

@@ -19,9 +19,9 @@ from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.maps import Convention, frozen
 from decompclip.cache.masks import ComponentMask
-from decompclip.cache.readout import blocks, wide
+from decompclip.cache.readout import wide
 from decompclip.cache.terms import Rows as PooledRows
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.models.vit import Hook, HookedViT, blocks
 from decompclip.operators.fills import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.operators.splits import Measured, apart

@@ -12,8 +12,7 @@ from torch import Tensor
 from decompclip.cache.components import Components
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.masks import ComponentMask
-from decompclip.cache.readout import blocks
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.models.vit import Hook, HookedViT, blocks
 from decompclip.operators.fills import resolve
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.operators.splits import Measured, apart

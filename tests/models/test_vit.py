@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decompclip.cache.readout import blocks
 from decompclip.models.config import Stem, ViTConfig
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import HookedViT, blocks
 
 CONFIG = ViTConfig(
     n_layers=2,

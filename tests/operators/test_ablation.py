@@ -13,8 +13,7 @@ from decompclip.cache.capture import decompose
 from decompclip.cache.components import Components, embed, everything, heads, mlps, neurons, pool
 from decompclip.cache.decomposition import Decomposition
 from decompclip.cache.moments import Moments
-from decompclip.cache.readout import blocks
-from decompclip.models.vit import HookedViT
+from decompclip.models.vit import HookedViT, blocks
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from decompclip.models.errors import UnsupportedTowerError
+from decompclip.models.tower_errors import UnsupportedTowerError
 
 SUPPORTED = "every transformer tower of open_clip's: native ViT, CLIPA, CoCa, SigLIP, MobileCLIP-B/-L, ViTamin, EVA, PE"
 

@@ -20,7 +20,7 @@ from decompclip.models.config import ViTConfig
 from decompclip.models.convert import eva, native, timm_vit
 from decompclip.models.convert.refusal import SUPPORTED, refuse
 from decompclip.models.convert.rules import Rule
-from decompclip.models.errors import UnsupportedTowerError
+from decompclip.models.tower_errors import UnsupportedTowerError
 from decompclip.models.vit import HookedViT
 
 
