@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from decompclip.models.image_only import ImageOnly, MissingTextError
 from decompclip.models.preprocessing import Preprocessing, Transform
 from decompclip.models.prompts import causal, encode_prompts, keep, kept, key_of
 from decompclip.models.raw_pixels import RawPixels
-from decompclip.models.tokenizer import check_tokens
+from decompclip.models.tokenizer import Tokenizer, check_tokens
 from decompclip.models.vit import Causal, Hook, HookedViT
 from decompclip.models.words import clip_in_words
 from decompclip.models.wrappers import shell
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from decompclip.cache.decomposition import Decomposition
     from decompclip.cache.maps import Convention
     from decompclip.evaluation.zero_shot import Template, Track
-
-Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
 
 
 class HookedCLIP(nn.Module):

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from decompclip.models.checkpoint import sha256
-from decompclip.models.clip import Tokenizer
 from decompclip.models.errors import CheckpointError
 from decompclip.models.hf_tokenizer import CLIP_VOCABULARY, FolderTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.json_files import OBJECT, OBJECTS, TEXT, TEXTS, check_fields, part, read_json
 from decompclip.models.open_clip_config import check_architecture, preprocess_of
 from decompclip.models.spec import ModelSpec
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.tokenizer import Tokenizer, WordTokenizer
 
 CONFIG = "open_clip_config.json"
 OWN = "decompclip"

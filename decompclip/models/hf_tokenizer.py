@@ -13,11 +13,11 @@ from jaxtyping import Int
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
-from decompclip.models.clip import Tokenizer
 from decompclip.models.errors import CheckpointError, ModelError
 from decompclip.models.hub import asked_once
 from decompclip.models.image_only import MissingTextError, NoTokenizer
 from decompclip.models.json_files import TEXT, check_fields, may_be_null, read_json, shown
+from decompclip.models.tokenizer import Tokenizer
 
 _FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 CLIP_VOCABULARY = 49408

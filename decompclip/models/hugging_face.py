@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, read_checkpoint
-from decompclip.models.clip import HookedCLIP, Tokenizer
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.convert.native import pair
 from decompclip.models.errors import CheckpointError, ModelError
 from decompclip.models.fit import image_size_said, with_positions_of
@@ -32,6 +32,7 @@ from decompclip.models.image_only import (
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
 from decompclip.models.sizes import check_sizes
 from decompclip.models.spec import Choice, build_open_clip, versions
+from decompclip.models.tokenizer import Tokenizer
 
 __all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 

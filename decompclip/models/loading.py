@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, digest, read_checkpoint, sha256
-from decompclip.models.clip import HookedCLIP, Tokenizer
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.config import Activation
 from decompclip.models.convert import oddities, refuse
 from decompclip.models.errors import ModelError, UnknownModelError
@@ -45,6 +45,7 @@ from decompclip.models.options import check_options
 from decompclip.models.sizes import check_sizes, out_of, towers_of
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
+from decompclip.models.tokenizer import Tokenizer
 from decompclip.models.torchscript import is_of_openai
 from decompclip.models.wrappers import without_others
 from decompclip.models.zoo import bundled, card, load_bundled, spec_of

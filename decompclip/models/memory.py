@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from decompclip.models.clip import HookedCLIP, Tokenizer
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import UnknownModelError
 from decompclip.models.hf_tokenizer import clip_tokenizer
 from decompclip.models.hugging_face import from_transformers
 from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, NoTokenizer
+from decompclip.models.tokenizer import Tokenizer
 from decompclip.models.wrappers import bare
 
 

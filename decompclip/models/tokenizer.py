@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+Tokenizer = Callable[[list[str]], Int[Tensor, "text position"]]
+"""Texts to token ids."""
 
 _WORD = re.compile(r"[a-z0-9]+")
 
