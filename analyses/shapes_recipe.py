@@ -12,7 +12,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from decompclip.data.captions import CONTEXT_LENGTH, captions, templates, vocabulary
+from decompclip.data.captions import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
 from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
 from decompclip.evaluation.metrics import predict
 from decompclip.evaluation.zero_shot import zero_shot_classifier
@@ -72,7 +72,7 @@ class Pairs:
         """Pairs of one step."""
         indices = list(range(step * size, (step + 1) * size))
         drawn = draw(indices, seed=self.seed)
-        return drawn.images, captions(drawn.attributes, indices, seed=self.seed + 10_000)
+        return drawn.images, shapes_captions(drawn.attributes, indices, seed=self.seed + 10_000)
 
 
 def initial_model(seed: int) -> CLIP:

@@ -46,7 +46,7 @@ def caption(words: dict[str, str], generator: np.random.Generator) -> str:
     return " ".join([prefix + phrase, *tail])
 
 
-def captions(attributes: Attributes, indices: Sequence[int], *, seed: int) -> list[str]:
+def shapes_captions(attributes: Attributes, indices: Sequence[int], *, seed: int) -> list[str]:
     """Captions of a batch; the caption of an image is a pure function of `(seed, index)`."""
     return [
         caption(attributes.words(row), np.random.Generator(np.random.Philox(key=[seed, int(index)])))

@@ -9,8 +9,7 @@ from functools import cached_property
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.data.captions import captions as shapes_captions
-from decompclip.data.captions import templates
+from decompclip.data.captions import shapes_captions, templates
 from decompclip.data.pairs import Pairs
 from decompclip.data.shapes import RESOLUTION, Attributes, Shapes
 

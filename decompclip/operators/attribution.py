@@ -18,7 +18,7 @@ from decompclip.models.gradients import differentiable
 from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.patching import (
     POINTS,
-    Images,
+    ImageBatches,
     Patching,
     Score,
     Site,
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 @differentiable
 def attribution_patching(
     model: HookedViT | HookedCLIP,
-    base: Images,
-    source: Images,
+    base: ImageBatches,
+    source: ImageBatches,
     score: Float[Tensor, " d_embed"] | Score,
     *,
     sites: Sequence[Site] = get_args(Site),

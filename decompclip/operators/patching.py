@@ -35,7 +35,7 @@ SITE_NAMES = {
     "mlp_out": "MLP output",
     "z": "heads (z)",
 }
-Images = Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]]
+ImageBatches = Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]]
 Score = Callable[[Float[Tensor, "batch d_embed"]], Float[Tensor, " batch"]]
 POINTS: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
@@ -184,8 +184,8 @@ class Patching:
 @torch.no_grad()
 def activation_patching(
     model: HookedViT | HookedCLIP,
-    base: Images,
-    source: Images,
+    base: ImageBatches,
+    source: ImageBatches,
     score: Float[Tensor, " d_embed"] | Score,
     *,
     sites: Sequence[Site] = get_args(Site),
@@ -256,7 +256,7 @@ class Mergeable(Protocol):
 Result = TypeVar("Result", bound=Mergeable)
 
 
-def over_batches(patch: Callable[..., Result], base: Iterable[Tensor], source: Images) -> Result:
+def over_batches(patch: Callable[..., Result], base: Iterable[Tensor], source: ImageBatches) -> Result:
     """The results of batches, one after the other, as one.
 
     Raises:
@@ -274,7 +274,7 @@ def over_batches(patch: Callable[..., Result], base: Iterable[Tensor], source: I
 
 
 def check_request(
-    model: HookedViT | HookedCLIP, base: Tensor, source: Images, sites: Sequence[str]
+    model: HookedViT | HookedCLIP, base: Tensor, source: ImageBatches, sites: Sequence[str]
 ) -> tuple[HookedViT, Tensor]:
     """The tower and the source's batch, once the request is known to make sense.
 

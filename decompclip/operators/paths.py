@@ -19,7 +19,7 @@ from torch import Tensor
 from decompclip.cache.components import Components, Heads, everything
 from decompclip.cache.components import heads as all_heads
 from decompclip.models.vit import HookedViT
-from decompclip.operators.patching import Images, Score, check_request, over_batches, record, scorer
+from decompclip.operators.patching import ImageBatches, Score, check_request, over_batches, record, scorer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,8 +94,8 @@ class PathPatching:
 @torch.no_grad()
 def path_patching(
     model: HookedViT | HookedCLIP,
-    base: Images,
-    source: Images,
+    base: ImageBatches,
+    source: ImageBatches,
     score: Float[Tensor, " d_embed"] | Score,
     sender: Heads,
     *,

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from decompclip.attacks.badclip import BadCLIP, decode_patch, encode_patch
 from decompclip.attacks.badclip_optimise import OptimisedPatch, info_nce, optimise_patch
-from decompclip.data.captions import captions
+from decompclip.data.captions import shapes_captions
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.clip import HookedCLIP
 
 WORLD = Shapes(120, seed=21).draw(range(120))
 STAR = PROPERTIES["shape"].index("star")
-TEXTS = captions(WORLD.attributes, range(120), seed=0)
+TEXTS = shapes_captions(WORLD.attributes, range(120), seed=0)
 IS_STAR = WORLD.labels == STAR
 TARGET_TEXTS = [text for text, star in zip(TEXTS, IS_STAR, strict=True) if star]
 OTHER_TEXTS = [text for text, star in zip(TEXTS, IS_STAR, strict=True) if not star]

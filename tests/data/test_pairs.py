@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.captions import captions
+from decompclip.data.captions import shapes_captions
 from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
 from decompclip.data.datasets import DatasetPairs, folder_pairs
 from decompclip.data.draws import keyed, template_caption
@@ -100,7 +100,7 @@ def test_shapes_pairs_are_those_that_the_bundled_models_were_trained_on() -> Non
     plain = draw([4, 17], seed=3)
     taken = pairs.read([4, 17])
     assert torch.equal(taken.images, plain.images)
-    assert list(taken.captions) == captions(plain.attributes, [4, 17], seed=10_003)
+    assert list(taken.captions) == shapes_captions(plain.attributes, [4, 17], seed=10_003)
     assert taken.labels is not None
     assert torch.equal(taken.labels, plain.labels)
     assert taken.ids == ("shapes/3/4", "shapes/3/17")

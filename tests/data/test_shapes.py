@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from decompclip.data.captions import CONTEXT_LENGTH, captions, templates, vocabulary
+from decompclip.data.captions import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
 from decompclip.data.shapes import PROPERTIES, RESOLUTION, Attributes, Shapes, draw
 from decompclip.data.silhouettes import EXTENT, distance_tables
 from decompclip.models.tokenizer import WordTokenizer
@@ -92,9 +92,9 @@ def test_an_index_out_of_range_is_refused() -> None:
 
 def test_captions_tell_the_truth_and_are_seeded() -> None:
     drawn = draw(range(300), seed=0, resolution=1)
-    texts = captions(drawn.attributes, drawn.indices.tolist(), seed=1)
-    assert texts == captions(drawn.attributes, drawn.indices.tolist(), seed=1)
-    assert texts != captions(drawn.attributes, drawn.indices.tolist(), seed=2)
+    texts = shapes_captions(drawn.attributes, drawn.indices.tolist(), seed=1)
+    assert texts == shapes_captions(drawn.attributes, drawn.indices.tolist(), seed=1)
+    assert texts != shapes_captions(drawn.attributes, drawn.indices.tolist(), seed=2)
     for row, text in enumerate(texts):
         words = drawn.attributes.words(row)
         for name, values in PROPERTIES.items():
@@ -112,6 +112,6 @@ def test_the_vocabulary_covers_captions_and_templates() -> None:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokens = tokenize(captions(drawn.attributes, drawn.indices.tolist(), seed=0) + prompts)
+        tokens = tokenize(shapes_captions(drawn.attributes, drawn.indices.tolist(), seed=0) + prompts)
     assert tokens.shape[1] == CONTEXT_LENGTH
     assert (tokens.argmax(dim=1) == (tokens != 0).sum(dim=1) - 1).all(), "the largest id is the last token"

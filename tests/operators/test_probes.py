@@ -12,7 +12,7 @@ from torch import Tensor
 from decompclip.cache.capture import decompose
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.decomposition import Decomposition
-from decompclip.data.captions import captions
+from decompclip.data.captions import shapes_captions
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.vit import HookedViT
 from decompclip.operators.naming import agreement, named_property
@@ -161,7 +161,7 @@ def test_texts_name_a_property() -> None:
 
 
 def test_what_all_texts_name_says_nothing() -> None:
-    pool = captions(Shapes(300).draw(range(300)).attributes, range(300), seed=1)
+    pool = shapes_captions(Shapes(300).draw(range(300)).attributes, range(300), seed=1)
     picked = [text for text in pool if " striped " in text or " dotted " in text or " plain " in text][:12]
     plain, against = named_property(picked, PROPERTIES), named_property(picked, PROPERTIES, pool=pool)
     assert plain.shares["texture"] == 1 and plain.shares["shape"] > 0.7
