@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from decompclip.cache.activations import ViTCache
 
 
+@runtime_checkable
 class HasTower(Protocol):
     """A model with an image tower, such as a CLIP."""
 
