@@ -40,8 +40,8 @@ from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, controls
 from decompclip.audit.demo import Held
+from decompclip.audit.evidence import Evidence, Reference
 from decompclip.audit.pipeline import weigh
-from decompclip.audit.result import Evidence, Reference
 from decompclip.audit.verdict import EXPLAINED, judged
 from decompclip.audit.words import STRONG
 from decompclip.bench.run import versions

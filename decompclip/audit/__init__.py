@@ -7,6 +7,6 @@ from decompclip.audit.finding import Finding
 from decompclip.audit.findings import findings
 from decompclip.audit.pipeline import Names, run_audit
 from decompclip.audit.result import AuditResult
-from decompclip.audit.verdict import Verdict, verdict
+from decompclip.audit.verdict import Verdict
 
-__all__ = ["AuditConfig", "AuditResult", "Finding", "Names", "Verdict", "findings", "run_audit", "verdict"]
+__all__ = ["AuditConfig", "AuditResult", "Finding", "Names", "Verdict", "findings", "run_audit"]

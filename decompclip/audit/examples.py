@@ -8,7 +8,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from decompclip.audit.collect import ImageSet, Split
-from decompclip.audit.result import Examples, HeadMaps, Shift, Target
+from decompclip.audit.evidence import Target
+from decompclip.audit.result import Examples, HeadMaps
+from decompclip.audit.shift import Shift
 from decompclip.cache.components import heads
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP

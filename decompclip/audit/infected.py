@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,15 +13,13 @@ from torch import Tensor
 
 from decompclip.audit.collect import Split
 from decompclip.audit.scoring import Scorer, Setting
+from decompclip.audit.shift import Shift
 from decompclip.cache.components import Components
 from decompclip.cache.moments import Moments
 from decompclip.evaluation.intervals import CONFIDENCE, Z
 from decompclip.evaluation.metrics import predict
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.parts import Part
-
-if TYPE_CHECKING:
-    from decompclip.audit.result import Shift
 
 
 @dataclass(frozen=True)

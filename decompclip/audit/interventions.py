@@ -11,7 +11,8 @@ from torch import Tensor
 
 from decompclip.audit.collect import Split
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Repair, Suspicion
+from decompclip.audit.evidence import Repair
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Suspicion
 from decompclip.audit.scoring import Answers, Scorer, Setting
 from decompclip.cache.components import heads, mlps
 from decompclip.cache.moments import Moments

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -15,44 +15,18 @@ from torch import Tensor
 from decompclip.audit.checks import Checks
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls
+from decompclip.audit.evidence import Evidence, Reference, Repair, Target
 from decompclip.audit.infected import Infection
-from decompclip.audit.scoring import Change, Setting
+from decompclip.audit.scoring import Setting
 from decompclip.audit.shares import ClassShare
+from decompclip.audit.shift import Shift
+from decompclip.audit.verdict import Verdict, judged
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
 
-if TYPE_CHECKING:
-    from decompclip.audit.verdict import Verdict
-
 KINDS: tuple[Kind, ...] = ("heads", "mlps")
 SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The class that the audit takes for the attacker's, and how it came to that."""
-
-    index: int
-    name: str
-    inferred: bool
-    over_prediction: tuple[float, float, float] | None  # value, low, high on the images it was inferred from
-    images: int  # suspect images it was inferred from
-    asked: str | None = None  # the class that was asked for, where suspect images go to this one instead
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A clean model on the same images.
-
-    Attributes:
-        setting: toward the audited model's target.
-        most: the class, whichever it is, that it takes suspect images for more often than clean ones by the most.
-    """
-
-    name: str
-    setting: Setting
-    most: ClassShare
 
 
 @dataclass(frozen=True)
@@ -61,47 +35,6 @@ class Ablations:
 
     complete: dict[str, Setting]  # kind
     sweeps: dict[str, dict[str, tuple[Setting, ...]]]  # kind, scheme; one setting a layer
-
-
-@dataclass(frozen=True)
-class Shift:
-    """Difference of a component's mean between suspect and clean images, in units of the feature's norm.
-
-    Attributes:
-        *_distance: norm of the difference of the mean terms.
-        *_floor: norm to expect from sampling alone, were the means equal.
-        *_push: its part along (target text - mean of the other classes' texts), where positive pulls
-            suspect images toward the target; *_push_error: half-width of its 95 % interval.
-        paired: whether differences were taken between twins.
-    """
-
-    heads_distance: Float[Tensor, "layer head"]
-    heads_floor: Float[Tensor, "layer head"]
-    heads_push: Float[Tensor, "layer head"]
-    heads_push_error: Float[Tensor, "layer head"]
-    mlps_distance: Float[Tensor, " layer"]
-    mlps_floor: Float[Tensor, " layer"]
-    mlps_push: Float[Tensor, " layer"]
-    mlps_push_error: Float[Tensor, " layer"]
-    totals: dict[str, tuple[float, float]]  # "all", "heads", "mlps", "rest": push and half-width
-    paired: bool
-
-
-@dataclass(frozen=True)
-class Repair:
-    """One way of repairing, scored on the same images.
-
-    Attributes:
-        setting: the model repaired so.
-        change: what that does image by image, beside the model as it is.
-        flagged_clean, flagged_suspect: heads of the last layer replaced in a mean image; None where a repair does
-            not choose heads.
-    """
-
-    setting: Setting
-    change: Change
-    flagged_clean: float | None = None
-    flagged_suspect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,23 +99,6 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a verdict stands on; an `AuditResult` holds all of it, and more."""
-
-    name: str
-    class_names: tuple[str, ...]
-    counts: dict[str, int]
-    target: Target
-    twins: bool
-    as_it_is: Setting
-    class_shares: tuple[ClassShare, ...]  # the over-predicted first
-    checks: Checks
-    controls: Controls | None = None
-    reference: Reference | None = None
-    repairs: tuple[Repair, ...] = ()
-
-
-@dataclass(frozen=True)
 class AuditResult:
     """Every number of an audit, and where it came from."""
 
@@ -212,9 +128,8 @@ class AuditResult:
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:
-        from decompclip.audit.verdict import judged
-
-        object.__setattr__(self, "verdict", judged(self))
+        known = {part.name: getattr(self, part.name) for part in fields(Evidence)}
+        object.__setattr__(self, "verdict", judged(Evidence(**known)))
 
     @property
     def n_layers(self) -> int:

@@ -8,9 +8,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.audit.result import Shift
 from decompclip.cache.decomposition import Decomposition
 from decompclip.evaluation.intervals import Z
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Difference of a component's mean between suspect and clean images, in units of the feature's norm.
+
+    Attributes:
+        *_distance: norm of the difference of the mean terms.
+        *_floor: norm to expect from sampling alone, were the means equal.
+        *_push: its part along (target text - mean of the other classes' texts), where positive pulls
+            suspect images toward the target; *_push_error: half-width of its 95 % interval.
+        paired: whether differences were taken between twins.
+    """
+
+    heads_distance: Float[Tensor, "layer head"]
+    heads_floor: Float[Tensor, "layer head"]
+    heads_push: Float[Tensor, "layer head"]
+    heads_push_error: Float[Tensor, "layer head"]
+    mlps_distance: Float[Tensor, " layer"]
+    mlps_floor: Float[Tensor, " layer"]
+    mlps_push: Float[Tensor, " layer"]
+    mlps_push_error: Float[Tensor, " layer"]
+    totals: dict[str, tuple[float, float]]  # "all", "heads", "mlps", "rest": push and half-width
+    paired: bool
 
 
 @dataclass(frozen=True)

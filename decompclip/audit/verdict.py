@@ -5,12 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from decompclip.audit.evidence import Evidence
 from decompclip.audit.words import FEW, STRONG, WEAK, difference, outcome, points, share
-
-if TYPE_CHECKING:
-    from decompclip.audit.result import AuditResult, Evidence
 
 Level = Literal["backdoored", "suspicious", "no sign", "cannot tell"]
 Confidence = Literal["high", "moderate", "low"]
@@ -120,12 +118,7 @@ class Verdict:
         return f"{said}<dl>{''.join(items)}</dl>"
 
 
-def verdict(result: AuditResult) -> Verdict:
-    """The verdict of an audit, which it holds."""
-    return result.verdict
-
-
-def judged(result: AuditResult | Evidence) -> Verdict:
+def judged(result: Evidence) -> Verdict:
     """Judge an audit of clean and suspect images by `RULES`.
 
     What counts is the 95 % interval of what suspect images add, attack success less its control, toward the class that they go to.
@@ -147,11 +140,11 @@ def judged(result: AuditResult | Evidence) -> Verdict:
     )
 
 
-def _name(result: AuditResult | Evidence) -> str:
+def _name(result: Evidence) -> str:
     return f"“{result.target.name}”"
 
 
-def _unusable(result: AuditResult | Evidence) -> Verdict | None:
+def _unusable(result: Evidence) -> Verdict | None:
     """What makes every number of an audit mean nothing."""
     checks, cacc = result.checks, result.as_it_is.report.cacc
     n, (favourite, often) = len(result.class_names), checks.favourite
@@ -203,7 +196,7 @@ def _cannot(headline: str, why: str, doubt: str, step: str) -> Verdict:
     return Verdict("cannot tell", "low", headline, (why,), (doubt,), (step,))
 
 
-def _no_sign(result: AuditResult | Evidence, high: float) -> Verdict:
+def _no_sign(result: Evidence, high: float) -> Verdict:
     checks = result.checks
     labelled = result.as_it_is.report.cacc is not None
     confidence: Confidence = "high" if high <= FIRM and labelled else "moderate"
@@ -236,7 +229,7 @@ def _no_sign(result: AuditResult | Evidence, high: float) -> Verdict:
     )
 
 
-def _affected(result: AuditResult | Evidence, low: float) -> Verdict:
+def _affected(result: Evidence, low: float) -> Verdict:
     """There is an effect: how large, and what else could cause it."""
     isolated = result.twins or result.as_it_is.excludes_target
     reference, controls = result.reference, result.controls
@@ -298,7 +291,7 @@ def _affected(result: AuditResult | Evidence, low: float) -> Verdict:
     return Verdict(level, _lowered(confidence, result), headline, tuple(why), tuple(doubts), steps, kept)
 
 
-def _steps(result: AuditResult | Evidence, level: Level, kept: str | None) -> Iterator[str]:
+def _steps(result: Evidence, level: Level, kept: str | None) -> Iterator[str]:
     if level == "backdoored":
         yield "Do not use the checkpoint as it is; take one whose origin is known."
     if not result.twins:
@@ -313,7 +306,7 @@ AFFORDABLE = 0.02
 """Clean accuracy that a repair may cost, as a share of images, to be recommended."""
 
 
-def recommended(result: AuditResult | Evidence) -> str | None:
+def recommended(result: Evidence) -> str | None:
     """The repair that takes most suspect images off the target among those that cost at most 2 points and take at least half; or None.
 
     Chosen and reported on the same images: as the best of several it looks a little better than it is.
@@ -333,7 +326,7 @@ def recommended(result: AuditResult | Evidence) -> str | None:
     return f"{best.setting.name}. {outcome(best.change)}{words}"
 
 
-def _numbers(result: AuditResult | Evidence) -> str:
+def _numbers(result: Evidence) -> str:
     setting, whose = result.as_it_is, ""
     if setting.excludes_target:
         whose = " of other classes"
@@ -343,7 +336,7 @@ def _numbers(result: AuditResult | Evidence) -> str:
     )
 
 
-def _doubts(result: AuditResult | Evidence, *, found: bool) -> tuple[str, ...]:
+def _doubts(result: Evidence, *, found: bool) -> tuple[str, ...]:
     doubts = []
     if found and not result.twins:
         doubts.append("The sets are not twins: suspect images that look like the class would do this too.")
@@ -362,7 +355,7 @@ def _doubts(result: AuditResult | Evidence, *, found: bool) -> tuple[str, ...]:
     return tuple(doubts)
 
 
-def _inference(result: AuditResult | Evidence) -> tuple[str, ...]:
+def _inference(result: Evidence) -> tuple[str, ...]:
     """That no class is over-predicted, where none was named and none is."""
     target = result.target
     if not _guessed(result) or target.over_prediction is None:
@@ -374,13 +367,13 @@ def _inference(result: AuditResult | Evidence) -> tuple[str, ...]:
     )
 
 
-def _guessed(result: AuditResult | Evidence) -> bool:
+def _guessed(result: Evidence) -> bool:
     """Whether the target was inferred from what chance may do."""
     target = result.target
     return target.inferred and (target.over_prediction is None or target.over_prediction[1] <= 0)
 
 
-def _lowered(confidence: Confidence, result: AuditResult | Evidence) -> Confidence:
+def _lowered(confidence: Confidence, result: Evidence) -> Confidence:
     few = min(result.counts["clean"], result.counts["suspect"]) < FEW
     guessed = result.as_it_is.has_effect and _guessed(result)
     if not (few or guessed or result.checks.coinciding):

@@ -119,22 +119,6 @@ class HookedCLIP(nn.Module):
             **options,
         )
 
-    @classmethod
-    def from_transformers(
-        cls, model: nn.Module, *, tokenizer: Any = None, processor: Any = None
-    ) -> HookedCLIP:
-        """Hook a `CLIPModel` or `SiglipModel` of transformers' that is in memory; it is left as it is.
-
-        Args:
-            tokenizer, processor: of transformers'; for a CLIP open_clip's own tokenizer by default.
-
-        Raises:
-            UnsupportedTowerError: a model of another kind.
-        """
-        from decompclip.models.hugging_face import from_transformers
-
-        return from_transformers(model, tokenizer=tokenizer, processor=processor)
-
     def to_open_clip(self) -> nn.Module:
         """An open_clip model of its own with the present weights and the same outputs.
 

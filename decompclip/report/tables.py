@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from decompclip.audit.evidence import Repair
 from decompclip.audit.infected import InfectedPart
 from decompclip.audit.interventions import rule_name
-from decompclip.audit.result import AuditResult, Repair
+from decompclip.audit.result import AuditResult
 from decompclip.audit.scan.result import ScanResult
 from decompclip.audit.scoring import Setting
 from decompclip.evaluation.intervals import Rate

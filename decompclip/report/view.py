@@ -10,12 +10,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from torch import Tensor
 
+from decompclip.audit.evidence import Repair
 from decompclip.audit.findings import findings
 from decompclip.audit.findings_defenses import alarms
 from decompclip.audit.findings_parts import short
 from decompclip.audit.infected import InfectedPart
 from decompclip.audit.interventions import rule_name
-from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detector, Repair, Suspicion
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detector, Suspicion
 from decompclip.audit.scoring import Setting
 from decompclip.audit.words import difference, plus_minus, points, share
 from decompclip.evaluation.intervals import Rate, difference_interval

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm
 
 from decompclip.audit.infected import infected_parts
-from decompclip.audit.result import Shift
+from decompclip.audit.shift import Shift
 
 
 def shift(heads: torch.Tensor, mlps: torch.Tensor, error: float) -> Shift:

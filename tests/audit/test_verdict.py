@@ -9,10 +9,10 @@ from itertools import product
 import pytest
 import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Names, run_audit, verdict
+from decompclip.audit import AuditConfig, AuditResult, Names, Verdict, run_audit
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
 from decompclip.audit.demo import Held
-from decompclip.audit.result import Reference, Target
+from decompclip.audit.evidence import Reference, Target
 from decompclip.audit.scoring import Change
 from decompclip.audit.shares import ClassShare
 from decompclip.audit.sources import open_source
@@ -27,6 +27,10 @@ from decompclip.models.loading import load
 from tests.audit.conftest import setting
 
 CLASSES = PROPERTIES["shape"]
+
+
+def verdict(result: AuditResult) -> Verdict:
+    return result.verdict
 
 
 @pytest.fixture

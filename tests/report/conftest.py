@@ -12,6 +12,7 @@ import torch
 from decompclip.audit.checks import Checks
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, SameSize
+from decompclip.audit.evidence import Repair, Target
 from decompclip.audit.infected import Infection, infected_parts
 from decompclip.audit.result import (
     KINDS,
@@ -21,15 +22,13 @@ from decompclip.audit.result import (
     Detector,
     Examples,
     HeadMaps,
-    Repair,
-    Shift,
     Suspicion,
-    Target,
 )
 from decompclip.audit.scan.config import ScanConfig
 from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanResult
 from decompclip.audit.scoring import Change, Scorer, Setting
 from decompclip.audit.shares import ClassShare
+from decompclip.audit.shift import Shift
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.paired import Paired
