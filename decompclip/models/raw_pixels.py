@@ -13,13 +13,15 @@ LOOKS = 8
 """Batches on an accelerator that are looked at: each look waits for it once."""
 
 _SAMPLE = 4096
+_MANY = 16
 
 
 class RawPixels:
     """Warns once of images in [0, 1] or 0..255 that a model takes normalised.
 
     Normalised images of a photograph have negative numbers: all that is darker than the mean. Those without any are looked at
-    more closely, for a pale picture may have none: raw pixels reach both 0 and 1, or stand on the grid of 8 bits.
+    more closely, for a pale picture may have none: raw pixels reach both 0 and 1, stand on the grid of 8 bits, or end at
+    black, 0 in every channel, where normalised ones would end at the mean of every channel.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,23 @@ def _raw(images: Tensor, low: float, high: float, mean: Sequence[float], std: Se
     own, width = (few.new_tensor(x).view(1, -1, 1, 1) for x in (mean, std))
     if _on_grid(few * width + own):  # 8 bits, normalised
         return False
-    return _on_grid(few) or (low < 0.02 and high > 0.98)
+    return _on_grid(few) or (low < 0.02 and high > 0.98) or _ends_at_black(images, mean, std)
+
+
+def _ends_at_black(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether 0, and nothing below it, is the least of every channel, in images that are not of one colour.
+
+    Normalised, the darkest of all would be a colour near the mean: where the channels' means differ it is a certain colour,
+    which is no bound of pictures. Where they are alike it is a grey, at which a few pale images may end: there it is
+    exactly 0 that counts, which no pixel of 8 bits comes to, or many images.
+    """
+    least, most = images.amin((2, 3)), images.amax((2, 3))
+    varied = ((most - least) > 0.1).any(1)
+    if not bool(varied.any()):
+        return False
+    zeros = [m / s for m, s in zip(mean, std, strict=True)]
+    certain = max(zeros) - min(zeros) > 0.1 or int(varied.sum()) >= _MANY
+    return float(least[varied].amin(0).max()) < (0.02 if certain else 1e-6)
 
 
 def _on_grid(pixels: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 import decompclip
 from decompclip.data.shapes import Shapes
@@ -50,6 +51,25 @@ def test_normalised_images_are_not(how: Any, low: float, width: float) -> None:
     """Ordinary, dark, bright, pale and of one colour, of 8 bits or not."""
     assert not tells(normalised(bits(low + width * NOISE), how), *how)
     assert not tells(normalised(low + width * 0.97 * NOISE, how), *how)
+
+
+@pytest.mark.parametrize("how", [CLIP, SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("most", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_raw_pixels_that_are_dark_and_resized_are_told(how: Any, most: float, mode: str) -> None:
+    images = Shapes(64, seed=1).draw(range(64)).images
+    dark = most * interpolate(interpolate(images, scale_factor=0.7, mode=mode), size=48, mode=mode)
+    assert tells(dark, *how)
+    assert not tells(normalised(dark, how), *how)
+    assert not tells(normalised(1 - dark / 2, how), *how)  # none darker than the mean
+
+
+@pytest.mark.parametrize("how", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_normalised_images_of_one_colour_each_are_not(how: Any) -> None:
+    colours = torch.tensor(how[0]) + torch.tensor([[0.0], [0.001], [0.2]])
+    flat = colours[:, :, None, None].expand(3, 3, 8, 8)
+    assert not tells(normalised(flat + 1e-4, how), *how)
+    assert not tells(normalised(flat[1:2] + 1e-4, how), *how)
 
 
 def test_a_model_warns_once_at_its_caller() -> None:
