@@ -20,10 +20,10 @@ from decompclip.command_options import (
     check_folder,
     usable_device,
 )
-from decompclip.console import imports, plain_errors
+from decompclip.console import imports, plain_errors, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from decompclip.attacks.named import Attack
     from decompclip.models.clip import HookedCLIP
@@ -184,8 +184,10 @@ def repair(
             "results": rows,
         }
         write_json(out / NUMBERS, facts)
-        _tell(rows, attack, method)
+        _tell(rows, attack, method, hint)
         typer.echo(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")
+        if lost := costly(rows, method):
+            say(lost, err=True)
 
 
 def _data(
@@ -271,13 +273,17 @@ def _fitted(
     seed: int,
 ) -> Any:
     """Fit a repair of features, and write it; returns what makes its control of the model written."""
+    from functools import reduce
+    from operator import or_
+
+    import numpy as np
     import torch
 
     from decompclip.cache.components import mlps
     from decompclip.cache.moments import Moments
     from decompclip.defenses.agnostic_rep import AgnosticRep
     from decompclip.defenses.bake import bake, even
-    from decompclip.defenses.decomp_rep import DecompRep
+    from decompclip.defenses.decomp_rep import DecompRep, late_mlps
     from decompclip.defenses.guard import Guard
     from decompclip.defenses.guard_files import AtRandom, save_guard
     from decompclip.evaluation.evaluate import batches_of
@@ -288,8 +294,18 @@ def _fitted(
         if hint is Hint.spread:
             inputs = (clip.normalize(b.images) for b in batches_of(fit, batch))
             moments = Moments.fit(clip, inputs, stream=True)
-            save_model(bake(clip, even(MeanAblate(mlps[-5:], moments), clip)), out)
-            return None
+            n_layers = clip.cfg.n_layers
+            late = late_mlps(n_layers)
+
+            def without(layers: Sequence[int]) -> HookedCLIP:
+                chosen = [mlps[layer] for layer in layers]
+                return bake(clip, even(MeanAblate(reduce(or_, chosen), moments), clip))
+
+            save_model(without(range(n_layers - late, n_layers)), out)
+            if 2 * late > n_layers:
+                return None
+            others = np.random.Generator(np.random.Philox(key=[seed, 2])).permutation(n_layers - late)
+            return lambda _: without(others[:late].tolist())
         convention = "paper" if hint is Hint.local else "centred"
         terms = (
             clip.decompose(clip.normalize(b.images), convention=convention, normalize=True)
@@ -386,7 +402,29 @@ SAID = {
 }
 
 
-def _tell(rows: dict[str, Any], attack: Attack | None, method: Method) -> None:
+COSTLY = 0.02
+"""Clean accuracy that a repair may cost without a word: the audit recommends none that costs more."""
+
+OTHERS = {
+    Method.agnostic: "a lower --budget, or --method cleanclip",
+    Method.rep: "--method agnostic, or --method cleanclip or par for an ordinary open_clip model",
+    Method.cleanclip: "--method agnostic, or a lower --lr",
+    Method.par: "--method agnostic, or a lower --lr",
+}
+
+
+def costly(rows: dict[str, Any], method: Method) -> str | None:
+    """What to say of a repair whose model answers clean images noticeably worse; None where it does not."""
+    before, after = (rows[name]["cacc"]["value"] for name in ("before", "after"))
+    if before - after <= COSTLY + 1e-9:  # of rates of few images the two points exactly
+        return None
+    return (
+        f"warning: this repair costs {100 * (before - after):.1f} points of accuracy on clean images "
+        f"({100 * before:.1f} % before, {100 * after:.1f} % after); the model is written all the same. Take {OTHERS[method]}"
+    )
+
+
+def _tell(rows: dict[str, Any], attack: Attack | None, method: Method, hint: Hint) -> None:
     typer.echo(f"{'':48}" + "".join(f"{name:>22}" for name in rows))
     for key, words in SAID.items():
         cells = [row.get(key) for row in rows.values()]
@@ -401,6 +439,8 @@ def _tell(rows: dict[str, Any], attack: Attack | None, method: Method) -> None:
         typer.echo(
             "control: the same fine-tuning by CLIP's loss alone"
             if tuned
+            else "control: as many MLPs of earlier layers replaced, drawn at random"
+            if hint is Hint.spread
             else "control: as much replaced, in images or heads drawn at random"
         )
     typer.echo(

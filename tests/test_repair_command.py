@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import decompclip
 from decompclip.cli import app
 from decompclip.data.shapes import Shapes
+from decompclip.defenses.decomp_rep import late_mlps
 from decompclip.defenses.guard import Guard
+from decompclip.repair_command import Method, costly
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -89,8 +91,47 @@ def test_what_folds_into_weights_is_an_ordinary_model(options: tuple[object, ...
     found = repaired(out, *options)
     again = decompclip.load(out)
     assert isinstance(again, decompclip.HookedCLIP) and (out / "open_clip_config.json").is_file()
-    assert found["after"]["touched"]["value"] > 0.9 and "control" not in found
+    assert found["after"]["touched"]["value"] > 0.9 and ("control" in found) == (
+        "--no-control" not in options
+    )
     assert [backdoor["target"] for backdoor in again.backdoors] == ["star"]
+
+
+def test_the_last_mlps_are_the_papers_share_of_the_towers_own() -> None:
+    assert [late_mlps(n) for n in (12, 24, 6, 1)] == [5, 10, 2, 1]
+
+
+def test_a_repair_that_costs_accuracy_says_so_and_what_to_take_instead(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    code, stdout, stderr = run(
+        *(
+            "repair",
+            "shapes-badnet",
+            "--method",
+            "rep",
+            "--hint",
+            "global",
+            "--clean",
+            "shapes:100",
+            "--out",
+            out,
+        )
+    )
+    assert code == 0 and "control: as many MLPs of earlier layers" in stdout
+    rows = json.loads((out / "repair.json").read_text())["results"]
+    lost = rows["before"]["cacc"]["value"] - rows["after"]["cacc"]["value"]
+    assert ("warning: this repair costs" in stderr) == (lost > 0.02)
+
+
+def test_two_points_of_accuracy_are_what_a_repair_may_cost_without_a_word() -> None:
+    def rows(before: float, after: float) -> dict[str, dict[str, dict[str, float]]]:
+        return {"before": {"cacc": {"value": before}}, "after": {"cacc": {"value": after}}}
+
+    assert costly(rows(0.99, 0.97), Method.rep) is None and costly(rows(0.9, 0.95), Method.par) is None
+    said = costly(rows(0.99, 0.61), Method.rep)
+    assert said is not None and "costs 38.0 points" in said and "--method agnostic" in said
+    for method in Method:
+        assert f"--method {method.value}" not in (costly(rows(0.99, 0.61), method) or "")
 
 
 @pytest.mark.parametrize(

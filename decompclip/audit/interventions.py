@@ -19,7 +19,7 @@ from decompclip.cache.moments import Moments
 from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_det import DecompDet
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp_rep import DecompRep, late_mlps
 from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
@@ -32,9 +32,6 @@ SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot")
 THRESHOLDS: tuple[Threshold, ...] = ("quantile", "epsilon")
 RULES = tuple(product(SIMILARITIES, THRESHOLDS))
 NAMES = {"heads": "heads", "mlps": "MLPs"}
-
-GLOBAL_LAYERS = 5 / 12
-"""The paper's repair for global triggers takes the MLPs of five layers of twelve."""
 
 BUDGET = 0.01
 """Clean images that the repair without a hint may touch, as a share."""
@@ -98,7 +95,7 @@ def repair(
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
         yield Repair(score(name, *after), score.change(before, after), *flagged)
     n_layers = split.clean.decomposition.n_layers
-    first = n_layers - (round(n_layers * GLOBAL_LAYERS) or 1)
+    first = n_layers - late_mlps(n_layers)
     after = _answers(split, classifier, MeanAblate(mlps[first:], moments))
     name = f"Decomp-Rep for global triggers, {_layers('mlps', 'backward', first, n_layers)}"
     yield Repair(score(name, *after), score.change(before, after))

@@ -25,6 +25,14 @@ from decompclip.operators.splits import Evaluation, Measured
 FillName = Literal["prototype", "zero", "random"]
 Trigger = Literal["local", "global"]
 
+GLOBAL_LAYERS = 5 / 12
+"""The paper's repair for global triggers takes the MLPs of five layers of twelve."""
+
+
+def late_mlps(n_layers: int) -> int:
+    """How many of the last MLPs the repair for global triggers replaces: the paper's share of a tower's layers, at least one."""
+    return round(n_layers * GLOBAL_LAYERS) or 1
+
 
 class DecompRep(Intervention):
     """Replaces the flagged heads of each image by their prototypes: one rule for all images, clean or not.
@@ -71,7 +79,9 @@ class DecompRep(Intervention):
         """Algorithm 1 as the authors' code runs it: dot product, last layer, one epsilon.
 
         Args:
-            trigger: the hint that it needs: "local" (a patch): heads; "global" (Blended, ISSBA): the last five MLPs.
+            trigger: the hint that it needs: "local" (a patch): heads; "global" (Blended, ISSBA): the last five MLPs,
+                however many layers there are; of towers of other depths than the paper's twelve, `mlps=late_mlps(n)` takes
+                the same share.
 
         Raises:
             ValueError: an unknown trigger.
