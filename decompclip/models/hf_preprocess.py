@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,11 @@ def preprocess_in(folder: Path, model_type: str, image_size: int | Sequence[int]
     """The preprocessing that a folder names, or else what its kind of model was trained with.
 
     Raises:
-        CheckpointError: it cannot be carried out.
+        CheckpointError: it cannot be carried out, or there is such a file and it cannot be read.
     """
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
-        if path.is_file():
+        if os.path.lexists(path):  # what is there and no file is refused, not passed over
             found = read_json(path)
             found = part(found, key, source=str(path)) if key else found
             if found:

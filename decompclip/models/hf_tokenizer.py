@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,7 @@ def refuse_code(folder: Path) -> None:
     """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         found = read_json(path)
         wanted = found.get("auto_map") or ()

@@ -295,7 +295,7 @@ def weights_in(folder: Path) -> list[Path]:
     """The files of weights in a folder, in order: shards where there is an index.
 
     Raises:
-        CheckpointError: there are none, or a shard is missing.
+        CheckpointError: there are none, a shard is missing, or its name is a path to elsewhere.
     """
     first = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if first is None:
@@ -309,10 +309,15 @@ def weights_in(folder: Path) -> list[Path]:
     check_fields(shards, dict.fromkeys(shards, TEXT), source=f"{first}, weight_map")
     names = sorted(set(shards.values()))
     astray = [name for name in names if Path(name).name != name]
+    if astray:
+        raise CheckpointError(
+            f"{first} names the shard {shown(astray[0])}, a path that leads out of the folder or into another; expected names "
+            "of files that lie beside it; refused, nothing was read there"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
-    if astray or missing or not names:
+    if missing or not names:
         raise CheckpointError(
             f"{first} names {len(names)} shards, of which {len(missing)} are not in the folder "
-            f"({', '.join((astray or missing)[:3]) or 'none'}); copy or download them again"
+            f"({', '.join(missing[:3]) or 'none'}); copy or download them again"
         )
     return [folder / name for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +94,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CheckpointError: the file holds none, or what no writer of configurations writes: NaN, text that is no Unicode,
+        CheckpointError: there is no regular file, it cannot be read or holds none, or what no writer of configurations writes: NaN, text that is no Unicode,
             thousands of levels, more than 64 MiB.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected {LARGEST:,} at most")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a FIFO would be waited for without end
+            raise ValueError("it is a folder, FIFO or device, expected a regular file")
+        if about.st_size > LARGEST:
+            raise ValueError(f"it has {about.st_size:,} bytes; expected {LARGEST:,} at most")
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
     except RecursionError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,12 +145,14 @@ def test_shards_are_put_together(
         read_folder(folder)
 
 
-def test_an_index_may_not_lead_out_of_its_folder(saved: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "inner/other.safetensors"])
+def test_an_index_may_not_lead_out_of_its_folder(saved: Callable[..., Path], name: str) -> None:
     folder = saved("clip")
     (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
-    index = {"weight_map": {"logit_scale": "../other.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names 1 shards.*\.\./other\.safetensors"):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"logit_scale": name}}))
+    with pytest.raises(
+        CheckpointError, match=rf'names the shard "{re.escape(name)}", a path that leads out of the folder'
+    ):
         read_folder(folder)
 
 
@@ -341,6 +345,19 @@ def test_preprocessing_comes_from_the_folder(saved: Callable[..., Path]) -> None
     assert model.preprocess_cfg.interpolation == "bilinear"
     assert model.preprocess_cfg.resize_mode == "shortest"
     assert model.image_size == (24, 24)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling link"])
+def test_what_stands_for_preprocessing_and_cannot_be_read_is_refused(
+    saved: Callable[..., Path], name: str, kind: str
+) -> None:
+    folder = saved("clip")
+    (folder / "preprocessor_config.json").unlink()
+    path = folder / name
+    {"fifo": os.mkfifo, "folder": os.mkdir, "dangling link": lambda path: path.symlink_to("gone")}[kind](path)
+    with pytest.raises(CheckpointError, match=rf"{name} is no JSON: "):
+        load(folder)
 
 
 def test_silence_about_preprocessing_is_told(saved: Callable[..., Path]) -> None:
