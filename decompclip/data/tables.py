@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from decompclip.data.draws import check_templates, template_caption
 from decompclip.data.files import SkippedFile, open_regular, reason
 from decompclip.data.images import OnError, class_places, find_class
 from decompclip.data.pairs import Pairs
-from decompclip.data.pictures import open_rgb
+from decompclip.data.pictures import SUFFIXES, open_rgb
 from decompclip.data.pixels import Preprocess, to_pixels
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
@@ -28,9 +28,10 @@ LABEL_COLUMNS = ("label", "class", "class_name", "category")
 class CsvPairs(Pairs):
     """The pairs of a table with a header: paths of images, from the table's folder on, and captions.
 
-    Quotation marks are marks of the format where every row then has the header's number of columns, and letters of
-    the captions otherwise, as in tables that were written without quoting. A row with another number of columns is left
-    out and listed with its line.
+    Quotation marks are marks of the format where a row then has the header's number of columns, and letters of
+    the captions otherwise, as in tables that were written without quoting. A quoted text may run over several lines,
+    unless two of these are rows on their own, each with an image: a file that is there, or a name that ends as
+    images' do. A row with another number of columns is left out and listed with its line.
 
     Args:
         table: columns apart by commas, tabs or semicolons (told from the header).
@@ -69,8 +70,11 @@ class CsvPairs(Pairs):
         filled = () if templates is None else check_templates(templates)
         super().__init__(class_names=class_names, templates=filled, order_seed=order_seed, on_error=on_error)
         self.table, self.preprocess, self.root = Path(table), preprocess or to_pixels(), root
-        header, rows = _read_table(self.table)
+        header, lines, separator = _read_header(self.table)
         image = _column(header, image_column, IMAGE_COLUMNS, "image")
+        rows = _read_rows(
+            lines, separator, len(header), lambda cells: self._may_be_image(cells[image].strip())
+        )
         label = _place(header, label_column, LABEL_COLUMNS) if class_names or label_column else None
         if label is None and label_column is not None:
             label = _column(header, label_column, LABEL_COLUMNS, "label")
@@ -138,6 +142,11 @@ class CsvPairs(Pairs):
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
             return reason(error)
 
+    def _may_be_image(self, path: str) -> bool:
+        return Path(path).suffix.lower() in SUFFIXES or (
+            bool(path) and os.path.exists(self.table.parent / path)
+        )
+
     def _skip(self, name: str, why: str) -> None:
         if self.on_error == "raise":
             raise ValueError(f'{self.table}: {why}; mend it, or leave the row out with on_error="skip"')
@@ -152,19 +161,30 @@ class _Row:
     cells: list[str] | str
 
 
-def _read_table(table: Path) -> tuple[list[str], list[_Row]]:
-    text = _text(table)
-    lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): captions hold other marks that it splits at
+def _read_header(table: Path) -> tuple[list[str], list[str], str]:
+    """The columns' names, all lines, and the separator."""
+    lines = re.split(
+        r"\r\n|\n|\r", _text(table)
+    )  # not splitlines(): captions hold other marks that it splits at
     separator = max("\t,;", key=lines[0].count)
     header = _cells(lines[0], separator, None)
     if isinstance(header, str):
         header = lines[0].split(separator)
-    width = len(header)
-    numbered = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
-    rows = [_Row(number, _cells(line, separator, width)) for number, line in numbered]
-    if any(isinstance(row.cells, str) for row in rows):
-        rows = _over_lines(text, separator, width) or rows
-    return [name.strip() for name in header], rows
+    return [name.strip() for name in header], lines, separator
+
+
+def _read_rows(
+    lines: list[str], separator: str, width: int, has_image: Callable[[list[str]], bool]
+) -> list[_Row]:
+    rows, at = [], 1
+    while at < len(lines):
+        over = _over_lines(lines, at, separator, width, has_image)
+        if over is not None:
+            rows.append(_Row(at + 1, over[0]))
+        elif lines[at].strip():
+            rows.append(_Row(at + 1, _cells(lines[at], separator, width)))
+        at += 1 if over is None else over[1]
+    return rows
 
 
 def _cells(line: str, separator: str, width: int | None) -> list[str] | str:
@@ -183,20 +203,27 @@ def _cells(line: str, separator: str, width: int | None) -> list[str] | str:
     return f"has {len(marked)} columns, the header {width}; put texts that hold a {shown} in quotes"
 
 
-def _over_lines(text: str, separator: str, width: int) -> list[_Row] | None:
-    """Rows whose quoted texts may run over several lines; None if any row has another number of columns then."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows, before = [], 0
-    try:
-        for cells in reader:
-            if cells and len(cells) != width:
-                return None
-            if cells:
-                rows.append(_Row(before + 1, cells))
-            before = reader.line_num
-    except csv.Error:
+def _over_lines(
+    lines: list[str], at: int, separator: str, width: int, has_image: Callable[[list[str]], bool]
+) -> tuple[list[str], int] | None:
+    """The cells of a row that opens a quote in one line and closes it in another, and how many lines it takes.
+
+    None if there is no such row: no quote is left open, or it is closed nowhere, or gives another number of columns, or
+    joins lines of which two are rows on their own: then the quote is a letter of a caption, and swallows no row.
+    """
+    if '"' not in lines[at]:
         return None
-    return rows[1:]
+    reader = csv.reader((f"{lines[n]}\n" for n in range(at, len(lines))), delimiter=separator, strict=True)
+    try:
+        cells = next(reader)
+    except (csv.Error, StopIteration):
+        return None
+    many = reader.line_num
+    if many == 1 or len(cells) != width:
+        return None
+    alone = (_cells(line, separator, width) for line in lines[at : at + many])
+    whole = (not isinstance(row, str) and has_image(row) for row in alone)
+    return None if any(whole) and any(whole) else (cells, many)
 
 
 def _text(table: Path) -> str:

@@ -89,6 +89,58 @@ def test_quoted_texts_may_run_over_lines(folder: Path) -> None:
     assert [(skip.path, skip.reason) for skip in pairs.skipped] == [("2:1.png", "line 5 has no caption")]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("rows", "captions", "skipped"),
+    [
+        (
+            ['0.png,"a red star', 'thing, two"', "1.png,a blue square"],
+            ["a red star\nthing, two", "a blue square"],
+            [],
+        ),
+        (
+            ['gone.jpg,"a, red star', "", "thing, two", 'and, ""three"""', '1.png,"blue, square"'],
+            ['a, red star\n\nthing, two\nand, "three"', "blue, square"],
+            [],
+        ),
+        (
+            ['0.png,"a red star', 'thing, two"', "1.png,a bare, comma", '2.png,"a dog'],
+            ["a red star\nthing, two", '"a dog'],
+            ["line 4 has 3 columns"],
+        ),
+    ],
+)
+def test_lines_of_a_quoted_text_are_no_rows(
+    folder: Path, rows: list[str], captions: list[str], skipped: list[str], end: str
+) -> None:
+    """Even where each has the header's number of columns, and whatever is wrong with other rows."""
+    pairs = CsvPairs(write(folder, "pairs.csv", end.join(["filepath,title", *rows, ""])))
+    assert list(pairs.captions) == captions
+    assert [skip.reason[:20] for skip in pairs.skipped] == skipped
+
+
+def test_captions_over_lines_may_come_before_their_image(folder: Path) -> None:
+    text = 'title,filepath\n"a, red star\nthing",0.png\n"a dog,1.png\na cat",2.png\n'
+    pairs = CsvPairs(write(folder, "pairs.csv", text))
+    assert [(pair.id, pair.caption) for pair in pairs] == [
+        ("1:0.png", "a, red star\nthing"),
+        ("2:1.png", '"a dog'),
+        ("3:2.png", 'a cat"'),
+    ]
+
+
+@pytest.mark.parametrize("names", ["{}.png", "gone{}.JPEG", "{}"])
+def test_a_quote_over_rows_swallows_none(folder: Path, names: str) -> None:
+    """Rows are known by an image that is there, or by how its name ends; one with a bare comma between them too."""
+    for n in range(3):
+        (folder / str(n)).write_bytes((folder / f"{n}.png").read_bytes())
+    first, second, third = (names.format(n) for n in range(3))
+    text = f'filepath,title\n{first},"a dog\n{second},a, b\n{third},a cat"\n'
+    pairs = CsvPairs(write(folder, "pairs.csv", text))
+    assert list(pairs.captions) == ['"a dog', 'a cat"']
+    assert [skip.reason[:20] for skip in pairs.skipped] == ["line 3 has 3 columns"]
+
+
 def test_what_pandas_writes_is_read_back(folder: Path) -> None:
     pd = pytest.importorskip("pandas", reason="pandas is not installed")
     texts = ["a, b", 'say "hi"', '"', "two\nlines", "tab\there", "plain"]
