@@ -81,7 +81,7 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
     assert code == 0, stderr
     first, second = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
     assert first["target"] | {"over_prediction": None} == {
-        "index": 3, "name": "star", "inferred": True, "over_prediction": None, "images": 60,
+        "index": 3, "name": "star", "inferred": True, "over_prediction": None, "images": 60, "asked": None,
     }  # fmt: skip
     assert first["findings"][0]["title"] == "Strong evidence of a trigger toward “star”"
     assert "shapes-badnet is backdoored: suspect images become “star” (backdoored, high confidence)" in stdout

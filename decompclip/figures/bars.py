@@ -57,7 +57,7 @@ def bar_rows(
     form = ".1%" if percent else ".4f"
     for number, (name, values) in enumerate(series.items()):
         shown = [place for place, value in enumerate(values) if value is not None]
-        if not shown:
+        if not shown and len(series) > 1:
             continue
         colour = colours[number] if colours else RULES[number].colour
         plot.add_trace(

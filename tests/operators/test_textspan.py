@@ -449,7 +449,9 @@ def test_figures_show_the_numbers(spans: TextSpans) -> None:
     span = spans[5, 3]
     bars, layout = shown(span.figure())
     assert list(layout.yaxis.ticktext) == list(span.texts)
-    torch.testing.assert_close(torch.tensor(bars.x).cumsum(0), span.variance_explained)
+    torch.testing.assert_close(
+        torch.tensor(bars.x, dtype=span.variance_explained.dtype).cumsum(0), span.variance_explained
+    )
     cells, _ = shown(spans.figure())
     assert (cells.z.shape, list(cells.x)) == ((6, 9), [*map(str, range(8)), "MLP"])
     assert cells.z[5, 3] == span.share(3) == span.variance_explained[2]
