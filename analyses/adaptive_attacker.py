@@ -10,7 +10,8 @@ Writes:    analyses/results/shapes/adaptive_attacker.json, adaptive_attacker.png
 The attacker fine-tunes as for `shapes-badnet`, the same pairs and poisons, with one more term in the loss: for triggered
 images, the squared distance of every last-layer head's output (of the class token, before the output projection) to its
 mean over the batch's images, in units of the head's variance over them. Every defense is then fitted anew on clean
-images of the adapted model, as a defender would.
+images of the adapted model, as a defender would. The committed record's intervals of AUROC are of an earlier rule, wider near
+one than `auroc_interval` now gives.
 """
 
 from __future__ import annotations
