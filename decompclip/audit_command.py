@@ -64,7 +64,10 @@ def audit(
         ),
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="File with one class a line; bundled data sets know theirs.")
+        Path | None,
+        typer.Option(
+            help="File with one class a line; bundled data sets, bundled and saved models know theirs."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
@@ -111,7 +114,7 @@ def audit(
         with imports():
             from decompclip.attacks.named import remembered
             from decompclip.audit import AuditConfig
-            from decompclip.audit.sources import attack_in, check_source, open_classes
+            from decompclip.audit.sources import attack_in, check_model, check_source, open_classes
             from decompclip.models.loading import load
 
         check_folder(out, "the report")
@@ -123,13 +126,16 @@ def audit(
             raise ValueError(
                 f"expected --suspect images with --target {target}; a scan of clean images alone looks at every class"
             )
-        class_names = open_classes(classes, clean, *([] if suspect is None else [suspect]))
-        if target is not None:
-            _check_target(target, class_names, classes)
+        check_model(model, checkpoint)
+        if reference is not None:
+            check_model(reference, reference_checkpoint)
         known = remembered(model, checkpoint)
         for spec in (clean, suspect):
             if spec is not None:
                 check_source(spec, known)
+        class_names = open_classes(classes, clean, *([] if suspect is None else [suspect]), model=model)
+        if target is not None:
+            _check_target(target, class_names, classes)
         config = AuditConfig(
             convention=convention.value,
             epsilon=epsilon,

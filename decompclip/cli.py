@@ -92,7 +92,7 @@ def diagnose(
         ),
     ],
     classes: Annotated[
-        Path | None, typer.Option(help="File with one class a line; bundled models know theirs.")
+        Path | None, typer.Option(help="File with one class a line; bundled and saved models know theirs.")
     ] = None,
     checkpoint: Checkpoint = None,
     prefix: Prefix = None,

@@ -170,15 +170,13 @@ def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, .
     Raises:
         ValueError: nobody knows them.
     """
+    from decompclip.audit.sources import own_classes
     from decompclip.data.images import read_classes
     from decompclip.data.labelled import classes_of
-    from decompclip.models.folders import saved_class_names
-    from decompclip.models.zoo import bundled, card
 
     if classes is not None:
         return read_classes(classes)
-    own = tuple(card(model)["class_names"]) if model in bundled() else saved_class_names(Path(model))
-    names = classes_of(images) or own
+    names = classes_of(images) or own_classes(model)
     if not names:
         raise ValueError(
             "expected --classes, a text file with one class a line; only bundled and saved models know theirs"

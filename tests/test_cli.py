@@ -119,7 +119,10 @@ def test_without_a_command_it_helps() -> None:
         ({"suspect": "broken"}, "none of its 2 image files could be read"),
         ({"suspect": "shapes:badnt"}, "did you mean shapes:badnet?"),
         ({"classes": "nowhere.txt"}, "there is no file nowhere.txt"),
-        ({"classes": None}, "expected --classes"),
+        ({"model": "ViT-B-32", "classes": None}, "expected --classes"),
+        ({"model": "ViT-B-33", "classes": None}, "there is no model 'ViT-B-33'"),
+        ({"model": "ViT-B-32", "classes": None, "clean": "nowhere"}, "there is no folder nowhere"),
+        ({"reference": "shapez", "classes": None}, "there is no model 'shapez'"),
         ({"target": "banana"}, "--target: class 'banana' is not among the 12 classes"),
         ({"target": "banana"}, "class file"),
         ({"model": "ViT-B-32", "checkpoint": "nowhere.pt"}, "nowhere.pt"),
@@ -192,10 +195,12 @@ def test_warnings_are_one_line_too(photos: Path, classes: Path, tmp_path: Path) 
     assert len([line for line in lines if not line.startswith(("shapes: ", "drawing "))]) == 2
 
 
-def test_where_an_error_comes_from_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_an_error_comes_from_can_be_asked(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DECOMPCLIP_DEBUG", "1")
     with pytest.raises(ValueError, match="expected --classes"):
-        run("audit", "shapes", "--clean", "photos", "--suspect", "photos", "--out", tmp_path)
+        run("audit", "ViT-B-32", "--clean", photos, "--suspect", photos, "--out", tmp_path)
 
 
 def test_the_collector_rests_while_importing_and_goes_on_as_it_was() -> None:

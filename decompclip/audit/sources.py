@@ -11,6 +11,8 @@ from decompclip.data.images import ImageSource, OnError, ShapesSource, read_clas
 from decompclip.data.pair_images import check_images, open_images
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.folders import saved_class_names
+from decompclip.models.names import known_name
 from decompclip.models.zoo import bundled, card
 
 WORLD = "shapes"
@@ -102,8 +104,26 @@ def check_source(spec: str, known: Sequence[Attack] = ()) -> None:
         check_images(spec)
 
 
-def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:
-    """Class names from a file; without one, those of the Shapes world if the images come from there.
+def check_model(model: str, checkpoint: str | Path | None = None) -> None:
+    """Whether there is such a model and such a file of weights: asked before any is read.
+
+    Raises:
+        UnknownModelError: there is no model of that name.
+        FileNotFoundError: there is no such file of weights.
+    """
+    if not Path(model).exists():
+        known_name(model)
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise FileNotFoundError(f"expected local weights with --checkpoint; there is no file {checkpoint}")
+
+
+def own_classes(model: str) -> tuple[str, ...]:
+    """The classes that a bundled model knows, or a folder that `save_model` wrote; none of others."""
+    return tuple(card(model)["class_names"]) if model in bundled() else saved_class_names(Path(model))
+
+
+def open_classes(classes: str | Path | None, *specs: str, model: str | None = None) -> tuple[str, ...]:
+    """Class names from a file; without one, those of the Shapes world if the images come from there, else the model's own.
 
     Raises:
         ValueError: no file where one is needed, or fewer than two classes.
@@ -111,8 +131,11 @@ def open_classes(classes: str | Path | None, *specs: str) -> tuple[str, ...]:
     """
     if classes is None:
         if not any(_is_dataset(spec) for spec in specs):
+            if model is not None and (own := own_classes(model)):
+                return own
             raise ValueError(
-                "expected --classes, a text file with one class a line; only bundled data sets do without"
+                "expected --classes, a text file with one class a line; received none, and only bundled and saved models and "
+                "bundled data sets know theirs"
             )
         return PROPERTIES["shape"]
     names = read_classes(classes)

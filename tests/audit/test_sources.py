@@ -88,6 +88,9 @@ def test_classes_come_from_a_file_or_from_the_world(tmp_path: Path) -> None:
     assert open_classes(None, "shapes", "photos") == CLASSES
     with pytest.raises(ValueError, match="expected --classes"):
         open_classes(None, "photos", "photos")
+    assert open_classes(None, "photos", model="cifar10") == tuple(card("cifar10")["class_names"])
+    with pytest.raises(ValueError, match="expected --classes"):
+        open_classes(None, "photos", model="ViT-B-32")
     file.write_text("cat\n")
     with pytest.raises(ValueError, match=r"at least two classes.*names only cat"):
         open_classes(file, "photos", "photos")

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from decompclip.audit.diagnosis.pictures import labelled
-from decompclip.audit.sources import WORLD, open_classes
+from decompclip.audit.sources import WORLD, open_classes, own_classes
 from decompclip.data.pair_images import open_images
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.image_only import ImageOnly, MissingTextError, NoTokenizer
-from decompclip.models.zoo import bundled, card
+from decompclip.models.zoo import bundled
 
 
 def class_names(model: str, classes: Path | None, images: str) -> tuple[str, ...]:
@@ -22,11 +22,11 @@ def class_names(model: str, classes: Path | None, images: str) -> tuple[str, ...
         FileNotFoundError, NotADirectoryError: no such file of classes or folder of images.
     """
     of_dataset = images.split(":", maxsplit=1)[0] == WORLD
-    known = tuple(card(model)["class_names"]) if classes is None and model in bundled() else ()
+    known = own_classes(model) if classes is None else ()
     if not (known or classes or of_dataset):
         raise ValueError(
-            f"expected --classes, a text file with one class a line; received none, and only bundled models know theirs: "
-            f"{', '.join(bundled())}"
+            f"expected --classes, a text file with one class a line; received none, and only bundled and saved models know "
+            f"theirs; bundled are {', '.join(bundled())}"
         )
     names = known or open_classes(classes, images)
     if not of_dataset and not labelled(open_images(images, lambda _: torch.zeros(3, 1, 1), names)):
