@@ -82,6 +82,7 @@ def apply_trigger(
         with imports():
             from decompclip.attacks.quality import compare
             from decompclip.attacks.suspects import write_suspects
+            from decompclip.data.files import files_skipped
             from decompclip.data.images import FolderSource
             from decompclip.data.pixels import to_pixels
             from decompclip.evaluation.intervals import Rate
@@ -116,12 +117,16 @@ def apply_trigger(
         say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
         if answers is not None:
             before, after = (Rate.of(_joined(x)) for x in (answers.clean, answers.triggered))
-            say(f"Taken for {target or attack.target}: {before} of the clean images, {after} of these")
+            say(
+                f"Taken for {target or attack.target}: {before} of the clean images, {after} of these; pictures that do show "
+                "it are among both"
+            )
         for path in files.renamed:
             say(f"{path}: another image has this name but for its ending; written as {path}.png", err=True)
         for skip in files.skipped:
             say(f"skipped {skip.path}: {skip.reason}", err=True)
-        say(f"{files.count} images, {len(files.skipped)} files skipped: {out.resolve()}")
+        counts = [f"{files.count} image{'s' if files.count != 1 else ''}", files_skipped(len(files.skipped))]
+        say(f"{', '.join(filter(None, counts))}: {out.resolve()}")
 
 
 def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answers | None:

@@ -120,6 +120,7 @@ def diagnose(
             from decompclip.audit.diagnose import diagnose as run_diagnosis
             from decompclip.audit.diagnosis.command import check_text, class_names
             from decompclip.audit.sources import open_source
+            from decompclip.data.files import files_skipped
             from decompclip.models.loading import load
 
         names = class_names(model, classes, images)
@@ -137,7 +138,7 @@ def diagnose(
             found = run_diagnosis(clip, source, class_names=names, batch_size=batch_size, track=track)
         say(json.dumps(printable_all(found.to_dict()), indent=1) if as_json else repr(found), lines=True)
         if skipped := len(source.skipped):
-            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+            say(files_skipped(skipped), err=True)
     if any(fault.severity == "error" for fault in found.findings):
         raise typer.Exit(1)
     if not found.enough:

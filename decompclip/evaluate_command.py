@@ -96,6 +96,7 @@ def evaluate(
         say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.audit.diagnosis.command import check_text
+            from decompclip.data.files import files_skipped
             from decompclip.data.images import class_index
             from decompclip.data.labelled import open_labelled
             from decompclip.data.texts import load_texts
@@ -161,7 +162,7 @@ def evaluate(
         if attack is not None:
             say(f"Trigger: {attack}")
         if skipped := len(getattr(source, "skipped", ())):
-            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+            say(files_skipped(skipped), err=True)
 
 
 def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, ...]:

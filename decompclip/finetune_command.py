@@ -132,6 +132,7 @@ def finetune(
             from dataclasses import asdict, replace
 
             from decompclip.audit.diagnosis.command import check_text
+            from decompclip.data.files import files_skipped
             from decompclip.data.pair_sources import open_pairs
             from decompclip.figures.export import write_figure
             from decompclip.models.loading import load
@@ -196,7 +197,7 @@ def finetune(
         write_text(out / "history.json", json.dumps(facts, indent=1) + "\n")
         write_figure(tuned.figure(), out / "history.html")
         if skipped := len(source.skipped):
-            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+            say(files_skipped(skipped), err=True)
         say(repr(tuned))
         if attack is not None:
             say(f"Trigger: {attack}")

@@ -51,13 +51,15 @@ def test_the_images_pair_and_carry_the_trigger_alone(clean: Path, tmp_path: Path
         "apply-trigger", clean, "--trigger", "own", "--model", "shapes-badnet", "--out", out
     )
     assert code == 0, stderr
-    assert "badnet (seed=0, size=0.145833" in stdout and "26 images, 1 files skipped" in stdout
+    assert "badnet (seed=0, size=0.145833" in stdout and "26 images, 1 file skipped: " in stdout
     assert "skipped broken.jpg" in stderr
     model, trigger = decompclip.load("shapes-badnet"), decompclip.backdoor("shapes-badnet").trigger
     before = FolderSource(clean, model.pixels)
     images, paths = zip(*[(b.images, b.paths) for b in before.batches(8)], strict=True)
     pixels, names = torch.cat(images), [name for part in paths for name in part]
-    (after,) = FolderSource(out, model.pixels).batches(64)
+    written = FolderSource(out, model.pixels)
+    (after,) = written.batches(64)
+    assert not written.skipped  # trigger.json is ours
     twins = dict(zip(after.paths, after.images, strict=True))
     expected = trigger(pixels, range(len(names)))
     for name, image in zip(names, expected, strict=True):

@@ -21,7 +21,7 @@ from decompclip.audit.scoring import Setting
 from decompclip.audit.shares import ClassShare
 from decompclip.audit.shift import Shift
 from decompclip.audit.verdict import Verdict, judged
-from decompclip.data.images import SkippedFile
+from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.evaluation.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
 
@@ -147,7 +147,7 @@ class AuditResult:
         """What was looked at, in a line."""
         skipped = sum(map(len, self.skipped.values()))
         counts = f"{self.counts['clean']} clean and {self.counts['suspect']} suspect images"
-        return f"{self.name}: {counts}{f'; {skipped} files skipped, see the report' if skipped else ''}"
+        return f"{self.name}: {counts}{f'; {files_skipped(skipped)}, see the report' if skipped else ''}"
 
     def beside(self, reference: AuditResult) -> AuditResult:
         """This audit, with a clean model's on the same images as its reference.

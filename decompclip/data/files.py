@@ -13,6 +13,9 @@ from typing import BinaryIO
 BOOKKEEPING = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 """What systems leave beside files; all else of theirs begins with a dot (`._photo.jpg`, `.DS_Store`)."""
 
+OURS = ("trigger.json", "poisons.json")
+"""What this package writes beside pictures, to say what was done to them; its locks begin with a dot."""
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -33,6 +36,11 @@ class SkippedFile:
 def is_bookkeeping(name: str) -> bool:
     """Whether a file's or folder's name says that it is no data of the user's."""
     return name.startswith(".") or name.casefold() in map(str.casefold, BOOKKEEPING)
+
+
+def files_skipped(n: int) -> str:
+    """In words; nothing where there is none."""
+    return f"{n} file{'s' if n > 1 else ''} skipped" if n else ""
 
 
 def canonical(name: str) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.files import SkippedFile, canonical, reason, walk
+from decompclip.data.files import OURS, SkippedFile, canonical, reason, walk
 from decompclip.data.pictures import SUFFIXES, UNKNOWN, is_picture, open_rgb
 from decompclip.data.shapes import Shapes
 
@@ -280,7 +280,11 @@ def image_files(folder: Path) -> tuple[list[Path], list[SkippedFile]]:
     found = walk(folder)
     files = [file for file in found.files if file.suffix.lower() in SUFFIXES or is_picture(folder / file)]
     pictures = set(files)
-    others = [SkippedFile(file.as_posix(), UNKNOWN) for file in found.files if file not in pictures]
+    others = [
+        SkippedFile(file.as_posix(), UNKNOWN)
+        for file in found.files
+        if file not in pictures and file.name not in OURS
+    ]
     if not files:
         hidden = f", and {found.hidden} hidden ones" if found.hidden else ""
         raise ValueError(

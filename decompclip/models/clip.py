@@ -79,7 +79,7 @@ class HookedCLIP(nn.Module):
         self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)
-        self._raw_pixels = RawPixels()
+        self.raw_pixels = RawPixels()
         self.eval()
 
     def __repr__(self) -> str:
@@ -296,7 +296,7 @@ class HookedCLIP(nn.Module):
                 f"expected floating-point images as `preprocess` or `normalize` gives them, got {images.dtype}; divide "
                 "pixels by 255 and pass them through `normalize`"
             )
-        self._raw_pixels.look(images, self.mean, self.std)
+        self.raw_pixels.look(images, self.mean, self.std)
         return images.to(self.device, self.dtype)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ def bundled() -> HookedCLIP:
 def shapes(bundled: HookedCLIP) -> HookedCLIP:
     """A copy to spoil."""
     return copy.deepcopy(bundled)
+
+
+def test_its_own_trials_warn_of_nothing_and_the_door_is_watched_again(shapes: HookedCLIP) -> None:
+    light = (PIXELS.clamp(0, 1) * 255).round() / 255
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        diagnose(shapes, light, LABELS, class_names=NAMES)
+    with pytest.warns(UserWarning, match="these images lie in"):
+        shapes.encode_image(light)
 
 
 def only(diagnosis: Diagnosis, check: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decompclip.audit.result import jsonable
 from decompclip.audit.scan.config import ScanConfig
-from decompclip.data.images import SkippedFile
+from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.evaluation.intervals import Rate
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class ScanResult:
     @property
     def in_short(self) -> str:
         """What was looked at, in a line."""
-        skipped = f"; {len(self.skipped)} files skipped, see the report" if self.skipped else ""
+        skipped = f"; {files_skipped(len(self.skipped))}, see the report" if self.skipped else ""
         return (
             f"{self.name}: {sum(self.counts.values())} clean images, {len(self.class_names)} classes{skipped}"
         )
