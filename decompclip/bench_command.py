@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,11 +43,17 @@ def bench(
         ),
     ] = None,
     images: Annotated[
-        int, typer.Option(help="To fit on, to measure on, and for the control: so many of each.")
+        int,
+        typer.Option(
+            help="To fit on, to measure on, and for the control: so many of each, 40 or more; some detectors need more."
+        ),
     ] = 1_000,
-    slow: Annotated[int, typer.Option(help="The same, for STRIP and TeCo.")] = 200,
+    slow: Annotated[int, typer.Option(help="The same, for STRIP (128 or more) and TeCo.")] = 200,
     draws: Annotated[
-        int, typer.Option(help="Of the images that repairs are fitted on; their intervals hold the draw.")
+        int,
+        typer.Option(
+            help="How many sets of clean images each repair is fitted on, 2 or more; the spread between them is in its intervals."
+        ),
     ] = 5,
     seed: Annotated[
         list[int] | None,
@@ -70,6 +77,9 @@ def bench(
 
         sizes = {"images": images, "slow_images": slow, "draws": draws}
         plan = _plan(models, detectors, repairs, **sizes, seeds=tuple(seed or (0,)))
+        plan.check_enough()
+        # our own prompts hold words that the small vocabularies of bundled models do not
+        warnings.filterwarnings("ignore", "words unknown to this model's vocabulary", UserWarning)
         held.enter_context(alone_in(out))
         runs = run(plan, out, log=lambda line: say(line, err=True))
         board = leaderboard(runs)

@@ -76,12 +76,12 @@ def test_everything_by_default(tmp_path: Path, planned: list[Plan]) -> None:
 
 
 def test_options(tmp_path: Path, planned: list[Plan]) -> None:
-    options = ("--models", "shapes,shapes-sig", "--detectors", "fast", "--repairs", "", "--images", "50")
+    options = ("--models", "shapes,shapes-sig", "--detectors", "fast", "--repairs", "", "--images", "70")
     assert bench("--out", tmp_path, *options, "--slow", "45", "--seed", "3", "--seed", "1").exit_code == 0
     (plan,) = set(planned)
     assert plan.models == ("shapes", "shapes-sig") and plan.repairs == () and plan.seeds == (3, 1)
     assert set(plan.detectors) == set(DETECTORS) - set(SLOW)
-    assert (plan.images, plan.slow_images) == (50, 45)
+    assert (plan.images, plan.slow_images) == (70, 45)
     assert len(planned) == 4
 
 
@@ -94,6 +94,7 @@ def test_options(tmp_path: Path, planned: list[Plan]) -> None:
         (("--detectors", "", "--repairs", ""), "error: expected models, seeds, and detectors or repairs"),
         (("--images", "3"), "error: expected at least 40 images of each kind; received 3"),
         (("--seed", "100"), "error: expected a seed in 0..99; received 100"),
+        (("--images", "65", "--detectors", "LID"), "error: expected at least 66 images to fit LID on"),
     ],
 )
 def test_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -115,5 +116,5 @@ def test_too_few_images_for_a_detector_is_said_with_its_name(tmp_path: Path) -> 
 
 def test_photographs_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DECOMPCLIP_DATA", raising=False)
-    said = refused("--out", tmp_path, "--models", "cifar10", "--images", "60")
+    said = refused("--out", tmp_path, "--models", "cifar10", "--images", "200")
     assert "DECOMPCLIP_DATA is not set" in said

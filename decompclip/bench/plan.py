@@ -22,6 +22,9 @@ FPR = 0.05
 
 LEAST_IMAGES = 40
 
+NEEDED = {"STRIP": 128, "k-distance": 66, "SLOF": 66, "LID": 66, "DAO": 66}
+"""Clean images that detectors need to be fitted on, half of them to learn from: 64 overlays, 32 neighbours of each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -73,6 +76,17 @@ class Plan:
 
     def images_of(self, detector: str) -> int:
         return min(self.images, self.slow_images) if detector in SLOW else self.images
+
+    def check_enough(self) -> None:
+        """Raises ValueError where a detector would not have images enough to be fitted on."""
+        for detector in self.detectors:
+            given, needed = self.images_of(detector), NEEDED.get(detector, 0)
+            if given < needed:
+                option = "--slow and --images" if detector in SLOW else "--images"
+                raise ValueError(
+                    f"expected at least {needed} images to fit {detector} on, half of them to learn from; received {given}; "
+                    f"raise {option}, or choose --detectors without it"
+                )
 
     def config(self, seed: int) -> dict[str, Any]:
         """All that a run depends on beside the model's weights."""

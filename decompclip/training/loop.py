@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,22 @@ from decompclip.models.gradients import differentiable
 from decompclip.training.checkpoints import load_checkpoint, save_checkpoint
 
 NoDecay = Callable[[str, Tensor], bool]
+
+
+PERCENT = {"cacc": "CACC", "asr": "ASR", "control": "control", "accuracy": "accuracy"}
+"""Entries of a history that are rates, and what they are called."""
+
+
+def in_words(entry: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
+    """An entry of a history in a line; images a second are those since the entry before, measuring included."""
+    said = [f"step {entry['step']}", f"loss {entry['loss']:.4f}", f"rate {entry['lr']:.2g}"]
+    said += [f"{words} {100 * entry[key]:.1f} %" for key, words in PERCENT.items() if key in entry]
+    known = {"step", "samples", "loss", "lr", "seconds", *PERCENT}
+    said += [f"{key} {number:g}" for key, number in entry.items() if key not in known]
+    since = before or {"samples": 0, "seconds": 0.0}
+    if (seconds := entry["seconds"] - since["seconds"]) > 0:
+        said.append(f"{(entry['samples'] - since['samples']) / seconds:.0f} images/s")
+    return ", ".join(said)
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ def train(
             entry |= evaluate() if evaluate is not None else {}
             entry["seconds"] = round(before + time.perf_counter() - began, 1)
             history.append(entry)
-            log(str(entry))
+            log(in_words(entry, history[-2] if len(history) > 1 else None))
         if checkpoint is not None and (done % checkpoint_every == 0 or done == last):
             state = {
                 "recipe": json.dumps(asdict(recipe)),

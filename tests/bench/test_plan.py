@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from decompclip.bench.plan import Plan, base_of, default_models
+from decompclip.bench.plan import NEEDED, Plan, base_of, default_models
 from decompclip.bench.run import attack_of
+from decompclip.defenses.detectors.detector import learnt
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,19 @@ from decompclip.bench.run import attack_of
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan(**{"models": ("shapes",), **options})
+
+
+@pytest.mark.parametrize(("detector", "needed"), NEEDED.items())
+def test_images_that_do_not_do_for_a_detector_are_refused_before_it_runs(detector: str, needed: int) -> None:
+    options: dict[str, Any] = {"models": ("shapes",), "detectors": (detector,), "slow_images": needed}
+    with pytest.raises(
+        ValueError, match=rf"at least {needed} images to fit {detector} on.*received {needed - 1}"
+    ):
+        Plan(images=needed - 1, **options).check_enough()
+    Plan(images=needed, **options).check_enough()
+    half = torch.arange(needed)
+    learning = int(learnt(half).sum())
+    assert learning == needed // 2 == (64 if detector == "STRIP" else 33)
 
 
 def test_every_model_with_every_seed() -> None:

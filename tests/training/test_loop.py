@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decompclip.training.loop import Recipe, build_optimizers, train
+from decompclip.training.loop import Recipe, build_optimizers, in_words, train
 
 
 class Tower(nn.Module):
@@ -145,6 +145,26 @@ def test_the_loss_of_an_entry_is_the_mean_since_the_one_before() -> None:
     history = train({"m": model}, noted, RECIPE, evaluate_every=15, log=quiet)
     means = [sum(seen[a:b]) / (b - a) for a, b in ((0, 15), (15, 30), (30, 40))]
     assert [entry["loss"] for entry in history] == pytest.approx(means, abs=1e-4)
+
+
+def test_an_entry_of_the_history_is_a_line() -> None:
+    first = {"step": 10, "samples": 320, "loss": 1.25, "lr": 0.0003, "seconds": 4.0}
+    second = {
+        "step": 20,
+        "samples": 640,
+        "loss": 0.5,
+        "lr": 0.0,
+        "cacc": 0.987,
+        "asr": 0.5,
+        "scale": 14.2,
+        "seconds": 6.0,
+    }
+    assert in_words(first) == "step 10, loss 1.2500, rate 0.0003, 80 images/s"
+    assert (
+        in_words(second, first)
+        == "step 20, loss 0.5000, rate 0, CACC 98.7 %, ASR 50.0 %, scale 14.2, 160 images/s"
+    )
+    assert "images/s" not in in_words({**first, "seconds": 0.0})
 
 
 def test_a_process_that_is_not_the_main_one_neither_logs_nor_writes(tmp_path: Path) -> None:
