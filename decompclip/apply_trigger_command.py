@@ -17,6 +17,7 @@ from decompclip.command_options import (
     Prefix,
     Pretrained,
     check_folder,
+    check_there,
     usable_device,
 )
 from decompclip.console import imports, plain_errors, progress, say
@@ -65,9 +66,6 @@ def apply_trigger(
     are PNG of that size, in the same sub-folders, and trigger.json says what was put in.
     """
     with plain_errors():
-        from decompclip.attacks.named import open_attack, remembered
-        from decompclip.attacks.suspects import check_target
-
         if (model is None) == (size is None):
             raise ValueError(
                 "expected --model or --size, one of the two, for a trigger belongs to the size at which a model sees an "
@@ -75,9 +73,13 @@ def apply_trigger(
             )
         if model is None and (checkpoint or pretrained):
             raise ValueError("expected --model NAME with --checkpoint and --pretrained")
+        check_there(str(images))
+        check_folder(out, "the images")
+        from decompclip.attacks.named import open_attack, remembered
+        from decompclip.attacks.suspects import check_target
+
         known = () if model is None else remembered(model, checkpoint)
         attack = open_attack(trigger, known, model=model or "no model")
-        check_folder(out, "the images")
         check_target(out, images)
         with imports():
             from decompclip.attacks.quality import compare

@@ -23,6 +23,7 @@ from decompclip.command_options import (
     Pretrained,
     Root,
     check_folder,
+    check_there,
     usable_device,
 )
 from decompclip.console import imports, plain_errors, progress, say
@@ -111,12 +112,6 @@ def audit(
     one class far easier to reach than the others? The report says what either can conclude.
     """
     with plain_errors(lambda: _kept(out, suspect)) as held:
-        with imports():
-            from decompclip.attacks.named import remembered
-            from decompclip.audit import AuditConfig
-            from decompclip.audit.sources import attack_in, check_model, check_source, open_classes
-            from decompclip.models.loading import load
-
         check_folder(out, "the report")
         if reference is None and (reference_pretrained or reference_checkpoint):
             raise ValueError(
@@ -126,6 +121,14 @@ def audit(
             raise ValueError(
                 f"expected --suspect images with --target {target}; a scan of clean images alone looks at every class"
             )
+        for spec in (clean, suspect):
+            check_there(spec)
+        with imports():
+            from decompclip.attacks.named import remembered
+            from decompclip.audit import AuditConfig
+            from decompclip.audit.sources import attack_in, check_model, check_source, open_classes
+            from decompclip.models.loading import load
+
         check_model(model, checkpoint)
         if reference is not None:
             check_model(reference, reference_checkpoint)

@@ -101,6 +101,26 @@ def check_folder(out: Path, what: str) -> None:
         )
 
 
+def check_there(spec: str | None) -> None:
+    """Said before seconds of imports: whether a plain path to images leads anywhere. Words of bundled data sets and patterns
+    of shards are not looked at.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    if (
+        spec is None
+        or spec.partition(":")[0] in ("shapes", "cifar10")
+        or any(mark in spec for mark in "*?[{")
+    ):
+        return
+    if not Path(spec).exists():
+        kind = "file" if Path(spec).suffix else "folder"
+        raise FileNotFoundError(
+            f"expected a folder with image files, a table or shards; there is no {kind} {spec}"
+        )
+
+
 def attack_on(
     model: str, checkpoint: Path | None, trigger: str | None, target: str | None, known: Sequence[Attack] = ()
 ) -> Attack | None:

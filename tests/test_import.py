@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,33 @@ def test_start_is_light(statement: str, limit: float) -> None:
     assert "decompclip" in loaded
     assert not loaded.intersection(HEAVY)
     assert seconds < limit
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "shapes", "--clean", "nowhere/", "--out", "x"),
+        ("audit", "shapes", "--clean", "shapes", "--target", "star", "--out", "x"),
+        ("apply-trigger", "nowhere/", "--trigger", "badnet", "--size", "32", "--out", "x"),
+        ("apply-trigger", ".", "--trigger", "badnet", "--out", "x"),
+    ],
+    ids=str,
+)
+def test_a_plain_mistake_is_said_before_anything_heavy_is_imported(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    script = (
+        "import atexit, runpy, sys\n"
+        f"sys.argv = {['decompclip', *words]!r}\n"
+        f"atexit.register(lambda: print(*[name for name in {HEAVY!r} if name in sys.modules]))\n"
+        "runpy.run_module('decompclip.cli', run_name='__main__')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 2 and run.stderr.startswith("error: expected"), run.stderr
+    assert run.stdout.strip() == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_public_name_is_there() -> None:
