@@ -93,7 +93,7 @@ def test_the_readme_says_the_rules_numbers() -> None:
     readme = " ".join(README.split())
     for words in (
         f"more than an effect of {100 * STRONG:g} points",
-        f"none of {len(KINDS)} common corruptions",
+        f"none of {len(KINDS)} common corruptions, edits and patterns",
         f"as much does {100 * EXPLAINED:g} % of it",
         f"moves by at most {100 * WEAK:g} points",
         f"where {100 * FIRM:g} points or more can be ruled out",

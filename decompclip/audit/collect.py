@@ -24,6 +24,9 @@ THUMBNAIL = 8
 ALIKE = 0.5
 """Twins differ by at most this share of the distance between pictures of different things."""
 
+FLAT = 0.02
+"""Contrast, in standard deviations of the model's images, below which a thumbnail shows little."""
+
 KEPT = 96
 """Images kept as pictures: examples are chosen from them, and common corruptions are tried on them."""
 
@@ -164,7 +167,7 @@ def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
     """Whether each suspect image shows what the clean image in its place shows.
 
     Equal names alone say little: many folders count their files from zero. The pictures must also be nearer
-    to their namesakes than to others, and no label may contradict.
+    to their namesakes than to others, as they are or with their light made equal, and no label may contradict.
     """
     if _names(clean) != _names(suspect):
         return False
@@ -174,9 +177,24 @@ def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
         and not torch.equal(clean.labels, suspect.labels)
     ):
         return False
-    own = (clean.thumbnails - suspect.thumbnails).norm(dim=1).median()
-    others = (clean.thumbnails - suspect.thumbnails.roll(1, dims=0)).norm(dim=1).median()
-    return bool(own <= ALIKE * others)
+    raw = clean.thumbnails, suspect.thumbnails
+    own, others = _apart(*raw)
+    if own <= ALIKE * others:
+        return True
+    own, others = _apart(*map(_seen, raw))  # a copy in other light is a twin too
+    return own < ALIKE * others
+
+
+def _apart(one: Float[Tensor, "batch pixel"], other: Float[Tensor, "batch pixel"]) -> tuple[float, float]:
+    """How far pictures are from their namesakes, and from others."""
+    own, others = ((one - there).norm(dim=1).median() for there in (other, other.roll(1, dims=0)))
+    return float(own), float(others)
+
+
+def _seen(thumbnails: Float[Tensor, "batch pixel"]) -> Float[Tensor, "batch pixel"]:
+    """What thumbnails show, whatever their light: of no mean and of one contrast, less where there is hardly any."""
+    centred = thumbnails - thumbnails.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(FLAT)
 
 
 def _names(images: ImageSet) -> list[str]:

@@ -16,12 +16,19 @@ from torch.nn import functional as F
 
 from decompclip.audit.collect import Split
 from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
-from decompclip.defenses.detectors.corruptions import COMMON, EDITS, EVERYDAY, SEVERITIES, Corruption
+from decompclip.defenses.detectors.corruptions import (
+    COMMON,
+    EDITS,
+    EVERYDAY,
+    PATTERNS,
+    SEVERITIES,
+    Corruption,
+)
 from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
 
-KINDS = (*COMMON, *EVERYDAY, *EDITS)
+KINDS = (*COMMON, *EVERYDAY, *EDITS, *PATTERNS)
 """What is tried."""
 
 LEAST = 40

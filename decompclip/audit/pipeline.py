@@ -25,7 +25,7 @@ from decompclip.audit.result import AuditResult
 from decompclip.audit.scoring import Scorer
 from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
 from decompclip.audit.shift import shift
-from decompclip.audit.words import STRONG, WEAK
+from decompclip.audit.words import WEAK
 from decompclip.cache.moments import Moments
 from decompclip.data.images import ImageSource, class_index
 from decompclip.evaluation.metrics import predict
@@ -83,7 +83,7 @@ def run_audit(
     infer = named is None or (named.inferred and named.asked is None)
     parts = split(clean_set, suspect_set, config, infer_target=infer)
     found = weigh(parts, classifier, class_names, name=names.model, target=target)
-    if found.as_it_is.difference_interval[0] >= STRONG:
+    if found.as_it_is.difference_interval[0] >= WEAK:
         tried = controls(
             model,
             parts,

@@ -120,7 +120,7 @@ class AuditResult:
     detectors: tuple[Detector, ...]
     suspicion: Suspicion | None
     checks: Checks
-    controls: Controls | None  # where suspect images have a large effect, and are twins
+    controls: Controls | None  # where suspect images have more than a small effect, and are twins
     examples: Examples | None
     skipped: dict[str, tuple[SkippedFile, ...]]
     left_out: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why

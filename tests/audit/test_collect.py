@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.collect import KEPT, ImageSet, are_twins, collect, split
+from decompclip.audit.collect import KEPT, THUMBNAIL, ImageSet, are_twins, collect, split
 from decompclip.audit.config import AuditConfig
+from decompclip.audit.controls import model_pixels
 from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.clip import HookedCLIP
@@ -62,6 +63,36 @@ def test_equal_names_alone_make_no_twins(sets: tuple[ImageSet, ImageSet]) -> Non
     assert not are_twins(a, unrelated)
     assert not split(a, unrelated, CONFIG, infer_target=False).twins
     assert not are_twins(clean, replace(suspect, labels=(torch.arange(50) % 12)))
+
+
+@pytest.mark.parametrize("world", ["shapes", "photographs"])
+def test_a_copy_in_other_light_is_a_twin(
+    model: HookedCLIP, sets: tuple[ImageSet, ImageSet], world: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    if world == "shapes":
+        (batch,) = open_source("shapes", model, PROPERTIES["shape"], limit=50).batches(50)
+        images = model_pixels(model, batch.images)
+    else:  # cloudy, of a light and a contrast of their own
+        coarse = torch.rand(50, 3, 6, 6, generator=generator)
+        images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+        light, contrast = (torch.rand(50, 1, 1, 1, generator=generator) for _ in range(2))
+        images = 0.4 * light + (0.2 + 0.4 * contrast) * images
+    noise = 0.2 * torch.randn(images.shape, generator=generator)
+    bare = replace(sets[0], labels=None)
+
+    def of(pixels: torch.Tensor) -> ImageSet:
+        pixels = model.normalize((255 * pixels.clamp(0, 1)).round() / 255)
+        seen = torch.nn.functional.adaptive_avg_pool2d(pixels, THUMBNAIL).flatten(1)
+        return replace(bare, thumbnails=seen)
+
+    made = {"dark": 0.15 * images, "dim": 0.45 * images, "pale": 0.8 + 0.2 * images, "noisy": images + noise}
+    for name, changed in made.items():
+        assert are_twins(of(images), of(changed)), name
+        assert not are_twins(of(images), of(changed.roll(7, 0))), name
+    flat = torch.rand(50, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32)
+    assert not are_twins(of(flat), of(flat.roll(7, 0)))  # greys: nothing but their light to know them by
+    assert are_twins(of(flat), of(flat))
 
 
 def test_twins_may_be_stored_in_another_format(sets: tuple[ImageSet, ImageSet]) -> None:

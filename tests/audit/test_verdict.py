@@ -102,12 +102,44 @@ def test_what_explains_the_effect_takes_it_back(base: AuditResult, to: str) -> N
     corrupted = verdict(replace(strong, controls=tried(0.9)))
     assert (corrupted.level, corrupted.confidence) == ("suspicious", "low")
     assert "common corruption of the same size" in corrupted.doubts[0]
+    near = verdict(replace(strong, controls=tried(0.8)))
+    assert near.level == "backdoored" and "may have all of it" in near.doubts[0]
+    assert not any("may have all of it" in doubt for doubt in verdict(strong).doubts)
     half = verdict(replace(strong, controls=tried(0.9), reference=beside(0.4, to=to)))
     assert half.level == "suspicious"
     shaken = verdict(replace(strong, reference=beside(0.4, to=to)))
     assert (shaken.level, shaken.confidence) == ("backdoored", "moderate")
     held = verdict(replace(strong, controls=tried(0.9), reference=beside(0.05, to=to)))
     assert (held.level, held.confidence) == ("backdoored", "moderate")
+
+
+def test_a_smaller_effect_that_nothing_was_held_against_is_said_with_low_confidence(
+    base: AuditResult,
+) -> None:
+    """10 to 50 points: corruptions that were not tried, or that do as much, and no reference that holds."""
+    some = replace(base, as_it_is=setting(0.30, 0.02))
+    for controls, reference, confidence in (
+        (None, None, "low"),
+        (tried(0.9), None, "low"),
+        (None, beside(0.2), "low"),
+        (tried(0.1), None, "moderate"),
+        (None, beside(0.02), "moderate"),
+        (tried(0.9), beside(0.02), "moderate"),
+    ):
+        found = verdict(replace(some, controls=controls, reference=reference))
+        assert (found.level, found.confidence) == ("suspicious", confidence), (controls, reference)
+        assert any("were not tried" in doubt for doubt in found.doubts) == (controls is None)
+
+
+def test_accuracy_that_chance_may_reach_says_nothing(base: AuditResult) -> None:
+    """Above chance, but not with its lower end."""
+    lucky = setting(0.95, 0.02, accuracy=0.36)
+    cacc = lucky.report.cacc
+    assert cacc is not None and cacc.low <= base.checks.guessing < cacc.value
+    found = verdict(replace(base, as_it_is=lucky))
+    assert (found.level, found.confidence) == ("cannot tell", "low")
+    assert "may not know these classes" in found.headline
+    assert verdict(replace(base, as_it_is=setting(0.95, 0.02, accuracy=0.5))).level == "backdoored"
 
 
 def test_nothing_is_said_of_a_classifier_that_does_not_work(base: AuditResult) -> None:
@@ -260,6 +292,20 @@ def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, AuditR
         assert result.verdict.level != "backdoored"
         if result.twins and result.as_it_is.difference_interval[0] >= STRONG:
             assert result.controls is not None and result.controls.explained >= EXPLAINED
+
+
+@pytest.mark.parametrize("amount", [20 / 255, 30 / 255])
+def test_faint_stripes_are_among_what_is_tried(amount: float) -> None:
+    """Stripes of a size are made again by the one of their kind, so that what they do is explained whatever the model."""
+    images = 0.3 + 0.4 * torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.arange(32)
+    waves = {"columns_2": 1.0 - 2 * (x % 2), "sine_12_at_0": (2 * torch.pi * 12 * x / 32).sin()}
+    for kind in KINDS:
+        if kind.name in waves:
+            striped = images + amount * waves.pop(kind.name)
+            size = (striped - images).square().mean((1, 2, 3)).sqrt()
+            torch.testing.assert_close(of_size(kind, images, size, seed=0), striped, atol=0.02, rtol=0)
+    assert not waves
 
 
 @pytest.mark.parametrize("name", ["shapes-blended", "shapes-issba"])

@@ -245,6 +245,43 @@ def _jpeg(images: Tensor, quality: float, generator: np.random.Generator) -> Ten
     return torch.stack(made).to(images) if made else images.clone()
 
 
+def _stripes(down: int, across: int, period: int) -> Callable[[Tensor, float, np.random.Generator], Tensor]:
+    """Light and dark by turns: rows (1, 0), columns (0, 1) or, where both, their product: a chequer."""
+
+    def apply(images: Tensor, amount: float, generator: np.random.Generator) -> Tensor:
+        height, width = images.shape[-2:]
+        y, x = (1 - 2 * (torch.arange(n) * 2 // period % 2) for n in (height, width))
+        pattern = (y[:, None] if down else torch.ones(height, 1)) * (x if across else torch.ones(width))
+        return images + amount * pattern.to(images)
+
+    return apply
+
+
+def _sine(cycles: int, degrees: int) -> Callable[[Tensor, float, np.random.Generator], Tensor]:
+    """A wave of so many cycles over the width, that runs along the rows turned by `degrees`."""
+    angle = math.radians(degrees)
+
+    def apply(images: Tensor, amount: float, generator: np.random.Generator) -> Tensor:
+        y, x = (torch.arange(n) / n for n in images.shape[-2:])
+        way = x * math.cos(angle) + y[:, None] * math.sin(angle)
+        return images + amount * (2 * math.pi * cycles * way).sin().to(images)
+
+    return apply
+
+
+def _lost_lines(images: Tensor, share: float, generator: np.random.Generator) -> Tensor:
+    """Rows that no sensor or link gave: black."""
+    lost = torch.from_numpy(generator.random(images.shape[-2]) < share)
+    return torch.where(lost[:, None].to(images.device), 0.0, images)
+
+
+def _channel_shift(images: Tensor, share: float, generator: np.random.Generator) -> Tensor:
+    """Red and blue beside their place, by a share of the width each."""
+    by = max(1, round(share * _side(images)))
+    red, green, blue = images.unbind(1)
+    return torch.stack((red.roll(by, -1), green, blue.roll(-by, -1)), 1)
+
+
 CORRUPTIONS = (
     Corruption("elastic_transform", _elastic, (0.004, 0.008, 0.012, 0.018, 0.026)),
     Corruption("gaussian_noise", _gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
@@ -288,3 +325,22 @@ EDITS = (
     Corruption("occlude", _occlude, (0.2, 0.3, 0.4, 0.5, 0.6)),
 )
 """What programs that edit pictures do."""
+
+AMOUNTS = (0.05, 0.1, 0.2, 0.35, 0.5)
+"""What a pattern adds and takes away at its crests, as a share of white."""
+
+PATTERNS = (
+    *(
+        Corruption(f"{name}_{period}", _stripes(down, across, period), AMOUNTS)
+        for name, down, across in (("rows", 1, 0), ("columns", 0, 1), ("chequer", 1, 1))
+        for period in (2, 4, 8)
+    ),
+    *(
+        Corruption(f"sine_{cycles}_at_{degrees}", _sine(cycles, degrees), AMOUNTS)
+        for cycles in (3, 6, 12)
+        for degrees in (0, 45, 90)
+    ),
+    Corruption("lost_lines", _lost_lines, (0.02, 0.05, 0.1, 0.2, 0.4)),
+    Corruption("channel_shift", _channel_shift, (0.01, 0.02, 0.04, 0.08, 0.15)),
+)
+"""What sensors, screens and links do: stripes by their period in pixels, waves by their cycles over the width and their angle."""

@@ -19,7 +19,7 @@ from decompclip.defenses.calibration import calibrated
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
-from decompclip.defenses.detectors.corruptions import CORRUPTIONS
+from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
 from decompclip.defenses.detectors.cost import measure_cost
 from decompclip.defenses.detectors.detector import Detector, learnt
 from decompclip.defenses.detectors.mahalanobis import Mahalanobis
@@ -277,7 +277,7 @@ def test_a_calibrated_threshold_is_the_conformal_one() -> None:
 # Corruptions
 
 
-@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda c: c.name)
+@pytest.mark.parametrize("corruption", (*CORRUPTIONS, *PATTERNS), ids=lambda c: c.name)
 def test_a_corruption_grows_with_its_severity_and_leaves_the_image_alone(corruption) -> None:
     images = Shapes(6, seed=3).draw(range(6)).images
     before, misses = images.clone(), []
@@ -299,6 +299,28 @@ def test_the_twelve_are_the_paper_s() -> None:
         "elastic_transform", "gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "snow", "frost", "fog",
         "brightness", "contrast", "pixelate", "jpeg_compression",
     ]  # fmt: skip
+
+
+def test_patterns_are_what_their_names_say() -> None:
+    grey = torch.full((1, 3, 16, 24), 0.5)
+    made = {kind.name: kind(grey, 3)[0, 0] - 0.5 for kind in PATTERNS}
+    for period in (2, 4, 8):
+        half = period // 2
+        turns = torch.tensor([1.0, -1.0]).repeat_interleave(half)
+        torch.testing.assert_close(
+            made[f"rows_{period}"], 0.2 * turns.repeat(16 // period)[:, None].expand(-1, 24)
+        )
+        torch.testing.assert_close(made[f"columns_{period}"], 0.2 * turns.repeat(24 // period).expand(16, -1))
+        torch.testing.assert_close(
+            made[f"chequer_{period}"], made[f"rows_{period}"] * made[f"columns_{period}"] / 0.2
+        )
+    for cycles in (3, 6):
+        for name, line in (
+            ("at_0", made[f"sine_{cycles}_at_0"][0]),
+            ("at_90", made[f"sine_{cycles}_at_90"][:, 0]),
+        ):
+            assert int(torch.fft.rfft(line).abs().argmax()) == cycles, name
+    assert {round(float(row.unique()), 3) for row in made["lost_lines"]} <= {0.0, -0.5}
 
 
 # On a real model
