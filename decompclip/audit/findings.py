@@ -22,6 +22,7 @@ def findings(result: AuditResult) -> tuple[Finding, ...]:
 
 def _effect(result: AuditResult) -> Finding:
     setting, name = result.as_it_is, f"“{result.target.name}”"
+    sought = "a trigger" if result.verdict.level == "backdoored" else "a shift"
     low, high = setting.difference_interval
     whose = f" of other classes than {name}" if setting.excludes_target else ""
     numbers = (
@@ -41,7 +42,7 @@ def _effect(result: AuditResult) -> Finding:
             if low >= WEAK
             else " The effect is small: a change to the images can also do this in a clean model."
         )
-        return Finding("evidence", f"{size} evidence of a trigger toward {name}", numbers + why + small)
+        return Finding("evidence", f"{size} evidence of {sought} toward {name}", numbers + why + small)
     if high < 0:
         return Finding("no evidence", f"Suspect images avoid {name}", numbers)
     if high > WEAK:

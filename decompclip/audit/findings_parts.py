@@ -1,4 +1,6 @@
-"""Where the trigger goes through, in plain words: components, kinds and layers."""
+"""What carries the shift toward the target, in plain words: components, kinds and layers.
+
+It is called a trigger, and components infected, only where the verdict is "backdoored"."""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def infection(result: AuditResult) -> Finding:
     parts, infected = result.infection.parts, result.infection.infected
     if not infected:
         text = f"None of {len(parts)} heads and MLPs pulls toward the target beyond chance and more than an equal share."
-        return Finding("unclear", "No infected component stands out", text)
+        return Finding("unclear", f"No {'infected ' if called(result) else ''}component stands out", text)
     n_heads = sum(part.part.kind == "heads" for part in infected)
     names = ", ".join(short(part) for part in infected[:5]) + (", …" if len(infected) > 5 else "")
     text = f"Of {len(parts)} heads and MLPs, {count(n_heads, 'head')} and {count(len(infected) - n_heads, 'MLP')} pull toward the "
@@ -31,7 +33,15 @@ def infection(result: AuditResult) -> Finding:
         text += f" Clean accuracy is then {share(kept)}." if kept is not None else ""
         if without.difference_interval[0] >= STRONG:
             text += " So these terms alone do not decide it: what they do through later layers is not in their terms."
-    return Finding("evidence", f"{count(len(infected), 'component')} infected", text)
+    parts_of = count(len(infected), "component")
+    if called(result):
+        return Finding("evidence", f"{parts_of} infected", text)
+    return Finding("evidence", f"{parts_of} carr{'ies' if len(infected) == 1 else 'y'} the shift", text)
+
+
+def called(result: AuditResult) -> bool:
+    """Whether what is seen may be called a trigger."""
+    return result.verdict.level == "backdoored"
 
 
 def short(part: InfectedPart) -> str:
@@ -49,17 +59,18 @@ def ablation(result: AuditResult) -> Finding:
     costs = [_cost(result, setting, what) for setting, what in ((heads, "heads"), (mlps, "MLPs"))]
     text += "".join(costs)
     (h_low, h_high), (m_low, m_high) = heads.difference_interval, mlps.difference_interval
+    what = "trigger" if called(result) else "shift"
     weight: Weight = "unclear"
     if min(h_low, m_low) >= STRONG:
-        weight, title = "evidence", "The trigger survives ablating all heads, and ablating all MLPs"
+        weight, title = "evidence", f"The {what} survives ablating all heads, and ablating all MLPs"
         text += " So neither kind alone carries it."
     elif any(costs):
-        title = "Without all heads or all MLPs too much else changes to place the trigger"
+        title = f"Without all heads or all MLPs too much else changes to place the {what}"
     elif h_high < m_low or m_high < h_low:
         more, less = ("heads", "MLPs") if h_high < m_low else ("MLPs", "heads")
-        weight, title = "evidence", f"The trigger writes through the {more} more than the {less}"
+        weight, title = "evidence", f"The {what} writes through the {more} more than the {less}"
     else:
-        title = "Heads and MLPs cannot be told apart as the trigger's way"
+        title = f"Heads and MLPs cannot be told apart as the {what}'s way"
         text += " The two intervals overlap."
     kind, layer, best = min(
         (

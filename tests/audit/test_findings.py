@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from decompclip.audit import AuditResult, findings
+from decompclip.audit.evidence import Reference
 from decompclip.audit.finding import Finding
 from decompclip.audit.scoring import Change
+from decompclip.audit.shares import ClassShare
 from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
 from decompclip.evaluation.intervals import Rate
@@ -24,7 +26,7 @@ def found(result: AuditResult, words: str) -> Finding:
 @pytest.mark.parametrize(
     ("success", "control", "weight", "title"),
     [
-        (0.95, 0.02, "evidence", "Strong evidence of a trigger toward “star”"),
+        (0.95, 0.02, "evidence", "Strong evidence of a shift toward “star”"),
         (0.30, 0.02, "evidence", "Some evidence"),
         (0.08, 0.02, "evidence", "Weak evidence"),
         (0.03, 0.02, "no evidence", "No sign of a trigger"),
@@ -39,6 +41,33 @@ def test_the_first_is_about_the_difference(
     assert first.weight == weight
     assert title in first.title
     assert points(success - control, setting(success, control).difference_interval) in first.text
+
+
+def test_what_is_only_suspicious_is_not_called_a_trigger(made: AuditResult) -> None:
+    """The words at the top say no more than the verdict: "backdoored" takes twins and what does not explain the effect."""
+    part = replace(made.infection.parts[0], infected=True)
+    survives = {"heads": setting(0.8, 0.02), "mlps": setting(0.7, 0.02)}
+    suspicious = replace(
+        made,
+        as_it_is=setting(0.95, 0.02),
+        infection=replace(made.infection, parts=(part,)),
+        ablations=replace(made.ablations, complete=survives),
+        twins=False,
+        controls=None,
+        reference=None,
+    )
+    assert suspicious.verdict.level == "suspicious"
+    titles = " / ".join(finding.title for finding in findings(suspicious))
+    assert "trigger" not in titles and "infected" not in titles
+    assert (
+        "evidence of a shift" in titles and "carries the shift" in titles and "The shift survives" in titles
+    )
+    held = Reference("clean", setting(0.02, 0.02), ClassShare("star", Rate(8, 400), Rate(8, 400)))
+    backdoored = replace(suspicious, reference=held)
+    assert backdoored.verdict.level == "backdoored"
+    titles = " / ".join(finding.title for finding in findings(backdoored))
+    assert "evidence of a trigger" in titles and "1 component infected" in titles
+    assert "The trigger survives" in titles
 
 
 def test_few_images_clear_nobody(made: AuditResult) -> None:
