@@ -27,7 +27,11 @@ def repair(result: AuditResult) -> Finding:
     text += f". Clean accuracy: {points(-cost[0], (-cost[2], -cost[1]))}." if cost is not None else "."
     text += f" (Picked as the best of {len(settings)}, so that its interval is too narrow.)"
     if not works:
-        return Finding("note", "No repair helps this model", text)
+        missing = [reason for what, reason in result.left_out.items() if "repair" in what]
+        if missing:  # the one that is told nothing about the attack, as a rule the best
+            text += f" Repair without a hint could not be measured: {missing[0]}."
+            return Finding("unclear", f"None of the {len(settings)} repairs measured helps this model", text)
+        return Finding("note", f"None of the {len(settings)} repairs measured helps this model", text)
     costly = cost is not None and cost[1] > COSTLY
     text += " That costs clean accuracy beyond its uncertainty." if costly else ""
     if left.control.low > before.control.high:

@@ -310,6 +310,8 @@ def _steps(result: Evidence, level: Level, kept: str | None) -> Iterator[str]:
         yield "Audit a clean checkpoint of the same architecture beside it (--reference)."
     if kept is not None:
         yield f"If it must be used, repair it: {kept}."
+    elif level == "backdoored" or result.as_it_is.difference_interval[0] >= WEAK:
+        yield "If it must be used, no repair measured here serves: try `decompclip repair` with more clean images of every class."
 
 
 AFFORDABLE = 0.02

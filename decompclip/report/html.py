@@ -76,6 +76,13 @@ def cell(text: str) -> Markup:
     return escape(tied(value)) + Markup(' <span class="interval">{}</span>').format(tied(f"[{interval}"))
 
 
+def coded(text: str) -> Markup:
+    """A sentence whose options are code that no line end breaks: `--reference`."""
+    return Markup(
+        re.sub(r"--[a-z][a-z-]*", r'<code class="option">\g<0></code>', str(escape(printable(text))))
+    )
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_text),
@@ -85,7 +92,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=shown,
     )
-    environment.filters |= {"cell": cell, "tied": tied}
+    environment.filters |= {"cell": cell, "coded": coded, "tied": tied}
     return environment
 
 

@@ -126,7 +126,7 @@ def test_an_ablation_that_sends_all_to_the_target_says_so(made: AuditResult) -> 
         (0.02, 0, "evidence", "takes the difference away"),
         (0.40, 0, "evidence", "in part"),
         (0.02, 160, "unclear", "takes the difference away"),
-        (0.94, 0, "note", "No repair helps"),
+        (0.94, 0, "note", "repairs measured helps"),
     ],
 )
 def test_repair_is_judged_by_difference_and_cost(
@@ -138,6 +138,16 @@ def test_repair_is_judged_by_difference_and_cost(
     finding = found(replace(made, as_it_is=setting(0.95, 0.02), repairs=repairs), "no longer the target")
     assert (finding.weight, title in finding.title) == (weight, True)
     assert ("costs clean accuracy" in finding.text) == (lost > 0)
+
+
+def test_a_repair_that_could_not_be_measured_is_not_said_to_fail(made: AuditResult) -> None:
+    repairs = tuple(replace(r, setting=setting(0.94, 0.02)) for r in made.repairs)
+    reason = {"detection and repair without a hint": "expected at least 120 clean images; received 30"}
+    result = replace(made, as_it_is=setting(0.95, 0.02), repairs=repairs, left_out=reason)
+    (finding,) = [f for f in findings(result) if "repairs measured helps" in f.title]
+    assert finding.weight == "unclear" and f"None of the {len(repairs)} repairs" in finding.title
+    assert "at least 120 clean images" in finding.text
+    assert any("`decompclip repair`" in step for step in result.verdict.steps)
 
 
 def test_nothing_to_repair_is_not_spoken_of(made: AuditResult) -> None:
