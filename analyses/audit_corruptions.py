@@ -11,6 +11,9 @@ Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
 and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
 `shapes` is audited alone.
+The cells "trigger, own" of seed 2 were measured with all that is tried today. The others were measured before `PATTERNS` were tried: more corruptions
+can only take a "backdoored" away, so that what is said of clean models stands, while "trigger on top", "both corrupted" and seed 0 may count some twins
+too many; where the effect is of 10 to 50 points, "suspicious" may have had moderate confidence where it has low confidence today.
 The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing"; and, before there was this file, of seed 1); seed 2 is reported. The models
 are the same in both parts: new in the reported one are images, what corruptions draw, and what triggers draw anew.
 """
@@ -43,7 +46,7 @@ from decompclip.audit.demo import Held
 from decompclip.audit.evidence import Evidence, Reference
 from decompclip.audit.pipeline import weigh
 from decompclip.audit.verdict import EXPLAINED, judged
-from decompclip.audit.words import STRONG
+from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.run import versions
 from decompclip.bench.samples import FRESH, draw_samples
 from decompclip.data.images import ImageBatch
@@ -140,7 +143,7 @@ def cell(
         parts, classifier, clip = found["model"]
         evidence = weigh(_seen(parts, labelled, twins), classifier, names, name=name)
         aim = evidence.target.index
-        if evidence.as_it_is.difference_interval[0] >= STRONG and twins:
+        if evidence.as_it_is.difference_interval[0] >= WEAK and twins:
             if aim not in tried:
                 tried[aim] = controls(
                     clip, parts, classifier, names, aim, batch_size=64, seed=SEEDS[bench.part]

@@ -11,7 +11,7 @@ import pytest
 from decompclip.audit.result import AuditResult
 from decompclip.data.images import SkippedFile
 from decompclip.report import render, write_report
-from decompclip.report.html import cell, tied
+from decompclip.report.html import cell, coded, tied
 
 Make = Callable[..., AuditResult]
 EVIL = "<script>alert(1)</script>"
@@ -109,3 +109,8 @@ def test_values_keep_together() -> None:
     )
     assert cell("0.93 [0.90, 0.95]") == '0.93 <span class="interval">[0.90,\u00a00.95]</span>'
     assert cell("<b>") == "&lt;b&gt;"
+
+
+def test_options_never_part_and_nothing_else_becomes_markup() -> None:
+    assert coded("a <b> (--reference)") == 'a &lt;b&gt; (<code class="option">--reference</code>)'
+    assert coded("one - two") == "one - two"
