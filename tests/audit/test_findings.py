@@ -135,7 +135,8 @@ def test_repair_is_judged_by_difference_and_cost(
     hit = 380
     change = Change(Rate(round(hit * (1 - left)), hit), Rate(0, hit), Paired(0, lost, 400), Rate(0, 400))
     repairs = tuple(replace(r, setting=setting(left, 0.02), change=change) for r in made.repairs)
-    finding = found(replace(made, as_it_is=setting(0.95, 0.02), repairs=repairs), "no longer the target")
+    result = replace(made, as_it_is=setting(0.95, 0.02), repairs=repairs, left_out={})
+    finding = found(result, "no longer the target")
     assert (finding.weight, title in finding.title) == (weight, True)
     assert ("costs clean accuracy" in finding.text) == (lost > 0)
 
