@@ -65,7 +65,10 @@ def _lines(description: str, total: int) -> Update:
         now = time.monotonic()
         if before is None:
             before = done - 1  # what an earlier run had done
-        if now - last < wait or done >= total:
+        if done >= total:
+            print(f"{printable(words)}: all {total} in {span(now - began)}", file=sys.stderr, flush=True)
+            return
+        if now - last < wait:
             return
         left = (now - began) / max(1, done - before) * (total - done)
         print(f"{printable(words)}: {done} of {total}, {span(left)} left", file=sys.stderr, flush=True)

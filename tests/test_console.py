@@ -56,6 +56,7 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(
         "work\\n[x]: 5 of 40, 0:35 left",
         "work\\n[x]: 15 of 40, 0:25 left",
         "work\\n[x]: 35 of 40, 0:05 left",
+        "work\\n[x]: all 40 in 0:40",
     ]
 
 

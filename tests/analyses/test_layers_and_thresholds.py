@@ -16,10 +16,10 @@ def steps(*success: float) -> list[dict[str, float]]:
     return [{"asr": value, "control": 0.0, "cacc": 90.0} for value in success]
 
 
-def sweeps(alone: list[float], backward: list[float]) -> dict[str, Any]:
-    """Of three layers; forward ends where backward begins."""
+def sweeps(alone: list[float], backward: list[float], *, cacc: float = 10.0) -> dict[str, Any]:
+    """Of three layers; forward ends where backward begins, at the accuracy that is left without all of a kind."""
     return {
-        "forward": steps(100, 100, backward[0]),
+        "forward": [*steps(100, 100), steps(backward[0])[0] | {"cacc": cacc}],
         "backward": steps(*backward),
         "separate": steps(*alone),
     }
@@ -63,6 +63,12 @@ def test_finding_2_asks_heads_of_local_and_mlps_of_global_triggers() -> None:
 def test_mlps_of_which_one_is_enough_are_not_spread() -> None:
     one = sweeps([100, 100, 0], [0, 0, 0])
     assert "under global ones: do not show" in figure2.finding(record(b=(GLOBAL, layers(KEPT, one))))
+
+
+def test_what_does_not_carry_the_class_cannot_be_tested() -> None:
+    last = sweeps([100, 100, 20], [10, 15, 20], cacc=80.0)
+    said = figure2.finding(record(a=(LOCAL, layers(last, KEPT))))
+    assert "under local triggers: cannot be tested, as without all heads 80.0 of 90.0 %" in said
 
 
 def test_finding_2_says_which_kind_is_missing() -> None:
