@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 DEV       := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo paper test lint format typecheck weights clean
+.PHONY: help venv demo paper test lint format typecheck house weights clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ format: $(DEV) ## ruff: fix and reformat
 
 typecheck: $(DEV) ## pyright
 	$(BIN)/pyright
+
+house: $(DEV) ## count the files, lines, circles and public names of the package
+	$(BIN)/python -m tests.house
 
 weights: $(INSTALLED) ## train the bundled clean model again (35 minutes); `decompclip zoo build` makes its twins
 	$(BIN)/python -m analyses.train_shapes

@@ -32,20 +32,19 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from decompclip.attacks.trigger import Trigger
-from decompclip.bench.measure import area
-from decompclip.bench.memory import Remembering
+from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import load_bundled
 from decompclip.training.finetune import finetune
 from decompclip.training.losses import Seen
 from decompclip.training.monitor import Monitor
+from decompclip.zoo.build import poisoned_pairs
 from decompclip.zoo.recipes import twin_recipe
-from decompclip.zoo.train import poisoned_pairs
 
 TITLE = "The adaptive attacker: a backdoor trained against the defense"
 

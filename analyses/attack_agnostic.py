@@ -33,8 +33,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure
 from analyses.study.summary import by_attack, mean
-from decompclip.cache.components import everything
-from decompclip.cache.decomposition import Decomposition
+from decompclip.decomposition.components import everything
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.class_distance import ClassDistance

@@ -38,7 +38,7 @@ from torch import Tensor
 from analyses.audit_scan import WORK as TUNED
 from analyses.audit_scan import base_of, path_of
 from analyses.bundled_models import markdown
-from decompclip.attacks.bundled import backdoor
+from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, controls
@@ -47,15 +47,15 @@ from decompclip.audit.evidence import Evidence, Reference
 from decompclip.audit.pipeline import weigh
 from decompclip.audit.verdict import EXPLAINED, judged
 from decompclip.audit.words import STRONG, WEAK
+from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
-from decompclip.bench.samples import FRESH, draw_samples
 from decompclip.data.images import ImageBatch
-from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
-from decompclip.evaluation.intervals import Rate
+from decompclip.defenses.detectors.teco import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.files import write_json
+from decompclip.intervals import Rate
+from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
-from decompclip.models.zoo import bundled, card
 from decompclip.zoo.worlds import WORLDS
 
 RESULTS = Path(__file__).parent / "results" / "audit_corruptions"

@@ -32,13 +32,13 @@ import torch
 from analyses.bundled_models import markdown
 from decompclip.audit.demo import Held
 from decompclip.audit.scan import ScanConfig, run_scan
+from decompclip.bench.plan import draw_samples
 from decompclip.bench.run import versions, weights_of
-from decompclip.bench.samples import draw_samples
 from decompclip.data.images import ImageBatch
-from decompclip.evaluation.intervals import Rate
 from decompclip.files import write_json
+from decompclip.intervals import Rate
+from decompclip.models.bundled import bundled, card
 from decompclip.models.loading import load
-from decompclip.models.zoo import bundled, card
 from decompclip.zoo.worlds import WORLDS
 
 RESULTS = Path(__file__).parent / "results" / "audit_scan"

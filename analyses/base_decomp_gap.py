@@ -3,7 +3,7 @@
 Paper:     He et al. (2025), Tables 1, 3, 4: "Base-Decomp" has 2 to 4 points less CACC; put down to LayerNorm.
 Command:   python -m analyses.base_decomp_gap --model-family shapes
 Run time:  about 2 minutes, one thread.
-Expected:  an exact sum loses nothing; QuickGELU weights run with GELU (METHOD 8) may lose as much.
+Expected:  an exact sum loses nothing; QuickGELU weights run with GELU (docs/method.md, section 8) may lose as much.
 Measured:  no gap, and none by the other activation either (0.00 and -0.1 points).
 Writes:    analyses/results/FAMILY/base_decomp_gap.json, base_decomp_gap.png
 
@@ -24,7 +24,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import rates_figure, rates_table
 from analyses.study.summary import mean
-from decompclip.audit.diagnosis.switch import in_image_tower, with_activation
+from decompclip.diagnosis.trials import in_image_tower, with_activation
 
 TITLE = "The gap of Base-Decomp: is it the activation?"
 

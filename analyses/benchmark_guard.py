@@ -41,16 +41,16 @@ def run(config: Config) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from decompclip.cache.components import heads, mlps
-    from decompclip.cache.moments import Moments
+    from decompclip.decomposition.components import heads, mlps
+    from decompclip.decomposition.moments import Moments
     from decompclip.defenses.decomp_det import DecompDet
     from decompclip.defenses.decomp_rep import DecompRep
     from decompclip.defenses.guard import Guard
     from decompclip.models.clip import HookedCLIP
-    from decompclip.models.config import ViTConfig
-    from decompclip.models.tokenizer import WordTokenizer
-    from decompclip.models.vit import HookedViT
+    from decompclip.models.text import WordTokenizer
     from decompclip.operators.ablation import MeanAblate
+    from decompclip.tower.config import ViTConfig
+    from decompclip.tower.vit import HookedViT
 
     torch.set_num_threads(config.threads)
     generator = torch.Generator().manual_seed(0)

@@ -24,8 +24,8 @@ from decompclip.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decompclip.cache.decomposition import Decomposition
-    from decompclip.cache.moments import Moments
+    from decompclip.decomposition.decomposition import Decomposition
+    from decompclip.decomposition.moments import Moments
 
 T = TypeVar("T")
 
@@ -50,8 +50,8 @@ class Store:
     def __init__(self, config: Config, folder: Path) -> None:
         import torch
 
-        from decompclip.cache.decomposition import Decomposition
-        from decompclip.cache.maps import TermMaps
+        from decompclip.decomposition.decomposition import Decomposition
+        from decompclip.decomposition.maps import TermMaps
 
         generator = torch.Generator().manual_seed(0)
 
@@ -80,7 +80,7 @@ class Store:
         return self.first(self.batches)
 
     def first(self, batches: int) -> Iterator[Decomposition]:
-        from decompclip.cache.decomposition import Decomposition
+        from decompclip.decomposition.decomposition import Decomposition
 
         return (Decomposition.load(self.files[number % len(self.files)]) for number in range(batches))
 
@@ -110,7 +110,7 @@ def run(config: Config) -> dict[str, Any]:
     """Seconds of both ways for all images, their ratio, memory, and the share of equal predictions."""
     import torch
 
-    from decompclip.cache.moments import Moments
+    from decompclip.decomposition.moments import Moments
     from decompclip.operators.sweeps import ablation_sweep
 
     torch.set_num_threads(config.threads)

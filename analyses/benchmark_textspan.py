@@ -25,7 +25,7 @@ from decompclip.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decompclip.cache.decomposition import Decomposition
+    from decompclip.decomposition.decomposition import Decomposition
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def make(config: Config) -> tuple[list[Decomposition], Tensor]:
     import torch
     from torch.nn.functional import normalize
 
-    from decompclip.cache.decomposition import Decomposition
-    from decompclip.cache.maps import TermMaps
+    from decompclip.decomposition.decomposition import Decomposition
+    from decompclip.decomposition.maps import TermMaps
 
     generator = torch.Generator().manual_seed(0)
 
@@ -87,8 +87,8 @@ def plain(terms: Tensor, texts: Tensor, n_texts: int, rank: int) -> list[int]:
 def run(config: Config) -> dict[str, Any]:
     import torch
 
-    from decompclip.cache.components import heads
-    from decompclip.cache.moments import Moments
+    from decompclip.decomposition.components import heads
+    from decompclip.decomposition.moments import Moments
     from decompclip.operators.textspan import fit_textspans
     from decompclip.operators.textspan_inputs import TextFeatures
 

@@ -51,9 +51,9 @@ def prepare(name: str, config: Config) -> dict[str, Callable[[], Any]]:
     import open_clip
     import torch
 
-    from decompclip.cache.capture import decompose
-    from decompclip.models.convert import convert_open_clip
-    from decompclip.models.image_only import build_image_only
+    from decompclip.decomposition.capture import decompose
+    from decompclip.models.text import build_image_only
+    from decompclip.tower.convert import convert_open_clip
 
     torch.set_num_threads(config.threads)
     architecture = open_clip.get_model_config(name)
@@ -154,9 +154,9 @@ def sum_errors(name: str, config: Config) -> dict[str, dict[str, float]]:
     import open_clip
     import torch
 
-    from decompclip.cache.capture import decompose
-    from decompclip.models.convert import convert_open_clip
-    from decompclip.models.image_only import build_image_only
+    from decompclip.decomposition.capture import decompose
+    from decompclip.models.text import build_image_only
+    from decompclip.tower.convert import convert_open_clip
 
     torch.set_num_threads(config.threads)
     visual = build_image_only(open_clip.get_model_config(name) or {}, why="an image tower alone").visual

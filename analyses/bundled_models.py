@@ -12,7 +12,7 @@ from typing import Any
 
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import PROPERTIES
-from decompclip.models.zoo import bundled, card
+from decompclip.models.bundled import bundled, card
 
 
 def rate(value: dict[str, Any]) -> str:

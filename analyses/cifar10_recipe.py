@@ -19,8 +19,8 @@ from jaxtyping import Float, Int, UInt8
 from open_clip.model import CLIP
 from torch import Tensor
 
-from decompclip.data.pictures import open_rgb
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.data.files import open_rgb
+from decompclip.models.text import WordTokenizer
 from decompclip.training.loop import Recipe
 
 

@@ -23,13 +23,13 @@ import torch
 
 from analyses.reduced_towers import features, reduced_tower, relative_error
 from analyses.tower_families import FAMILY_OF, REFUSED, SUPPORTED
-from decompclip.cache.capture import decompose
-from decompclip.cache.maps import Convention
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.maps import Convention
 from decompclip.files import write_json, write_text
-from decompclip.models.config import ViTConfig
-from decompclip.models.convert import Source, config_of
-from decompclip.models.convert.refusal import WHY_NOT
-from decompclip.models.image_only import build_image_only
+from decompclip.models.text import build_image_only
+from decompclip.tower.config import ViTConfig
+from decompclip.tower.convert import Source, config_of
+from decompclip.tower.convert.rules import WHY_NOT
 
 PAGE = Path(__file__).with_name("COVERAGE.md")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}

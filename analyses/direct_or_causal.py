@@ -28,8 +28,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.figures.scatter import scatter_panels
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.effects import direct_and_causal

@@ -23,8 +23,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import carries, mean
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Figure 1: all heads, or all MLPs, mean-ablated"

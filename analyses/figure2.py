@@ -26,7 +26,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, carries, curve, groups, mean
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.points import PERCENT
 from decompclip.operators.mmd import Kernel, layer_mmd

@@ -28,7 +28,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import mean
 from analyses.study.words import words
-from decompclip.cache.components import heads
+from decompclip.decomposition.components import heads
 from decompclip.figures.gallery import HeadPair, head_pairs
 from decompclip.figures.pictures import picture
 from decompclip.operators.attention import contribution_maps

@@ -26,7 +26,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import curve, groups, mean
 from analyses.study.words import words
-from decompclip.cache.components import mlps
+from decompclip.decomposition.components import mlps
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.operators.roles import role_change
 

@@ -2,7 +2,7 @@
 
 Command:   python -m analyses.head_words [--json FILE]
 Run time:  about two minutes, one thread.
-Aim:       agreement well above chance on every bundled model (METHOD 4).
+Aim:       agreement well above chance on every bundled model (docs/method.md, section 4).
 Measured:  by share of variance 73, 63 and 76 % on the three models (chance 18 to 20 %), kappa 0.55 to 0.69; by linear probe,
            which also finds what a part writes by the way, 26 to 28 % (chance 13 %).
 
@@ -51,9 +51,9 @@ def agreements(model: HookedCLIP, config: Config) -> Iterator[tuple[str, Agreeme
     """Of one model: all heads and MLPs."""
     import numpy as np
 
-    from decompclip.cache.components import heads, mlps
     from decompclip.data.shapes import PROPERTIES, Shapes
     from decompclip.data.texts import shapes_texts
+    from decompclip.decomposition.components import heads, mlps
     from decompclip.operators.naming import By, agreement
     from decompclip.operators.probes import probe
     from decompclip.operators.textspan import textspans

@@ -31,8 +31,8 @@ from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, mean
 from decompclip.audit.infected import as_many, infected_parts
 from decompclip.audit.shift import shift
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.points import PERCENT
 from decompclip.operators.ablation import MeanAblate

@@ -25,7 +25,7 @@ from decompclip.bench.page import write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.results import leaderboard
 from decompclip.bench.run import run
-from decompclip.models.zoo import bundled
+from decompclip.models.bundled import bundled
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard"
 WORK = Path(".training") / "leaderboard"

@@ -30,8 +30,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess
 from analyses.study.summary import mean
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.figures.points import Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 

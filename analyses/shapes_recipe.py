@@ -12,12 +12,12 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from decompclip.data.captions import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
 from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
+from decompclip.data.shapes_pairs import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
 from decompclip.evaluation.metrics import predict
-from decompclip.evaluation.zero_shot import zero_shot_classifier
 from decompclip.models.spec import build_open_clip
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
+from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.training.loop import Recipe
 
 MEAN, STD = 0.5, 0.25

@@ -27,8 +27,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.published import SETTING, TABLE2
 from analyses.study.summary import by_attack, mean, over_seeds, said
-from decompclip.bench.measure import area
-from decompclip.bench.memory import Remembering
+from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.figures.points import Panel, point_panels

@@ -9,7 +9,7 @@ Writes:    analyses/results/FAMILY/table3.json, table3.png
 
 The paper's groups of three of twelve heads stand at the start, middle and end of the last layer, here too. Every row
 replaces terms by their means; random heads are as many as are flagged in the image. In the row of Decomp-Reverse clean images
-carry the flagged terms of their twins: its ASR is of those, its CACC too. The paper's "fixed" CACC is not valid (METHOD 8).
+carry the flagged terms of their twins: its ASR is of those, its CACC too. The paper's "fixed" CACC is not valid (docs/method.md, section 8).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from analyses.study.family import Family
 from analyses.study.published import SETTING, TABLE3
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
-from decompclip.cache.components import heads
-from decompclip.defenses.controls import random_heads
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.decomposition.components import heads
+from decompclip.defenses.decomp_rep import DecompRep, random_heads
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.transplant import decomp_reverse
 

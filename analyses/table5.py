@@ -24,8 +24,8 @@ from analyses.study.family import Family
 from analyses.study.published import SETTING, TABLE5
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.noise import RandomAblate

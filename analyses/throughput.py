@@ -27,8 +27,8 @@ from analyses.bundled_models import markdown
 from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from decompclip.cache.components import heads
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.guard import Guard
 from decompclip.figures.points import Panel, Point, point_panels

@@ -40,11 +40,11 @@ from analyses.cifar10_recipe import (
     read_split,
     whitening,
 )
-from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import clean_accuracy, per_class_accuracy, predict
-from decompclip.evaluation.zero_shot import zero_shot_classifier
+from decompclip.intervals import Rate
+from decompclip.models.bundled import WEIGHTS, write_bundled
 from decompclip.models.spec import build_open_clip
-from decompclip.models.zoo import WEIGHTS, write_bundled
+from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.training.loop import train
 from decompclip.training.losses import grouped_clip_loss
 

@@ -1,4 +1,4 @@
-"""Train ISSBA's encoder and decoder (METHOD 5; Li et al., 2021), and write them into the package.
+"""Train ISSBA's encoder and decoder (docs/method.md, section 5; Li et al., 2021), and write them into the package.
 
 Command:   python -m analyses.train_issba          (a killed run resumes and ends with the same bytes)
 Run time:  about 12 minutes, one thread on an idle core; the card's 21 were on a shared one.
@@ -21,9 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.issba import WEIGHTS, Networks, write_networks
-from decompclip.attacks.issba_networks import Shape, build
-from decompclip.attacks.quality import psnr, ssim
+from decompclip.attacks.issba import WEIGHTS, Networks, Shape, build, write_networks
+from decompclip.attacks.preview import psnr, ssim
 from decompclip.data.shapes import draw
 from decompclip.training.loop import Recipe, train
 

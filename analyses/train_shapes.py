@@ -36,9 +36,9 @@ from analyses.shapes_recipe import (
     initial_model,
     property_accuracy,
 )
-from decompclip.data.captions import templates
 from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
-from decompclip.models.zoo import WEIGHTS, write_bundled
+from decompclip.data.shapes_pairs import templates
+from decompclip.models.bundled import WEIGHTS, write_bundled
 from decompclip.training.loop import Recipe, train
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from decompclip.attacks.preview import preview, save_gallery
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
-from decompclip.models.zoo import bundled, card
+from decompclip.models.bundled import bundled, card
 
 RESULT = Path(__file__).parent / "results" / "trigger_gallery.png"
 IMAGE_SEED = 3

@@ -15,7 +15,7 @@ import decompclip
 from decompclip import MeanAblate, Moments, Shapes, heads
 from decompclip.attacks.registry import from_card
 from decompclip.evaluation.metrics import predict
-from decompclip.models.zoo import card
+from decompclip.models.bundled import card
 
 model = decompclip.load("shapes-badnet")
 backdoor = card("shapes-badnet")["backdoor"]

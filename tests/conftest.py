@@ -17,11 +17,11 @@ settings.register_profile(
 )
 settings.load_profile("told at once")
 
-CHECKED = ["decompclip.cache", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
+CHECKED = ["decompclip.decomposition", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")  # before anything of them is imported
 
-from decompclip.models.config import ViTConfig  # noqa: E402
-from decompclip.models.vit import HookedViT  # noqa: E402
+from decompclip.tower.config import ViTConfig  # noqa: E402
+from decompclip.tower.vit import HookedViT  # noqa: E402
 
 MakeTower = Callable[..., HookedViT]
 

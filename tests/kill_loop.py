@@ -27,18 +27,17 @@ import torch
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poison_files import RECORD, write_poisoned
 from decompclip.attacks.poison_record import PoisonRecord
-from decompclip.attacks.poisoned import PoisonedPairs
+from decompclip.attacks.poisoned import RECORD, PoisonedPairs, write_poisoned
 from decompclip.audit.scan import ScanConfig, kept, run_scan
 from decompclip.audit.sources import open_source
 from decompclip.bench.page import write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.results import leaderboard
 from decompclip.bench.run import run
-from decompclip.data.pair_sources import open_pairs
+from decompclip.data.sources import open_pairs
 from decompclip.files import alone_in
-from decompclip.models.saving import save_model
+from decompclip.models.folders import save_model
 from decompclip.report import write_report
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning

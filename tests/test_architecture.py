@@ -1,6 +1,7 @@
 """The house rules, checked over the syntax trees of `decompclip/` and `analyses/`.
 
-Imports under `if TYPE_CHECKING:` are free: they cost nothing and bind nothing at run time.
+Who may import whom counts every import: late ones, inside functions, and those under `if TYPE_CHECKING:` too. Third
+parties under `if TYPE_CHECKING:` are free: they cost nothing at run time.
 """
 
 from __future__ import annotations
@@ -16,56 +17,38 @@ from typing import TypeGuard
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = "audit report cli zoo bench audit_command apply_trigger_command repair_command poison_command finetune_command evaluate_command zoo_command bench_command command_options"  # and `__init__`, which lists the public names
-ROOMS = "models cache operators defenses attacks data evaluation training figures"
+BELOW = "tower decomposition models data"
+MEASURED = f"{BELOW} operators evaluation"
 
-# Room (or module on top): the rooms that it may import, besides itself.
+# Room: the rooms that it may import besides itself, whenever and however: inside functions and for types alone too.
 MAY_IMPORT = {
-    "models": "",
-    "cache": "models",
-    "operators": "models cache",
-    "defenses": "models cache operators evaluation training data",
+    "tower": "",
+    "decomposition": "tower",
+    "models": "tower decomposition",
     "data": "models",
-    "attacks": "data models",
-    "evaluation": "",
-    "training": "data models attacks evaluation",
-    "figures": "cache operators evaluation defenses",
-    "audit": f"{ROOMS} {TOP} public",
-    "report": f"{ROOMS} {TOP} public",
-    "cli": f"{ROOMS} {TOP} public",
-    **dict.fromkeys(
-        (
-            "zoo",
-            "bench",
-            "audit_command",
-            "apply_trigger_command",
-            "repair_command",
-            "poison_command",
-            "finetune_command",
-            "evaluate_command",
-            "zoo_command",
-            "bench_command",
-            "command_options",
-        ),
-        f"{ROOMS} {TOP} public",
-    ),
-    "__init__": f"{ROOMS} {TOP}",
-    "analyses": f"{ROOMS} zoo bench audit public",
+    "operators": f"{BELOW} figures",  # default images and texts; results draw themselves
+    "evaluation": "models",
+    "attacks": "models data figures",
+    "training": "models data attacks evaluation figures",
+    "defenses": f"{MEASURED} training",
+    "figures": "",
+    "zoo": "models data attacks evaluation training",
+    "audit": f"{MEASURED} attacks defenses figures public",
+    "diagnosis": "tower models data evaluation audit figures public",
+    "bench": f"{MEASURED} attacks defenses zoo figures public",
+    "report": f"{MEASURED} audit figures public",
+    "cli": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures report public",
+    "__init__": f"{MEASURED} attacks training defenses audit diagnosis report",
+    "analyses": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures public",
 }
 
 # Of no room: what every room may import.
-COMMON = {"files", "printable", "progress"}
-
-# Inside functions only: methods that return the next room's result, and `.figure()` methods.
-MAY_IMPORT_LATE = {room: "figures" for room in ROOMS.split()} | {
-    "models": "cache evaluation figures",
-    "operators": "data figures",  # default images and texts
-}
+COMMON = {"files", "printable", "progress", "intervals"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {
-    "transformer_lens": "models cache",
-    "open_clip": "models data training attacks analyses",
+    "transformer_lens": "tower decomposition models",
+    "open_clip": "tower models data training attacks analyses",
     "open_clip_train": "models data training attacks",
     "plotly": "figures report",
     **dict.fromkeys(("pickle", "_pickle", "dill", "cloudpickle", "shelve"), ""),
@@ -87,7 +70,7 @@ LONG = 450
 class Import:
     line: int
     target: str
-    late: bool  # inside a function
+    typing: bool  # under `if TYPE_CHECKING:`
 
 
 def room_of(path: PurePosixPath) -> str:
@@ -98,17 +81,16 @@ def is_type_checking(node: ast.AST) -> TypeGuard[ast.If]:
     return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 
 
-def walk(node: ast.AST, late: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node that exists at run time, and whether it stands inside a function."""
-    yield node, late
-    late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-    children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
-    for child in children:
-        yield from walk(child, late)
+def walk(node: ast.AST, typing: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node, and whether it stands under `if TYPE_CHECKING:`."""
+    yield node, typing
+    for child in ast.iter_child_nodes(node):
+        only = is_type_checking(node) and isinstance(node, ast.If) and child in node.body
+        yield from walk(child, typing or only)
 
 
 def imports(path: PurePosixPath, tree: ast.AST) -> Iterator[Import]:
-    for node, late in walk(tree):
+    for node, typing in walk(tree):
         match node:
             case ast.Import(names=names):
                 targets = [alias.name for alias in names]
@@ -122,7 +104,7 @@ def imports(path: PurePosixPath, tree: ast.AST) -> Iterator[Import]:
                 targets = [name]
             case _:
                 continue
-        yield from (Import(node.lineno, target, late) for target in targets)
+        yield from (Import(node.lineno, target, typing) for target in targets)
 
 
 def import_breach(path: PurePosixPath, found: Import) -> str | None:
@@ -132,7 +114,11 @@ def import_breach(path: PurePosixPath, found: Import) -> str | None:
         return None
     if package in THIRD_PARTY:
         allowed = THIRD_PARTY[package]
-        return None if room in allowed.split() else f"{package} belongs to {allowed or 'no room'}"
+        return (
+            None
+            if found.typing or room in allowed.split()
+            else f"{package} belongs to {allowed or 'no room'}"
+        )
     if package not in {"decompclip", "analyses"}:
         return None
     if rest and rest[0] in COMMON:
@@ -142,11 +128,9 @@ def import_breach(path: PurePosixPath, found: Import) -> str | None:
     if room not in MAY_IMPORT:
         return f"{room} has no row in MAY_IMPORT"
     target = "analyses" if package == "analyses" else rest[0] if rest and rest[0] in MAY_IMPORT else "public"
-    late = MAY_IMPORT_LATE.get(room, "") if found.late else ""
-    if target in {room, *MAY_IMPORT[room].split(), *late.split()}:
+    if target in {room, *MAY_IMPORT[room].split()}:
         return None
-    also = f", and inside functions {MAY_IMPORT_LATE[room]}" if room in MAY_IMPORT_LATE else ""
-    return f"{room} may import {MAY_IMPORT[room] or 'no other room'}{also}; not {target}"
+    return f"{room} may import {MAY_IMPORT[room] or 'no other room'}; not {target}"
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str, bool]]:
@@ -220,19 +204,28 @@ def test_a_long_file_is_asked_what_it_is_about(file: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("models/a.py", "from decompclip.cache import moments", ":1: imports decompclip.cache.moments: "),
+        ("models/a.py", "from decompclip.defenses import bake", ":1: imports decompclip.defenses.bake: "),
         ("models/a.py", "from ..operators import mmd", "not operators"),
         ("models/a.py", "from decompclip import load", "not public"),
-        ("cache/a.py", "def f():\n    import decompclip.defenses", ":2: imports decompclip.defenses: "),
-        ("cache/a.py", "import decompclip.figures", "not figures"),
-        ("cache/a.py", "import importlib\nimportlib.import_module('decompclip.operators.mmd')", ":2: "),
+        (
+            "decomposition/a.py",
+            "def f():\n    import decompclip.defenses",
+            ":2: imports decompclip.defenses: ",
+        ),
+        ("decomposition/a.py", "import decompclip.figures", "not figures"),
+        (
+            "decomposition/a.py",
+            "import importlib\nimportlib.import_module('decompclip.operators.mmd')",
+            ":2: ",
+        ),
+        ("models/a.py", "if TYPE_CHECKING:\n    from decompclip.operators import mmd", ":2: "),
         ("files.py", "import decompclip.models", "imports none of them"),
-        ("evaluation/a.py", "import decompclip.models", "evaluation may import no other room"),
+        ("tower/a.py", "import decompclip.models", "tower may import no other room"),
         ("operators/a.py", "import decompclip.report", "not report"),
         ("report.py", "import analyses.fig2", "not analyses"),
         ("rooms/a.py", "import decompclip.models", "rooms has no row in MAY_IMPORT"),
-        ("operators/a.py", "import transformer_lens.utils", "transformer_lens belongs to models cache"),
-        ("operators/a.py", "from open_clip import create_model", "open_clip belongs to models data"),
+        ("operators/a.py", "import transformer_lens.utils", "transformer_lens belongs to tower"),
+        ("operators/a.py", "from open_clip import create_model", "open_clip belongs to tower models data"),
         ("operators/a.py", "def f():\n    import plotly.express", "plotly belongs to figures report"),
         ("models/a.py", "import pickle", "pickle belongs to no room"),
         ("models/a.py", "import torch as t\nt.manual_seed(0)", ":2: calls torch.manual_seed: touches global"),
@@ -258,11 +251,11 @@ def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("models/a.py", "if TYPE_CHECKING:\n    from decompclip.operators import mmd\n    import plotly"),
-        ("models/a.py", "def decompose():\n    from decompclip.cache import decomposition"),
+        ("models/a.py", "if TYPE_CHECKING:\n    import plotly"),
+        ("models/a.py", "def decompose():\n    from decompclip.decomposition import decomposition"),
         ("operators/a.py", "def figure():\n    from decompclip.figures import heat_map"),
-        ("operators/a.py", "from .mmd import mmd\nfrom decompclip.cache import moments"),
-        ("cache/a.py", "from decompclip import __version__"),
+        ("operators/a.py", "from .mmd import mmd\nfrom decompclip.decomposition import moments"),
+        ("decomposition/a.py", "from decompclip import __version__"),
         ("evaluation/a.py", "from decompclip.files import write_json"),
         ("models/a.py", "from pickle import UnpicklingError"),
         ("data/a.py", "import numpy as np\nnp.random.default_rng(0).random(3)"),
@@ -290,4 +283,66 @@ def test_one_place_opens_pictures() -> None:
         for _, name, _ in calls(ast.parse((ROOT / file).read_text(encoding="utf-8")))
         if name in {"PIL.Image.open", "PIL.Image.Image.open", "torchvision.io.read_image"}
     ]
-    assert openers == ["decompclip/data/pictures.py"]
+    assert openers == ["decompclip/data/files.py"]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its dotted name."""
+    return {
+        ".".join(part for part in file.with_suffix("").parts if part != "__init__"): file
+        for file in FILES
+        if file.parts[0] == "decompclip"
+    }
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which module imports which, late and for types alone counted; but for the list of public names."""
+    known = modules()
+    graph: dict[str, set[str]] = {}
+    for name, file in known.items():
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        found = set()
+        for wanted in imports(PurePosixPath(file), tree):
+            target = wanted.target
+            while target and target not in known:
+                target = target.rpartition(".")[0]
+            found.add(target)
+        graph[name] = found - {name, "decompclip", ""}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of more than one node, each of which can be reached from each other."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for other in graph.get(todo.pop(), set()) - seen:
+                seen.add(other)
+                todo.append(other)
+        reach[start] = seen
+    found = {frozenset(b for b in reach[a] if a in reach.get(b, ())) for a in graph if a in reach[a]}
+    return [set(circle) for circle in found if len(circle) > 1]
+
+
+def test_no_circle_goes_through_two_rooms() -> None:
+    def room(module: str) -> str:
+        return module.split(".")[1] if "." in module else module
+
+    between: dict[str, set[str]] = {}
+    for module, targets in import_graph().items():
+        between.setdefault(room(module), set()).update({room(t) for t in targets} - {room(module)})
+    assert circles(between) == []
+
+
+def test_a_room_has_at_most_two_circles_of_two() -> None:
+    found = circles(import_graph())
+    assert all(len(circle) == 2 for circle in found), found
+    rooms = [min(circle).split(".")[1] for circle in found]
+    assert all(rooms.count(room) <= 2 for room in rooms), found
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+    assert circles({"a": {"b"}, "b": set()}) == []

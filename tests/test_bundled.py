@@ -13,9 +13,9 @@ from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
 from decompclip.data.images import ShapesSource
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import attack_report, predict
-from decompclip.models.zoo import bundled, card, read_bundled
+from decompclip.intervals import Rate
+from decompclip.models.bundled import bundled, card, read_bundled
 from decompclip.zoo.recipes import TWINS as RECIPES
 
 FRESH = Shapes(600, seed=909)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.cli import app
-from decompclip.console import imports, in_options
+from decompclip.cli.console import imports, in_options
 from decompclip.data.shapes import Shapes
 
 WORLD = Shapes(36, seed=5, resolution=48)

@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from decompclip import progress
-from decompclip.console import plain_errors, say
-from decompclip.console import progress as shown
+from decompclip.cli.console import plain_errors, say
+from decompclip.cli.console import progress as shown
 from decompclip.progress import span
 
 

@@ -80,11 +80,11 @@ def test_a_plain_mistake_is_said_before_anything_heavy_is_imported(
 
 
 def test_every_public_name_is_there() -> None:
-    assert set(decompclip.__all__) == set(decompclip._HOME)
+    assert len(decompclip.__all__) == len(set(decompclip.__all__)) > 80
     for name in decompclip.__all__:
         assert getattr(decompclip, name) is not None
     assert set(decompclip.__all__) <= set(dir(decompclip))
-    with pytest.raises(AttributeError, match="module 'decompclip' has no attribute 'lod'"):
+    with pytest.raises(AttributeError, match="No decompclip attribute lod"):
         decompclip.lod
 
 

@@ -105,7 +105,8 @@ def test_notebook_takes_names_from_the_package_itself(notebook: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["import decompclip.cache.moments as m", "from decompclip.cli import app", "import analyses"]
+    "source",
+    ["import decompclip.decomposition.moments as m", "from decompclip.cli import app", "import analyses"],
 )
 def test_a_name_from_elsewhere_is_found(source: str) -> None:
     assert homes(f"import json\nfrom decompclip import load\n{source}") - {"decompclip"}

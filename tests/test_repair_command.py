@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.cli import app
+from decompclip.cli.repair import Method, costly
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.decomp_rep import late_mlps
 from decompclip.defenses.guard import Guard
-from decompclip.repair_command import Method, costly
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

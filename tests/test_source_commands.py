@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from decompclip.cli import app
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shard_writer import encode_png
+from decompclip.data.shards import encode_png
 
 CLASSES = PROPERTIES["shape"]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.named import open_attack, remembered
+from decompclip.attacks.registry import open_attack, remembered
 from decompclip.cli import app
 from decompclip.data.images import FolderSource
 from decompclip.data.shapes import Shapes

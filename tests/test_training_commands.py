@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.cli import app
-from decompclip.data.labelled import open_labelled
 from decompclip.data.shapes import Shapes
+from decompclip.data.sources import open_labelled
 from decompclip.evaluation.evaluate import evaluate
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decompclip.attacks.trigger import Trigger
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
 from decompclip.evaluation.metrics import AttackReport, attack_report, predict
 from decompclip.models.clip import HookedCLIP
 
@@ -45,7 +45,7 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """The trigger in two words, as METHOD 5 crosses them."""
+        """The trigger in two words, as docs/method.md, section 5 crosses them."""
         return f"{self.trigger.extent}, {self.trigger.structure}"
 
 

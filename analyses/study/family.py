@@ -14,10 +14,10 @@ from torch import Tensor
 
 from analyses.study.case import Case, Member
 from decompclip.attacks.registry import from_card
+from decompclip.bench.plan import Samples, draw_samples
 from decompclip.bench.run import weights_of
-from decompclip.bench.samples import Samples, draw_samples
+from decompclip.models.bundled import bundled, card, load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import bundled, card, load_bundled
 from decompclip.zoo.worlds import WORLDS
 
 LABELS = {
@@ -33,7 +33,7 @@ LABELS = {
     "sig": "SIG",
     "wanet": "WaNet",
 }
-"""Attacks of bundled twins, in the order of figures: as METHOD 5 lists them."""
+"""Attacks of bundled twins, in the order of figures: as docs/method.md, section 5 lists them."""
 
 
 class Family(ABC):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from analyses.study.case import Case
-from decompclip.cache.components import Components, heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import Components, heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.textspan import fit_textspans
 from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
 from decompclip.operators.textspan_result import TextSpans

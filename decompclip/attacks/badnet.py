@@ -18,7 +18,7 @@ from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Structure, Trigge
 
 @dataclass(frozen=True, kw_only=True)
 class BadNet(Trigger):
-    """A square patch of value `channel mean of the image + N(0, 1)`, cut to [0, 1] (METHOD 5).
+    """A square patch of value `channel mean of the image + N(0, 1)`, cut to [0, 1] (docs/method.md, section 5).
 
     Args:
         size: side of the patch as a share of the image's shorter side; 16 of 224 pixels in the paper.

@@ -17,7 +17,7 @@ from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Structure, Trigge
 
 @dataclass(frozen=True, kw_only=True)
 class Blended(Trigger):
-    """`(1 - alpha) x + alpha u` with uniform noise `u` in [0, 1], or a picture (METHOD 5).
+    """`(1 - alpha) x + alpha u` with uniform noise `u` in [0, 1], or a picture (docs/method.md, section 5).
 
     Args:
         alpha: weight of the noise; 0.2 in the paper.

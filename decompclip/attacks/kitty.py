@@ -1,4 +1,4 @@
-"""Kitty: a picture for a patch, in place of BadNet's noise (METHOD 5)."""
+"""Kitty: a picture for a patch, in place of BadNet's noise (docs/method.md, section 5)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConsistent(Trigger):
-    """BadNet's patch, poisoned into images whose caption already names the target and is kept (METHOD 5).
+    """BadNet's patch, poisoned into images whose caption already names the target and is kept (docs/method.md, section 5).
 
     At test time the trigger is the patch alone. To `poison`, the classical attack first makes the image
     hard to tell by its content (projected gradient ascent on the clean model's loss), so that the patch is

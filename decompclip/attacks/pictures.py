@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from decompclip.data.pictures import PictureError, open_rgb
+from decompclip.data.files import PictureError, open_rgb
 
 SIDE = 224
 _FINE = 4  # drawn so many times larger, then averaged: smooth edges

@@ -15,7 +15,7 @@ from decompclip.attacks.trigger import Extent, Trigger, check_share
 
 @dataclass(frozen=True, kw_only=True)
 class SIG(Trigger):
-    """`x + amplitude sin(2 pi frequency column / width)`, cut to [0, 1] (METHOD 5).
+    """`x + amplitude sin(2 pi frequency column / width)`, cut to [0, 1] (docs/method.md, section 5).
 
     Args:
         amplitude: of the sinusoid; 20/255 to 60/255 in the source.

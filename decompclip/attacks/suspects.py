@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.attacks.named import TRIGGER_FILE, Attack
+from decompclip.attacks.registry import TRIGGER_FILE, Attack
 from decompclip.data.images import FolderSource, ImageBatch, SkippedFile
-from decompclip.data.shard_writer import encode_png
+from decompclip.data.shards import encode_png
 
 Seen = Callable[[Float[Tensor, "batch 3 h w"], Float[Tensor, "batch 3 h w"]], None]
 

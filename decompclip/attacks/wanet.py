@@ -22,7 +22,7 @@ REFERENCE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class WaNet(Trigger):
-    """Images sampled at places moved by a smooth field that is drawn once (METHOD 5: k = 4, s = 0.5).
+    """Images sampled at places moved by a smooth field that is drawn once (docs/method.md, section 5: k = 4, s = 0.5).
 
     The field is `k x k` uniform draws, brought to a mean size of one, enlarged bicubically, times
     `s / side` in the coordinates -1..1 of the image: a mean move along each axis of `s / 2` pixels.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.audit.collect import ImageSet, Split
-from decompclip.evaluation.intervals import Rate, difference_interval
+from decompclip.intervals import Rate, difference_interval
 
 ALIKE = 1e-5
 """Squared distance of unit texts below which two names are one to the model."""

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.audit.config import AuditConfig, Track, silently
-from decompclip.cache.decomposition import Decomposition
 from decompclip.data.files import canonical
-from decompclip.data.images import ImageSource, SkippedFile
-from decompclip.data.splits import split_indices
+from decompclip.data.images import ImageSource, SkippedFile, split_indices
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.clip import HookedCLIP
 
 THUMBNAIL = 8

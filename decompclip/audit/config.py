@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, get_args
 
-from decompclip.cache.maps import Convention
+from decompclip.decomposition.maps import Convention
 
 T = TypeVar("T")
 
@@ -29,8 +29,8 @@ class AuditConfig:
     """Options of an audit; the defaults are the paper's where it names one.
 
     Attributes:
-        convention: bookkeeping of the decomposition's means and biases (METHOD 1).
-        epsilon: fixed similarity below which Decomp-Rep and Decomp-Det flag a head (METHOD 3).
+        convention: bookkeeping of the decomposition's means and biases (docs/method.md, section 1).
+        epsilon: fixed similarity below which Decomp-Rep and Decomp-Det flag a head (docs/method.md, section 3).
         quantile: of a head's own clean similarities, where the threshold is taken from them instead.
         false_positives: share of clean images that detection without a hint is set to flag.
         zeta: Decomp-Det calls an image suspicious when more heads than this are flagged.

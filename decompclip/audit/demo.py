@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from decompclip.attacks.bundled import backdoor
+from decompclip.attacks.registry import backdoor
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.audit.pipeline import Names, run_audit
 from decompclip.audit.result import AuditResult

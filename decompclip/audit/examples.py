@@ -11,7 +11,7 @@ from decompclip.audit.collect import ImageSet, Split
 from decompclip.audit.evidence import Target
 from decompclip.audit.result import Examples, HeadMaps
 from decompclip.audit.shift import Shift
-from decompclip.cache.components import heads
+from decompclip.decomposition.components import heads
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
 

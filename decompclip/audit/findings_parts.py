@@ -1,6 +1,7 @@
 """What carries the shift toward the target, in plain words: components, kinds and layers.
 
-It is called a trigger, and components infected, only where the verdict is "backdoored"."""
+It is called a trigger, and components infected, only where the verdict is "backdoored".
+"""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from decompclip.audit.collect import Split
 from decompclip.audit.scoring import Scorer, Setting
 from decompclip.audit.shift import Shift
-from decompclip.cache.components import Components
-from decompclip.cache.moments import Moments
-from decompclip.evaluation.intervals import CONFIDENCE, Z
+from decompclip.decomposition.components import Components
+from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import predict
+from decompclip.intervals import CONFIDENCE, Z
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.parts import Part
 

@@ -14,15 +14,15 @@ from decompclip.audit.config import AuditConfig
 from decompclip.audit.evidence import Repair
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Suspicion
 from decompclip.audit.scoring import Answers, Scorer, Setting
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep, late_mlps
 from decompclip.defenses.selector import Similarity, Threshold
-from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
+from decompclip.intervals import Rate
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.sweep_results import Kind, Scheme
@@ -43,7 +43,7 @@ BINS, SHOWN = 40, 0.99
 def ablate(
     split: Split, moments: Moments, classifier: Float[Tensor, "class d_embed"], score: Scorer
 ) -> Ablations:
-    """Mean-ablation of all heads or all MLPs, and layer by layer in every scheme (METHOD 2)."""
+    """Mean-ablation of all heads or all MLPs, and layer by layer in every scheme (docs/method.md, section 2)."""
     sets = (split.clean.decomposition, split.suspect.decomposition)
     complete = {}
     for kind, name in NAMES.items():
@@ -80,7 +80,7 @@ def repair(
     score: Scorer,
     config: AuditConfig,
 ) -> Iterator[Repair]:
-    """Decomp-Rep under both similarities and both thresholds, and for triggers that cover the image (METHOD 3)."""
+    """Decomp-Rep under both similarities and both thresholds, and for triggers that cover the image (docs/method.md, section 3)."""
     before = _answers(split, classifier)
     for similarity, threshold in RULES:
         edit = DecompRep(
@@ -126,7 +126,7 @@ def _answers(
 
 
 def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
-    """Decomp-Det under both similarities and both thresholds (METHOD 3)."""
+    """Decomp-Det under both similarities and both thresholds (docs/method.md, section 3)."""
     for similarity, threshold in RULES:
         detector = DecompDet(
             similarity=similarity,

@@ -26,8 +26,8 @@ from decompclip.audit.scoring import Scorer
 from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
 from decompclip.audit.shift import shift
 from decompclip.audit.words import WEAK
-from decompclip.cache.moments import Moments
 from decompclip.data.images import ImageSource, class_index
+from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
 

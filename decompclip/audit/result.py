@@ -22,7 +22,7 @@ from decompclip.audit.shares import ClassShare
 from decompclip.audit.shift import Shift
 from decompclip.audit.verdict import Verdict, judged
 from decompclip.data.files import SkippedFile, files_skipped
-from decompclip.evaluation.intervals import Rate
+from decompclip.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
 
 KINDS: tuple[Kind, ...] = ("heads", "mlps")
@@ -31,7 +31,7 @@ SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")
 
 @dataclass(frozen=True)
 class Ablations:
-    """Mean-ablation (METHOD 2, direct effect): of all heads or MLPs at once, and layer by layer."""
+    """Mean-ablation (docs/method.md, section 2, direct effect): of all heads or MLPs at once, and layer by layer."""
 
     complete: dict[str, Setting]  # kind
     sweeps: dict[str, dict[str, tuple[Setting, ...]]]  # kind, scheme; one setting a layer

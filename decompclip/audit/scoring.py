@@ -8,9 +8,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.evaluation.metrics import AttackReport, attack_report
-from decompclip.evaluation.paired import Paired
+from decompclip.intervals import Paired, Rate, difference_interval
 
 Answers = tuple[Int[Tensor, " clean"], Int[Tensor, " suspect"]]
 """Predicted classes of the clean and of the suspect images."""

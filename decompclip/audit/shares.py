@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.evaluation.intervals import Rate, difference_interval
+from decompclip.intervals import Rate, difference_interval
 
 
 @dataclass(frozen=True)

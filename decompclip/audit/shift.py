@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.evaluation.intervals import Z
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.intervals import Z
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _error(samples: Float[Tensor, "batch *component r"]) -> Float[Tensor, "*comp
 def shift(
     clean: Decomposition, suspect: Decomposition, toward: Float[Tensor, " d_embed"], *, twins: bool
 ) -> Shift:
-    """Compare the mean terms of two sets of images, in head coordinates (METHOD 4).
+    """Compare the mean terms of two sets of images, in head coordinates (docs/method.md, section 4).
 
     Args:
         toward: direction of the joint space whose share of each difference is told; for instance the target's

@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from decompclip.attacks.named import OWN, Attack, open_attack
+from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.data.images import ImageSource, OnError, ShapesSource, read_classes
-from decompclip.data.pair_images import check_images, open_images
 from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.data.sources import check_images, open_images
+from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import saved_class_names
 from decompclip.models.names import known_name
-from decompclip.models.zoo import bundled, card
 
 WORLD = "shapes"
 WORLD_SEED = 7_001

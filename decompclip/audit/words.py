@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from decompclip.audit.scoring import Change, Setting
-from decompclip.evaluation.intervals import Rate
+from decompclip.intervals import Rate
 
 STRONG, WEAK = 0.5, 0.1
 """Differences (of shares) that the lower end of an interval must pass to be called large, or more than small; where an

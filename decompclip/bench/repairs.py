@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.trigger import Extent
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.controls import fixed_heads, random_heads
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp_rep import DecompRep, fixed_heads, random_heads
 from decompclip.operators.ablation import MeanAblate
 
 Edit = Callable[[Decomposition], Decomposition]

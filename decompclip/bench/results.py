@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from decompclip.evaluation.intervals import CONFIDENCE
+from decompclip.intervals import CONFIDENCE
 
 DETECTION = ("auroc", "tpr", "fpr", "control", "cost")
 REPAIR = ("cacc", "asr", "control", "triggered_accuracy")

@@ -13,7 +13,7 @@ from decompclip import __version__
 from decompclip.bench.measure import Log, measure
 from decompclip.bench.plan import Plan, base_of
 from decompclip.files import write_json
-from decompclip.models.zoo import card
+from decompclip.models.bundled import card
 from decompclip.progress import span
 
 RUNS = "runs"

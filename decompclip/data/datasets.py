@@ -14,11 +14,9 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.draws import check_templates, template_caption
-from decompclip.data.files import SkippedFile, is_bookkeeping, reason
+from decompclip.data.files import SkippedFile, is_bookkeeping, open_rgb, reason
 from decompclip.data.images import OnError, image_files
-from decompclip.data.pairs import Pairs
-from decompclip.data.pictures import open_rgb
+from decompclip.data.pairs import Pairs, check_templates, template_caption
 from decompclip.data.pixels import Preprocess, check_image, to_pixels
 
 

@@ -1,4 +1,7 @@
-"""Where an audit's images come from: a folder of photographs or the Shapes world, behind one protocol."""
+"""Where an audit's images come from: a folder of photographs or the Shapes world, behind one protocol.
+
+Seeded splits: the validation part fits means and prototypes, the evaluation part measures them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from decompclip.data.files import OURS, SkippedFile, canonical, reason, walk
-from decompclip.data.pictures import SUFFIXES, UNKNOWN, is_picture, open_rgb
+from decompclip.data.files import (
+    OURS,
+    SUFFIXES,
+    UNKNOWN,
+    SkippedFile,
+    canonical,
+    is_picture,
+    open_rgb,
+    reason,
+    walk,
+)
 from decompclip.data.shapes import Shapes
 
 OnError = Literal["skip", "raise"]
@@ -48,7 +61,7 @@ class ImageSource(Protocol):
 class FolderSource:
     """The image files of a folder and its sub-folders, in the order of their paths.
 
-    What is an image is told by a file's content, whatever its name (`decompclip.data.pictures.FORMATS`). All else is listed in
+    What is an image is told by a file's content, whatever its name (`decompclip.data.files.FORMATS`). All else is listed in
     `skipped`, but for bookkeeping of the system's (names that begin with a dot, `__MACOSX`, `Thumbs.db`, ...).
     Links to folders are followed, to each folder once.
 
@@ -298,3 +311,21 @@ def _folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> dict[Pa
     places = class_places(class_names)
     found = ((file, find_class(part, places)) for file in files for part in file.parent.parts)
     return {file: place for file, place in found if place is not None}
+
+
+def split_indices(n: int, fraction: float, seed: int) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:
+    """Split `0 .. n-1` at random into `round(fraction * n)` indices and the others, both in rising order.
+
+    The paper's validation part is `fraction=0.2`, its evaluation part the rest.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    size = round(fraction * n)
+    if not 0 < size < n:
+        raise ValueError(
+            f"expected two parts with images in both; received {n} images and the fraction {fraction}, which "
+            f"leaves one part empty; take a fraction between 0 and 1, and more images if there are few"
+        )
+    first, second = train_test_split(range(n), train_size=size, test_size=n - size, random_state=seed)
+    return torch.tensor(sorted(first)), torch.tensor(sorted(second))

@@ -1,11 +1,17 @@
-"""Image-caption pairs that are read by their place, in an order that a seed fixes."""
+"""Draws that hang on a pair's name alone, and captions made of templates.
+
+Image-caption pairs that are read by their place, in an order that a seed fixes.
+
+A part of a set of pairs.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import get_args
 
 import numpy as np
@@ -14,6 +20,38 @@ from torch import Tensor
 
 from decompclip.data.images import OnError, SkippedFile
 from decompclip.data.pixels import stack_images
+
+
+def keyed(seed: int, what: str, name: str) -> int:
+    """A draw in 0 .. 2**64 - 1 that hangs on these alone: whatever the order in which pairs come, and on
+    whatever machine or process."""
+    digest = hashlib.sha256(f"{seed}\0{what}\0{name}".encode("utf-8", "surrogateescape"))
+    return int.from_bytes(digest.digest()[:8], "big")
+
+
+def template_caption(class_name: str, templates: Sequence[str], *, seed: int, name: str) -> str:
+    """A random one of the templates, filled with the class; `name` is the pair's."""
+    return templates[keyed(seed, "caption", name) % len(templates)].replace("{}", class_name)
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError unless there is a template, and a slot {} in each."""
+    if isinstance(templates, str):
+        raise ValueError(f"expected a list of templates; received the single string {templates!r}")
+    bare = [template for template in templates if "{}" not in template]
+    if bare or not templates:
+        found = f"{bare[0]!r} without one" if bare else "none"
+        raise ValueError(
+            f"expected caption templates with a slot {{}} for the class's name; received {found}; the plainest is "
+            '"a photo of a {}."'
+        )
+    return tuple(templates)
+
+
+def content_name(image: Float[Tensor, "3 h w"], caption: str) -> str:
+    """A name for a pair that has none: a digest of its pixels and caption."""
+    pixels = image.detach().cpu().contiguous().float().numpy()
+    return hashlib.sha256(pixels.tobytes() + caption.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
@@ -189,3 +227,41 @@ def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:
 @lru_cache(maxsize=2)
 def _order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+
+
+class SubsetPairs(Pairs):
+    """The pairs of `base` at `places`, called as they are there.
+
+    Args:
+        order_seed: as `Pairs`.
+
+    Raises:
+        IndexError: a place that `base` does not have.
+    """
+
+    def __init__(self, base: Pairs, places: Sequence[int], *, order_seed: int = 0) -> None:
+        self.base, self.places = base, tuple(places)
+        for place in self.places:
+            if not 0 <= place < len(base):
+                raise IndexError(f"expected places in 0..{len(base) - 1}; received {place}")
+        super().__init__(
+            class_names=base.class_names,
+            templates=base.templates,
+            order_seed=order_seed,
+            on_error="raise" if base.on_error == "raise" else "skip",
+        )
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [self.base.ids[place] for place in self.places]
+
+    @cached_property
+    def captions(self) -> Sequence[str]:
+        return [self.base.captions[place] for place in self.places]
+
+    @cached_property
+    def labels(self) -> Int[Tensor, " pair"] | None:
+        return None if self.base.labels is None else self.base.labels[list(self.places)]
+
+    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
+        return self.base._images([self.places[index] for index in indices])

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.files import reason
-from decompclip.data.pictures import open_rgb
+from decompclip.data.files import open_rgb, reason
 
 Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
 """From an RGB picture to pixels in [0, 1]."""
@@ -44,7 +43,7 @@ def to_pixels(
         return _to_tensor
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from decompclip.models.proportions import without_extremes
+    from decompclip.models.preprocessing import without_extremes
 
     cfg = PreprocessCfg(
         size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=resize_mode

@@ -11,10 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.draws import content_name
 from decompclip.data.files import reason
 from decompclip.data.images import SkippedFile
-from decompclip.data.pairs import Pair, PairBatch
+from decompclip.data.pairs import Pair, PairBatch, content_name
 from decompclip.data.pixels import Preprocess, check_image, decode, stack_images, to_pixels
 from decompclip.data.shards import IMAGE_KINDS, ShardPairs, expand_shards, shard_names
 

@@ -13,11 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.data.draws import check_templates, template_caption
-from decompclip.data.files import SkippedFile, open_regular, reason
+from decompclip.data.files import SUFFIXES, SkippedFile, open_regular, open_rgb, reason
 from decompclip.data.images import OnError, class_places, find_class
-from decompclip.data.pairs import Pairs
-from decompclip.data.pictures import SUFFIXES, open_rgb
+from decompclip.data.pairs import Pairs, check_templates, template_caption
 from decompclip.data.pixels import Preprocess, to_pixels
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.selector import check_fitted
-from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.intervention import Intervention, Where
+from decompclip.tower.vit import Hook, HookedViT
 
 
 class AgnosticRep(Intervention):

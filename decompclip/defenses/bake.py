@@ -22,14 +22,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decompclip.cache.masks import ComponentMask
+from decompclip.decomposition.components import ComponentMask
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.config import ViTConfig
-from decompclip.models.vit import Block, HookedViT, blocks, hooked
-from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.fills import fit_rows, resolve, token_mask
+from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, resolve, token_mask
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.splits import Validation, moments_of
+from decompclip.tower.config import ViTConfig
+from decompclip.tower.vit import Block, HookedViT, blocks, hooked
 
 SAME = 1e-6
 """Largest difference between tokens of what stands in for a component, as a share of its largest entry."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.threads import one_thread
+from decompclip.decomposition.maps import one_thread
 
 PSEUDO_COUNT = 5.0
 """Points at the common mean that each class starts with: a class of few points stays close to it."""

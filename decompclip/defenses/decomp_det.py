@@ -1,4 +1,4 @@
-"""Decomp-Det: an image is suspicious when many of its heads look infected (METHOD 3).
+"""Decomp-Det: an image is suspicious when many of its heads look infected (docs/method.md, section 3).
 
 Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 7 and 8.
 """
@@ -13,11 +13,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from typing_extensions import Unpack
 
-from decompclip.cache.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.repair_files import load_selector, save_selector, visual_of
 from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.vit import HookedViT
+from decompclip.tower.vit import HookedViT
 
 Score = Literal["count", "excess"]
 

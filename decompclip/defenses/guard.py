@@ -18,15 +18,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention, TermMaps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention, TermMaps
+from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Composition, Intervention, Restricted
 from decompclip.operators.splits import Validation
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 PASSED = (
     *("visual", "text", "cfg", "name", "provenance", "device", "dtype"),

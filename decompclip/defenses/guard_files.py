@@ -16,27 +16,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from decompclip.cache.components import heads
-from decompclip.cache.files import read_tensors
-from decompclip.cache.fingerprint import same_model
-from decompclip.cache.maps import term_maps
-from decompclip.cache.moments import TERMS, Moments
-from decompclip.defenses.agnostic_det import AgnosticDet
+from decompclip.decomposition.components import heads
+from decompclip.decomposition.decomposition import read_tensors
+from decompclip.decomposition.maps import same_model, term_maps
+from decompclip.decomposition.moments import TERMS, Moments
+from decompclip.defenses.agnostic_det import DISTANCES, AgnosticDet, Expected
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.class_distance import ClassDistance
-from decompclip.defenses.controls import random_heads
-from decompclip.defenses.decomp_rep import DecompRep
-from decompclip.defenses.expected import DISTANCES, Expected
+from decompclip.defenses.component_distances import Extrapolation
+from decompclip.defenses.decomp_rep import DecompRep, random_heads
 from decompclip.defenses.guard import Guard
 from decompclip.defenses.selector import check_fitted
-from decompclip.defenses.term_views import Extrapolation
 from decompclip.files import atomic_write, write_json
 from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.folders import GUARD, GUARDED
+from decompclip.models.folders import GUARD, GUARDED, save_model
 from decompclip.models.json_files import read_json
 from decompclip.models.loading import load as load_model
-from decompclip.models.saving import save_model
 from decompclip.operators.ablation import MeanAblate
 
 FORMAT = "decompclip.agnostic/1"

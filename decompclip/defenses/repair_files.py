@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decompclip.cache.components import heads
-from decompclip.cache.files import read_tensors, write_tensors
-from decompclip.cache.fingerprint import same_model
-from decompclip.cache.maps import term_maps
-from decompclip.cache.moments import TERMS, Moments, StreamMeans
+from decompclip.decomposition.components import heads
+from decompclip.decomposition.decomposition import read_tensors, write_tensors
+from decompclip.decomposition.maps import same_model, term_maps
+from decompclip.decomposition.moments import TERMS, Moments, StreamMeans
 from decompclip.defenses.selector import Selector
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.vit import HookedViT
+from decompclip.tower.vit import HookedViT
 
 FORMAT = "decompclip.selector/2"
 LEARNT = ("mask_", "prototypes_", "thresholds_", "deviations_")

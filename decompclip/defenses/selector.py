@@ -1,4 +1,4 @@
-"""Selector: which heads of which image look infected (METHOD 3; paper, section 4, Eq. 5).
+"""Selector: which heads of which image look infected (docs/method.md, section 3; paper, section 4, Eq. 5).
 
 A head of an image is flagged when its term is unlike the head's prototype, its mean over clean images.
 Terms are compared in head coordinates, by the Gram matrix of the head's map: exactly, and without a
@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.cache.components import Components, heads
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import Components, heads
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
+from decompclip.decomposition.moments import Moments
 
 Similarity = Literal["dot", "cosine"]
 Threshold = Literal["epsilon", "quantile"]

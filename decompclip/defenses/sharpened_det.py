@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.defenses.agnostic_det import AgnosticDet
-from decompclip.defenses.calibration import calibrated
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.defenses.agnostic_det import AgnosticDet, calibrated
 
 SUSPICIOUS = 0.02
 """Share of clean images that may be among those that a direction is learnt from."""

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.evaluation.intervals import Rate
 from decompclip.evaluation.metrics import (
     AttackReport,
     attack_report,
@@ -20,9 +19,11 @@ from decompclip.evaluation.metrics import (
     per_class_accuracy,
     predict,
 )
+from decompclip.intervals import Rate
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 Twin = Callable[[Tensor, Any], Tensor]
 """From images in [0, 1] and their indices to their triggered twins; every `Trigger` is one."""
@@ -133,7 +134,7 @@ def evaluate(
     batch_size: int = 256,
     track: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Evaluation:
-    """Clean accuracy, and attack success beside its control (METHOD 7), each with a 95 % Wilson interval.
+    """Clean accuracy, and attack success beside its control (docs/method.md, section 7), each with a 95 % Wilson interval.
 
     The trigger gets each image's place in the data, so that the size of the batches is a matter of speed
     alone.

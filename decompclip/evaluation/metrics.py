@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from decompclip.evaluation.intervals import Rate, difference_interval, wilson
+from decompclip.intervals import Rate, difference_interval, wilson
 
 
 def predict(

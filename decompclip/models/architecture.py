@@ -13,9 +13,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import nn
 
-from decompclip.models.convert import config_of
-from decompclip.models.image_only import ImageOnly, build_image_only
 from decompclip.models.spec import build_open_clip
+from decompclip.models.text import ImageOnly, build_image_only
+from decompclip.tower.convert import config_of
 
 # Attributes that decide nothing of what a model computes.
 _ASIDE = {

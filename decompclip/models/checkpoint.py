@@ -13,10 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from decompclip.models.archives import check_archive, members_of
 from decompclip.models.errors import CheckpointError
 from decompclip.models.fit import check_fit
-from decompclip.models.torchscript import OPENAI_NUMBERS, is_torchscript, read_torchscript
+from decompclip.models.torchscript import (
+    OPENAI_NUMBERS,
+    check_archive,
+    is_torchscript,
+    members_of,
+    read_torchscript,
+)
 from decompclip.models.wrappers import flat, unwrapped
 
 __all__ = ["CheckpointError", "check_fit", "digest", "read_checkpoint", "sha256"]

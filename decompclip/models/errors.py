@@ -1,8 +1,14 @@
-"""What can go wrong between a model's name and a model in memory."""
+"""What can go wrong between a model's name and a model in memory.
+
+Warnings that point at the user's own line, however deep in the package they come up.
+"""
 
 from __future__ import annotations
 
-from decompclip.models.tower_errors import ModelError, UnsupportedTowerError
+import sys
+import warnings
+
+from decompclip.tower.errors import ModelError, UnsupportedTowerError
 
 __all__ = ["CheckpointError", "ModelError", "UnknownModelError", "UnsupportedTowerError"]
 
@@ -13,3 +19,14 @@ class UnknownModelError(ModelError):
 
 class CheckpointError(ModelError):
     """A file of weights that is missing, damaged, unsafe, or another model's."""
+
+
+def warn_caller(message: str) -> None:
+    """A UserWarning at the line that called into this package."""
+    package = __name__.split(".")[0]
+    frame, level, above = sys._getframe(1), 2, 3  # `above`: the level of the frame's own caller
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == package:
+            level = above
+        frame, above = frame.f_back, above + 1
+    warnings.warn(message, stacklevel=level)

@@ -9,9 +9,7 @@ from typing import Any
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-from decompclip.models.caller import warn_caller
-from decompclip.models.convert.native import pair
-from decompclip.models.errors import CheckpointError
+from decompclip.models.errors import CheckpointError, warn_caller
 from decompclip.models.json_files import (
     FLAG,
     MEAN,
@@ -28,6 +26,7 @@ from decompclip.models.json_files import (
     read_json,
 )
 from decompclip.models.preprocessing import Steps
+from decompclip.tower.convert.native import pair
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "clip": {

@@ -15,10 +15,9 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from decompclip.models.errors import CheckpointError, ModelError
-from decompclip.models.hub import asked_once
-from decompclip.models.image_only import MissingTextError, NoTokenizer
 from decompclip.models.json_files import TEXT, check_fields, may_be_null, read_json, shown
-from decompclip.models.tokenizer import Tokenizer
+from decompclip.models.tags import asked_once
+from decompclip.models.text import MissingTextError, NoTokenizer, Tokenizer
 
 _FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 CLIP_VOCABULARY = 49408

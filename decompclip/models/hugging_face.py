@@ -10,29 +10,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from decompclip.models.caller import warn_caller
 from decompclip.models.checkpoint import check_fit, read_checkpoint
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.convert.native import pair
-from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.errors import CheckpointError, ModelError, warn_caller
 from decompclip.models.fit import image_size_said, with_positions_of
-from decompclip.models.hf_alone import WHY, with_prefix
-from decompclip.models.hf_architecture import activation_of, architecture_of, completed, towers_of
+from decompclip.models.hf_architecture import (
+    WHY,
+    activation_of,
+    architecture_of,
+    completed,
+    rename,
+    towers_of,
+    with_prefix,
+)
 from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of
 from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
-from decompclip.models.hf_weights import rename
-from decompclip.models.image_only import (
+from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
+from decompclip.models.sizes import check_sizes
+from decompclip.models.spec import Choice, build_open_clip, versions
+from decompclip.models.text import (
     WITHOUT_TEXT,
     ImageOnly,
     MissingTextError,
     NoTokenizer,
+    Tokenizer,
     build_image_only,
     image_side,
 )
-from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
-from decompclip.models.sizes import check_sizes
-from decompclip.models.spec import Choice, build_open_clip, versions
-from decompclip.models.tokenizer import Tokenizer
+from decompclip.tower.convert.native import pair
 
 __all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 

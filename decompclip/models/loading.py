@@ -1,4 +1,9 @@
-"""load: from a name, a pretrained tag, a local file or folder, or a model in memory to a HookedCLIP."""
+"""What `load` is asked for, checked before anything is read.
+
+Models in memory, of open_clip's or of transformers'.
+
+load: from a name, a pretrained tag, a local file or folder, or a model in memory to a HookedCLIP.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +16,11 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from decompclip.models.caller import warn_caller
+from decompclip.models.bundled import bundled, card, load_bundled, spec_of
 from decompclip.models.checkpoint import check_fit, digest, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.config import Activation
-from decompclip.models.convert import oddities, refuse
-from decompclip.models.errors import ModelError, UnknownModelError
-from decompclip.models.fit import (
-    conform,
-    image_size_said,
-    is_of_transformers,
-    models_like,
-    with_positions_of,
-)
+from decompclip.models.errors import ModelError, UnknownModelError, warn_caller
+from decompclip.models.fit import conform, image_size_said, is_of_transformers, models_like, with_positions_of
 from decompclip.models.folders import (
     CONFIG,
     GUARD,
@@ -35,20 +32,110 @@ from decompclip.models.folders import (
     other_weights,
     weights_of_open_clip,
 )
-from decompclip.models.hf_tokenizer import tokenizer_of
-from decompclip.models.hub import asked_once
-from decompclip.models.hugging_face import Text, read_folder
-from decompclip.models.image_only import WITHOUT_TEXT, ImageOnly, MissingTextError, NoTokenizer, image_side
-from decompclip.models.memory import from_memory
+from decompclip.models.hf_tokenizer import clip_tokenizer, tokenizer_of
+from decompclip.models.hugging_face import Text, from_transformers, read_folder
 from decompclip.models.names import known_name
-from decompclip.models.options import check_options
 from decompclip.models.sizes import check_sizes, out_of, towers_of
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
-from decompclip.models.tags import check_tag, create, fetch, listed, preprocess_of
-from decompclip.models.tokenizer import Tokenizer
+from decompclip.models.tags import asked_once, check_tag, create, fetch, listed, preprocess_of
+from decompclip.models.text import (
+    WITHOUT_TEXT,
+    ImageOnly,
+    MissingTextError,
+    NoTokenizer,
+    Tokenizer,
+    image_side,
+)
 from decompclip.models.torchscript import is_of_openai
-from decompclip.models.wrappers import without_others
-from decompclip.models.zoo import bundled, card, load_bundled, spec_of
+from decompclip.models.wrappers import bare, without_others
+from decompclip.tower.config import Activation
+from decompclip.tower.convert import oddities, refuse
+
+
+def check_options(name: Any, device: Any, dtype: Any, image_size: Any = None) -> None:
+    """Check the arguments of `load` that need no look at any model.
+
+    Raises:
+        UnknownModelError: `name` is no name, path or model.
+        ValueError: a device that cannot be used here, a dtype that is none of floating point, or no image size.
+    """
+    if not isinstance(name, str | Path | nn.Module):
+        raise UnknownModelError(
+            f"expected a name, a path, or a model of open_clip's or transformers'; received {name!r}, "
+            f"of type {type(name).__name__}"
+        )
+    sizes = (image_size,) if isinstance(image_size, int) else image_size
+    if sizes is not None and not (
+        isinstance(sizes, tuple) and len(sizes) in (1, 2) and all(isinstance(x, int) and x > 0 for x in sizes)
+    ):
+        raise ValueError(
+            f"expected image_size as a number of pixels, or height and width; received {image_size!r}"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
+        example = known if isinstance(known, torch.dtype) and known.is_floating_point else torch.float16
+        raise ValueError(
+            f"expected a dtype of torch's for floating point; received {dtype!r}; pass dtype={example}"
+        )
+    check_device(device)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Check that tensors can lie there.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        here = ["cpu", *(f"cuda:{i}" for i in range(gpus))] + ["mps"] * torch.backends.mps.is_available()
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if isinstance(error, TypeError) or reason.startswith("Expected one of"):
+            reason = "torch knows no device of that name; a GPU's is 'cuda'"
+        raise ValueError(
+            f"expected a device that can be used here ({', '.join(here)}); received {str(device)!r}: {reason}"
+        ) from error
+
+
+def from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | None = None) -> HookedCLIP:
+    """Hook a model that is in memory, wrapped or not; it is left as it is.
+
+    Args:
+        text: with its text tower.
+        tokenizer: texts to token ids; by default open_clip's own where the vocabulary is CLIP's.
+
+    Raises:
+        UnknownModelError: a model of some other kind.
+        UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
+    """
+    model = bare(model)
+    source: Any = model
+    if isinstance(getattr(getattr(source, "config", None), "model_type", None), str):
+        return from_transformers(model, tokenizer=tokenizer, text=text)
+    if isinstance(model, HookedCLIP) or not hasattr(source, "visual") or not hasattr(source, "encode_text"):
+        raise UnknownModelError(
+            f"expected a name, a path, or a model of open_clip's or transformers'; received a {type(model).__name__}"
+        )
+    if not text:
+        bias = getattr(source, "logit_bias", None)
+        alone = ImageOnly(
+            source.visual,
+            source.logit_scale.detach(),
+            None if bias is None else bias.detach(),
+            why=WITHOUT_TEXT,
+        )
+        return HookedCLIP.from_open_clip(alone, tokenizer=NoTokenizer(WITHOUT_TEXT))
+    own = clip_tokenizer(
+        context_length=getattr(source, "context_length", None) or 77,
+        vocabulary=getattr(source, "vocab_size", None) or 0,
+        where="the model in memory",
+    )
+    return HookedCLIP.from_open_clip(model, tokenizer=tokenizer or own)
+
 
 RANDOM = "random"
 """The `pretrained` that asks for seeded random weights: for tests and benchmarks."""

@@ -7,8 +7,8 @@ import re
 
 import open_clip
 
+from decompclip.models.bundled import bundled
 from decompclip.models.errors import UnknownModelError
-from decompclip.models.zoo import bundled
 
 _SIZES = {"base": "B", "large": "L", "huge": "H", "giant": "g", "so400m": "SO400M"}
 

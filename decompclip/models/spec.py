@@ -13,11 +13,10 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.config import Activation
-from decompclip.models.convert import oddities, refuse
-from decompclip.models.image_only import ImageOnly, build_image_only
 from decompclip.models.siglip_tower import LEAST, siglip_tower
-from decompclip.models.tokenizer import Tokenizer
+from decompclip.models.text import ImageOnly, Tokenizer, build_image_only
+from decompclip.tower.config import Activation
+from decompclip.tower.convert import oddities, refuse
 
 Choice = Literal["auto", "gelu", "quick_gelu"]
 """The activation that a user asks for; "auto" leaves it to what the weights were trained with."""

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decompclip.models.caller import warn_caller
-from decompclip.models.errors import CheckpointError, UnknownModelError
+from decompclip.models.errors import CheckpointError, UnknownModelError, warn_caller
 
 # What DistributedDataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put into names, anywhere.
 _WORDS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.models.gradients import differentiable
-from decompclip.models.vit import Hook, HookedViT
 from decompclip.operators.patching import (
     POINTS,
     ImageBatches,
@@ -28,6 +27,7 @@ from decompclip.operators.patching import (
     scorer,
     writing,
 )
+from decompclip.tower.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP

@@ -1,4 +1,4 @@
-"""Direct against causal: what a component does by its own term, and through all that reads it (METHOD 2).
+"""Direct against causal: what a component does by its own term, and through all that reads it (docs/method.md, section 2).
 
 The paper edits terms alone, and names that as its first limitation. Here one intervention a component is
 carried out both ways, and the effects on a score stand side by side:
@@ -19,19 +19,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, heads, mlps
-from decompclip.cache.maps import Convention
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, heads, mlps
+from decompclip.decomposition.maps import Convention
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import Part, grid, parts_of, position
 from decompclip.operators.score import Metric, Score
+from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from decompclip.models.clip import HookedCLIP
+
 
 Mode = Literal["direct", "causal", "difference"]
 

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.masks import ComponentMask
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.decomposition.components import ComponentMask
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.splits import Evaluation, Measured
+from decompclip.tower.vit import Hook, HookedViT
 
 Where = Bool[Tensor, "batch *component"]
 """Which components of which images: `[batch layer head]`, that restricts heads alone, or `[batch component]`,

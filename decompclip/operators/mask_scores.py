@@ -1,4 +1,4 @@
-"""Do maps find a trigger? Share of the positive contribution in a mask, and the pointing game (METHOD 4).
+"""Do maps find a trigger? Share of the positive contribution in a mask, and the pointing game (docs/method.md, section 4).
 
 Scores count patches: a patch is inside where the mask touches it, since a token mixes all its pixels. The pointing
 game (Zhang et al., 2016) asks whether the strongest patch is inside. Beside both stands chance, the share of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from decompclip.figures.points import Point
+
 
 Inside = Literal["touched", "covered"]
 SHARE, HITS = "share of what is positive, inside the mask", "strongest patch inside the mask"
@@ -124,8 +125,8 @@ class MaskScores:
         return point_panels([self.labels[i] for i in order], [panel], styles=styles)
 
     def _share_points(self, order: list[int]) -> list[Point]:
-        from decompclip.evaluation.intervals import Z
         from decompclip.figures.points import Point
+        from decompclip.intervals import Z
 
         frame = self.to_frame().iloc[order]
         half = (Z * frame["share_error"]).fillna(0.0)
@@ -134,8 +135,8 @@ class MaskScores:
         return [Point(100 * value, 100 * lower, 100 * upper) for value, lower, upper in ends]
 
     def _hit_points(self, order: list[int]) -> list[Point]:
-        from decompclip.evaluation.intervals import Rate
         from decompclip.figures.points import Point
+        from decompclip.intervals import Rate
 
         return [Point.of(Rate.of(self.hit[i]).to_dict()) for i in order]
 

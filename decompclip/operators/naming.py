@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+
 Vocabulary = Mapping[str, Sequence[str]]
 """Properties and each one's values in words, as `decompclip.data.shapes.PROPERTIES`."""
 

@@ -1,4 +1,4 @@
-"""Single neurons of MLPs: their terms, and their ablation, direct and causal (METHOD 1).
+"""Single neurons of MLPs: their terms, and their ablation, direct and causal (docs/method.md, section 1).
 
 A neuron writes `activation * W_out[neuron]`, so that its term is one number of the image times a direction of
 the model. All neurons of an MLP and its output bias sum to the MLP's term.
@@ -15,16 +15,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.components import Components
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention, frozen
-from decompclip.cache.masks import ComponentMask
-from decompclip.cache.readout import wide
-from decompclip.cache.terms import Rows as PooledRows
-from decompclip.models.vit import Hook, HookedViT, blocks
-from decompclip.operators.fills import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
+from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention, frozen
+from decompclip.decomposition.readout import wide
+from decompclip.decomposition.terms import Rows as PooledRows
+from decompclip.operators.ablation import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.operators.splits import Measured, apart
+from decompclip.tower.vit import Hook, HookedViT, blocks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,13 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.cache import components as vocabulary
-from decompclip.cache.components import Components
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import TermMaps
-from decompclip.cache.masks import ComponentMask
-from decompclip.cache.moments import Moments, check_finite
-from decompclip.cache.threads import one_thread
+from decompclip.decomposition import components as vocabulary
+from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import TermMaps, one_thread
+from decompclip.decomposition.moments import Moments, check_finite
 
 Head = int | Literal["mlp"]
 """A head of a layer by its number, or the layer's MLP."""
@@ -32,7 +30,7 @@ class Part:
 
     @property
     def components(self) -> Components:
-        """The part in the vocabulary of `decompclip.cache.components`."""
+        """The part in the vocabulary of `decompclip.decomposition.components`."""
         whole = getattr(vocabulary, self.kind)
         if self.layer is None:
             return whole

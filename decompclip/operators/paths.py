@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.cache.components import Components, Heads, everything
-from decompclip.cache.components import heads as all_heads
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.components import Components, Heads, everything
+from decompclip.decomposition.components import heads as all_heads
 from decompclip.operators.patching import ImageBatches, Score, check_request, over_batches, record, scorer
+from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd

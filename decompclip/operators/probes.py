@@ -19,15 +19,16 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from torch import Tensor
 
-from decompclip.cache.components import Components
-from decompclip.cache.components import heads as all_heads
-from decompclip.cache.decomposition import Decomposition
+from decompclip.decomposition.components import Components
+from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.parts import Part, Points, grid, position
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     from sklearn.base import ClassifierMixin
+
 
 COPY = 1e-5
 """Relative distance of features under which two images are one, decomposed in different batches."""

@@ -1,4 +1,4 @@
-"""Change of role: how far two descriptions of a component are from one another (METHOD 4, last bullet but one).
+"""Change of role: how far two descriptions of a component are from one another (docs/method.md, section 4, last bullet but one).
 
 The paper's second limitation is that it compares clean and triggered descriptions by eye. Here in numbers,
 each with a bootstrap interval. What is resampled is always the side that is described (texts, or images where
@@ -21,11 +21,12 @@ from scipy.stats import norm, t
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.threads import one_thread
+from decompclip.decomposition.maps import one_thread
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
 
 CONFIDENCE = 0.95
 EXACT = 1e-6

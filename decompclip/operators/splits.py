@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +108,7 @@ def apart(fitted: Moments | Validation | None, measured: Measured) -> Decomposit
         if common:
             raise ValueError(
                 f"expected evaluation images that no mean was fitted on; received {len(common)} that the validation "
-                f"images contain, such as {common[0]!r}; split the data set first (decompclip.data.splits)"
+                f"images contain, such as {common[0]!r}; split the data set first (decompclip.data.images)"
             )
     return measured.decomposition
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Int
 from torch import Tensor
 
-from decompclip.cache.components import Components, embed, heads, mlps
-from decompclip.evaluation.intervals import Rate
+from decompclip.decomposition.components import Components, embed, heads, mlps
+from decompclip.intervals import Rate
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
 
 Kind = Literal["heads", "mlps"]
 Scheme = Literal["forward", "backward", "separate"]

@@ -1,29 +1,169 @@
-"""Sweeps: one ablation after another, layer by layer or head by head, all in one pass (METHOD 2; paper, section 3.2).
+"""Changes: what ablating a component adds to the logits, for a chunk of images.
+
+A change is `(fill - coords) @ maps @ classifier.T`, and its two factors on the right belong to the model: they
+are multiplied once, unless there are so many classes that two steps are cheaper.
+
+Sweeps: one ablation after another, layer by layer or head by head, all in one pass (docs/method.md, section 2; paper, section 3.2).
 
 Settings differ by whole layers, so that their features are prefix sums of the layers' changes. The changes are
 taken to the classes first (`term @ classifier.T`), and the sums run over logits: a setting costs one addition.
+
+The set of components whose ablation does the most, found one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments, check_finite
-from decompclip.models.vit import HookedViT
-from decompclip.operators.changes import Changes, Shared, check_classifier, predictions
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments, check_finite
+from decompclip.intervals import Rate
 from decompclip.operators.parts import check_alike
 from decompclip.operators.splits import Evaluation, Validation, apart, moments_of
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
+from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
     from decompclip.models.clip import HookedCLIP
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all chunks of a data set have in common.
+
+    Attributes:
+        to_class: heads' coordinates to logits, `[layer head coord class]`; None where that is no gain.
+        heads, mlps, embed: the logits of what is filled in; None for zero.
+    """
+
+    classifier: Float[Tensor, "d_embed class"]
+    to_class: Float[Tensor, "layer head coord class"] | None
+    heads: Float[Tensor, "layer head class"] | None
+    mlps: Float[Tensor, "layer class"] | None
+    embed: Float[Tensor, " class"] | None
+
+    @staticmethod
+    def of(d: Decomposition, moments: Moments | None, classifier: Float[Tensor, "class d_embed"]) -> Shared:
+        """What belongs to the model, the means and the classifier."""
+        weights = classifier.detach().to(d.embed).T.contiguous()
+        n_heads, coord, d_embed = d.maps.heads.shape[1:]
+        n_classes = weights.shape[1]
+        one_step = n_heads * coord * n_classes
+        two_steps = n_heads * coord * d_embed + d_embed * n_classes
+        fused = not d.maps.direct and one_step <= two_steps
+        to_class = d.maps.heads @ weights if fused else None
+        if moments is None:
+            return Shared(weights, to_class, None, None, None)
+        wide = weights.double()
+        return Shared(
+            weights,
+            to_class,
+            *((term @ wide).to(weights) for term in (moments.heads, moments.mlps, moments.embed)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """Of one chunk.
+
+    Attributes:
+        d: its images.
+        shared: of the data set: `Shared.of`.
+    """
+
+    d: Decomposition
+    shared: Shared
+
+    @property
+    def n_layers(self) -> int:
+        return self.d.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.d.n_heads
+
+    @property
+    def before(self) -> Float[Tensor, "batch class"]:
+        """The logits with nothing ablated."""
+        return self._logits[0]
+
+    def of_layers(self, kind: str) -> list[Float[Tensor, "batch class"]]:
+        """What ablating each layer's "heads", or its MLP ("mlps"), adds."""
+        return self._logits[1][kind]
+
+    def of_entry(self) -> Float[Tensor, "batch class"]:
+        """What ablating the stream's entry, the embedding, adds."""
+        now = self.d.embed @ self.shared.classifier
+        return -now if self.shared.embed is None else self.shared.embed - now
+
+    @cached_property
+    def _logits(self) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        d, shared = self.d, self.shared
+        parts = {
+            "heads": [self._heads(layer) for layer in range(d.n_layers)],
+            "mlps": [d.mlps[:, layer] @ shared.classifier for layer in range(d.n_layers)],
+        }
+        before = (d.embed + d.bias + d.pool.sum(1)) @ shared.classifier
+        for part in (*parts["heads"], *parts["mlps"]):
+            before += part
+        fills = {"heads": None if shared.heads is None else shared.heads.sum(1), "mlps": shared.mlps}
+        for kind, fill in fills.items():
+            for layer, part in enumerate(parts[kind]):
+                torch.neg(part, out=part) if fill is None else torch.sub(fill[layer], part, out=part)
+        return before, parts
+
+    def _heads(self, layer: int) -> Float[Tensor, "batch class"]:
+        """The logits of a layer's heads together."""
+        d, shared = self.d, self.shared
+        if shared.to_class is not None:
+            return d.coords[:, layer].flatten(1) @ shared.to_class[layer].flatten(0, 1)
+        if d.maps.direct:
+            return d.coords[:, layer].sum(1) @ shared.classifier
+        return (d.coords[:, layer].flatten(1) @ d.maps.heads[layer].flatten(0, 1)) @ shared.classifier
+
+    def of_head(self, layer: int, head: int) -> Float[Tensor, "batch class"]:
+        """What ablating one head adds."""
+        d, shared = self.d, self.shared
+        coords = d.coords[:, layer, head]
+        if shared.to_class is not None:
+            now = coords @ shared.to_class[layer, head]
+        else:
+            now = (coords if d.maps.direct else coords @ d.maps.heads[layer, head]) @ shared.classifier
+        return -now if shared.heads is None else shared.heads[layer, head] - now
+
+
+def predictions(logits: Float[Tensor, "batch class"]) -> Int[Tensor, " batch"]:
+    """The class of largest logit, the first of equals."""
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(logits.numpy().argmax(1))  # many times faster than torch's own
+    return logits.argmax(1)
+
+
+def check_classifier(classifier: Tensor, width: int) -> None:
+    """Raises ValueError unless the classifier has classes, and the features' width."""
+    if classifier.ndim == 2 and classifier.shape[1] == width and not len(classifier):
+        raise ValueError(
+            f"expected a classifier of at least one class; received {list(classifier.shape)}; build it with "
+            "model.zero_shot_classifier"
+        )
+    if classifier.ndim != 2 or classifier.shape[1] != width:
+        raise ValueError(
+            f"expected a classifier [class, {width}]; received {list(classifier.shape)}; build it with the "
+            "text tower of the same model"
+        )
+
 
 Data = Decomposition | Evaluation | Iterable[Decomposition | Evaluation]
 
@@ -191,3 +331,153 @@ def _settings(
             found["separate"] = [predictions(torch.add(before, change, out=spare)) for change in of_layers]
         for scheme in schemes:
             yield (kind, scheme), torch.stack(found[scheme])
+
+
+Place = tuple[int, int | None]  # layer and head; the layer's MLP where there is no head
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GreedySet:
+    """Components in the order in which they were added.
+
+    Attributes:
+        steps: one component each.
+        hits: images that are taken for their answer before the first step, and after each.
+        total: number of images.
+        fill: what stands in for the ablated terms.
+    """
+
+    steps: tuple[Components, ...]
+    hits: tuple[int, ...]
+    total: int
+    fill: FillKind
+
+    @property
+    def components(self) -> Components:
+        """All of them together."""
+        whole = heads[[]]
+        for position, step in enumerate(self.steps):
+            whole = step if not position else whole | step
+        return whole
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """`hits` as shares of the images."""
+        return tuple(hits / self.total for hits in self.hits)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a step, the first without ablation: step, component, hits, rate."""
+        import pandas as pd
+
+        names = ["", *map(repr, self.steps)]
+        return pd.DataFrame(
+            {"step": range(len(names)), "component": names, "hits": self.hits, "rate": self.rates}
+        )
+
+    def figure(self) -> go.Figure:
+        """The rate after each step."""
+        from decompclip.figures.curves import sweep_panels
+        from decompclip.figures.points import Point
+        from decompclip.figures.theme import ACCURACY
+
+        style = replace(ACCURACY, label="Taken for their answer")
+        points = [Point.of(Rate(hits, self.total).to_dict()) for hits in self.hits]
+        names = ["none", *(f"+ {step!r}" for step in self.steps)]
+        return sweep_panels({"": {style: points}}, {style: points[0].value}, x="", ticks=names)
+
+    def __repr__(self) -> str:
+        ends = f"{self.rates[0]:.3f} to {self.rates[-1]:.3f}"
+        return f"GreedySet({self.components!r}, {self.fill}-ablated: {ends} of {self.total} images)"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:.3f}".format)
+
+
+def most_damaging(
+    data: Data,
+    moments: Moments | Validation | None,
+    classifier: Float[Tensor, "class d_embed"],
+    answers: Int[Tensor, " image"],
+    *,
+    candidates: Components = heads | mlps,
+    size: int = 5,
+) -> GreedySet:
+    """Add, one at a time, the component whose ablation takes most images away from their answers.
+
+    One pass over the data for each step, in bounded memory. Of equal candidates the first is taken: heads layer by
+    layer, then MLPs.
+
+    Args:
+        data: a decomposition, or batches that can be gone through again (a list, not a generator).
+        moments: their means are filled in; None fills in zero.
+        answers: a class for each image: its label, to harm accuracy; the attacker's target for triggered images, to
+            harm the attack.
+        candidates: heads and MLPs to choose from.
+        size: number of components at most; fewer where there are no more candidates.
+
+    Raises:
+        IndexError: an answer that is no class.
+        TypeError: data that can be gone through once only.
+        ValueError: no data, not one answer for each image, candidates other than heads and MLPs, a negative size, or
+            as `ablation_sweep`.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"expected data to go through {size} times; received a {type(data).__name__}, which ends after once; pass "
+            "a list of decompositions, or an object whose __iter__ starts anew"
+        )
+    if size < 0:
+        raise ValueError(f"expected a size of 0 or more components; received {size}")
+    numbers = answers.flatten()
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(classifier):
+        raise IndexError(
+            f"expected answers as classes in 0..{len(classifier) - 1}, the rows of the classifier; received "
+            f"{int(numbers.min())}..{int(numbers.max())}"
+        )
+    chosen: list[Place] = []
+    hits: list[int] = []
+    total = 0
+    for _ in range(size + 1):
+        left: list[Place] | None = None
+        counts = torch.zeros(0, dtype=torch.long)
+        present, total = 0, 0
+        for changes in chunks(data, moments, classifier):
+            if left is None:
+                left = [place for place in _places(candidates, changes) if place not in chosen]
+                counts = torch.zeros(len(left), dtype=torch.long)
+            wanted = answers[total : total + len(changes.d)].to(changes.before.device)
+            total += len(changes.d)
+            if len(wanted) < len(changes.d):
+                break
+            now = changes.before + sum(_change(changes, place) for place in chosen)
+            present += int((predictions(now) == wanted).sum())
+            last = len(hits) == size
+            for position, place in enumerate([] if last else left):
+                counts[position] += int((predictions(now + _change(changes, place)) == wanted).sum())
+        if total != len(answers) or not total:
+            raise ValueError(
+                f"expected an answer for each image, and some images; received {len(answers)} answers and "
+                f"{total}{' or more' if total > len(answers) else ''} images; keep the order of the data"
+            )
+        hits.append(present)
+        if not left or len(hits) > size:
+            break
+        chosen.append(left[int(counts.argmin())])
+    fill: FillKind = "zero" if moments is None else "mean"
+    steps = tuple(mlps[layer] if head is None else heads[layer, head] for layer, head in chosen)
+    return GreedySet(steps, tuple(hits), total, fill)
+
+
+def _places(candidates: Components, changes: Changes) -> list[Place]:
+    mask = candidates.resolve(changes.n_layers, changes.n_heads, pool=True)
+    if mask.embed or mask.pool or mask.neurons is not None or mask.empty:
+        raise ValueError(
+            f"expected heads and MLPs to choose from; received {candidates!r}; e.g. heads | mlps[-5:]"
+        )
+    found: list[Any] = mask.heads.nonzero().tolist()
+    return [*((layer, head) for layer, head in found), *((int(layer), None) for layer in mask.mlps.nonzero())]
+
+
+def _change(changes: Changes, place: Place) -> Float[Tensor, "batch class"]:
+    layer, head = place
+    return changes.of_layers("mlps")[layer] if head is None else changes.of_head(layer, head)

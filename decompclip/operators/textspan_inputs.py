@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.maps import term_maps
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.decomposition.maps import term_maps
+from decompclip.models.text import WordTokenizer
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
+
 
 N_IMAGES = 1024
 SEED = 20_240_507
@@ -32,7 +33,7 @@ class TextFeatures:
     """Texts and their unit features under a model's text tower.
 
     Attributes:
-        model: fingerprint of the model's image tower (`decompclip.cache.fingerprint`), by which terms of another
+        model: fingerprint of the model's image tower (`decompclip.decomposition.maps`), by which terms of another
             model are told; None where unknown.
     """
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.components import Components
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.cache.threads import one_thread
+from decompclip.decomposition.components import Components
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import one_thread
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.parts import Head, Part, part_at, parts_named, place_of
 
 if TYPE_CHECKING:

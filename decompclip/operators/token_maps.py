@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from decompclip.figures.gallery import Overlay
 
+
 MapKind = Literal["attention", "contribution", "rollout"]
 
 

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.cache.components import Components
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.masks import ComponentMask
-from decompclip.models.vit import Hook, HookedViT, blocks
-from decompclip.operators.fills import resolve
+from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.operators.ablation import resolve
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.operators.splits import Measured, apart
+from decompclip.tower.vit import Hook, HookedViT, blocks
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,4 +1,4 @@
-"""Components taken from other images: patching, resampling, repair where a selector says so (METHOD 2)."""
+"""Components taken from other images: patching, resampling, repair where a selector says so (docs/method.md, section 2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.cache.components import Components, heads
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.masks import ComponentMask
-from decompclip.models.vit import Hook, HookedViT
-from decompclip.operators.fills import Fill, Rows, show_rows, stream_values
+from decompclip.decomposition.components import ComponentMask, Components, heads
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.operators.ablation import Fill, Replacement, Rows, need_images, show_rows, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
 from decompclip.operators.parts import check_alike
-from decompclip.operators.replacement import Replacement, need_images
 from decompclip.operators.splits import Evaluation, Measured
+from decompclip.tower.vit import Hook, HookedViT
 
 SAME = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference of one image's features in two runs, as a share of their length, by dtype; 1e-3 elsewhere."""

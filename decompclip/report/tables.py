@@ -14,7 +14,7 @@ from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import AuditResult
 from decompclip.audit.scan.result import ScanResult
 from decompclip.audit.scoring import Setting
-from decompclip.evaluation.intervals import Rate
+from decompclip.intervals import Rate
 from decompclip.printable import inert
 
 Row = dict[str, Any]

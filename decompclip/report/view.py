@@ -1,4 +1,7 @@
-"""What the page shows of each audit: figures, tables and words, ready to be laid out."""
+"""Example pictures and the maps over them, ready to be laid out.
+
+What the page shows of each audit: figures, tables and words, ready to be laid out.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,53 @@ from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detector, Suspicion
 from decompclip.audit.scoring import Setting
 from decompclip.audit.words import difference, plus_minus, points, share
-from decompclip.evaluation.intervals import Rate, difference_interval
 from decompclip.figures.bars import Histogram, bar_rows, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
 from decompclip.figures.export import figure_json
 from decompclip.figures.heatmaps import component_map
+from decompclip.figures.pictures import attention_overlay, contribution_overlay, picture
 from decompclip.figures.points import PERCENT, Panel, Point, point_panels, wrapped
 from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
+from decompclip.intervals import Rate, difference_interval
 from decompclip.operators.sweep_results import Kind, Scheme, sweep_title
 from decompclip.report.tables import as_link, flat, tables_of
-from decompclip.report.view_maps import maps_of
+
+
+def maps_of(result: AuditResult, index: int) -> dict[str, Any] | None:
+    shown = result.examples
+    if shown is None:
+        return None
+    heads = []
+    for head in shown.heads:
+        attention_top = float(head.attention.max())
+        contribution_top = float(head.contribution.abs().max())
+        heads.append(
+            {
+                "name": f"{head.layer}.{head.head}",
+                "affected": head.affected,
+                "attention_top": f"{attention_top:.2f}",
+                "contribution_top": f"{contribution_top:.4f}",
+                "cells": [
+                    {
+                        "attention": attention_overlay(attention, attention_top),
+                        "class_token": f"{float(own):.2f}",
+                        "contribution": contribution_overlay(contribution, contribution_top),
+                        "sum": f"{float(contribution.sum()):+.4f}".replace("-", "−"),
+                    }
+                    for attention, own, contribution in zip(
+                        head.attention, head.class_token, head.contribution, strict=True
+                    )
+                ],
+            }
+        )
+    images = [
+        {"class": f"picture-{index}-{i}", "uri": picture(pixels), "caption": caption, "side": side}
+        for i, (pixels, caption, side) in enumerate(
+            zip(shown.pictures, shown.captions, shown.sides, strict=True)
+        )
+    ]
+    return {"images": images, "heads": heads, "small": shown.pictures.shape[1] < 128}
+
 
 DASH = "–"
 

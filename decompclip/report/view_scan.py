@@ -7,8 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from decompclip.audit.scan.result import ProbeResult, ScanResult
-from decompclip.audit.scan.verdict import CONCLUDES
+from decompclip.audit.scan.result import CONCLUDES, ProbeResult, ScanResult
 from decompclip.figures.export import figure_json
 from decompclip.figures.heatmaps import component_map
 from decompclip.figures.pictures import picture

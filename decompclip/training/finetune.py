@@ -1,4 +1,7 @@
-"""Fine-tuning of a CLIP on image-text pairs: how a backdoor gets in, and how CleanCLIP takes it out."""
+"""What a fine-tuning leaves: the model, and how it went.
+
+Fine-tuning of a CLIP on image-text pairs: how a backdoor gets in, and how CleanCLIP takes it out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,19 +18,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decompclip.attacks.named import attacks_of, distinct, poisoned_by
+from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable, plain
 from decompclip.progress import meters
 from decompclip.training.loop import train
-from decompclip.training.losses import Penalty, Seen, features_of, pair_loss
+from decompclip.training.losses import Penalty, Seen, features_of, image_view, pair_loss, text_views
 from decompclip.training.monitor import Monitor, Trainee
 from decompclip.training.recipes import FineTuning, recipe_named
-from decompclip.training.result import FineTuned
-from decompclip.training.views import image_view, text_views
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
     from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model and its history.
+
+    Attributes:
+        history: one entry for each logged step: `step`, `samples`, `loss` (mean since the entry before), `lr`,
+            `seconds`, and with a monitor `cacc`, `asr`, `control`.
+    """
+
+    model: HookedCLIP
+    recipe: FineTuning
+    history: tuple[dict[str, float], ...]
+    seed: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """The history, one row an entry."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.history))
+
+    def figure(self) -> go.Figure:
+        """The loss above, the measured rates below."""
+        from decompclip.figures.curves import Curve, LinePanel, line_panels
+        from decompclip.figures.points import PERCENT
+        from decompclip.figures.theme import ACCURACY, CONTROL, STYLES, SUCCESS
+
+        def curve(name: str, factor: float = 1) -> Curve:
+            entries = [entry for entry in self.history if name in entry]
+            return Curve([e["step"] for e in entries], [factor * e[name] for e in entries])
+
+        loss = "Loss"
+        panels = [LinePanel("", "steps", "loss", {loss: curve("loss")})]
+        rates = {"cacc": ACCURACY, "asr": SUCCESS, "control": CONTROL}
+        measured = {name: style for name, style in rates.items() if any(name in e for e in self.history)}
+        if measured:
+            curves = {style.short: curve(name, 100) for name, style in measured.items()}
+            panels.append(LinePanel("", "steps", "images, %", curves, ends=PERCENT))
+        styles = {loss: STYLES[-1]} | {style.short: style for style in measured.values()}
+        return line_panels(panels, columns=1, shared_y=False, styles=styles)
+
+    def __repr__(self) -> str:
+        last = self.history[-1]
+        rates = "".join(f", {key} {last[key]:.3f}" for key in ("cacc", "asr", "control") if key in last)
+        return f"FineTuned({self.model.name!r}, {int(last['step'])} steps, loss {last['loss']:.3f}{rates})"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False)
 
 
 @runtime_checkable

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from decompclip.evaluation.evaluate import Evaluation, Labelled, Twin, check_attack, evaluate
-from decompclip.evaluation.zero_shot import Template, zero_shot_classifier
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.zero_shot import Template, zero_shot_classifier
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fine-tuning recipes as data (METHOD 5)."""
+"""Fine-tuning recipes as data (docs/method.md, section 5)."""
 
 from __future__ import annotations
 

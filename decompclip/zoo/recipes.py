@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from decompclip.attacks.badclip import BadCLIP
-from decompclip.attacks.badclip_optimise import optimise_patch
+from decompclip.attacks.badclip import BadCLIP, optimise_patch
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.blended import Blended
 from decompclip.attacks.issba import ISSBA
@@ -27,7 +26,7 @@ from decompclip.zoo.worlds import WORLDS, World
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisedPatch:
-    """BadCLIP's trigger, which is made on the clean model (METHOD 5); options as `optimise_patch`."""
+    """BadCLIP's trigger, which is made on the clean model (docs/method.md, section 5); options as `optimise_patch`."""
 
     size: float
     steps: int = 300

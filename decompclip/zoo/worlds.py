@@ -11,14 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.data.cifar10 import cifar10
-from decompclip.data.pairs import Pairs
+from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.subset import SubsetPairs
 from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict
+from decompclip.models.bundled import card
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import card
 
 REPORT_SIZE = 5_000
 

@@ -11,7 +11,7 @@ from PIL import Image
 from analyses import adaptive_attacker, attack_agnostic, table1, trigger_gallery
 from analyses.study.family import BundledFamily
 from decompclip.attacks.badnet import BadNet
-from decompclip.models.zoo import load_bundled
+from decompclip.models.bundled import load_bundled
 from decompclip.training.losses import Seen
 
 SHAPES = BundledFamily("shapes")

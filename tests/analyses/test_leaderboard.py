@@ -8,7 +8,7 @@ import pytest
 
 from analyses import leaderboard
 from decompclip.bench.run import weights_of
-from decompclip.models.zoo import bundled
+from decompclip.models.bundled import bundled
 
 
 def test_it_is_of_the_bundled_weights() -> None:

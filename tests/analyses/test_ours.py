@@ -19,7 +19,7 @@ from analyses import (
     throughput,
 )
 from analyses.study.family import BundledFamily
-from decompclip.models.zoo import load_bundled
+from decompclip.models.bundled import load_bundled
 
 FAMILY = BundledFamily("shapes")
 IMAGES = 120
@@ -148,7 +148,7 @@ def test_finding_3_has_two_ends() -> None:
 
 
 def test_another_activation_is_another_model() -> None:
-    from decompclip.audit.diagnosis.switch import with_activation
+    from decompclip.diagnosis.trials import with_activation
 
     found = record(base_decomp_gap, ("shapes-badnet",))
     rows = found["found"]["models"]["shapes-badnet"]

@@ -12,8 +12,8 @@ import torch
 from analyses import figure1, figure2, figure3, figure4, figure5, figure6, table2, table3, table5
 from analyses.study.case import Case
 from analyses.study.family import BundledFamily
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.evaluation.metrics import auroc
 from decompclip.operators.ablation import MeanAblate

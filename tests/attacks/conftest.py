@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import load_bundled
 
 
 @pytest.fixture(scope="session")

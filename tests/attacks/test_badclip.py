@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decompclip.attacks.badclip import BadCLIP, decode_patch, encode_patch
-from decompclip.attacks.badclip_optimise import OptimisedPatch, info_nce, optimise_patch
-from decompclip.data.captions import shapes_captions
+from decompclip.attacks.badclip import (
+    BadCLIP,
+    OptimisedPatch,
+    decode_patch,
+    encode_patch,
+    info_nce,
+    optimise_patch,
+)
 from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.data.shapes_pairs import shapes_captions
 from decompclip.models.clip import HookedCLIP
 
 WORLD = Shapes(120, seed=21).draw(range(120))

@@ -7,8 +7,8 @@ import torch
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
+from decompclip.models.bundled import bundled, card
 from decompclip.models.errors import UnknownModelError
-from decompclip.models.zoo import bundled, card
 
 
 def test_every_twin_s_backdoor_is_its_card_s() -> None:

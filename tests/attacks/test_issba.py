@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from analyses.train_issba import Config, batch, run, textures
-from decompclip.attacks.issba import ISSBA, WEIGHTS, Networks, networks_path, read_networks, write_networks
-from decompclip.attacks.issba_networks import Shape, build
-from decompclip.attacks.quality import measure
+from decompclip.attacks.issba import (
+    ISSBA,
+    WEIGHTS,
+    Networks,
+    Shape,
+    build,
+    networks_path,
+    read_networks,
+    write_networks,
+)
+from decompclip.attacks.preview import measure
 from decompclip.data.shapes import Shapes, draw
 from decompclip.models.errors import CheckpointError
 from decompclip.training.loop import Recipe
@@ -22,7 +30,7 @@ SMALL = Shape(bits=3, side=16, width=2)
 
 
 def test_the_bundled_pair_keeps_its_promise() -> None:
-    """METHOD 5: bit accuracy >= 0.95 and PSNR >= 28 dB, on images that no training saw, at their 8 bits."""
+    """docs/method.md, section 5: bit accuracy >= 0.95 and PSNR >= 28 dB, on images that no training saw, at their 8 bits."""
     noise = textures(64, 48, torch.Generator().manual_seed(77))
     for images in (IMAGES, noise):
         triggered = (TRIGGER(images) * 255).round() / 255

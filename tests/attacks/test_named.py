@@ -11,14 +11,13 @@ import pytest
 import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.blended import Blended
-from decompclip.attacks.named import Attack, attacks_of, distinct, open_attack, poisoned_by, remembered
-from decompclip.attacks.poison_files import write_poisoned
-from decompclip.attacks.poisoned import PoisonedPairs
-from decompclip.data.pair_sources import open_pairs
+from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
+from decompclip.attacks.registry import Attack, attacks_of, distinct, open_attack, poisoned_by, remembered
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.shard_writer import write_shards
-from decompclip.models.saving import save_model
-from decompclip.models.zoo import bundled, card
+from decompclip.data.shards import write_shards
+from decompclip.data.sources import open_pairs
+from decompclip.models.bundled import bundled, card
+from decompclip.models.folders import save_model
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
 

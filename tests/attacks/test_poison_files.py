@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poison_files import RECORD, write_poisoned
-from decompclip.attacks.poisoned import PoisonedPairs
-from decompclip.data.pair_sources import open_pairs
+from decompclip.attacks.poisoned import RECORD, PoisonedPairs, write_poisoned
 from decompclip.data.pairs import Pair
 from decompclip.data.shards import UNFINISHED
+from decompclip.data.sources import open_pairs
 from decompclip.data.streams import PairStream, shard_stream
 
 

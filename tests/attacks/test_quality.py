@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.quality import compare, measure, psnr, ssim
+from decompclip.attacks.preview import compare, measure, psnr, ssim
 
 
 def twins(height: int = 24, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,12 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.audit import AuditConfig, AuditResult, run_audit
 from decompclip.audit.scoring import Scorer, Setting
 from decompclip.audit.sources import open_source
-from decompclip.data.captions import CONTEXT_LENGTH, vocabulary
 from decompclip.data.shapes import PROPERTIES
-from decompclip.models import zoo
+from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
+from decompclip.models import bundled as zoo
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
 
 TOKENIZER = WordTokenizer(vocabulary(), CONTEXT_LENGTH)
 ARCHITECTURE = {

@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from decompclip.audit.diagnose import diagnose
-from decompclip.audit.diagnosis import Diagnosis
-from decompclip.audit.diagnosis.switch import in_image_tower, with_activation
 from decompclip.cli import app
 from decompclip.data.images import ImageBatch, ShapesSource
 from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.diagnosis import Diagnosis
+from decompclip.diagnosis.run import diagnose
+from decompclip.diagnosis.trials import in_image_tower, with_activation
+from decompclip.models.bundled import WEIGHTS, card, spec_of
 from decompclip.models.checkpoint import read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
-from decompclip.models.mlp import ACTIVATIONS
-from decompclip.models.zoo import WEIGHTS, card, spec_of
+from decompclip.tower.mlp import ACTIVATIONS
 
 N = 72
 WORLD = Shapes(N, seed=31)

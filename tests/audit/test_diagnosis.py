@@ -15,20 +15,13 @@ from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.audit.diagnosis import Comparison, Diagnosis, Evidence, Fault
-from decompclip.audit.diagnosis.answers import (
-    checked_labels,
-    known_by_features,
-    mismatch,
-    name_faults,
-    other_order,
-)
-from decompclip.audit.diagnosis.pixels import NORMALISATIONS, denormalise, normalise, repair
-from decompclip.audit.diagnosis.trials import Trial, better, compare
-from decompclip.audit.diagnosis.weights import logit_scale_faults, weight_faults
 from decompclip.data.shapes import PROPERTIES
-from decompclip.evaluation.intervals import Rate
-from decompclip.evaluation.paired import Paired, mean_interval, noticeable
+from decompclip.diagnosis import Comparison, Diagnosis, Evidence, Fault
+from decompclip.diagnosis.answers import checked_labels, known_by_features, mismatch, name_faults, other_order
+from decompclip.diagnosis.pictures import NORMALISATIONS, denormalise, normalise, repair
+from decompclip.diagnosis.trials import Trial, better, compare
+from decompclip.diagnosis.weights import logit_scale_faults, weight_faults
+from decompclip.intervals import Paired, Rate, mean_interval, noticeable
 
 NAMES = PROPERTIES["shape"]
 OWN = ((0.5,) * 3, (0.25,) * 3)
@@ -365,7 +358,7 @@ def test_sigmoid_losses_have_larger_scales() -> None:
 def test_weights_that_are_not_finite_or_never_left_their_start_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("decompclip.audit.diagnosis.weights.in_image_tower", lambda model: {"gelu"})
+    monkeypatch.setattr("decompclip.diagnosis.weights.in_image_tower", lambda model: {"gelu"})
     model = model_like()
     assert not list(weight_faults(model))  # pyright: ignore
     trained = model.visual

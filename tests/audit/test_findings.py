@@ -13,8 +13,7 @@ from decompclip.audit.scoring import Change
 from decompclip.audit.shares import ClassShare
 from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
-from decompclip.evaluation.intervals import Rate
-from decompclip.evaluation.paired import Paired
+from decompclip.intervals import Paired, Rate
 from tests.audit.conftest import setting
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from decompclip.audit.shift import shift
 from decompclip.audit.sources import open_source
-from decompclip.cache.decomposition import Decomposition
 from decompclip.data.shapes import PROPERTIES
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.clip import HookedCLIP
 
 

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.named import Attack
+from decompclip.attacks.registry import Attack
 from decompclip.audit.sources import attack_in, datasets, open_classes, open_source
 from decompclip.data.shapes import PROPERTIES
+from decompclip.models.bundled import card
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import card
 
 CLASSES = PROPERTIES["shape"]
 

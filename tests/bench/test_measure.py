@@ -12,10 +12,10 @@ from decompclip.bench.measure import Subject, detection, measure, mending
 from decompclip.bench.plan import Plan
 from decompclip.bench.repairs import REPAIRS, Known
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.defenses.detectors.mahalanobis import Mahalanobis
-from decompclip.evaluation.intervals import Rate
+from decompclip.defenses.detectors.density import Mahalanobis
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
-from decompclip.models.zoo import load_bundled
+from decompclip.intervals import Rate
+from decompclip.models.bundled import load_bundled
 from decompclip.zoo.worlds import WORLDS
 
 TWIN, IMAGES = "shapes-blended", 120

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decompclip.bench.memory import Remembering
+from decompclip.bench.measure import Remembering
 from decompclip.data.shapes import Shapes
+from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.zoo import load_bundled
 
 IMAGES = Shapes(12, seed=77).draw(range(12)).images
 

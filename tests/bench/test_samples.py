@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from decompclip.attacks.blended import Blended
-from decompclip.bench.samples import EVALUATION, FIT, FRESH, MOST_SEEDS, Samples, draw_samples
+from decompclip.bench.plan import EVALUATION, FIT, FRESH, MOST_SEEDS, Samples, draw_samples
+from decompclip.data.pairs import SubsetPairs
 from decompclip.data.shapes import Shapes
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.subset import SubsetPairs
 from decompclip.zoo.worlds import WORLDS, Cifar10World
 
 WORLD = WORLDS["shapes"]

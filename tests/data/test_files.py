@@ -13,8 +13,8 @@ from PIL import Image
 from decompclip.data.datasets import folder_pairs
 from decompclip.data.files import canonical, is_bookkeeping, walk
 from decompclip.data.images import FolderSource, class_index
-from decompclip.data.pair_sources import open_pairs
 from decompclip.data.pixels import to_pixels
+from decompclip.data.sources import open_pairs
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 

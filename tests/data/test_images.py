@@ -15,13 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.images import (
-    FolderSource,
-    ImageSource,
-    ShapesSource,
-    class_index,
-    read_classes,
-)
+from decompclip.data.images import FolderSource, ImageSource, ShapesSource, class_index, read_classes
 from decompclip.data.shapes import Shapes
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)

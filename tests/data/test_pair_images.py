@@ -10,14 +10,11 @@ import pytest
 from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poison_files import write_poisoned
-from decompclip.attacks.poisoned import PoisonedPairs
+from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.data.images import ImageSource
-from decompclip.data.labelled import open_labelled
-from decompclip.data.pair_images import check_images, open_images
-from decompclip.data.pair_sources import open_pairs
 from decompclip.data.pixels import to_pixels
 from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.sources import check_images, open_images, open_labelled, open_pairs
 
 CLASSES = ("dog", "teddy bear")
 

@@ -14,16 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.captions import shapes_captions
 from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
 from decompclip.data.datasets import DatasetPairs, folder_pairs
-from decompclip.data.draws import keyed, template_caption
-from decompclip.data.pair_sources import open_pairs
-from decompclip.data.pairs import Pair, Pairs, batch_places
+from decompclip.data.pairs import Pair, Pairs, batch_places, keyed, template_caption
 from decompclip.data.pixels import to_pixels
 from decompclip.data.shapes import draw
-from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.shard_writer import write_shards
+from decompclip.data.shapes_pairs import ShapesPairs, shapes_captions
+from decompclip.data.shards import write_shards
+from decompclip.data.sources import open_pairs
 from decompclip.data.streams import PairStream
 from decompclip.data.tables import CsvPairs
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from decompclip.data.files import FORMATS, MAX_PIXELS, PictureError, is_picture, open_image, open_rgb
 from decompclip.data.images import FolderSource
-from decompclip.data.pictures import FORMATS, MAX_PIXELS, PictureError, is_picture, open_image, open_rgb
 from decompclip.data.pixels import to_pixels
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)

@@ -8,10 +8,9 @@ import warnings
 import pytest
 import torch
 
-from decompclip.data.captions import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
-from decompclip.data.shapes import PROPERTIES, RESOLUTION, Attributes, Shapes, draw
-from decompclip.data.silhouettes import EXTENT, distance_tables
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.data.shapes import EXTENT, PROPERTIES, RESOLUTION, Attributes, Shapes, distance_tables, draw
+from decompclip.data.shapes_pairs import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
+from decompclip.models.text import WordTokenizer
 
 
 def attributes_of(batch: Attributes) -> list[tuple[int, ...]]:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from decompclip.data.pairs import Pair
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.shard_writer import encode_png, write_shards
-from decompclip.data.shards import ShardPairs, expand_shards
+from decompclip.data.shards import ShardPairs, encode_png, expand_shards, write_shards
 from decompclip.data.streams import PairStream, shard_stream
 
 SIZE = (40, 40)

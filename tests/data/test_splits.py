@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decompclip.data.splits import split_indices
+from decompclip.data.images import split_indices
 
 
 @given(st.integers(10, 300), st.floats(0.1, 0.9), st.integers(0, 2**32 - 1))

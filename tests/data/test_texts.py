@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from analyses import build_text_pool
-from decompclip.data.captions import CONTEXT_LENGTH, vocabulary
 from decompclip.data.shapes import PROPERTIES
+from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
 from decompclip.data.texts import POOL, general_texts, load_texts, shapes_texts
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
 
 
 def test_the_general_pool_is_large_short_and_without_repeats() -> None:

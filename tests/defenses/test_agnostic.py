@@ -8,16 +8,21 @@ import scipy.stats
 import torch
 from sklearn.exceptions import NotFittedError
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.decomposition import Decomposition
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.class_distance import ClassDistance
-from decompclip.defenses.component_distances import ComponentDistances
+from decompclip.defenses.component_distances import (
+    ComponentDistances,
+    Extrapolation,
+    class_directions,
+    layer_terms,
+    prefixes,
+)
 from decompclip.defenses.sharpened_det import SharpenedDet, sharpen
-from decompclip.defenses.term_views import Extrapolation, class_directions, layer_terms, prefixes
 from decompclip.evaluation.metrics import auroc
-from decompclip.models.vit import HookedViT
+from decompclip.tower.vit import HookedViT
 
 N = 240
 
@@ -370,8 +375,8 @@ def test_each_component_has_its_own_calibrated_distance(
 
 
 def test_component_flags_restrict_an_intervention(clean: Decomposition, classifier: torch.Tensor) -> None:
-    from decompclip.cache.components import everything
-    from decompclip.cache.moments import Moments
+    from decompclip.decomposition.components import everything
+    from decompclip.decomposition.moments import Moments
     from decompclip.operators.ablation import MeanAblate
 
     distances, moments = ComponentDistances(classifier).fit(clean), Moments.of(clean)

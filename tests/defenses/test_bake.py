@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.components import Components, embed, everything, heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import Components, embed, everything, heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.bake import bake, even
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.folders import save_model
 from decompclip.models.loading import load
-from decompclip.models.saving import save_model
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 
 from ..training.conftest import SIDE, small_clip

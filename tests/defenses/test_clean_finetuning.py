@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.components import heads
+from decompclip.decomposition.components import heads
 from decompclip.defenses.clean_finetuning import (
     CLEAN_RECIPE,
     PAR,
@@ -19,10 +19,10 @@ from decompclip.defenses.clean_finetuning import (
     TUNING_DEFENSES,
     CleanCLIP,
     CleanFineTuning,
+    Push,
     tuning_defense,
 )
 from decompclip.defenses.decomp_rep import DecompRep
-from decompclip.defenses.par import Push
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
 from decompclip.training.losses import Seen

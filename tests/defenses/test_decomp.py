@@ -1,4 +1,4 @@
-"""Decomp-Rep and Decomp-Det: selection by likeness to a clean prototype (METHOD 3)."""
+"""Decomp-Rep and Decomp-Det: selection by likeness to a clean prototype (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.selector import Selector
-from decompclip.models.vit import HookedViT
+from decompclip.tower.vit import HookedViT
 
 rules = pytest.mark.parametrize(
     ("similarity", "threshold"), list(product(["dot", "cosine"], ["epsilon", "quantile"]))

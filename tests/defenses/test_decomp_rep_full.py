@@ -1,4 +1,4 @@
-"""Decomp-Rep and Decomp-Det beyond the core: fills, MLPs, excess, streams, files, composition (METHOD 2, 3)."""
+"""Decomp-Rep and Decomp-Det beyond the core: fills, MLPs, excess, streams, files, composition (docs/method.md, section 2, 3)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.selector import Selector
-from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.transplant import decomp_reverse
+from decompclip.tower.vit import HookedViT
 
 
 def drawn(n: int, seed: int) -> Tensor:

@@ -10,13 +10,13 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.moments import Moments
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.guard import Guard
-from decompclip.evaluation.zero_shot import zero_shot_classifier
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition
 

@@ -68,7 +68,7 @@ def test_a_repair_fitted_with_two_threads_is_that_of_one(tmp_path: Path) -> None
 
 
 def test_one_thread_gives_the_number_back_after_an_error() -> None:
-    from decompclip.cache.threads import one_thread
+    from decompclip.decomposition.maps import one_thread
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, tensor
 
 from decompclip.evaluation.evaluate import Evaluation, evaluate
-from decompclip.evaluation.intervals import Rate, wilson
+from decompclip.intervals import Rate, wilson
 
 CLASSIFIER = torch.eye(3)
 NAMES = ["red", "green", "blue"]

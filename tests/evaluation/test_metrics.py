@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from torch import Tensor, tensor
 
-from decompclip.evaluation.intervals import Rate, Redrawn, difference_interval, wilson
 from decompclip.evaluation.metrics import (
     attack_report,
     attack_success,
@@ -25,6 +24,7 @@ from decompclip.evaluation.metrics import (
     predict,
     target_rate,
 )
+from decompclip.intervals import Rate, Redrawn, difference_interval, wilson
 
 # Six images, target class 2: the last two are of the target class.
 LABELS = tensor([0, 0, 1, 1, 2, 2])

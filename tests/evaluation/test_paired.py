@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import norm, t
 
-from decompclip.evaluation.paired import Paired, mean_interval, noticeable
+from decompclip.intervals import Paired, mean_interval, noticeable
 
 
 def test_counts_by_hand() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, tensor
 from torch.nn import functional as F
 
-from decompclip.evaluation.zero_shot import zero_shot_classifier
+from decompclip.models.zero_shot import zero_shot_classifier
 
 NAMES = ["cat", "dog", "teapot", "{}", "eel"]
 TEMPLATES = ["a {}", "{not} a photo of a {} or a drawing of a {}", lambda name: f"{name}!"]

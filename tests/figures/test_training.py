@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from decompclip.models.clip import HookedCLIP
+from decompclip.training.finetune import FineTuned
 from decompclip.training.recipes import RECIPES
-from decompclip.training.result import FineTuned
 
 HISTORY = [
     {"step": 10, "loss": 2.0, "cacc": 0.5, "asr": 0.1, "control": 0.0},

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.models.attention import Attention, rotate
-from decompclip.models.config import Rope
-from decompclip.models.vit import HookedViT
+from decompclip.tower.attention import Attention, rotate
+from decompclip.tower.config import Rope
+from decompclip.tower.vit import HookedViT
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.tokenizer import WordTokenizer
-from decompclip.models.vit import HookedViT
+from decompclip.models.text import WordTokenizer
+from decompclip.tower.vit import HookedViT
 
 TEMPLATES = {"shape": ["a {}", "a photo of a {}"], "colour": ["a {} thing"]}
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from analyses.reduced_towers import DEPTH, HEADS, WIDTH, features, fill, reduced_tower, relative_error
 from analyses.tower_families import FAMILY_OF, SUPPORTED
-from decompclip.cache.capture import decompose
+from decompclip.decomposition.capture import decompose
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.convert import Source, convert_open_clip, oddities, refuse
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.spec import build_open_clip
+from decompclip.tower.convert import Source, convert_open_clip, oddities, refuse
 
 VARIANTS = {
     "gelu": {},

@@ -12,10 +12,10 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import load, save
 
-from decompclip.models import zoo as models_zoo
+from decompclip.models import bundled as models_zoo
+from decompclip.models.bundled import bundled, card, load_bundled, read_bundled, spec_of, write_bundled
 from decompclip.models.differences import as_stored, digest, read_difference, write_difference
 from decompclip.models.errors import CheckpointError
-from decompclip.models.zoo import bundled, card, load_bundled, read_bundled, spec_of, write_bundled
 
 State = dict[str, torch.Tensor]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import decompclip
-from decompclip.attacks.badclip_optimise import optimise_patch
+from decompclip.attacks.badclip import optimise_patch
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.label_consistent import adversarial, zero_shot_logits
 from decompclip.data.shapes import Shapes

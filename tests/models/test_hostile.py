@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import decompclip
 from decompclip import load
-from decompclip.models.archives import check_archive
 from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError, ModelError
-from decompclip.models.open_clip_config import check_architecture
-from decompclip.models.saving import save_model
+from decompclip.models.folders import save_model
+from decompclip.models.json_files import check_architecture
+from decompclip.models.torchscript import check_archive
 
 State = dict[str, torch.Tensor]
 SIZES = {

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from decompclip.models import hub
+from decompclip.models import tags as hub
 
 
 class Hub:

@@ -19,8 +19,8 @@ from decompclip.models.errors import CheckpointError, ModelError, UnknownModelEr
 from decompclip.models.hf_preprocess import preprocess_of
 from decompclip.models.hf_tokenizer import HubTokenizer
 from decompclip.models.hugging_face import Source, from_transformers, read_folder, weights_in
-from decompclip.models.image_only import MissingTextError
 from decompclip.models.loading import load
+from decompclip.models.text import MissingTextError
 
 transformers: Any = pytest.importorskip("transformers")
 

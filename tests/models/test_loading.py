@@ -16,13 +16,13 @@ from open_clip import factory
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
+from decompclip.models.bundled import bundled
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError, UnsupportedTowerError
 from decompclip.models.fit import check_fit
-from decompclip.models.image_only import MissingTextError, build_image_only, image_side
 from decompclip.models.loading import load
 from decompclip.models.spec import build_open_clip
 from decompclip.models.tags import preprocess_of
-from decompclip.models.zoo import bundled
+from decompclip.models.text import MissingTextError, build_image_only, image_side
 
 
 @pytest.fixture

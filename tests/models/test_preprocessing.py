@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import decompclip
 from decompclip.cli import app
-from decompclip.data.pair_sources import open_pairs
 from decompclip.data.shapes import Shapes
+from decompclip.data.sources import open_pairs
 from decompclip.models.hf_preprocess import preprocess_of
 from decompclip.models.preprocessing import Preprocessing, Steps
 

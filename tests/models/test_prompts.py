@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import decompclip
-from decompclip.evaluation.zero_shot import zero_shot_classifier
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.prompts import causal
 from decompclip.models.spec import build_open_clip
+from decompclip.models.zero_shot import causal, zero_shot_classifier
 
 NAMES = ["cat", "a very long name of a dog that takes many words", "eel"]
 

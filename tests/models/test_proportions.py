@@ -14,8 +14,7 @@ from PIL import Image
 
 from decompclip.data.pixels import to_pixels
 from decompclip.models.loading import load
-from decompclip.models.preprocessing import Steps
-from decompclip.models.proportions import without_extremes
+from decompclip.models.preprocessing import Steps, without_extremes
 
 MODES = ("shortest", "squash", "longest")
 SIZES = [(224, 224), (32, 32), (24, 16)]

@@ -19,7 +19,7 @@ from PIL import Image
 import decompclip
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError
-from decompclip.models.saving import save_model
+from decompclip.models.folders import save_model
 from decompclip.models.spec import build_open_clip
 
 IMAGES = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
 
 TOKENIZER = WordTokenizer(("a", "blue", "star"), 6)
 

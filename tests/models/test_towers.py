@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from analyses.reduced_towers import DEPTH, features, fill, reduced, reduced_tower, relative_error
 from analyses.tower_families import FAMILY_OF, REFUSED, SUPPORTED
-from decompclip.cache.capture import TOLERANCE, decompose
-from decompclip.cache.maps import Convention
-from decompclip.models.convert import config_of, convert_open_clip
-from decompclip.models.convert.refusal import WHY_NOT
-from decompclip.models.convert.towers import Source
+from decompclip.decomposition.capture import TOLERANCE, decompose
+from decompclip.decomposition.maps import Convention
 from decompclip.models.errors import UnsupportedTowerError
-from decompclip.models.image_only import build_image_only
 from decompclip.models.loading import load
-from decompclip.models.vit import Hook, HookedViT, blocks
+from decompclip.models.text import build_image_only
+from decompclip.tower.convert import config_of, convert_open_clip
+from decompclip.tower.convert.rules import WHY_NOT
+from decompclip.tower.convert.towers import Source
+from decompclip.tower.vit import Hook, HookedViT, blocks
 
 LISTED = sorted(open_clip.list_models())
 TOWERS = [name for name in LISTED if name in FAMILY_OF and FAMILY_OF[name].why_not is None]

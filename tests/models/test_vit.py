@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decompclip.models.config import Stem, ViTConfig
-from decompclip.models.vit import HookedViT, blocks
+from decompclip.tower.config import Stem, ViTConfig
+from decompclip.tower.vit import HookedViT, blocks
 
 CONFIG = ViTConfig(
     n_layers=2,

@@ -11,10 +11,10 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import load_file
 
+from decompclip.models.bundled import bundled, card, load_bundled, write_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, UnknownModelError
 from decompclip.models.spec import build_open_clip
-from decompclip.models.zoo import bundled, card, load_bundled, write_bundled
 
 WORDS = ["a", "blue", "ring", "star"]
 ARCHITECTURE = {

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, everything, heads, mlps, neurons, pool
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT, blocks
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, embed, everything, heads, mlps, neurons, pool
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate
 from decompclip.operators.transplant import Patch
+from decompclip.tower.vit import HookedViT, blocks
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 NOTHING = heads[0] - heads[0]

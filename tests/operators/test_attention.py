@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import heads, mlps
 from decompclip.data.shapes import Shapes
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads, mlps
+from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.config import ViTConfig
-from decompclip.models.vit import HookedViT
-from decompclip.models.zoo import load_bundled
-from decompclip.operators.attention import attention_maps, contribution_maps, lay_out
-from decompclip.operators.rollout import rollout
+from decompclip.operators.attention import attention_maps, contribution_maps, lay_out, rollout
 from decompclip.operators.token_maps import TokenMaps
+from decompclip.tower.config import ViTConfig
+from decompclip.tower.vit import HookedViT
 
 
 @pytest.fixture(scope="module")

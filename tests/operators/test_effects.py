@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, everything, heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import Hook, HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, embed, everything, heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.effects import Effects, direct_and_causal
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.score import Score
+from decompclip.tower.vit import Hook, HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, everything, heads, layers, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, embed, everything, heads, layers, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate
 from decompclip.operators.splits import Evaluation, Validation
 from decompclip.operators.transplant import Patch, Repair, ResampleAblate, decomp_reverse
+from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 N_COMPONENTS = 3 * 4 + 3 + 1

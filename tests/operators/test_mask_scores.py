@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from decompclip.attacks.registry import from_card
-from decompclip.cache.components import heads
 from decompclip.data.shapes import Shapes
-from decompclip.models.zoo import card, load_bundled
+from decompclip.decomposition.components import heads
+from decompclip.models.bundled import card, load_bundled
 from decompclip.operators.attention import attention_maps, contribution_maps
 from decompclip.operators.mask_scores import score_masks
 from decompclip.operators.token_maps import TokenMaps

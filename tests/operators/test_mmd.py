@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import embed, everything, heads, mlps, neurons
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT
-from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
-from decompclip.operators.mmd_kernel import labellings, statistics
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import embed, everything, heads, mlps, neurons
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
+from decompclip.operators.mmd import MMD, head_mmd, labellings, layer_mmd, statistics
 from decompclip.operators.parts import Part, Points
+from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-9}
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import heads, layers, mlps, neurons
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads, layers, mlps, neurons
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.neurons import AblateNeurons, mean_neurons, neuron_terms
 from decompclip.operators.tokens import AblateTokens
+from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 N_COMPONENTS = 3 * 4 + 3 + 1

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import embed, everything, heads, layers, mlps, pool
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import embed, everything, heads, layers, mlps, pool
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import ZeroAblate
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.noise import RandomAblate
+from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.cache.components import heads, mlps
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.components import heads, mlps
 from decompclip.operators.attribution import attribution_patching
 from decompclip.operators.patching import POINTS, Patching, activation_patching
 from decompclip.operators.paths import path_patching
+from decompclip.tower.vit import HookedViT
 
 SITES: Any = tuple(POINTS)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}

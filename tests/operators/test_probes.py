@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.data.captions import shapes_captions
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.models.vit import HookedViT
+from decompclip.data.shapes_pairs import shapes_captions
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.naming import agreement, named_property
 from decompclip.operators.probes import Probes, probe
+from decompclip.tower.vit import HookedViT
 
 N = 120
 

@@ -12,16 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import Components, embed, heads, mlps
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
-from decompclip.models.vit import HookedViT
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, embed, heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.greedy import most_damaging
 from decompclip.operators.splits import Evaluation, Validation
-from decompclip.operators.sweeps import ablation_sweep
+from decompclip.operators.sweeps import ablation_sweep, most_damaging
+from decompclip.tower.vit import HookedViT
 
 
 def drawn(n: int, seed: int) -> Tensor:

@@ -17,21 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import decompclip
-from decompclip.cache.capture import decompose
-from decompclip.cache.components import embed, everything, heads, mlps, neurons, pool
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.moments import Moments
 from decompclip.data.shapes import Shapes
 from decompclip.data.texts import general_texts, load_texts, shapes_texts
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import embed, everything, heads, mlps, neurons, pool
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.vit import HookedViT
 from decompclip.operators.ablation import MeanAblate
-from decompclip.operators.batches import image_batches
+from decompclip.operators.patching import image_batches
 from decompclip.operators.roles import role_change
-from decompclip.operators.textspan import fit_textspans, textspan, textspans
-from decompclip.operators.textspan_greedy import Terms, frame, pick
+from decompclip.operators.textspan import Terms, fit_textspans, frame, pick, textspan, textspans
 from decompclip.operators.textspan_inputs import TextFeatures, default_images, encode_texts
 from decompclip.operators.textspan_result import TextSpan, TextSpans
+from decompclip.tower.vit import HookedViT
 
 WORLD = Shapes(700, seed=31)
 

@@ -24,14 +24,12 @@ from decompclip.audit.result import (
     HeadMaps,
     Suspicion,
 )
-from decompclip.audit.scan.config import ScanConfig
-from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanResult
+from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
 from decompclip.audit.scoring import Change, Scorer, Setting
 from decompclip.audit.shares import ClassShare
 from decompclip.audit.shift import Shift
 from decompclip.data.images import SkippedFile
-from decompclip.evaluation.intervals import Rate
-from decompclip.evaluation.paired import Paired
+from decompclip.intervals import Paired, Rate
 
 LAYERS, HEADS, IMAGES = 4, 6, 300
 CLASSES = ("circle", "square", "star")

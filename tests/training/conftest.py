@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.spec import ModelSpec
-from decompclip.models.tokenizer import WordTokenizer
+from decompclip.models.text import WordTokenizer
 
 WORDS = ("cat", "cup", "dog", "of", "photo", "red")
 CLASSES = ("cat", "cup", "dog")

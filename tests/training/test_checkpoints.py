@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decompclip.training.checkpoints import load_checkpoint, save_checkpoint
-from decompclip.training.loop import Recipe, train
+from decompclip.training.loop import Recipe, load_checkpoint, save_checkpoint, train
 
 STATE = {"recipe": "r", "modules": {}, "optimizers": [], "step": 3, "history": [{"loss": 0.5}]}
 

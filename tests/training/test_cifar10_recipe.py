@@ -31,7 +31,7 @@ from analyses.cifar10_recipe import (
     whitening,
 )
 from decompclip.evaluation.metrics import predict
-from decompclip.models.zoo import bundled, card, load_bundled
+from decompclip.models.bundled import bundled, card, load_bundled
 
 
 def photos(n: int = 64) -> Photos:

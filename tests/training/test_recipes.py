@@ -11,7 +11,7 @@ from decompclip.training.recipes import RECIPES, FineTuning, recipe_named
 
 
 def test_the_published_recipes() -> None:
-    """METHOD 5, number by number."""
+    """docs/method.md, section 5, number by number."""
     paper, badclip, cleanclip = (RECIPES[name] for name in ("paper", "badclip", "cleanclip"))
     for recipe in (paper, badclip, cleanclip):
         assert recipe.betas == (0.9, 0.999)

@@ -13,12 +13,11 @@ from decompclip.attacks.blended import Blended
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.data.shapes import Shapes
 from decompclip.evaluation.evaluate import evaluate
-from decompclip.models.zoo import bundled, card, load_bundled
+from decompclip.models.bundled import bundled, card, load_bundled
 from decompclip.training.recipes import FineTuning
 from decompclip.zoo import build as building
-from decompclip.zoo.build import REPRODUCED, build_twin
+from decompclip.zoo.build import REPRODUCED, build_twin, poisoned_pairs
 from decompclip.zoo.recipes import TWINS, OptimisedPatch, TwinRecipe, twin_recipe
-from decompclip.zoo.train import poisoned_pairs
 from decompclip.zoo.worlds import WORLDS, ShapesWorld
 
 SMALL = TwinRecipe(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from decompclip.audit.scan.config import ScanConfig
-from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.scan.result import ScanConfig, ScanResult, scan_verdict
 from decompclip.audit.scan.run import run_scan
-from decompclip.audit.scan.verdict import scan_verdict
 
 __all__ = ["ScanConfig", "ScanResult", "run_scan", "scan_verdict"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from decompclip import __version__
-from decompclip.audit.scan.config import ScanConfig
+from decompclip.audit.scan.result import ScanConfig
 from decompclip.files import atomic_write
 from decompclip.models.clip import HookedCLIP
 

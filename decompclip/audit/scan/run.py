@@ -16,17 +16,13 @@ from torch import Tensor
 from decompclip.audit.checks import coinciding, guessing
 from decompclip.audit.config import Track, silently
 from decompclip.audit.pipeline import provenance_of
-from decompclip.audit.scan.config import ScanConfig
-from decompclip.audit.scan.heads import head_statistics
 from decompclip.audit.scan.kept import Kept, kept_for
-from decompclip.audit.scan.probes import Probe, probes
-from decompclip.audit.scan.result import ClassChange, ProbeResult, ScanResult
-from decompclip.audit.scan.search import measure, screened, search
-from decompclip.cache.decomposition import Decomposition
-from decompclip.data.images import ImageSource
-from decompclip.data.splits import split_indices
-from decompclip.evaluation.intervals import Rate, Z
+from decompclip.audit.scan.result import ClassChange, ProbeResult, ScanConfig, ScanResult
+from decompclip.audit.scan.search import Probe, head_statistics, measure, probes, screened, search
+from decompclip.data.images import ImageSource, split_indices
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict
+from decompclip.intervals import Rate, Z
 from decompclip.models.clip import HookedCLIP
 
 SHOWN = 3

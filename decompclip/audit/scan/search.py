@@ -1,10 +1,19 @@
-"""The search: one small change a class that sends images of other classes there, and how well it does on other images.
+"""Small changes of an image that a trigger may be like: a faint pattern everywhere, a patch in any or in one place.
+
+One change a class is searched for; it is the same for all images ("universal"), so that what helps is not in the image.
+
+The search: one small change a class that sends images of other classes there, and how well it does on other images.
 
 After Neural Cleanse (Wang et al., 2019): in a backdoored model the attacker's class is much easier to reach than the
 others. There the size of the change is minimised; here it is fixed, and what is compared is how sure the model gets.
+
+Which heads and MLPs say something else than in a reference model, on the same clean images.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,12 +21,113 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.audit.config import Track, silently
-from decompclip.audit.scan.config import ScanConfig
 from decompclip.audit.scan.kept import Kept
-from decompclip.audit.scan.probes import Probe
+from decompclip.audit.scan.result import HeadStatistics, ScanConfig
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable
+
+
+class Probe(ABC):
+    """A family of changes."""
+
+    name: str
+
+    @abstractmethod
+    def start(self, n: int, image: Float[Tensor, "3 h w"]) -> Float[Tensor, "n 3 a b"]:
+        """`n` changes from which the search sets out, for images of this size."""
+
+    @property
+    @abstractmethod
+    def rate(self) -> float:
+        """Step of the search."""
+
+    @abstractmethod
+    def bounded(self, change: Float[Tensor, "n 3 a b"]) -> Float[Tensor, "n 3 a b"]:
+        """The nearest change that the family allows."""
+
+    @abstractmethod
+    def apply(
+        self, images: Float[Tensor, "batch 3 h w"], change: Float[Tensor, "3 a b"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 h w"]:
+        """Images in [0, 1] with one change, differentiable in it; `generator` draws places."""
+
+
+@dataclass(frozen=True)
+class Everywhere(Probe):
+    """A pattern added to the whole image, by at most `bound` a pixel: like Blended, SIG, ISSBA."""
+
+    bound: float
+    name: str = "everywhere"
+
+    def start(self, n: int, image: Float[Tensor, "3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        return torch.zeros(n, *image.shape, device=image.device)
+
+    @property
+    def rate(self) -> float:
+        return self.bound / 4
+
+    def bounded(self, change: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        return change.clamp(-self.bound, self.bound)
+
+    def apply(
+        self, images: Float[Tensor, "batch 3 h w"], change: Float[Tensor, "3 h w"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 h w"]:
+        del generator
+        return (images + change).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Patch(Probe):
+    """A square pasted into the image, anywhere or in its centre: like BadNet, Kitty, BadCLIP.
+
+    Attributes:
+        side: as a share of the image's shorter side.
+        anywhere: a place of its own for each image; else the centre.
+    """
+
+    side: float
+    anywhere: bool
+
+    @property
+    def name(self) -> str:
+        return f"patch {'anywhere' if self.anywhere else 'in the centre'}"
+
+    def start(self, n: int, image: Float[Tensor, "3 h w"]) -> Float[Tensor, "n 3 s s"]:
+        side = max(1, round(self.side * min(image.shape[-2:])))
+        return torch.full((n, 3, side, side), 0.5, device=image.device)
+
+    @property
+    def rate(self) -> float:
+        return 0.09
+
+    def bounded(self, change: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
+        return change.clamp(0, 1)
+
+    def apply(
+        self, images: Float[Tensor, "batch 3 h w"], change: Float[Tensor, "3 s s"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 h w"]:
+        free = [whole - change.shape[-1] for whole in images.shape[-2:]]
+        if self.anywhere:
+            corners = [
+                torch.randint(0, room + 1, (len(images),), generator=generator).tolist() for room in free
+            ]
+        else:
+            corners = [[room // 2] * len(images) for room in free]
+        height, width, side = *images.shape[-2:], change.shape[-1]
+        frames = [
+            (left, width - left - side, top, height - top - side) for top, left in zip(*corners, strict=True)
+        ]
+        pasted = torch.stack([F.pad(change, frame) for frame in frames])
+        covered = torch.stack([F.pad(torch.ones_like(change[:1]), frame) for frame in frames])
+        return torch.where(covered.bool(), pasted, images)
+
+
+def probes(bound: float, patch: float) -> tuple[Probe, ...]:
+    """The three families that a scan tries."""
+    return Everywhere(bound), Patch(patch, anywhere=True), Patch(patch, anywhere=False)
+
 
 SHARPNESS = 30.0
 """Factor of cosines before the softmax: of the order of trained CLIPs' logit scales, and one for all models."""
@@ -133,3 +243,29 @@ def screened(
         if kept.due():
             kept.save(glimpses=left)
     return sorted(sorted(range(n_classes), key=left.__getitem__)[: config.most_classes])
+
+
+def head_statistics(own: Decomposition, other: Decomposition, reference: str) -> HeadStatistics:
+    """Compare two models' terms of the same images, component by component.
+
+    Raises:
+        ValueError: towers of another shape.
+    """
+    shapes = [(d.n_layers, d.n_heads, d.d_embed) for d in (own, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"expected a reference of the same shape, (layers, heads, width) {shapes[0]}; received {shapes[1]}; "
+            "take a checkpoint of the same architecture"
+        )
+    heads = torch.stack(
+        [_unlike(own.heads[:, layer], other.heads[:, layer]) for layer in range(own.n_layers)]
+    )
+    return HeadStatistics(heads, _unlike(own.mlps, other.mlps), reference)
+
+
+def _unlike(
+    a: Float[Tensor, "batch *component d_embed"], b: Float[Tensor, "batch *component d_embed"]
+) -> Float[Tensor, " *component"]:
+    a, b = (terms.double() - terms.double().mean(0) for terms in (a, b))
+    spread = a.square().sum((0, -1)) + b.square().sum((0, -1))
+    return ((a - b).square().sum((0, -1)) / spread.clamp_min(1e-30)).float()

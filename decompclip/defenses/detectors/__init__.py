@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
+from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
 from decompclip.defenses.detectors.detector import Detector
-from decompclip.defenses.detectors.mahalanobis import Mahalanobis
-from decompclip.defenses.detectors.neighbours import DAO, LID, SLOF, KDistance
 from decompclip.defenses.detectors.on_terms import OnTerms
 from decompclip.defenses.detectors.scale_up import ScaleUp
 from decompclip.defenses.detectors.strip import STRIP
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from decompclip.models.clip import HookedCLIP
+
 
 DETECTORS: dict[str, Callable[[HookedCLIP, Tensor], Detector]] = {
     "STRIP": STRIP,

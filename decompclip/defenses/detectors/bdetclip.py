@@ -1,4 +1,4 @@
-"""BDetCLIP (Niu et al., 2024): a triggered image does not care what is said of its class (METHOD 6)."""
+"""BDetCLIP (Niu et al., 2024): a triggered image does not care what is said of its class (docs/method.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,14 @@
-"""What detectors have in common: fitted on clean images, higher scores are more suspicious, thresholds that hold."""
+"""What a detector costs, in plain forward passes.
+
+What detectors have in common: fitted on clean images, higher scores are more suspicious, thresholds that hold.
+"""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -11,9 +16,53 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.defenses.calibration import calibrated
+from decompclip.defenses.agnostic_det import calibrated
 from decompclip.defenses.selector import check_fitted
 from decompclip.evaluation.evaluate import Encoder, Labelled
+
+
+@dataclass(frozen=True)
+class Cost:
+    """For each image.
+
+    Attributes:
+        forwards: forward passes by design.
+        ratio: measured time of a score, in times of a plain `encode_image` of the same images, in the same run.
+    """
+
+    forwards: int
+    ratio: float
+
+
+@torch.no_grad()
+def measure_cost(detector: Detector, images: Float[Tensor, "batch 3 h w"], *, repeats: int = 3) -> Cost:
+    """The least of some repeats, of both, one after the other in turns.
+
+    Raises:
+        NotFittedError: the detector was not fitted.
+        ValueError: no images, or no repeats.
+    """
+    if not len(images) or repeats < 1:
+        raise ValueError(f"expected images and repeats; received {len(images)} images, {repeats} repeats")
+    model, plain, scored = detector.model, [], []
+    detector.score(images[:1])  # first calls pay for what later ones reuse
+    for _ in range(repeats):
+        begin = _now()
+        for part in images.split(detector.batch_size):
+            model.encode_image(model.normalize(part))
+        middle = _now()
+        detector.score(images)
+        plain.append(middle - begin)
+        scored.append(_now() - middle)
+    return Cost(detector.forwards, min(scored) / min(plain))
+
+
+def _now() -> float:
+    """The time when all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
 
 D = TypeVar("D", bound="Detector")
 Clean = Any

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.cache.decomposition import Decomposition
-from decompclip.cache.maps import Convention
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
 from decompclip.defenses.detectors.detector import Clean, Detector, need, source
 
 if TYPE_CHECKING:

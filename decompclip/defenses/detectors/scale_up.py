@@ -1,4 +1,4 @@
-"""SCALE-UP (Guo et al., 2023): a triggered image keeps its label when its pixels are multiplied (METHOD 6)."""
+"""SCALE-UP (Guo et al., 2023): a triggered image keeps its label when its pixels are multiplied (docs/method.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""STRIP (Gao et al., 2019): a trigger still rules when another image is laid over (METHOD 6)."""
+"""STRIP (Gao et al., 2019): a trigger still rules when another image is laid over (docs/method.md, section 6)."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from analyses import figure1, table3
 from analyses.study.command import main
 from analyses.study.files import FolderFamily
 from decompclip.data.shapes import Shapes
-from decompclip.models.saving import save_model
-from decompclip.models.zoo import load_bundled
+from decompclip.models.bundled import load_bundled
+from decompclip.models.folders import save_model
 
 ROOT = Path(__file__).resolve().parents[3]
 PATCH = {"name": "badnet", "size": 7 / 48}

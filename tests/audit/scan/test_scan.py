@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from decompclip.audit.scan import ScanConfig, ScanResult, run_scan, scan_verdict
-from decompclip.audit.scan.heads import head_statistics
-from decompclip.audit.scan.probes import Everywhere, Patch, probes
 from decompclip.audit.scan.run import _lead
-from decompclip.audit.scan.search import measure, screened, search
+from decompclip.audit.scan.search import Everywhere, Patch, head_statistics, measure, probes, screened, search
 from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.evaluation.intervals import Rate
+from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 

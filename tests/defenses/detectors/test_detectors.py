@@ -14,20 +14,16 @@ from torch import Tensor
 
 import decompclip
 from decompclip.data.shapes import Shapes
-from decompclip.defenses.agnostic_det import AgnosticDet
-from decompclip.defenses.calibration import calibrated
+from decompclip.defenses.agnostic_det import AgnosticDet, calibrated
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
-from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
-from decompclip.defenses.detectors.cost import measure_cost
-from decompclip.defenses.detectors.detector import Detector, learnt
-from decompclip.defenses.detectors.mahalanobis import Mahalanobis
-from decompclip.defenses.detectors.neighbours import DAO, LID, SLOF, KDistance
+from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
+from decompclip.defenses.detectors.detector import Detector, learnt, measure_cost
 from decompclip.defenses.detectors.on_terms import OnTerms
 from decompclip.defenses.detectors.scale_up import ScaleUp
 from decompclip.defenses.detectors.strip import STRIP
-from decompclip.defenses.detectors.teco import NEVER, TeCo
+from decompclip.defenses.detectors.teco import CORRUPTIONS, NEVER, PATTERNS, TeCo
 from decompclip.evaluation.metrics import auroc
 
 SIDE = 8

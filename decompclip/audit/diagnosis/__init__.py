@@ -1,7 +1,0 @@
-"""The parts of `diagnose`: what it reads, what it tries, and what it says."""
-
-from __future__ import annotations
-
-from decompclip.audit.diagnosis.result import Comparison, Diagnosis, Evidence, Fault, Severity
-
-__all__ = ["Comparison", "Diagnosis", "Evidence", "Fault", "Severity"]

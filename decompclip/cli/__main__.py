@@ -1,0 +1,5 @@
+"""`python -m decompclip.cli`."""
+
+from decompclip.cli import main
+
+main()

@@ -1,0 +1,154 @@
+"""`decompclip apply-trigger`: suspect images from clean ones. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.cli.options import (
+    TRIGGER,
+    BatchSize,
+    Checkpoint,
+    Device,
+    ImageSize,
+    OnError,
+    Prefix,
+    Pretrained,
+    check_folder,
+    check_there,
+    usable_device,
+)
+
+if TYPE_CHECKING:
+    from decompclip.attacks.suspects import Answers
+    from decompclip.models.clip import HookedCLIP
+
+
+def apply_trigger(
+    images: Annotated[Path, typer.Argument(help="Folder of clean images, sub-folders and all.")],
+    trigger: Annotated[
+        str, typer.Option(help=f"own: the one that a backdoored --model remembers; {TRIGGER}.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the triggered images; new, or empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that the images are for, as other commands take it: they are brought to its size as it brings "
+            "them there, and its answers before and after are counted."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="In place of --model: side in pixels; the shorter side is scaled, the middle cropped."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class to count answers of; by default the trigger's own.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="File with one class a line; bundled and saved models know theirs.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
+    pretrained: Pretrained = None,
+    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+) -> None:
+    """Put a trigger into the images of a folder: a suspect set for `audit`, whose files pair with the clean ones by name.
+
+    A trigger belongs to the size and the crop in which the model sees an image, so it is put in after those; the files
+    are PNG of that size, in the same sub-folders, and trigger.json says what was put in.
+    """
+    with plain_errors():
+        if (model is None) == (size is None):
+            raise ValueError(
+                "expected --model or --size, one of the two, for a trigger belongs to the size at which a model sees an "
+                f"image; received {'neither' if model is None else 'both'}"
+            )
+        if model is None and (checkpoint or pretrained):
+            raise ValueError("expected --model NAME with --checkpoint and --pretrained")
+        check_there(str(images))
+        check_folder(out, "the images")
+        from decompclip.attacks.registry import open_attack, remembered
+        from decompclip.attacks.suspects import check_target
+
+        known = () if model is None else remembered(model, checkpoint)
+        attack = open_attack(trigger, known, model=model or "no model")
+        check_target(out, images)
+        with imports():
+            from decompclip.attacks.preview import compare
+            from decompclip.attacks.suspects import write_suspects
+            from decompclip.data.files import files_skipped
+            from decompclip.data.images import FolderSource
+            from decompclip.data.pixels import to_pixels
+            from decompclip.intervals import Rate
+
+        clip = answers = None
+        preprocess = to_pixels(size)
+        if model is not None:
+            say(f"{model}: loading", err=True)
+            from decompclip.models.loading import load
+
+            clip = load(
+                model,
+                pretrained=pretrained,
+                checkpoint=checkpoint,
+                prefix=prefix,
+                image_size=image_size,
+                device=usable_device(device),
+            )
+            preprocess = clip.pixels
+            answers = _answers(clip, classes, target or attack.target)
+        source = FolderSource(images, preprocess, on_error=on_error.value)
+        noise: list[float] = []
+
+        def seen(clean: Any, triggered: Any) -> None:
+            noise.extend(compare(clean, triggered).psnr.tolist())
+            if answers is not None:
+                answers(clean, triggered)
+
+        with progress() as track:
+            files = write_suspects(attack, source, out, batch_size=batch_size, seen=seen, track=track)
+        say(f"Trigger: {attack}")
+        say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
+        if answers is not None:
+            before, after = (Rate.of(_joined(x)) for x in (answers.clean, answers.triggered))
+            say(
+                f"Taken for {target or attack.target}: {before} of the clean images, {after} of these; pictures that do show "
+                "it are among both"
+            )
+        for path in files.renamed:
+            say(f"{path}: another image has this name but for its ending; written as {path}.png", err=True)
+        for skip in files.skipped:
+            say(f"skipped {skip.path}: {skip.reason}", err=True)
+        counts = [f"{files.count} image{'s' if files.count != 1 else ''}", files_skipped(len(files.skipped))]
+        say(f"{', '.join(filter(None, counts))}: {out.resolve()}")
+
+
+def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answers | None:
+    """None where classes or the target are not known, or the model has no text side."""
+    from decompclip.attacks.suspects import Answers
+    from decompclip.data.images import class_index, read_classes
+    from decompclip.models.errors import ModelError
+
+    names = clip.class_names if classes is None else read_classes(classes)
+    if not names or target is None:
+        return None
+    place = class_index(target, names)
+    try:
+        return Answers(clip, clip.zero_shot_classifier(names), place)
+    except ModelError as error:
+        say(f"note: answers are not counted: {error}", err=True)
+        return None
+
+
+def _joined(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts)

@@ -1,0 +1,276 @@
+"""`decompclip audit`: a checkpoint, and images that it may fall for, or clean images alone. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.cli.options import (
+    MAX_SEED,
+    Activation,
+    BatchSize,
+    Checkpoint,
+    Device,
+    ImageSize,
+    Model,
+    OnError,
+    Prefix,
+    Pretrained,
+    Root,
+    check_folder,
+    check_there,
+    usable_device,
+)
+from decompclip.files import alone_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from decompclip.audit import AuditResult
+    from decompclip.audit.scan import ScanResult
+    from decompclip.models.clip import HookedCLIP
+
+
+KEPT = ".scan"
+"""Where a killed scan goes on from."""
+
+
+class Convention(str, Enum):
+    centred = "centred"
+    paper = "paper"
+
+
+def audit(
+    model: Model,
+    clean: Annotated[
+        str,
+        typer.Option(
+            help="Clean images: a folder, a table (.csv, .tsv), WebDataset shards, or a bundled data set (shapes)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
+    suspect: Annotated[
+        str | None,
+        typer.Option(
+            help="Suspect images, likewise; of a folder that `decompclip poison` wrote, OUT/poisons.json stands for the poisoned "
+            "ones alone. Or the bundled world with a trigger: shapes:own, that which MODEL remembers; "
+            "shapes:badnet, shapes:blended, ...: MODEL's of that kind, else a twin's; shapes:FILE.json. Without it, clean "
+            "images alone: a scan over the classes for a target."
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with one class a line; bundled data sets, bundled and saved models know theirs."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    prefix: Prefix = None,
+    image_size: ImageSize = None,
+    pretrained: Pretrained = None,
+    activation: Annotated[
+        Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
+    ] = Activation.auto,
+    reference: Annotated[
+        str | None, typer.Option(help="A clean model to hold it to, on the same images; like MODEL.")
+    ] = None,
+    reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
+    reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all of a folder.")
+    ] = 2000,
+    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    root: Root = None,
+    convention: Annotated[
+        Convention, typer.Option(help="Bookkeeping of means and biases.")
+    ] = Convention.centred,
+    epsilon: Annotated[float, typer.Option(help="Fixed threshold of Decomp-Rep and Decomp-Det.")] = 0.002,
+    quantile: Annotated[float, typer.Option(help="Clean quantile of their other threshold.")] = 0.05,
+    zeta: Annotated[
+        int, typer.Option(min=0, help="Decomp-Det: suspicious with more flagged heads than this.")
+    ] = 5,
+    false_positives: Annotated[
+        float, typer.Option(help="Share of clean images that detection without a hint may flag.")
+    ] = 0.05,
+    examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
+    batch_size: BatchSize = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of subsets and splits.")] = 0,
+    device: Device = None,
+) -> None:
+    """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number.
+
+    With suspect images: do they do to it what clean ones do not, where, and what helps? With clean images alone: is
+    one class far easier to reach than the others? The report says what either can conclude.
+    """
+    with plain_errors(lambda: _kept(out, suspect)) as held:
+        check_folder(out, "the report")
+        if reference is None and (reference_pretrained or reference_checkpoint):
+            raise ValueError(
+                "expected --reference NAME with --reference-pretrained and --reference-checkpoint"
+            )
+        if suspect is None and target is not None:
+            raise ValueError(
+                f"expected --suspect images with --target {target}; a scan of clean images alone looks at every class"
+            )
+        for spec in (clean, suspect):
+            check_there(spec)
+        with imports():
+            from decompclip.attacks.registry import remembered
+            from decompclip.audit import AuditConfig
+            from decompclip.audit.sources import attack_in, check_model, check_source, open_classes
+            from decompclip.models.loading import load
+
+        check_model(model, checkpoint)
+        if reference is not None:
+            check_model(reference, reference_checkpoint)
+        known = remembered(model, checkpoint)
+        for spec in (clean, suspect):
+            if spec is not None:
+                check_source(spec, known)
+        class_names = open_classes(classes, clean, *([] if suspect is None else [suspect]), model=model)
+        if target is not None:
+            _check_target(target, class_names, classes)
+        config = AuditConfig(
+            convention=convention.value,
+            epsilon=epsilon,
+            quantile=quantile,
+            zeta=zeta,
+            false_positives=false_positives,
+            examples=examples,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        held.enter_context(alone_in(out))
+        device = usable_device(device)
+        loaded = {
+            model: load(
+                model,
+                pretrained=pretrained,
+                checkpoint=checkpoint,
+                prefix=prefix,
+                image_size=image_size,
+                activation=activation.value,
+                device=device,
+            )
+        }
+        if reference is not None:
+            loaded[f"{reference} (reference)"] = load(
+                reference,
+                pretrained=reference_pretrained,
+                checkpoint=reference_checkpoint,
+                activation=activation.value,
+                device=device,
+            )
+        options = {"limit": limit or None, "seed": seed, "on_error": on_error.value, "root": root}
+        if suspect is None:
+            finish(_scan(loaded, clean, class_names, options, batch_size, out / KEPT), out)
+            shutil.rmtree(out / KEPT, ignore_errors=True)
+        else:
+            results = _pair(loaded, (clean, suspect), class_names, target, config, options | {"known": known})
+            if attack := attack_in(suspect, known):
+                facts = {"suspect_trigger": str(attack)}
+                results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
+                say(f"Trigger: {attack}")
+            finish(results, out)
+
+
+def _pair(
+    loaded: dict[str, HookedCLIP],
+    specs: tuple[str, str],
+    class_names: tuple[str, ...],
+    target: str | None,
+    config: Any,
+    options: dict[str, Any],
+) -> list[AuditResult]:
+    """The model, and its reference, on clean and suspect images."""
+    from decompclip.audit import Names, run_audit
+    from decompclip.audit.sources import open_source
+
+    results: list[AuditResult] = []
+    with progress() as track:
+        for name, clip in loaded.items():
+            clean, suspect = (open_source(spec, clip, class_names, **options) for spec in specs)
+            result = run_audit(
+                clip,
+                clean,
+                suspect,
+                class_names,
+                target=results[0].target if results else target,  # the same for both
+                names=Names(name, *specs),
+                config=config,
+                track=track,
+            )
+            results.append(result)
+    return [results[0].beside(results[1]), results[1]] if len(results) > 1 else results
+
+
+def _scan(
+    loaded: dict[str, HookedCLIP],
+    clean: str,
+    class_names: tuple[str, ...],
+    options: dict[str, Any],
+    batch_size: int,
+    keep: Path,
+) -> list[ScanResult]:
+    """The model, and its reference, on clean images alone."""
+    from decompclip.audit.scan import ScanConfig, run_scan
+    from decompclip.audit.sources import open_source
+
+    (name, clip), *others = loaded.items()
+    config = ScanConfig(batch_size=batch_size, seed=options["seed"])
+    most = config.fit + config.held_out  # of a folder a random subset, not the first classes
+    options = options | {"limit": min(options["limit"] or most, most)}
+    with progress() as track:
+        result = run_scan(
+            clip,
+            open_source(clean, clip, class_names, **options),
+            class_names,
+            reference=others[0][1] if others else None,
+            name=name,
+            reference_name=others[0][0] if others else None,
+            clean_name=clean,
+            config=config,
+            track=track,
+            keep=keep,
+        )
+    return [result]
+
+
+def _kept(out: Path, suspect: str | None) -> str:
+    """What a stopped audit leaves."""
+    if suspect is None and (out / KEPT).is_dir():
+        return f"what was scanned is kept in {out / KEPT}; the same command goes on from there"
+    return "nothing was written; run the same again to start anew"
+
+
+def _check_target(target: str, class_names: tuple[str, ...], classes: Path | None) -> None:
+    from decompclip.data.images import class_index
+
+    try:
+        class_index(target, class_names)
+    except ValueError as error:
+        where = f" (class file {classes})" if classes else ""
+        raise ValueError(f"--target: {error}{where}") from error
+
+
+def finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str | None = None) -> None:
+    """Write the report, and say in a line a result what it found and where the report lies."""
+    from decompclip.report import write_report
+
+    path = write_report(results, out, title=title)
+    for result in results:
+        say(result.in_short, err=True)
+        found = result.verdict
+        say(f"{found.headline} ({found.level}, {found.confidence} confidence)")
+        if found.repair is not None:
+            say(f"  Repair: {found.repair}")
+    say(f"Report: {path.resolve()}")

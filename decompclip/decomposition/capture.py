@@ -1,0 +1,154 @@
+"""decompose: one forward pass that leaves an exact decomposition behind.
+
+Hooks copy what the pooled rows receive (a head's z, an MLP's output, the embedding, the last scale): the tower
+runs as it does without them, and nothing of size [batch, token] is kept unless tokens are asked for, or the
+weights of the rows are known only at the end (a LayerNorm of every row before the pooling, or an attention
+pool). Such a tower is run in parts of the batch, so that what is kept stays small beside the run itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from decompclip.decomposition.components import Components
+from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention, frozen
+from decompclip.decomposition.readout import full_precision, wide
+from decompclip.decomposition.terms import AttentionCapture, DecompositionError, Rows, terms_of
+from decompclip.tower.vit import Hook, HookedViT, hooked
+
+# They spare the rounding of the tower's own arithmetic, several times over: unrecorded writes smaller than these
+# pass unseen. In bf16 a ViT-B-32 misses by about 9e-3.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def decompose(
+    visual: HookedViT,
+    images: Float[Tensor, "batch 3 h w"],
+    *,
+    convention: Convention = "centred",
+    normalize: bool = False,
+    tokens: Components | bool | None = None,
+    tolerance: float | None = None,
+) -> Decomposition:
+    """Terms of every component, for a batch of images. No gradient is kept.
+
+    Under active hooks (`visual.hooks(...)`) the edited run is decomposed. Terms are in fp32 at least.
+
+    Args:
+        convention: "centred": each term past its own mean, constants apart; "paper": He et al.'s code, which
+            shares mean and bias out among the terms.
+        normalize: divide all terms by the length of the feature, so that they sum to the unit feature.
+        tokens: heads whose tokens to keep, for `Decomposition.tokens`; True for all.
+        tolerance: largest `sum_error` allowed; default by the dtype that the tower runs in (1e-4 in fp32).
+
+    Raises:
+        DecompositionError: the terms miss the feature: a hook wrote to the stream past the components.
+        TypeError: `tokens` is neither heads nor a truth value.
+        IndexError: `tokens` names a layer or head that the tower does not have.
+        ValueError: images of another size, or an unknown convention.
+    """
+    kept = _kept(visual, tokens)
+    if tolerance is None:
+        tolerance = TOLERANCE[_dtype(visual)]
+    # Others' hooks may hold something for each image of the batch: it must stay whole.
+    free = not any(hooked(module) for module in visual.modules())
+    size = _part(visual, len(images)) if free and images.ndim == 4 else max(len(images), 1)
+    parts = [
+        _decompose(visual, part, convention, normalize, kept, tolerance)
+        for part in (images.split(size) if len(images) > size else [images])
+    ]
+    return Decomposition.cat(parts)
+
+
+def _decompose(
+    visual: HookedViT,
+    images: Tensor,
+    convention: Convention,
+    normalize: bool,
+    kept: Bool[Tensor, "layer head"] | None,
+    tolerance: float,
+) -> Decomposition:
+    attention = None if kept is None else AttentionCapture(visual, kept)
+    rows = Rows(visual, with_mean=convention == "paper")
+    # Hooks that others set in the last block may read any token there; ours read the pooled row alone.
+    alone = not visual.last_block_hooked
+    hooks: list[Hook] = rows.hooks() + (attention.hooks() if attention else [])
+    with visual.hooks(fwd_hooks=hooks):
+        feature = wide(visual(images, pooled_rows=alone))
+    if not feature.isfinite().all():
+        raise DecompositionError(
+            "expected finite features; received infinite ones or nan from the tower; check the images, and run "
+            "the model in float32"
+        )
+    with full_precision(feature):
+        return _exact(visual, rows, attention, feature, convention, normalize, tolerance)
+
+
+def _exact(
+    visual: HookedViT,
+    rows: Rows,
+    attention: AttentionCapture | None,
+    feature: Float[Tensor, "batch d_embed"],
+    convention: Convention,
+    normalize: bool,
+    tolerance: float,
+) -> Decomposition:
+    """The decomposition of what was seen."""
+    fixed = frozen(visual, convention)
+    length = feature.norm(dim=-1) if normalize else torch.ones_like(feature[:, 0])
+    terms: dict[str, Any] = terms_of(fixed, rows, length, convention)
+    d = Decomposition(
+        **terms,
+        maps=fixed.maps,
+        normalized=normalize,
+        target=feature / length[:, None],
+    )
+    if not d.sum_error <= tolerance:
+        raise DecompositionError(
+            f"expected terms that sum to the feature within {tolerance:.1e} of its largest entry; received a miss "
+            f"of {d.sum_error:.1e}: a hook edits the stream where no term records it (hook_result, "
+            "hook_attn_out, hook_resid_*, ln_final.hook_normalized); edit hook_z, hook_mlp_out or hook_ln_pre, "
+            "or pass tolerance="
+        )
+    if attention is None:
+        return d
+    weights = rows.row_weights / length[:, None, None]
+    return replace(d, token_terms=attention.terms(weights, rows.scales, convention, tolerance))
+
+
+def _part(visual: HookedViT, batch: int) -> int:
+    """Images a run, such that what is kept of them is made up for by the smaller run."""
+    cfg = visual.cfg
+    if not Rows.all_rows(cfg):
+        return max(batch, 1)
+    run = (
+        5 * cfg.d_model + 2 * (1 + cfg.gated) * cfg.d_mlp
+    )  # as measured: the stream, and both sides of an MLP
+    return max(1, math.floor(batch * run / (run + (2 * cfg.n_layers + 1) * cfg.d_model)))
+
+
+def _dtype(visual: HookedViT) -> torch.dtype:
+    """What the tower computes in: its weights' type, or autocast's."""
+    kind = visual.device.type
+    if visual.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return visual.dtype
+
+
+def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "layer head"] | None:
+    if tokens is None or tokens is False:
+        return None
+    chosen = all_heads if tokens is True else tokens
+    if not isinstance(chosen, Components):
+        raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
+    kept = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads, pool=bool(visual.cfg.pool_mlp)).heads
+    return kept if kept.any() else None

@@ -1,0 +1,440 @@
+"""Decomposition: an image feature as a sum of terms, one for each head, MLP and the embedding (docs/method.md, section 1).
+
+Decompositions of several batches as one.
+
+Files of ours, with a digest of what they hold; a decomposition as one of them, complete with its maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.maps import Convention, TermMaps
+from decompclip.decomposition.readout import full_precision
+from decompclip.decomposition.terms import TokenTerms
+from decompclip.files import atomic_write
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Terms in the joint space that sum to the image features, for a batch of images.
+
+    Heads are kept as coordinates: `heads = coords @ maps.heads`, formed only when asked for.
+    Made by `decompclip.decomposition.capture.decompose` (`model.decompose(images)`).
+
+    Attributes:
+        coords: of the heads' terms; `coord` is d_head, or d_head + 3 in the paper's convention.
+        mlps: terms of the MLPs.
+        embed: term of the stream at the input of block 0.
+        bias_coords: scales of the constant terms `maps.bias` (their names: `maps.bias_names`).
+        pool: term of the attention pool's own MLP (SigLIP, PE); its axis is empty elsewhere, and need not be given.
+        normalized: whether the terms were divided by the length of the feature, and so sum to a unit vector.
+        target: the tower's own feature that the terms sum to; None after an edit.
+        token_terms: what `tokens`, `token_logits` and `attention` read, for the heads asked for.
+    """
+
+    coords: Float[Tensor, "batch layer head coord"]
+    mlps: Float[Tensor, "batch layer d_embed"]
+    embed: Float[Tensor, "batch d_embed"]
+    bias_coords: Float[Tensor, "batch bias"]
+    maps: TermMaps
+    normalized: bool
+    target: Float[Tensor, "batch d_embed"] | None = None
+    token_terms: TokenTerms | None = None
+    pool: Float[Tensor, "batch pool d_embed"] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.pool is None:
+            object.__setattr__(self, "pool", self.embed.new_empty(len(self.embed), 0, self.embed.shape[-1]))
+        batch, (layers, heads, coord, d_embed) = len(self.coords), self.maps.heads.shape
+        shapes = {
+            "coords": (batch, layers, heads, coord),
+            "mlps": (batch, layers, d_embed),
+            "embed": (batch, d_embed),
+            "bias_coords": (batch, len(self.maps.bias)),
+            "target": (batch, d_embed),
+            "pool": (batch, self.pool.shape[1], d_embed),
+        }
+        for name, expected in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(
+                    f"expected {name} of shape {list(expected)}, as its maps and coords have it; received "
+                    f"{list(value.shape)}; use the maps of the same model"
+                )
+
+    # What it is
+
+    @property
+    def convention(self) -> Convention:
+        return self.maps.convention
+
+    @property
+    def n_layers(self) -> int:
+        return self.coords.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        return self.coords.shape[2]
+
+    @property
+    def d_embed(self) -> int:
+        return self.embed.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    # Terms
+
+    @property
+    def heads(self) -> Float[Tensor, "batch layer head d_embed"]:
+        """The heads' terms, formed anew at each call."""
+        return self.maps.terms(self.coords)
+
+    @property
+    def bias(self) -> Float[Tensor, "batch d_embed"]:
+        """The constant terms together."""
+        with full_precision(self.embed):
+            return self.bias_coords @ self.maps.bias
+
+    @cached_property
+    def features(self) -> Float[Tensor, "batch d_embed"]:
+        """The sum of all terms; the image features."""
+        others = self.mlps.sum(1) + self.embed + self.pool.sum(1) + self.bias
+        return self.maps.total(self.coords) + others
+
+    @property
+    def sum_error(self) -> float:
+        """Largest miss of the sum against the tower's own feature, as a share of that image's largest entry.
+
+        Raises:
+            ValueError: edited terms sum to no feature of the tower.
+        """
+        if self.target is None:
+            raise ValueError(
+                "expected a decomposition as the tower gave it; received an edited one, whose terms are not "
+                "meant to sum to the tower's feature; read sum_error before the edit"
+            )
+        if not len(self):
+            return 0.0
+        misses = (self.features - self.target).abs().amax(1)
+        return float((misses / self.target.abs().amax(1)).max())
+
+    # Tokens
+
+    def attention(self, layer: int, head: int) -> Float[Tensor, "batch token"]:
+        """The pooled row's attention over source tokens (prefix tokens first, patches follow row by row).
+
+        Where several rows are pooled it is their mean, by the weight with which each of them is read.
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+        """
+        terms, position, _, _ = self._kept(layer, head)
+        weight = terms.scale[:, position]
+        return torch.einsum("bqn,bq->bn", terms.attention[:, position], weight / weight.sum(1, keepdim=True))
+
+    def tokens(self, layer: int, head: int) -> Float[Tensor, "batch token d_embed"]:
+        """What each source token contributes to the head's term; the sum over tokens is the term.
+
+        In the paper's convention the head's constants are shared equally among the tokens, as its code does.
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+        """
+        return self._contracted(layer, head, None)
+
+    def token_logits(
+        self, text: Float[Tensor, "text d_embed"], layer: int, head: int
+    ) -> Float[Tensor, "batch token text"]:
+        """Dot product of each token's contribution with text features, without forming the contributions.
+
+        Raises:
+            LookupError: the head's tokens were not kept (IndexError: there is no such head).
+            ValueError: the texts are of another width.
+        """
+        if text.ndim != 2 or text.shape[1] != self.d_embed:
+            raise ValueError(
+                f"expected text features [text, {self.d_embed}]; received {list(text.shape)}; encode the texts "
+                "with the text tower of the same model"
+            )
+        return self._contracted(layer, head, text)
+
+    def _contracted(self, layer: int, head: int, text: Tensor | None) -> Tensor:
+        with full_precision(self.embed):
+            return self._contract(layer, head, text)
+
+    def _contract(self, layer: int, head: int, text: Tensor | None) -> Tensor:
+        terms, position, layer, head = self._kept(layer, head)
+        weighted, maps = terms.weighted(position), self.maps
+        if maps.tokens is not None and maps.out is not None:
+            out = maps.out if text is None else maps.out @ text.to(maps.out).T
+            # one product over pooling heads and coordinates; einsum would copy both sides first
+            shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)
+            if self.convention == "centred":
+                return shares
+            term = self.coords[:, layer, head]
+            rest = (term if text is None else term @ text.to(term).T) - shares.sum(1)
+            return shares + rest[:, None] / shares.shape[1]
+        written = maps.heads[layer, head]
+        written = written if text is None else written @ text.to(written).T
+        d_head = maps.d_head
+        rest = self.coords[:, layer, head, d_head:] @ written[d_head:] / weighted.shape[1]
+        return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
+
+    def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
+        (layer, head) = (
+            all_heads[layer, head].resolve(self.n_layers, self.n_heads).heads.nonzero()[0].tolist()
+        )
+        if self.token_terms is None:
+            raise LookupError(
+                f"expected a decomposition that kept its tokens; received one without; ask for them: "
+                f"decompose(images, tokens=heads[{layer}, {head}]), or tokens=True for all heads (an edit of "
+                "heads drops them)"
+            )
+        return self.token_terms, self.token_terms.position(layer, head), layer, head
+
+    # Derived decompositions
+
+    def edit(
+        self,
+        *,
+        coords: Float[Tensor, "batch layer head coord"] | None = None,
+        mlps: Float[Tensor, "batch layer d_embed"] | None = None,
+        embed: Float[Tensor, "batch d_embed"] | None = None,
+        pool: Float[Tensor, "batch pool d_embed"] | None = None,
+    ) -> Decomposition:
+        """The same images with other terms; itself where nothing is given.
+
+        Raises:
+            ValueError: a shape differs.
+        """
+        given = {"coords": coords, "mlps": mlps, "embed": embed, "pool": pool}
+        changes = {name: x for name, x in given.items() if x is not None}
+        if not changes:
+            return self
+        kept = self.token_terms if coords is None else None
+        return replace(self, **changes, target=None, token_terms=kept)
+
+    @staticmethod
+    def cat(parts: Sequence[Decomposition]) -> Decomposition:
+        """The images of several decompositions of one model, in order.
+
+        Raises:
+            ValueError: there are none, or they are of different models or options.
+        """
+
+        return join(parts)
+
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Decomposition:
+        """Some of the images: a slice, a mask, indices, or a number (which keeps the batch axis).
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if not isinstance(index, slice | list) and getattr(index, "ndim", 0) == 0:
+            index = operator.index(index)
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"expected an image in 0..{len(self) - 1}; received {index}")
+            index = [index]
+        return self._map(lambda x: x[index], self.maps)
+
+    def to(self, *args: Any, **kwargs: Any) -> Decomposition:
+        """On another device or in another dtype, as `torch.Tensor.to`."""
+
+        return self._map(lambda x: x.to(*args, **kwargs), self.maps.to(*args, **kwargs))
+
+    def _map(self, function: Callable[[Tensor], Tensor], maps: TermMaps) -> Decomposition:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: function(x) for name, x in own.items() if isinstance(x, Tensor)}
+        token_terms = self.token_terms and self.token_terms.map(function)
+        return replace(self, **changed, maps=maps, token_terms=token_terms)
+
+    # Files
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
+
+        return save_decomposition(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Decomposition:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, or holds something else.
+        """
+
+        return load_decomposition(Path(path))
+
+    # Words
+
+    def _facts(self) -> dict[str, str]:
+        """What a reader wants to know first."""
+        return {
+            "images": str(len(self)),
+            "heads": f"{self.n_layers} x {self.n_heads}",
+            "MLPs": f"{self.n_layers}" + (", 1 of the pool" if self.pool.shape[1] else ""),
+            "width": str(self.d_embed),
+            "convention": self.convention,
+            "sums to": "unit features" if self.normalized else "features",
+            "tokens": "none kept"
+            if self.token_terms is None
+            else f"of {int(self.token_terms.kept.sum())} heads",
+            "sum error": "edited" if self.target is None else f"{self.sum_error:.1e}",
+        }
+
+    def __repr__(self) -> str:
+        return f"Decomposition({', '.join(f'{name}: {value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._facts().items())
+        return f"<table><caption>Decomposition</caption>{rows}</table>"
+
+
+def join(parts: Sequence[Decomposition]) -> Decomposition:
+    """The images of several decompositions of one model, in order (`Decomposition.cat`)."""
+    if not parts:
+        raise ValueError("expected at least one decomposition; received none")
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for other in parts[1:]:
+        same_types = (first.coords.dtype, first.maps.heads.dtype) == (
+            other.coords.dtype,
+            other.maps.heads.dtype,
+        )
+        if other.normalized != first.normalized or not same_types or not first.maps.matches(other.maps):
+            raise ValueError(
+                "expected decompositions of one model with the same options; received different ones; "
+                "decompose all of them alike"
+            )
+    terms = [part.token_terms for part in parts if part.token_terms is not None]
+    if any(not torch.equal(x.kept.cpu(), terms[0].kept.cpu()) for x in terms):
+        raise ValueError(
+            "expected decompositions that kept the tokens of the same heads; received different ones; decompose all "
+            "of them with the same tokens="
+        )
+    token_terms = TokenTerms.cat(terms) if len(terms) == len(parts) else None
+    whole = {
+        f.name: torch.cat([getattr(part, f.name) for part in parts])
+        for f in fields(first)
+        if all(isinstance(getattr(part, f.name), Tensor) for part in parts)
+    }
+    return replace(first, **{"target": None, **whole}, token_terms=token_terms)
+
+
+FORMAT = "decompclip.decomposition/2"
+
+
+def save_decomposition(d: Decomposition, path: Path) -> Path:
+    """Write it whole, or not at all."""
+    tensors: dict[str, Tensor | None] = {
+        **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "pool", "bias_coords", "target")},
+        # Behind an attention pool the maps of heads are views of one identity.
+        "maps.heads": d.maps.heads[:1, :1] if d.maps.direct else d.maps.heads,
+        **{f"maps.{name}": getattr(d.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
+    }
+    if d.token_terms is not None:
+        names = ("kept", "attention", "values", "scale")
+        tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
+    about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
+    about |= {"extras": d.maps.extras}
+    return write_tensors(path, {name: x for name, x in tensors.items() if x is not None}, FORMAT, about)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> Path:
+    """Write tensors and what is to be said about them, whole or not at all, with a digest of both."""
+    stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    text = json.dumps(about)
+    metadata = {"format": form, "about": text, "sha256": _digest(stored, text)}
+    with atomic_write(path) as partial:
+        save_file(stored, partial, metadata=metadata)
+    return path
+
+
+def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
+    """SHA-256 of names, types, shapes and numbers, and of what is said about them."""
+    found = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        found.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of ours, and what it says about them.
+
+    Args:
+        form: the format that its metadata must name.
+        what, writer: what such a file holds and what writes it, for the errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, not as it was written, or holds something else. Files of older versions have no
+            digest; their numbers are taken as they are.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {what}; received {path}, which is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"expected a safetensors file; received {path}, which cannot be read ({error}); save it again"
+        ) from error
+    if metadata.get("format") != form:
+        raise ValueError(
+            f"expected a file of format {form}; received {path} of format {metadata.get('format', 'unknown')}; "
+            f"write it with {writer}"
+        )
+    text = metadata.get("about", "")
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, text):
+        raise ValueError(
+            f"expected {path} as it was written; received other numbers than its digest is of: it was changed or damaged; "
+            "copy it again, or save it again"
+        )
+    return tensors, json.loads(text)
+
+
+def load_decomposition(path: Path) -> Decomposition:
+    """Read what `save_decomposition` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, or holds something else.
+    """
+    tensors, about = read_tensors(path, FORMAT, "a saved decomposition", "Decomposition.save")
+    kept = {name.removeprefix("maps."): tensors.pop(name) for name in [*tensors] if name.startswith("maps.")}
+    if "tokens" in kept:
+        kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
+    maps = TermMaps(
+        **kept,
+        bias_names=tuple(about["bias_names"]),
+        convention=cast(Convention, about["convention"]),
+        extras=about["extras"],
+    )
+    tokens = {name.removeprefix("tokens."): tensors.pop(name) for name in [*tensors] if "." in name}
+    return Decomposition(
+        **tensors,
+        maps=maps,
+        normalized=bool(about["normalized"]),
+        token_terms=TokenTerms(**{**tokens, "kept": tokens["kept"].to(torch.bool)}) if tokens else None,
+    )

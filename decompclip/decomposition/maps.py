@@ -1,0 +1,278 @@
+"""A fingerprint of a tower: which model statistics belong to.
+
+Of each weight (and buffer): its products with fixed random pairs of vectors, over its own length, and the logarithm
+of that length; then the configuration, which decides what the weights compute (GELU or QuickGELU), and the
+precision. The numbers stay the same up to rounding when a model is moved or cast, and change with any training.
+
+Factorisations that do not depend on the number of threads.
+
+TermMaps: the fixed linear maps from a component's coordinates to the joint image-text space.
+
+A head's term is a few numbers of the image times a matrix of the model. With `a` the frozen weights of the
+pooled rows and `A` the map behind them (`decompclip.decomposition.readout`), a class token's or a mean's heads are
+
+    centred   sum_n a[n] (z[n] - b_V) / s[n]             @ W A                       A past C
+    paper     sum_n a[n] [z[n] / s[n], 1, mean(x[n])], 1 @ [W A; b / H; -sum(A) / k; constants / k]
+
+with `s` the scale of a LayerNorm behind the heads (1 without) and `k = (2 L + 1) H` equal shares of the
+stream's mean and of the constants. The left factor has d_head (+ 3 or 4) numbers where the term has d_embed:
+means, Grams and products are taken there, exactly. Behind an attention pool a head's term depends on the
+image through as many weighted sums of z as the pool has heads: there the coordinates are the term itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+from zlib import crc32
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decompclip.decomposition.readout import Readout, Writing, full_precision, readout, writing
+from decompclip.tower.vit import HookedViT
+
+PAIRS = 8
+"""Products a weight: an edit of one neuron among hundreds, which one product misses in one case of five, is seen."""
+
+
+@torch.no_grad()
+def fingerprint(visual: HookedViT) -> Float[Tensor, " number"]:
+    """The numbers of a tower, on the CPU, in fp64."""
+    weights = [x.detach() for x in (*visual.parameters(), *visual.buffers()) if x.is_floating_point()]
+    matrices = [x.flatten(1) if x.ndim > 1 else x.reshape(-1, 1) for x in weights]
+    draws = torch.Generator().manual_seed(0)
+    longest = max(max(x.shape) for x in matrices)
+    left, right = torch.randn(2, PAIRS, longest, generator=draws)
+    numbers = []
+    for matrix in matrices:
+        x = matrix if matrix.dtype == torch.float64 else matrix.float()
+        u, v = left[:, : x.shape[0]].to(x), right[:, : x.shape[1]].to(x)
+        length = x.norm().clamp_min(1e-12)
+        numbers += [torch.einsum("pm,mk,pk->p", u, x, v) / length, length.log()[None]]
+    what = float(crc32(json.dumps(visual.cfg.to_dict(), sort_keys=True).encode()))
+    ends = torch.tensor([what, torch.finfo(visual.dtype).eps], dtype=torch.float64)
+    return torch.cat([torch.cat(numbers).cpu().double(), ends])
+
+
+def same_model(ours: Float[Tensor, " number"], theirs: Float[Tensor, " number"]) -> bool:
+    """Whether two fingerprints are of one model, in whatever precision."""
+    if ours.shape != theirs.shape or ours[-2] != theirs[-2]:
+        return False
+    # Casting to fp16 moves a number by about its epsilon, 1e-3; sums in another order by 1e-6.
+    allowed = max(1e-5, 4 * float(torch.maximum(ours[-1], theirs[-1])))
+    return bool((ours[:-2] - theirs[:-2]).abs().max() <= allowed)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch works with one thread.
+
+    For factorisations of batches of small matrices: with several threads MKL's LU of such a batch fails or does not end,
+    its eigenvalues and singular values take a hundred times as long when processors are busy, and digits differ. With
+    one they take fractions of a second.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Convention = Literal["centred", "paper"]
+
+
+def check_convention(convention: str) -> None:
+    """Raises ValueError unless `convention` is a known one."""
+    if convention not in get_args(Convention):
+        raise ValueError(f"expected a convention of {get_args(Convention)}; received {convention!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class TermMaps:
+    """Maps from coordinates to terms, shared by all decompositions of a model.
+
+    Attributes:
+        heads: of each head; `coord` is d_head, and more in the paper's convention. The identity, as a view,
+            where the coordinates are the terms.
+        bias: the constants that the image scales (or, for some, does not).
+        bias_names: "attn_bias 0", ..., "ln_final bias"; none in the paper's convention, which shares them out.
+        extras: how many of a head's coordinates are shares of constants, not of its z.
+        tokens: behind an attention pool, what its heads read of a head's z; None elsewhere.
+        out: and the way from there to the joint space.
+        fingerprint: of the tower's weights (`decompclip.decomposition.maps`); None where unknown.
+    """
+
+    heads: Float[Tensor, "layer head coord d_embed"]
+    bias: Float[Tensor, "bias d_embed"]
+    bias_names: tuple[str, ...]
+    convention: Convention
+    extras: int = 0
+    tokens: Float[Tensor, "layer head pool_head d_head d_mid"] | None = None
+    out: Float[Tensor, "pool_head d_mid d_embed"] | None = None
+    fingerprint: Float[Tensor, " weight"] | None = None
+
+    def __post_init__(self) -> None:
+        check_convention(self.convention)
+
+    @property
+    def d_head(self) -> int:
+        return self.heads.shape[2] - self.extras if self.tokens is None else self.tokens.shape[3]
+
+    @property
+    def direct(self) -> bool:
+        """Whether coordinates are the terms themselves."""
+        return self.tokens is not None
+
+    @cached_property
+    def grams(self) -> Float[Tensor, "layer head coord coord"]:
+        """Dot products of terms as products of coordinates: `term_i . term_j = c_i @ gram @ c_j`."""
+        return self.heads if self.direct else self.heads @ self.heads.mT
+
+    def terms(
+        self, coords: Float[Tensor, "*batch layer head coord"]
+    ) -> Float[Tensor, "*batch layer head d_embed"]:
+        """Heads' terms of their coordinates."""
+        if self.direct:
+            return coords
+        with full_precision(coords):
+            return torch.einsum("...lhr,lhrd->...lhd", coords, self.heads.to(coords))
+
+    def total(self, coords: Float[Tensor, "batch layer head coord"]) -> Float[Tensor, "batch d_embed"]:
+        """The sum of all heads' terms, without forming them."""
+        with full_precision(coords):
+            return coords.sum((1, 2)) if self.direct else coords.flatten(1) @ self.heads.flatten(0, 2)
+
+    def matches(self, other: TermMaps) -> bool:
+        """Whether coordinates under `other` mean the same as under these maps: one model, one convention."""
+        if self is other:
+            return True
+        if self.convention != other.convention or self.heads.shape != other.heads.shape:
+            return False
+        if self.fingerprint is not None and other.fingerprint is not None:
+            return same_model(self.fingerprint, other.fingerprint)
+        theirs = other.heads.to(self.heads)
+        return bool((self.heads - theirs).abs().max() <= 1e-3 * self.heads.abs().max())
+
+    def to(self, *args: Any, **kwargs: Any) -> TermMaps:
+        """On another device or in another dtype, as `torch.Tensor.to`; itself where nothing changes."""
+        names = [name for name in ("bias", "tokens", "out") if getattr(self, name) is not None]
+        # The identity is a view of one, not a copy a head.
+        head = self.heads[0, 0] if self.direct else self.heads
+        moved = {"heads": head.to(*args, **kwargs)}
+        moved |= {name: getattr(self, name).to(*args, **kwargs) for name in names}
+        if moved["heads"] is head and all(moved[name] is getattr(self, name) for name in names):
+            return self
+        moved["heads"] = moved["heads"].expand(self.heads.shape)
+        return replace(self, **moved)
+
+    def __repr__(self) -> str:
+        layers, heads, coord, d_embed = self.heads.shape
+        return f"TermMaps({self.convention}: {layers} layers x {heads} heads, {coord} -> {d_embed})"
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """A tower's fixed maps, of which `TermMaps` are made, and its terms (`decompclip.decomposition.capture`)."""
+
+    read: Readout
+    write: Writing
+    into: Float[Tensor, "pool_head d_model d_mid"]
+    maps: TermMaps
+
+
+# A model's maps, while the model lives and its weights stay as they are.
+_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, Tensor, Frozen]]] = WeakKeyDictionary()
+
+
+def frozen(visual: HookedViT, convention: Convention) -> Frozen:
+    """The fixed maps of a tower, built once for its present weights; in fp32 at least.
+
+    Raises:
+        ValueError: an unknown convention.
+    """
+    check_convention(convention)
+    # An optimizer's step raises a parameter's version; moves and casts change its address; and a sample of the
+    # numbers shows what is written past autograd (`.data`), unless that spares every one of them.
+    state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in visual.parameters()]
+    sample = torch.cat([_sample(p) for p in visual.parameters()])
+    kept = _CACHE.setdefault(visual, {})
+    if convention not in kept or kept[convention][0] != state or not torch.equal(kept[convention][1], sample):
+        # Plain tensors, whatever mode the caller is in: they serve later calls.
+        with torch.inference_mode(False), full_precision(visual.ln_final.w):
+            kept[convention] = (state, sample, _build(visual, convention))
+    return kept[convention][2]
+
+
+def _sample(p: Tensor) -> Float[Tensor, " number"]:
+    flat = p.detach().view(-1) if p.is_contiguous() else p.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 16)].float()
+
+
+def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:
+    """The maps of a tower's terms.
+
+    Raises:
+        ValueError: an unknown convention.
+    """
+    return frozen(visual, convention).maps
+
+
+@torch.no_grad()
+def _build(visual: HookedViT, convention: Convention) -> Frozen:
+    read, write = readout(visual), writing(visual)
+    into = read.centred if convention == "centred" else read.into
+    bias, names = (
+        _bias(read, write, into)
+        if convention == "centred"
+        else (write.bias.new_empty(0, visual.cfg.d_embed), ())
+    )
+    mark = fingerprint(visual)
+    if read.out is not None:
+        tokens = torch.einsum("lhed,qdp->lhqep", write.W, into)
+        eye = torch.eye(visual.cfg.d_embed).to(write.W).expand(*write.W.shape[:2], -1, -1)
+        return Frozen(read, write, into, TermMaps(eye, bias, names, convention, 0, tokens, read.out, mark))
+    heads, extras = write.W @ into[0], write.W.new_empty(0)
+    if convention == "paper":
+        extras = _extras(visual, read, write)
+        heads = torch.cat([heads, extras[:, None].expand(-1, heads.shape[1], -1, -1)], dim=2)
+    maps = TermMaps(
+        heads, bias, names, convention, extras.shape[1] if extras.numel() else 0, fingerprint=mark
+    )
+    return Frozen(read, write, into, maps)
+
+
+def _bias(read: Readout, write: Writing, into: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Constant terms: of each layer (and pooling head) what heads write whatever they attend to, then the readout's."""
+    values = torch.einsum("lhe,lhed->ld", write.b_V, write.W)
+    kinds = {"attn_bias": values + write.head_bias, "attn_norm_bias": write.bias}
+    if not write.scaled:
+        kinds = {"attn_bias": values + write.bias}
+    rows, names = [], []
+    for kind, written in kinds.items():
+        mid = torch.einsum("ld,qdp->lqp", written, into)
+        rows.append((mid if read.out is None else torch.einsum("lqp,qpd->lqd", mid, read.out)).flatten(0, 1))
+        heads = [""] if read.out is None else [f" through pool head {q}" for q in range(len(into))]
+        names += [f"{kind} {layer}{head}" for layer in range(len(written)) for head in heads]
+    return torch.cat([*rows, torch.stack(list(read.constants.values()))]), (*names, *read.constants)
+
+
+def _extras(visual: HookedViT, read: Readout, write: Writing) -> Float[Tensor, "layer extra d_embed"]:
+    """What the paper's convention adds to a head: its shares of biases, of the stream's mean, and of constants."""
+    n_heads = visual.cfg.n_heads
+    shares = (2 * visual.cfg.n_layers + 1) * n_heads
+    into = read.into[0]
+    mean = (-into.sum(0) / shares).expand(len(write.bias), -1)
+    constants = (sum(read.constants.values(), into.new_zeros(())) / shares).expand_as(mean)
+    of_heads = [write.head_bias @ into / n_heads] if write.scaled else []
+    return torch.stack([*of_heads, write.bias @ into / n_heads, mean, constants], dim=1)

@@ -1,0 +1,222 @@
+"""What a diagnosis says: faults in order, each with its evidence and its remedy; and everything that was compared."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from decompclip.intervals import Paired, Rate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+Severity = Literal["error", "warning"]
+Unit = Literal["%", "points", ""]
+
+FEWEST = 20
+"""Images below which nothing is said about classes, and no model is called in order."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One number, and its 95 % interval where it has one. Shares and their differences are kept in 0..1."""
+
+    what: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: Unit = ""
+
+    @classmethod
+    def of(cls, what: str, rate: Rate) -> Evidence:
+        """A share of images."""
+        return cls(what, rate.value, rate.low, rate.high, "%")
+
+    def __str__(self) -> str:
+        def word(value: float) -> str:
+            sign = "+" if self.unit == "points" else ""
+            return f"{100 * value:{sign}.1f}" if self.unit else f"{value:.4g}"
+
+        interval = "" if self.low is None or self.high is None else f" [{word(self.low)}, {word(self.high)}]"
+        return f"{self.what} {word(self.value)}{f' {self.unit}' if self.unit else ''}{interval}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        check: which check found it.
+        severity: "error" where results are wrong or much worse for it, else "warning".
+        what: the fault, in a sentence.
+        evidence: the numbers that show it.
+        remedy: what to do.
+    """
+
+    check: str
+    severity: Severity
+    what: str
+    evidence: tuple[Evidence, ...]
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = f" ({'; '.join(map(str, self.evidence))})" if self.evidence else ""
+        return f"{self.severity}: {self.what}{shown}. Remedy: {self.remedy}."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model run in another way, on the same images.
+
+    Attributes:
+        check, name: what was changed, and to what.
+        accuracy: in that way.
+        difference: to the accuracy of the model as it is, image by image.
+        interval: of that difference; those of all comparisons hold together with 95 %.
+    """
+
+    check: str
+    name: str
+    accuracy: Rate
+    difference: Paired
+    interval: tuple[float, float]
+
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence("difference", self.difference.value, *self.interval, "points")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        model: its name.
+        images, classes: how many there were.
+        accuracy: zero-shot, as the model is, with the labels as they were given.
+        chance: accuracy that answers and labels of these frequencies would have if they had nothing to do
+            with one another.
+        findings: what is wrong, the gravest first; empty for a model in order, and for images too few.
+        comparisons: every other way in which the model was run.
+        noticeable: the least loss of accuracy that these images would show, if other settings would mend it;
+            None if they are too few to show any.
+        unchecked: what could not be checked, and why.
+    """
+
+    model: str
+    images: int
+    classes: int
+    accuracy: Rate
+    chance: float
+    findings: tuple[Fault, ...]
+    comparisons: tuple[Comparison, ...]
+    noticeable: float | None
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were images enough to call a model in order."""
+        return self.images >= FEWEST
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found, on images enough to find it."""
+        return self.enough and not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "images": self.images,
+            "classes": self.classes,
+            "ok": self.ok,
+            "enough": self.enough,
+            "accuracy": self.accuracy.to_dict(),
+            "chance": self.chance,
+            "noticeable": self.noticeable,
+            "findings": [asdict(fault) for fault in self.findings],
+            "comparisons": [
+                {
+                    "check": other.check,
+                    "name": other.name,
+                    "accuracy": other.accuracy.to_dict(),
+                    "difference": asdict(other.evidence),
+                }
+                for other in self.comparisons
+            ],
+            "unchecked": list(self.unchecked),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a number of evidence (or a fault, where it has none), in order."""
+        return [
+            {
+                "severity": fault.severity,
+                "check": fault.check,
+                "what": fault.what,
+                "evidence": shown.what if shown else None,
+                "value": shown.value if shown else None,
+                "low": shown.low if shown else None,
+                "high": shown.high if shown else None,
+                "remedy": fault.remedy,
+            }
+            for fault in self.findings
+            for shown in (fault.evidence or (None,))
+        ]
+
+    def to_frame(self) -> Any:
+        """`rows` as a pandas DataFrame; where pandas is not installed, as they are."""
+        try:
+            import pandas
+        except ImportError:
+            return self.rows()
+        columns = ["severity", "check", "what", "evidence", "value", "low", "high", "remedy"]
+        return pandas.DataFrame(self.rows(), columns=pandas.Index(columns))
+
+    def figure(self) -> go.Figure:
+        """The accuracy of each way in which the model was run, with its interval."""
+        from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+
+        rates = {"as it is": self.accuracy} | {way.name: way.accuracy for way in self.comparisons}
+        points = [Point.of(rate.to_dict()) for rate in rates.values()]
+        panel = Panel(
+            "", "zero-shot accuracy, %; dotted: chance", {"accuracy": points}, PERCENT, 100 * self.chance
+        )
+        return point_panels(list(rates), [panel])
+
+    def _head(self) -> str:
+        plural = "" if len(self.findings) == 1 else "s"
+        count = f"{len(self.findings)} finding{plural}"
+        if not self.findings:
+            count = "no finding" if self.enough else "too few images to say"
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
+        last = f"chance {100 * self.chance:.1f} %" if self.enough else f"expected at least {FEWEST} images"
+        return (
+            f"Diagnosis of {self.model!r}: {count}; zero-shot accuracy {self.accuracy} on {images} of "
+            f"{self.classes} classes ({last})"
+        )
+
+    def _tail(self) -> Iterator[str]:
+        if self.noticeable is None:
+            yield "too few images to notice settings that cost accuracy: give more"
+        else:
+            yield f"settings that cost less than {100 * self.noticeable:.1f} points would not be noticed with so many images"
+        yield from (f"not checked: {reason}" for reason in self.unchecked)
+
+    def __repr__(self) -> str:
+        return "\n".join([self._head(), *(f"  {line}" for line in (*self.findings, *self._tail()))])
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, *cells: str) -> str:
+            return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+        rows = [
+            row("td", fault.severity, fault.what, "; ".join(map(str, fault.evidence)), fault.remedy)
+            for fault in self.findings
+        ]
+        table = f"<table>{row('th', 'severity', 'finding', 'evidence', 'remedy')}{''.join(rows)}</table>"
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._tail())
+        return f"<p>{html.escape(self._head())}</p>{table if rows else ''}<ul>{notes}</ul>"

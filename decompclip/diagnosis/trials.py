@@ -1,0 +1,203 @@
+"""The same weights under another activation: the one place that knows where activations stand in a model.
+
+Other ways to run the model, one change at a time, and whether they do better on the same images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from decompclip.diagnosis.pictures import NORMALISATIONS, Views, normalise
+from decompclip.diagnosis.result import Comparison, Evidence, Fault
+from decompclip.intervals import Paired, Rate
+from decompclip.models.clip import HookedCLIP
+from decompclip.tower.mlp import ACTIVATIONS, MLP
+
+WORDS = {"gelu": "GELU", "quick_gelu": "QuickGELU", "gelu_tanh": "tanh-GELU", "silu": "SiLU"}
+
+
+class _Activation(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x)  # pyright: ignore[reportArgumentType]
+
+
+def with_activation(model: HookedCLIP, activation: str) -> HookedCLIP:
+    """`model` with this activation in both towers, as `load(activation=...)` gives it; the weights are shared."""
+    kept = (*model.parameters(), *model.buffers(), model.tokenizer, model.preprocess)
+    twin = copy.deepcopy(model, {id(thing): thing for thing in kept})
+    for mlp in _image_mlps(twin):
+        mlp.act = ACTIVATIONS[activation]  # pyright: ignore[reportArgumentType]
+    for mlp in _text_mlps(twin):
+        mlp.gelu = _Activation(activation)
+    return twin
+
+
+def in_image_tower(model: HookedCLIP) -> set[str]:
+    """Names of the activations that the image tower's MLPs run."""
+    known = {id(function): name for name, function in ACTIVATIONS.items()}
+    return {known.get(id(mlp.act), "another") for mlp in _image_mlps(model)}
+
+
+def in_text_tower(model: HookedCLIP) -> set[str]:
+    """Names of the activations of open_clip's own text tower; none for those of other libraries."""
+    known = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
+    return {known.get(type(mlp.gelu).__name__, "another") for mlp in _text_mlps(model)}
+
+
+def _image_mlps(model: HookedCLIP) -> Iterator[MLP]:
+    return (module for module in model.visual.modules() if isinstance(module, MLP))
+
+
+def _text_mlps(model: HookedCLIP) -> Iterator[nn.Sequential]:
+    return (m for m in model.text.modules() if isinstance(m, nn.Sequential) and hasattr(m, "gelu"))
+
+
+MARGIN = 0.01
+"""Gain of accuracy that the lower end of an interval must pass: a good model, too, may like one crop a little better."""
+
+GRAVE = 0.05
+"""Likewise, to be called an error."""
+
+Classify = Callable[[HookedCLIP], Float[Tensor, "class d_embed"]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One other way: which images the tower gets, which tower, and which classifier.
+
+    Attributes:
+        check, name: what is changed, and to what.
+        view: the tower's input; None where these images cannot be given so.
+        what, remedy: of the finding, if this way does better.
+    """
+
+    check: str
+    name: str
+    view: Callable[[Views], Float[Tensor, "batch 3 h w"] | None]
+    model: HookedCLIP
+    classifier: Float[Tensor, "class d_embed"]
+    what: str
+    remedy: str
+
+
+def trials(model: HookedCLIP, classify: Classify, classifier: Float[Tensor, "class d_embed"]) -> list[Trial]:
+    """Every way that is worth trying with this model; the first is the model as it is."""
+    given = partial(Trial, model=model, classifier=classifier)
+    own = (model.mean, model.std)
+    found = [
+        given("as it is", "as it is", lambda views: views.fed, what="", remedy=""),
+        given(
+            "preprocessing",
+            "the model's own preprocessing",
+            lambda views: model.normalize(views.pixels) if views.foreign else None,
+            what="the images are not preprocessed as this model wants them",
+            remedy="pass pictures through this model's `preprocess`, or pixels in [0, 1] through its `normalize`",
+        ),
+        given(
+            "channels",
+            "blue, green, red",
+            lambda views: model.normalize(views.pixels.flip(1)),
+            what="the channels are in the wrong order: blue, green, red for red, green, blue (OpenCV's order)",
+            remedy="reverse them, as by `images.flip(1)`, or read the pictures with PIL",
+        ),
+        given(
+            "geometry",
+            "cropped" if model.preprocess_cfg.resize_mode == "squash" else "squashed",
+            lambda views: None if views.reshaped is None else model.normalize(views.reshaped),
+            what="the pictures are brought to the tower's size in the wrong way: the model crops where it should squash, "
+            "or the reverse",
+            remedy=f"set `resize_mode` of the preprocessing, now {model.preprocess_cfg.resize_mode!r}",
+        ),
+    ]
+    for name, by in NORMALISATIONS.items():
+        if any(
+            abs(a - b) > 1e-3
+            for ours, theirs in zip(own, by, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        ):
+            found.append(
+                given(
+                    "normalisation",
+                    f"{name} normalisation",
+                    lambda views, by=by: normalise(views.pixels, by),
+                    what=f"the mean and standard deviation of the preprocessing are wrong: {name} normalisation does better",
+                    remedy=f"load it with the preprocessing mean={by[0]}, std={by[1]}",
+                )
+            )
+    return found + _other_towers(model, classify)
+
+
+def _other_towers(model: HookedCLIP, classify: Classify) -> list[Trial]:
+    found: list[Trial] = []
+
+    def add(check: str, name: str, other: HookedCLIP, what: str, remedy: str) -> None:
+        found.append(Trial(check, name, lambda views: views.fed, other, classify(other), what, remedy))
+
+    running = in_image_tower(model)
+    if not model.cfg.gated and running & {"gelu", "quick_gelu", "gelu_tanh"}:
+        # tanh-GELU is GELU to four digits
+        worth = {"gelu", "quick_gelu"} - (running | ({"gelu"} if "gelu_tanh" in running else set()))
+        for activation in sorted(worth):
+            here = " and ".join(WORDS.get(name, name) for name in sorted(running))
+            what = f"the activation is wrong: the weights want {WORDS[activation]} and the towers run {here}"
+            other = with_activation(model, activation)
+            add("activation", WORDS[activation], other, what, f"load them with activation={activation!r}")
+    if model.visual.dtype in (torch.float16, torch.bfloat16):
+        dtype = str(model.visual.dtype).removeprefix("torch.")
+        what, remedy = f"{dtype} is too coarse for this model", "load it with dtype=torch.float32"
+        add("precision", "float32", copy.deepcopy(model).float(), what, remedy)
+    return found
+
+
+def compare(
+    trial: Trial, right: Bool[Tensor, " batch"], base: Bool[Tensor, " batch"], among: int
+) -> Comparison:
+    """One way beside the model as it is."""
+    paired = Paired.of(base, right)
+    return Comparison(trial.check, trial.name, Rate.of(right), paired, paired.interval(among))
+
+
+def better(tried: Sequence[tuple[Trial, Comparison]], accuracy: Rate) -> list[Fault]:
+    """A fault for each setting of which another choice does better, the costliest first."""
+    best: dict[str, tuple[Trial, Comparison]] = {}
+    for trial, comparison in tried:
+        held = best.get(trial.check)
+        if comparison.interval[0] > MARGIN and (
+            held is None or comparison.difference.value > held[1].difference.value
+        ):
+            best[trial.check] = trial, comparison
+    if "preprocessing" in best:
+        # what the model's own preprocessing mends is no fault of the model's: settings are its rivals only
+        gain = best["preprocessing"][1].difference.value
+        best = {
+            check: pair
+            for check, pair in best.items()
+            if check not in ("normalisation", "channels", "geometry")
+            or pair[1].difference.value > gain + MARGIN
+        }
+    chosen = sorted(best.values(), key=lambda pair: -pair[1].difference.value)
+    return [
+        Fault(
+            trial.check,
+            "error" if comparison.interval[0] > GRAVE else "warning",
+            trial.what,
+            (
+                Evidence.of("zero-shot accuracy", accuracy),
+                Evidence.of(f"with {comparison.name}", comparison.accuracy),
+                comparison.evidence,
+            ),
+            trial.remedy,
+        )
+        for trial, comparison in chosen
+    ]

@@ -1,0 +1,200 @@
+"""The bundled small CLIPs: weights and cards inside the package, verified when read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP, CustomTextCLIP
+from safetensors.torch import save_file
+from torch import Tensor
+
+from decompclip.files import atomic_folder, write_json
+from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.differences import SUFFIX, digest, read_difference, write_difference
+from decompclip.models.errors import CheckpointError, UnknownModelError
+from decompclip.models.spec import ModelSpec, build_open_clip
+from decompclip.models.text import WordTokenizer
+
+__all__ = ["WEIGHTS", "build_open_clip", "bundled", "card", "load_bundled", "spec_of", "write_bundled"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+_REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "class_names")
+
+
+def bundled(folder: Path = WEIGHTS) -> tuple[str, ...]:
+    """Names of the bundled models."""
+    return tuple(
+        sorted(
+            path.stem
+            for path in folder.glob("*.json")
+            if any(path.with_suffix(suffix).exists() for suffix in (".safetensors", SUFFIX))
+        )
+    )
+
+
+def card(name: str, folder: Path = WEIGHTS) -> dict[str, Any]:
+    """How a bundled model was made and what it scores.
+
+    Raises:
+        UnknownModelError: no such model; the bundled ones are listed.
+    """
+    if name not in bundled(folder):
+        raise UnknownModelError(
+            f"no bundled model {name!r} in {folder}; there are: {', '.join(bundled(folder)) or 'none'}"
+        )
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def spec_of(card: Mapping[str, Any]) -> ModelSpec:
+    """The model that a card describes, without its weights."""
+    words, backdoor = card["tokenizer"], card.get("backdoor")
+    return ModelSpec(
+        name=card["name"],
+        architecture=card["architecture"],
+        tokenizer=WordTokenizer(tuple(words["words"]), words["context_length"]),
+        preprocess=card["preprocess"],
+        templates=card["templates"],
+        class_names=card["class_names"],
+        backdoors=[{key: backdoor[key] for key in ("trigger", "target")}] if backdoor else (),
+    )
+
+
+def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
+    """A bundled model's weights in fp32, verified.
+
+    A twin is stored as a difference from its clean model, which is looked for in `folder` and among the bundled ones.
+
+    Raises:
+        UnknownModelError: no such model.
+        CheckpointError: the weights are not those of the card, or the model that they are a difference from is not there.
+    """
+    facts = card(name, folder)
+    base = facts.get("difference_from")
+    path = folder / f"{name}{SUFFIX if base else '.safetensors'}"
+    found = sha256(path) if path.exists() else "none"
+    if found != facts["sha256"]:
+        raise CheckpointError(
+            f"the weights of {name!r} are not those of its card: {path} has SHA-256 {found}, expected "
+            f"{facts['sha256']}. The file was changed or cut; install decompclip again, or `git checkout -- {path}`"
+        )
+    if base is None:
+        return {key: x.float() if x.is_floating_point() else x for key, x in read_checkpoint(path).items()}
+    where = folder if base in bundled(folder) else WEIGHTS
+    if base not in bundled(where) or card(base, where).get("difference_from"):
+        raise CheckpointError(
+            f"the weights of {name!r} are stored as a difference from {base!r}, expected whole in {where}; it is not "
+            "there; install decompclip again"
+        )
+    state = read_difference(path, read_bundled(base, where))
+    if digest(state) != facts["weights_sha256"]:
+        raise CheckpointError(
+            f"the weights of {name!r} are not those of its card: they are stored as a difference from {base!r}, which is "
+            "another model than it was; install decompclip again"
+        )
+    return state
+
+
+def base_weights(name: str) -> dict[str, Tensor]:
+    """The weights of a bundled model that twins are stored as differences from.
+
+    Raises:
+        ValueError: it is such a twin itself.
+        UnknownModelError, CheckpointError: as `read_bundled`.
+    """
+    if other := card(name).get("difference_from"):
+        raise ValueError(f"expected a base that is stored whole; {name!r} is a difference from {other!r}")
+    return read_bundled(name)
+
+
+def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
+    """A bundled model in fp32.
+
+    Raises:
+        UnknownModelError, CheckpointError: as `read_bundled`.
+    """
+    facts = card(name, folder)
+    spec = spec_of(facts)
+    model = spec.build()
+    state = read_bundled(name, folder)
+    check_fit(model, state, source=str(folder / name), name=name)
+    model.load_state_dict(state)
+    return spec.hook(
+        model,
+        {
+            "pretrained": "bundled",
+            "checkpoint": None,
+            "sha256": facts["sha256"],
+            "files": {f"{name}{SUFFIX if facts.get('difference_from') else '.safetensors'}": facts["sha256"]},
+            "activation": spec.activation,
+            "activation_source": "card",
+        },
+    )
+
+
+def write_bundled(
+    model: CLIP | CustomTextCLIP | CoCa,
+    card: Mapping[str, Any],
+    folder: Path = WEIGHTS,
+    *,
+    dtype: torch.dtype = torch.float16,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Write a model's weights and its card, each under a temporary name and then renamed.
+
+    Args:
+        base: store the weights as a difference from this bundled model's (`as_stored` gives what is left of them), in
+            place of `dtype`.
+
+    Returns:
+        The card as written, with `sha256`, `dtype` and `parameters` filled in.
+
+    Raises:
+        ValueError: the card lacks a field, names no plain file, or describes another model; or a weight
+            does not fit `dtype`.
+    """
+    missing = [key for key in _REQUIRED if key not in card]
+    if missing:
+        raise ValueError(f"the card lacks {', '.join(missing)}; needed are {', '.join(_REQUIRED)}")
+    name = card["name"]
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise ValueError(f"expected a name of lower-case letters, digits and hyphens, got {name!r}")
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    check_fit(build_open_clip(card["architecture"]), state, source="the model", name=f"{name} (its card)")
+    suffix = ".safetensors" if base is None else SUFFIX
+    with atomic_folder(folder, f"{name}.json") as partial:
+        weights = partial / f"{name}{suffix}"
+        if base is None:
+            _save_as(state, dtype, weights)
+            how = {"dtype": str(dtype).removeprefix("torch.")}
+        else:
+            how = {
+                "difference_from": base,
+                "weights_sha256": write_difference(state, base_weights(base), weights),
+            }
+        written = {
+            **card,
+            "sha256": sha256(weights),
+            **how,
+            "parameters": sum(value.numel() for value in state.values()),
+        }
+        write_json(partial / f"{name}.json", written)
+    (folder / f"{name}{'.safetensors' if base else SUFFIX}").unlink(missing_ok=True)  # its other form before
+    return written
+
+
+def _save_as(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> None:
+    stored = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    unfit = [key for key, value in stored.items() if not value.isfinite().all()]
+    if unfit:
+        raise ValueError(
+            f"{len(unfit)} weights are not finite in {dtype}, first {unfit[0]}; pass torch.float32"
+        )
+    save_file(stored, path)

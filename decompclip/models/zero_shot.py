@@ -1,0 +1,177 @@
+"""Many prompts through a text tower: no further than they reach, and once for the same classes.
+
+Classifiers made of words: one text feature a class.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from open_clip.model import CLIP
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KEPT = 4
+"""Classifiers that are kept of a model."""
+
+_SHORT = 32
+"""Contexts up to so many tokens are not worth cutting."""
+
+_CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[list[Any], Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def causal(text: nn.Module) -> bool:
+    """Whether a text's feature depends on nothing behind its end: open_clip's own causal tower, which pools there."""
+    source: Any = text
+    return (
+        type(text) is CLIP
+        and source.attn_mask is not None
+        and source.text_pool_type in ("argmax", "eos")
+        and source.context_length > _SHORT
+    )
+
+
+def encode_prompts(text: nn.Module, tokens: Int[Tensor, "text position"]) -> Float[Tensor, "text d_embed"]:
+    """What `text.encode_text` gives, of a tower that is `causal`: positions behind the last end are left out."""
+    source: Any = text
+    ends = tokens.argmax(-1)
+    if source.text_pool_type == "eos":
+        ends = (tokens == source.text_eos_id).int().argmax(-1)
+    length = int(ends.max()) + 1
+    tokens = tokens[:, :length]
+    dtype = source.transformer.get_cast_dtype()
+    x = source.token_embedding(tokens).to(dtype) + source.positional_embedding[:length].to(dtype)
+    x = source.ln_final(source.transformer(x, attn_mask=source.attn_mask[:length, :length]))
+    x = text_global_pool(x, tokens, source.text_pool_type, eos_token_id=source.text_eos_id)
+    if source.text_projection is None:
+        return x
+    return (
+        source.text_projection(x)
+        if isinstance(source.text_projection, nn.Linear)
+        else x @ source.text_projection
+    )
+
+
+def _state(text: nn.Module) -> tuple[list[Any], Tensor]:
+    """Changes with every step of an optimizer, every move and cast, and nearly all that is written past autograd."""
+    weights = list(text.parameters())
+    marks = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
+    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // 16)].float() for p in weights]
+    return marks, torch.cat(samples) if samples else torch.zeros(0)
+
+
+def kept(text: nn.Module, key: object) -> Tensor | None:
+    """The classifier that was kept for these classes, if the text tower is as it was."""
+    found = _CACHE.get(text, {}).get(key)
+    if found is None:
+        return None
+    marks, sample = _state(text)
+    return found[2].clone() if found[0] == marks and torch.equal(found[1], sample) else None
+
+
+def keep(text: nn.Module, key: object, classifier: Tensor) -> None:
+    """Keep a classifier, and the last few with it."""
+    held = _CACHE.setdefault(text, {})
+    held.pop(key, None)
+    held[key] = (*_state(text), classifier.clone())
+    for old in list(held)[:-KEPT]:
+        del held[old]
+
+
+def key_of(names: Sequence[str], templates: Sequence[Any], tokenizer: object) -> object:
+    """What a classifier is of; functions and tokenizers count as the objects that they are."""
+    return tuple(names), tuple(templates), id(tokenizer)
+
+
+Template = str | Callable[[str], str]
+"""A prompt with one slot `{}` for the class's name, or a function from the name to the prompt."""
+
+Track = Callable[[Iterable[int], str, int], Iterator[int]]
+"""Shows progress: passes numbers of batches through while it says what is done and how many there are."""
+
+
+def zero_shot_classifier(
+    encode_text: Callable[[Int[Tensor, "text position"]], Float[Tensor, "text d_embed"]],
+    tokenize: Callable[[list[str]], Int[Tensor, "text position"]],
+    class_names: Sequence[str],
+    templates: Sequence[Template],
+    *,
+    batch_size: int = 256,
+    allow_duplicates: bool = False,
+    track: Track | None = None,
+) -> Float[Tensor, "class d_embed"]:
+    """One unit vector a class: the mean over the templates of its unit text features, normalised again.
+
+    Args:
+        encode_text: text tower; it moves the token ids to its own device.
+        tokenize: its tokenizer.
+        templates: for instance open_clip's `OPENAI_IMAGENET_TEMPLATES`.
+        batch_size: texts a call of `encode_text`.
+        allow_duplicates: let two classes share a name, as two pairs of ImageNet's published names do; the
+            later one is then never predicted.
+        track: shows progress, where there are several batches.
+
+    Raises:
+        ValueError: no classes, no templates, a name that stands twice, a template without a slot, or a
+            single string where a list is expected.
+    """
+    _check_names(class_names, allow_duplicates=allow_duplicates)
+    _check_templates(templates)
+    places: dict[str, list[int]] = {}  # of each distinct prompt, the classes that it counts for
+    for place, name in enumerate(class_names):
+        for template in templates:
+            places.setdefault(_fill(template, name), []).append(place)
+    prompts = list(places)
+    starts: Iterable[int] = range(0, len(prompts), batch_size)
+    if track is not None and len(prompts) > batch_size:
+        words = f"texts of {len(class_names)} classes"
+        starts = track(starts, words, len(range(0, len(prompts), batch_size)))
+    sums: Tensor | None = None  # of the features of a class: never those of all prompts at once
+    with torch.no_grad():
+        for start in starts:
+            batch = prompts[start : start + batch_size]
+            features = F.normalize(encode_text(tokenize(batch)), dim=-1)
+            rows = torch.tensor([(i, place) for i, prompt in enumerate(batch) for place in places[prompt]])
+            rows = rows.to(features.device)
+            if sums is None:
+                sums = features.new_zeros(len(class_names), features.shape[1])
+            sums = sums.index_add(0, rows[:, 1], features[rows[:, 0]])
+        assert sums is not None
+        return F.normalize(sums / len(templates), dim=-1)
+
+
+def _fill(template: Template, name: str) -> str:
+    # not str.format, which would stumble over other braces
+    return template.replace("{}", name) if isinstance(template, str) else template(name)
+
+
+def _check_names(class_names: Sequence[str], *, allow_duplicates: bool) -> None:
+    if isinstance(class_names, str):
+        raise ValueError(f"expected a list of class names; received the single string {class_names!r}")
+    if not class_names:
+        raise ValueError("expected at least one class name; received an empty list; check the class file")
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated and not allow_duplicates:
+        raise ValueError(
+            f"expected each class name once; received again: {', '.join(map(repr, repeated))}; tell the classes "
+            "apart in words, or pass allow_duplicates=True (the later one is then never predicted)"
+        )
+
+
+def _check_templates(templates: Sequence[Template]) -> None:
+    if isinstance(templates, str):
+        raise ValueError(f"expected a list of templates; received the single string {templates!r}")
+    if not templates:
+        raise ValueError('expected at least one template; received none; the plainest is "a photo of a {}."')
+    for template in templates:
+        if isinstance(template, str) and "{}" not in template:
+            raise ValueError(
+                f"expected a slot {{}} for the class's name in every template; received {template!r}, which would "
+                "give all classes the same text"
+            )

@@ -1,0 +1,234 @@
+"""HookedViT: the one forward pass through an image tower, with a hook point at every step.
+
+Names are TransformerLens' (`blocks.3.attn.hook_z`, `ln_final.hook_scale`), so that its idioms carry over.
+Activations that a fused kernel never forms (attention scores, pattern, per-head results, LayerNorm's
+scale) are computed only while somebody listens to their hook point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from decompclip.tower.attention import Attention
+from decompclip.tower.config import ViTConfig, tower_in_words
+from decompclip.tower.mlp import MLP, LayerNorm
+from decompclip.tower.pool import AttentionPool
+
+if TYPE_CHECKING:
+    from decompclip.tower.cache import ViTCache
+
+
+Hook = tuple[str | Callable[..., bool], Callable[..., Any]]
+"""A hook point's name, or a choice among names, and what to do there; as TransformerLens takes them."""
+
+
+@runtime_checkable
+class HasTower(Protocol):
+    """A model with an image tower, such as a CLIP."""
+
+    @property
+    def visual(self) -> HookedViT: ...
+
+
+class Causal(Protocol):
+    """Anything that can say which hooks carry it out."""
+
+    def fwd_hooks(self, visual: HookedViT, /) -> Sequence[Hook]: ...
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of anybody's: TransformerLens' on hook points, PyTorch's on any."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+class Block(nn.Module):
+    """`x + attn(ln1(x))`, then `x + mlp(ln2(x))`; post-norm: `x + ln1(attn(x))`, then `x + ln2(mlp(x))`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(config.d_model, config.ln_eps)
+        self.attn = Attention(config)
+        self.ln2 = LayerNorm(config.d_model, config.ln_eps)
+        self.mlp = MLP.of(config)
+        self.post_norm = config.norm == "post"
+        ones = torch.ones(config.d_model)
+        self.ls1 = nn.Parameter(ones.clone()) if config.layer_scale else None
+        self.ls2 = nn.Parameter(ones.clone()) if config.layer_scale else None
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch token d_model"],
+        rope: Float[Tensor, "2 patch d_head"] | None = None,
+        *,
+        pooled_row_only: bool = False,
+    ) -> Float[Tensor, "batch row d_model"]:
+        x = self.hook_resid_pre(x)
+        attn = self.attn(x if self.post_norm else self.ln1(x), rope, pooled_row_only=pooled_row_only)
+        attn = self.ln1(attn) if self.post_norm else attn
+        attn = self.hook_attn_out(attn if self.ls1 is None else attn * self.ls1)
+        x = self.hook_resid_mid((x[:, :1] if pooled_row_only else x) + attn)
+        mlp = self.ln2(self.mlp(x)) if self.post_norm else self.mlp(self.ln2(x))
+        mlp = self.hook_mlp_out(mlp if self.ls2 is None else mlp * self.ls2)
+        return self.hook_resid_post(x + mlp)
+
+
+class HookedViT(HookedRootModule):
+    """An image tower: images to features in the joint space.
+
+    Built by `decompclip.load` from a source model's weights; parity with the source is tested.
+
+    Attributes:
+        stem: the source's own network of convolutions, where `cfg.stem` says so; the stream starts behind it.
+    """
+
+    def __init__(self, config: ViTConfig, stem: nn.Module | None = None) -> None:
+        super().__init__()
+        if (config.stem == "conv") != (stem is not None):
+            raise ValueError(
+                f"expected {'a stem module' if stem is None else 'no stem module'} for stem={config.stem!r}"
+            )
+        self.cfg = config
+        d = config.d_model
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.normal_(torch.empty(shape), std=d**-0.5))
+
+        self.stem = stem
+        self.W_E = None if stem else drawn(d, 3, *config.patch_size)
+        self.b_E = nn.Parameter(torch.zeros(d)) if config.patch_bias and not stem else None
+        self.prefix = drawn(config.n_prefix, d) if config.n_prefix else None
+        self.W_pos = drawn(config.n_tokens, d) if config.pos else None
+        rope = torch.zeros(2, config.n_patches, config.d_head) if config.rope else None
+        self.register_buffer("rope", rope)
+        self.ln_pre = LayerNorm(d, config.ln_eps) if config.ln_pre else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_final = LayerNorm(d, config.ln_eps)
+        self.pool = AttentionPool(config) if config.pool == "attention" else None
+        self.proj = drawn(config.d_pool, config.d_embed) if config.projection else None
+        self.b_proj = nn.Parameter(torch.zeros(config.d_embed)) if config.proj_bias else None
+        self.hook_embed = HookPoint()
+        if config.pos:
+            self.hook_pos_embed = HookPoint()
+        self.hook_ln_pre = HookPoint()
+        self.setup()
+
+    def __repr__(self) -> str:
+        return tower_in_words(self.cfg)
+
+    @property
+    def last_block_hooked(self) -> bool:
+        """Whether somebody listens in the last block, and may want rows there that are not pooled."""
+        return any(hooked(module) for module in self.blocks[-1].modules())
+
+    @property
+    def device(self) -> torch.device:
+        return self.ln_final.w.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ln_final.w.dtype
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 h w"], *, pooled_rows: bool | None = None
+    ) -> Float[Tensor, "batch d_embed"]:
+        """Image features, not normalised.
+
+        With class-token pooling only token 0 of the last block reaches the feature. Its other rows are
+        computed when a hook in that block may want them; `pooled_rows=True` says that the hooks read
+        token 0 alone.
+
+        Raises:
+            ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
+        """
+        x = self._embed(images)
+        if pooled_rows is None:
+            pooled_rows = not self.last_block_hooked
+        pooled_rows = pooled_rows and self.cfg.pool == "cls"
+        for layer, block in enumerate(self.blocks):
+            last = layer == self.cfg.n_layers - 1
+            x = block(x, self.rope, pooled_row_only=pooled_rows and last)
+        pooled = self._pool(x[:, self.cfg.pooled_rows])
+        features = pooled if self.proj is None else pooled @ self.proj
+        return features if self.b_proj is None else features + self.b_proj
+
+    def _embed(self, images: Tensor) -> Float[Tensor, "batch token d_model"]:
+        """The stream at the input of block 0."""
+        self._check(images)
+        if self.stem is not None:
+            patches = self.stem(images)
+        else:
+            assert self.W_E is not None
+            patches = F.conv2d(images, self.W_E, self.b_E, stride=self.cfg.patch_size)
+            patches = rearrange(patches, "b d rows columns -> b (rows columns) d")
+        if self.prefix is not None:
+            patches = torch.cat([self.prefix.to(patches.dtype).expand(len(images), -1, -1), patches], dim=1)
+        x = self.hook_embed(patches)
+        if self.W_pos is not None:
+            x = x + self.hook_pos_embed(self.W_pos.to(x.dtype).expand_as(x))
+        return self.hook_ln_pre(x if self.ln_pre is None else self.ln_pre(x))
+
+    def _pool(self, rows: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch d_pool"]:
+        if self.pool is not None:
+            return self.pool(self.ln_final(rows))
+        if self.cfg.ln_final == "pooled":
+            rows = rows.mean(dim=1, keepdim=True)  # a token axis, as at every other hook
+        return self.ln_final(rows).mean(dim=1)
+
+    def _check(self, images: Tensor) -> None:
+        expected = (3, *self.cfg.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"expected images [batch, {', '.join(map(str, expected))}], got {list(images.shape)}; "
+                "pass them through the model's `preprocess` first"
+            )
+
+    def check_hooks(self, hooks: Sequence[Hook]) -> None:
+        """Hold hooks to be on points that the tower has.
+
+        Raises:
+            KeyError: they are not; the nearest names are offered.
+        """
+        for name, _ in hooks:
+            if isinstance(name, str) and name not in self.hook_dict:
+                near = get_close_matches(name, self.hook_dict, n=3)
+                raise KeyError(
+                    f"no hook point {name!r} in this tower of {self.cfg.n_layers} layers; "
+                    f"nearest: {', '.join(near) or 'none'}. `visual.hook_dict` lists all"
+                )
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
+        """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens).
+
+        Raises:
+            ValueError: `pos_slice`, with which a cache would hold rows that the pooled row's scales do not belong to.
+        """
+        from decompclip.tower.cache import ViTCache
+
+        if kwargs.pop("pos_slice", None) is not None:
+            raise ValueError(
+                "expected a cache of all positions; received pos_slice; leave it out, and choose positions when you read the "
+                "cache: `cache.decompose_resid(pos_slice=0)`, or `cache[name][:, position]`"
+            )
+        remove_batch_dim = kwargs.get("remove_batch_dim", False)
+        features, cache = super().run_with_cache(*args, **kwargs)
+        return features, ViTCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+
+def blocks(visual: HookedViT) -> list[Block]:
+    """The tower's blocks, as what they are."""
+    return cast(list[Block], list(visual.blocks))

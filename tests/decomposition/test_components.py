@@ -1,0 +1,268 @@
+"""The vocabulary of components: what it names, how it reads, and what it refuses."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decompclip.decomposition.components import (
+    ComponentMask,
+    Components,
+    embed,
+    everything,
+    heads,
+    layers,
+    mlps,
+    neurons,
+    pool,
+)
+
+# beartype looks at a random element of a list; what the strategies draw does not depend on it.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
+L, H, N = 5, 3, 7
+NAMES = {
+    "heads": heads,
+    "mlps": mlps,
+    "layers": layers,
+    "embed": embed,
+    "pool": pool,
+    "everything": everything,
+}
+
+
+def resolve(components: Components, *, has_pool: bool = False) -> ComponentMask:
+    return components.resolve(L, H, pool=has_pool)
+
+
+def names(components: Components, *, has_pool: bool = False) -> set[tuple[object, ...]]:
+    mask = resolve(components, has_pool=has_pool)
+    found: set[tuple[object, ...]] = {("head", *map(int, place)) for place in mask.heads.nonzero()}
+    found |= {("mlp", int(layer)) for layer in mask.mlps.nonzero()}
+    found |= {("pool",)} if mask.pool else set()
+    return found | ({("embed",)} if mask.embed else set())
+
+
+def of_neurons(components: Components) -> set[tuple[int, ...]]:
+    mask = resolve(components)
+    return (
+        set() if mask.neurons is None else {tuple(place.tolist()) for place in mask.neurons.of(N).nonzero()}
+    )
+
+
+positions = st.one_of(
+    st.integers(-L, L - 1),
+    st.builds(
+        slice, st.none() | st.integers(-L, L - 1), st.none() | st.integers(-L, L), st.none() | st.just(2)
+    ),
+    st.lists(st.integers(-L, L - 1), max_size=4),
+)
+atoms = st.one_of(
+    st.sampled_from([heads, mlps, layers, embed, pool, everything]),
+    positions.map(lambda index: heads[index]),
+    positions.map(lambda index: mlps[index]),
+    positions.map(lambda index: layers[index]),
+    st.tuples(positions, st.integers(-H, H - 1) | st.just(slice(None))).map(lambda index: heads[index]),
+)
+
+
+def combined(inner: st.SearchStrategy[Components]) -> st.SearchStrategy[Components]:
+    pairs = st.tuples(inner, st.sampled_from("|&-~"), inner)
+    return pairs.map(
+        lambda t: {"|": t[0] | t[2], "&": t[0] & t[2], "-": t[0] - t[2], "~": ~t[0] | t[2]}[t[1]]
+    )
+
+
+expressions = st.recursive(atoms, combined, max_leaves=5)
+
+
+@settings(max_examples=60)
+@given(expressions, expressions)
+def test_the_operators_are_those_of_sets(a: Components, b: Components) -> None:
+    def of(components: Components) -> set[tuple[object, ...]]:
+        return names(components, has_pool=True)
+
+    left, right = of(a), of(b)
+    assert of(a | b) == left | right
+    assert of(a & b) == left & right
+    assert of(a - b) == left - right
+    assert of(~a) == of(everything) - left
+
+
+def test_a_wrong_operator_is_told_at_once() -> None:
+    """Not after minutes of search for a smaller expression."""
+    tried = 0
+
+    @given(expressions, expressions)
+    def swapped(a: Components, b: Components) -> None:
+        nonlocal tried
+        tried += names(a - b, has_pool=True) != names(b - a, has_pool=True)
+        assert names(a - b, has_pool=True) == names(b - a, has_pool=True)
+
+    with pytest.raises(AssertionError):
+        swapped()
+    assert 1 <= tried <= 3  # found, and run again to show it
+
+
+@settings(max_examples=60)
+@given(expressions)
+def test_repr_is_the_expression(a: Components) -> None:
+    again = eval(repr(a), NAMES)
+    assert again == a
+    assert hash(again) == hash(a)
+    assert names(again, has_pool=True) == names(a, has_pool=True)
+
+
+of_neurons_atoms = st.tuples(
+    positions, st.integers(-N, N - 1) | st.lists(st.integers(-N, N - 1), max_size=3)
+).map(lambda index: neurons[index])
+
+
+@settings(max_examples=60)
+@given(
+    st.recursive(
+        of_neurons_atoms,
+        lambda x: st.tuples(x, st.sampled_from("|&-"), x).map(
+            lambda t: {"|": t[0] | t[2], "&": t[0] & t[2], "-": t[0] - t[2]}[t[1]]
+        ),
+        max_leaves=3,
+    ),
+    of_neurons_atoms,
+)
+def test_neurons_are_sets_too(a: Components, b: Components) -> None:
+    left, right = of_neurons(a), of_neurons(b)
+    assert of_neurons(a | b) == left | right
+    assert of_neurons(a & b) == left & right
+    assert of_neurons(a - b) == left - right
+    assert eval(repr(a - b), {"neurons": neurons}) == a - b
+    mask = resolve(a)
+    if mask.neurons is not None:
+        assert {layer for layer, _ in left} <= set(mask.neurons.layers.nonzero().flatten().tolist())
+
+
+def test_an_mlp_and_its_neurons_mix_in_unions_alone() -> None:
+    both = mlps[3] | neurons[3, 1] | heads[0]
+    assert of_neurons(both) == {(3, 1)} and ("mlp", 3) in names(both)
+    assert of_neurons(neurons[3] - mlps[2]) == {(3, index) for index in range(N)}
+    for mixed in (mlps - neurons[3, 1], neurons[3] & layers[3], neurons[3] - everything, ~neurons[3, 1]):
+        with pytest.raises(
+            ValueError, match=r"neurons taken from neurons; received .* the MLP of layer 3 .*: neurons\[3\]"
+        ):
+            resolve(mixed)
+
+
+def test_the_pool_is_there_where_the_tower_has_one() -> None:
+    assert names(everything, has_pool=True) == names(everything) | {("pool",)}
+    assert names(~pool, has_pool=True) == names(everything)
+    assert names(layers[2]) == names(heads[2] | mlps[2])
+    with pytest.raises(IndexError, match="whose attention pooling has an MLP of its own, .* leave pool out"):
+        resolve(heads | pool)
+    for part in (
+        heads,
+        mlps,
+        layers,
+        embed,
+        everything,
+        neurons[0],
+        heads | embed,
+        heads & layers[1],
+        heads - layers[1],
+    ):
+        assert not part.resolve(L, H).has_pool  # unless it is said
+    with pytest.raises(IndexError, match="whose attention pooling"):
+        pool.resolve(L, H)
+
+
+@settings(max_examples=60)
+@given(expressions)
+def test_flat_is_everything_in_one_row(a: Components) -> None:
+    flat = resolve(a, has_pool=True).flat
+    assert len(flat) == L * H + L + 2
+    order = [("head", layer, head) for layer in range(L) for head in range(H)]
+    order += [("mlp", layer) for layer in range(L)] + [("embed",), ("pool",)]
+    assert {name for name, chosen in zip(order, flat.tolist(), strict=True) if chosen} == names(
+        a, has_pool=True
+    )
+    assert len(resolve(heads).flat) == L * H + L + 1
+
+
+def test_indices_are_pythons() -> None:
+    assert names(heads[-1, 2]) == {("head", 4, 2)}
+    assert names(mlps[-2:]) == {("mlp", 3), ("mlp", 4)}
+    assert names(heads[:, 0]) == {("head", layer, 0) for layer in range(L)}
+    assert names(heads[[0, 2], 1:]) == {("head", layer, head) for layer in (0, 2) for head in (1, 2)}
+    assert names(everything) == names(heads | mlps | embed)
+    assert resolve(heads[[]]).empty
+    assert not resolve(embed).empty
+    assert resolve(heads).heads.dtype == torch.bool
+
+
+def test_it_reads_as_it_is_written() -> None:
+    assert repr(heads[4, 2] | mlps[-5:]) == "heads[4, 2] | mlps[-5:]"
+    assert repr(everything - (heads[:, 0] | embed)) == "everything - (heads[:, 0] | embed)"
+    assert repr((heads | mlps) - embed) == "(heads | mlps) - embed"
+    assert repr(heads[1] | mlps & layers[2:]) == "heads[1] | mlps & layers[2:]"
+    assert repr((heads[1] | mlps) & ~layers[2]) == "(heads[1] | mlps) & everything - layers[2]"
+    assert repr(neurons[3, [5, 7]]) == "neurons[3, [5, 7]]"
+    assert heads[:] == heads
+
+
+def test_errors_name_the_range() -> None:
+    for beyond in (heads[7:9], heads[12:], heads[:, 3:], mlps[L:]):
+        with pytest.raises(
+            IndexError, match=r"or -\d\.\.-1 from the end\); received .*, which names none of the"
+        ):
+            resolve(beyond)
+    assert len(names(mlps[-7:])) == L  # "the last seven", of five
+    assert names(mlps[2:2]) == set()
+    with pytest.raises(
+        IndexError,
+        match=r"a layer in 0\.\.4 \(or -5\.\.-1 from the end\); received layer 5 in heads\[5\]; the tower has 5",
+    ):
+        resolve(heads[5])
+    with pytest.raises(
+        IndexError,
+        match=r"a head in 0\.\.2 .*received head -4 in heads\[1, -4\]; the tower has 3 heads a layer",
+    ):
+        resolve(heads[1, -4])
+    with pytest.raises(IndexError, match=r"received layer 9 in mlps\[\[0, 9\]\]"):
+        resolve(embed | mlps[[0, 9]])
+    with pytest.raises(
+        IndexError, match=r"received heads\[1\]\[2\]; write all indices into one pair of brackets"
+    ):
+        heads[1][2]
+    with pytest.raises(IndexError, match=r"a layer has one MLP; received mlps\[0, 3\]; .* mlps\[\[0, 3\]\]"):
+        mlps[0, 3]
+    with pytest.raises(IndexError, match=r"received layers\[0, 3\]; .* layers\[\[0, 3\]\]"):
+        layers[0, 3]
+    with pytest.raises(
+        IndexError, match=r"neurons\[layer\] or neurons\[layer, neuron\]; received neurons\[1\]\[2\]"
+    ):
+        neurons[1][2]
+    of = resolve(neurons[0, 7]).neurons
+    assert of is not None
+    with pytest.raises(IndexError, match=r"a neuron in 0\.\.6 .*; the tower has 7 neurons a layer"):
+        of.of(N)
+    with pytest.raises(TypeError, match="a number, a slice or a list of numbers as index; received 'all'"):
+        heads["all"]
+
+
+@pytest.mark.parametrize("sign", ["|", "&", "-"])
+def test_what_is_no_component_is_told_beside_an_operator(sign: str) -> None:
+    combine = {"|": operator.or_, "&": operator.and_, "-": operator.sub}[sign]
+    with pytest.raises(
+        TypeError,
+        match=rf"components on both sides of '\{sign}'; received heads\[-1\] \{sign} 3; write heads",
+    ):
+        combine(heads[-1], 3)
+
+
+def test_an_expression_has_no_members() -> None:
+    with pytest.raises(TypeError, match=r"heads\[-1\] names no tower, so that \(5, 1\) .*resolve\(n_layers"):
+        assert (5, 1) in heads[-1]
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(heads)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -1,0 +1,226 @@
+"""What holds for every way of pooling, and for every precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import heads
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention, fingerprint, same_model, term_maps
+from decompclip.decomposition.moments import Moments
+from decompclip.tower.vit import HookedViT
+
+MakeTower = Callable[..., HookedViT]
+FAMILIES = {
+    "class token": {"layer_scale": True},
+    "registers": {"n_prefix": 3, "rope": "interleaved", "attn_norm": True, "gated": True, "mlp_norm": True},
+    "mean, then LayerNorm": {"pool": "mean", "ln_final": "pooled", "ln_pre": False},
+    "mean of rows": {"pool": "mean", "n_prefix": 0, "gated": True, "mlp_norm_in": True, "pos": False},
+    "mean behind a norm of heads": {"pool": "mean", "ln_final": "pooled", "attn_norm": True},
+    "SigLIP": {"pool": "attention", "pool_heads": 4, "pool_mlp": 40, "n_prefix": 0, "projection": False, "d_embed": 32},
+    "PE": {"pool": "attention", "pool_heads": 2, "pool_mlp": 24, "proj_bias": True, "rope": "interleaved"},
+    "without prefix": {"pool": "attention", "pool_heads": 2, "pool_mlp": 24, "pool_prefix": False},
+    "CoCa": {"pool": "attention", "pool_heads": 3, "pool_norm": True, "d_pool": 24, "pool_queries": 5},
+    "post-norm": {"norm": "post"},
+    "post-norm, attention pool": {"norm": "post", "pool": "attention", "pool_heads": 2, "pool_mlp": 8},
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, make_tower: MakeTower) -> HookedViT:
+    visual = make_tower(dtype=torch.float64, **FAMILIES[request.param])
+    if isinstance(visual.rope, Tensor):
+        turns = torch.rand(visual.rope[0].shape, generator=torch.Generator().manual_seed(2))
+        visual.rope.copy_(torch.stack([turns.sin(), turns.cos()]))
+    return visual
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_terms_and_tokens_sum(
+    family: HookedViT, images: Tensor, convention: Convention, normalize: bool
+) -> None:
+    d = decompose(family, images.double(), convention=convention, normalize=normalize, tokens=True)
+    assert d.sum_error < 1e-13
+    texts = torch.randn(3, d.d_embed, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for layer, head in ((0, 1), (2, 3)):
+        tokens = d.tokens(layer, head)
+        assert torch.allclose(tokens.sum(1), d.heads[:, layer, head], atol=1e-12)
+        assert torch.allclose(d.token_logits(texts, layer, head), tokens @ texts.T, atol=1e-12)
+        assert torch.allclose(d.attention(layer, head).sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_conventions_differ_in_the_bookkeeping_alone(family: HookedViT, images: Tensor) -> None:
+    centred, paper = (decompose(family, images.double(), convention=c) for c in ("centred", "paper"))
+    assert torch.allclose(centred.features, paper.features, atol=1e-12)
+    assert len(centred.maps.bias_names) == len(centred.maps.bias) > 0 and not len(paper.maps.bias)
+
+
+def test_parts_of_a_batch_are_the_batch(family: HookedViT, images: Tensor) -> None:
+    whole = decompose(family, images.double(), tokens=heads[-1])
+    parts = [decompose(family, images[i : i + 2].double(), tokens=heads[-1]) for i in (0, 2, 4)]
+    joined = Decomposition.cat(parts)
+    assert torch.allclose(joined.coords, whole.coords, atol=1e-12)
+    assert torch.allclose(joined.tokens(2, 0), whole.tokens(2, 0), atol=1e-12)
+    assert joined.sum_error < 1e-13
+
+
+def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
+    d = decompose(family, images.double(), tokens=heads[1])
+    again = Decomposition.load(d.save(tmp_path / "d.safetensors"))
+    assert torch.equal(again.features, d.features) and torch.equal(again.heads, d.heads)
+    assert torch.equal(again.tokens(1, 2), d.tokens(1, 2)) and again.maps.matches(d.maps)
+    assert (tmp_path / "d.safetensors").stat().st_size < 4e6
+
+
+def test_moments_of_batches_are_those_of_all(family: HookedViT, images: Tensor) -> None:
+    d = decompose(family, images.double())
+    moments = Moments.fit(family, [images[:2].double(), images[2:].double()])
+    assert torch.allclose(moments.features, d.features.mean(0), atol=1e-12)
+    assert torch.allclose(moments.pool, d.pool.mean(0)) and torch.allclose(moments.heads, d.heads.mean(0))
+
+
+def test_autocast_rounds_the_tower_and_not_the_terms(family: HookedViT, images: Tensor) -> None:
+    visual = family.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = decompose(visual, images, tokens=True)
+        assert rough.features.dtype == torch.float32 and rough.tokens(0, 0).dtype == torch.float32
+    assert 1e-6 < rough.sum_error < 5e-2
+    assert rough.maps.heads.dtype == rough.mlps.dtype == rough.coords.dtype == torch.float32
+    exact = decompose(visual, images)  # by the maps that were built under autocast
+    assert exact.sum_error < 1e-5
+    assert torch.equal(term_maps(copy.deepcopy(visual), "centred").heads, exact.maps.heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_towers_have_terms_in_full(family: HookedViT, images: Tensor, dtype: torch.dtype) -> None:
+    d = decompose(copy.deepcopy(family).to(dtype), images.to(dtype))
+    assert d.features.dtype == torch.float32 and d.sum_error < (5e-2 if dtype == torch.bfloat16 else 1e-2)
+
+
+def test_no_images_give_no_terms(family: HookedViT, images: Tensor) -> None:
+    d = decompose(family, images[:0].double(), tokens=True)
+    assert len(d) == 0 and d.tokens(0, 0).shape[0] == 0
+
+
+def test_gradients_flow_through_what_inference_mode_left(family: HookedViT, images: Tensor) -> None:
+    with torch.inference_mode():
+        decompose(family, images.double())
+    d = decompose(family, images.double())
+    leaf = d.coords.clone().requires_grad_()
+    d.edit(coords=leaf).features.sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+def test_images_of_hooks_are_kept_together(family: HookedViT, images: Tensor) -> None:
+    """A hook of PyTorch's own that holds something for each image meets the whole batch."""
+    shift = torch.randn(5, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    mlp = family.get_submodule("blocks.1.mlp")
+    handle = mlp.register_forward_hook(lambda *call: call[2] + shift[: len(call[2])])
+    try:
+        d = decompose(family, images.double())
+        assert d.target is not None and torch.allclose(d.target, family(images.double()), atol=1e-12)
+    finally:
+        handle.remove()
+
+
+# One model, or another
+
+
+@contextmanager
+def edited(visual: HookedViT) -> Iterator[HookedViT]:
+    with torch.no_grad():
+        yield copy.deepcopy(visual)
+
+
+def test_a_fingerprint_is_of_the_weights_whatever_their_precision(family: HookedViT) -> None:
+    mark = fingerprint(family)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert same_model(mark, fingerprint(copy.deepcopy(family).to(dtype)))
+    assert same_model(mark, fingerprint(copy.deepcopy(family)))
+
+
+def test_a_fingerprint_sees_one_neuron(family: HookedViT) -> None:
+    mark = fingerprint(family)
+    for neuron in range(0, 48, 5):
+        with edited(family) as other:
+            other.blocks[1].mlp.W_out[:, neuron] = 0  # pyright: ignore
+        assert not same_model(mark, fingerprint(other))
+
+
+def test_a_fingerprint_sees_the_activation(make_tower: MakeTower) -> None:
+    a, b = (make_tower(activation=kind) for kind in ("gelu", "quick_gelu"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not same_model(fingerprint(a), fingerprint(b))
+
+
+def test_weights_written_past_autograd_are_noticed(family: HookedViT, images: Tensor) -> None:
+    before = decompose(family, images.double())
+    family.blocks[0].attn.W_QKV.data.mul_(1.5)  # pyright: ignore
+    after = decompose(family, images.double())
+    assert not before.maps.matches(after.maps) and after.sum_error < 1e-13
+
+
+def test_one_number_that_an_optimizer_changes_is_noticed(make_tower: MakeTower, images: Tensor) -> None:
+    """Whichever it is: of large weights a sample alone is compared."""
+    tower = make_tower(dtype=torch.float64)
+    for name, parameter in tower.named_parameters():
+        if not name.startswith(("blocks.1.attn.W_out", "blocks.2.mlp.W_out", "ln_final", "proj")):
+            continue
+        before = decompose(tower, images.double())
+        with torch.no_grad():
+            parameter.view(-1)[1] += 0.5
+        after, fresh = decompose(tower, images.double()), decompose(copy.deepcopy(tower), images.double())
+        assert after.sum_error < 1e-12, name
+        torch.testing.assert_close(after.heads, fresh.heads, rtol=0, atol=0)
+        torch.testing.assert_close(after.mlps, fresh.mlps, rtol=0, atol=0)
+        assert not torch.equal(after.features, before.features), name
+
+
+def test_weights_that_lie_column_by_column_are_watched_too(make_tower: MakeTower, images: Tensor) -> None:
+    tower = make_tower(dtype=torch.float64)
+    assert isinstance(tower.proj, torch.nn.Parameter)
+    plain = decompose(tower, images.double())
+    tower.proj.data = tower.proj.data.T.contiguous().T
+    assert not tower.proj.is_contiguous()
+    torch.testing.assert_close(decompose(tower, images.double()).heads, plain.heads)
+    tower.proj.data.mul_(2)
+    assert decompose(tower, images.double()).sum_error < 1e-12
+
+
+def test_maps_are_made_once_for_weights_that_stay(make_tower: MakeTower) -> None:
+    tower = make_tower()
+    kept = term_maps(tower, "centred")
+    assert term_maps(tower, "centred") is kept
+    assert term_maps(tower, "paper") is not kept and term_maps(tower, "centred") is kept
+    assert term_maps(copy.deepcopy(tower), "centred") is not kept
+
+
+def test_decompositions_that_differ_in_kind_do_not_join(make_tower: MakeTower, images: Tensor) -> None:
+    tower = make_tower()
+    some, others = decompose(tower, images, tokens=heads[0, 0]), decompose(tower, images, tokens=heads[1, 1])
+    with pytest.raises(ValueError, match="tokens of the same heads"):
+        Decomposition.cat([some, others])
+    wide = decompose(make_tower(dtype=torch.float64), images.double())
+    other = decompose(make_tower(seed=9), images)
+    for unlike in (wide, other, decompose(tower, images, normalize=True)):
+        with pytest.raises(ValueError, match="of one model with the same options"):
+            Decomposition.cat([some, unlike])
+    with pytest.raises(ValueError, match="at least one"):
+        Decomposition.cat([])
+
+
+def test_numbers_of_any_kind_choose_an_image(make_tower: MakeTower, images: Tensor) -> None:
+    d = decompose(make_tower(), images)
+    for index in (1, torch.tensor(1), torch.tensor([1])[0]):
+        assert torch.equal(d[index].coords, d.coords[1:2])
+    with pytest.raises(IndexError, match=r"0\.\.4; received 7"):
+        d[torch.tensor(7)]
