@@ -361,4 +361,5 @@ from .training.recipes import (
     FineTuning as FineTuning,
 )
 
+__all__: list[str]
 __version__: str

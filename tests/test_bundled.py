@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def clean(models: dict[str, decompclip.HookedCLIP]) -> dict[str, torch.Tensor]:
 def agrees(found: Rate, count: int, total: int, comparisons: int) -> bool:
     """Whether two samples can be of one rate: Fisher's exact test, at 5 % for all comparisons together."""
     table = [[found.count, found.total - found.count], [count, total - count]]
-    return fisher_exact(table).pvalue > 0.05 / comparisons
+    tested: Any = fisher_exact(table)
+    return tested.pvalue > 0.05 / comparisons
 
 
 def test_all_are_bundled_in_little_space() -> None:

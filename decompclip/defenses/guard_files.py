@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,21 +42,25 @@ _DETECTOR = ("mean_", "deviation_", "spread_", "scores_", "offsets_")
 _EXTRAPOLATION = ("mean_in", "mean_out", "weights")
 
 
-def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
-    """A model by name, path or from memory, as `decompclip.models.loading.load`; or a folder of `save_guard`.
+if TYPE_CHECKING:
+    from decompclip.models.loading import load
+else:
+    # A guard stands in a model's place, so that type checkers see what `load` of names and files gives, with its options.
+    def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
+        """A model by name, path or from memory, as `decompclip.models.loading.load`; or a folder of `save_guard`.
 
-    Such a folder gives a `Guard`, which hands on what zero-shot code asks of a model; its `encode_image` is repaired.
+        Such a folder gives a `Guard`, which hands on what zero-shot code asks of a model; its `encode_image` is repaired.
 
-    Args:
-        name: also a folder that `save_guard` or `decompclip repair` wrote.
-        options: `pretrained`, `checkpoint`, `activation`, `text`, `tokenizer`, `device`, `dtype`, ... of that function.
+        Args:
+            name: also a folder that `save_guard` or `decompclip repair` wrote.
+            options: `pretrained`, `checkpoint`, `activation`, `text`, `tokenizer`, `device`, `dtype`, ... of that function.
 
-    Raises:
-        As `decompclip.models.loading.load`; ValueError: a repair that was changed, or is another model's.
-    """
-    if isinstance(name, nn.Module) or not (Path(name) / GUARD).is_file():
-        return load_model(name, **options)
-    return load_guard(name, **options)
+        Raises:
+            As `decompclip.models.loading.load`; ValueError: a repair that was changed, or is another model's.
+        """
+        if isinstance(name, nn.Module) or not (Path(name) / GUARD).is_file():
+            return load_model(name, **options)
+        return load_guard(name, **options)
 
 
 def save_guard(guard: Guard, folder: str | Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decompclip import __version__
+from decompclip import __version__, files
 from decompclip.bench import run as running
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run, weights_of
@@ -119,7 +119,7 @@ def test_no_half_file_is_left(
     def refuse(*paths: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(running.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         run(PLAN, tmp_path)
     assert not list((tmp_path / "runs").glob("*.json"))

@@ -87,7 +87,7 @@ def test_a_turned_tower_sees_offsets_alone(make_tower: Callable[..., HookedViT],
         angle = torch.tensor([first, second])[:, None] * frequencies
         angles = torch.cat([angle, angle], 1) if layout == "half" else angle.repeat_interleave(2, 1)
         seen: list[Tensor] = []
-        attention.hook_attn_scores.add_hook(lambda value, hook: seen.append(value[0, :, 1:, 1:]))
+        attention.hook_attn_scores.add_hook(lambda value, hook: seen.append(value[0, :, 1:, 1:]))  # pyright: ignore[reportArgumentType]
         try:
             attention(x, torch.stack([angles.sin(), angles.cos()]))
         finally:

@@ -20,7 +20,6 @@ import transformers
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 
-import decompclip
 from decompclip import load
 from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError, ModelError
@@ -548,7 +547,7 @@ def test_a_model_s_memory_is_not_taken_before_its_weights_are_known_to_fit(
 ) -> None:
     """A configuration of twice the width, well below any bound: nothing of it is built but its shapes."""
     changed(folder / "open_clip_config.json", "model_cfg", "vision_cfg", "width", to=64)
-    monkeypatch.setattr(decompclip.models.loading, "_built", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr("decompclip.models.loading._built", lambda *_: pytest.fail("it was built"))
     with pytest.raises(CheckpointError, match="of another shape"):
         load(folder)
 
