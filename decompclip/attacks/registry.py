@@ -30,6 +30,7 @@ from decompclip.attacks.wanet import WaNet
 from decompclip.data.images import class_index
 from decompclip.data.shards import ShardPairs
 from decompclip.models.bundled import bundled, card
+from decompclip.models.errors import warn_caller
 from decompclip.models.folders import saved_backdoors, saved_class_names
 
 TRIGGERS: dict[str, type[Trigger]] = {
@@ -219,8 +220,16 @@ def _of_folder(folder: Path) -> Attack:
 
 
 def _of_record(record: PoisonRecord, origin: str) -> list[Attack]:
-    """None where nothing was poisoned."""
-    return [Attack(from_card(record.trigger), record.target, origin)] if record.poisons else []
+    """None where nothing was poisoned, or by a trigger of the user's own, which no name brings back."""
+    if not record.poisons:
+        return []
+    if (name := record.trigger.get("name")) not in TRIGGERS:
+        warn_caller(
+            f"the model will not remember the trigger {name!r} of {origin}: it is none of {sorted(TRIGGERS)}; pass the trigger "
+            "itself where it is measured"
+        )
+        return []
+    return [Attack(from_card(record.trigger), record.target, origin)]
 
 
 def _text(path: Path) -> str:

@@ -158,3 +158,12 @@ def test_a_list_beside_clean_shards_is_no_poison(poisons: Path, tmp_path: Path) 
 def test_the_same_attack_counts_once() -> None:
     one, other = Attack(BadNet(), "star", "a"), Attack(BadNet(), "star", "b")
     assert distinct([one, other, Attack(BadNet(), "ring", "c")]) == (one, Attack(BadNet(), "ring", "c"))
+
+
+def test_a_trigger_of_the_user_s_own_is_told_and_not_remembered() -> None:
+    class Corner(Blended):
+        name = "corner"
+
+    pairs = PoisonedPairs(ShapesPairs(40, seed=3), Corner(), "star", count=4)
+    with pytest.warns(UserWarning, match="will not remember the trigger 'corner'"):
+        assert poisoned_by(pairs) == ()

@@ -286,7 +286,8 @@ def test_greedy_equals_trying_every_component_at_every_step(
     assert found.rates[0] == 1 and counts[-1] < counts[0]
     assert hits(found.components) == counts[-1]
     assert found.to_frame().component.tolist() == ["", *map(repr, steps)]
-    line: Any = list(found.figure().data)[-1]
+    traces: list[Any] = list(found.figure().data)
+    (line,) = [trace for trace in traces if trace.mode == "lines+markers"]
     assert list(line.y) == pytest.approx([100 * count / 40 for count in counts])
 
 
