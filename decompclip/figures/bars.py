@@ -23,12 +23,13 @@ def bar_rows(
     texts: Sequence[str] | None = None,
     largest: Mapping[str, Sequence[float]] | None = None,
     colours: Sequence[str] | None = None,
+    filled: int = 1,
     percent: bool = False,
     ends: tuple[float, float] | None = None,
     row_height: int = 24,
     title: str = "",
 ) -> go.Figure:
-    """Rows downward, bars to the right; of several series the first is filled, the others in outline.
+    """Rows downward, bars to the right.
 
     Args:
         rows: their names, shown as they are.
@@ -39,6 +40,7 @@ def bar_rows(
         texts: written behind each bar.
         largest: by name, a marker in each row beside its bars.
         colours: of the series; by default the theme's.
+        filled: how many of the first series are filled; the others are drawn in outline.
         percent: whether lengths are shares.
         ends: of the axis; by default those of the values.
         row_height: pixels.
@@ -66,7 +68,7 @@ def bar_rows(
                 y=shown,
                 orientation="h",
                 name=name,
-                marker=bars(colour, filled=number == 0),
+                marker=bars(colour, filled=number < filled),
                 error_x=None
                 if errors is None
                 else {"array": [errors[p] for p in shown], "thickness": 1.2, "width": 3, "color": "#7a8690"},

@@ -213,6 +213,7 @@ def infected_bars(parts: Sequence[InfectedPart]) -> go.Figure:
         notes=[f"{100 * part.share:.1f} % of all toward the target" for part in parts],
         errors=[part.error for part in parts],
         colours=("#D55E00", "#7a8690") if any(p.infected for p in parts) else ("#7a8690",),
+        filled=int(any(p.infected for p in parts)),
     )
 
 
