@@ -50,7 +50,7 @@ from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
 from decompclip.data.images import ImageBatch
-from decompclip.defenses.detectors.teco import COMMON, EVERYDAY, SEVERITIES, Corruption
+from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.files import write_json
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card

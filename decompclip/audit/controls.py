@@ -16,7 +16,14 @@ from torch.nn import functional as F
 
 from decompclip.audit.collect import Split
 from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
-from decompclip.defenses.detectors.teco import COMMON, EDITS, EVERYDAY, PATTERNS, SEVERITIES, Corruption
+from decompclip.defenses.detectors.corruptions import (
+    COMMON,
+    EDITS,
+    EVERYDAY,
+    PATTERNS,
+    SEVERITIES,
+    Corruption,
+)
 from decompclip.evaluation.metrics import predict
 from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP

@@ -20,7 +20,7 @@ from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES
 from decompclip.audit.words import STRONG
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.defenses.detectors.teco import COMMON, EVERYDAY, SEVERITIES, Corruption
+from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.intervals import Paired, Rate
 from decompclip.models.loading import load
 from tests.audit.conftest import setting

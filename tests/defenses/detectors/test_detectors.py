@@ -18,12 +18,13 @@ from decompclip.defenses.agnostic_det import AgnosticDet, calibrated
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
+from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
 from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
 from decompclip.defenses.detectors.detector import Detector, learnt, measure_cost
 from decompclip.defenses.detectors.on_terms import OnTerms
 from decompclip.defenses.detectors.scale_up import ScaleUp
 from decompclip.defenses.detectors.strip import STRIP
-from decompclip.defenses.detectors.teco import CORRUPTIONS, NEVER, PATTERNS, TeCo
+from decompclip.defenses.detectors.teco import NEVER, TeCo
 from decompclip.evaluation.metrics import auroc
 
 SIDE = 8
