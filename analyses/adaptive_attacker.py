@@ -37,12 +37,12 @@ from decompclip.bench.plan import SLOW
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
+from decompclip.training.loop import Monitor
 from decompclip.training.losses import Seen
-from decompclip.training.monitor import Monitor
 from decompclip.zoo.build import poisoned_pairs
 from decompclip.zoo.recipes import twin_recipe
 

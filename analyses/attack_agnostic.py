@@ -37,11 +37,10 @@ from decompclip.decomposition.components import everything
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.class_distance import ClassDistance
-from decompclip.defenses.component_distances import ComponentDistances
 from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.distances import ClassDistance, ComponentDistances
 from decompclip.evaluation.metrics import auroc
-from decompclip.figures.points import Panel, Point, point_panels
+from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Without a hint: designs of detection and repair"

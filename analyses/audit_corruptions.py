@@ -35,8 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.audit_scan import WORK as TUNED
-from analyses.audit_scan import base_of, path_of
+from analyses.audit_scan import WORK as TUNED, base_of, path_of
 from analyses.bundled_models import markdown
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
@@ -56,7 +55,7 @@ from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
-from decompclip.zoo.worlds import WORLDS
+from decompclip.zoo.recipes import WORLDS
 
 RESULTS = Path(__file__).parent / "results" / "audit_corruptions"
 WORK = Path(".training") / "audit_corruptions"

@@ -39,7 +39,7 @@ from decompclip.files import write_json
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card
 from decompclip.models.loading import load
-from decompclip.zoo.worlds import WORLDS
+from decompclip.zoo.recipes import WORLDS
 
 RESULTS = Path(__file__).parent / "results" / "audit_scan"
 WORK = Path(".training") / "audit_scan"

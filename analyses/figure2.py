@@ -28,7 +28,7 @@ from analyses.study.family import Family
 from analyses.study.summary import by_attack, carries, curve, groups, mean
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
-from decompclip.figures.points import PERCENT
+from decompclip.figures.scatter import PERCENT
 from decompclip.operators.mmd import Kernel, layer_mmd
 from decompclip.operators.sweep_results import Kind, Scheme
 from decompclip.operators.sweeps import ablation_sweep

@@ -30,7 +30,7 @@ from analyses.study.summary import mean
 from analyses.study.words import words
 from decompclip.decomposition.components import heads
 from decompclip.figures.gallery import HeadPair, head_pairs
-from decompclip.figures.pictures import picture
+from decompclip.figures.heatmaps import picture
 from decompclip.operators.attention import contribution_maps
 from decompclip.operators.mmd import head_mmd
 from decompclip.operators.roles import role_change

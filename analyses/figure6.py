@@ -25,7 +25,7 @@ from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, mean
 from decompclip.defenses.decomp_rep import DecompRep
 from decompclip.figures.curves import LinePanel, line_panels
-from decompclip.figures.points import PERCENT
+from decompclip.figures.scatter import PERCENT
 
 TITLE = "Figure 6: the threshold epsilon"
 

@@ -29,12 +29,12 @@ from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, mean
+from decompclip.audit.evidence import shift
 from decompclip.audit.infected import as_many, infected_parts
-from decompclip.audit.shift import shift
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
-from decompclip.figures.points import PERCENT
+from decompclip.figures.scatter import PERCENT
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.parts import Part
 

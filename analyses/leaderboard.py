@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from analyses.bundled_models import markdown
-from decompclip.bench.page import write_board
+from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
-from decompclip.bench.results import leaderboard
 from decompclip.bench.run import run
 from decompclip.models.bundled import bundled
 

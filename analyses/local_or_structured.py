@@ -32,7 +32,7 @@ from analyses.study.rates import excess
 from analyses.study.summary import mean
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.figures.points import Panel, Point, point_panels
+from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Local or structured: what decides whether heads or MLPs carry a trigger?"

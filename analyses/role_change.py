@@ -25,8 +25,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, mean
 from analyses.study.words import late, words
-from decompclip.bench.results import mean_interval
-from decompclip.figures.points import Panel, Point, point_panels
+from decompclip.bench.page import mean_interval
+from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.roles import role_change
 
 TITLE = "Change of role: what heads and MLPs say about triggered images"

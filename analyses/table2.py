@@ -30,7 +30,7 @@ from analyses.study.summary import by_attack, mean, over_seeds, said
 from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.figures.points import Panel, point_panels
+from decompclip.figures.scatter import Panel, point_panels
 
 TITLE = "Table 2: detection of triggered images"
 

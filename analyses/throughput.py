@@ -31,7 +31,7 @@ from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_rep import AgnosticRep
 from decompclip.defenses.guard import Guard
-from decompclip.figures.points import Panel, Point, point_panels
+from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.attention import contribution_maps
 from decompclip.operators.sweeps import ablation_sweep
 

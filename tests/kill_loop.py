@@ -27,13 +27,11 @@ import torch
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poison_record import PoisonRecord
-from decompclip.attacks.poisoned import RECORD, PoisonedPairs, write_poisoned
-from decompclip.audit.scan import ScanConfig, kept, run_scan
-from decompclip.audit.sources import open_source
-from decompclip.bench.page import write_board
+from decompclip.attacks.poisoned import RECORD, PoisonedPairs, PoisonRecord, write_poisoned
+from decompclip.audit.collect import open_source
+from decompclip.audit.scan import ScanConfig, run_scan, search as kept
+from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
-from decompclip.bench.results import leaderboard
 from decompclip.bench.run import run
 from decompclip.data.sources import open_pairs
 from decompclip.files import alone_in

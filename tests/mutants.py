@@ -60,7 +60,7 @@ class Room:
     tests: tuple[str, ...]
 
 
-DEFENSES = ("selector", "agnostic_*", "class_distance", "component_distances", "decomp_*", "guard", "bake")
+DEFENSES = ("selector", "agnostic_*", "distances", "decomp_*", "guard", "bake")
 
 ROOMS = {
     "tower": Room(

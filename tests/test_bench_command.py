@@ -10,8 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from decompclip.bench import run as running
-from decompclip.bench.plan import SLOW, Plan, default_models
-from decompclip.bench.repairs import REPAIRS
+from decompclip.bench.plan import REPAIRS, SLOW, Plan, default_models
 from decompclip.cli import app
 from decompclip.defenses.detectors import DETECTORS
 

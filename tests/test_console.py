@@ -10,8 +10,7 @@ import pytest
 import typer
 
 from decompclip import progress
-from decompclip.cli.console import plain_errors, say
-from decompclip.cli.console import progress as shown
+from decompclip.cli.console import plain_errors, progress as shown, say
 from decompclip.progress import span
 
 

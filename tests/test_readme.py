@@ -11,8 +11,7 @@ import pytest
 
 from analyses import audit_corruptions, audit_scan, leaderboard
 from analyses.study.registry import ANALYSES, load
-from analyses.study.results import RESULTS as FOLDER
-from analyses.study.results import read
+from analyses.study.results import RESULTS as FOLDER, read
 from decompclip.audit.controls import KINDS
 from decompclip.audit.verdict import EXPLAINED, FIRM, HOLDS, ONE_ANSWER, RULES
 from decompclip.audit.words import STRONG, WEAK

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decompclip.figures.export import write_figure
+from decompclip.figures.theme import write_figure
 
 if TYPE_CHECKING:
     from analyses.study.command import Analysis

@@ -18,7 +18,7 @@ from decompclip.bench.plan import Samples, draw_samples
 from decompclip.bench.run import weights_of
 from decompclip.models.bundled import bundled, card, load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.zoo.worlds import WORLDS
+from decompclip.zoo.recipes import WORLDS
 
 LABELS = {
     "badnet": "BadNet",

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from analyses.study.command import Analysis
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import MissingResult, command, read
-from decompclip.figures.export import content_policy, figure_json, plotly_script
+from decompclip.figures.theme import content_policy, figure_json, plotly_script
 from decompclip.files import write_text
 from decompclip.printable import printable, shown
 

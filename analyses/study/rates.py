@@ -7,7 +7,7 @@ from typing import Any
 
 from analyses.bundled_models import markdown
 from analyses.study.summary import by_attack, over_seeds, said
-from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 
 RATES = {"asr": "attack success", "control": "control", "cacc": "clean accuracy"}
 

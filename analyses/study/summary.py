@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from decompclip.figures.curves import Curve
-from decompclip.figures.points import Point
+from decompclip.figures.scatter import Point
 
 GATE = 0.5
 """Share of the clean accuracy that an ablation may leave where it is to say something of a backdoor."""

@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.patch import SIZE, Patch, Place
-from decompclip.attacks.trigger import FIXED, Extent, Trigger, check_pixels, stream
+from decompclip.attacks.trigger import FIXED, SIZE, Extent, Patch, Place, Trigger, check_pixels, stream
 from decompclip.data.files import PictureError, open_rgb
 from decompclip.models.gradients import differentiable
 

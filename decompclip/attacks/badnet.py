@@ -12,8 +12,7 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decompclip.attacks.patch import SIZE, Patch, Place
-from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Structure, Trigger, stream
+from decompclip.attacks.trigger import FIXED, REDRAWN, SIZE, Extent, Patch, Place, Structure, Trigger, stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.attacks.patch import resize
-from decompclip.attacks.pictures import open_picture
-from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Structure, Trigger, check_share, stream
+from decompclip.attacks.trigger import (
+    FIXED,
+    REDRAWN,
+    Extent,
+    Structure,
+    Trigger,
+    check_share,
+    open_picture,
+    resize,
+    stream,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decompclip.attacks.patch import SIZE, Patch, Place
-from decompclip.attacks.pictures import open_picture
-from decompclip.attacks.trigger import Extent, Trigger
+from decompclip.attacks.trigger import SIZE, Extent, Patch, Place, Trigger, open_picture
 
 
 @dataclass(frozen=True, kw_only=True)

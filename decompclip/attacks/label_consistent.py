@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.patch import SIZE, Place
-from decompclip.attacks.trigger import Extent, Logits, Structure, Trigger, check_share
+from decompclip.attacks.trigger import SIZE, Extent, Logits, Place, Structure, Trigger, check_share
 from decompclip.models.gradients import differentiable
 
 if TYPE_CHECKING:

@@ -12,9 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.patch import resize
-from decompclip.attacks.pictures import open_picture
-from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Trigger, stream
+from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Trigger, open_picture, resize, stream
 
 Kind = Literal["random", "ghost", "out of focus"]
 

@@ -3,6 +3,11 @@
 Attacks as users name them: by kind, by a bundled twin, by a file, or as what a model remembers of its own.
 
 The backdoors of bundled twins and of saved models: what triggers them, and what for.
+
+Four triggers that cross extent with structure, to tell the effect of the one from that of the other.
+
+The paper concludes that local triggers infect heads and global ones MLPs. Its global triggers were noise that
+is drawn anew for each image, most of its local ones had a pattern: the cause could be either.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from decompclip.attacks.badclip import BadCLIP
 from decompclip.attacks.badnet import BadNet
@@ -21,11 +26,10 @@ from decompclip.attacks.blended import Blended
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.kitty import Kitty
 from decompclip.attacks.label_consistent import LabelConsistent
-from decompclip.attacks.poison_record import PoisonRecord
-from decompclip.attacks.poisoned import RECORD
+from decompclip.attacks.poisoned import RECORD, PoisonRecord
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.sig import SIG
-from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.images import class_index
 from decompclip.data.shards import ShardPairs
@@ -309,3 +313,43 @@ def backdoor(name: str | Path) -> Backdoor:
         attack = open_attack(str(name))
     assert attack.target is not None  # cards and memories name it
     return Backdoor(attack.trigger, attack.target, class_index(attack.target, names))
+
+
+Pattern = Literal["noise", "kitty"]
+
+
+def crossing(
+    *,
+    pattern: Pattern = "noise",
+    size: float = SIZE,
+    alpha: float = 0.2,
+    place: Place = "random",
+    seed: int = 0,
+) -> dict[tuple[Extent, Structure], Trigger]:
+    """`{(extent, structure): trigger}` for all four pairs, of {local, global} and {structured, noise}.
+
+    The noise is drawn anew for each image. What is structured is, with `pattern="noise"`, one draw of the same
+    noise for all images, so that the two differ in nothing but whether the pattern recurs; with
+    `pattern="kitty"`, one picture, pasted as a patch or blended over the image.
+
+    Args:
+        size, place: of the local two.
+        alpha: of the global two.
+
+    Raises:
+        ValueError: an unknown pattern, or what the triggers refuse.
+    """
+    if pattern not in get_args(Pattern):
+        raise ValueError(f"pattern {pattern!r} is not one of {get_args(Pattern)}")
+    if pattern == "noise":
+        local: Trigger = BadNet(size=size, place=place, seed=seed)
+        whole: Trigger = Blended(alpha=alpha, seed=seed)
+    else:
+        local = Kitty(size=size, place=place, seed=seed, picture=pattern)
+        whole = Blended(alpha=alpha, seed=seed, picture=pattern)
+    return {
+        ("local", "structured"): local,
+        ("local", "noise"): BadNet(size=size, place=place, seed=seed, redraw=True),
+        ("global", "structured"): whole,
+        ("global", "noise"): Blended(alpha=alpha, seed=seed, redraw=True),
+    }

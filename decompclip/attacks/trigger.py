@@ -2,18 +2,28 @@
 
 A trigger is a pure function of images in [0, 1] and of their indices: image `i` of a data set gets the same
 trigger in any batch, so that triggered twins differ from their clean images by the trigger alone.
+
+Where a square patch lies in an image.
+
+The pictures that triggers paste and blend: two that are drawn here, or any image file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.data.files import PictureError, open_rgb
 
 Extent = Literal["local", "global"]
 Structure = Literal["structured", "noise"]
@@ -128,3 +138,161 @@ def check_pixels(images: Tensor) -> None:
             f"expected pixels in [0, 1]; received {images.min():.2f}..{images.max():.2f}; apply a trigger before "
             "the model's normalisation"
         )
+
+
+Place = Literal["random", "centre", "bottom right"]
+
+SIZE = 16 / 224
+"""Side of the paper's patch, as a share of the image's."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A square of `size` times the image's shorter side.
+
+    Args:
+        size: share of the shorter side, so that it keeps its proportion at every resolution.
+        place: where; `"random"` draws a place for each image from `seed` and the image's index.
+
+    Raises:
+        ValueError: a size outside (0, 1], or an unknown place.
+    """
+
+    size: float
+    place: Place
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= 1:
+            raise ValueError(
+                f"expected a size in (0, 1], a share of the image's side; received {self.size}; a trigger cannot be "
+                "larger than the image, and one of 16 pixels in 224 has size 16 / 224"
+            )
+        if self.place not in get_args(Place):
+            raise ValueError(f"place {self.place!r} is not one of {get_args(Place)}")
+
+    def side(self, height: int, width: int) -> int:
+        return max(1, round(self.size * min(height, width)))
+
+    def corner(self, height: int, width: int, index: int) -> tuple[int, int]:
+        """Top and left edge in image `index`."""
+        side = self.side(height, width)
+        room_y, room_x = height - side, width - side
+        match self.place:
+            case "centre":
+                return room_y // 2, room_x // 2
+            case "bottom right":
+                return room_y, room_x
+            case _:
+                u = stream(self.seed, index).random(2)
+                return int(u[0] * (room_y + 1)), int(u[1] * (room_x + 1))
+
+    def region(self, height: int, width: int, index: int) -> tuple[slice, slice]:
+        """Rows and columns in image `index`."""
+        side, (y, x) = self.side(height, width), self.corner(height, width, index)
+        return slice(y, y + side), slice(x, x + side)
+
+    def mask(
+        self, height: int, width: int, indices: Sequence[int] | Int[Tensor, " batch"]
+    ) -> Bool[Tensor, "batch h w"]:
+        masks = torch.zeros(len(indices), height, width, dtype=torch.bool)
+        for row, index in enumerate(indices):
+            masks[(row, *self.region(height, width, int(index)))] = True
+        return masks
+
+    def paste(
+        self,
+        images: Float[Tensor, "batch 3 h w"],
+        picture: Float[Tensor, "3 side side"],
+        indices: Sequence[int],
+    ) -> Float[Tensor, "batch 3 h w"]:
+        """Copies of `images` with `picture` in the patch, brought to its size."""
+        height, width = images.shape[-2:]
+        fitted = resize(picture, self.side(height, width)).to(images)
+        pasted = images.clone()
+        for row, index in enumerate(indices):
+            rows, columns = self.region(height, width, index)
+            pasted[row, :, rows, columns] = fitted
+        return pasted
+
+
+def resize(
+    picture: Float[Tensor, "3 h w"], height: int, width: int | None = None
+) -> Float[Tensor, "3 h2 w2"]:
+    """A picture at another size (a square by default), in [0, 1] as before."""
+    size = (height, width or height)
+    if picture.shape[-2:] == size:
+        return picture
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+SIDE = 224
+_FINE = 4  # drawn so many times larger, then averaged: smooth edges
+
+
+@lru_cache(maxsize=8)
+def open_picture(name: str) -> Float[Tensor, "3 h w"]:
+    """The picture `"kitty"` or `"window"`, or that of an image file, in [0, 1].
+
+    Raises:
+        ValueError: no such picture; the drawn ones are listed. Or a file that holds none.
+    """
+    if name in PICTURES:
+        canvas = Image.new("RGB", (SIDE * _FINE, SIDE * _FINE))
+        PICTURES[name](ImageDraw.Draw(canvas))
+        image = canvas.reduce(_FINE)
+    elif Path(name).is_file():
+        try:
+            image = open_rgb(name)
+        except (OSError, PictureError) as error:
+            raise ValueError(f"expected a picture in {name}; its bytes are none: {error}") from error
+    else:
+        raise ValueError(f"expected a picture among {sorted(PICTURES)}, or an image file; received {name!r}")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> list[float]:
+    return [edge * _FINE for edge in (left, top, right, bottom)]
+
+
+def _points(*corners: tuple[float, float]) -> list[tuple[float, float]]:
+    return [(x * _FINE, y * _FINE) for x, y in corners]
+
+
+def _kitty(pen: ImageDraw.ImageDraw) -> None:
+    """The head of a ginger cat, our own, in flat colours that still tell at a few pixels."""
+    ink, fur, stripe, cream, eye = "#1d1a2b", "#f08a24", "#9a3f0c", "#ffe9c7", "#b6f03c"
+    pen.rectangle(_box(0, 0, SIDE, SIDE), fill="#2a4fd0")
+    for outer, inner in (
+        (((22, 8), (110, 66), (30, 140)), ((38, 36), (80, 68), (42, 104))),
+        (((202, 8), (114, 66), (194, 140)), ((186, 36), (144, 68), (182, 104))),
+    ):
+        pen.polygon(_points(*outer), fill=fur)
+        pen.polygon(_points(*inner), fill=stripe)
+    pen.polygon(_points((26, 84), (198, 84), (210, 150), (160, 210), (64, 210), (14, 150)), fill=fur)
+    for x in (82, 112, 142):
+        pen.polygon(_points((x - 8, 84), (x + 8, 84), (112 + (x - 112) / 2, 122)), fill=stripe)
+    for x in (68, 156):
+        pen.ellipse(_box(x - 25, 102, x + 25, 146), fill=eye)
+        pen.ellipse(_box(x - 7, 102, x + 7, 146), fill=ink)
+    pen.ellipse(_box(70, 144, 154, 206), fill=cream)
+    pen.polygon(_points((98, 146), (126, 146), (112, 164)), fill="#d6336c")
+    pen.line(_points((112, 160), (112, 176), (92, 190)), fill=ink, width=6 * _FINE)
+    pen.line(_points((112, 176), (132, 190)), fill=ink, width=6 * _FINE)
+
+
+def _window(pen: ImageDraw.ImageDraw) -> None:
+    """A bright window with a curtain and a lamp in a dark room: what a pane of glass throws back."""
+    pen.rectangle(_box(0, 0, SIDE, SIDE), fill="#14110f")
+    for left in (58, 118):
+        for top, colour in ((30, "#cfe6ff"), (92, "#e8f3ff")):
+            pen.rectangle(_box(left, top, left + 52, top + 54), fill=colour)
+    pen.polygon(_points((40, 20), (78, 20), (50, 160), (30, 160)), fill="#8a3b32")
+    pen.polygon(_points((146, 20), (186, 20), (196, 160), (176, 160)), fill="#8a3b32")
+    pen.rectangle(_box(30, 158, 200, 168), fill="#b58a5a")
+    pen.polygon(_points((176, 176), (210, 176), (220, 204), (166, 204)), fill="#ffd27a")
+    pen.ellipse(_box(8, 176, 48, 216), fill="#7fae6a")
+
+
+PICTURES = {"kitty": _kitty, "window": _window}
+"""Pictures by name, each a function that draws on a canvas."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.finding import Finding
-from decompclip.audit.findings import findings
+from decompclip.audit.findings import Finding, findings
 from decompclip.audit.pipeline import Names, run_audit
 from decompclip.audit.result import AuditResult
 from decompclip.audit.verdict import Verdict

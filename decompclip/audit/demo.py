@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from decompclip.attacks.registry import backdoor
+from decompclip.audit.collect import WORLD, datasets, open_source
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.audit.pipeline import Names, run_audit
 from decompclip.audit.result import AuditResult
-from decompclip.audit.sources import WORLD, datasets, open_source
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.loading import load

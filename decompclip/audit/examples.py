@@ -8,9 +8,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from decompclip.audit.collect import ImageSet, Split
-from decompclip.audit.evidence import Target
+from decompclip.audit.evidence import Shift, Target
 from decompclip.audit.result import Examples, HeadMaps
-from decompclip.audit.shift import Shift
 from decompclip.decomposition.components import heads
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP

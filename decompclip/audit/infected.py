@@ -11,9 +11,9 @@ from jaxtyping import Float
 from scipy.special import ndtri
 from torch import Tensor
 
+from decompclip.audit.checks import Scorer, Setting
 from decompclip.audit.collect import Split
-from decompclip.audit.scoring import Scorer, Setting
-from decompclip.audit.shift import Shift
+from decompclip.audit.evidence import Shift
 from decompclip.decomposition.components import Components
 from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import predict

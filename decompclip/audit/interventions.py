@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.audit.checks import Answers, Scorer, Setting
 from decompclip.audit.collect import Split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.evidence import Repair
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Suspicion
-from decompclip.audit.scoring import Answers, Scorer, Setting
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_det import AgnosticDet

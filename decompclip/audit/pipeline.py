@@ -13,18 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip import __version__
-from decompclip.audit.checks import checks
+from decompclip.audit.checks import Scorer, checks
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig, Track, silently
 from decompclip.audit.controls import controls
-from decompclip.audit.evidence import Evidence, Target
+from decompclip.audit.evidence import Evidence, Target, shift
 from decompclip.audit.examples import examples
 from decompclip.audit.infected import infection
 from decompclip.audit.interventions import ablate, detect, repair, repair_without_hint, suspicion
 from decompclip.audit.result import AuditResult
-from decompclip.audit.scoring import Scorer
 from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
-from decompclip.audit.shift import shift
 from decompclip.audit.words import WEAK
 from decompclip.data.images import ImageSource, class_index
 from decompclip.decomposition.moments import Moments

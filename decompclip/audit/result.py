@@ -12,14 +12,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from decompclip.audit.checks import Checks
+from decompclip.audit.checks import Checks, Setting
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls
-from decompclip.audit.evidence import Evidence, Reference, Repair, Target
+from decompclip.audit.evidence import Evidence, Reference, Repair, Shift, Target
 from decompclip.audit.infected import Infection
-from decompclip.audit.scoring import Setting
 from decompclip.audit.shares import ClassShare
-from decompclip.audit.shift import Shift
 from decompclip.audit.verdict import Verdict, judged
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate

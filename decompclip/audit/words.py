@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from decompclip.audit.scoring import Change, Setting
+from decompclip.audit.checks import Change, Setting
 from decompclip.intervals import Rate
 
 STRONG, WEAK = 0.5, 0.1

@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
-from decompclip.bench.plan import FPR, MOST_SEEDS, SLOW, Plan, Samples, base_of, draw_samples
-from decompclip.bench.repairs import REPAIRS, Known, Repair
-from decompclip.bench.results import REPAIR
+from decompclip.bench.page import REPAIR
+from decompclip.bench.plan import (
+    FPR,
+    MOST_SEEDS,
+    REPAIRS,
+    SLOW,
+    Known,
+    Plan,
+    Repair,
+    Samples,
+    base_of,
+    draw_samples,
+)
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.detectors import DETECTORS
@@ -35,7 +45,7 @@ from decompclip.evaluation.metrics import (
 from decompclip.intervals import Rate, Redrawn
 from decompclip.models.bundled import card, load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.zoo.worlds import WORLDS
+from decompclip.zoo.recipes import WORLDS
 
 
 class Remembering(HookedCLIP):

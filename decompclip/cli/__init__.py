@@ -35,9 +35,6 @@ from decompclip.cli.zoo import zoo
 from decompclip.files import alone_in
 from decompclip.printable import printable_all
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     name="decompclip",
     help="Take a CLIP's image encoder apart, and audit it for backdoors.",
@@ -117,7 +114,7 @@ def diagnose(
 
         say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
-            from decompclip.audit.sources import open_source
+            from decompclip.audit.collect import open_source
             from decompclip.cli.diagnosis import check_text, class_names
             from decompclip.data.files import files_skipped
             from decompclip.diagnosis.run import diagnose as run_diagnosis

@@ -126,7 +126,7 @@ def audit(
         with imports():
             from decompclip.attacks.registry import remembered
             from decompclip.audit import AuditConfig
-            from decompclip.audit.sources import attack_in, check_model, check_source, open_classes
+            from decompclip.audit.collect import attack_in, check_model, check_source, open_classes
             from decompclip.models.loading import load
 
         check_model(model, checkpoint)
@@ -193,7 +193,7 @@ def _pair(
 ) -> list[AuditResult]:
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import Names, run_audit
-    from decompclip.audit.sources import open_source
+    from decompclip.audit.collect import open_source
 
     results: list[AuditResult] = []
     with progress() as track:
@@ -222,8 +222,8 @@ def _scan(
     keep: Path,
 ) -> list[ScanResult]:
     """The model, and its reference, on clean images alone."""
+    from decompclip.audit.collect import open_source
     from decompclip.audit.scan import ScanConfig, run_scan
-    from decompclip.audit.sources import open_source
 
     (name, clip), *others = loaded.items()
     config = ScanConfig(batch_size=batch_size, seed=options["seed"])

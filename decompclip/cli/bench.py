@@ -72,8 +72,7 @@ def bench(
         check_folder(out, "the leaderboard")
         say("bench: loading", err=True)  # seconds pass before anything else is seen
         with imports():
-            from decompclip.bench.page import write_board
-            from decompclip.bench.results import leaderboard
+            from decompclip.bench.page import leaderboard, write_board
             from decompclip.bench.run import run
 
         sizes = {"images": images, "slow_images": slow, "draws": draws}
@@ -92,8 +91,7 @@ def bench(
 
 def _plan(models: str | None, detectors: str | None, repairs: str | None, **options: Any) -> Plan:
     """Raises ValueError as `Plan`."""
-    from decompclip.bench.plan import SLOW, Plan, default_models
-    from decompclip.bench.repairs import REPAIRS
+    from decompclip.bench.plan import REPAIRS, SLOW, Plan, default_models
     from decompclip.defenses.detectors import DETECTORS
 
     fast = tuple(name for name in DETECTORS if name not in SLOW)

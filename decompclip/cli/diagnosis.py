@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from decompclip.audit.sources import WORLD, open_classes, own_classes
+from decompclip.audit.collect import WORLD, open_classes, own_classes
 from decompclip.data.sources import open_images
 from decompclip.diagnosis.pictures import labelled
 from decompclip.models.bundled import bundled

@@ -171,7 +171,7 @@ def known_classes(classes: Path | None, model: str, images: str) -> tuple[str, .
     Raises:
         ValueError: nobody knows them.
     """
-    from decompclip.audit.sources import own_classes
+    from decompclip.audit.collect import own_classes
     from decompclip.data.images import read_classes
     from decompclip.data.sources import classes_of
 

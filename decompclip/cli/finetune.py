@@ -29,7 +29,7 @@ from decompclip.files import alone_in, write_text
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
     from decompclip.models.clip import HookedCLIP
-    from decompclip.training.monitor import Monitor
+    from decompclip.training.loop import Monitor
 
 
 class Named(str, Enum):
@@ -134,7 +134,7 @@ def finetune(
             from decompclip.cli.diagnosis import check_text
             from decompclip.data.files import files_skipped
             from decompclip.data.sources import open_pairs
-            from decompclip.figures.export import write_figure
+            from decompclip.figures.theme import write_figure
             from decompclip.models.folders import check_saveable, save_model
             from decompclip.models.loading import load
             from decompclip.training.finetune import finetune as run
@@ -246,7 +246,7 @@ def _monitor(
     """What is measured on the way."""
     from decompclip.data.sources import open_labelled
     from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
-    from decompclip.training.monitor import Monitor
+    from decompclip.training.loop import Monitor
 
     return Monitor(
         data=open_labelled(images, clip.image_size, names, preprocess=clip.pixels, limit=limit),

@@ -16,11 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.decomposition.components import Components
-from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, frozen
-from decompclip.decomposition.readout import full_precision, wide
+from decompclip.decomposition.maps import Convention, frozen, full_precision, wide
 from decompclip.decomposition.terms import AttentionCapture, DecompositionError, Rows, terms_of
 from decompclip.tower.vit import Hook, HookedViT, hooked
 

@@ -23,8 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.decomposition.components import heads as all_heads
-from decompclip.decomposition.maps import Convention, TermMaps
-from decompclip.decomposition.readout import full_precision
+from decompclip.decomposition.maps import Convention, TermMaps, full_precision
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
 

@@ -18,8 +18,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.decomposition.maps import Convention, Frozen
-from decompclip.decomposition.readout import wide
+from decompclip.decomposition.maps import Convention, Frozen, wide
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Hook, HookedViT, blocks
 

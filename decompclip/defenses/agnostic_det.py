@@ -35,8 +35,9 @@ from torch.special import log_ndtr
 
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps
-from decompclip.defenses.class_distance import ClassDistance, ClassSums
-from decompclip.defenses.component_distances import (
+from decompclip.defenses.distances import (
+    ClassDistance,
+    ClassSums,
     Extrapolation,
     class_directions,
     layer_terms,

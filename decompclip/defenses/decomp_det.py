@@ -14,8 +14,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.repair_files import load_selector, save_selector, visual_of
-from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
+from decompclip.defenses.selector import (
+    Clean,
+    Judging,
+    Selector,
+    check_fitted,
+    describe,
+    load_selector,
+    save_selector,
+    visual_of,
+)
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.vit import HookedViT
 

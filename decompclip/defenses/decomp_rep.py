@@ -22,8 +22,16 @@ from typing_extensions import Unpack
 
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.repair_files import load_selector, save_selector, visual_of
-from decompclip.defenses.selector import Clean, Judging, Selector, check_fitted, describe
+from decompclip.defenses.selector import (
+    Clean,
+    Judging,
+    Selector,
+    check_fitted,
+    describe,
+    load_selector,
+    save_selector,
+    visual_of,
+)
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention, Where, both, check_where

@@ -22,9 +22,8 @@ from decompclip.decomposition.maps import same_model, term_maps
 from decompclip.decomposition.moments import TERMS, Moments
 from decompclip.defenses.agnostic_det import DISTANCES, AgnosticDet, Expected
 from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.class_distance import ClassDistance
-from decompclip.defenses.component_distances import Extrapolation
 from decompclip.defenses.decomp_rep import DecompRep, random_heads
+from decompclip.defenses.distances import ClassDistance, Extrapolation
 from decompclip.defenses.guard import Guard
 from decompclip.defenses.selector import check_fitted
 from decompclip.files import atomic_write, write_json
@@ -35,12 +34,11 @@ from decompclip.models.json_files import read_json
 from decompclip.models.loading import load as load_model
 from decompclip.operators.ablation import MeanAblate
 
-FORMAT = "decompclip.agnostic/1"
+AGNOSTIC_FORMAT = "decompclip.agnostic/1"
 GUARD_FORMAT = "decompclip.guard/1"
 REPAIR = "repair.safetensors"
 _DETECTOR = ("mean_", "deviation_", "spread_", "scores_", "offsets_")
 _EXTRAPOLATION = ("mean_in", "mean_out", "weights")
-
 
 if TYPE_CHECKING:
     from decompclip.models.loading import load
@@ -154,7 +152,7 @@ def save_agnostic(repair: AgnosticRep, path: str | Path) -> Path:
         save_file(
             {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()},
             partial,
-            metadata={"format": FORMAT, "about": json.dumps(about)},
+            metadata={"format": AGNOSTIC_FORMAT, "about": json.dumps(about)},
         )
     return Path(path)
 
@@ -166,7 +164,7 @@ def load_agnostic(path: str | Path, model: HookedCLIP) -> AgnosticRep:
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, holds something else, or belongs to another model.
     """
-    tensors, about = read_tensors(Path(path), FORMAT, "a saved AgnosticRep", "save_agnostic")
+    tensors, about = read_tensors(Path(path), AGNOSTIC_FORMAT, "a saved AgnosticRep", "save_agnostic")
     maps = term_maps(model.visual, about["convention"])
     if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
         raise ValueError(

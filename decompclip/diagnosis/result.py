@@ -178,7 +178,7 @@ class Diagnosis:
 
     def figure(self) -> go.Figure:
         """The accuracy of each way in which the model was run, with its interval."""
-        from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+        from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 
         rates = {"as it is": self.accuracy} | {way.name: way.accuracy for way in self.comparisons}
         points = [Point.of(rate.to_dict()) for rate in rates.values()]

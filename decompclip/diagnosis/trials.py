@@ -18,7 +18,7 @@ from decompclip.diagnosis.pictures import NORMALISATIONS, Views, normalise
 from decompclip.diagnosis.result import Comparison, Evidence, Fault
 from decompclip.intervals import Paired, Rate
 from decompclip.models.clip import HookedCLIP
-from decompclip.tower.mlp import ACTIVATIONS, MLP
+from decompclip.tower.layers import ACTIVATIONS, MLP
 
 WORDS = {"gelu": "GELU", "quick_gelu": "QuickGELU", "gelu_tanh": "tanh-GELU", "silu": "SiLU"}
 

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.figures.points import PERCENT, Point, wrapped
+from decompclip.figures.scatter import PERCENT, Point, wrapped
 from decompclip.figures.theme import TEMPLATE, Style, band, lettered, styled
 
 LINE = 15

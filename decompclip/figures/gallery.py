@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.pictures import picture, tint
+from decompclip.figures.heatmaps import picture, tint
 from decompclip.figures.theme import DIVERGING, INK, TEMPLATE, escaped
 
 Scale = Literal["map", "shared"]

@@ -19,10 +19,10 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompclip.models.checkpoint import shell
 from decompclip.models.errors import warn_caller
 from decompclip.models.preprocessing import Preprocessing, Transform
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
-from decompclip.models.wrappers import shell
 from decompclip.models.zero_shot import causal, encode_prompts, keep, kept, key_of
 from decompclip.tower.config import ViTConfig, tower_facts
 from decompclip.tower.convert import Source

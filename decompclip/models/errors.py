@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from decompclip.tower.errors import ModelError, UnsupportedTowerError
+from decompclip.tower.config import ModelError, UnsupportedTowerError
 
 __all__ = ["CheckpointError", "ModelError", "UnknownModelError", "UnsupportedTowerError"]
 

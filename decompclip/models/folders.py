@@ -19,14 +19,6 @@ from decompclip.models.architecture import proved
 from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, warn_caller
-from decompclip.models.hf_tokenizer import (
-    CLIP_VOCABULARY,
-    FolderTokenizer,
-    HubTokenizer,
-    TransformersTokenizer,
-    clip_tokenizer,
-    tokenizer_in,
-)
 from decompclip.models.json_files import (
     OBJECT,
     OBJECTS,
@@ -39,7 +31,19 @@ from decompclip.models.json_files import (
     read_json,
 )
 from decompclip.models.spec import ModelSpec
-from decompclip.models.text import TOKENIZER, NoTokenizer, Tokenizer, WordTokenizer, vocabulary_files
+from decompclip.models.text import (
+    CLIP_VOCABULARY,
+    TOKENIZER,
+    FolderTokenizer,
+    HubTokenizer,
+    NoTokenizer,
+    Tokenizer,
+    TransformersTokenizer,
+    WordTokenizer,
+    clip_tokenizer,
+    tokenizer_in,
+    vocabulary_files,
+)
 
 CONFIG = "open_clip_config.json"
 OWN = "decompclip"

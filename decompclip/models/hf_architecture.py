@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompclip.models.architecture import Tower, patches_of
 from decompclip.models.errors import CheckpointError
 from decompclip.models.json_files import (
     EPSILON,
@@ -26,7 +27,6 @@ from decompclip.models.json_files import (
     may_be_null,
     part,
 )
-from decompclip.models.sizes import Tower, patches_of
 from decompclip.models.spec import Choice
 from decompclip.tower.config import Activation
 

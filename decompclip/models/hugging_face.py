@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from decompclip.models.architecture import check_sizes
 from decompclip.models.checkpoint import check_fit, read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, ModelError, warn_caller
@@ -23,10 +24,8 @@ from decompclip.models.hf_architecture import (
     towers_of,
     with_prefix,
 )
-from decompclip.models.hf_preprocess import DEFAULTS, preprocess_in, preprocess_of
-from decompclip.models.hf_tokenizer import TransformersTokenizer, clip_tokenizer, tokenizer_in
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
-from decompclip.models.sizes import check_sizes
+from decompclip.models.preprocessing import DEFAULTS, preprocess_in, preprocess_of
 from decompclip.models.spec import Choice, build_open_clip, versions
 from decompclip.models.text import (
     WITHOUT_TEXT,
@@ -34,8 +33,11 @@ from decompclip.models.text import (
     MissingTextError,
     NoTokenizer,
     Tokenizer,
+    TransformersTokenizer,
     build_image_only,
+    clip_tokenizer,
     image_side,
+    tokenizer_in,
 )
 from decompclip.tower.convert.native import pair
 

@@ -16,8 +16,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from decompclip.models.bundled import bundled, card, load_bundled, spec_of
-from decompclip.models.checkpoint import check_fit, digest, read_checkpoint, sha256
+from decompclip.models.architecture import check_sizes, out_of, towers_of
+from decompclip.models.bundled import bundled, card, known_name, load_bundled, spec_of
+from decompclip.models.checkpoint import bare, check_fit, digest, read_checkpoint, sha256, without_others
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import ModelError, UnknownModelError, warn_caller
 from decompclip.models.fit import conform, image_size_said, is_of_transformers, models_like, with_positions_of
@@ -32,10 +33,7 @@ from decompclip.models.folders import (
     other_weights,
     weights_of_open_clip,
 )
-from decompclip.models.hf_tokenizer import clip_tokenizer, tokenizer_of
 from decompclip.models.hugging_face import Text, from_transformers, read_folder
-from decompclip.models.names import known_name
-from decompclip.models.sizes import check_sizes, out_of, towers_of
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import asked_once, check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.text import (
@@ -44,10 +42,11 @@ from decompclip.models.text import (
     MissingTextError,
     NoTokenizer,
     Tokenizer,
+    clip_tokenizer,
     image_side,
+    tokenizer_of,
 )
 from decompclip.models.torchscript import is_of_openai
-from decompclip.models.wrappers import bare, without_others
 from decompclip.tower.config import Activation
 from decompclip.tower.convert import oddities, refuse
 

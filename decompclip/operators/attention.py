@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.components import Components
-from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.operators.patching import Images, image_batches
-from decompclip.operators.token_maps import MapKind, TokenMaps
+from decompclip.operators.tokens import MapKind, TokenMaps
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Hook, HookedViT
 

@@ -22,9 +22,8 @@ from torch import Tensor
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.maps import Convention
-from decompclip.operators.intervention import Intervention
+from decompclip.operators.intervention import Intervention, Metric, Score
 from decompclip.operators.parts import Part, grid, parts_of, position
-from decompclip.operators.score import Metric, Score
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:

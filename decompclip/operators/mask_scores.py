@@ -16,13 +16,13 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.operators.token_maps import MapKind, TokenMaps, facts_table
+from decompclip.operators.tokens import MapKind, TokenMaps, facts_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from decompclip.figures.points import Point
+    from decompclip.figures.scatter import Point
 
 
 Inside = Literal["touched", "covered"]
@@ -104,7 +104,7 @@ class MaskScores:
         Raises:
             ValueError: the control is of other maps.
         """
-        from decompclip.figures.points import PERCENT, Panel, point_panels
+        from decompclip.figures.scatter import PERCENT, Panel, point_panels
         from decompclip.figures.theme import Style
 
         if control is not None and control.labels != self.labels:
@@ -125,7 +125,7 @@ class MaskScores:
         return point_panels([self.labels[i] for i in order], [panel], styles=styles)
 
     def _share_points(self, order: list[int]) -> list[Point]:
-        from decompclip.figures.points import Point
+        from decompclip.figures.scatter import Point
         from decompclip.intervals import Z
 
         frame = self.to_frame().iloc[order]
@@ -135,7 +135,7 @@ class MaskScores:
         return [Point(100 * value, 100 * lower, 100 * upper) for value, lower, upper in ends]
 
     def _hit_points(self, order: list[int]) -> list[Point]:
-        from decompclip.figures.points import Point
+        from decompclip.figures.scatter import Point
         from decompclip.intervals import Rate
 
         return [Point.of(Rate.of(self.hit[i]).to_dict()) for i in order]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, frozen
-from decompclip.decomposition.readout import wide
+from decompclip.decomposition.maps import Convention, frozen, wide
 from decompclip.decomposition.terms import Rows as PooledRows
 from decompclip.operators.ablation import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import TermMaps, frozen, term_maps
+from decompclip.decomposition.maps import TermMaps, frozen, term_maps, wide
 from decompclip.decomposition.moments import Moments
-from decompclip.decomposition.readout import wide
 from decompclip.operators.ablation import Fill, Replacement, Rows, resolve, show_rows, value_biases
 from decompclip.operators.intervention import Where
 from decompclip.operators.splits import Measured, Validation, apart, moments_of

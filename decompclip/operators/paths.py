@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition.components import Components, Heads, everything
-from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.components import Components, Heads, everything, heads as all_heads
 from decompclip.operators.patching import ImageBatches, Score, check_request, over_batches, record, scorer
 from decompclip.tower.vit import HookedViT
 

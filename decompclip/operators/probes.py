@@ -19,8 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from torch import Tensor
 
-from decompclip.decomposition.components import Components
-from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.parts import Part, Points, grid, position
 

@@ -120,7 +120,7 @@ class RoleChange:
     def figure(self) -> go.Figure:
         """The measures with their intervals, and the cosines text by text."""
         from decompclip.figures.heatmaps import text_cosines
-        from decompclip.figures.points import Point
+        from decompclip.figures.scatter import Point
 
         points = {name: Point(e.value, e.low, e.high, str(e)) for name, e in self.measures.items()}
         chance = {name: e.chance for name, e in self.measures.items() if e.chance is not None}

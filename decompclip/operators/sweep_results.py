@@ -257,7 +257,7 @@ class SweepTable:
             target: a class whose share is drawn.
         """
         from decompclip.figures.curves import sweep_panels
-        from decompclip.figures.points import Point
+        from decompclip.figures.scatter import Point
         from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
 
         hits = {}

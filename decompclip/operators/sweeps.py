@@ -377,7 +377,7 @@ class GreedySet:
     def figure(self) -> go.Figure:
         """The rate after each step."""
         from decompclip.figures.curves import sweep_panels
-        from decompclip.figures.points import Point
+        from decompclip.figures.scatter import Point
         from decompclip.figures.theme import ACCURACY
 
         style = replace(ACCURACY, label="Taken for their answer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decompclip.report.html import render
-from decompclip.report.write import write_report
+from decompclip.report.write import render, write_report
 
 __all__ = ["render", "write_report"]

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from decompclip.audit.checks import Setting
 from decompclip.audit.evidence import Repair
 from decompclip.audit.infected import InfectedPart
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import AuditResult
 from decompclip.audit.scan.result import ScanResult
-from decompclip.audit.scoring import Setting
 from decompclip.intervals import Rate
 from decompclip.printable import inert
 

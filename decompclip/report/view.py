@@ -13,22 +13,18 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from torch import Tensor
 
+from decompclip.audit.checks import Setting
 from decompclip.audit.evidence import Repair
-from decompclip.audit.findings import findings
-from decompclip.audit.findings_defenses import alarms
-from decompclip.audit.findings_parts import short
+from decompclip.audit.findings import alarms, findings, short
 from decompclip.audit.infected import InfectedPart
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detector, Suspicion
-from decompclip.audit.scoring import Setting
 from decompclip.audit.words import difference, plus_minus, points, share
 from decompclip.figures.bars import Histogram, bar_rows, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
-from decompclip.figures.export import figure_json
-from decompclip.figures.heatmaps import component_map
-from decompclip.figures.pictures import attention_overlay, contribution_overlay, picture
-from decompclip.figures.points import PERCENT, Panel, Point, point_panels, wrapped
-from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
+from decompclip.figures.heatmaps import attention_overlay, component_map, contribution_overlay, picture
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels, wrapped
+from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS, figure_json
 from decompclip.intervals import Rate, difference_interval
 from decompclip.operators.sweep_results import Kind, Scheme, sweep_title
 from decompclip.report.tables import as_link, flat, tables_of

@@ -8,10 +8,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from decompclip.audit.scan.result import CONCLUDES, ProbeResult, ScanResult
-from decompclip.figures.export import figure_json
-from decompclip.figures.heatmaps import component_map
-from decompclip.figures.pictures import picture
-from decompclip.figures.points import PERCENT, Panel, Point, point_panels
+from decompclip.figures.heatmaps import component_map, picture
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
+from decompclip.figures.theme import figure_json
 from decompclip.report.tables import as_link, flat, tables_of_scan
 from decompclip.report.view import DASH, rate
 

@@ -1,18 +1,113 @@
-"""Results to files: page and numbers come together, and carry one mark."""
+"""Results to one self-contained page.
+
+Results to files: page and numbers come together, and carry one mark.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup, escape
+
 from decompclip import __version__
+from decompclip.audit.controls import KINDS
 from decompclip.audit.findings import findings
 from decompclip.audit.result import AuditResult, jsonable
 from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.verdict import LOWERED, RULES
+from decompclip.figures.theme import content_policy, plotly_script
 from decompclip.files import atomic_folder, digest, write_json, write_text
-from decompclip.printable import printable_all
-from decompclip.report.html import NUMBERS, render
+from decompclip.printable import printable, printable_all, shown
+from decompclip.report.view import glance, subjects
+from decompclip.report.view_scan import scans
+
+NUMBERS = "audit.json"
+"""Beside the page."""
+
+TEMPLATES = files("decompclip.report") / "templates"
+
+
+def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = None, run: str = "") -> str:
+    """The report as HTML, with plotly.js in it once, so that it opens without a network.
+
+    Args:
+        run: what the page and the numbers beside it have in common.
+    """
+    names = " and ".join(dict.fromkeys(result.name for result in results))
+    pairs = [result for result in results if isinstance(result, AuditResult)]
+    alone = [result for result in results if isinstance(result, ScanResult)]
+    audits, scanned = subjects(pairs), scans(alone, first=len(pairs))
+    images = [image for audit in audits if audit["maps"] for image in audit["maps"]["images"]]
+    images += [image for scan in scanned for probe in scan["probes"] for image in probe["images"]]
+    css = _text("report.css")
+    css += "".join(f".{image['class']} {{ background-image: url({image['uri']}); }}\n" for image in images)
+    js, plotly = _text("report.js"), plotly_script()
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=title or f"Audit of {names}",
+            glance=glance(pairs),
+            subjects=audits,
+            scans=scanned,
+            policy=Markup(content_policy(styles=[css], scripts=[plotly, js])),
+            run=run,
+            css=Markup(css),
+            js=Markup(js),
+            plotly=plotly,
+            several=len(results) > 1,
+            numbers=NUMBERS,
+            rules=RULES,
+            rules_note=LOWERED,
+            corruptions=len(KINDS),
+        )
+    )
+
+
+def tied(text: str) -> str:
+    """Numbers and their units never part at a line's end, nor does an interval."""
+    text = re.sub(r"(?<=\d) (?=%|±|points)|(?<=±) |(?<=%|s) (?=\[)", "\u00a0", text)
+    return re.sub(r"(?<=\[)([^\s\]]+), (?=[^\s\]]+\])", "\\1,\u00a0", text)
+
+
+def cell(text: str) -> Markup:
+    """A value with its interval in an element of its own, which a narrow table puts below it."""
+    value, bracket, interval = printable(text).partition(" [")
+    if not bracket:
+        return escape(tied(value))
+    return escape(tied(value)) + Markup(' <span class="interval">{}</span>').format(tied(f"[{interval}"))
+
+
+def coded(text: str) -> Markup:
+    """A sentence whose options are code that no line end breaks: `--reference`."""
+    return Markup(
+        re.sub(r"--[a-z][a-z-]*", r'<code class="option">\g<0></code>', str(escape(printable(text))))
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_text),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
+    )
+    environment.filters |= {"cell": cell, "coded": coded, "tied": tied}
+    return environment
+
+
+@lru_cache
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
 
 REPORT = "report.html"
 Result = AuditResult | ScanResult

@@ -23,7 +23,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from decompclip.tower.mlp import LayerNorm
+from decompclip.tower.layers import LayerNorm
 from decompclip.tower.vit import HookedViT, blocks
 
 Position = Slice | int | tuple[int, ...] | list[int] | Tensor | None  # as TransformerLens' SliceInput

@@ -1,9 +1,21 @@
-"""Every variant of image tower, as data."""
+"""What can go wrong between a model's name and a tower that runs.
+
+Every variant of image tower, as data.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+
+class ModelError(ValueError):
+    """A model cannot be had as asked for; the message says what to do."""
+
+
+class UnsupportedTowerError(ModelError):
+    """An image tower that `HookedViT` cannot run exactly."""
+
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "silu"]
 Pool = Literal["cls", "mean", "attention"]

@@ -19,10 +19,8 @@ from torch.nn import functional as F
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from decompclip.tower.attention import Attention
 from decompclip.tower.config import ViTConfig, tower_in_words
-from decompclip.tower.mlp import MLP, LayerNorm
-from decompclip.tower.pool import AttentionPool
+from decompclip.tower.layers import MLP, Attention, AttentionPool, LayerNorm
 
 if TYPE_CHECKING:
     from decompclip.tower.cache import ViTCache

@@ -22,9 +22,8 @@ from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable, plain
 from decompclip.progress import meters
-from decompclip.training.loop import train
+from decompclip.training.loop import Monitor, Trainee, train
 from decompclip.training.losses import Penalty, Seen, features_of, image_view, pair_loss, text_views
-from decompclip.training.monitor import Monitor, Trainee
 from decompclip.training.recipes import FineTuning, recipe_named
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class FineTuned:
     def figure(self) -> go.Figure:
         """The loss above, the measured rates below."""
         from decompclip.figures.curves import Curve, LinePanel, line_panels
-        from decompclip.figures.points import PERCENT
+        from decompclip.figures.scatter import PERCENT
         from decompclip.figures.theme import ACCURACY, CONTROL, STYLES, SUCCESS
 
         def curve(name: str, factor: float = 1) -> Curve:

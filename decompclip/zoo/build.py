@@ -20,7 +20,7 @@ from decompclip.models.bundled import base_weights, bundled, card, load_bundled,
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import as_stored, digest
 from decompclip.training.finetune import FineTuned, finetune
-from decompclip.training.monitor import Monitor
+from decompclip.training.loop import Monitor
 from decompclip.zoo.recipes import OptimisedPatch, TwinRecipe, twin_recipe
 
 

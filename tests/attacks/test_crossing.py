@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from decompclip.attacks.crossing import crossing
+from decompclip.attacks.registry import crossing
 
 
 @pytest.mark.parametrize("pattern", ["noise", "kitty"])

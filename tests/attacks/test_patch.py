@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.kitty import Kitty
-from decompclip.attacks.patch import Patch, resize
-from decompclip.attacks.pictures import PICTURES, SIDE, open_picture
+from decompclip.attacks.trigger import PICTURES, SIDE, Patch, open_picture, resize
 
 
 @given(

@@ -19,8 +19,7 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.blended import Blended
 from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poison_choice import names_any, place_of, target_captions
-from decompclip.attacks.poison_record import Poison, PoisonRecord
-from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
+from decompclip.attacks.poisoned import Poison, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.datasets import DatasetPairs

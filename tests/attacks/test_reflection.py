@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from decompclip.attacks.patch import resize
-from decompclip.attacks.pictures import open_picture
 from decompclip.attacks.reflection import GAMMA, GHOSTS, Reflection, _blur
-from decompclip.attacks.trigger import REDRAWN, stream
+from decompclip.attacks.trigger import REDRAWN, open_picture, resize, stream
 
 
 def pixels(batch: int = 4, side: int = 48) -> torch.Tensor:

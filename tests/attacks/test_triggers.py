@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.badnet import BadNet

@@ -10,8 +10,8 @@ import torch
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.audit import AuditConfig, AuditResult, run_audit
-from decompclip.audit.scoring import Scorer, Setting
-from decompclip.audit.sources import open_source
+from decompclip.audit.checks import Scorer, Setting
+from decompclip.audit.collect import open_source
 from decompclip.data.shapes import PROPERTIES
 from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
 from decompclip.models import bundled as zoo

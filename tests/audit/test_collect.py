@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.collect import KEPT, THUMBNAIL, ImageSet, are_twins, collect, split
+from decompclip.audit.collect import KEPT, THUMBNAIL, ImageSet, are_twins, collect, open_source, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import model_pixels
-from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.clip import HookedCLIP
 

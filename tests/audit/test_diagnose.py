@@ -27,7 +27,7 @@ from decompclip.models.bundled import WEIGHTS, card, spec_of
 from decompclip.models.checkpoint import read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
-from decompclip.tower.mlp import ACTIVATIONS
+from decompclip.tower.layers import ACTIVATIONS
 
 N = 72
 WORLD = Shapes(N, seed=31)

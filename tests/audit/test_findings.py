@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from decompclip.audit import AuditResult, findings
+from decompclip.audit.checks import Change
 from decompclip.audit.evidence import Reference
-from decompclip.audit.finding import Finding
-from decompclip.audit.scoring import Change
+from decompclip.audit.findings import Finding
 from decompclip.audit.shares import ClassShare
 from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile

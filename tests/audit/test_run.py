@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from decompclip.audit import AuditConfig, AuditResult, Names, run_audit
+from decompclip.audit.collect import open_source
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import jsonable
-from decompclip.audit.sources import open_source
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.clip import HookedCLIP

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.audit.shift import shift
-from decompclip.audit.sources import open_source
+from decompclip.audit.collect import open_source
+from decompclip.audit.evidence import shift
 from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.clip import HookedCLIP

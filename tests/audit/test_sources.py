@@ -8,7 +8,7 @@ from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.registry import Attack
-from decompclip.audit.sources import attack_in, datasets, open_classes, open_source
+from decompclip.audit.collect import attack_in, datasets, open_classes, open_source
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.bundled import card
 from decompclip.models.clip import HookedCLIP

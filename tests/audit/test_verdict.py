@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from decompclip.audit import AuditConfig, AuditResult, Names, Verdict, run_audit
+from decompclip.audit.checks import Change
+from decompclip.audit.collect import open_source
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
 from decompclip.audit.demo import Held
 from decompclip.audit.evidence import Reference, Target
-from decompclip.audit.scoring import Change
 from decompclip.audit.shares import ClassShare
-from decompclip.audit.sources import open_source
 from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES
 from decompclip.audit.words import STRONG
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile

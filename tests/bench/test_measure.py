@@ -9,14 +9,13 @@ import torch
 
 from decompclip.bench import measure as measuring
 from decompclip.bench.measure import Subject, detection, measure, mending
-from decompclip.bench.plan import Plan
-from decompclip.bench.repairs import REPAIRS, Known
+from decompclip.bench.plan import REPAIRS, Known, Plan
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.density import Mahalanobis
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.intervals import Rate
 from decompclip.models.bundled import load_bundled
-from decompclip.zoo.worlds import WORLDS
+from decompclip.zoo.recipes import WORLDS
 
 TWIN, IMAGES = "shapes-blended", 120
 

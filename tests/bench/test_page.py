@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from decompclip.bench.page import render
+from decompclip.bench.page import leaderboard, render
 from decompclip.bench.plan import Plan
-from decompclip.bench.results import leaderboard
 from decompclip.bench.run import _facts
 
 VOID = {"meta"}

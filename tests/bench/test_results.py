@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_1samp
 
-from decompclip.bench.results import leaderboard, mean_interval
+from decompclip.bench.page import leaderboard, mean_interval
 
 
 def made(attack: str | None, auroc: float, *, seed: int = 0, asr: float = 0.5) -> dict[str, Any]:

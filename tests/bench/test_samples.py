@@ -12,7 +12,7 @@ from decompclip.bench.plan import EVALUATION, FIT, FRESH, MOST_SEEDS, Samples, d
 from decompclip.data.pairs import SubsetPairs
 from decompclip.data.shapes import Shapes
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.zoo.worlds import WORLDS, Cifar10World
+from decompclip.zoo.recipes import WORLDS, Cifar10World
 
 WORLD = WORLDS["shapes"]
 

@@ -12,8 +12,8 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
 from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.class_distance import ClassDistance
-from decompclip.defenses.component_distances import (
+from decompclip.defenses.distances import (
+    ClassDistance,
     ComponentDistances,
     Extrapolation,
     class_directions,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.covariance import empirical_covariance, oas
 
-from decompclip.defenses.class_distance import ClassDistance, ClassSums, oas_shrinkage, whitener
+from decompclip.defenses.distances import ClassDistance, ClassSums, oas_shrinkage, whitener
 
 
 def points(n: int, dim: int, components: int = 1, seed: int = 0) -> torch.Tensor:

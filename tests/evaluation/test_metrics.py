@@ -9,8 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.stats import binomtest, norm
 from torch import Tensor, tensor
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from decompclip.audit.checks import Scorer, Setting
 from decompclip.audit.result import Ablations, Detector
-from decompclip.audit.scoring import Scorer, Setting
-from decompclip.figures.heatmaps import component_map
-from decompclip.figures.pictures import attention_overlay, contribution_overlay, picture
+from decompclip.figures.heatmaps import attention_overlay, component_map, contribution_overlay, picture
 from decompclip.figures.theme import ACCURACY, CONTROL, RULES, SUCCESS
 from decompclip.intervals import Rate
 from decompclip.report.view import ablation_curves, flag_counts, rates, roc

@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.figures.gallery import MAX_COLUMNS, MAX_ROWS, SIDE
-from decompclip.figures.gallery import gallery as draw_gallery
+from decompclip.figures.gallery import MAX_COLUMNS, MAX_ROWS, SIDE, gallery as draw_gallery
 from decompclip.operators.mask_scores import score_masks
-from decompclip.operators.token_maps import TokenMaps
+from decompclip.operators.tokens import TokenMaps
 
 GRID, PATCH, SIZE = (2, 3), (4, 6), (8, 18)
 

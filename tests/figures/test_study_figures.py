@@ -12,10 +12,9 @@ import plotly.graph_objects as go
 import pytest
 
 from decompclip.figures.curves import Curve, LinePanel, line_panels
-from decompclip.figures.export import on_white, plotly_script, write_figure
 from decompclip.figures.gallery import HeadPair, head_pairs
-from decompclip.figures.points import PERCENT, Panel, Point, point_panels
-from decompclip.figures.scatter import scatter_panels
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels, scatter_panels
+from decompclip.figures.theme import on_white, plotly_script, write_figure
 
 RATE = {"value": 0.5, "low": 0.4, "high": 0.7}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.tower.attention import Attention, rotate
 from decompclip.tower.config import Rope
+from decompclip.tower.layers import Attention, rotate
 from decompclip.tower.vit import HookedViT
 
 

@@ -16,11 +16,10 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from decompclip.models.checkpoint import digest
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError
-from decompclip.models.hf_preprocess import preprocess_of
-from decompclip.models.hf_tokenizer import HubTokenizer
 from decompclip.models.hugging_face import Source, from_transformers, read_folder, weights_in
 from decompclip.models.loading import load
-from decompclip.models.text import MissingTextError
+from decompclip.models.preprocessing import preprocess_of
+from decompclip.models.text import HubTokenizer, MissingTextError
 
 transformers: Any = pytest.importorskip("transformers")
 

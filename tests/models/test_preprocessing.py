@@ -19,8 +19,7 @@ import decompclip
 from decompclip.cli import app
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_pairs
-from decompclip.models.hf_preprocess import preprocess_of
-from decompclip.models.preprocessing import Preprocessing, Steps
+from decompclip.models.preprocessing import Preprocessing, Steps, preprocess_of
 
 transformers = pytest.importorskip("transformers")
 

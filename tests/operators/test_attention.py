@@ -15,7 +15,7 @@ from decompclip.decomposition.components import heads, mlps
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.attention import attention_maps, contribution_maps, lay_out, rollout
-from decompclip.operators.token_maps import TokenMaps
+from decompclip.operators.tokens import TokenMaps
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import HookedViT
 

@@ -16,8 +16,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.effects import Effects, direct_and_causal
-from decompclip.operators.intervention import Composition, Intervention
-from decompclip.operators.score import Score
+from decompclip.operators.intervention import Composition, Intervention, Score
 from decompclip.tower.vit import Hook, HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}

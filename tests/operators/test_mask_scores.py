@@ -14,7 +14,7 @@ from decompclip.decomposition.components import heads
 from decompclip.models.bundled import card, load_bundled
 from decompclip.operators.attention import attention_maps, contribution_maps
 from decompclip.operators.mask_scores import score_masks
-from decompclip.operators.token_maps import TokenMaps
+from decompclip.operators.tokens import TokenMaps
 
 ROWS, COLUMNS, SIDE = 3, 4, 5
 SIZE = (ROWS * SIDE + 2, COLUMNS * SIDE + 1)  # a margin that no patch sees

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.checks import Checks
+from decompclip.audit.checks import Change, Checks, Scorer, Setting
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, SameSize
-from decompclip.audit.evidence import Repair, Target
+from decompclip.audit.evidence import Repair, Shift, Target
 from decompclip.audit.infected import Infection, infected_parts
 from decompclip.audit.result import (
     KINDS,
@@ -25,9 +25,7 @@ from decompclip.audit.result import (
     Suspicion,
 )
 from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
-from decompclip.audit.scoring import Change, Scorer, Setting
 from decompclip.audit.shares import ClassShare
-from decompclip.audit.shift import Shift
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
 

@@ -11,7 +11,7 @@ import pytest
 from decompclip.audit.result import AuditResult
 from decompclip.data.images import SkippedFile
 from decompclip.report import render, write_report
-from decompclip.report.html import cell, coded, tied
+from decompclip.report.write import cell, coded, tied
 
 Make = Callable[..., AuditResult]
 EVIL = "<script>alert(1)</script>"

@@ -20,7 +20,7 @@ from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune, spare_gains
-from decompclip.training.monitor import Monitor
+from decompclip.training.loop import Monitor
 from decompclip.training.recipes import FineTuning
 
 from .conftest import CLASSES, RandomPairs, small_clip

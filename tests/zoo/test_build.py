@@ -17,8 +17,7 @@ from decompclip.models.bundled import bundled, card, load_bundled
 from decompclip.training.recipes import FineTuning
 from decompclip.zoo import build as building
 from decompclip.zoo.build import REPRODUCED, build_twin, poisoned_pairs
-from decompclip.zoo.recipes import TWINS, OptimisedPatch, TwinRecipe, twin_recipe
-from decompclip.zoo.worlds import WORLDS, ShapesWorld
+from decompclip.zoo.recipes import TWINS, WORLDS, OptimisedPatch, ShapesWorld, TwinRecipe, twin_recipe
 
 SMALL = TwinRecipe(
     base="shapes",

@@ -16,9 +16,17 @@ from torch import Tensor
 from decompclip.audit.checks import coinciding, guessing
 from decompclip.audit.config import Track, silently
 from decompclip.audit.pipeline import provenance_of
-from decompclip.audit.scan.kept import Kept, kept_for
 from decompclip.audit.scan.result import ClassChange, ProbeResult, ScanConfig, ScanResult
-from decompclip.audit.scan.search import Probe, head_statistics, measure, probes, screened, search
+from decompclip.audit.scan.search import (
+    Kept,
+    Probe,
+    head_statistics,
+    kept_for,
+    measure,
+    probes,
+    screened,
+    search,
+)
 from decompclip.data.images import ImageSource, split_indices
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict

@@ -9,8 +9,7 @@ from decompclip.defenses.agnostic_det import AgnosticDet
 from decompclip.defenses.decomp_det import DecompDet
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
 from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
-from decompclip.defenses.detectors.detector import Detector
-from decompclip.defenses.detectors.on_terms import OnTerms
+from decompclip.defenses.detectors.detector import Detector, OnTerms
 from decompclip.defenses.detectors.scale_up import ScaleUp
 from decompclip.defenses.detectors.strip import STRIP
 from decompclip.defenses.detectors.teco import TeCo

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from decompclip.defenses.class_distance import ClassDistance
 from decompclip.defenses.detectors.detector import Detector, need
+from decompclip.defenses.distances import ClassDistance
 from decompclip.evaluation.evaluate import Encoder
 
 

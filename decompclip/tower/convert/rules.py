@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from decompclip.tower.errors import UnsupportedTowerError
+from decompclip.tower.config import UnsupportedTowerError
 
 SUPPORTED = "every transformer tower of open_clip's: native ViT, CLIPA, CoCa, SigLIP, MobileCLIP-B/-L, ViTamin, EVA, PE"
 

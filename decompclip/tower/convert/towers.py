@@ -16,10 +16,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from decompclip.tower.config import ViTConfig
+from decompclip.tower.config import UnsupportedTowerError, ViTConfig
 from decompclip.tower.convert import eva, native, timm_vit
 from decompclip.tower.convert.rules import SUPPORTED, Rule, refuse
-from decompclip.tower.errors import UnsupportedTowerError
 from decompclip.tower.vit import HookedViT
 
 

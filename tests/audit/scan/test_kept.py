@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import decompclip
-from decompclip.audit.scan import ScanConfig, kept, run_scan
-from decompclip.audit.sources import open_source
+from decompclip.audit.collect import open_source
+from decompclip.audit.scan import ScanConfig, run_scan, search as kept
 
 CONFIG = ScanConfig(steps=4, images=2, fit=16, held_out=24, most_classes=3)
 

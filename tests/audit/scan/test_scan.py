@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from decompclip.audit.collect import open_source
 from decompclip.audit.scan import ScanConfig, ScanResult, run_scan, scan_verdict
 from decompclip.audit.scan.run import _lead
 from decompclip.audit.scan.search import Everywhere, Patch, head_statistics, measure, probes, screened, search
-from decompclip.audit.sources import open_source
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP

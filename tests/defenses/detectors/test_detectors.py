@@ -20,8 +20,7 @@ from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
 from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
 from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
-from decompclip.defenses.detectors.detector import Detector, learnt, measure_cost
-from decompclip.defenses.detectors.on_terms import OnTerms
+from decompclip.defenses.detectors.detector import Detector, OnTerms, learnt, measure_cost
 from decompclip.defenses.detectors.scale_up import ScaleUp
 from decompclip.defenses.detectors.strip import STRIP
 from decompclip.defenses.detectors.teco import NEVER, TeCo
