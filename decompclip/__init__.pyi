@@ -51,7 +51,7 @@ from .defenses.guard import Guard as Guard
 from .defenses.guard_files import load as load, load_guard as load_guard, save_guard as save_guard
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis.run import diagnose as diagnose
-from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.evaluate import Evaluation as Evaluation, evaluate as evaluate
 from .evaluation.metrics import attack_report as attack_report, auroc as auroc
 from .intervals import Rate as Rate
 from .models.bundled import bundled as bundled
@@ -79,7 +79,6 @@ from .operators.patching import activation_patching as activation_patching
 from .operators.paths import path_patching as path_patching
 from .operators.probes import Probes as Probes, probe as probe
 from .operators.roles import role_change as role_change
-from .operators.splits import Evaluation as Evaluation, Validation as Validation
 from .operators.sweeps import ablation_sweep as ablation_sweep, most_damaging as most_damaging
 from .operators.textspan import fit_textspans as fit_textspans, textspan as textspan, textspans as textspans
 from .operators.textspan_inputs import TextFeatures as TextFeatures, encode_texts as encode_texts

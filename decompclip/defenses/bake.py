@@ -26,7 +26,6 @@ from decompclip.decomposition.components import ComponentMask
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, resolve, token_mask
 from decompclip.operators.intervention import Composition, Intervention
-from decompclip.operators.splits import Validation, moments_of
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Block, HookedViT, blocks, hooked
 
@@ -52,7 +51,7 @@ def _even(step: Intervention, cfg: ViTConfig) -> Intervention:
         return step
     if not isinstance(step, MeanAblate):
         raise _unbakable(step)
-    moments = moments_of(step.moments)
+    moments = step.moments
     if moments.streams is None:
         raise ValueError(
             "expected moments with stream means; received moments of terms alone; fit them with "
@@ -64,8 +63,7 @@ def _even(step: Intervention, cfg: ViTConfig) -> Intervention:
     if _one_row(cfg):
         z[-1], out[-1] = streams.z[-1], streams.mlp_out[-1]
     evened = replace(moments, streams=replace(streams, z=z, mlp_out=out))
-    held = step.moments
-    return replace(step, moments=replace(held, moments=evened) if isinstance(held, Validation) else evened)
+    return replace(step, moments=evened)
 
 
 @torch.no_grad()

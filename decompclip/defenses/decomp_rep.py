@@ -36,7 +36,6 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention, Where, both, check_where
 from decompclip.operators.noise import RandomAblate, Scale
-from decompclip.operators.splits import Evaluation, Measured
 from decompclip.tower.vit import Hook, HookedViT
 
 FillName = Literal["prototype", "zero", "random"]
@@ -138,16 +137,15 @@ class DecompRep(Intervention):
         check_fitted(self, "selector_")
         return self.selector_.flags(d)
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         """Repaired terms (direct mode).
 
         Raises:
             NotFittedError, ValueError: as `flags`.
         """
-        plain = d.decomposition if isinstance(d, Evaluation) else d
-        flags, shape = self.flags(plain), (len(plain), plain.n_layers, plain.n_heads)
-        check_where(where, shape, plain.n_layers * (plain.n_heads + 1) + 1 + plain.pool.shape[1])
-        repaired = self._mlps()(plain, where=where) if self.mlps else plain
+        flags, shape = self.flags(d), (len(d), d.n_layers, d.n_heads)
+        check_where(where, shape, d.n_layers * (d.n_heads + 1) + 1 + d.pool.shape[1])
+        repaired = self._mlps()(d, where=where) if self.mlps else d
         of_heads = (
             where[:, : shape[1] * shape[2]].view(shape) if where is not None and where.ndim == 2 else where
         )

@@ -23,7 +23,6 @@ from decompclip.decomposition.maps import Convention, TermMaps
 from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Composition, Intervention, Restricted
-from decompclip.operators.splits import Validation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,8 +218,6 @@ def _fitted(part: object) -> Iterator[_Fitted]:
             yield from _fitted(step)
     elif isinstance(part, Restricted):
         yield from _fitted(part.edit)
-    elif isinstance(part, Validation):
-        yield from _fitted(part.moments)
     elif isinstance(part, Moments):
         yield _Fitted(part.maps.convention, part.normalized)
     elif isinstance(part, TermMaps):

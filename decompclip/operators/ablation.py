@@ -23,7 +23,6 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.operators.splits import Measured, Validation, apart, moments_of
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Hook, HookedViT, blocks
 
@@ -45,8 +44,7 @@ class Replacement(Intervention):
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
         """What stands in for the stream's writes."""
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
-        d = apart(getattr(self, "moments", None), d)
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         mask = resolve(self.components, d)
         return edit_terms(d, mask, self.term_fill(d, mask), where)
 
@@ -55,6 +53,15 @@ class Replacement(Intervention):
         if mask.empty:
             return []
         return edit_stream(visual, mask, self.stream_fill(visual, mask), rows=self.rows, where=where)
+
+
+def check_moments(moments: object) -> None:
+    """Raises TypeError where something else stands in the place of moments."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"expected Moments of clean images; received {type(moments).__name__}; fit them with "
+            "Moments.fit(model, batches), on images that are not measured"
+        )
 
 
 def stream_means(visual: HookedViT, moments: Moments, purpose: str) -> StreamMeans:
@@ -278,21 +285,25 @@ class MeanAblate(Replacement):
 
     Attributes:
         components: which, e.g. `mlps[-5:]`.
-        moments: of clean images, under the same model, convention and normalization; a `Validation` knows whose.
+        moments: of clean images, under the same model, convention and normalization.
         rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
     """
 
     components: Components
-    moments: Moments | Validation
+    moments: Moments
     rows: Rows = field(default="all", kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_moments(self.moments)
+
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        moments = moments_of(self.moments)
+        moments = self.moments
         moments.check(d)
         return Fill(moments.coords, moments.mlps, moments.embed, moments.pool)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        streams = stream_means(visual, moments_of(self.moments), "causal mean-ablation")
+        streams = stream_means(visual, self.moments, "causal mean-ablation")
         return Fill(streams.z, streams.mlp_out, streams.embed, streams.pool)
 
     def __repr__(self) -> str:

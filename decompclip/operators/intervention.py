@@ -20,7 +20,6 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.operators.splits import Evaluation, Measured
 from decompclip.tower.vit import Hook, HookedViT
 
 Metric = Literal["logit", "logit_difference", "accuracy"]
@@ -140,10 +139,8 @@ class Intervention(ABC):
     """
 
     @abstractmethod
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         """The decomposition with edited terms; the same object where nothing is edited.
-
-        An `Evaluation` is held apart from the `Validation` that the edit was made from.
 
         Raises:
             IndexError: the edit names a component that `d` does not have.
@@ -190,11 +187,10 @@ class Composition(Intervention):
 
     steps: tuple[Intervention, ...] = ()
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         for step in self.steps:
-            edited = step(d, where=where)
-            d = Evaluation(edited, d.ids) if isinstance(d, Evaluation) else edited
-        return d.decomposition if isinstance(d, Evaluation) else d
+            d = step(d, where=where)
+        return d
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         return [hook for step in self.steps for hook in step.fwd_hooks(visual, where=where)]
@@ -210,7 +206,7 @@ class Restricted(Intervention):
     edit: Intervention
     where: Where
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         return self.edit(d, where=both(self.where, where))
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:

@@ -21,7 +21,6 @@ from decompclip.decomposition.maps import Convention, frozen, wide
 from decompclip.decomposition.terms import Rows as PooledRows
 from decompclip.operators.ablation import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.operators.splits import Measured, apart
 from decompclip.tower.vit import Hook, HookedViT, blocks
 
 if TYPE_CHECKING:
@@ -228,8 +227,7 @@ class AblateNeurons(Intervention):
                 "with one expression"
             )
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
-        d = apart(None, d)
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         terms = self.terms
         if terms is None:
             raise ValueError(

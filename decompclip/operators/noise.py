@@ -18,9 +18,16 @@ from decompclip.decomposition.components import ComponentMask, Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, frozen, term_maps, wide
 from decompclip.decomposition.moments import Moments
-from decompclip.operators.ablation import Fill, Replacement, Rows, resolve, show_rows, value_biases
+from decompclip.operators.ablation import (
+    Fill,
+    Replacement,
+    Rows,
+    check_moments,
+    resolve,
+    show_rows,
+    value_biases,
+)
 from decompclip.operators.intervention import Where
-from decompclip.operators.splits import Measured, Validation, apart, moments_of
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -165,7 +172,7 @@ class RandomAblate(Replacement):
     """
 
     components: Components
-    moments: Moments | Validation | None = None
+    moments: Moments | None = None
     scale: Scale = field(default="matched", kw_only=True)
     seed: int = field(default=0, kw_only=True)
     rows: Rows = field(default="all", kw_only=True)
@@ -182,14 +189,14 @@ class RandomAblate(Replacement):
                 "expected moments, whose means the noise is to be as long as; received none; pass "
                 'Moments.fit(model, batches), or scale="unit"'
             )
-        if moments_of(self.moments).maps.convention != "centred":
+        check_moments(self.moments)
+        if self.moments.maps.convention != "centred":
             raise ValueError(
                 "expected moments in the centred convention, in which a term is what its component writes; received "
                 "convention='paper'; fit them in the centred one, or pass scale=\"unit\""
             )
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
-        d = apart(self.moments, d)
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         if self.scale == "matched" or d.maps.direct or not resolve(self.components, d).heads.any():
             return super().__call__(d, where=where)
         wide = as_terms(d)
@@ -228,7 +235,7 @@ class RandomAblate(Replacement):
     @property
     def _means(self) -> Moments:
         assert self.moments is not None  # without them the scale is "unit"
-        return moments_of(self.moments)
+        return self.moments
 
     def _writes(self, visual: HookedViT | None) -> Writes:
         return Writes.draw(self.seed, self._means.maps, visual).matched(self._means, visual)

@@ -27,8 +27,8 @@ from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.intervals import Rate
+from decompclip.operators.ablation import check_moments
 from decompclip.operators.parts import check_alike
-from decompclip.operators.splits import Evaluation, Validation, apart, moments_of
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
 from decompclip.tower.vit import HookedViT
 
@@ -165,7 +165,7 @@ def check_classifier(classifier: Tensor, width: int) -> None:
         )
 
 
-Data = Decomposition | Evaluation | Iterable[Decomposition | Evaluation]
+Data = Decomposition | Iterable[Decomposition]
 
 CHUNK = 2**19
 """Logits worked on at a time: a chunk has as many images as make these (2 MiB in fp32, that caches hold)."""
@@ -173,7 +173,7 @@ CHUNK = 2**19
 
 def ablation_sweep(
     data: Data | Iterable[Float[Tensor, "_ 3 h w"]],
-    moments: Moments | Validation | None,
+    moments: Moments | None,
     classifier: Float[Tensor, "class d_embed"],
     *,
     model: HookedViT | HookedCLIP | None = None,
@@ -190,14 +190,14 @@ def ablation_sweep(
 
     Args:
         data: a decomposition, or batches of them (from a store, say); with `model` also batches of images, which
-            are decomposed in the moments' form. An `Evaluation` is held apart from a `Validation`.
+            are decomposed in the moments' form.
         moments: their means are filled in; None fills in zero.
         each_head: whether to ablate also every head alone.
         entry: whether sweeps of MLPs begin with the stream's entry, in the place of a layer before the first.
 
     Raises:
         ValueError: an unknown kind or scheme, no data, moments that do not fit it, a classifier of another width,
-            images that the moments were fitted on, or batches of different models or options.
+            or batches of different models or options.
         TypeError: images without a model.
     """
     for name, values, known in (("kind", kinds, get_args(Kind)), ("scheme", schemes, get_args(Scheme))):
@@ -230,30 +230,24 @@ def ablation_sweep(
     )
 
 
-def _decompositions(
-    data: object, moments: Moments | Validation | None, model: object
-) -> Iterator[Decomposition]:
+def _decompositions(data: object, moments: Moments | None, model: object) -> Iterator[Decomposition]:
     if isinstance(data, Tensor):
         raise ValueError(
             f"expected batches of images, one after another; received one tensor {list(data.shape)}; a single batch "
             "is [images]"
         )
-    parts = [data] if isinstance(data, Decomposition | Evaluation) else data
+    parts = [data] if isinstance(data, Decomposition) else data
     if not isinstance(parts, Iterable):
-        raise TypeError(
-            f"expected a Decomposition, an Evaluation, or batches of either; received {type(parts).__name__}"
-        )
+        raise TypeError(f"expected a Decomposition, or batches of them; received {type(parts).__name__}")
     for part in parts:
         if isinstance(part, Tensor):
             part = _decomposed(part, moments, model)  # noqa: PLW2901
-        if not isinstance(part, Decomposition | Evaluation):
-            raise TypeError(
-                f"expected a Decomposition, an Evaluation, or batches of either; received {type(part).__name__}"
-            )
-        yield apart(moments, part)
+        if not isinstance(part, Decomposition):
+            raise TypeError(f"expected a Decomposition, or batches of them; received {type(part).__name__}")
+        yield part
 
 
-def _decomposed(images: Tensor, moments: Moments | Validation | None, model: object) -> Decomposition:
+def _decomposed(images: Tensor, moments: Moments | None, model: object) -> Decomposition:
     if model is None:
         raise TypeError(
             "expected decompositions, or images and a model; received images alone; pass model=, or decompose them"
@@ -261,13 +255,12 @@ def _decomposed(images: Tensor, moments: Moments | Validation | None, model: obj
     visual = model if isinstance(model, HookedViT) else getattr(model, "visual")  # noqa: B009
     if moments is None:
         return decompose(visual, images)
-    form = moments_of(moments)
-    return decompose(visual, images, convention=form.maps.convention, normalize=form.normalized)
+    return decompose(visual, images, convention=moments.maps.convention, normalize=moments.normalized)
 
 
 def chunks(
     data: object,
-    moments: Moments | Validation | None,
+    moments: Moments | None,
     classifier: Tensor,
     *,
     model: HookedViT | HookedCLIP | None = None,
@@ -277,15 +270,16 @@ def chunks(
     Raises:
         ValueError, TypeError: as `ablation_sweep`.
     """
-    means = None if moments is None else moments_of(moments)
+    if moments is not None:
+        check_moments(moments)
     first, shared, seen = None, None, 0
     size = max(1, CHUNK // max(1, len(classifier)))
     for d in _decompositions(data, moments, model):
         if first is None or shared is None:
             check_classifier(classifier, d.d_embed)
-            if means is not None:
-                means.check(d)
-            first, shared = d[:0], Shared.of(d, means, classifier)
+            if moments is not None:
+                moments.check(d)
+            first, shared = d[:0], Shared.of(d, moments, classifier)
         check_alike(first.maps, first.normalized, d.maps, d.normalized)
         for start in range(0, max(1, len(d)), size):
             changes = Changes(d[start : start + size], shared)
@@ -395,7 +389,7 @@ class GreedySet:
 
 def most_damaging(
     data: Data,
-    moments: Moments | Validation | None,
+    moments: Moments | None,
     classifier: Float[Tensor, "class d_embed"],
     answers: Int[Tensor, " image"],
     *,

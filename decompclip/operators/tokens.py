@@ -21,7 +21,6 @@ from decompclip.decomposition.components import ComponentMask, Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.ablation import resolve
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.operators.splits import Measured, apart
 from decompclip.tower.vit import Hook, HookedViT, blocks
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ class AblateTokens(Intervention):
                 f"received {_show(tokens)}; e.g. AblateTokens(heads, (1, 2))"
             )
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
-        d = apart(None, d)
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         chosen = Chosen.of(self._heads(d), where, len(d)).heads
         coords = d.coords.clone()
         for layer, head in chosen.any(0).nonzero().tolist():

@@ -14,7 +14,6 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.ablation import Fill, Replacement, Rows, need_images, show_rows, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
 from decompclip.operators.parts import check_alike
-from decompclip.operators.splits import Evaluation, Measured
 from decompclip.tower.vit import Hook, HookedViT
 
 SAME = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -187,8 +186,8 @@ class Repair(Intervention):
     selector: Flags
     fill: Intervention
 
-    def __call__(self, d: Measured, *, where: Where | None = None) -> Decomposition:
-        flagged = self.selector.flags(d.decomposition if isinstance(d, Evaluation) else d)
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+        flagged = self.selector.flags(d)
         return self.fill(d, where=both(flagged, where))
 
     def at(self, d: Decomposition) -> Restricted:

@@ -1,4 +1,4 @@
-"""The protocol: restriction image by image, splits held apart, other images' components, repair."""
+"""The protocol: restriction image by image, other images' components, repair."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from decompclip.decomposition.components import Components, embed, everything, h
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.intervention import Composition, Intervention
+from decompclip.operators.intervention import Intervention
 from decompclip.operators.noise import RandomAblate
-from decompclip.operators.splits import Evaluation, Validation
 from decompclip.operators.transplant import Patch, Repair, ResampleAblate, decomp_reverse
 from decompclip.tower.vit import HookedViT
 
@@ -113,39 +112,6 @@ def test_a_restricted_edit_is_one_with_where(tower: HookedViT, images: Tensor, d
     for no_mask in ([True] * 5, torch.ones(5, dtype=torch.bool), torch.ones(5, 16)):
         with pytest.raises(TypeError, match=r"expected a boolean mask .* for whole images repeat it"):
             edit.on(no_mask)  # pyright: ignore[reportArgumentType]
-
-
-def test_evaluation_images_are_held_apart_from_those_of_the_means(
-    tower: HookedViT, d: Decomposition, source: Decomposition, moments: Moments
-) -> None:
-    validation = Validation.of(moments, range(16))
-    measured, known = Evaluation(d, tuple(range(20, 25))), Evaluation(d, (20, 21, 3, 22, 23))
-    mean = MeanAblate(heads, validation)
-    flags = torch.ones(5, 3, 4, dtype=torch.bool)
-    edits: list[Intervention] = [
-        mean,
-        RandomAblate(heads, validation),
-        mean.on(flags),
-        ZeroAblate(mlps) | mean,
-        mean | ZeroAblate(mlps),
-        Repair(Fixed(flags), mean),
-    ]
-    for edit in edits:
-        torch.testing.assert_close(edit(measured).features, edit(d).features)
-        with pytest.raises(
-            ValueError, match="received 1 that the validation images contain, such as 3; split"
-        ):
-            edit(known)
-    for edit in (Patch(heads, source), ZeroAblate(heads), Composition()):
-        torch.testing.assert_close(edit(known).features, edit(d).features)
-    numbers = tuple(torch.arange(3, 8))
-    with pytest.raises(ValueError, match="received 5 that the validation images contain, such as 3"):
-        mean(Evaluation(d, numbers))
-    for names in (tuple("abcde"), ("3", "4", "5", "6", "7")):
-        with pytest.raises(
-            ValueError, match="named like the validation images, by int; received names of type str"
-        ):
-            mean(Evaluation(d, names))
 
 
 def test_whole_layers(d: Decomposition) -> None:

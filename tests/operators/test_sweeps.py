@@ -18,7 +18,6 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.splits import Evaluation, Validation
 from decompclip.operators.sweeps import ablation_sweep, most_damaging
 from decompclip.tower.vit import HookedViT
 
@@ -298,29 +297,6 @@ def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -
     assert repr(found).startswith("GreedySet(mlps[")
 
 
-def test_validation_and_evaluation_are_kept_apart(
-    d: Decomposition, moments: Moments, classifier: Tensor
-) -> None:
-    validation = Validation.of(moments, [f"v{i}" for i in range(16)])
-    table = ablation_sweep(Evaluation(d, tuple("abcde")), validation, classifier)
-    expected = ablation_sweep(d, moments, classifier)["heads", "forward"]
-    assert torch.equal(table["heads", "forward"].predictions, expected.predictions)
-    torch.testing.assert_close(MeanAblate(heads, validation)(d).coords, MeanAblate(heads, moments)(d).coords)
-    with pytest.raises(ValueError, match="by str; received names of type int, which could not be told apart"):
-        ablation_sweep(Evaluation(d, tuple(range(5))), validation, classifier)
-    mixed: Any = ("a", "v3", "c", "v7", "e")
-    with pytest.raises(
-        ValueError, match=r"received 2 that the validation images contain, such as 'v3'; split"
-    ):
-        ablation_sweep([Evaluation(d, mixed)], validation, classifier)
-    with pytest.raises(
-        ValueError, match="a name for each of the 16 images of the moments; received 2 different"
-    ):
-        Validation.of(moments, ["a", "b"] * 8)
-    with pytest.raises(ValueError, match="a name for each of 5 images; received 1"):
-        Evaluation(d, ("a",))
-
-
 @pytest.mark.usefixtures("ours_alone")
 def test_sweep_errors_say_what_to_do(
     tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments, classifier: Tensor
@@ -357,14 +333,14 @@ def test_sweep_errors_say_what_to_do(
     with pytest.raises(ValueError, match="nan or inf of finite terms; check the classifier"):
         ablation_sweep(d, moments, classifier * torch.nan)
     nothing: Any = None
-    with pytest.raises(TypeError, match="batches of either; received NoneType"):
+    with pytest.raises(TypeError, match="batches of them; received NoneType"):
         ablation_sweep(nothing, moments, classifier)
     with pytest.raises(ValueError, match="expected decompositions; received none"):
         ablation_sweep([], moments, classifier)
     with pytest.raises(TypeError, match=r"received images alone; pass model=, or decompose them"):
         ablation_sweep([images], moments, classifier)
     nonsense: Any = ["a"]
-    with pytest.raises(TypeError, match="batches of either; received str"):
+    with pytest.raises(TypeError, match="batches of them; received str"):
         ablation_sweep(nonsense, moments, classifier)
 
     def once() -> Iterator[Decomposition]:
@@ -391,6 +367,6 @@ def test_sweep_errors_say_what_to_do(
             IndexError, match=rf"answers as classes in 0\.\.5, .* received {int(wrong[0])}\.\."
         ):
             most_damaging(d, moments, classifier, wrong)
-    evaluated: Any = Evaluation(d, tuple("abcde"))
-    with pytest.raises(TypeError, match="fitted on validation images; received Evaluation; fit Moments"):
-        ablation_sweep(d, evaluated, classifier)
+    measured: Any = d
+    with pytest.raises(TypeError, match="Moments of clean images; received Decomposition; fit them"):
+        ablation_sweep(d, measured, classifier)
