@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="fewer images than the analyses' own, for a quick look")
     options = parser.parse_args(argv)
     try:
-        names = ANALYSES if options.all else tuple(options.names)
+        names = tuple(ANALYSES) if options.all else tuple(options.names)
         for name in names:
             load(name)
         open_family(options.model_family)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from analyses import audit_corruptions, audit_scan, leaderboard
+from analyses.benchmarks import leaderboard
+from analyses.questions import audit_corruptions, audit_scan
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER, read
 from decompclip.audit.controls import KINDS
@@ -221,4 +223,4 @@ def test_files_that_it_names_are_there() -> None:
     for link in links:
         assert (ROOT / link).exists(), link
     for module in re.findall(r"python -m (analyses(?:\.\w+)?)", README + RESULTS):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists() or module == "analyses", module
+        assert find_spec(module), module

@@ -10,7 +10,7 @@ from decompclip.data.shapes import PROPERTIES
 from decompclip.data.shapes_pairs import vocabulary, with_article
 
 POOL = Path(__file__).parent / "pool" / "descriptions.txt"
-"""The general pool; `analyses/build_text_pool.py` builds it from lists of words."""
+"""The general pool; `analyses/training/build_text_pool.py` builds it from lists of words."""
 
 _ORDER = ("size", "colour", "texture")  # of adjectives, as captions put them
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analyses import adaptive_attacker, attack_agnostic, table1, trigger_gallery
+from analyses.paper import table1
+from analyses.questions import adaptive_attacker, attack_agnostic, trigger_gallery
 from analyses.study.family import BundledFamily
 from decompclip.attacks.badnet import BadNet
 from decompclip.models.bundled import load_bundled

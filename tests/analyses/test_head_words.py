@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import decompclip
-from analyses.head_words import Config, agreements, chance, table
+from analyses.questions.head_words import Config, agreements, chance, table
 from decompclip.operators.naming import Agreement
 
 SMALL = Config(models=("shapes",), images=300)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from analyses import figure2, figure5, figure6
+from analyses.paper import figure2, figure5, figure6
 
 LOCAL = {"attack": "A", "kind": "local, structured"}
 GLOBAL = {"attack": "B", "kind": "global, noise"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analyses import leaderboard
+from analyses.benchmarks import leaderboard
 from decompclip.bench.run import weights_of
 from decompclip.models.bundled import bundled
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from scipy import stats
 
-from analyses import (
+from analyses.benchmarks import throughput
+from analyses.questions import (
     base_decomp_gap,
     direct_or_causal,
     infected_set,
     local_or_structured,
     role_change,
-    throughput,
 )
 from analyses.study.family import BundledFamily
 from decompclip.models.bundled import load_bundled

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from analyses import figure1, figure2, figure3, figure4, figure5, figure6, table2, table3, table5
+from analyses.paper import figure1, figure2, figure3, figure4, figure5, figure6, table2, table3, table5
 from analyses.study.case import Case
 from analyses.study.family import BundledFamily
 from decompclip.decomposition.components import heads, mlps

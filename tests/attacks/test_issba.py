@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analyses.train_issba import Config, batch, run, textures
+from analyses.training.train_issba import Config, batch, run, textures
 from decompclip.attacks.issba import (
     ISSBA,
     WEIGHTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analyses import build_text_pool
+from analyses.training import build_text_pool
 from decompclip.data.shapes import PROPERTIES
 from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
 from decompclip.data.texts import POOL, general_texts, load_texts, shapes_texts

@@ -8,9 +8,9 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from analyses import coverage
-from analyses.coverage import PAGE, Row, measure, page, run
-from analyses.tower_families import FAMILY_OF
+from analyses.benchmarks import coverage
+from analyses.benchmarks.coverage import PAGE, Row, measure, page, run
+from tests.models.tower_families import FAMILY_OF
 
 LISTED = open_clip.list_models()
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analyses.reduced_towers import DEPTH, features, fill, reduced, reduced_tower, relative_error
-from analyses.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 from decompclip.decomposition.capture import TOLERANCE, decompose
 from decompclip.decomposition.maps import Convention
 from decompclip.models.errors import UnsupportedTowerError
@@ -21,6 +19,8 @@ from decompclip.tower.convert import config_of, convert_open_clip
 from decompclip.tower.convert.rules import WHY_NOT
 from decompclip.tower.convert.towers import Source
 from decompclip.tower.vit import Hook, HookedViT, blocks
+from tests.models.reduced_towers import DEPTH, features, fill, reduced, reduced_tower, relative_error
+from tests.models.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 
 LISTED = sorted(open_clip.list_models())
 TOWERS = [name for name in LISTED if name in FAMILY_OF and FAMILY_OF[name].why_not is None]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analyses import figure1, table3
+from analyses.paper import figure1, table3
 from analyses.study.command import main
 from analyses.study.files import FolderFamily
 from decompclip.data.shapes import Shapes

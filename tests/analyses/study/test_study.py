@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import analyses.__main__ as everything
-from analyses import figure1, figure6
+from analyses.paper import figure1, figure6
 from analyses.study.command import main, produce
 from analyses.study.family import BundledFamily, open_family
 from analyses.study.index import as_html, write_index
@@ -134,4 +135,13 @@ def test_modules_run_as_scripts_know_their_name() -> None:
     from analyses.study.command import name_of
 
     assert name_of(figure1) == "figure1"  # pyright: ignore[reportArgumentType]
-    assert sys.modules["analyses.figure1"] is figure1
+    assert sys.modules["analyses.paper.figure1"] is figure1
+
+
+def test_every_module_runs_by_its_short_name() -> None:
+    folder = Path(everything.__file__).parent
+    assert find_spec("analyses.figure1")
+    for room in ("paper", "questions", "benchmarks", "training"):
+        for path in (folder / room).glob("*.py"):
+            spec = find_spec(f"analyses.{path.stem}")
+            assert spec and spec.origin == str(path)

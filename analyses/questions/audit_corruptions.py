@@ -35,8 +35,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.audit_scan import WORK as TUNED, base_of, path_of
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
+from analyses.questions.audit_scan import WORK as TUNED, base_of, path_of
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
@@ -57,7 +57,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from decompclip.zoo.recipes import WORLDS
 
-RESULTS = Path(__file__).parent / "results" / "audit_corruptions"
+RESULTS = Path(__file__).parent.with_name("results") / "audit_corruptions"
 WORK = Path(".training") / "audit_corruptions"
 
 IMAGES = 140

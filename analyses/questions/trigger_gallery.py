@@ -14,7 +14,7 @@ from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
 from decompclip.models.bundled import bundled, card
 
-RESULT = Path(__file__).parent / "results" / "trigger_gallery.png"
+RESULT = Path(__file__).parent.with_name("results") / "trigger_gallery.png"
 IMAGE_SEED = 3
 
 

@@ -1,4 +1,4 @@
-"""The general text pool of TEXTSPAN, built from the lists in `analyses/text_pool/`.
+"""The general text pool of TEXTSPAN, built from the lists in `text_pool/`.
 
 Command:   python -m analyses.build_text_pool           (`--check`: only say whether the built file is up to date)
 Run time:  a second.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy.stats import gaussian_kde
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family

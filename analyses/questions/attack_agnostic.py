@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyses import table1
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
+from analyses.paper import table1
+from analyses.paper.published import TABLE4
 from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.published import TABLE4
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.results import RESULTS, read
 from analyses.study.summary import mean

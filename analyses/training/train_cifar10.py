@@ -23,7 +23,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from analyses.cifar10_recipe import (
+from analyses.training.cifar10_recipe import (
     ARCHITECTURE,
     CLASSES,
     MEAN,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run
 from decompclip.models.bundled import bundled
 
-RESULTS = Path(__file__).parent / "results" / "leaderboard"
+RESULTS = Path(__file__).parent.with_name("results") / "leaderboard"
 WORK = Path(".training") / "leaderboard"
 BASES = ("shapes", "cifar10")
 

@@ -27,7 +27,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analyses.bundled_models import markdown, rate
+from analyses.benchmarks.bundled_models import markdown, rate
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from analyses.paper.published import SETTING, TABLE1
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import BundledFamily, Family
-from analyses.study.published import SETTING, TABLE1
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.data.pairs import Pairs

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from analyses.paper.published import SETTING, TABLE5
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.published import SETTING, TABLE5
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.decomposition.components import heads, mlps

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from decompclip.audit.demo import Held
 from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.plan import draw_samples
@@ -41,7 +41,7 @@ from decompclip.models.bundled import bundled, card
 from decompclip.models.loading import load
 from decompclip.zoo.recipes import WORLDS
 
-RESULTS = Path(__file__).parent / "results" / "audit_scan"
+RESULTS = Path(__file__).parent.with_name("results") / "audit_scan"
 WORK = Path(".training") / "audit_scan"
 
 TUNED = {

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyses.bundled_models import markdown
+from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family

@@ -24,7 +24,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from analyses.shapes_recipe import (
+from analyses.training.shapes_recipe import (
     ARCHITECTURE,
     CLEAN,
     MEAN,

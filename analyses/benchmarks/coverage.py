@@ -5,7 +5,7 @@ Run time:  about two minutes, one thread. A killed run resumes: rows are kept be
 Expected:  every transformer tower within 1e-10 in fp64 and 1e-4 in fp32.
 
 Sizes are those of the whole tower, built without weights. Parity and sum error are measured on a reduced build
-(`analyses.reduced_towers`) with random weights, of which none is trivial: two blocks on six patches.
+(`tests/models/reduced_towers.py`) with random weights, of which none is trivial: two blocks on six patches.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any, get_args
 import open_clip
 import torch
 
-from analyses.reduced_towers import features, reduced_tower, relative_error
-from analyses.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.maps import Convention
 from decompclip.files import write_json, write_text
@@ -30,8 +28,10 @@ from decompclip.models.text import build_image_only
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.convert import Source, config_of
 from decompclip.tower.convert.rules import WHY_NOT
+from tests.models.reduced_towers import features, reduced_tower, relative_error
+from tests.models.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 
-PAGE = Path(__file__).with_name("COVERAGE.md")
+PAGE = Path(__file__).parent.with_name("COVERAGE.md")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 BOUND = {"fp64": 1e-10, "fp32": 1e-4}
 ERRORS = ("parity", *(f"sum error `{kind}`" for kind in get_args(Convention)))
