@@ -1,12 +1,47 @@
 """Take a CLIP's image feature apart into heads and MLPs, and audit it for backdoors.
 
-The public names are listed in `__init__.pyi`, once; each is imported when it is first used, so that `import decompclip` is instant.
+The public names are listed in `__init__.pyi`, once, and explained in `docs/reference.md`. Each is imported when it is first
+used, so that `import decompclip` is instant.
 """
 
 from __future__ import annotations
 
 import lazy_loader
 
+from decompclip.moved import still_found
+
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+MOVED = {
+    "decompclip.attacks.poisoned": "PoisonRecord",
+    "decompclip.attacks.registry": "Backdoor crossing",
+    "decompclip.audit": "AuditConfig AuditResult",
+    "decompclip.audit.scan": "ScanResult",
+    "decompclip.data.datasets": "DatasetPairs",
+    "decompclip.data.images": "ShapesSource",
+    "decompclip.data.pairs": "Pairs",
+    "decompclip.data.streams": "PairStream",
+    "decompclip.data.texts": "load_texts",
+    "decompclip.defenses.distances": "ComponentDistances",
+    "decompclip.defenses.guard_files": "load_guard",
+    "decompclip.diagnosis": "Diagnosis",
+    "decompclip.evaluation.evaluate": "Evaluation",
+    "decompclip.intervals": "Rate",
+    "decompclip.operators.mask_scores": "MaskScores",
+    "decompclip.operators.neurons": "mean_neurons neuron_terms",
+    "decompclip.operators.probes": "Probes",
+    "decompclip.operators.textspan": "fit_textspans",
+    "decompclip.operators.textspan_inputs": "TextFeatures",
+    "decompclip.operators.textspan_result": "TextSpan TextSpans",
+    "decompclip.operators.tokens": "TokenMaps",
+    "decompclip.operators.transplant": "Patch",
+    "decompclip.tower.cache": "ViTCache",
+    "decompclip.tower.config": "ViTConfig",
+    "decompclip.training.finetune": "FineTuned",
+    "decompclip.training.recipes": "FineTuning",
+}
+"""Names that were public: by the module that has them."""
+
+__getattr__ = still_found(__name__, MOVED, _public)

@@ -1,4 +1,4 @@
-"""Every public name of the package, and the module that it stands in."""
+"""Every public name of the package, and the module that it stands in; docs/reference.md says what each is for."""
 
 from .attacks.badclip import BadCLIP as BadCLIP, optimise_patch as optimise_patch
 from .attacks.badnet import BadNet as BadNet
@@ -6,26 +6,23 @@ from .attacks.blended import Blended as Blended
 from .attacks.issba import ISSBA as ISSBA
 from .attacks.kitty import Kitty as Kitty
 from .attacks.label_consistent import LabelConsistent as LabelConsistent
-from .attacks.poisoned import PoisonedPairs as PoisonedPairs, PoisonRecord as PoisonRecord
+from .attacks.poisoned import PoisonedPairs as PoisonedPairs
 from .attacks.preview import preview as preview
 from .attacks.reflection import Reflection as Reflection
-from .attacks.registry import Backdoor as Backdoor, backdoor as backdoor, crossing as crossing
+from .attacks.registry import backdoor as backdoor
 from .attacks.sig import SIG as SIG
 from .attacks.trigger import Trigger as Trigger
 from .attacks.wanet import WaNet as WaNet
-from .audit import AuditConfig as AuditConfig, AuditResult as AuditResult, run_audit as run_audit
-from .audit.scan import ScanConfig as ScanConfig, ScanResult as ScanResult, run_scan as run_scan
+from .audit import run_audit as run_audit
+from .audit.scan import ScanConfig as ScanConfig, run_scan as run_scan
 from .data.cifar10 import cifar10 as cifar10
-from .data.datasets import DatasetPairs as DatasetPairs, folder_pairs as folder_pairs
-from .data.images import FolderSource as FolderSource, ShapesSource as ShapesSource
-from .data.pairs import Pairs as Pairs
+from .data.datasets import folder_pairs as folder_pairs
+from .data.images import FolderSource as FolderSource
 from .data.pixels import to_pixels as to_pixels
 from .data.shapes import PROPERTIES as PROPERTIES, Shapes as Shapes
 from .data.shapes_pairs import ShapesPairs as ShapesPairs
 from .data.shards import ShardPairs as ShardPairs
-from .data.streams import PairStream as PairStream
 from .data.tables import CsvPairs as CsvPairs
-from .data.texts import load_texts as load_texts
 from .decomposition.components import (
     Components as Components,
     embed as embed,
@@ -46,14 +43,11 @@ from .defenses.decomp_det import DecompDet as DecompDet
 from .defenses.decomp_rep import DecompRep as DecompRep
 from .defenses.detectors import DETECTORS as DETECTORS
 from .defenses.detectors.detector import Detector as Detector
-from .defenses.distances import ComponentDistances as ComponentDistances
 from .defenses.guard import Guard as Guard
-from .defenses.guard_files import load as load, load_guard as load_guard, save_guard as save_guard
-from .diagnosis import Diagnosis as Diagnosis
+from .defenses.guard_files import load as load, save_guard as save_guard
 from .diagnosis.run import diagnose as diagnose
-from .evaluation.evaluate import Evaluation as Evaluation, evaluate as evaluate
+from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import attack_report as attack_report, auroc as auroc
-from .intervals import Rate as Rate
 from .models.bundled import bundled as bundled
 from .models.clip import HookedCLIP as HookedCLIP
 from .models.folders import save_model as save_model
@@ -66,37 +60,30 @@ from .operators.attention import (
 from .operators.attribution import attribution_patching as attribution_patching
 from .operators.effects import direct_and_causal as direct_and_causal
 from .operators.intervention import Intervention as Intervention
-from .operators.mask_scores import MaskScores as MaskScores, score_masks as score_masks
+from .operators.mask_scores import score_masks as score_masks
 from .operators.mmd import head_mmd as head_mmd, layer_mmd as layer_mmd
 from .operators.naming import agreement as agreement
-from .operators.neurons import (
-    AblateNeurons as AblateNeurons,
-    mean_neurons as mean_neurons,
-    neuron_terms as neuron_terms,
-)
+from .operators.neurons import AblateNeurons as AblateNeurons
 from .operators.noise import RandomAblate as RandomAblate
 from .operators.patching import activation_patching as activation_patching
 from .operators.paths import path_patching as path_patching
-from .operators.probes import Probes as Probes, probe as probe
+from .operators.probes import probe as probe
 from .operators.roles import role_change as role_change
 from .operators.sweeps import ablation_sweep as ablation_sweep, most_damaging as most_damaging
-from .operators.textspan import fit_textspans as fit_textspans, textspan as textspan, textspans as textspans
-from .operators.textspan_inputs import TextFeatures as TextFeatures, encode_texts as encode_texts
-from .operators.textspan_result import TextSpan as TextSpan, TextSpans as TextSpans
-from .operators.tokens import AblateTokens as AblateTokens, TokenMaps as TokenMaps
+from .operators.textspan import textspan as textspan, textspans as textspans
+from .operators.textspan_inputs import encode_texts as encode_texts
+from .operators.tokens import AblateTokens as AblateTokens
 from .operators.transplant import (
-    Patch as Patch,
     Repair as Repair,
     ResampleAblate as ResampleAblate,
     decomp_reverse as decomp_reverse,
 )
 from .report import write_report as write_report
-from .tower.cache import ViTCache as ViTCache
-from .tower.config import ViTConfig as ViTConfig
 from .tower.vit import HookedViT as HookedViT
-from .training.finetune import FineTuned as FineTuned, finetune as finetune
+from .training.finetune import finetune as finetune
 from .training.loop import Monitor as Monitor
-from .training.recipes import RECIPES as RECIPES, FineTuning as FineTuning
+from .training.recipes import RECIPES as RECIPES
 
+MOVED: dict[str, str]
 __all__: list[str]
 __version__: str

@@ -43,7 +43,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"files", "printable", "progress", "intervals"}
+COMMON = {"files", "intervals", "moved", "printable", "progress"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

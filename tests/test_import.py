@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import decompclip
+from decompclip import files
+from decompclip.moved import still_found
 
 HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
 HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip.cli', run_name='__main__')"
@@ -80,12 +83,32 @@ def test_a_plain_mistake_is_said_before_anything_heavy_is_imported(
 
 
 def test_every_public_name_is_there() -> None:
-    assert len(decompclip.__all__) == len(set(decompclip.__all__)) > 80
+    assert len(decompclip.__all__) == len(set(decompclip.__all__))
+    assert 80 < len(decompclip.__all__) <= 90
     for name in decompclip.__all__:
         assert getattr(decompclip, name) is not None
     assert set(decompclip.__all__) <= set(dir(decompclip))
     with pytest.raises(AttributeError, match="No decompclip attribute lod"):
         getattr(decompclip, "lod")  # noqa: B009 - a name that type checkers refuse
+
+
+@pytest.mark.parametrize("name", [n for names in decompclip.MOVED.values() for n in names.split()])
+def test_a_name_that_moved_is_found_with_a_warning(name: str) -> None:
+    old, _, new = name.partition("=")
+    (place,) = [place for place, names in decompclip.MOVED.items() if name in names.split()]
+    with pytest.warns(DeprecationWarning, match=f"decompclip.{old} is now {place}.{new or old};") as found:
+        value = getattr(decompclip, old)
+    assert value is getattr(importlib.import_module(place), new or old)
+    assert found[0].filename == __file__
+    assert old not in {*decompclip.__all__, *dir(decompclip)}
+
+
+def test_a_module_may_keep_names_of_its_own() -> None:
+    find = still_found("m", {"decompclip.files": "old=write_text"})
+    with pytest.warns(DeprecationWarning, match="m.old is now decompclip.files.write_text"):
+        assert find("old") is files.write_text
+    with pytest.raises(AttributeError, match="module 'm' has no attribute 'other'"):
+        find("other")
 
 
 def test_the_version_is_the_package_s() -> None:

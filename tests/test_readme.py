@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import decompclip
 from analyses.benchmarks import leaderboard
 from analyses.questions import audit_corruptions, audit_scan
 from analyses.study.registry import ANALYSES, load
@@ -20,20 +21,36 @@ from decompclip.audit.words import STRONG, WEAK
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "analyses" / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_python_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [README, REFERENCE], ids=["README", "reference"])
+def test_python_examples_run(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = blocks("python")
+    examples = blocks("python", text)
     assert examples
     namespace: dict[str, object] = {}
     for example in examples:
-        exec(compile(example, "README.md", "exec"), namespace)  # one after another, as a reader would
+        exec(compile(example, "example", "exec"), namespace)  # one after another, as a reader would
+
+
+def test_the_reference_has_a_row_for_every_public_name_and_no_other() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .+ \|$", REFERENCE, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(decompclip.__all__)
+    assert len(REFERENCE.split("\n| `")) == len(rows) + 1
+
+
+def test_names_that_are_not_public_any_more_are_in_the_list_of_moves() -> None:
+    moved = (ROOT / "docs" / "moved.md").read_text(encoding="utf-8")
+    for place, names in decompclip.MOVED.items():
+        for name in names.split():
+            old, _, new = name.partition("=")
+            assert f"| `decompclip.{old}` | `{place}.{new or old}` |" in moved
 
 
 def test_make_targets_exist() -> None:

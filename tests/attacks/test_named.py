@@ -16,6 +16,7 @@ from decompclip.attacks.registry import Attack, attacks_of, distinct, open_attac
 from decompclip.data.shapes_pairs import ShapesPairs
 from decompclip.data.shards import write_shards
 from decompclip.data.sources import open_pairs
+from decompclip.data.streams import PairStream
 from decompclip.models.bundled import bundled, card
 from decompclip.models.folders import save_model
 from decompclip.training.finetune import finetune
@@ -141,7 +142,7 @@ def test_the_poisons_of_one_s_own_are_remembered(poisons: Path, tmp_path: Path) 
             open_attack(spec, remembered(folder), model="twice")
 
 
-@pytest.mark.parametrize("wrap", [lambda pairs: pairs, lambda pairs: decompclip.PairStream(pairs)])
+@pytest.mark.parametrize("wrap", [lambda pairs: pairs, lambda pairs: PairStream(pairs)])
 def test_pairs_poisoned_in_memory_tell_it(wrap: Callable[[PoisonedPairs], object]) -> None:
     pairs = PoisonedPairs(ShapesPairs(32, seed=0), Blended(), "ring", count=6)
     assert [(a.trigger, a.target) for a in poisoned_by(wrap(pairs))] == [(Blended(), "ring")]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import decompclip
+from decompclip.data.images import ShapesSource
 from decompclip.data.shapes import Shapes
 from decompclip.data.texts import general_texts, load_texts, shapes_texts
 from decompclip.decomposition.capture import decompose
@@ -360,7 +361,7 @@ def test_all_sources_of_images_agree(model: HookedCLIP, described: TextFeatures)
     images = model.normalize(world.draw(range(140)).images)
     with torch.no_grad():
         d = model.decompose(images)
-    source = decompclip.ShapesSource(world, model.normalize)
+    source = ShapesSource(world, model.normalize)
     found = [
         textspan(model, 5, "mlp", images=x, texts=described, n_texts=4).texts
         for x in (images, images.split(50), (batch for batch in images.split(9)), source, d, Moments.of(d))
