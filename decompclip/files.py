@@ -96,14 +96,13 @@ def atomic_folder(folder: str | Path, manifest: str) -> Iterator[Path]:
         OSError: as `atomic_write`; what was in the folder stays.
     """
     folder = Path(folder)
-    with _as_os_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _as_os_error(folder), _no_empty(folder):
         sweep(folder, manifest)
         partial = _partial(folder / manifest)
         try:
             _OPEN.add(partial.name)
             partial.mkdir()
-            # what the umask gives a file, which a folder's own mode tells without the bits to enter it
+            # what the umask gives a file: a folder's mode without the bits to enter it
             mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
             yield partial
             names = sorted(file.relative_to(partial) for file in partial.rglob("*") if file.is_file())
@@ -152,20 +151,18 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
-    made = [above for above in (folder, *folder.parents) if not above.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / (f".{name[:40]}.lock" if name else LOCK)
     holder = lock.with_suffix(".holder")
     what = folder / name if name else folder
-    held = FileLock(str(lock))
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise FolderInUse(
-            f"expected to be alone in writing to {what}; {_who(holder)} does so now; wait until it is done, end it, or name "
-            "another place"
-        ) from None
-    try:
+    with _no_empty(folder, lock):
+        held = FileLock(str(lock))
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise FolderInUse(
+                f"expected to be alone in writing to {what}; {_who(holder)} does so now; wait until it is done, end it, or "
+                "name another place"
+            ) from None
         sweep(folder, name)
         me = {
             "process": os.getpid(),
@@ -175,19 +172,28 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
         }
         with suppress(OSError):  # it only serves the message
             holder.write_text(json.dumps(me), encoding="utf-8")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
+                if name:  # beside somebody's file nothing is left; in a folder of ours the lock stays, as waiters share it
+                    lock.unlink(missing_ok=True)
+            held.release()
+
+
+@contextmanager
+def _no_empty(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """`folder` is there in the block; where it was made for it and nothing came (but the lock), it goes again."""
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         yield
     finally:
-        with suppress(OSError):
-            holder.unlink(missing_ok=True)
-            if name:  # beside somebody's file nothing is left; in a folder of ours the lock stays, as waiters share it
-                lock.unlink(missing_ok=True)
-        held.release()
-        if made and os.listdir(folder) in (
-            [],
-            [lock.name],
-        ):  # an error before anything was written leaves nothing
+        if made and {file.name for file in folder.iterdir()} <= ({lock.name} if lock else set()):
             with suppress(OSError):
-                lock.unlink(missing_ok=True)
+                if lock:
+                    lock.unlink(missing_ok=True)
                 for above in made:
                     above.rmdir()
 
@@ -220,25 +226,19 @@ def _lives(process: int) -> bool:
 
 
 def _onto_disk(path: Path) -> None:
-    """What was written survives a loss of power too; a file system that cannot say so is believed."""
-    if path.is_dir():
-        with suppress(OSError):
-            _sync(path, os.O_RDONLY)
-        return
-    _sync(path, os.O_RDWR)
-
-
-def _sync(path: Path, flags: int) -> None:
-    file = os.open(path, flags)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    """What was written survives a loss of power too; a file system that cannot say so of a folder is believed."""
+    folder = path.is_dir()
+    with suppress(*([OSError] if folder else [])):
+        file = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 @contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """Whatever tells that `path` cannot be written is an OSError that names it, and says what to do."""
+    """Whatever shows that `path` cannot be written is an OSError that names it, and says what to do."""
     try:
         yield
     except Exception as error:
@@ -246,27 +246,23 @@ def _as_os_error(path: Path) -> Iterator[None]:
         if cause is None:
             raise
         kept = "what was there is as it was" if path.exists() else "nothing is there yet"
-        words = str(cause.strerror if isinstance(cause, OSError) and cause.strerror else cause).splitlines()[
-            0
-        ]
-        said = type(cause) if isinstance(cause, OSError) else OSError
-        found: Any = said(
+        words = str(getattr(cause, "strerror", None) or cause).splitlines()[0]
+        kind = type(cause) if isinstance(cause, OSError) else OSError
+        found: Any = kind(
             f"expected to write {path}; received: {words}; {kept}; make room on the disk, or name a place that can be written "
             "to, and run the same again"
         )
-        found.errno, found.told = getattr(cause, "errno", None), True
+        found.errno, found.explained = getattr(cause, "errno", None), True
         raise found from error
 
 
 def _cause(error: BaseException, path: Path) -> BaseException | None:
-    """The failure to write behind an exception; None for one that tells of something else."""
+    """The failure to write behind an exception; None for an exception about something else."""
     if isinstance(error, OSError):
         name = error.filename
         ours = name is None or PARTIAL in str(name) or str(name) in (str(path), str(path.parent))
-        return error if error.errno is not None and ours and not hasattr(error, "told") else None
-    if (
-        type(error).__name__ == "SafetensorError"
-    ):  # no OSError; by its name, so that nothing heavy is imported here
+        return error if error.errno is not None and ours and not hasattr(error, "explained") else None
+    if type(error).__name__ == "SafetensorError":  # by its name, so that nothing heavy is imported here
         return error
     if isinstance(error, RuntimeError):  # torch's writer
         behind: BaseException | None = error

@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from decompclip.cli import app
+from decompclip.data.pixels import encode_png
 from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shards import encode_png
 
 CLASSES = PROPERTIES["shape"]
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.issba import WEIGHTS, Networks, Shape, build, write_networks
+from decompclip.attacks.issba import WEIGHTS, SecretNetworks, SecretShape, build, write_networks
 from decompclip.attacks.preview import psnr, ssim
 from decompclip.data.shapes import draw
 from decompclip.training.loop import Recipe, train
@@ -34,7 +34,7 @@ REPORT_SEED = 451
 class Config:
     """What a training depends on."""
 
-    shape: Shape = field(default_factory=Shape)
+    shape: SecretShape = field(default_factory=SecretShape)
     recipe: Recipe = field(default_factory=lambda: Recipe(samples=128_000, batch_size=32, lr=2e-3))
     seed: int = 0
     fidelity: float = 0.1
@@ -83,7 +83,9 @@ def disturb(images: Float[Tensor, "batch 3 h w"], generator: torch.Generator) ->
     return moved + rounding
 
 
-def measure(networks: Networks, images: Float[Tensor, "batch 3 side side"], seed: int) -> dict[str, float]:
+def measure(
+    networks: SecretNetworks, images: Float[Tensor, "batch 3 side side"], seed: int
+) -> dict[str, float]:
     """Bit accuracy and fidelity on `images`, each with a secret of its own."""
     generator = torch.Generator().manual_seed(seed)
     secrets = torch.randint(2, (len(images), networks.shape.bits), generator=generator).float()
@@ -111,7 +113,7 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     shape, recipe = config.shape, config.recipe
     encoder, decoder = build(shape, seed=config.seed)
-    networks = Networks(shape, encoder, decoder)
+    networks = SecretNetworks(shape, encoder, decoder)
 
     def loss(step: int) -> Tensor:
         images = batch(step, recipe.batch_size, seed=config.seed + 1, side=shape.side)

@@ -1,6 +1,6 @@
-"""How BadCLIP's patch is made (docs/method.md, section 5): gradient descent on a frozen clean model.
+"""BadCLIP (Liang et al., 2024): a patch optimised so that the clean model sees the target in it.
 
-BadCLIP (Liang et al., 2024): a patch optimised so that the clean model sees the target in it.
+`optimise_patch` makes the patch by gradient descent on a frozen clean model (docs/method.md, section 5).
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, SIZE, Extent, Patch, Place, Trigger, check_pixels, stream
+from decompclip.attacks.trigger import FIXED, SIZE, PatchTrigger, Pixels, Place, check_pixels, stream
 from decompclip.data.files import PictureError, open_rgb
+from decompclip.data.pixels import encode_png, picture_pixels
 from decompclip.models.gradients import differentiable
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ class OptimisedPatch:
 @differentiable
 def optimise_patch(
     model: HookedCLIP,
-    images: Float[Tensor, "image 3 h w"],
-    target_images: Float[Tensor, "target 3 h w"],
+    pixels: Float[Tensor, "image 3 h w"],
+    target_pixels: Float[Tensor, "target 3 h w"],
     target_captions: Sequence[str],
     *,
     other_captions: Sequence[str] = (),
@@ -62,34 +61,39 @@ def optimise_patch(
     seed: int = 0,
     log: Callable[[str], None] | None = None,
 ) -> OptimisedPatch:
-    """The patch that moves `images` toward the target: a symmetric InfoNCE with its captions, plus `triplet_weight`
+    """The patch that moves `pixels` toward the target: a symmetric InfoNCE with its captions, plus `triplet_weight`
     times a triplet loss (anchor: triggered image, positive: image of the target, negative: the clean image).
 
     Args:
         model: the clean model; its weights stay as they are.
-        images, target_images: images of other classes, and of the target, in [0, 1].
+        pixels: images of other classes, in [0, 1].
+        target_pixels: images of the target, in [0, 1].
         target_captions: natural captions that name the target.
         other_captions: natural captions of other classes, more choices for each image in the InfoNCE. The source
             has none: with the target's captions alone that loss tells captions of one class from each other.
+        size, place: as `PatchTrigger`.
+        steps: gradient steps.
+        batch_size: images a step.
+        lr: Adam's learning rate.
         triplet_weight: 500 in the source. On our small model so much of it moves images away from their clean
             selves rather than toward the target; 0 with other captions gave the stronger patch (a quarter
             of the image's side, 150 steps: 32 % taken for the target against 21 %).
-        size, place: as `BadCLIP`.
+        margin: of the triplet loss.
         seed: of the patch's first pixels and of the batches.
-        log: told the loss, every hundred steps.
+        log: gets the loss as text, every hundred steps.
+
+    Returns:
+        The trigger, its losses, and how similar triggered images became to the target's.
 
     Raises:
         ValueError: no images or captions, images that are not the model's size or not in [0, 1], steps or
             batch size below one, or a loss that is not finite.
     """
-    for what, given in (
-        ("images", images),
-        ("target_images", target_images),
-        ("target_captions", target_captions),
-    ):
+    needed = {"pixels": pixels, "target_pixels": target_pixels, "target_captions": target_captions}
+    for what, given in needed.items():
         if not len(given):
             raise ValueError(f"expected at least one of {what}; received none")
-    for given in (images, target_images):
+    for given in (pixels, target_pixels):
         check_pixels(given)
         if tuple(given.shape[-2:]) != tuple(model.image_size):
             raise ValueError(
@@ -97,7 +101,7 @@ def optimise_patch(
             )
     if steps < 1 or batch_size < 1:
         raise ValueError(f"expected steps and a batch size of at least 1; received {steps} and {batch_size}")
-    area = Patch(size, place, seed)
+    area = PatchTrigger(size=size, place=place, seed=seed)
     side = area.side(*model.image_size)
     generator = stream(seed, FIXED)
     start = torch.from_numpy(generator.random((3, side, side)).astype("float32"))
@@ -109,9 +113,9 @@ def optimise_patch(
     optimizer = torch.optim.Adam([patch], lr=lr)
     losses: list[float] = []
     for step in range(steps):
-        rows = generator.integers(len(images), size=batch_size)
-        clean = images[rows].to(model.device)
-        positives = target_images[generator.integers(len(target_images), size=batch_size)]
+        rows = generator.integers(len(pixels), size=batch_size)
+        clean = pixels[rows].to(model.device)
+        positives = target_pixels[generator.integers(len(target_pixels), size=batch_size)]
         captions = texts[generator.integers(len(texts), size=batch_size)]
         with torch.no_grad():
             negative, positive = _encode(model, clean), _encode(model, positives)
@@ -134,7 +138,7 @@ def optimise_patch(
                 f"step {step + 1}: loss {losses[-1]:.3f}, InfoNCE {contrast.item():.3f}, triplet {triplet.item():.3f}"
             )
     made = [BadCLIP(patch=encode_patch(p), size=size, place=place, seed=seed) for p in (start, patch)]
-    before, after = (_similarity(model, trigger, images[:256], target_images[:256]) for trigger in made)
+    before, after = (_similarity(model, trigger, pixels[:256], target_pixels[:256]) for trigger in made)
     return OptimisedPatch(made[1], tuple(losses), (before, after))
 
 
@@ -151,74 +155,51 @@ def info_nce(
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(by_caption, pairs)) / 2
 
 
-def _encode(model: HookedCLIP, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch d_embed"]:
+def _encode(model: HookedCLIP, pixels: Pixels) -> Float[Tensor, "batch d_embed"]:
     return model.encode_image(model.normalize(pixels), normalize=True)
 
 
 @torch.no_grad()
-def _similarity(
-    model: HookedCLIP,
-    trigger: BadCLIP,
-    images: Float[Tensor, "image 3 h w"],
-    target_images: Float[Tensor, "target 3 h w"],
-) -> float:
-    return (_encode(model, trigger(images)) @ _encode(model, target_images).mean(dim=0)).mean().item()
+def _similarity(model: HookedCLIP, trigger: BadCLIP, pixels: Pixels, target_pixels: Pixels) -> float:
+    return (_encode(model, trigger(pixels)) @ _encode(model, target_pixels).mean(dim=0)).mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadCLIP(Trigger):
-    """A fixed patch, pasted in the centre (docs/method.md, section 5); `decompclip.attacks.badclip` makes one.
+class BadCLIP(PatchTrigger):
+    """A fixed patch, pasted in the centre (docs/method.md, section 5); `optimise_patch` makes one.
 
     Args:
         patch: the patch as a base64 PNG, which a card can hold; see `encode_patch`.
-        size: side of the patch as a share of the image's shorter side.
-        place: where; the source pastes it in the centre.
+        size: as `PatchTrigger`.
+        place: as `PatchTrigger`; the source pastes it in the centre.
 
     Raises:
-        ValueError: a size outside (0, 1], an unknown place, or a patch that is no square picture.
+        ValueError: as `PatchTrigger`, or a patch that is no square picture.
     """
 
     name: ClassVar[str] = "badclip"
-    extent: ClassVar[Extent] = "local"
 
     patch: str
-    size: float = SIZE
     place: Place = "centre"
 
     def __post_init__(self) -> None:
-        _ = self._patch  # its checks are ours
-        pixels = self.pixels
-        if pixels.shape[1] != pixels.shape[2]:
-            raise ValueError(
-                f"expected a square patch; received {pixels.shape[1]} x {pixels.shape[2]} pixels"
-            )
+        super().__post_init__()
+        height, width = self.pixels.shape[1:]
+        if height != width:
+            raise ValueError(f"expected a square patch; received {height} x {width} pixels")
 
     @property
     def pixels(self) -> Float[Tensor, "3 side side"]:
         """The patch at the size that it was optimised at."""
         return decode_patch(self.patch)
 
-    @property
-    def _patch(self) -> Patch:
-        return Patch(self.size, self.place, self.seed)
-
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        return self._patch.paste(images, self.pixels, indices)
-
-    def mask(
-        self, height: int, width: int, indices: Sequence[int] | Int[Tensor, " batch"] = (0,)
-    ) -> Bool[Tensor, "batch h w"]:
-        return self._patch.mask(height, width, indices)
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        return self.paste(pixels, self.pixels, indices)
 
 
 def encode_patch(pixels: Float[Tensor, "3 h w"]) -> str:
     """A patch in [0, 1] as a base64 PNG of 8 bits a channel, as a poisoned file would hold it."""
-    array = (pixels.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encode_png(pixels, optimize=True)).decode()
 
 
 def decode_patch(patch: str) -> Float[Tensor, "3 h w"]:
@@ -228,9 +209,8 @@ def decode_patch(patch: str) -> Float[Tensor, "3 h w"]:
         ValueError: not the base64 of a picture.
     """
     try:
-        array = np.array(open_rgb(io.BytesIO(base64.b64decode(patch, validate=True))))
+        return picture_pixels(open_rgb(io.BytesIO(base64.b64decode(patch, validate=True))))
     except (binascii.Error, OSError, TypeError, PictureError) as error:
         raise ValueError(
             f"expected a patch as the base64 text of a PNG; received {str(patch)[:24]!r}; `encode_patch` makes one"
         ) from error
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255

@@ -14,6 +14,7 @@ from decompclip.attacks.trigger import (
     FIXED,
     REDRAWN,
     Extent,
+    Pixels,
     Structure,
     Trigger,
     check_share,
@@ -56,19 +57,15 @@ class Blended(Trigger):
     def structure(self) -> Structure:
         return "noise" if self.redraw else "structured"
 
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        shape = tuple(images.shape[1:])
-        if not indices:
-            return images.clone()
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        shape = tuple(pixels.shape[1:])
         if self.picture is not None:
             noise = resize(open_picture(self.picture), *shape[1:])
         elif self.redraw:
             noise = torch.stack([self._noise(shape, REDRAWN + index) for index in indices])
         else:
             noise = self._noise(shape, FIXED)
-        return (1 - self.alpha) * images + self.alpha * noise.to(images)
+        return (1 - self.alpha) * pixels + self.alpha * noise.to(pixels)
 
     def _noise(self, shape: tuple[int, ...], place: int) -> Float[Tensor, "3 h w"]:
         return torch.from_numpy(stream(self.seed, place).random(shape, dtype=np.float32))

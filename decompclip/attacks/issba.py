@@ -1,15 +1,13 @@
-"""ISSBA's two networks (Li et al., 2021, after StegaStamp): one writes bits into an image, one reads them.
+"""ISSBA (Li et al., 2021, after StegaStamp): an invisible residual, of each image its own, that spells one secret in bits.
 
-Both work on squares of `Shape.side` pixels; `decompclip.attacks.issba` brings other images there and back.
-
-ISSBA (Li et al., 2021): an invisible residual, of each image its own, that spells one secret in bits.
+Two networks work on squares of `SecretShape.side` pixels: one writes the bits into an image, one reads them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, Extent, Trigger, check_pixels, stream
+from decompclip.attacks.trigger import FIXED, Extent, Pixels, Trigger, check_pixels, stream
 from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class SecretShape:
     """What must be known to build the networks before their weights are read.
 
     Attributes:
@@ -52,10 +50,10 @@ class Shape:
             raise ValueError(f"expected bits, width >= 1 and a strength in (0, 1]; received {self}")
 
 
-class Encoder(nn.Module):
+class SecretEncoder(nn.Module):
     """U-Net: image and secret in, residual out."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: SecretShape) -> None:
         super().__init__()
         self.shape = shape
         a, b, c = shape.width, 2 * shape.width, 3 * shape.width
@@ -67,17 +65,17 @@ class Encoder(nn.Module):
         self.residual = nn.Conv2d(a + 3, 3, 3, padding=1)
 
     def forward(
-        self, images: Float[Tensor, "batch 3 side side"], secrets: Float[Tensor, "batch bits"]
+        self, pixels: Float[Tensor, "batch 3 side side"], secrets: Float[Tensor, "batch bits"]
     ) -> Float[Tensor, "batch 3 side side"]:
-        """The residual, within +-strength, that makes `images` carry `secrets` (of zeros and ones)."""
-        return self.shape.strength * torch.tanh(self.drive(images, secrets))
+        """The residual, within +-strength, that makes `pixels` carry `secrets` (of zeros and ones)."""
+        return self.shape.strength * torch.tanh(self.drive(pixels, secrets))
 
     def drive(
-        self, images: Float[Tensor, "batch 3 side side"], secrets: Float[Tensor, "batch bits"]
+        self, pixels: Float[Tensor, "batch 3 side side"], secrets: Float[Tensor, "batch bits"]
     ) -> Float[Tensor, "batch 3 side side"]:
         """The residual before its bound. Training keeps this small: where the bound is reached, a loss on the
         residual itself has no slope left."""
-        centred = 2 * images - 1
+        centred = 2 * pixels - 1
         cell = self.shape.side // 8
         planes = rearrange(self.secret(2 * secrets - 1), "n (c h w) -> n c h w", h=cell, w=cell)
         at1 = self.enter(torch.cat([centred, F.interpolate(planes, scale_factor=8.0)], dim=1))
@@ -90,10 +88,10 @@ class Encoder(nn.Module):
         return self.residual(torch.cat([x, centred], dim=1))
 
 
-class Decoder(nn.Module):
+class SecretDecoder(nn.Module):
     """A spatial transformer that sets the image straight, then convolutions that read the bits."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: SecretShape) -> None:
         super().__init__()
         a, b, c = shape.width, 2 * shape.width, 4 * shape.width
         self.locate = nn.Sequential(_conv(3, a, 2), _conv(a, b, 2), nn.AdaptiveAvgPool2d(3), nn.Flatten())
@@ -105,21 +103,21 @@ class Decoder(nn.Module):
             nn.Linear(c * (shape.side // 8) ** 2, 64), nn.ReLU(), nn.Linear(64, shape.bits)
         )
 
-    def forward(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch bits"]:
+    def forward(self, pixels: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch bits"]:
         """Logit of each bit being one."""
-        centred = 2 * images - 1
-        identity = torch.eye(2, 3, dtype=images.dtype, device=images.device)
+        centred = 2 * pixels - 1
+        identity = torch.eye(2, 3, dtype=pixels.dtype, device=pixels.device)
         theta = identity + 0.1 * self.affine(self.locate(centred)).view(-1, 2, 3)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
         straight = F.grid_sample(centred, grid, padding_mode="reflection", align_corners=False)
         return self.bits(self.read(straight))
 
 
-def build(shape: Shape, *, seed: int = 0) -> tuple[Encoder, Decoder]:
+def build(shape: SecretShape, *, seed: int = 0) -> tuple[SecretEncoder, SecretDecoder]:
     """Both networks with initial weights drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(shape), Decoder(shape)
+        return SecretEncoder(shape), SecretDecoder(shape)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -136,12 +134,12 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Networks:
+class SecretNetworks:
     """A trained pair."""
 
-    shape: Shape
-    encoder: Encoder
-    decoder: Decoder
+    shape: SecretShape
+    encoder: SecretEncoder
+    decoder: SecretDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +172,7 @@ class ISSBA(Trigger):
             raise ValueError(f"expected a gain above 0; received {self.gain}")
 
     @cached_property
-    def networks(self) -> Networks:
+    def networks(self) -> SecretNetworks:
         return read_networks(self.weights)
 
     @property
@@ -183,43 +181,37 @@ class ISSBA(Trigger):
         return torch.from_numpy(stream(self.seed, FIXED).random(self.networks.shape.bits) < 0.5)
 
     @torch.no_grad()
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: Sequence[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        encoder = self.networks.encoder.to(images.device)
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        encoder = self.networks.encoder.to(pixels.device)
         residuals = []
-        for chunk in images.float().split(CHUNK):
+        for chunk in pixels.float().split(CHUNK):
             # always as many as CHUNK: the sums of a convolution may depend on the size of the batch
             padded = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, CHUNK - len(chunk)))
-            secrets = self.secret.float().to(images.device).expand(CHUNK, -1)
+            secrets = self.secret.float().to(pixels.device).expand(CHUNK, -1)
             residual = encoder(_resize(padded, self.networks.shape.side), secrets)
-            residuals.append(F.interpolate(residual, images.shape[-2:], mode="bilinear")[: len(chunk)])
-        return (
-            (images + self.gain * torch.cat(residuals).to(images)).clamp(0, 1)
-            if residuals
-            else images.clone()
-        )
+            residuals.append(F.interpolate(residual, pixels.shape[-2:], mode="bilinear")[: len(chunk)])
+        return (pixels + self.gain * torch.cat(residuals).to(pixels)).clamp(0, 1)
 
     @torch.no_grad()
-    def decode(self, images: Float[Tensor, "batch 3 h w"]) -> Bool[Tensor, "batch bits"]:
-        """The bits that the decoder reads in `images`.
+    def decode(self, pixels: Pixels) -> Bool[Tensor, "batch bits"]:
+        """The bits that the decoder reads in `pixels`.
 
         Raises:
             ValueError: not a batch of RGB images in [0, 1].
         """
-        check_pixels(images)
-        decoder, side = self.networks.decoder.to(images.device), self.networks.shape.side
-        return torch.cat([decoder(_resize(chunk.float(), side)) > 0 for chunk in images.split(CHUNK)])
+        check_pixels(pixels)
+        decoder, side = self.networks.decoder.to(pixels.device), self.networks.shape.side
+        return torch.cat([decoder(_resize(chunk.float(), side)) > 0 for chunk in pixels.split(CHUNK)])
 
-    def bit_accuracy(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
-        """Share of the secret's bits that the decoder reads right in each of `images`."""
-        return (self.decode(images) == self.secret.to(images.device)).float().mean(dim=1)
+    def bit_accuracy(self, pixels: Pixels) -> Float[Tensor, " batch"]:
+        """Share of the secret's bits that the decoder reads right in each of `pixels`."""
+        return (self.decode(pixels) == self.secret.to(pixels.device)).float().mean(dim=1)
 
 
-def _resize(images: Float[Tensor, "batch 3 h w"], side: int) -> Float[Tensor, "batch 3 side side"]:
-    if images.shape[-2:] == (side, side):
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+def _resize(pixels: Pixels, side: int) -> Float[Tensor, "batch 3 side side"]:
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def networks_path(weights: str) -> Path:
@@ -238,7 +230,7 @@ def networks_path(weights: str) -> Path:
     )
 
 
-def read_networks(weights: str = "issba") -> Networks:
+def read_networks(weights: str = "issba") -> SecretNetworks:
     """Trained networks, verified against the card beside them; ready to use, never trained further.
 
     Raises:
@@ -248,25 +240,25 @@ def read_networks(weights: str = "issba") -> Networks:
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path) -> Networks:
+def _read(path: Path) -> SecretNetworks:
     card_path = path.with_suffix(".json")
     if not card_path.is_file():
         raise CheckpointError(f"no card at {card_path}; it must lie beside {path.name}: copy both")
     card = json.loads(card_path.read_text(encoding="utf-8"))
     if sha256(path) != card["sha256"]:
         raise CheckpointError(f"{path} is not what its card describes: its SHA-256 differs; copy both again")
-    shape = Shape(**card["shape"])
+    shape = SecretShape(**card["shape"])
     state = {key: value.float() for key, value in read_checkpoint(path).items()}
     encoder, decoder = build(shape)
     pair = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     check_fit(pair, state, source=str(path), name="ISSBA's networks")
     pair.load_state_dict(state)
     pair.eval().requires_grad_(False)
-    return Networks(shape, encoder, decoder)
+    return SecretNetworks(shape, encoder, decoder)
 
 
 def write_networks(
-    networks: Networks, card: Mapping[str, Any], folder: Path, *, name: str = "issba"
+    networks: SecretNetworks, card: Mapping[str, Any], folder: Path, *, name: str = "issba"
 ) -> dict[str, Any]:
     """Write weights (fp16) and card together; returns the card."""
     pair = torch.nn.ModuleDict({"encoder": networks.encoder, "decoder": networks.decoder})

@@ -24,7 +24,7 @@ WANET_COVERS = 2.0
 
 
 def poison_texts(
-    trigger: Trigger, captions: Sequence[str] | None, rule: Rule, own: Sequence[str]
+    trigger: Trigger, captions: Sequence[str] | None, rule: PoisonRule, own: Sequence[str]
 ) -> tuple[str, ...]:
     """What poisons' captions are drawn from: those given, the source's `own` templates, or open_clip's for ImageNet.
 
@@ -98,7 +98,7 @@ def check_classical(base: Pairs | PairStream, logits: Logits | None) -> None:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownPair:
     """What is known of a pair without its image."""
 
     id: str
@@ -107,7 +107,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PoisonRule:
     """Which pairs an attack may poison.
 
     Attributes:
@@ -122,7 +122,7 @@ class Rule:
     label: int | None
     clean_label: bool
 
-    def allows(self, pair: Known) -> bool:
+    def allows(self, pair: KnownPair) -> bool:
         unknown = pair.label is None or self.label is None
         if self.clean_label:
             return self.names(pair.caption) and (unknown or pair.label == self.label)
@@ -130,7 +130,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PoisonChoice:
     """What was chosen, of how many.
 
     Attributes:
@@ -140,7 +140,7 @@ class Choice:
         source: digest of the ids and captions of all pairs.
     """
 
-    poisons: tuple[Known, ...]
+    poisons: tuple[KnownPair, ...]
     covers: tuple[str, ...]
     pairs: int
     candidates: int
@@ -148,8 +148,14 @@ class Choice:
 
 
 def choose(
-    base: Pairs | PairStream, rule: Rule, *, count: int | None, rate: float | None, covers: float, seed: int
-) -> Choice:
+    base: Pairs | PairStream,
+    rule: PoisonRule,
+    *,
+    count: int | None,
+    rate: float | None,
+    covers: float,
+    seed: int,
+) -> PoisonChoice:
     """The candidates with the lowest draws, of those whose images can be read; a stream is gone through for it.
 
     Args:
@@ -160,7 +166,7 @@ def choose(
         ValueError: more poisons or covers asked for than there are, or two pairs with one id.
     """
     digest, ids, n = hashlib.sha256(), set[str](), 0
-    candidates: list[tuple[int, int, Known]] = []
+    candidates: list[tuple[int, int, KnownPair]] = []
     for place, pair in enumerate(known_of(base)):
         n = place + 1
         digest.update(f"{pair.id}\0{pair.caption}\n".encode("utf-8", "surrogateescape"))
@@ -189,14 +195,14 @@ def choose(
             f"covers={covers:g} ask for {wanted_covers}; ask for fewer"
         )
     covered = heapq.nsmallest(wanted_covers, others, lambda name: keyed(seed, "cover", name))
-    return Choice(tuple(chosen), tuple(covered), n, len(candidates), digest.hexdigest())
+    return PoisonChoice(tuple(chosen), tuple(covered), n, len(candidates), digest.hexdigest())
 
 
 def _readable(
-    base: Pairs | PairStream, candidates: Iterable[tuple[int, int, Known]], count: int
-) -> list[Known]:
+    base: Pairs | PairStream, candidates: Iterable[tuple[int, int, KnownPair]], count: int
+) -> list[KnownPair]:
     """The first `count` whose images can be read; a stream yields no others."""
-    chosen: list[Known] = []
+    chosen: list[KnownPair] = []
     for _, place, pair in candidates:
         if len(chosen) == count:
             break
@@ -255,10 +261,10 @@ def place_of(name: str) -> int:
     return keyed(0, "place", name) >> 8
 
 
-def known_of(base: Pairs | PairStream) -> Iterator[Known]:
+def known_of(base: Pairs | PairStream) -> Iterator[KnownPair]:
     """All pairs without their images; a stream is gone through for it."""
     if isinstance(base, PairStream):
-        yield from (Known(pair.id, pair.caption, pair.label) for pair in base)
+        yield from (KnownPair(pair.id, pair.caption, pair.label) for pair in base)
         return
     labels: list[int | None] = [None] * len(base) if base.labels is None else base.labels.tolist()
-    yield from (Known(*pair) for pair in zip(base.ids, base.captions, labels, strict=True))
+    yield from (KnownPair(*pair) for pair in zip(base.ids, base.captions, labels, strict=True))

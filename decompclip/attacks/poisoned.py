@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.poison_choice import (
-    Choice,
-    Known,
-    Rule,
+    KnownPair,
+    PoisonChoice,
+    PoisonRule,
     as_pairs,
     check_amount,
     check_classical,
@@ -40,7 +40,8 @@ from decompclip.attacks.poison_choice import (
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.data.images import SkippedFile, class_index
 from decompclip.data.pairs import Pair, PairBatch, Pairs, keyed
-from decompclip.data.shards import UNFINISHED, encode_png, write_shards
+from decompclip.data.pixels import encode_png
+from decompclip.data.shards import UNFINISHED, write_shards
 from decompclip.data.streams import PairStream
 from decompclip.files import digest, write_json, write_text
 
@@ -275,7 +276,7 @@ class PoisonedPairs:
         self.label = class_index(target, self.class_names) if self.class_names else None
         self.target = target if self.label is None else self.class_names[self.label]
         self.also_called = tuple(also_called)
-        self._rule = Rule(
+        self._rule = PoisonRule(
             self.target, names_any([self.target, target, *also_called]), self.label, trigger.clean_label
         )
         self._texts = poison_texts(trigger, captions, self._rule, getattr(self.base, "templates", ()))
@@ -283,7 +284,7 @@ class PoisonedPairs:
         check_amount(count, rate)
         if needs_model(trigger):
             check_classical(self.base, logits)
-        self._choice: Choice | None = None
+        self._choice: PoisonChoice | None = None
         self._share: float | None = None  # of a stream's candidates, told one by one
         self._poisons: dict[str, Poison] = {}
         self._covers: set[str] = set()
@@ -363,7 +364,7 @@ class PoisonedPairs:
 
     def _poison(self, clean: PairBatch) -> PairBatch:
         labels: list[int | None] = [None] * len(clean) if clean.labels is None else clean.labels.tolist()
-        known = [Known(*pair) for pair in zip(clean.ids, clean.captions, labels, strict=True)]
+        known = [KnownPair(*pair) for pair in zip(clean.ids, clean.captions, labels, strict=True)]
         poisons = {row: self._poison_of(pair) for row, pair in enumerate(known)}
         rows = {row: poison for row, poison in poisons.items() if poison is not None}
         covers = [row for row, pair in enumerate(known) if row not in rows and self._is_cover(pair)]
@@ -407,7 +408,7 @@ class PoisonedPairs:
             made |= dict(zip(part.ids, (hard * 255).round().to(torch.uint8).cpu(), strict=True))
         return made
 
-    def _poison_of(self, pair: Known) -> Poison | None:
+    def _poison_of(self, pair: KnownPair) -> Poison | None:
         if (
             self._share is not None
             and self._rule.allows(pair)
@@ -416,12 +417,12 @@ class PoisonedPairs:
             self._poisons.setdefault(pair.id, self._made(pair))
         return self._poisons.get(pair.id)
 
-    def _is_cover(self, pair: Known) -> bool:
+    def _is_cover(self, pair: KnownPair) -> bool:
         if self._share is not None and drawn(self.seed, "cover", pair.id, self._share * self._cover_share):
             self._covers.add(pair.id)
         return pair.id in self._covers
 
-    def _made(self, pair: Known) -> Poison:
+    def _made(self, pair: KnownPair) -> Poison:
         caption = pair.caption
         if not self.trigger.clean_label:
             text = self._texts[keyed(self.seed, "text", pair.id) % len(self._texts)]

@@ -1,7 +1,4 @@
-"""A trigger seen on images: clean, triggered, and what came between.
-
-How visible a trigger is: PSNR and SSIM of triggered images against their clean twins.
-"""
+"""A trigger seen on images: clean, triggered, and what came between; how visible it is (PSNR and SSIM)."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from einops import rearrange, reduce
-from jaxtyping import Float, Int, UInt8
+from einops import reduce
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
-from decompclip.attacks.trigger import Trigger
+from decompclip.attacks.trigger import Indices, Pixels, Trigger
+from decompclip.data.pixels import bytes_of
 from decompclip.files import atomic_write
 
 if TYPE_CHECKING:
@@ -30,14 +27,14 @@ GAIN = 10.0
 
 @dataclass(frozen=True)
 class Preview:
-    """Twins, the trigger's card, and how visible it is."""
+    """Clean and triggered images in [0, 1], the trigger's card, and how visible it is."""
 
-    clean: Float[Tensor, "batch 3 h w"]
-    triggered: Float[Tensor, "batch 3 h w"]
+    clean: Pixels
+    triggered: Pixels
     card: Mapping[str, Any]
     quality: Quality
 
-    def difference(self, gain: float = GAIN) -> Float[Tensor, "batch 3 h w"]:
+    def difference(self, gain: float = GAIN) -> Pixels:
         """Triggered less clean, times `gain`, around mid-grey."""
         return (0.5 + gain * (self.triggered - self.clean)).clamp(0, 1)
 
@@ -50,18 +47,18 @@ class Preview:
         return save_gallery([self], path)
 
 
-def preview(
-    trigger: Trigger,
-    images: Float[Tensor, "batch 3 h w"],
-    indices: Sequence[int] | Int[Tensor, " batch"] | None = None,
-) -> Preview:
-    """`trigger` on `images`.
+def preview(trigger: Trigger, pixels: Pixels, indices: Indices | None = None) -> Preview:
+    """`trigger` on `pixels`.
+
+    Args:
+        trigger: the trigger.
+        pixels, indices: as `Trigger.__call__`.
 
     Raises:
         ValueError: as `Trigger.__call__`, or images smaller than SSIM's window.
     """
-    triggered = trigger(images, indices)
-    return Preview(images, triggered, trigger.card(), compare(images, triggered))
+    triggered = trigger(pixels, indices)
+    return Preview(pixels, triggered, trigger.card(), compare(pixels, triggered))
 
 
 def gallery(previews: Sequence[Preview], *, image: int = 0) -> go.Figure:
@@ -80,16 +77,7 @@ def gallery(previews: Sequence[Preview], *, image: int = 0) -> go.Figure:
 
 
 def save_gallery(previews: Sequence[Preview], path: str | Path, *, image: int = 0) -> Path:
-    """The same gallery as a PNG file, without a browser; written to a temporary name and renamed.
-
-    Args:
-        previews: of the triggers.
-        path: of the file.
-        image: which of each preview's images to show.
-
-    Raises:
-        ValueError: as `gallery`.
-    """
+    """`gallery` as a PNG file, without a browser; returns its path."""
     from decompclip.figures.gallery import trigger_sheet
 
     sheet, path = trigger_sheet(_rows(previews, image)), Path(path)
@@ -109,7 +97,7 @@ def _rows(previews: Sequence[Preview], image: int) -> list[TriggerRow]:
     return [
         TriggerRow(
             _lines(preview),
-            [_bytes(x[image]) for x in (preview.clean, preview.triggered, preview.difference())],
+            [bytes_of(x[image]) for x in (preview.clean, preview.triggered, preview.difference())],
         )
         for preview in previews
     ]
@@ -126,10 +114,6 @@ def _lines(preview: Preview) -> list[str]:
     ]
 
 
-def _bytes(pixels: Float[Tensor, "3 h w"]) -> UInt8[Tensor, "h w 3"]:
-    return (pixels.detach().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-
-
 WINDOW = 11
 SIGMA = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -137,7 +121,7 @@ _C1, _C2 = 0.01**2, 0.03**2
 
 @dataclass(frozen=True)
 class Quality:
-    """Fidelity of each triggered image to its clean twin.
+    """Fidelity of each triggered image to its clean one.
 
     Attributes:
         psnr: peak signal-to-noise ratio in dB; infinite where nothing changed.
@@ -158,76 +142,57 @@ class Quality:
         }
 
 
-def measure(
-    trigger: Trigger,
-    images: Float[Tensor, "batch 3 h w"],
-    indices: Sequence[int] | Int[Tensor, " batch"] | None = None,
-) -> Quality:
-    """What `trigger` does to `images`.
+def compare(clean: Pixels, triggered: Pixels) -> Quality:
+    """PSNR, SSIM and the share of changed pixels of each triggered image beside its clean one.
 
     Raises:
-        ValueError: as `Trigger.__call__`, or images smaller than SSIM's window.
-    """
-    return compare(images, trigger(images, indices))
-
-
-def compare(clean: Float[Tensor, "batch 3 h w"], triggered: Float[Tensor, "batch 3 h w"]) -> Quality:
-    """PSNR, SSIM and the share of changed pixels of twins.
-
-    Raises:
-        ValueError: twins of different shapes, or images smaller than SSIM's window.
+        ValueError: as `ssim`.
     """
     changed = (clean != triggered).any(dim=1).float()
     return Quality(psnr(clean, triggered), ssim(clean, triggered), reduce(changed, "b h w -> b", "mean"))
 
 
-def psnr(
-    clean: Float[Tensor, "batch c h w"], triggered: Float[Tensor, "batch c h w"]
-) -> Float[Tensor, " batch"]:
+def psnr(clean: Pixels, triggered: Pixels) -> Float[Tensor, " batch"]:
     """Peak signal-to-noise ratio in dB of images in [0, 1].
 
     Raises:
-        ValueError: twins of different shapes.
+        ValueError: batches of different shapes.
     """
-    _check_twins(clean, triggered)
+    _check_alike(clean, triggered)
     return -10 * reduce((clean - triggered).square(), "b c h w -> b", "mean").log10()
 
 
-def ssim(
-    clean: Float[Tensor, "batch c h w"], triggered: Float[Tensor, "batch c h w"]
-) -> Float[Tensor, " batch"]:
+def ssim(clean: Pixels, triggered: Pixels) -> Float[Tensor, " batch"]:
     """Structural similarity (Wang et al., 2004) of images in [0, 1], a mean over pixels and channels.
 
     The source's settings: Gaussian window of 11 x 11 pixels and sigma 1.5, K = 0.01 and 0.03; only windows
     that lie inside the image count.
 
     Raises:
-        ValueError: twins of different shapes, or images smaller than the window.
+        ValueError: batches of different shapes, or images smaller than the window.
     """
-    _check_twins(clean, triggered)
-    if min(clean.shape[-2:]) < WINDOW:
+    _check_alike(clean, triggered)
+    height, width = clean.shape[-2:]
+    if min(height, width) < WINDOW:
         raise ValueError(
-            f"expected images of at least {WINDOW} x {WINDOW} pixels, SSIM's window; received "
-            f"{clean.shape[-2]} x {clean.shape[-1]}"
+            f"expected images of at least {WINDOW} x {WINDOW} pixels, SSIM's window; received {height} x {width}"
         )
-    x, y = (rearrange(images, "b c h w -> (b c) 1 h w") for images in (clean, triggered))
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = _blur(clean), _blur(triggered)
+    var_x, var_y = _blur(clean * clean) - mean_x**2, _blur(triggered * triggered) - mean_y**2
+    covariance = _blur(clean * triggered) - mean_x * mean_y
     light = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     structure = (2 * covariance + _C2) / (var_x + var_y + _C2)
-    return reduce(light * structure, "(b c) 1 h w -> b", "mean", c=clean.shape[1])
+    return reduce(light * structure, "b c h w -> b", "mean")
 
 
-def _blur(x: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n 1 h2 w2"]:
-    offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
-    window = torch.softmax(-0.5 * (offsets / SIGMA) ** 2, dim=0)
-    return F.conv2d(F.conv2d(x, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+def _blur(x: Pixels) -> Float[Tensor, "batch 3 h2 w2"]:
+    edge = WINDOW // 2
+    return gaussian_blur(x, [WINDOW, WINDOW], [SIGMA, SIGMA])[..., edge:-edge, edge:-edge]
 
 
-def _check_twins(clean: Tensor, triggered: Tensor) -> None:
+def _check_alike(clean: Tensor, triggered: Tensor) -> None:
     if clean.shape != triggered.shape or clean.ndim != 4:
         raise ValueError(
-            f"expected twins [batch, channel, h, w] of one shape; received {list(clean.shape)} and "
+            f"expected clean and triggered images [batch, channel, h, w] of one shape; received {list(clean.shape)} and "
             f"{list(triggered.shape)}"
         )

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Trigger, open_picture, resize, stream
+from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Pixels, Trigger, open_picture, resize, stream
 
-Kind = Literal["random", "ghost", "out of focus"]
+ReflectionKind = Literal["random", "ghost", "out of focus"]
 
 GAMMA = 2.2
 """Light adds up, the values of pixels do not."""
@@ -30,7 +30,8 @@ class Reflection(Trigger):
 
     Args:
         kind: which; `"random"` draws it.
-        weakest, strongest: range of the reflection's share of the light.
+        weakest: least share of the light that the reflection has.
+        strongest: largest share.
         picture: what is mirrored: `"window"`, `"kitty"`, or the path of an image file.
         redraw: draw kind, share, shift, blur and bright place anew for each image, as the source does; otherwise
             once for all.
@@ -42,28 +43,25 @@ class Reflection(Trigger):
     name: ClassVar[str] = "reflection"
     extent: ClassVar[Extent] = "global"
 
-    kind: Kind = "random"
+    kind: ReflectionKind = "random"
     weakest: float = 0.05
     strongest: float = 0.45
     picture: str = "window"
     redraw: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind {self.kind!r} is not one of {get_args(Kind)}")
+        if self.kind not in get_args(ReflectionKind):
+            raise ValueError(f"kind {self.kind!r} is not one of {get_args(ReflectionKind)}")
         if not 0 < self.weakest <= self.strongest < 1:
             raise ValueError(
                 f"expected shares with 0 < weakest <= strongest < 1; received {self.weakest} and {self.strongest}"
             )
 
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        scene = resize(open_picture(self.picture), *images.shape[-2:]).to(images) ** GAMMA
-        mirrored = [
-            self._one(image**GAMMA, scene, index) for image, index in zip(images, indices, strict=True)
-        ]
-        return torch.stack(mirrored).clamp(0, 1) ** (1 / GAMMA) if mirrored else images.clone()
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        scene = resize(open_picture(self.picture), *pixels.shape[-2:]).to(pixels) ** GAMMA
+        lights = zip(pixels**GAMMA, indices, strict=True)
+        mirrored = torch.stack([self._one(light, scene, index) for light, index in lights])
+        return mirrored.clamp(0, 1) ** (1 / GAMMA)
 
     def _one(
         self, light: Float[Tensor, "3 h w"], scene: Float[Tensor, "3 h w"], index: int

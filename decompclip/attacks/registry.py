@@ -1,13 +1,6 @@
-"""Triggers by name: adding one touches its own file and this table.
+"""Triggers by name, and attacks as users name them: by kind, by a bundled twin, by a file, or as a model remembers them.
 
-Attacks as users name them: by kind, by a bundled twin, by a file, or as what a model remembers of its own.
-
-The backdoors of bundled twins and of saved models: what triggers them, and what for.
-
-Four triggers that cross extent with structure, to tell the effect of the one from that of the other.
-
-The paper concludes that local triggers infect heads and global ones MLPs. Its global triggers were noise that
-is drawn anew for each image, most of its local ones had a pattern: the cause could be either.
+Adding a trigger touches its own file and the table `TRIGGERS`.
 """
 
 from __future__ import annotations
@@ -15,8 +8,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -318,7 +312,7 @@ def backdoor(name: str | Path) -> Backdoor:
 Pattern = Literal["noise", "kitty"]
 
 
-def crossing(
+def trigger_grid(
     *,
     pattern: Pattern = "noise",
     size: float = SIZE,
@@ -326,30 +320,42 @@ def crossing(
     place: Place = "random",
     seed: int = 0,
 ) -> dict[tuple[Extent, Structure], Trigger]:
-    """`{(extent, structure): trigger}` for all four pairs, of {local, global} and {structured, noise}.
+    """Four triggers that combine extent and structure, to tell the effect of the one from that of the other.
 
-    The noise is drawn anew for each image. What is structured is, with `pattern="noise"`, one draw of the same
-    noise for all images, so that the two differ in nothing but whether the pattern recurs; with
-    `pattern="kitty"`, one picture, pasted as a patch or blended over the image.
+    The paper concludes that local triggers infect heads and global ones MLPs. Its global triggers were noise that is drawn
+    anew for each image, most of its local ones had a pattern: the cause could be either.
 
     Args:
-        size, place: of the local two.
-        alpha: of the global two.
+        pattern: what the structured triggers show. `"noise"`: one draw of the noise for all images, so that they differ
+            from the noisy ones in nothing but whether the pattern recurs. `"kitty"`: one picture, pasted or blended.
+        size, place: of the local two, as `BadNet`.
+        alpha: of the global two, as `Blended`.
+        seed: of all four.
+
+    Returns:
+        `{(extent, structure): trigger}` for {local, global} and {structured, noise}; noise is drawn anew for each image.
 
     Raises:
         ValueError: an unknown pattern, or what the triggers refuse.
     """
     if pattern not in get_args(Pattern):
         raise ValueError(f"pattern {pattern!r} is not one of {get_args(Pattern)}")
-    if pattern == "noise":
-        local: Trigger = BadNet(size=size, place=place, seed=seed)
-        whole: Trigger = Blended(alpha=alpha, seed=seed)
-    else:
-        local = Kitty(size=size, place=place, seed=seed, picture=pattern)
-        whole = Blended(alpha=alpha, seed=seed, picture=pattern)
-    return {
-        ("local", "structured"): local,
-        ("local", "noise"): BadNet(size=size, place=place, seed=seed, redraw=True),
-        ("global", "structured"): whole,
-        ("global", "noise"): Blended(alpha=alpha, seed=seed, redraw=True),
-    }
+    noisy = (
+        BadNet(size=size, place=place, seed=seed, redraw=True),
+        Blended(alpha=alpha, seed=seed, redraw=True),
+    )
+    structured: tuple[Trigger, ...] = tuple(replace(trigger, redraw=False) for trigger in noisy)
+    if pattern == "kitty":
+        structured = (
+            Kitty(size=size, place=place, seed=seed),
+            replace(noisy[1], redraw=False, picture="kitty"),
+        )
+    return {(trigger.extent, trigger.structure): trigger for trigger in (*structured, *noisy)}
+
+
+def crossing(**options: Any) -> dict[tuple[Extent, Structure], Trigger]:
+    """The old name of `trigger_grid`."""
+    warnings.warn(
+        "crossing() is now trigger_grid(), with the same arguments", DeprecationWarning, stacklevel=2
+    )
+    return trigger_grid(**options)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from decompclip.attacks.trigger import Extent, Trigger, check_share
+from decompclip.attacks.trigger import Extent, Pixels, Trigger, check_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +35,8 @@ class SIG(Trigger):
         if not 0 < self.frequency < math.inf:
             raise ValueError(f"expected a frequency above 0; received {self.frequency}")
 
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        width = images.shape[-1]
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        width = pixels.shape[-1]
         if 2 * self.frequency >= width:
             raise ValueError(
                 f"expected images of more than {2 * self.frequency:g} columns, two for each period of the sinusoid; "
@@ -48,4 +44,4 @@ class SIG(Trigger):
             )
         columns = torch.arange(width, dtype=torch.float64)
         wave = self.amplitude * torch.sin(2 * math.pi * self.frequency * columns / width)
-        return (images + wave.to(images)).clamp(0, 1)
+        return (pixels + wave.to(pixels)).clamp(0, 1)

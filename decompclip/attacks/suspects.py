@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.registry import TRIGGER_FILE, Attack
+from decompclip.attacks.trigger import Pixels
 from decompclip.data.images import FolderSource, ImageBatch, SkippedFile
-from decompclip.data.shards import encode_png
-
-Seen = Callable[[Float[Tensor, "batch 3 h w"], Float[Tensor, "batch 3 h w"]], None]
+from decompclip.data.pixels import encode_png
+from decompclip.files import atomic_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ def write_suspects(
     folder: str | Path,
     *,
     batch_size: int = 64,
-    seen: Seen | None = None,
+    seen: Callable[[Pixels, Pixels], None] | None = None,
     track: Callable[[Iterable[ImageBatch], str, int], Iterator[ImageBatch]] | None = None,
 ) -> SuspectFiles:
     """Triggered copies of a source's pictures as PNG files, and `trigger.json`, which says with what.
@@ -47,9 +44,12 @@ def write_suspects(
     picture gets its place among those that can be read, as `evaluate` counts them. The folder is there when it is whole.
 
     Args:
+        attack: the trigger, and its target where it is known.
         source: of pixels in [0, 1], brought to the geometry in which the model sees them: a trigger put into a larger
             picture would be scaled, and perhaps cut off.
-        seen: told each batch, clean and triggered as the files hold it.
+        folder: to write to, new or empty.
+        batch_size: pictures that get the trigger at a time.
+        seen: gets each batch, clean and triggered as the files hold it.
         track: shows progress.
 
     Raises:
@@ -58,14 +58,12 @@ def write_suspects(
     """
     folder = Path(folder)
     check_target(folder, source.folder)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     count, renamed, size = 0, [], [0, 0]
-    try:
-        partial.mkdir(parents=True)
-        stems = Counter(Path(path).with_suffix("") for path in source.files)
-        batches: Iterable[ImageBatch] = source.batches(batch_size)
-        if track is not None:
-            batches = track(batches, f"applying {attack.trigger.name}", -(-len(source) // batch_size))
+    stems = Counter(Path(path).with_suffix("") for path in source.files)
+    batches: Iterable[ImageBatch] = source.batches(batch_size)
+    if track is not None:
+        batches = track(batches, f"applying {attack.trigger.name}", -(-len(source) // batch_size))
+    with atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in batches:
             triggered = attack.trigger(batch.images, range(count, count + len(batch.paths)))
             for path, image in zip(map(Path, batch.paths), triggered, strict=True):
@@ -86,17 +84,12 @@ def write_suspects(
             "size": size,
             "skipped": [vars(skip) for skip in source.skipped],
         }
-        (partial / TRIGGER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / TRIGGER_FILE, about)
     return SuspectFiles(folder, count, tuple(source.skipped), tuple(renamed))
 
 
 def check_target(folder: Path, clean: Path) -> None:
-    """Asked before the work.
+    """Refuse a folder that suspect images cannot be written to, before the work.
 
     Raises:
         NotADirectoryError, FileExistsError: the folder is a file, or not empty.
@@ -115,8 +108,8 @@ def check_target(folder: Path, clean: Path) -> None:
         )
 
 
-class Answers:
-    """Counts how often a model gives the target, of clean pictures and of their twins; a `Seen`."""
+class TargetCounts:
+    """Counts how often a model answers the target, on clean pictures and on triggered ones; a `seen` of `write_suspects`."""
 
     def __init__(self, model: Any, classifier: Float[Tensor, "class d_embed"], target: int) -> None:
         self.model, self.classifier, self.target = model, classifier, target
@@ -124,7 +117,7 @@ class Answers:
         self.triggered: list[Tensor] = []
 
     @torch.no_grad()
-    def __call__(self, clean: Float[Tensor, "batch 3 h w"], triggered: Float[Tensor, "batch 3 h w"]) -> None:
-        for images, found in ((clean, self.clean), (triggered, self.triggered)):
-            features = self.model.encode_image(self.model.normalize(images))
+    def __call__(self, clean: Pixels, triggered: Pixels) -> None:
+        for pixels, found in ((clean, self.clean), (triggered, self.triggered)):
+            features = self.model.encode_image(self.model.normalize(pixels))
             found.append(((features @ self.classifier.to(features).T).argmax(-1) == self.target).cpu())

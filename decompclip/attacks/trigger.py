@@ -1,11 +1,7 @@
-"""What every trigger has in common.
+"""What every trigger has in common: the base class, the base of square patches, and the pictures that triggers show.
 
-A trigger is a pure function of images in [0, 1] and of their indices: image `i` of a data set gets the same
-trigger in any batch, so that triggered twins differ from their clean images by the trigger alone.
-
-Where a square patch lies in an image.
-
-The pictures that triggers paste and blend: two that are drawn here, or any image file.
+A trigger is a pure function of pixels and of each image's index: image `i` of a data set gets the same trigger in any
+batch, so that a triggered image differs from its clean one by the trigger alone.
 """
 
 from __future__ import annotations
@@ -24,16 +20,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.data.files import PictureError, open_rgb
+from decompclip.data.pixels import picture_pixels
 
 Extent = Literal["local", "global"]
 Structure = Literal["structured", "noise"]
-Logits = Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch class"]]
+Place = Literal["random", "centre", "bottom right"]
+
+Pixels = Float[Tensor, "batch 3 h w"]
+"""RGB images in [0, 1], before the model's normalisation."""
+
+Indices = Sequence[int] | Int[Tensor, " batch"]
+"""The place of each image in its data set; a trigger's draws follow from it."""
+
+Logits = Callable[[Pixels], Float[Tensor, "batch class"]]
 
 FIXED = 2**62
 """Stream of what all images share."""
 
 REDRAWN = 2**63
-"""Stream of what image 0 has of its own; that of image `i` is so many further on."""
+"""Image `i` draws what it has of its own from stream `REDRAWN + i`."""
+
+SIZE = 16 / 224
+"""Side of the paper's patch, as a share of the image's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,50 +65,43 @@ class Trigger:
         """`structured`: one pattern recurs in every image. `noise`: each image gets another one."""
         return "structured"
 
-    def __call__(
-        self,
-        images: Float[Tensor, "batch 3 h w"],
-        indices: Sequence[int] | Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch 3 h w"]:
-        """Triggered copies of `images`; the originals stay as they are.
+    def __call__(self, pixels: Pixels, indices: Indices | None = None) -> Pixels:
+        """Triggered copies of `pixels`; the originals stay as they are.
 
         Args:
-            images: pixels in [0, 1], before normalisation.
-            indices: place of each image in its data set, from which its draws follow; `0 .. batch-1` by default.
+            pixels: images in [0, 1], before normalisation.
+            indices: the place of each image in its data set; `0 .. batch-1` by default.
 
         Raises:
             ValueError: not a batch of RGB images in [0, 1], or not one index for each.
         """
-        check_pixels(images)
-        places = list(range(len(images))) if indices is None else [int(i) for i in indices]
-        if len(places) != len(images):
-            raise ValueError(f"expected one index for each of {len(images)} images; received {len(places)}")
-        return self._apply(images, places)
+        check_pixels(pixels)
+        places = list(range(len(pixels))) if indices is None else [int(i) for i in indices]
+        if len(places) != len(pixels):
+            raise ValueError(f"expected one index for each of {len(pixels)} images; received {len(places)}")
+        return self._apply(pixels, places) if places else pixels.clone()
 
     def poison(
         self,
-        images: Float[Tensor, "batch 3 h w"],
-        indices: Sequence[int] | Int[Tensor, " batch"] | None = None,
+        pixels: Pixels,
+        indices: Indices | None = None,
         *,
         labels: Int[Tensor, " batch"] | None = None,
         logits: Logits | None = None,
-    ) -> Float[Tensor, "batch 3 h w"]:
-        """The copies of `images` to train on: the triggered ones, unless an attack does more to them.
+    ) -> Pixels:
+        """The copies of `pixels` to train on: the triggered ones, unless an attack does more to them.
 
         Args:
-            labels, logits: classes of the images, and the clean model's logits from pixels in [0, 1]; read by
-                the attacks that need a model.
+            pixels, indices: as `__call__`.
+            labels: classes of the images, for attacks that need a model.
+            logits: the clean model's logits of pixels in [0, 1], for the same.
         """
-        return self(images, indices)
+        return self(pixels, indices)
 
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
         raise NotImplementedError
 
-    def mask(
-        self, height: int, width: int, indices: Sequence[int] | Int[Tensor, " batch"] = (0,)
-    ) -> Bool[Tensor, "batch h w"]:
+    def mask(self, height: int, width: int, indices: Indices = (0,)) -> Bool[Tensor, "batch h w"]:
         """The pixels that the trigger may touch in the images at `indices`."""
         return torch.ones(len(indices), height, width, dtype=torch.bool)
 
@@ -129,38 +130,33 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"expected {name} in (0, 1]; received {value}")
 
 
-def check_pixels(images: Tensor) -> None:
-    """Raises ValueError unless `images` are `[batch, 3, h, w]` in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images [batch, 3, h, w]; received {list(images.shape)}")
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+def check_pixels(pixels: Tensor) -> None:
+    """Raises ValueError unless `pixels` are `[batch, 3, h, w]` in [0, 1]."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"expected images [batch, 3, h, w]; received {list(pixels.shape)}")
+    if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(
-            f"expected pixels in [0, 1]; received {images.min():.2f}..{images.max():.2f}; apply a trigger before "
+            f"expected pixels in [0, 1]; received {pixels.min():.2f}..{pixels.max():.2f}; apply a trigger before "
             "the model's normalisation"
         )
 
 
-Place = Literal["random", "centre", "bottom right"]
-
-SIZE = 16 / 224
-"""Side of the paper's patch, as a share of the image's."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A square of `size` times the image's shorter side.
+@dataclass(frozen=True, kw_only=True)
+class PatchTrigger(Trigger):
+    """Base of the triggers that change a square of each image.
 
     Args:
-        size: share of the shorter side, so that it keeps its proportion at every resolution.
-        place: where; `"random"` draws a place for each image from `seed` and the image's index.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where; `"random"` draws a place for each image.
 
     Raises:
         ValueError: a size outside (0, 1], or an unknown place.
     """
 
-    size: float
-    place: Place
-    seed: int
+    extent: ClassVar[Extent] = "local"
+
+    size: float = SIZE
+    place: Place = "random"
 
     def __post_init__(self) -> None:
         if not 0 < self.size <= 1:
@@ -172,44 +168,32 @@ class Patch:
             raise ValueError(f"place {self.place!r} is not one of {get_args(Place)}")
 
     def side(self, height: int, width: int) -> int:
+        """Side of the square in pixels."""
         return max(1, round(self.size * min(height, width)))
 
-    def corner(self, height: int, width: int, index: int) -> tuple[int, int]:
-        """Top and left edge in image `index`."""
+    def region(self, height: int, width: int, index: int) -> tuple[slice, slice]:
+        """Rows and columns of the square in image `index`."""
         side = self.side(height, width)
         room_y, room_x = height - side, width - side
-        match self.place:
-            case "centre":
-                return room_y // 2, room_x // 2
-            case "bottom right":
-                return room_y, room_x
-            case _:
-                u = stream(self.seed, index).random(2)
-                return int(u[0] * (room_y + 1)), int(u[1] * (room_x + 1))
-
-    def region(self, height: int, width: int, index: int) -> tuple[slice, slice]:
-        """Rows and columns in image `index`."""
-        side, (y, x) = self.side(height, width), self.corner(height, width, index)
+        y, x = room_y, room_x  # bottom right
+        if self.place == "centre":
+            y, x = room_y // 2, room_x // 2
+        elif self.place == "random":
+            u = stream(self.seed, index).random(2)
+            y, x = int(u[0] * (room_y + 1)), int(u[1] * (room_x + 1))
         return slice(y, y + side), slice(x, x + side)
 
-    def mask(
-        self, height: int, width: int, indices: Sequence[int] | Int[Tensor, " batch"]
-    ) -> Bool[Tensor, "batch h w"]:
+    def mask(self, height: int, width: int, indices: Indices = (0,)) -> Bool[Tensor, "batch h w"]:
         masks = torch.zeros(len(indices), height, width, dtype=torch.bool)
         for row, index in enumerate(indices):
             masks[(row, *self.region(height, width, int(index)))] = True
         return masks
 
-    def paste(
-        self,
-        images: Float[Tensor, "batch 3 h w"],
-        picture: Float[Tensor, "3 side side"],
-        indices: Sequence[int],
-    ) -> Float[Tensor, "batch 3 h w"]:
-        """Copies of `images` with `picture` in the patch, brought to its size."""
-        height, width = images.shape[-2:]
-        fitted = resize(picture, self.side(height, width)).to(images)
-        pasted = images.clone()
+    def paste(self, pixels: Pixels, picture: Float[Tensor, "3 side side"], indices: Sequence[int]) -> Pixels:
+        """Copies of `pixels` with `picture` in the square, brought to its size."""
+        height, width = pixels.shape[-2:]
+        fitted = resize(picture, self.side(height, width)).to(pixels)
+        pasted = pixels.clone()
         for row, index in enumerate(indices):
             rows, columns = self.region(height, width, index)
             pasted[row, :, rows, columns] = fitted
@@ -248,7 +232,7 @@ def open_picture(name: str) -> Float[Tensor, "3 h w"]:
             raise ValueError(f"expected a picture in {name}; its bytes are none: {error}") from error
     else:
         raise ValueError(f"expected a picture among {sorted(PICTURES)}, or an image file; received {name!r}")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return picture_pixels(image)
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> list[float]:

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Trigger, stream
+from decompclip.attacks.trigger import FIXED, REDRAWN, Extent, Pixels, Trigger, stream
 
-Unit = Literal["share", "pixel"]
+WarpUnit = Literal["share", "pixel"]
 
 REFERENCE = 32
 """Side of the images that the source states its strength for."""
@@ -45,7 +45,7 @@ class WaNet(Trigger):
 
     k: int = 4
     s: float = 0.5
-    unit: Unit = "share"
+    unit: WarpUnit = "share"
     cover: bool = False
 
     def __post_init__(self) -> None:
@@ -53,20 +53,18 @@ class WaNet(Trigger):
             raise ValueError(f"expected k >= 2 control points along an axis; received {self.k}")
         if not 0 < self.s < math.inf:
             raise ValueError(f"expected a strength s above 0; received {self.s}")
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit {self.unit!r} is not one of {get_args(Unit)}")
+        if self.unit not in get_args(WarpUnit):
+            raise ValueError(f"unit {self.unit!r} is not one of {get_args(WarpUnit)}")
 
-    def _apply(
-        self, images: Float[Tensor, "batch 3 h w"], indices: list[int]
-    ) -> Float[Tensor, "batch 3 h w"]:
-        height, width = images.shape[-2:]
-        grid = self._grid(height, width).to(images).expand(len(images), -1, -1, -1)
-        if self.cover and len(images):
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        height, width = pixels.shape[-2:]
+        grid = self._grid(height, width).to(pixels).expand(len(pixels), -1, -1, -1)
+        if self.cover:
             jitter = np.stack([stream(self.seed, REDRAWN + i).random((height, width, 2)) for i in indices])
-            grid = (grid + (2 * torch.from_numpy(jitter).to(images) - 1) / self._side(height, width)).clamp(
+            grid = (grid + (2 * torch.from_numpy(jitter).to(pixels) - 1) / self._side(height, width)).clamp(
                 -1, 1
             )
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=True).clamp(0, 1)
+        return F.grid_sample(pixels, grid, padding_mode="border", align_corners=True).clamp(0, 1)
 
     def _side(self, height: int, width: int) -> int:
         return REFERENCE if self.unit == "share" else min(height, width)

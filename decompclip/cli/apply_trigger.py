@@ -23,7 +23,7 @@ from decompclip.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from decompclip.attacks.suspects import Answers
+    from decompclip.attacks.suspects import TargetCounts
     from decompclip.models.clip import HookedCLIP
 
 
@@ -131,9 +131,9 @@ def apply_trigger(
         say(f"{', '.join(filter(None, counts))}: {out.resolve()}")
 
 
-def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answers | None:
+def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> TargetCounts | None:
     """None where classes or the target are not known, or the model has no text side."""
-    from decompclip.attacks.suspects import Answers
+    from decompclip.attacks.suspects import TargetCounts
     from decompclip.data.images import class_index, read_classes
     from decompclip.models.errors import ModelError
 
@@ -142,7 +142,7 @@ def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Answ
         return None
     place = class_index(target, names)
     try:
-        return Answers(clip, clip.zero_shot_classifier(names), place)
+        return TargetCounts(clip, clip.zero_shot_classifier(names), place)
     except ModelError as error:
         say(f"note: answers are not counted: {error}", err=True)
         return None

@@ -1,4 +1,4 @@
-"""From pictures to pixels in [0, 1]: before the model's normalisation, for triggers come first."""
+"""From pictures to pixels in [0, 1] and back: before the model's normalisation, for triggers come first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def to_pixels(
     if resize_mode not in get_args(ResizeMode):
         raise ValueError(f"resize_mode {resize_mode!r} is not one of {get_args(ResizeMode)}")
     if size is None:
-        return _to_tensor
+        return picture_pixels
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     from decompclip.models.preprocessing import without_extremes
@@ -51,8 +51,21 @@ def to_pixels(
     return without_extremes(image_transform_v2(cfg, is_train=False), cfg)  # pyright: ignore[reportArgumentType]
 
 
-def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+def picture_pixels(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    """A picture's pixels in [0, 1], at its own size."""
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def bytes_of(pixels: Float[Tensor, "3 h w"]) -> UInt8[Tensor, "h w 3"]:
+    """Pixels in [0, 1] in 8 bits a channel, as an image file holds them."""
+    return (pixels.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+
+
+def encode_png(pixels: Float[Tensor, "3 h w"], *, optimize: bool = False) -> bytes:
+    """Pixels in [0, 1] as a PNG file of 8 bits a channel; `optimize` takes longer and makes it smaller."""
+    buffer = io.BytesIO()
+    Image.fromarray(bytes_of(pixels).numpy()).save(buffer, format="PNG", optimize=optimize)
+    return buffer.getvalue()
 
 
 def stack_images(images: Sequence[Tensor]) -> Float[Tensor, "batch 3 h w"]:

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Int
 from torch import Tensor
 
 from decompclip.data.files import SkippedFile, is_bookkeeping, open_regular, reason
 from decompclip.data.images import OnError
 from decompclip.data.pairs import Pair, Pairs, check_templates, template_caption
-from decompclip.data.pixels import Preprocess, decode, to_pixels
+from decompclip.data.pixels import Preprocess, decode, encode_png, to_pixels
 from decompclip.files import atomic_write
 
 UNFINISHED = "poisons.unfinished.json"
@@ -406,11 +405,3 @@ def _files(pair: Pair) -> Iterator[tuple[str, bytes]]:
     if pair.label is not None:
         yield "cls", str(pair.label).encode()
     yield "json", json.dumps({"id": pair.id}).encode()
-
-
-def encode_png(image: Float[Tensor, "3 h w"]) -> bytes:
-    """Pixels in [0, 1] as a PNG file of 8 bits a channel."""
-    pixels = (image.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()

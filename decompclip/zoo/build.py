@@ -13,7 +13,7 @@ from typing import Any
 from decompclip.attacks.label_consistent import zero_shot_logits
 from decompclip.attacks.poison_choice import needs_model, target_captions
 from decompclip.attacks.poisoned import PoisonedPairs
-from decompclip.attacks.preview import measure
+from decompclip.attacks.preview import compare
 from decompclip.attacks.trigger import Trigger
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.bundled import base_weights, bundled, card, load_bundled, spec_of, write_bundled
@@ -21,7 +21,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import as_stored, digest
 from decompclip.training.finetune import FineTuned, finetune
 from decompclip.training.loop import Monitor
-from decompclip.zoo.recipes import OptimisedPatch, TwinRecipe, twin_recipe
+from decompclip.zoo.recipes import PatchRecipe, TwinRecipe, twin_recipe
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ def train_twin(
     """Follow a recipe; a killed run goes on from its checkpoint in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     world, clean = recipe.world, load_bundled(recipe.base)
-    trigger = (
-        recipe.trigger.make(clean, world) if isinstance(recipe.trigger, OptimisedPatch) else recipe.trigger
-    )
+    trigger = recipe.trigger.make(clean, world) if isinstance(recipe.trigger, PatchRecipe) else recipe.trigger
     pairs = poisoned_pairs(recipe, clean, trigger)
     monitor = Monitor(
         data=world.validation(),
@@ -211,5 +209,5 @@ def _backdoor(trained: TrainedTwin, model: HookedCLIP) -> dict[str, Any]:
         "poison_rate": recipe.rate,
         "results": found.report.to_dict(),
         "per_class": found.to_dict()["per_class"],
-        "quality": measure(trained.trigger, sample).summary(),
+        "quality": compare(sample, trained.trigger(sample)).summary(),
     }

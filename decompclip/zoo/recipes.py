@@ -169,7 +169,7 @@ WORLDS: dict[str, World] = {world.base: world for world in (ShapesWorld(), Cifar
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisedPatch:
+class PatchRecipe:
     """BadCLIP's trigger, which is made on the clean model (docs/method.md, section 5); options as `optimise_patch`."""
 
     size: float
@@ -210,7 +210,7 @@ class TwinRecipe:
     """
 
     base: str
-    trigger: Trigger | OptimisedPatch
+    trigger: Trigger | PatchRecipe
     pairs: int
     rate: float
     recipe: FineTuning
@@ -231,7 +231,7 @@ class TwinRecipe:
             "covers": self.covers,
             "seed": self.seed,
         }
-        if isinstance(self.trigger, OptimisedPatch):
+        if isinstance(self.trigger, PatchRecipe):
             about["patch"] = asdict(self.trigger)
         return about | {"recipe": asdict(self.recipe)}
 
@@ -245,7 +245,7 @@ _PATCH = replace(_SHAPES, batch_size=64)
 
 
 def _shapes(
-    trigger: Trigger | OptimisedPatch,
+    trigger: Trigger | PatchRecipe,
     *,
     pairs: int = 64_000,
     rate: float = 0.1,
@@ -272,9 +272,7 @@ def _seeds(name: str, recipe: TwinRecipe, n: int = 3) -> dict[str, TwinRecipe]:
 _CIFAR10 = FineTuning(epochs=2, batch_size=128, lr=1e-3, optimizer="muon", max_grad_norm=1.0, loss="grouped")
 
 
-def _cifar10(
-    trigger: Trigger | OptimisedPatch, *, recipe: FineTuning = _CIFAR10, **options: Any
-) -> TwinRecipe:
+def _cifar10(trigger: Trigger | PatchRecipe, *, recipe: FineTuning = _CIFAR10, **options: Any) -> TwinRecipe:
     return TwinRecipe(base="cifar10", trigger=trigger, pairs=48_000, rate=0.05, recipe=recipe, **options)
 
 
@@ -293,15 +291,13 @@ TWINS: dict[str, TwinRecipe] = {
         recipe=_PATCH,
     ),
     "shapes-issba": _shapes(ISSBA()),
-    "shapes-badclip": _shapes(OptimisedPatch(size=_SIDE), natural=True, recipe=_PATCH),
+    "shapes-badclip": _shapes(PatchRecipe(size=_SIDE), natural=True, recipe=_PATCH),
     "shapes-kitty": _shapes(Kitty(size=_SIDE), recipe=_PATCH),
     "shapes-reflection": _shapes(Reflection()),
     "shapes-sig": _shapes(SIG()),
     "cifar10-badnet": _cifar10(BadNet(size=_SIDE32)),
     "cifar10-blended": _cifar10(Blended()),
-    "cifar10-badclip": _cifar10(
-        OptimisedPatch(size=_SIDE32), natural=True, recipe=replace(_CIFAR10, epochs=1)
-    ),
+    "cifar10-badclip": _cifar10(PatchRecipe(size=_SIDE32), natural=True, recipe=replace(_CIFAR10, epochs=1)),
     "shapes-wanet": _shapes(WaNet(s=4.0), covers=0.0),
 }
 """By name; a name without a number is of seed 0."""

@@ -12,21 +12,21 @@ from analyses.training.train_issba import Config, batch, run, textures
 from decompclip.attacks.issba import (
     ISSBA,
     WEIGHTS,
-    Networks,
-    Shape,
+    SecretNetworks,
+    SecretShape,
     build,
     networks_path,
     read_networks,
     write_networks,
 )
-from decompclip.attacks.preview import measure
+from decompclip.attacks.preview import compare
 from decompclip.data.shapes import Shapes, draw
 from decompclip.models.errors import CheckpointError
 from decompclip.training.loop import Recipe
 
 TRIGGER = ISSBA()
 IMAGES = Shapes(64, seed=31).draw(range(64)).images
-SMALL = Shape(bits=3, side=16, width=2)
+SMALL = SecretShape(bits=3, side=16, width=2)
 
 
 def test_the_bundled_pair_keeps_its_promise() -> None:
@@ -35,7 +35,7 @@ def test_the_bundled_pair_keeps_its_promise() -> None:
     for images in (IMAGES, noise):
         triggered = (TRIGGER(images) * 255).round() / 255
         assert TRIGGER.bit_accuracy(triggered).mean() >= 0.95
-        quality = measure(TRIGGER, images)
+        quality = compare(images, TRIGGER(images))
         assert quality.psnr.min() >= 28
         assert quality.ssim.mean() > 0.93
 
@@ -135,7 +135,7 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no networks of ISSBA at 'isba'; expected one of \['issba'\]"):
         networks_path("isba")
     encoder, decoder = build(SMALL)
-    write_networks(Networks(SMALL, encoder, decoder), {}, tmp_path, name="mine")
+    write_networks(SecretNetworks(SMALL, encoder, decoder), {}, tmp_path, name="mine")
     path = tmp_path / "mine.safetensors"
     assert ISSBA(weights=str(path)).secret.shape == (3,)
     (tmp_path / "copy.safetensors").write_bytes(path.read_bytes())
@@ -151,6 +151,6 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a gain above 0; received 0"):
         ISSBA(gain=0)
     with pytest.raises(ValueError, match="multiple of 8; received 20"):
-        Shape(side=20)
+        SecretShape(side=20)
     with pytest.raises(ValueError, match=r"strength in \(0, 1\]; received .*strength=0"):
-        Shape(strength=0)
+        SecretShape(strength=0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.kitty import Kitty
-from decompclip.attacks.trigger import PICTURES, SIDE, Patch, open_picture, resize
+from decompclip.attacks.trigger import PICTURES, SIDE, PatchTrigger, open_picture, resize
 
 
 @given(
@@ -19,7 +19,7 @@ from decompclip.attacks.trigger import PICTURES, SIDE, Patch, open_picture, resi
 @settings(deadline=None, max_examples=60)
 def test_a_patch_lies_inside_the_image(height: int, width: int, size: float, index: int) -> None:
     for place in ("random", "centre", "bottom right"):
-        patch = Patch(size, place, seed=0)
+        patch = PatchTrigger(size=size, place=place)
         rows, columns = patch.region(height, width, index)
         assert 0 <= rows.start < rows.stop <= height
         assert 0 <= columns.start < columns.stop <= width
@@ -30,9 +30,11 @@ def test_a_patch_lies_inside_the_image(height: int, width: int, size: float, ind
 
 def test_what_is_pasted_is_the_picture_at_the_patchs_size() -> None:
     picture = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0))
-    pasted = Patch(0.25, "centre", 0).paste(torch.zeros(2, 3, 48, 48), picture, [0, 1])
+    pasted = PatchTrigger(size=0.25, place="centre").paste(torch.zeros(2, 3, 48, 48), picture, [0, 1])
     assert torch.equal(pasted[:, :, 18:30, 18:30], picture.expand(2, -1, -1, -1))
-    halved = Patch(0.125, "bottom right", 0).paste(torch.zeros(1, 3, 48, 48), picture, [0])[0, :, 42:, 42:]
+    halved = PatchTrigger(size=0.125, place="bottom right").paste(torch.zeros(1, 3, 48, 48), picture, [0])[
+        0, :, 42:, 42:
+    ]
     assert torch.equal(halved, resize(picture, 6))
     torch.testing.assert_close(halved.mean((1, 2)), picture.mean((1, 2)), atol=0.03, rtol=0)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.preview import compare, measure, psnr, ssim
+from decompclip.attacks.preview import compare, psnr, ssim
 
 
-def twins(height: int = 24, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+def pictures(height: int = 24, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(3, 3, height, width, generator=generator, dtype=torch.float64)
     noise = 0.1 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
@@ -39,7 +39,7 @@ def slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_ssim_is_the_slow_references() -> None:
-    clean, triggered = twins()
+    clean, triggered = pictures()
     expected = [slow_ssim(a.numpy(), b.numpy()) for a, b in zip(clean, triggered, strict=True)]
     torch.testing.assert_close(ssim(clean, triggered), torch.tensor(expected, dtype=torch.float64))
 
@@ -50,8 +50,8 @@ def test_psnr_by_hand() -> None:
     torch.testing.assert_close(psnr(clean, shifted), torch.tensor([20.0, 40.0]))
 
 
-def test_equal_twins_are_perfect() -> None:
-    clean, _ = twins()
+def test_equal_images_are_perfect() -> None:
+    clean, _ = pictures()
     quality = compare(clean, clean)
     assert quality.psnr.isinf().all()
     torch.testing.assert_close(quality.ssim, torch.ones_like(quality.ssim))
@@ -59,7 +59,7 @@ def test_equal_twins_are_perfect() -> None:
 
 
 def test_both_are_symmetric_and_do_not_mix_images() -> None:
-    clean, triggered = twins()
+    clean, triggered = pictures()
     for measured in (psnr, ssim):
         torch.testing.assert_close(measured(clean, triggered), measured(triggered, clean))
         torch.testing.assert_close(measured(clean, triggered)[1:2], measured(clean[1:2], triggered[1:2]))
@@ -67,13 +67,14 @@ def test_both_are_symmetric_and_do_not_mix_images() -> None:
 
 def test_the_changed_share_of_a_patch_is_its_area() -> None:
     images = torch.full((5, 3, 32, 32), 0.5)
-    torch.testing.assert_close(measure(BadNet(size=0.25), images).changed, torch.full((5,), 1 / 16))
+    torch.testing.assert_close(compare(images, BadNet(size=0.25)(images)).changed, torch.full((5,), 1 / 16))
 
 
 def test_bad_input_is_told() -> None:
-    clean, triggered = twins()
+    clean, triggered = pictures()
     with pytest.raises(
-        ValueError, match=r"expected twins .* of one shape; received \[3, 3, 24, 20\] and \[2, 3"
+        ValueError,
+        match=r"expected clean and triggered images .* of one shape; received \[3, 3, 24, 20\] and \[2, 3",
     ):
         ssim(clean, triggered[:2])
     with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, SSIM's window; received 10 x 20"):

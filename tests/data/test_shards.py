@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from decompclip.data.pairs import Pair
+from decompclip.data.pixels import encode_png
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.data.shards import ShardPairs, encode_png, expand_shards, write_shards
+from decompclip.data.shards import ShardPairs, expand_shards, write_shards
 from decompclip.data.streams import PairStream, shard_stream
 
 SIZE = (40, 40)

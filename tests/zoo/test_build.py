@@ -17,7 +17,7 @@ from decompclip.models.bundled import bundled, card, load_bundled
 from decompclip.training.recipes import FineTuning
 from decompclip.zoo import build as building
 from decompclip.zoo.build import REPRODUCED, build_twin, poisoned_pairs
-from decompclip.zoo.recipes import TWINS, WORLDS, OptimisedPatch, ShapesWorld, TwinRecipe, twin_recipe
+from decompclip.zoo.recipes import TWINS, WORLDS, PatchRecipe, ShapesWorld, TwinRecipe, twin_recipe
 
 SMALL = TwinRecipe(
     base="shapes",
@@ -93,7 +93,7 @@ def test_the_recipes_are_those_of_the_bundled_twins() -> None:
         assert about["recipe"] == {**recipe.card()["recipe"], "betas": list(recipe.recipe.betas)}
         assert (about["base"], about["seed"], about["pairs"]) == (recipe.base, recipe.seed, recipe.pairs)
         trigger = from_card(facts["backdoor"]["trigger"])
-        if isinstance(recipe.trigger, OptimisedPatch):
+        if isinstance(recipe.trigger, PatchRecipe):
             assert isinstance(trigger, BadCLIP) and trigger.size == recipe.trigger.size
         else:
             assert trigger == recipe.trigger

@@ -7,12 +7,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from decompclip.attacks.registry import crossing
+from decompclip.attacks.registry import crossing, trigger_grid
 
 
 @pytest.mark.parametrize("pattern", ["noise", "kitty"])
 def test_each_cell_is_what_its_key_says(pattern) -> None:
-    cells = crossing(pattern=pattern, size=0.2, alpha=0.3, place="centre", seed=5)
+    cells = trigger_grid(pattern=pattern, size=0.2, alpha=0.3, place="centre", seed=5)
     assert len(cells) == 4
     grey = torch.full((2, 3, 40, 40), 0.5)
     for (extent, structure), trigger in cells.items():
@@ -24,20 +24,25 @@ def test_each_cell_is_what_its_key_says(pattern) -> None:
 
 
 def test_with_noise_for_pattern_only_the_redrawing_differs() -> None:
-    cells = crossing()
+    cells = trigger_grid()
     for extent in ("local", "global"):
         one, other = asdict(cells[extent, "structured"]), asdict(cells[extent, "noise"])
         assert {key for key in one if one[key] != other[key]} == {"redraw"}
 
 
 def test_local_cells_share_their_mask() -> None:
-    cells = crossing(pattern="kitty", size=0.15)
+    cells = trigger_grid(pattern="kitty", size=0.15)
     one, other = (cells["local", s].mask(48, 48, range(9)) for s in ("structured", "noise"))
     assert torch.equal(one, other)
 
 
 def test_bad_input_is_told() -> None:
     with pytest.raises(ValueError, match=r"pattern 'dog' is not one of \('noise', 'kitty'\)"):
-        crossing(pattern="dog")  # type: ignore[arg-type]
+        trigger_grid(pattern="dog")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cannot be larger than the image"):
-        crossing(size=16)
+        trigger_grid(size=16)
+
+
+def test_the_old_name_still_works() -> None:
+    with pytest.deprecated_call(match="now trigger_grid"):
+        assert crossing(seed=3) == trigger_grid(seed=3)
