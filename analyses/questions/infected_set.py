@@ -31,12 +31,12 @@ from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, mean
 from decompclip.audit.evidence import shift
 from decompclip.audit.infected import as_many, infected_parts
+from decompclip.decomposition.components import Part
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
 from decompclip.operators.ablation import MeanAblate
-from decompclip.operators.parts import Part
 
 TITLE = "Infected set: how many components carry a backdoor together"
 HALF = "half gone at"
@@ -77,7 +77,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
     order, moments = ordered(case), Moments.of(case.terms("fit"), second=False)
 
     def without(parts: list[Part]) -> dict[str, float]:
-        edit = MeanAblate(reduce(or_, (part.components for part in parts)), moments) if parts else None
+        edit = MeanAblate(reduce(or_, parts), moments) if parts else None
         report = case.report_of(edit)
         return {key: round(100 * report[key]["value"], 3) for key in ("asr", "control", "cacc")}
 

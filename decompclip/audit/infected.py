@@ -14,12 +14,11 @@ from torch import Tensor
 from decompclip.audit.checks import Scorer, Setting
 from decompclip.audit.collect import Split
 from decompclip.audit.evidence import Shift
-from decompclip.decomposition.components import Components
+from decompclip.decomposition.components import Components, Part, heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import predict
 from decompclip.intervals import CONFIDENCE, Z
 from decompclip.operators.ablation import MeanAblate
-from decompclip.operators.parts import Part
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ def infected_parts(shift: Shift, *, affected: bool) -> tuple[InfectedPart, ...]:
 
     Unknown errors (single images) infect nothing: nothing is beyond chance then.
     """
-    places = [Part("heads", layer, head) for layer, head in _places(shift.heads_push)]
-    places += [Part("mlps", layer) for layer in range(len(shift.mlps_push))]
+    places = [heads[layer, head] for layer, head in _places(shift.heads_push)]
+    places += [mlps[layer] for layer in range(len(shift.mlps_push))]
 
     def flat(name: str) -> list[float]:
-        heads, mlps = (getattr(shift, f"{kind}_{name}") for kind in ("heads", "mlps"))
-        return [*heads.flatten().tolist(), *mlps.tolist()]
+        of_heads, of_mlps = (getattr(shift, f"{kind}_{name}") for kind in ("heads", "mlps"))
+        return [*of_heads.flatten().tolist(), *of_mlps.tolist()]
 
     n = len(places)
     wider = float(-ndtri((1 - CONFIDENCE) / 2 / n)) / Z
@@ -112,7 +111,7 @@ def infection(
     def without(which: list[Part], name: str) -> Setting | None:
         if not which:
             return None
-        components: Components = reduce(or_, (part.components for part in which))
+        components: Components = reduce(or_, which)
         edit = MeanAblate(components, moments)
         sets = (split.clean.decomposition, split.suspect.decomposition)
         return score(name, *(predict(edit(d).features, classifier) for d in sets))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.decomposition.components import Components, heads as all_heads
+from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, full_precision, wide
 from decompclip.decomposition.terms import AttentionCapture, DecompositionError, Rows, terms_of
@@ -148,5 +148,5 @@ def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "
     chosen = all_heads if tokens is True else tokens
     if not isinstance(chosen, Components):
         raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
-    kept = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads, pool=bool(visual.cfg.pool_mlp)).heads
+    kept = resolve(chosen, visual).heads
     return kept if kept.any() else None

@@ -1,8 +1,4 @@
-"""Indices of component expressions: what may stand in the brackets, how it reads, and what it names.
-
-Masks: which components of a tower of known shape an expression names.
-
-Components: the one vocabulary for which parts of a tower are meant.
+"""Components: the one vocabulary for which parts of a tower are meant.
 
     heads[11, 4]                one head
     heads[-1] | mlps[-5:]       the heads of the last layer and the last five MLPs
@@ -11,16 +7,16 @@ Components: the one vocabulary for which parts of a tower are meant.
     heads[3:] & heads[:, 0]     head 0 of the later layers
     neurons[3, [5, 7]]          two neurons of an MLP
 
-An expression is a recipe: it names no tower, and is held to one by `resolve`.
+An expression names no tower. `resolve` holds it to one, and gives a `ComponentMask`: the one resolved form.
 """
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import UnionType
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -29,76 +25,23 @@ from torch import Tensor
 Index = int | slice | tuple[int, ...] | None  # None: all
 
 
-def checked(index: object) -> Index:
-    """An index in the form that expressions keep.
+@runtime_checkable
+class HasComponents(Protocol):
+    """What components are resolved against: a `ViTConfig`, a `Decomposition` or `Moments`."""
 
-    Raises:
-        TypeError: it is no number, slice or list of numbers.
-    """
-    if isinstance(index, slice):
-        return None if index == slice(None) else index
-    if isinstance(index, int) and not isinstance(index, bool):
-        return index
-    if isinstance(index, list | range) and all(isinstance(i, int) for i in index):
-        return tuple(index)
-    raise TypeError(f"expected a number, a slice or a list of numbers as index; received {index!r}")
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def has_pool(self) -> bool: ...
 
 
-def positions(index: Index, size: int, axis: str, whole: object) -> list[int]:
-    """The numbers in 0..size-1 that an index of the expression `whole` names.
+@runtime_checkable
+class HasConfig(Protocol):
+    """A tower."""
 
-    Raises:
-        IndexError: it lies outside.
-    """
-    per = "" if axis == "layer" else " a layer"
-    if index is None:
-        return list(range(size))
-    if isinstance(index, slice):
-        chosen = list(range(size))[index]
-        bounds = [bound for bound in (index.start, index.stop) if bound is not None]
-        if not chosen and any(abs(bound) > size or bound == size == index.start for bound in bounds):
-            raise IndexError(
-                f"expected {axis}s in 0..{size - 1} (or -{size}..-1 from the end); received {whole!r}, which names "
-                f"none of the tower's {size} {axis}s{per}"
-            )
-        return chosen
-    numbers = (index,) if isinstance(index, int) else index
-    for number in numbers:
-        if not -size <= number < size:
-            raise IndexError(
-                f"expected a {axis} in 0..{size - 1} (or -{size}..-1 from the end); received {axis} {number} in "
-                f"{whole!r}; the tower has {size} {axis}s{per}"
-            )
-    return [number % size for number in numbers]
-
-
-def show(index: Index) -> str:
-    """An index as it is written."""
-    if index is None:
-        return ":"
-    if isinstance(index, slice):
-        ends = ["" if part is None else str(part) for part in (index.start, index.stop)]
-        return ":".join(ends if index.step is None else [*ends, str(index.step)])
-    return str(index) if isinstance(index, int) else str(list(index))
-
-
-def show_all(index: object) -> str:
-    """What stood in the brackets, as it is written."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return ", ".join(show(part) if isinstance(part, slice) else repr(part) for part in parts)
-
-
-@dataclass(frozen=True, eq=False)
-class NeuronMask:
-    """Neurons of MLPs, settled once the width of the MLPs is known: `mask.of(d_mlp)`.
-
-    Attributes:
-        layers: of which layers some are named.
-        of: the width of the MLPs to a mask `[layer neuron]`.
-    """
-
-    layers: Bool[Tensor, " layer"]
-    of: Callable[[int], Bool[Tensor, "layer neuron"]]
+    cfg: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,44 +49,37 @@ class ComponentMask:
     """The components that an expression names in a tower of known shape.
 
     Attributes:
-        pool: the MLP of the attention pooling.
-        has_pool: whether the tower has such a one.
-        neurons: None where no neuron is named.
+        pool: whether the MLP of the attention pooling is named.
+        has_pool: whether the tower has one.
+        neurons: of width 0 where the width of the MLPs was not given.
     """
 
     heads: Bool[Tensor, "layer head"]
     mlps: Bool[Tensor, " layer"]
     embed: bool
-    pool: bool = False
-    has_pool: bool = False
-    neurons: NeuronMask | None = None
+    pool: bool
+    has_pool: bool
+    neurons: Bool[Tensor, "layer neuron"]
 
-    def __or__(self, other: ComponentMask) -> ComponentMask:
-        return self._with(other, lambda a, b: a | b)
-
-    def __and__(self, other: ComponentMask) -> ComponentMask:
-        return self._with(other, lambda a, b: a & b)
-
-    def __sub__(self, other: ComponentMask) -> ComponentMask:
-        return self._with(other, lambda a, b: a & ~b)
-
-    def _with(self, other: ComponentMask, join: Callable[[Tensor, Tensor], Tensor]) -> ComponentMask:
-        def single(a: bool, b: bool) -> bool:
-            return bool(join(torch.tensor(a), torch.tensor(b)))
-
+    def join(self, other: ComponentMask, how: Callable[[Any, Any], Any]) -> ComponentMask:
+        """Both masks, entry by entry."""
         return ComponentMask(
-            join(self.heads, other.heads),
-            join(self.mlps, other.mlps),
-            single(self.embed, other.embed),
-            single(self.pool, other.pool),
+            how(self.heads, other.heads),
+            how(self.mlps, other.mlps),
+            how(self.embed, other.embed),
+            how(self.pool, other.pool),
             self.has_pool,
-            _join_neurons(self.neurons, other.neurons, len(self.mlps), join),
+            how(self.neurons, other.neurons),
         )
 
     @property
     def empty(self) -> bool:
-        some = self.embed or self.pool or bool(self.heads.any()) or bool(self.mlps.any())
-        return not (some or self.neurons is not None)
+        return not (self.beside_heads or self.heads.any())
+
+    @property
+    def beside_heads(self) -> bool:
+        """Whether something else than heads is named."""
+        return bool(self.embed or self.pool or self.mlps.any() or self.neurons.any())
 
     @property
     def flat(self) -> Bool[Tensor, " component"]:
@@ -151,26 +87,32 @@ class ComponentMask:
         ends = [self.embed, *([self.pool] if self.has_pool else [])]
         return torch.cat([self.heads.flatten(), self.mlps, torch.tensor(ends)])
 
+    @property
+    def singles(self) -> tuple[Part, ...]:
+        """Each component but neurons as an expression of its own, in the order of `flat`."""
+        ends = [kind for kind in (embed, pool) if getattr(self, kind.kind)]
+        of_mlps = (mlps[layer] for layer in self.mlps.nonzero()[:, 0].tolist())
+        return (*(heads[place] for place in map(tuple, self.heads.nonzero().tolist())), *of_mlps, *ends)
 
-def nothing(n_layers: int, n_heads: int, has_pool: bool) -> ComponentMask:
-    """No component of such a tower."""
-    none = torch.zeros(n_layers, n_heads, dtype=torch.bool)
-    return ComponentMask(none, none.new_zeros(n_layers), False, has_pool=has_pool)
 
+def resolve(components: object, of: HasComponents | HasConfig, *, neurons: bool = False) -> ComponentMask:
+    """Which components of a tower an expression names.
 
-def _join_neurons(
-    a: NeuronMask | None, b: NeuronMask | None, n_layers: int, join: Callable[[Tensor, Tensor], Tensor]
-) -> NeuronMask | None:
-    none = torch.zeros(n_layers, dtype=torch.bool)
-    # Whether neurons are left in a layer is known only with the width; a layer of `a` may keep some.
-    first, second = (none if side is None else side.layers for side in (a, b))
-    layers = join(first, second) | (first & join(torch.tensor(True), torch.tensor(False)))
+    Args:
+        components: the expression.
+        of: the tower, its configuration, or a `Decomposition` or `Moments` of it.
+        neurons: whether single neurons may be named; `of` is the tower then.
 
-    def of(d_mlp: int) -> Tensor:
-        empty = torch.zeros(n_layers, d_mlp, dtype=torch.bool)
-        return join(*(empty if side is None else side.of(d_mlp) for side in (a, b)))
-
-    return NeuronMask(layers, of) if layers.any() else None
+    Raises:
+        IndexError: the expression names a layer, a head or a pool that the tower does not have.
+        TypeError: it is no expression.
+        ValueError: it names neurons where they may not be named, or mixes an MLP and neurons of it.
+    """
+    if not isinstance(components, Components):
+        raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
+    shape: Any = getattr(of, "cfg", of)
+    d_mlp = shape.d_mlp if neurons else 0
+    return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp)
 
 
 class Components(ABC):
@@ -178,28 +120,31 @@ class Components(ABC):
     by `[]`, `|`, `&`, `-` and `~`."""
 
     @abstractmethod
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        """Which heads `[layer head]`, MLPs `[layer]`, neurons, and whether the embedding and the pool are meant.
+    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
+        """Which components of a tower of this shape are meant.
 
         Args:
+            n_layers: of the tower.
+            n_heads: of each layer.
             pool: whether the tower has an attention pooling with an MLP of its own.
+            d_mlp: neurons of each MLP; 0 where single neurons may not be named.
 
         Raises:
             IndexError: the expression names a layer, a head or a pool that such a tower does not have.
-            ValueError: it mixes an MLP and neurons of it where that has no meaning.
+            ValueError: it names neurons without `d_mlp`, or mixes an MLP and neurons of it.
         """
 
     def __or__(self, other: Components) -> Components:
-        return Union(self, _operand(self, "|", other))
+        return _joined(self, "|", other)
 
     def __and__(self, other: Components) -> Components:
-        return Intersection(self, _operand(self, "&", other))
+        return _joined(self, "&", other)
 
     def __sub__(self, other: Components) -> Components:
-        return Difference(self, _operand(self, "-", other))
+        return _joined(self, "-", other)
 
     def __invert__(self) -> Components:
-        return Difference(everything, self)
+        return Joined(everything, "-", self)
 
     __iter__ = None  # indices alone would make an endless one
 
@@ -216,233 +161,192 @@ class Components(ABC):
         return hash(repr(self))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Heads(Components):
-    """Attention heads: `heads[layer]`, `heads[layer, head]`; each a number, a slice or a list of numbers."""
-
-    layers: Index = None
-    heads: Index = None
-
-    def __getitem__(self, index: object) -> Heads:
-        return Heads(*_pair(index, self, "head", bare=self.layers is None and self.heads is None))
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        mask = nothing(n_layers, n_heads, pool)
-        chosen = positions(self.layers, n_layers, "layer", self)
-        mask.heads[torch.tensor(chosen, dtype=torch.long)[:, None], self._heads(n_heads)] = True
-        return mask
-
-    def _heads(self, n_heads: int) -> list[int]:
-        return positions(self.heads, n_heads, "head", self)
-
-    def __repr__(self) -> str:
-        return _show_pair("heads", self.layers, self.heads)
+# By kind: what the brackets may hold, and what to say where they hold something else.
+_INDEXED = {
+    "heads": ("heads[layer] or heads[layer, head]", "write all indices into one pair of brackets"),
+    "neurons": ("neurons[layer] or neurons[layer, neuron]", "write all indices into one pair of brackets"),
+    "mlps": (
+        "mlps[layer], for a layer has one MLP",
+        "several layers are a slice or a list: mlps[[0, 3]]",
+    ),
+    "layers": ("layers[layer]", "several layers are a slice or a list: layers[[0, 3]]"),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Neurons(Components):
-    """Neurons of MLPs: `neurons[layer]`, `neurons[layer, neuron]`; each a number, a slice or a list of numbers."""
+class Part(Components):
+    """Components of one kind: all of them, those of some layers, or some of those; a single one among others.
 
+    Each index is a number, a slice or a list of numbers.
+
+    Attributes:
+        kind: "heads", "mlps", "layers", "neurons", "embed", "pool" or "everything".
+        layers: which layers.
+        index: which heads or neurons of these layers.
+    """
+
+    kind: str
     layers: Index = None
     index: Index = None
 
-    def __getitem__(self, index: object) -> Neurons:
-        return Neurons(*_pair(index, self, "neuron", bare=self.layers is None and self.index is None))
+    def __getitem__(self, index: object) -> Part:
+        if self.kind not in _INDEXED:
+            raise TypeError(f"{self.kind} is one component, or all, without an index; leave the brackets out")
+        parts = index if isinstance(index, tuple) else (index,)
+        most = 2 if self.kind in ("heads", "neurons") else 1
+        if self.layers is not None or self.index is not None or not 1 <= len(parts) <= most:
+            shown = ", ".join(_show(x) if isinstance(x, slice) else repr(x) for x in parts)
+            expected, remedy = _INDEXED[self.kind]
+            raise IndexError(f"expected {expected}; received {self!r}[{shown}]; {remedy}")
+        return Part(self.kind, *map(_checked, parts))
 
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        chosen = torch.zeros(n_layers, dtype=torch.bool)
-        chosen[positions(self.layers, n_layers, "layer", self)] = True
+    @property
+    def layer(self) -> int | None:
+        """The layer, where it is one."""
+        return self.layers if isinstance(self.layers, int) else None
 
-        def of(d_mlp: int) -> Bool[Tensor, "layer neuron"]:
-            row = torch.zeros(d_mlp, dtype=torch.bool)
-            row[positions(self.index, d_mlp, "neuron", self)] = True
-            return chosen[:, None] & row
+    @property
+    def head(self) -> int | None:
+        """The head of the layer, where it is one."""
+        return self.index if isinstance(self.index, int) else None
 
-        return replace(
-            nothing(n_layers, n_heads, pool), neurons=NeuronMask(chosen, of) if chosen.any() else None
-        )
+    @property
+    def field(self) -> str:
+        """The field of `Decomposition` and `Moments` that holds the component."""
+        return "coords" if self.kind == "heads" else self.kind
 
-    def __repr__(self) -> str:
-        return _show_pair("neurons", self.layers, self.index)
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where on that field a single component stands, past the batch's axis."""
+        ends = {"embed": (), "pool": (0,)}
+        return ends.get(self.kind) or tuple(i for i in (self.layer, self.head) if i is not None)
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mlps(Components):
-    """MLPs: `mlps[layer]`, a number, a slice or a list of numbers."""
-
-    layers: Index = None
-
-    def __getitem__(self, index: object) -> Mlps:
-        if self.layers is not None or isinstance(index, tuple):
-            raise IndexError(
-                f"expected mlps[layer], for a layer has one MLP; received {self!r}[{show_all(index)}]; "
-                "several layers are a slice or a list: mlps[[0, 3]]"
-            )
-        return Mlps(checked(index))
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        mask = nothing(n_layers, n_heads, pool)
-        mask.mlps[positions(self.layers, n_layers, "layer", self)] = True
-        return mask
-
-    def __repr__(self) -> str:
-        return "mlps" if self.layers is None else f"mlps[{show(self.layers)}]"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Layers(Components):
-    """Whole layers, their heads and their MLP: `layers[layer]`, a number, a slice or a list of numbers."""
-
-    layers: Index = None
-
-    def __getitem__(self, index: object) -> Layers:
-        if self.layers is not None or isinstance(index, tuple):
-            raise IndexError(
-                f"expected layers[layer]; received {self!r}[{show_all(index)}]; several layers are a slice or a "
-                "list: layers[[0, 3]]"
-            )
-        return Layers(checked(index))
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        mask = nothing(n_layers, n_heads, pool)
-        chosen = positions(self.layers, n_layers, "layer", self)
-        mask.heads[chosen], mask.mlps[chosen] = True, True
-        return mask
-
-    def __repr__(self) -> str:
-        return "layers" if self.layers is None else f"layers[{show(self.layers)}]"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Embed(Components):
-    """The stream at the input of block 0."""
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        return replace(nothing(n_layers, n_heads, pool), embed=True)
-
-    def __repr__(self) -> str:
-        return "embed"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Pool(Components):
-    """The MLP of the attention pooling, in towers whose pooling has one (SigLIP, PE)."""
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        if not pool:
+    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
+        if self.kind == "pool" and not pool:
             raise IndexError(
                 "expected a tower whose attention pooling has an MLP of its own, as SigLIP's and PE's; received "
                 "one without; leave pool out"
             )
-        return replace(nothing(n_layers, n_heads, pool), pool=True)
+        if self.kind == "neurons" and not d_mlp:
+            raise ValueError(
+                f"expected heads, MLPs, embed or pool; received {self!r}, which names neurons; edit those with "
+                "AblateNeurons, and compose the two with | (their means: AblateNeurons(..., fill=mean_neurons(...)))"
+            )
+        whole = self.kind == "everything"
+        of_heads, of_neurons = (torch.zeros(n_layers, n, dtype=torch.bool) for n in (n_heads, d_mlp))
+        of_mlps = of_heads.new_zeros(n_layers)
+        layers = torch.tensor(_positions(self.layers, n_layers, "layer", self), dtype=torch.long)
+        if self.kind in ("heads", "layers", "everything"):
+            of_heads[layers[:, None], _positions(self.index, n_heads, "head", self)] = True
+        if self.kind in ("mlps", "layers", "everything"):
+            of_mlps[layers] = True
+        if self.kind == "neurons":
+            of_neurons[layers[:, None], _positions(self.index, d_mlp, "neuron", self)] = True
+        ends = self.kind == "embed" or whole, self.kind == "pool" or (whole and pool)
+        return ComponentMask(of_heads, of_mlps, *ends, pool, of_neurons)
 
     def __repr__(self) -> str:
-        return "pool"
+        if self.layers is None and self.index is None:
+            return self.kind
+        second = "" if self.index is None else f", {_show(self.index)}"
+        return f"{self.kind}[{_show(self.layers)}{second}]"
+
+
+# Python binds `-` tighter than `&`, that tighter than `|`, and all to the left.
+_SIGNS = ("|", "&", "-")
+_JOINS = {"|": operator.or_, "&": operator.and_, "-": operator.gt}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Everything(Components):
-    """All heads, all MLPs, the embedding, and the pool where there is one; not the constant biases, which no
-    image changes."""
+class Joined(Components):
+    """Two expressions with an operator between."""
 
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        none = nothing(n_layers, n_heads, pool)
-        return ComponentMask(~none.heads, ~none.mlps, True, pool, pool)
-
-    def __repr__(self) -> str:
-        return "everything"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Union(Components):
     left: Components
+    sign: str
     right: Components
 
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        a, b = (side.resolve(n_layers, n_heads, pool) for side in (self.left, self.right))
-        return a | b
+    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
+        a, b = (side.resolve(n_layers, n_heads, pool, d_mlp) for side in (self.left, self.right))
+        both = (a.mlps & b.neurons.any(1)) | (b.mlps & a.neurons.any(1))
+        if self.sign != "|" and both.any():
+            layer = int(both.nonzero()[0])
+            raise ValueError(
+                f"expected neurons taken from neurons; received {self!r}, where one side names the MLP of layer "
+                f"{layer} and the other neurons of it; name its neurons instead: neurons[{layer}]"
+            )
+        return a.join(b, _JOINS[self.sign])
 
     def __repr__(self) -> str:
-        return f"{self.left!r} | {_within(self.right, Union)}"
+        own = _SIGNS.index(self.sign)
+        return f"{_bracketed(self.left, own)} {self.sign} {_bracketed(self.right, own + 1)}"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Intersection(Components):
-    left: Components
-    right: Components
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        a, b = (side.resolve(n_layers, n_heads, pool) for side in (self.left, self.right))
-        _refuse_parts(a, b, self)
-        return a & b
-
-    def __repr__(self) -> str:
-        return f"{_within(self.left, Union)} & {_within(self.right, Union | Intersection)}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Difference(Components):
-    left: Components
-    right: Components
-
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False) -> ComponentMask:
-        a, b = (side.resolve(n_layers, n_heads, pool) for side in (self.left, self.right))
-        _refuse_parts(a, b, self)
-        return a - b
-
-    def __repr__(self) -> str:
-        # Python binds `-` tighter than `&`, that tighter than `|`, and all to the left.
-        left = _within(self.left, Union | Intersection)
-        return f"{left} - {_within(self.right, Union | Intersection | Difference)}"
-
-
-def _operand(left: Components, sign: str, right: object) -> Components:
+def _joined(left: Components, sign: str, right: object) -> Components:
     if not isinstance(right, Components):
         raise TypeError(
             f"expected components on both sides of {sign!r}; received {left!r} {sign} {right!r}; write heads[...], "
             "mlps[...] or layers[...] on the right"
         )
-    return right
+    return Joined(left, sign, right)
 
 
-heads = Heads()
-mlps = Mlps()
-layers = Layers()
-neurons = Neurons()
-embed = Embed()
-pool = Pool()
-everything = Everything()
+def _bracketed(part: Components, least: int) -> str:
+    """A part of an expression, in brackets where its own operator binds looser than `least`."""
+    loose = isinstance(part, Joined) and _SIGNS.index(part.sign) < least
+    return f"({part!r})" if loose else repr(part)
 
 
-def _pair(index: object, whole: Components, axis: str, *, bare: bool) -> tuple[Index, Index]:
-    """The indices in `heads[layer, head]` or `neurons[layer, neuron]`."""
-    first, *rest = index if isinstance(index, tuple) else (index,)
-    if not bare or len(rest) > 1:
-        name = f"{axis}s"
-        raise IndexError(
-            f"expected {name}[layer] or {name}[layer, {axis}]; received {whole!r}[{show_all(index)}]; write all "
-            "indices into one pair of brackets"
-        )
-    return checked(first), checked(rest[0]) if rest else None
+heads = Part("heads")
+mlps = Part("mlps")
+layers = Part("layers")
+neurons = Part("neurons")
+embed = Part("embed")
+"""The stream at the input of block 0."""
+pool = Part("pool")
+"""The MLP of the attention pooling, in towers whose pooling has one (SigLIP, PE)."""
+everything = Part("everything")
+"""All heads, all MLPs, the embedding, and the pool where there is one; not the constant biases, which no image changes."""
 
 
-def _show_pair(name: str, first: Index, second: Index) -> str:
-    if second is None:
-        return name if first is None else f"{name}[{show(first)}]"
-    return f"{name}[{show(first)}, {show(second)}]"
+def _checked(index: object) -> Index:
+    """An index in the form that expressions keep."""
+    if isinstance(index, slice):
+        return None if index == slice(None) else index
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    if isinstance(index, list | range) and all(isinstance(i, int) for i in index):
+        return tuple(index)
+    raise TypeError(f"expected a number, a slice or a list of numbers as index; received {index!r}")
 
 
-def _within(part: Components, looser: type | UnionType) -> str:
-    """A part of an expression, in brackets where its own operator binds no tighter."""
-    return f"({part!r})" if isinstance(part, looser) else repr(part)
-
-
-def _refuse_parts(a: ComponentMask, b: ComponentMask, whole: Components) -> None:
-    """Raises ValueError where one side names an MLP and the other some neurons of it."""
-    for x, y in ((a, b), (b, a)):
-        if y.neurons is not None and bool((x.mlps & y.neurons.layers).any()):
-            layer = int((x.mlps & y.neurons.layers).nonzero()[0])
-            raise ValueError(
-                f"expected neurons taken from neurons; received {whole!r}, where one side names the MLP of layer "
-                f"{layer} and the other neurons of it; name its neurons instead: neurons[{layer}]"
+def _positions(index: Index, size: int, axis: str, whole: object) -> list[int]:
+    """The numbers in 0..size-1 that an index of the expression `whole` names."""
+    per = "" if axis == "layer" else " a layer"
+    known = f"in 0..{size - 1} (or -{size}..-1 from the end)"
+    if index is None:
+        return list(range(size))
+    if isinstance(index, slice):
+        chosen = list(range(size))[index]
+        bounds = [bound for bound in (index.start, index.stop) if bound is not None]
+        if not chosen and any(abs(bound) > size or bound == size == index.start for bound in bounds):
+            raise IndexError(
+                f"expected {axis}s {known}; received {whole!r}, which names none of the tower's {size} {axis}s{per}"
             )
+        return chosen
+    numbers = (index,) if isinstance(index, int) else index
+    for number in numbers:
+        if not -size <= number < size:
+            raise IndexError(
+                f"expected a {axis} {known}; received {axis} {number} in {whole!r}; the tower has {size} {axis}s{per}"
+            )
+    return [number % size for number in numbers]
+
+
+def _show(index: Index) -> str:
+    """An index as it is written."""
+    if index is None:
+        return ":"
+    if isinstance(index, slice):
+        ends = ["" if part is None else str(part) for part in (index.start, index.stop)]
+        return ":".join(ends if index.step is None else [*ends, str(index.step)])
+    return str(index) if isinstance(index, int) else str(list(index))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decompclip.decomposition.components import heads as all_heads
+from decompclip.decomposition.components import heads as all_heads, resolve
 from decompclip.decomposition.maps import Convention, TermMaps, full_precision
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
@@ -89,6 +89,11 @@ class Decomposition:
     @property
     def n_heads(self) -> int:
         return self.coords.shape[2]
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether the tower's attention pooling has an MLP of its own."""
+        return self.pool.shape[1] > 0
 
     @property
     def d_embed(self) -> int:
@@ -196,9 +201,7 @@ class Decomposition:
         return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
 
     def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
-        (layer, head) = (
-            all_heads[layer, head].resolve(self.n_layers, self.n_heads).heads.nonzero()[0].tolist()
-        )
+        layer, head = resolve(all_heads[layer, head], self).heads.nonzero()[0].tolist()
         if self.token_terms is None:
             raise LookupError(
                 f"expected a decomposition that kept its tokens; received one without; ask for them: "

@@ -189,6 +189,19 @@ class Moments:
             )
 
     @property
+    def n_layers(self) -> int:
+        return self.coords.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        return self.coords.shape[1]
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether the tower's attention pooling has an MLP of its own."""
+        return len(self.pool) > 0
+
+    @property
     def heads(self) -> Float[Tensor, "layer head d_embed"]:
         """The heads' mean terms."""
         return self.maps.terms(self.coords)

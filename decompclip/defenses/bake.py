@@ -22,9 +22,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask
+from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.models.clip import HookedCLIP
-from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, resolve, token_mask
+from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, token_mask
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Block, HookedViT, blocks, hooked

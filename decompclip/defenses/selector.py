@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.decomposition.components import Components, heads
+from decompclip.decomposition.components import Components, heads, resolve
 from decompclip.decomposition.decomposition import Decomposition, read_tensors, write_tensors
 from decompclip.decomposition.maps import Convention, same_model, term_maps
 from decompclip.decomposition.moments import TERMS, Moments, StreamMeans
@@ -198,9 +198,8 @@ class Selector:
         n_layers, n_heads = clean.coords.shape[-3:-1]
         if self.components is None:
             return torch.zeros(n_layers, n_heads, dtype=torch.bool)
-        mask = self.components.resolve(n_layers, n_heads, pool=bool(clean.pool.shape[-2]))
-        others = mask.embed or mask.pool or mask.mlps.any() or mask.neurons is not None
-        if others or not mask.heads.any():
+        mask = resolve(self.components, clean)
+        if mask.beside_heads or not mask.heads.any():
             raise ValueError(f"expected heads to judge; received {self.components!r}; for instance heads[-1]")
         return mask.heads
 

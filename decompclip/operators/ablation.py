@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
@@ -110,30 +110,6 @@ class Fill:
     mlps: Float[Tensor, "*mlps"] | Mapping[int, Tensor]
     embed: Float[Tensor, "*embed"]
     pool: Float[Tensor, "*pool"] | None = None
-
-
-def resolve(components: Components, of: Decomposition | HookedViT) -> ComponentMask:
-    """The mask of an expression over what a decomposition or a tower has, neurons aside.
-
-    Raises:
-        IndexError: it names a component that is not there.
-        ValueError: it names neurons.
-    """
-    if isinstance(of, Decomposition):
-        mask = components.resolve(of.n_layers, of.n_heads, pool=has_pool(of))
-    else:
-        mask = components.resolve(of.cfg.n_layers, of.cfg.n_heads, pool=has_pool(of))
-    if mask.neurons is not None:
-        raise ValueError(
-            f"expected heads, MLPs, embed or pool; received {components!r}, which names neurons; edit those with "
-            "AblateNeurons, and compose the two with | (their means: AblateNeurons(..., fill=mean_neurons(...)))"
-        )
-    return mask
-
-
-def has_pool(of: Decomposition | HookedViT) -> bool:
-    """Whether the tower's attention pooling has an MLP of its own."""
-    return bool(of.pool.shape[1]) if isinstance(of, Decomposition) else bool(of.cfg.pool_mlp)
 
 
 def edit_terms(d: Decomposition, mask: ComponentMask, fill: Fill, where: Where | None) -> Decomposition:

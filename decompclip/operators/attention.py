@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.components import Components, heads as all_heads
+from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.operators.patching import Images, image_batches
@@ -157,9 +157,8 @@ def heads_of(cfg: ViTConfig, components: Components) -> tuple[tuple[int, int], .
         ValueError: something else is chosen too, or nothing is.
         IndexError: the tower has no such head.
     """
-    mask = components.resolve(cfg.n_layers, cfg.n_heads)
-    others = mask.embed or mask.pool or bool(mask.mlps.any()) or mask.neurons is not None
-    if others or not mask.heads.any():
+    mask = resolve(components, cfg)
+    if mask.beside_heads or not mask.heads.any():
         raise ValueError(
             f"expected attention heads, which have tokens, such as heads[-1]; received {components!r}; leave the "
             "other components out"

@@ -206,7 +206,7 @@ def direct_and_causal(
     for given in [images] if isinstance(images, Tensor) else images:
         batch = given.to(visual.device, visual.dtype)
         d = decompose(visual, batch, convention=convention, normalize=normalize)
-        parts = parts or parts_of(components, d.n_layers, d.n_heads, d.pool.shape[1])
+        parts = parts or parts_of(components, d)
         edits = [_intervention(intervene, part) for part in parts]
         words = words or repr(edits[0])
         rows = slice(start, start := start + len(batch))
@@ -241,7 +241,7 @@ def direct_and_causal(
 
 
 def _intervention(intervene: Callable[[Components], Intervention], part: Part) -> Intervention:
-    edit = intervene(part.components)
+    edit = intervene(part)
     if not isinstance(edit, Intervention):
         raise TypeError(
             f"expected intervene to return an intervention; received {edit!r} for {part}; e.g. "

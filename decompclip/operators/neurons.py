@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.components import ComponentMask, Components, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, wide
 from decompclip.decomposition.terms import Rows as PooledRows
-from decompclip.operators.ablation import Rows, check_rows, fit_rows, has_pool, show_rows, token_mask
+from decompclip.operators.ablation import Rows, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.vit import Hook, HookedViT, blocks
 
@@ -287,15 +287,13 @@ class AblateNeurons(Intervention):
 
 def _places(chosen: Components, visual: HookedViT) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
     """Layer and index of each neuron, in rising order."""
-    mask = chosen.resolve(visual.cfg.n_layers, visual.cfg.n_heads, pool=True)
-    if mask.neurons is None or not replace(mask, neurons=None).empty:
+    mask = resolve(chosen, visual, neurons=True)
+    if not mask.neurons.any() or mask.flat.any():
         raise ValueError(f"expected neurons alone; received {chosen!r}; for instance neurons[3, [5, 7]]")
-    layers, index = mask.neurons.of(visual.cfg.d_mlp).nonzero().T
+    layers, index = mask.neurons.nonzero().T
     return layers, index
 
 
 def _as_mlps(layers: Tensor, of: Decomposition | HookedViT) -> ComponentMask:
     """The MLPs that neurons belong to, for what `where` says of them."""
-    n_heads = of.n_heads if isinstance(of, Decomposition) else of.cfg.n_heads
-    none = torch.zeros(len(layers), n_heads, dtype=torch.bool)
-    return ComponentMask(none, layers, False, has_pool=has_pool(of))
+    return resolve(mlps[layers.nonzero().flatten().tolist()], of)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, frozen, term_maps, wide
 from decompclip.decomposition.moments import Moments
@@ -23,7 +23,6 @@ from decompclip.operators.ablation import (
     Replacement,
     Rows,
     check_moments,
-    resolve,
     show_rows,
     value_biases,
 )

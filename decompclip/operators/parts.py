@@ -3,113 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition import components as vocabulary
-from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.components import (
+    Components,
+    HasComponents,
+    HasConfig,
+    Part,
+    heads,
+    mlps,
+    resolve,
+)
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, one_thread
-from decompclip.decomposition.moments import Moments, check_finite
+from decompclip.decomposition.moments import check_finite
 
 Head = int | Literal["mlp"]
 """A head of a layer by its number, or the layer's MLP."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One component: a head, all heads of a layer (no `head`), an MLP, the embedding or the pool's MLP."""
-
-    kind: str  # as in the vocabulary: "heads", "mlps", "embed", "pool"
-    layer: int | None = None
-    head: int | None = None
-
-    @property
-    def components(self) -> Components:
-        """The part in the vocabulary of `decompclip.decomposition.components`."""
-        whole = getattr(vocabulary, self.kind)
-        if self.layer is None:
-            return whole
-        return whole[self.layer] if self.head is None else whole[self.layer, self.head]
-
-    def __str__(self) -> str:
-        place = ", ".join(str(number) for number in (self.layer, self.head) if number is not None)
-        return f"{self.kind}[{place}]" if place else self.kind
-
-
-def parts_of(components: Components, n_layers: int, n_heads: int, n_pool: int = 0) -> tuple[Part, ...]:
+def parts_of(components: Components, of: HasComponents | HasConfig) -> tuple[Part, ...]:
     """Every single component that an expression names: heads, MLPs, the embedding, the pool's MLP.
 
+    Args:
+        components: the expression.
+        of: as `resolve` takes it.
+
     Raises:
-        IndexError: it names a layer or head that such a tower does not have.
-        TypeError: it is no expression.
+        IndexError, TypeError: as `resolve`.
         ValueError: it names nothing, or single neurons.
     """
-    if not isinstance(components, Components):
-        raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
-    mask = components.resolve(n_layers, n_heads, pool=n_pool > 0)
-    if mask.neurons is not None:
-        raise ValueError(
-            f"expected heads, MLPs, the embedding or the pool; received {components!r}, single neurons, whose terms "
-            "are not kept apart; name their MLP"
-        )
-    parts = _parts(mask)
+    parts = resolve(components, of).singles
     if not parts:
         raise ValueError(f"expected at least one component; received {components!r}, which names none")
     return parts
 
 
-def parts_named(components: Components, moments: Moments) -> tuple[Part, ...]:
-    """The components that an expression names in the tower of these moments.
-
-    Raises:
-        IndexError, TypeError, ValueError: as `parts_of`.
-    """
-    n_layers, n_heads, _ = moments.coords.shape
-    return parts_of(components, n_layers, n_heads, len(moments.pool))
-
-
 def part_at(layer: int, head: Head) -> Components:
     """One component by its place."""
-    return vocabulary.mlps[layer] if head == "mlp" else vocabulary.heads[layer, head]
-
-
-def place_of(part: Part) -> tuple[str, tuple[int, ...]]:
-    """The field of `Decomposition` and `Moments` that holds a component, and where on it (past the batch's axis)."""
-    match part.kind:
-        case "heads":
-            return "coords", (part.layer or 0, part.head or 0)
-        case "mlps":
-            return "mlps", (part.layer or 0,)
-        case "pool":
-            return "pool", (0,)
-        case _:
-            return part.kind, ()
-
-
-def _parts(mask: ComponentMask) -> tuple[Part, ...]:
-    heads = [Part("heads", layer, head) for layer, head in mask.heads.nonzero().tolist()]
-    mlps = [Part("mlps", layer) for layer in mask.mlps.nonzero()[:, 0].tolist()]
-    rest = [Part(kind) for kind in ("embed", "pool") if getattr(mask, kind)]
-    return (*heads, *mlps, *rest)
+    return mlps[layer] if head == "mlp" else heads[layer, head]
 
 
 def grid(
     parts: Sequence[Part], values: Float[Tensor, " part"], n_layers: int, n_heads: int
 ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, " layer"]]:
     """The numbers of single heads and of MLPs by place; nan where a part is not among them."""
-    heads = values.new_full((n_layers, n_heads), torch.nan)
-    mlps = values.new_full((n_layers,), torch.nan)
+    of_heads = values.new_full((n_layers, n_heads), torch.nan)
+    of_mlps = values.new_full((n_layers,), torch.nan)
     for part, value in zip(parts, values, strict=True):
         if part.kind == "mlps":
-            mlps[part.layer] = value
+            of_mlps[part.layer] = value
         elif part.kind == "heads" and part.head is not None:
-            heads[part.layer, part.head] = value
-    return heads, mlps
+            of_heads[part.layer, part.head] = value
+    return of_heads, of_mlps
 
 
 def position(parts: Sequence[Part], part: Part | str) -> int:
@@ -177,12 +127,10 @@ class Points:
 
     def _begin(self, d: Decomposition) -> None:
         self._maps, self.normalized = d.maps, d.normalized
-        n_pool = d.pool.shape[1]
         if self._components is None:
-            layers = range(d.n_layers)
-            self.parts = (*(Part("heads", i) for i in layers), *(Part("mlps", i) for i in layers))
+            self.parts = tuple(kind[layer] for kind in (heads, mlps) for layer in range(d.n_layers))
         else:
-            self.parts = parts_of(self._components, d.n_layers, d.n_heads, n_pool)
+            self.parts = parts_of(self._components, d)
         self._kept = [[] for _ in self.parts]
         single = any(part.head is not None for part in self.parts)
         if single and not d.maps.direct:

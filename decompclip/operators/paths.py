@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition.components import Components, Heads, everything, heads as all_heads
+from decompclip.decomposition.components import Components, Part, everything, resolve
 from decompclip.operators.patching import ImageBatches, Score, check_request, over_batches, record, scorer
+from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def path_patching(
     base: ImageBatches,
     source: ImageBatches,
     score: Float[Tensor, " d_embed"] | Score,
-    sender: Heads,
+    sender: Part,
     *,
     receivers: Components = everything,
 ) -> PathPatching:
@@ -117,8 +118,8 @@ def path_patching(
         return over_batches(one, base, source)
     visual, source = check_request(model, base, source, ("z",))
     cfg, judge = visual.cfg, scorer(score, visual)
-    layer, head = _one_head(sender, cfg.n_layers, cfg.n_heads)
-    mask = receivers.resolve(cfg.n_layers, cfg.n_heads, pool=bool(cfg.pool_mlp))
+    layer, head = _one_head(sender, cfg)
+    mask = resolve(receivers, cfg)
     z_name, out_name = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out"
     donor = record(visual, source, [z_name])[z_name]
     of_base = record(visual, base, [out_name])
@@ -171,16 +172,9 @@ def _answer(visual: HookedViT, base: Tensor, entry: str, name: str, told: Tensor
         return record(visual, base, [name])[name]
 
 
-def _one_head(sender: Components, n_layers: int, n_heads: int) -> tuple[int, int]:
-    mask = sender.resolve(n_layers, n_heads, pool=True)
-    places = mask.heads.nonzero().tolist()
-    if (
-        len(places) != 1
-        or mask.mlps.any()
-        or mask.embed
-        or mask.pool
-        or not isinstance(sender, type(all_heads))
-    ):
+def _one_head(sender: Components, cfg: ViTConfig) -> tuple[int, int]:
+    places = resolve(sender, cfg).heads.nonzero().tolist()
+    if len(places) != 1 or not isinstance(sender, Part) or sender.kind != "heads":
         raise ValueError(
             f"expected one head as the sender, such as heads[3, 1]; received {sender!r}; patch several one by one"
         )

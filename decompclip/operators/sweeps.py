@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.components import Components, heads, mlps
+from decompclip.decomposition.components import Components, heads, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.intervals import Rate
@@ -463,8 +463,8 @@ def most_damaging(
 
 
 def _places(candidates: Components, changes: Changes) -> list[Place]:
-    mask = candidates.resolve(changes.n_layers, changes.n_heads, pool=True)
-    if mask.embed or mask.pool or mask.neurons is not None or mask.empty:
+    mask = resolve(candidates, changes.d)
+    if mask.embed or mask.pool or mask.empty:
         raise ValueError(
             f"expected heads and MLPs to choose from; received {candidates!r}; e.g. heads | mlps[-5:]"
         )

@@ -37,7 +37,7 @@ from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, one_thread, same_model, term_maps
 from decompclip.decomposition.moments import Moments
-from decompclip.operators.parts import Head, Part, part_at, parts_named, parts_of, place_of
+from decompclip.operators.parts import Head, Part, part_at, parts_of
 from decompclip.operators.patching import Images as Pictures, image_batches
 from decompclip.operators.textspan_inputs import TextFeatures, default_images, encode_texts
 from decompclip.operators.textspan_result import TextSpan, TextSpans
@@ -256,9 +256,8 @@ def textspans(
     Raises:
         IndexError, ValueError: as `textspan`.
     """
-    cfg = model.cfg
     # What names nothing that is there fails before any work.
-    parts_of(components, cfg.n_layers, cfg.n_heads, int(bool(cfg.pool_mlp)))
+    parts_of(components, model.cfg)
     _check_numbers(n_texts, rank, tolerance)
     if isinstance(images, Decomposition):
         images = Moments.of(images)
@@ -309,7 +308,7 @@ def fit_textspans(
             "expected texts encoded by the model whose terms they describe; received those of a model with other "
             "weights; encode them with encode_texts(model, texts)"
         )
-    parts = parts_named(components, moments)
+    parts = parts_of(components, moments)
     limit = None if rank == "auto" else PAPER_RANK if rank == "paper" else rank
     features = texts.features.to(moments.coords)
     spans: list[TextSpan] = []
@@ -349,14 +348,13 @@ def _chunks(parts: Sequence[Part], moments: Moments, n_texts: int) -> Iterator[l
     """Components of one kind, as many as may be at work at one time."""
     for _, group in groupby(parts, key=lambda part: part.kind):
         alike = list(group)
-        width = getattr(moments, place_of(alike[0])[0]).shape[-1]
+        width = getattr(moments, alike[0].field).shape[-1]
         size = max(1, CHUNK // (width * max(n_texts, width)))
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _terms(moments: Moments, parts: Sequence[Part]) -> Terms:
-    name = place_of(parts[0])[0]
-    places = [place_of(part)[1] for part in parts]
+    name, places = parts[0].field, [part.place for part in parts]
     covariance = moments.covariance(name)
     mean = getattr(moments, name)
     spread = torch.stack([covariance[at] for at in places])
@@ -367,11 +365,10 @@ def _terms(moments: Moments, parts: Sequence[Part]) -> Terms:
 
 def _means(moments: Moments, parts: Sequence[Part]) -> list[Tensor]:
     """The mean terms in the joint space."""
-    name = place_of(parts[0])[0]
-    mean = getattr(moments, name)
-    if name != "coords":
-        return [mean[place_of(part)[1]] for part in parts]
-    return [mean[at] @ moments.maps.heads[at].double() for _, at in map(place_of, parts)]
+    mean = getattr(moments, parts[0].field)
+    if parts[0].kind != "heads":
+        return [mean[part.place] for part in parts]
+    return [mean[part.place] @ moments.maps.heads[part.place].double() for part in parts]
 
 
 def _check_numbers(n_texts: int, rank: Rank, tolerance: float | None) -> None:
@@ -390,8 +387,7 @@ def _check_count(moments: Moments, part: Part, rank: Rank, limit: int | None, ce
 
     About their mean, n terms span one dimension less.
     """
-    name = place_of(part)[0]
-    width = getattr(moments, name).shape[-1]
+    width = getattr(moments, part.field).shape[-1]
     needed = (width if limit is None else min(limit, width)) + centred
     if moments.count < needed:
         raise ValueError(

@@ -15,7 +15,7 @@ from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import one_thread
 from decompclip.decomposition.moments import Moments
-from decompclip.operators.parts import Head, Part, part_at, parts_named, place_of
+from decompclip.operators.parts import Head, Part, part_at, parts_of
 
 if TYPE_CHECKING:
     import pandas
@@ -200,7 +200,7 @@ class TextSpans:
         """
         components = which if isinstance(which, Components) else part_at(*which)
         described = {span.part: span for span in self.spans}
-        named = parts_named(components, self.means)
+        named = parts_of(components, self.means)
         missing = [str(part) for part in named if part not in described]
         if missing:
             raise KeyError(
@@ -226,7 +226,7 @@ class TextSpans:
         self.means.check(d)
         edited: dict[str, Tensor] = {}
         for span in self.spans:
-            name, at = place_of(span.part)
+            name, at = span.part.field, span.part.place
             terms = edited.setdefault(name, getattr(d, name).clone())
             place = (slice(None), *at)
             if name != "coords":

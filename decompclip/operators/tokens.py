@@ -17,9 +17,8 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.decomposition.components import ComponentMask, Components
+from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.operators.ablation import resolve
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.vit import Hook, HookedViT, blocks
 
@@ -85,7 +84,7 @@ class AblateTokens(Intervention):
     def _heads(self, of: Decomposition | HookedViT) -> ComponentMask:
         """Which are meant; raises ValueError where the expression names more than heads."""
         mask = resolve(self.components, of)
-        if mask.mlps.any() or mask.embed or mask.pool:
+        if mask.beside_heads:
             raise ValueError(f"expected heads, for they alone read tokens; received {self.components!r}")
         return mask
 

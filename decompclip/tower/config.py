@@ -150,6 +150,11 @@ class ViTConfig:
         return slice(0 if reads_prefix else self.n_prefix, None)
 
     @property
+    def has_pool(self) -> bool:
+        """Whether the attention pooling has an MLP of its own, a component."""
+        return self.pool_mlp > 0
+
+    @property
     def normalization_type(self) -> str:
         return "LN"
 

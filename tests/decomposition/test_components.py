@@ -35,7 +35,7 @@ NAMES = {
 
 
 def resolve(components: Components, *, has_pool: bool = False) -> ComponentMask:
-    return components.resolve(L, H, pool=has_pool)
+    return components.resolve(L, H, pool=has_pool, d_mlp=N)
 
 
 def names(components: Components, *, has_pool: bool = False) -> set[tuple[object, ...]]:
@@ -47,10 +47,7 @@ def names(components: Components, *, has_pool: bool = False) -> set[tuple[object
 
 
 def of_neurons(components: Components) -> set[tuple[int, ...]]:
-    mask = resolve(components)
-    return (
-        set() if mask.neurons is None else {tuple(place.tolist()) for place in mask.neurons.of(N).nonzero()}
-    )
+    return {tuple(place.tolist()) for place in resolve(components).neurons.nonzero()}
 
 
 positions = st.one_of(
@@ -138,9 +135,8 @@ def test_neurons_are_sets_too(a: Components, b: Components) -> None:
     assert of_neurons(a & b) == left & right
     assert of_neurons(a - b) == left - right
     assert eval(repr(a - b), {"neurons": neurons}) == a - b
-    mask = resolve(a)
-    if mask.neurons is not None:
-        assert {layer for layer, _ in left} <= set(mask.neurons.layers.nonzero().flatten().tolist())
+    with pytest.raises(ValueError, match="which names neurons; edit those with AblateNeurons"):
+        a.resolve(L, H)
 
 
 def test_an_mlp_and_its_neurons_mix_in_unions_alone() -> None:
@@ -166,7 +162,6 @@ def test_the_pool_is_there_where_the_tower_has_one() -> None:
         layers,
         embed,
         everything,
-        neurons[0],
         heads | embed,
         heads & layers[1],
         heads - layers[1],
@@ -187,6 +182,17 @@ def test_flat_is_everything_in_one_row(a: Components) -> None:
         a, has_pool=True
     )
     assert len(resolve(heads).flat) == L * H + L + 1
+
+
+@settings(max_examples=60)
+@given(expressions)
+def test_singles_are_the_whole_one_by_one(a: Components) -> None:
+    mask = resolve(a, has_pool=True)
+    each = [resolve(part, has_pool=True).flat for part in mask.singles]
+    assert all(int(one.sum()) == 1 for one in each)
+    assert torch.equal(sum(each, torch.zeros(len(mask.flat), dtype=torch.long)), mask.flat.long())
+    order = [int(one.nonzero()) for one in each]
+    assert order == sorted(order)
 
 
 def test_indices_are_pythons() -> None:
@@ -242,10 +248,10 @@ def test_errors_name_the_range() -> None:
         IndexError, match=r"neurons\[layer\] or neurons\[layer, neuron\]; received neurons\[1\]\[2\]"
     ):
         neurons[1][2]
-    of = resolve(neurons[0, 7]).neurons
-    assert of is not None
     with pytest.raises(IndexError, match=r"a neuron in 0\.\.6 .*; the tower has 7 neurons a layer"):
-        of.of(N)
+        resolve(neurons[0, 7])
+    with pytest.raises(TypeError, match="embed is one component, .* leave the brackets out"):
+        embed[0]
     with pytest.raises(TypeError, match="a number, a slice or a list of numbers as index; received 'all'"):
         heads["all"]
 

@@ -15,7 +15,7 @@ from decompclip.decomposition.components import embed, everything, heads, mlps, 
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.mmd import MMD, head_mmd, labellings, layer_mmd, statistics
-from decompclip.operators.parts import Part, Points
+from decompclip.operators.parts import Points
 from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-9}
@@ -147,7 +147,7 @@ def test_only_the_part_that_moved_is_significant(a: Decomposition, tower: Hooked
     found = head_mmd(many, many.edit(coords=coords), components=heads, twins=True, permutations=499)
     assert [str(part) for part in found.significant()] == ["heads[2, 1]"]
     assert found.adjusted is not None
-    assert float(found.adjusted[found.parts.index(Part("heads", 2, 1))]) == pytest.approx(12 / 500)
+    assert float(found.adjusted[found.parts.index(heads[2, 1])]) == pytest.approx(12 / 500)
     assert head_mmd(a, a, permutations=20).significant(0.9) == ()
 
 
@@ -283,7 +283,7 @@ def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
     assert frame["part"].tolist() == [*(f"heads[2, {h}]" for h in range(4)), "mlps[0]", "embed"]
     assert "heads[2, 0]" in found._repr_html_()
     assert found.heads[:2].isnan().all() and not found.heads[2].isnan().any()
-    assert [repr(part.components) for part in found.parts] == frame["part"].tolist()
+    assert [repr(part) for part in found.parts] == frame["part"].tolist()
     plain = head_mmd(a, b, permutations=0)
     assert "p" not in plain.to_frame() and "no p-values" in repr(plain)
 
@@ -322,7 +322,7 @@ def test_errors_say_what_to_do(a: Decomposition, b: Decomposition, tower: Hooked
     fails(TypeError, r"components such as heads\[-1\] \| mlps; received 'heads'", a, b, components="heads")
     fails(IndexError, "received layer 3", a, b, components=heads[3])
     fails(ValueError, "which names none", a, b, components=heads - heads)
-    fails(ValueError, "single neurons, whose terms are not kept apart", a, b, components=neurons[0])
+    fails(ValueError, "names neurons; edit those with AblateNeurons", a, b, components=neurons[0])
     other = decompose(make_tower(seed=8, layer_scale=True), draw(1, 4))
     fails(ValueError, "terms of one model; received those of another", a, other)
     fails(ValueError, "decompose all images with the same model", [a, other], b)
