@@ -7,6 +7,7 @@ parties under `if TYPE_CHECKING:` are free: they cost nothing at run time.
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -170,9 +171,8 @@ def call_breach(call: ast.Call, name: str, forked: bool) -> str | None:
     return None
 
 
-def breaches(path: PurePosixPath, source: str) -> list[str]:
+def breaches(path: PurePosixPath, tree: ast.AST) -> list[str]:
     """Every broken rule of one file, each as `file:line: what: rule`."""
-    tree = ast.parse(source)
     found = [(i.line, f"imports {i.target}", import_breach(path, i)) for i in imports(path, tree)]
     if path.parts[0] == "decompclip":
         found += [(c.lineno, f"calls {name}", call_breach(c, name, fork)) for c, name, fork in calls(tree)]
@@ -184,13 +184,19 @@ FILES = sorted(
 )
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    """Each file is parsed once for all tests."""
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
 def test_files_are_found() -> None:
     assert any(room_of(PurePosixPath(file)) == "models" for file in FILES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_file_keeps_the_rules(file: Path) -> None:
-    found = breaches(PurePosixPath(file), (ROOT / file).read_text(encoding="utf-8"))
+    found = breaches(PurePosixPath(file), parsed(file))
     assert not found, "\n" + "\n".join(found)
 
 
@@ -243,7 +249,7 @@ def test_a_long_file_is_asked_what_it_is_about(file: Path) -> None:
     ],
 )
 def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
-    (found,) = breaches(PurePosixPath("decompclip", file), source)
+    (found,) = breaches(PurePosixPath("decompclip", file), ast.parse(source))
     assert found.startswith(f"decompclip/{file}:")
     assert message in found
 
@@ -264,7 +270,7 @@ def test_a_breach_is_caught(file: str, source: str, message: str) -> None:
     ],
 )
 def test_what_is_allowed_passes(file: str, source: str) -> None:
-    assert breaches(PurePosixPath("decompclip", file), source) == []
+    assert breaches(PurePosixPath("decompclip", file), ast.parse(source)) == []
 
 
 def test_no_left_over_file_is_tracked() -> None:
@@ -280,7 +286,7 @@ def test_one_place_opens_pictures() -> None:
     openers = [
         str(file)
         for file in FILES
-        for _, name, _ in calls(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+        for _, name, _ in calls(parsed(file))
         if name in {"PIL.Image.open", "PIL.Image.Image.open", "torchvision.io.read_image"}
     ]
     assert openers == ["decompclip/data/files.py"]
@@ -295,14 +301,14 @@ def modules() -> dict[str, Path]:
     }
 
 
+@functools.cache
 def import_graph() -> dict[str, set[str]]:
     """Which module imports which, late and for types alone counted; but for the list of public names."""
     known = modules()
     graph: dict[str, set[str]] = {}
     for name, file in known.items():
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         found = set()
-        for wanted in imports(PurePosixPath(file), tree):
+        for wanted in imports(PurePosixPath(file), parsed(file)):
             target = wanted.target
             while target and target not in known:
                 target = target.rpartition(".")[0]

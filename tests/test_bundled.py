@@ -19,7 +19,7 @@ from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card, read_bundled
 from decompclip.zoo.recipes import TWINS as RECIPES
 
-FRESH = Shapes(600, seed=909)
+FRESH = Shapes(300, seed=909)
 BARS = {"shape": 0.97, "colour": 0.95, "texture": 0.95, "background": 0.95, "position": 0.90, "size": 0.80}
 TWINS = tuple(name for name in RECIPES if name.startswith("shapes-"))
 every_model = pytest.mark.parametrize("name", ("shapes", *TWINS))
@@ -33,7 +33,7 @@ def models() -> dict[str, decompclip.HookedCLIP]:
 @torch.no_grad()
 def features(model: decompclip.HookedCLIP, transform: Trigger | None = None) -> torch.Tensor:
     source = ShapesSource(FRESH, model.normalize, transform)
-    return torch.cat([model.encode_image(batch.images) for batch in source.batches(200)])
+    return torch.cat([model.encode_image(batch.images) for batch in source.batches(50)])
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import decompclip
-from analyses.benchmarks import leaderboard
+from analyses.benchmarks import bundled_models, leaderboard
 from analyses.questions import audit_corruptions, audit_scan
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER, read
 from decompclip.audit.controls import KINDS
 from decompclip.audit.verdict import EXPLAINED, FIRM, HOLDS, ONE_ANSWER, RULES
 from decompclip.audit.words import STRONG, WEAK
+from decompclip.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,27 +68,14 @@ def test_commands_and_their_options_exist() -> None:
     )
     assert commands
     for command, options in commands:
-        run = subprocess.run(
-            [sys.executable, "-m", "decompclip.cli", command, "--help"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"COLUMNS": "200", "PATH": "", "NO_COLOR": "1"},
-        )
-        assert run.returncode == 0, run.stderr
+        run = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert run.exit_code == 0, run.stderr
         for option in re.findall(r"--[a-z-]+", options):
             assert option in run.stdout, (command, option)
 
 
 def test_the_table_of_models_is_the_command_s() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "analyses.bundled_models"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() in RESULTS, "run `python -m analyses.bundled_models` and paste its table"
+    assert bundled_models.table() in RESULTS, "run `python -m analyses.bundled_models` and paste its table"
 
 
 def test_the_leaderboard_is_the_measured_one() -> None:

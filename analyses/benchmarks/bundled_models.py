@@ -7,27 +7,19 @@ Run time:  a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from analyses.study.summary import markdown, rate
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.bundled import bundled, card
-
-
-def rate(value: dict[str, Any]) -> str:
-    return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """The mean, and the range over seeds where there are several."""
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    head, *rest = rows
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))
 
 
 def clean_table() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
+from analyses.study.summary import markdown
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run

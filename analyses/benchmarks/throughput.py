@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family
+from analyses.study.summary import markdown
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic_rep import AgnosticRep

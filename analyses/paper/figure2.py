@@ -21,11 +21,10 @@ from typing import Any, get_args
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, carries, curve, groups, mean
+from analyses.study.summary import by_attack, carries, curve, groups, markdown, mean
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT

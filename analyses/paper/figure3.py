@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import mean
+from analyses.study.summary import markdown, mean
 from analyses.study.words import words
 from decompclip.decomposition.components import heads
 from decompclip.figures.gallery import HeadPair, head_pairs

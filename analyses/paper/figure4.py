@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import curve, groups, mean
+from analyses.study.summary import curve, groups, markdown, mean
 from analyses.study.words import words
 from decompclip.decomposition.components import mlps
 from decompclip.figures.curves import LinePanel, line_panels

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from scipy.stats import gaussian_kde
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, mean
+from analyses.study.summary import by_attack, markdown, mean
 from decompclip.defenses.selector import Selector, Similarity
 from decompclip.evaluation.metrics import auroc
 from decompclip.figures.curves import Curve, LinePanel, line_panels

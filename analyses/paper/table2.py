@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.paper.published import SETTING, TABLE2
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, mean, over_seeds, said
+from analyses.study.summary import by_attack, markdown, mean, over_seeds, said
 from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.detectors import DETECTORS

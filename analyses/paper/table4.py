@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.paper import table1
 from analyses.paper.published import TABLE4
 from analyses.study.case import Member
@@ -27,7 +26,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.results import RESULTS, read
-from analyses.study.summary import mean
+from analyses.study.summary import markdown, mean
 
 TITLE = "Table 4: repair on other data"
 

@@ -27,10 +27,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analyses.benchmarks.bundled_models import markdown, rate
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
+from analyses.study.summary import markdown, rate
 from decompclip.attacks.trigger import Trigger
 from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW

@@ -27,12 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure
-from analyses.study.summary import by_attack, mean
+from analyses.study.summary import by_attack, markdown, mean
 from decompclip.decomposition.components import everything
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet

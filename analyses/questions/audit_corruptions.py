@@ -35,8 +35,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.questions.audit_scan import WORK as TUNED, base_of, path_of
+from analyses.study.summary import markdown
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig

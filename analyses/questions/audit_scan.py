@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
+from analyses.study.summary import markdown
 from decompclip.audit.demo import Held
 from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.plan import draw_samples

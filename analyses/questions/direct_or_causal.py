@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import mean
+from analyses.study.summary import markdown, mean
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.scatter import scatter_panels

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, curve, groups, mean
+from analyses.study.summary import by_attack, curve, groups, markdown, mean
 from decompclip.audit.evidence import shift
 from decompclip.audit.infected import as_many, infected_parts
 from decompclip.decomposition.components import Part

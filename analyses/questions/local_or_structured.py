@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from scipy.stats import t
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess
-from analyses.study.summary import mean
+from analyses.study.summary import markdown, mean
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.scatter import Panel, Point, point_panels

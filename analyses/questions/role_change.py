@@ -19,11 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analyses.benchmarks.bundled_models import markdown
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, mean
+from analyses.study.summary import by_attack, markdown, mean
 from analyses.study.words import late, words
 from decompclip.bench.page import mean_interval
 from decompclip.figures.scatter import Panel, Point, point_panels

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analyses.benchmarks.bundled_models import markdown
-from analyses.study.summary import by_attack, over_seeds, said
+from analyses.study.summary import by_attack, markdown, over_seeds, said
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 
 RATES = {"asr": "attack success", "control": "control", "cacc": "clean accuracy"}

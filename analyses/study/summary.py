@@ -1,4 +1,4 @@
-"""Over seeds and over images: the intervals that analyses report."""
+"""Over seeds and over images: the intervals and tables that analyses report."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def over_seeds(rates: Sequence[Mapping[str, Any]], scale: float = 100) -> Point:
     values = [scale * rate["value"] for rate in rates]
     mean = sum(values) / len(values)
     return Point(mean, min(values), max(values), f"({len(values)} seeds)")
+
+
+def rate(value: Mapping[str, Any]) -> str:
+    return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def said(point: Point, digits: int = 1) -> str:
@@ -80,3 +84,8 @@ def curve(
         [max(column) for column in columns] if several else None,
         [mean(column) for column in zip(*thin, strict=True)] if thin else None,
     )
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))

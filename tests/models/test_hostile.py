@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -19,8 +17,10 @@ import torch
 import transformers
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from decompclip import load
+from decompclip.cli import app
 from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError, ModelError
 from decompclip.models.folders import save_model
@@ -247,18 +247,10 @@ def test_the_command_line_runs_no_code(folder: Path, tmp_path: Path, answer: str
 
     Image.new("RGB", (24, 16)).save(pictures / "1.png")
     (tmp_path / "classes.txt").write_text("a\nb\n")
-    command = [sys.executable, "-c", "from decompclip.cli import main; main()", "evaluate", str(folder)]
-    stdin: Any = {"stdin": subprocess.DEVNULL} if answer is None else {"input": answer}
-    found = subprocess.run(
-        [*command, str(pictures.parent), "--classes", str(tmp_path / "classes.txt")],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        **stdin,
-    )
-    assert found.returncode != 0
-    assert "Do you wish to run" not in found.stdout + found.stderr
+    words = ["evaluate", str(folder), str(pictures.parent), "--classes", str(tmp_path / "classes.txt")]
+    found = CliRunner().invoke(app, words, input=answer, env={"COLUMNS": "200"})
+    assert found.exit_code == 2
+    assert "Do you wish to run" not in found.output
     assert str(folder) in found.stderr.replace("\n", "")
     assert not marker.exists()
 
