@@ -57,21 +57,23 @@ from .operators.attention import (
     contribution_maps as contribution_maps,
     rollout as rollout,
 )
-from .operators.attribution import attribution_patching as attribution_patching
 from .operators.effects import direct_and_causal as direct_and_causal
+from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
 from .operators.mask_scores import score_masks as score_masks
 from .operators.mmd import head_mmd as head_mmd, layer_mmd as layer_mmd
 from .operators.naming import agreement as agreement
 from .operators.neurons import AblateNeurons as AblateNeurons
 from .operators.noise import RandomAblate as RandomAblate
-from .operators.patching import activation_patching as activation_patching
+from .operators.patching import (
+    activation_patching as activation_patching,
+    attribution_patching as attribution_patching,
+)
 from .operators.paths import path_patching as path_patching
 from .operators.probes import probe as probe
 from .operators.roles import role_change as role_change
 from .operators.sweeps import ablation_sweep as ablation_sweep, most_damaging as most_damaging
 from .operators.textspan import textspan as textspan, textspans as textspans
-from .operators.textspan_inputs import encode_texts as encode_texts
 from .operators.tokens import AblateTokens as AblateTokens
 from .operators.transplant import (
     Repair as Repair,

@@ -44,7 +44,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"files", "intervals", "moved", "printable", "progress"}
+COMMON = {"files", "intervals", "moved", "printable", "progress", "results"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

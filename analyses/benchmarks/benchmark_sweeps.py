@@ -96,7 +96,7 @@ def one_by_one(store: Store, moments: Moments, classifier: Tensor, batches: int)
     found = {}
     for kind in get_args(Kind):
         for scheme in get_args(Scheme):
-            named = Sweep(torch.zeros(n_layers, 0, dtype=torch.long), kind, scheme, "mean")
+            named = Sweep(torch.zeros(n_layers, 0, dtype=torch.long), kind, scheme, "mean", torch.zeros(0))
             of_scheme = []
             for layer in range(n_layers):
                 edit = MeanAblate(named.components(layer), moments)

@@ -89,8 +89,8 @@ def run(config: Config) -> dict[str, Any]:
 
     from decompclip.decomposition.components import heads
     from decompclip.decomposition.moments import Moments
+    from decompclip.operators.inputs import TextFeatures
     from decompclip.operators.textspan import fit_textspans
-    from decompclip.operators.textspan_inputs import TextFeatures
 
     torch.set_num_threads(config.threads)
     batches, features = make(config)

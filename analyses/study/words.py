@@ -10,8 +10,8 @@ from analyses.study.case import Case
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
+from decompclip.operators.inputs import TextFeatures, encode_texts
 from decompclip.operators.textspan import fit_textspans
-from decompclip.operators.textspan_inputs import TextFeatures, encode_texts
 from decompclip.operators.textspan_result import TextSpans
 
 

@@ -23,13 +23,13 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
-from decompclip.operators.patching import Images, image_batches
+from decompclip.operators.inputs import Images, image_batches
+from decompclip.operators.scores import Text, direction, label as label_of, tower
 from decompclip.operators.tokens import MapKind, TokenMaps
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import Hook, HookedViT
@@ -37,9 +37,6 @@ from decompclip.tower.vit import Hook, HookedViT
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
 
-
-Text = str | Sequence[str] | Tensor
-"""A text; several that stand for one thing (prompts of a class); or a direction `[d_embed]`."""
 
 BATCH = 64
 
@@ -100,12 +97,11 @@ def contribution_maps(
         ValueError: as `attention_maps`; or a direction of another width, no text, a text for a bare tower.
         IndexError: the model has no such head.
     """
-    direction = _direction(model, toward) - (0 if against is None else _direction(model, against))
-    if label is None:
-        label = _label(toward) + (f" against {_label(against)}" if against is not None else "")
+    along = direction(model, toward, against)
+    label = label_of(toward, against) if label is None else label
 
     def read(d: Decomposition, layer: int, head: int) -> Tensor:
-        return d.token_logits(direction[None].to(d.embed), layer, head)[..., 0]
+        return d.token_logits(along[None].to(d.embed), layer, head)[..., 0]
 
     options = {"normalize": normalize, "convention": convention}
     parts = _read(model, images, components, read, options, pictures, batch_size)
@@ -113,10 +109,6 @@ def contribution_maps(
 
 
 Part = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
-
-
-def tower(model: HookedViT | HookedCLIP) -> HookedViT:
-    return model if isinstance(model, HookedViT) else model.visual
 
 
 def pictures_of(
@@ -210,39 +202,6 @@ def lay_out(
         names=tuple(names or map(str, range(count))),
         toward=toward,
         pictures=torch.cat(pictures) if pictures else None,
-    )
-
-
-@torch.no_grad()
-def _direction(model: HookedViT | HookedCLIP, text: Text) -> Float[Tensor, " d_embed"]:
-    """A direction as given; of texts, the unit feature, or the mean of several, of length one again."""
-    width = tower(model).cfg.d_embed
-    if isinstance(text, Tensor):
-        if text.shape != (width,):
-            raise ValueError(
-                f"expected a direction [{width}], as wide as the joint space; received {list(text.shape)}; take one "
-                "row of a classifier or of text features"
-            )
-        return text.detach()
-    texts = [text] if isinstance(text, str) else list(text)
-    if isinstance(model, HookedViT):
-        raise ValueError(
-            f"expected a direction [{width}] for an image tower, which reads no text; received {texts!r}; pass the "
-            "whole model, or encode the text with it"
-        )
-    if not texts:
-        raise ValueError("expected at least one text; received none; name what to count contributions toward")
-    features = F.normalize(model.encode_text(texts), dim=-1)
-    return F.normalize(features.mean(0), dim=-1)
-
-
-def _label(text: Text) -> str:
-    if isinstance(text, Tensor):
-        return "a direction"
-    return (
-        repr(text)
-        if isinstance(text, str)
-        else f"{text[0]!r}" + (f" and {len(text) - 1} more" if len(text) > 1 else "")
     )
 
 

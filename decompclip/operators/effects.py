@@ -1,7 +1,6 @@
-"""Direct against causal: what a component does by its own term, and through all that reads it (docs/method.md, section 2).
+"""Direct beside causal effects: a component's own term, and all that reads it (docs/method.md, section 2).
 
-The paper edits terms alone, and names that as its first limitation. Here one intervention a component is
-carried out both ways, and the effects on a score stand side by side:
+The paper edits terms alone, and names that as its first limitation. Here every component is edited both ways:
 
     direct      score of the features with the component's term edited
     causal      score of a forward pass in which the component is edited, and later layers see it
@@ -10,20 +9,22 @@ carried out both ways, and the effects on a score stand side by side:
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.maps import Convention
-from decompclip.operators.intervention import Intervention, Metric, Score
+from decompclip.intervals import Z
+from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import Part, grid, parts_of, position
+from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction, tower
+from decompclip.results import Result
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -35,23 +36,19 @@ if TYPE_CHECKING:
 
 Mode = Literal["direct", "causal", "difference"]
 
-Z = 1.959963984540054
-"""Half-width of a 95 % interval in standard errors."""
-
-
 KIND_NAMES = {"heads": "heads", "mlps": "MLPs", "embed": "embedding", "pool": "MLP of the pool"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Effects:
-    """Mean change of a score when each part is edited, both ways.
+class Effects(Result):
+    """Mean change of a score when each component is edited, both ways.
 
     Attributes:
         parts: the components edited, each alone.
         direct, causal: edited minus as it is, mean over images.
         direct_error, causal_error, difference_error: half-widths of 95 % intervals over images; nan for one image.
         baseline: the score as it is.
-        metric: "logit", "logit_difference" or "accuracy".
+        metric: "logit", "logit_difference", "accuracy", or "score".
         intervention: what was done, in words, of the first part.
         n_images: behind the means.
     """
@@ -63,11 +60,13 @@ class Effects:
     causal_error: Float[Tensor, " part"]
     difference_error: Float[Tensor, " part"]
     baseline: float
-    metric: Metric
+    metric: Metric | Literal["score"]
     intervention: str
     n_images: int
     n_layers: int
     n_heads: int
+
+    largest = "causal"
 
     @property
     def difference(self) -> Float[Tensor, " part"]:
@@ -157,48 +156,49 @@ class Effects:
             return f"Effects({what}; direct {float(self.direct[0]):.4g}, causal {float(self.causal[0]):.4g})"
         return f"Effects({what}; correlation of direct and causal {self.correlation:.2f})"
 
-    def _repr_html_(self) -> str:
-        frame = self.to_frame()
-        largest = frame.reindex(frame["causal"].abs().sort_values(ascending=False).index).head(20)
-        table: str = largest.to_html(index=False, float_format="%.4g")
-        return f"<p>{html.escape(repr(self))}; the largest causal effects first</p>{table}"
-
 
 @torch.no_grad()
 def direct_and_causal(
     model: HookedViT | HookedCLIP,
     images: Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]],
     intervene: Callable[[Components], Intervention],
-    classifier: Float[Tensor, "class d_embed"],
-    target: int | Int[Tensor, " image"],
+    toward: Toward | Float[Tensor, "class d_embed"],
+    target: Classes | None = None,
     *,
     metric: Metric = "logit_difference",
-    against: int | Int[Tensor, " image"] | None = None,
+    against: Classes | Text | None = None,
     components: Components | None = None,
     convention: Convention = "centred",
     normalize: bool = False,
 ) -> Effects:
     """Edit every component alone, directly and causally, and score both. One forward pass a component and batch.
 
+        direct_and_causal(model, images, edit, "a star", against="a ring")
+        direct_and_causal(model, images, edit, classifier, target, metric="accuracy")
+
     Args:
+        model: a model, or its image tower.
         images: a batch as the tower takes it, or batches one after the other.
         intervene: the edit of some components, for instance `lambda parts: MeanAblate(parts, moments)`.
-        classifier: text features.
-        target: the class whose logit is scored (or, for accuracy, counts as right): one, or one for each image.
-        metric: "logit": product of the feature and the target's text; "logit_difference": minus that of
-            `against`; "accuracy": whether the target's logit is the largest.
-        against: the other class; by default the mean of all others.
+        toward: what features are scored by: a text, a direction `[d_embed]` with which they are multiplied, or a function
+            of them. With `target`, the text features of all classes.
+        target: the class scored (`ClassScore`): one for all images, or one for each.
+        metric: of a target: "logit", "logit_difference" or "accuracy".
+        against: of a target, the other class of the logit difference (by default the mean of all others); else a text or
+            direction, whose score is subtracted.
         components: which; by default all heads and all MLPs.
-        convention, normalize: of the terms that the direct edit acts on, as `decompose` has them (and moments
-            were fitted with). Normalised, all features are divided by the length of the unedited one.
+        convention: of the terms that the direct edit acts on, as `decompose` has it (and moments were fitted with).
+        normalize: whether those terms, and all features, are divided by the length of the unedited feature.
+
+    Returns:
+        The effects, one of each kind a component.
 
     Raises:
         IndexError: a component, or a class, that there is not.
         TypeError: `intervene` returns no intervention.
-        ValueError: as `Score`; no images; or an intervention that does not fit the model.
+        ValueError: as `ClassScore`; no images; or an intervention that does not fit the model.
     """
-    visual = model if isinstance(model, HookedViT) else model.visual
-    score = Score(classifier, target, metric=metric, against=against)
+    visual, score = tower(model), _score(model, toward, target, metric, against)
     components = heads | mlps if components is None else components
     parts: tuple[Part, ...] = ()
     scores: list[Tensor] = []
@@ -222,7 +222,8 @@ def direct_and_causal(
         )
     if not start:
         raise ValueError("expected at least one image; received none; check the image source")
-    score.check(start)
+    if isinstance(score, ClassScore):
+        score.check(start)
     plain, direct, causal = torch.cat(scores, dim=1).split([1, len(parts), len(parts)])
     return Effects(
         parts=parts,
@@ -232,12 +233,27 @@ def direct_and_causal(
         causal_error=_error(causal - plain),
         difference_error=_error(causal - direct),
         baseline=float(plain.mean()),
-        metric=metric,
+        metric=score.metric if isinstance(score, ClassScore) else "score",
         intervention=words,
         n_images=start,
         n_layers=visual.cfg.n_layers,
         n_heads=visual.cfg.n_heads,
     )
+
+
+def _score(
+    model: HookedViT | HookedCLIP, toward: Any, target: Any, metric: Metric, against: Any
+) -> Callable[[Tensor, slice], Tensor]:
+    """A function of features, and of the numbers of their images."""
+    if target is not None:
+        return ClassScore(toward, target, metric=metric, against=against)
+    if isinstance(toward, ClassScore):
+        return toward
+    if callable(toward):
+        function: Any = toward
+        return lambda features, rows: function(features).double().cpu()
+    along = direction(model, toward, against).double()
+    return lambda features, rows: (features.double() @ along.to(features.device)).cpu()
 
 
 def _intervention(intervene: Callable[[Components], Intervention], part: Part) -> Intervention:

@@ -1,69 +1,35 @@
-"""Batches of images out of what a user has: a tensor, batches, or a source such as `FolderSource`.
+"""Patching: what one run's activations do in another's, place by place.
 
-Activation patching: what one run's activations do in another's, place by place.
-
-The base images run with one activation of the source images' run written in; how far the score moves from the base's
+The base images run with one activation of the source images' run written in. How far the score moves from the base's
 toward the source's is the effect of that place. Base clean, source triggered: where the attack can be written in; the
-other way round: where it can be taken out. Every patch here is exact; `decompclip.operators.attribution` estimates all
-of them from one gradient.
+other way round: where it can be taken out.
+
+`activation_patching` is exact, one forward pass a place. `attribution_patching` estimates all places at once (Syed,
+Rager and Conmy, 2023; Nanda, 2023): to first order, writing the source's activation into the base run moves the score
+by the gradient there times the difference of the two activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from decompclip.tower.vit import HookedViT
+from decompclip.models.gradients import differentiable
+from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
+from decompclip.results import Result
+from decompclip.tower.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from decompclip.models.clip import HookedCLIP
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Images as the tower takes them, such as `FolderSource`: `batch.images` of its batches."""
-
-    @property
-    def skipped(self) -> Sequence[Any]: ...
-
-    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
-
-
-Images = Tensor | Iterable[Any] | Source
-"""`[batch 3 h w]` as the tower takes them, batches of such images one after another, or a source of them."""
-
-
-def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, "batch 3 h w"]]:
-    """Batches of at most `batch_size` images, none of them empty.
-
-    Raises:
-        ValueError: a batch size below one, or something else than batches of images.
-    """
-    if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
-    batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
-    if isinstance(images, Source):
-        batches = (batch.images for batch in images.batches(batch_size))
-    elif not isinstance(images, Tensor):
-        batches = images
-    for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 4:
-            found = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(
-                f"expected batches of images [batch, 3, h, w] as the tower takes them; received {found}; preprocess "
-                "pictures with model.preprocess or pixels with model.normalize, and pass at least one"
-            )
-        yield from batch.split(batch_size) if len(batch) else ()
 
 
 Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
@@ -76,7 +42,6 @@ SITE_NAMES = {
     "z": "heads (z)",
 }
 ImageBatches = Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]]
-Score = Callable[[Float[Tensor, "batch d_embed"]], Float[Tensor, " batch"]]
 POINTS: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
@@ -87,8 +52,29 @@ POINTS: dict[str, str] = {
 }
 
 
+class TwoRuns(Result):
+    """What the results of patching share: the scores of the two runs."""
+
+    base: Float[Tensor, " batch"]
+    source: Float[Tensor, " batch"]
+
+    @property
+    def gap(self) -> float:
+        """By how much the source's mean score exceeds the base's: the effect of patching everything."""
+        return float((self.source - self.base).mean())
+
+    def merge(self, other: Any) -> Any:
+        """The effects over the images of both."""
+        raise NotImplementedError
+
+    def _with(self, other: TwoRuns) -> tuple[Tensor, Tensor, float]:
+        """The scores of both, and the other's weight among them."""
+        base, source = torch.cat([self.base, other.base]), torch.cat([self.source, other.source])
+        return base, source, len(other.base) / len(base)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Patching:
+class Patching(TwoRuns):
     """Effects of patching, by site.
 
     Attributes:
@@ -107,10 +93,7 @@ class Patching:
     method: Literal["exact", "attribution"]
     checks: tuple[tuple[Site, tuple[int, ...], float], ...] = ()
 
-    @property
-    def gap(self) -> float:
-        """By how much the source's mean score exceeds the base's: the effect of patching everything."""
-        return float((self.source - self.base).mean())
+    largest = "effect"
 
     def merge(self, other: Patching) -> Patching:
         """The effects over the images of both; checks, which are of one batch, are dropped.
@@ -118,18 +101,14 @@ class Patching:
         Raises:
             ValueError: the two were not patched at the same places, or not in the same way.
         """
-        if (
-            self.effects.keys() != other.effects.keys()
-            or self.by_token != other.by_token
-            or self.method != other.method
-        ):
+        ours, theirs = ((x.effects.keys(), x.by_token, x.method) for x in (self, other))
+        if ours != theirs:
             raise ValueError(
                 f"expected patches of the same places in the same way; received {self!r} and {other!r}"
             )
-        weight = len(other.base) / (len(self.base) + len(other.base))
+        base, source, weight = self._with(other)
         effects = {site: x.lerp(other.effects[site].to(x), weight) for site, x in self.effects.items()}
-        before, after = torch.cat([self.base, other.base]), torch.cat([self.source, other.source])
-        return Patching(effects, before, after, self.by_token, self.method)
+        return Patching(effects, base, source, self.by_token, self.method)
 
     def shares(self, site: Site) -> Float[Tensor, "layer ..."]:
         """The effects of a site as shares of the gap."""
@@ -217,38 +196,44 @@ class Patching:
         )
         return f"Patching({self.method}{checked}: {sites}; {len(self.base)} images, gap {self.gap:.3f})"
 
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.4f}".format, max_rows=60)
 
-
-@torch.no_grad()
 def activation_patching(
     model: HookedViT | HookedCLIP,
     base: ImageBatches,
     source: ImageBatches,
-    score: Float[Tensor, " d_embed"] | Score,
+    toward: Toward,
     *,
+    against: Text | None = None,
     sites: Sequence[Site] = get_args(Site),
     by_token: bool = False,
 ) -> Patching:
     """Patch each layer of each site alone (each head of z, and each token with `by_token`): a forward pass each.
 
     Args:
-        base: images that run with the patch, image i with activations of image i of the source; one batch, or
-            batches one after the other.
-        score: a direction that unit features are multiplied with (the target's text less another's, say), or a
-            function of the features.
+        model: a model, or its image tower.
+        base: images that run with the patch; one batch, or batches one after the other.
+        source: images whose activations are written in: image i of the source into image i of the base.
+        toward: what images are scored by: a text, a direction that unit features are multiplied with, or a function of
+            features (`decompclip.operators.scores`).
+        against: a text or direction whose score is subtracted.
         sites: hook points of the blocks; "z" is patched head by head.
+        by_token: whether each token is patched alone.
+
+    Returns:
+        The mean change of the score at every place.
 
     Raises:
-        ValueError: an unknown site, no batches of images, not as many source as base images, or a direction of
-            another width than the features.
+        ValueError: an unknown site, no batches of images, not as many source as base images, or as
+            `decompclip.operators.scores.direction`.
     """
-    if not isinstance(base, Tensor):
-        one = partial(activation_patching, model, score=score, sites=sites, by_token=by_token)
-        return over_batches(one, base, source)
-    visual, source = check_request(model, base, source, sites)
-    judge = scorer(score, visual)
+    visual, score = tower(model), score_toward(model, toward, against)
+    return over_batches(partial(_patch_all, visual, score, _known(sites), by_token), base, source)
+
+
+@torch.no_grad()
+def _patch_all(
+    visual: HookedViT, judge: ImageScore, sites: Sequence[Site], by_token: bool, base: Tensor, source: Tensor
+) -> Patching:
     n_layers = visual.cfg.n_layers
     names = {site: [f"blocks.{layer}.{POINTS[site]}" for layer in range(n_layers)] for site in sites}
     donor = record(visual, source, [name for each in names.values() for name in each])
@@ -264,6 +249,105 @@ def activation_patching(
         effects[site] = torch.stack(found).view(n_layers, *_units(donor[of_layers[0]], site, by_token))
     after = judge(visual(source))
     return Patching(effects, before, after, by_token, "exact")
+
+
+@differentiable
+def attribution_patching(
+    model: HookedViT | HookedCLIP,
+    base: ImageBatches,
+    source: ImageBatches,
+    toward: Toward,
+    *,
+    against: Text | None = None,
+    sites: Sequence[Site] = get_args(Site),
+    by_token: bool = False,
+    check: int = 0,
+) -> Patching:
+    """`activation_patching`, estimated: one forward pass a run, and one backward pass, for all places at once.
+
+    How good the estimate is, `check` tells, or `exact.correlation(estimate)` with all exact runs.
+
+    Args:
+        model, base, source, toward, against, sites, by_token: as `activation_patching`.
+        check: places that are patched exactly too, a forward pass each; they stand in the result's `checks`, and
+            `agreement` is their correlation with the estimates. Taken at equal steps down the order of the estimates'
+            sizes, the largest and the smallest among them.
+
+    Returns:
+        The estimated change of the score at every place.
+
+    Raises:
+        ValueError: as `activation_patching`; a check with a stream of batches; or a check of one or two places, which
+            correlate whatever they are.
+    """
+    if check < 0 or check in (1, 2):
+        raise ValueError(
+            f"expected a check of at least 3 places, or of 0 for none; received {check}; two places always correlate"
+        )
+    if check and not isinstance(base, Tensor):
+        raise ValueError(f"expected one batch to check places in; received batches and check={check}")
+    visual, score = tower(model), score_toward(model, toward, against)
+    one = partial(_attribute, visual, score, _known(sites), by_token, check)
+    return over_batches(one, base, source)
+
+
+@differentiable
+def _attribute(
+    visual: HookedViT,
+    judge: ImageScore,
+    sites: Sequence[Site],
+    by_token: bool,
+    check: int,
+    base: Tensor,
+    source: Tensor,
+) -> Patching:
+    n_layers = visual.cfg.n_layers
+    names = [f"blocks.{layer}.{POINTS[site]}" for site in sites for layer in range(n_layers)]
+    with torch.no_grad():
+        donor = record(visual, source, names)
+        after = judge(visual(source))
+    with torch.enable_grad():
+        # The images carry the graph, so that towers with frozen weights have one too.
+        images = base.detach().clone().requires_grad_()
+        kept: dict[str, Tensor] = {}
+        hooks: list[Hook] = [(name, lambda x, hook: kept.__setitem__(hook.name, x)) for name in names]
+        with visual.hooks(fwd_hooks=hooks):
+            before = judge(visual(images, pooled_rows=False))
+        gradients = torch.autograd.grad(before.sum(), [kept[name] for name in names], allow_unused=True)
+    estimates = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        difference = donor[name] - kept[name].detach()
+        product = torch.zeros_like(difference) if gradient is None else gradient * difference
+        estimates[name] = product.sum(-1).mean(0)  # [token], or [token head]
+    effects: dict[str, Tensor] = {}
+    for site in sites:
+        of_layers = torch.stack([estimates[f"blocks.{layer}.{POINTS[site]}"] for layer in range(n_layers)])
+        of_layers = of_layers if by_token else of_layers.sum(1)
+        effects[site] = of_layers.mT if by_token and site == "z" else of_layers
+    before = before.detach()
+    checks = []
+    for site, place in _spread(effects, sites, check):
+        layer, *rest = place
+        unit = [rest.pop(0)] if site == "z" else []
+        at = (slice(None), rest[0] if by_token else slice(None), *unit)
+        name = f"blocks.{layer}.{POINTS[site]}"
+        with torch.no_grad(), visual.hooks(fwd_hooks=[(name, writing(donor[name], at))]):
+            checks.append((site, place, float((judge(visual(base, pooled_rows=False)) - before).mean())))
+    return Patching(effects, before, after, by_token, "attribution", tuple(checks))
+
+
+def _spread(
+    effects: Mapping[str, Tensor], sites: Sequence[Site], count: int
+) -> list[tuple[Site, tuple[int, ...]]]:
+    """Places at equal steps down the order of sizes; all where there are no more."""
+    places = [
+        (abs(float(effects[site][tuple(place)])), site, tuple(place))
+        for site in sites
+        for place in torch.ones(effects[site].shape).nonzero().tolist()
+    ]
+    places.sort(reverse=True)
+    chosen = torch.linspace(0, len(places) - 1, min(count, len(places))).round().long().tolist()
+    return [places[i][1:] for i in chosen]
 
 
 def writing(given: Tensor, place: tuple[Any, ...]) -> Callable[[Tensor, Any], Tensor]:
@@ -288,70 +372,45 @@ def _units(given: Tensor, site: str, by_token: bool) -> tuple[int, ...]:
     return (*([given.shape[2]] if site == "z" else []), *([given.shape[1]] if by_token else []))
 
 
-@runtime_checkable
-class Mergeable(Protocol):
-    def merge(self, other: Any, /) -> Any: ...
+Runs = TypeVar("Runs", bound=TwoRuns)
 
 
-Result = TypeVar("Result", bound=Mergeable)
-
-
-def over_batches(patch: Callable[..., Result], base: Iterable[Tensor], source: ImageBatches) -> Result:
-    """The results of batches, one after the other, as one.
+def over_batches(patch: Callable[[Tensor, Tensor], Runs], base: ImageBatches, source: ImageBatches) -> Runs:
+    """The results of one batch, or of several one after the other, as one.
 
     Raises:
-        ValueError: there are no batches, or not as many of the source.
+        ValueError: there are no batches, not as many of the source, or not as many source as base images.
     """
-    if isinstance(source, Tensor):
+    if isinstance(base, Tensor) != isinstance(source, Tensor):
         raise ValueError(
             "expected base and source both as one batch or both as batches; received batches and a tensor"
         )
-    results = (patch(ours, theirs) for ours, theirs in zip(base, source, strict=True))
-    first = next(results, None)
-    if first is None:
+    pairs: Iterable[tuple[Any, Any]] = (
+        [(base, source)] if isinstance(base, Tensor) else zip(base, source, strict=True)
+    )
+    found = None
+    for ours, theirs in pairs:
+        for name, images in (("base", ours), ("source", theirs)):
+            if not isinstance(images, Tensor) or images.ndim != 4:
+                form = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+                raise ValueError(f"expected {name} as batches of images [batch, 3, h, w]; received {form}")
+        if len(ours) != len(theirs) or not len(ours):
+            raise ValueError(
+                f"expected a source image for each base image, and at least one; received {len(ours)} base and "
+                f"{len(theirs)} source images; pair them first"
+            )
+        result = patch(ours, theirs)
+        found = result if found is None else found.merge(result)
+    if found is None:
         raise ValueError("expected at least one batch of images; received none; check the image source")
-    return reduce(lambda a, b: a.merge(b), results, first)
+    return found
 
 
-def check_request(
-    model: HookedViT | HookedCLIP, base: Tensor, source: ImageBatches, sites: Sequence[str]
-) -> tuple[HookedViT, Tensor]:
-    """The tower and the source's batch, once the request is known to make sense.
-
-    Raises:
-        ValueError: an unknown site, none, no batches of images, or not as many source as base images.
-    """
-    for name, images in (("base", base), ("source", source)):
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            form = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"expected {name} as one batch of images [batch, 3, h, w]; received {form}")
+def _known(sites: Sequence[Site]) -> Sequence[Site]:
     for site in sites or ("none",):
         if site not in POINTS:
             raise ValueError(f"expected sites of {tuple(POINTS)}; received {site!r}")
-    assert isinstance(source, Tensor)
-    if len(base) != len(source) or not len(base):
-        raise ValueError(
-            f"expected a source image for each base image, and at least one; received {len(base)} base and "
-            f"{len(source)} source images; pair them first"
-        )
-    return (model if isinstance(model, HookedViT) else model.visual), source
-
-
-def scorer(score: Float[Tensor, " d_embed"] | Score, visual: HookedViT) -> Score:
-    """A score as a function of features; of a direction: the unit feature's dot product with it.
-
-    Raises:
-        ValueError: a direction of another width than the features.
-    """
-    if not isinstance(score, Tensor):
-        return score
-    if score.shape != (visual.cfg.d_embed,):
-        raise ValueError(
-            f"expected a direction [{visual.cfg.d_embed}], as wide as the features; received {list(score.shape)}; take "
-            "the difference of two texts of the same model"
-        )
-    direction = score
-    return lambda features: F.normalize(features, dim=-1) @ direction.to(features)
+    return sites
 
 
 def record(visual: HookedViT, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

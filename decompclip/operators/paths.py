@@ -1,13 +1,12 @@
-"""Path patching: what one head tells one later component, all other ways held fixed.
+"""Path patching: what one head sends to one later component, all other ways held fixed.
 
-Source: Goldowsky-Dill et al. (2023), and Wang et al. (2023). The sender's write in the source run takes the place of
-its write in the base run, in the receiver's input alone. What the receiver then puts out is written into the base run,
-and later layers see it.
+Source: Goldowsky-Dill et al. (2023), and Wang et al. (2023). The message is what the sender's contribution to the
+stream changes by, from the base run to the source run. It is added to the receiver's input alone. The receiver's new
+output is written into the base run, and later layers see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, Part, everything, resolve
-from decompclip.operators.patching import ImageBatches, Score, check_request, over_batches, record, scorer
+from decompclip.operators.patching import ImageBatches, TwoRuns, over_batches, record, writing
+from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import HookedViT
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathPatching:
+class PathPatching(TwoRuns):
     """Effects of a head through each later component.
 
     Attributes:
@@ -44,6 +44,8 @@ class PathPatching:
     base: Float[Tensor, " batch"]
     source: Float[Tensor, " batch"]
 
+    largest = "effect"
+
     def merge(self, other: PathPatching) -> PathPatching:
         """The effects over the images of both.
 
@@ -52,15 +54,9 @@ class PathPatching:
         """
         if self.sender != other.sender:
             raise ValueError(f"expected paths of one sender; received {self.sender!r} and {other.sender!r}")
-        weight = len(other.base) / (len(self.base) + len(other.base))
-        before, after = torch.cat([self.base, other.base]), torch.cat([self.source, other.source])
+        base, source, weight = self._with(other)
         of_heads, of_mlps = self.heads.lerp(other.heads, weight), self.mlps.lerp(other.mlps, weight)
-        return PathPatching(self.sender, of_heads, of_mlps, before, after)
-
-    @property
-    def gap(self) -> float:
-        """By how much the source's mean score exceeds the base's."""
-        return float((self.source - self.base).mean())
+        return PathPatching(self.sender, of_heads, of_mlps, base, source)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a receiver: layer, head (none for an MLP), effect, share of the gap."""
@@ -87,89 +83,71 @@ class PathPatching:
         receivers = int((~self.heads.isnan()).sum() + (~self.mlps.isnan()).sum())
         return f"PathPatching({self.sender!r} to {receivers} receivers, {len(self.base)} images)"
 
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.4f}".format, max_rows=60)
 
-
-@torch.no_grad()
 def path_patching(
     model: HookedViT | HookedCLIP,
     base: ImageBatches,
     source: ImageBatches,
-    score: Float[Tensor, " d_embed"] | Score,
+    toward: Toward,
     sender: Part,
     *,
+    against: Text | None = None,
     receivers: Components = everything,
 ) -> PathPatching:
     """The effect of one head through each later head and MLP, its own layer's MLP among them.
 
     Args:
-        base: images that run with the patch, image i with the sender of image i of the source.
-        score: as `activation_patching` takes it.
+        model, base, source, toward, against: as `activation_patching`.
         sender: one head, such as `heads[3, 1]`.
         receivers: of which those later than the sender are looked at.
+
+    Returns:
+        The mean change of the score by receiver.
 
     Raises:
         ValueError: the sender is not one head, or as `activation_patching`.
         IndexError: a layer or head that the tower does not have.
     """
-    if not isinstance(base, Tensor):
-        one = partial(path_patching, model, score=score, sender=sender, receivers=receivers)
-        return over_batches(one, base, source)
-    visual, source = check_request(model, base, source, ("z",))
-    cfg, judge = visual.cfg, scorer(score, visual)
+    visual, score = tower(model), score_toward(model, toward, against)
+    return over_batches(partial(_patch_paths, visual, score, sender, receivers), base, source)
+
+
+@torch.no_grad()
+def _patch_paths(
+    visual: HookedViT, judge: ImageScore, sender: Part, receivers: Components, base: Tensor, source: Tensor
+) -> PathPatching:
+    cfg = visual.cfg
     layer, head = _one_head(sender, cfg)
     mask = resolve(receivers, cfg)
     z_name, out_name = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out"
     donor = record(visual, source, [z_name])[z_name]
-    of_base = record(visual, base, [out_name])
+    of_base = record(visual, base, [out_name])[out_name]
     before, after = judge(visual(base)), judge(visual(source))
+    with visual.hooks(fwd_hooks=[(z_name, writing(donor, (slice(None), slice(None), head)))]):
+        # What the sender changes in the stream, past the output projection and any LayerScale.
+        message = record(visual, base, [out_name])[out_name] - of_base
 
-    def send(z: Tensor, hook: Any) -> Tensor:
-        z = z.clone()
-        z[:, :, head] = donor[:, :, head]
-        return z
+    def answer(entry: str, name: str) -> Tensor:
+        """What a block puts out at `name` when the message is added at `entry`; the rest is thrown away."""
+        with visual.hooks(fwd_hooks=[(entry, lambda x, hook: x + message)]):
+            return record(visual, base, [name])[name]
 
-    with visual.hooks(fwd_hooks=[(z_name, send)]):
-        # What the head's write changes in the stream, past the output projection and any LayerScale.
-        told = record(visual, base, [out_name])[out_name] - of_base[out_name]
-    of_heads = torch.full((cfg.n_layers, cfg.n_heads), torch.nan)
-    of_mlps = torch.full((cfg.n_layers,), torch.nan)
-
-    def effect(name: str, answer: Tensor, place: Any) -> float:
-        def write(x: Tensor, hook: Any) -> Tensor:
-            x = x.clone()
-            x[place] = answer[place]
-            return x
-
-        with visual.hooks(fwd_hooks=[(name, write)]):
+    def effect(name: str, given: Tensor, *place: Any) -> float:
+        with visual.hooks(fwd_hooks=[(name, writing(given, place))]):
             return float((judge(visual(base, pooled_rows=False)) - before).mean())
 
-    for later, is_mlp in _inputs(layer, cfg.n_layers):
-        if is_mlp and mask.mlps[later]:
-            name = f"blocks.{later}.hook_mlp_out"
-            answer = _answer(visual, base, f"blocks.{later}.hook_resid_mid", name, told)
-            of_mlps[later] = effect(name, answer, slice(None))
-        elif not is_mlp and mask.heads[later].any():
+    of_heads = torch.full((cfg.n_layers, cfg.n_heads), torch.nan)
+    of_mlps = torch.full((cfg.n_layers,), torch.nan)
+    for later in range(layer, cfg.n_layers):
+        if later > layer and mask.heads[later].any():
             name = f"blocks.{later}.attn.hook_z"
-            answer = _answer(visual, base, f"blocks.{later}.hook_resid_pre", name, told)
+            given = answer(f"blocks.{later}.hook_resid_pre", name)
             for number in mask.heads[later].nonzero().flatten().tolist():
-                place = (slice(None), slice(None), number)
-                of_heads[later, number] = effect(name, answer, place)
+                of_heads[later, number] = effect(name, given, slice(None), slice(None), number)
+        if mask.mlps[later]:
+            name = f"blocks.{later}.hook_mlp_out"
+            of_mlps[later] = effect(name, answer(f"blocks.{later}.hook_resid_mid", name), slice(None))
     return PathPatching(sender, of_heads, of_mlps, before, after)
-
-
-def _inputs(sender: int, n_layers: int) -> Iterator[tuple[int, bool]]:
-    """The later components' layers, and whether they are MLPs."""
-    yield sender, True
-    for later in range(sender + 1, n_layers):
-        yield from ((later, False), (later, True))
-
-
-def _answer(visual: HookedViT, base: Tensor, entry: str, name: str, told: Tensor) -> Tensor:
-    """What a block puts out at `name` when its stream at `entry` is told something more; the rest is thrown away."""
-    with visual.hooks(fwd_hooks=[(entry, lambda x, hook: x + told)]):
-        return record(visual, base, [name])[name]
 
 
 def _one_head(sender: Components, cfg: ViTConfig) -> tuple[int, int]:

@@ -1,21 +1,18 @@
-"""Changes: what ablating a component adds to the logits, for a chunk of images.
+"""Sweeps: one ablation after another, layer by layer or head by head, in one pass (docs/method.md, section 2; paper, section 3.2).
 
-A change is `(fill - coords) @ maps @ classifier.T`, and its two factors on the right belong to the model: they
-are multiplied once, unless there are so many classes that two steps are cheaper.
+Ablating a component adds `(fill - coords) @ maps @ classifier.T` to the logits: a change. The two factors on the right
+belong to the model and are multiplied once. Settings differ by whole layers, so that their logits are prefix sums of
+the layers' changes: a setting costs one addition.
 
-Sweeps: one ablation after another, layer by layer or head by head, all in one pass (docs/method.md, section 2; paper, section 3.2).
-
-Settings differ by whole layers, so that their features are prefix sums of the layers' changes. The changes are
-taken to the classes first (`term @ classifier.T`), and the sums run over logits: a setting costs one addition.
-
-The set of components whose ablation does the most, found one by one.
+`most_damaging` finds the set of components whose ablation does most, one component at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -30,6 +27,7 @@ from decompclip.intervals import Rate
 from decompclip.operators.ablation import check_moments
 from decompclip.operators.parts import check_alike
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
+from decompclip.results import Result
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -44,55 +42,35 @@ class Shared:
     """What all chunks of a data set have in common.
 
     Attributes:
-        to_class: heads' coordinates to logits, `[layer head coord class]`; None where that is no gain.
+        to_class: heads' coordinates to logits; None where two steps are cheaper.
         heads, mlps, embed: the logits of what is filled in; None for zero.
     """
 
     classifier: Float[Tensor, "d_embed class"]
     to_class: Float[Tensor, "layer head coord class"] | None
-    heads: Float[Tensor, "layer head class"] | None
-    mlps: Float[Tensor, "layer class"] | None
-    embed: Float[Tensor, " class"] | None
+    heads: Float[Tensor, "layer head class"] | None = None
+    mlps: Float[Tensor, "layer class"] | None = None
+    embed: Float[Tensor, " class"] | None = None
 
     @staticmethod
     def of(d: Decomposition, moments: Moments | None, classifier: Float[Tensor, "class d_embed"]) -> Shared:
-        """What belongs to the model, the means and the classifier."""
         weights = classifier.detach().to(d.embed).T.contiguous()
         n_heads, coord, d_embed = d.maps.heads.shape[1:]
-        n_classes = weights.shape[1]
-        one_step = n_heads * coord * n_classes
-        two_steps = n_heads * coord * d_embed + d_embed * n_classes
-        fused = not d.maps.direct and one_step <= two_steps
-        to_class = d.maps.heads @ weights if fused else None
+        one_step = n_heads * coord * weights.shape[1]
+        two_steps = n_heads * coord * d_embed + weights.numel()
+        to_class = d.maps.heads @ weights if not d.maps.direct and one_step <= two_steps else None
         if moments is None:
-            return Shared(weights, to_class, None, None, None)
-        wide = weights.double()
-        return Shared(
-            weights,
-            to_class,
-            *((term @ wide).to(weights) for term in (moments.heads, moments.mlps, moments.embed)),
-        )
+            return Shared(weights, to_class)
+        fills = (moments.heads, moments.mlps, moments.embed)
+        return Shared(weights, to_class, *((term @ weights.double()).to(weights) for term in fills))
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Of one chunk.
-
-    Attributes:
-        d: its images.
-        shared: of the data set: `Shared.of`.
-    """
+    """What ablations add to the logits of one chunk of images."""
 
     d: Decomposition
     shared: Shared
-
-    @property
-    def n_layers(self) -> int:
-        return self.d.n_layers
-
-    @property
-    def n_heads(self) -> int:
-        return self.d.n_heads
 
     @property
     def before(self) -> Float[Tensor, "batch class"]:
@@ -100,13 +78,16 @@ class Changes:
         return self._logits[0]
 
     def of_layers(self, kind: str) -> list[Float[Tensor, "batch class"]]:
-        """What ablating each layer's "heads", or its MLP ("mlps"), adds."""
+        """Of each layer's "heads" together, or of its MLP ("mlps")."""
         return self._logits[1][kind]
 
     def of_entry(self) -> Float[Tensor, "batch class"]:
-        """What ablating the stream's entry, the embedding, adds."""
-        now = self.d.embed @ self.shared.classifier
-        return -now if self.shared.embed is None else self.shared.embed - now
+        """Of the stream's entry, the embedding."""
+        return _less(self.d.embed @ self.shared.classifier, self.shared.embed)
+
+    def of_head(self, layer: int, head: int) -> Float[Tensor, "batch class"]:
+        fill = None if self.shared.heads is None else self.shared.heads[layer, head]
+        return _less(self._heads(layer, slice(head, head + 1)), fill)
 
     @cached_property
     def _logits(self) -> tuple[Tensor, dict[str, list[Tensor]]]:
@@ -121,27 +102,22 @@ class Changes:
         fills = {"heads": None if shared.heads is None else shared.heads.sum(1), "mlps": shared.mlps}
         for kind, fill in fills.items():
             for layer, part in enumerate(parts[kind]):
-                torch.neg(part, out=part) if fill is None else torch.sub(fill[layer], part, out=part)
+                _less(part, None if fill is None else fill[layer], out=part)
         return before, parts
 
-    def _heads(self, layer: int) -> Float[Tensor, "batch class"]:
-        """The logits of a layer's heads together."""
+    def _heads(self, layer: int, which: slice = slice(None)) -> Float[Tensor, "batch class"]:
+        """The logits of some heads of a layer together."""
         d, shared = self.d, self.shared
-        if shared.to_class is not None:
-            return d.coords[:, layer].flatten(1) @ shared.to_class[layer].flatten(0, 1)
+        coords = d.coords[:, layer, which]
         if d.maps.direct:
-            return d.coords[:, layer].sum(1) @ shared.classifier
-        return (d.coords[:, layer].flatten(1) @ d.maps.heads[layer].flatten(0, 1)) @ shared.classifier
-
-    def of_head(self, layer: int, head: int) -> Float[Tensor, "batch class"]:
-        """What ablating one head adds."""
-        d, shared = self.d, self.shared
-        coords = d.coords[:, layer, head]
+            return coords.sum(1) @ shared.classifier
         if shared.to_class is not None:
-            now = coords @ shared.to_class[layer, head]
-        else:
-            now = (coords if d.maps.direct else coords @ d.maps.heads[layer, head]) @ shared.classifier
-        return -now if shared.heads is None else shared.heads[layer, head] - now
+            return coords.flatten(1) @ shared.to_class[layer, which].flatten(0, 1)
+        return (coords.flatten(1) @ d.maps.heads[layer, which].flatten(0, 1)) @ shared.classifier
+
+
+def _less(now: Tensor, fill: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    return torch.neg(now, out=out) if fill is None else torch.sub(fill, now, out=out)
 
 
 def predictions(logits: Float[Tensor, "batch class"]) -> Int[Tensor, " batch"]:
@@ -149,20 +125,6 @@ def predictions(logits: Float[Tensor, "batch class"]) -> Int[Tensor, " batch"]:
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(logits.numpy().argmax(1))  # many times faster than torch's own
     return logits.argmax(1)
-
-
-def check_classifier(classifier: Tensor, width: int) -> None:
-    """Raises ValueError unless the classifier has classes, and the features' width."""
-    if classifier.ndim == 2 and classifier.shape[1] == width and not len(classifier):
-        raise ValueError(
-            f"expected a classifier of at least one class; received {list(classifier.shape)}; build it with "
-            "model.zero_shot_classifier"
-        )
-    if classifier.ndim != 2 or classifier.shape[1] != width:
-        raise ValueError(
-            f"expected a classifier [class, {width}]; received {list(classifier.shape)}; build it with the "
-            "text tower of the same model"
-        )
 
 
 Data = Decomposition | Iterable[Decomposition]
@@ -184,16 +146,23 @@ def ablation_sweep(
 ) -> SweepTable:
     """Predictions under every setting of every sweep, in one pass over the data and in bounded memory.
 
-    In the published code's list of MLPs the stream's entry (the embedding) stands first, so that its curves of L layers have
-    L + 1 settings and its "forward" ablates the embedding always, its "last five" being layers L-5..L-1 all the same.
+    The published code counts the embedding, the stream's entry, as the first MLP. Its curves of L layers then have
+    L + 1 settings, and its "forward" always ablates the embedding; its "last five" are layers L-5..L-1 all the same.
     Here MLPs are MLPs; `entry=True` counts as the published code does.
 
     Args:
         data: a decomposition, or batches of them (from a store, say); with `model` also batches of images, which
             are decomposed in the moments' form.
         moments: their means are filled in; None fills in zero.
+        classifier: text features.
+        model: decomposes batches of images.
+        kinds: what is ablated.
+        schemes: in which order of layers; see `Sweep`.
         each_head: whether to ablate also every head alone.
         entry: whether sweeps of MLPs begin with the stream's entry, in the place of a layer before the first.
+
+    Returns:
+        The predictions under every setting.
 
     Raises:
         ValueError: an unknown kind or scheme, no data, moments that do not fit it, a classifier of another width,
@@ -209,53 +178,21 @@ def ablation_sweep(
     found: dict[tuple[Kind, Scheme] | Literal["before", "heads"], list[Tensor]] = {}
     n_heads = 0
     for changes in chunks(data, moments, classifier, model=model):
-        n_heads = changes.n_heads
+        n_heads = changes.d.n_heads
         for key, answers in _settings(changes, kinds, schemes, each_head, entry):
             found.setdefault(key, []).append(answers)
     if "before" not in found:
         raise ValueError("expected decompositions; received none; check the source of the data")
     joined = {key: torch.cat(parts, dim=-1) for key, parts in found.items()}
     fill: FillKind = "zero" if moments is None else "mean"
-    before = joined.pop("before")
-    alone = joined.pop("heads").unflatten(0, (-1, n_heads)) if each_head else None
-    return SweepTable(
-        before=before,
-        each_head=None if alone is None else HeadSweep(alone, fill, before),
-        sweeps={
-            key: Sweep(joined[key], *key, fill, before, entry and key[0] == "mlps")
-            for key in joined
-            if isinstance(key, tuple)
-        },
-        fill=fill,
-    )
-
-
-def _decompositions(data: object, moments: Moments | None, model: object) -> Iterator[Decomposition]:
-    if isinstance(data, Tensor):
-        raise ValueError(
-            f"expected batches of images, one after another; received one tensor {list(data.shape)}; a single batch "
-            "is [images]"
-        )
-    parts = [data] if isinstance(data, Decomposition) else data
-    if not isinstance(parts, Iterable):
-        raise TypeError(f"expected a Decomposition, or batches of them; received {type(parts).__name__}")
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = _decomposed(part, moments, model)  # noqa: PLW2901
-        if not isinstance(part, Decomposition):
-            raise TypeError(f"expected a Decomposition, or batches of them; received {type(part).__name__}")
-        yield part
-
-
-def _decomposed(images: Tensor, moments: Moments | None, model: object) -> Decomposition:
-    if model is None:
-        raise TypeError(
-            "expected decompositions, or images and a model; received images alone; pass model=, or decompose them"
-        )
-    visual = model if isinstance(model, HookedViT) else getattr(model, "visual")  # noqa: B009
-    if moments is None:
-        return decompose(visual, images)
-    return decompose(visual, images, convention=moments.maps.convention, normalize=moments.normalized)
+    before, alone = joined.pop("before"), joined.pop("heads", None)
+    sweeps = {
+        key: Sweep(answers, *key, fill, before, entry and key[0] == "mlps")
+        for key, answers in joined.items()
+        if isinstance(key, tuple)
+    }
+    each = None if alone is None else HeadSweep(alone.unflatten(0, (-1, n_heads)), fill, before)
+    return SweepTable(before, sweeps, each, fill)
 
 
 def chunks(
@@ -276,7 +213,12 @@ def chunks(
     size = max(1, CHUNK // max(1, len(classifier)))
     for d in _decompositions(data, moments, model):
         if first is None or shared is None:
-            check_classifier(classifier, d.d_embed)
+            if classifier.ndim != 2 or not len(classifier) or classifier.shape[1] != d.d_embed:
+                raise ValueError(
+                    f"expected a classifier [class, {d.d_embed}] of at least one class; received "
+                    f"{list(classifier.shape)}; build it with the text tower of the same model "
+                    "(model.zero_shot_classifier)"
+                )
             if moments is not None:
                 moments.check(d)
             first, shared = d[:0], Shared.of(d, moments, classifier)
@@ -293,45 +235,63 @@ def chunks(
         seen += len(d)
 
 
+def _decompositions(data: object, moments: Moments | None, model: object) -> Iterator[Decomposition]:
+    if isinstance(data, Tensor):
+        raise ValueError(
+            f"expected batches of images, one after another; received one tensor {list(data.shape)}; a single batch "
+            "is [images]"
+        )
+    options: dict[str, Any] = {}
+    if moments is not None:
+        options = {"convention": moments.maps.convention, "normalize": moments.normalized}
+    known = [data] if isinstance(data, Decomposition) or not isinstance(data, Iterable) else data
+    for part in known:
+        if isinstance(part, Tensor) and model is None:
+            raise TypeError(
+                "expected decompositions, or images and a model; received images alone; pass model=, or decompose them"
+            )
+        if isinstance(part, Tensor):
+            visual = model if isinstance(model, HookedViT) else getattr(model, "visual")  # noqa: B009
+            yield decompose(visual, part, **options)
+        elif isinstance(part, Decomposition):
+            yield part
+        else:
+            raise TypeError(f"expected a Decomposition, or batches of them; received {type(part).__name__}")
+
+
 def _settings(
     changes: Changes, kinds: tuple[Kind, ...], schemes: tuple[Scheme, ...], each_head: bool, entry: bool
 ) -> Iterator[tuple[tuple[Kind, Scheme] | Literal["before", "heads"], Tensor]]:
     """The predictions of all settings, of one chunk."""
-    before = changes.before
-    n_layers = changes.n_layers
+    before, d = changes.before, changes.d
     yield "before", predictions(before)
     spare = torch.empty_like(before)
+
+    def added(change: Tensor) -> Tensor:
+        return predictions(torch.add(before, change, out=spare))
+
     if each_head:
-        alone = [
-            predictions(torch.add(before, changes.of_head(layer, head), out=spare))
-            for layer in range(n_layers)
-            for head in range(changes.n_heads)
-        ]
-        yield "heads", torch.stack(alone)
+        places = ((layer, head) for layer in range(d.n_layers) for head in range(d.n_heads))
+        yield "heads", torch.stack([added(changes.of_head(*place)) for place in places])
     for kind in kinds:
-        found: dict[Scheme, list[Tensor]] = {scheme: [] for scheme in schemes}
         of_layers = changes.of_layers(kind)
         if entry and kind == "mlps":
             of_layers = [changes.of_entry(), *of_layers]
-        for scheme, ordered in (("forward", of_layers), ("backward", of_layers[::-1])):
-            if scheme in found:
-                spare.copy_(before)
-                for change in ordered:
-                    spare += change
-                    found[scheme].append(predictions(spare))
-        if "backward" in found:
-            found["backward"].reverse()
-        if "separate" in found:
-            found["separate"] = [predictions(torch.add(before, change, out=spare)) for change in of_layers]
         for scheme in schemes:
-            yield (kind, scheme), torch.stack(found[scheme])
+            if scheme == "separate":
+                yield (kind, scheme), torch.stack([added(change) for change in of_layers])
+                continue
+            step = 1 if scheme == "forward" else -1
+            spare.copy_(before)
+            found = [predictions(spare.add_(change)) for change in of_layers[::step]]
+            yield (kind, scheme), torch.stack(found[::step])
 
 
 Place = tuple[int, int | None]  # layer and head; the layer's MLP where there is no head
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GreedySet:
+class GreedySet(Result):
     """Components in the order in which they were added.
 
     Attributes:
@@ -349,10 +309,7 @@ class GreedySet:
     @property
     def components(self) -> Components:
         """All of them together."""
-        whole = heads[[]]
-        for position, step in enumerate(self.steps):
-            whole = step if not position else whole | step
-        return whole
+        return reduce(or_, self.steps) if self.steps else heads[[]]
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -383,9 +340,6 @@ class GreedySet:
         ends = f"{self.rates[0]:.3f} to {self.rates[-1]:.3f}"
         return f"GreedySet({self.components!r}, {self.fill}-ablated: {ends} of {self.total} images)"
 
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.3f}".format)
-
 
 def most_damaging(
     data: Data,
@@ -404,10 +358,14 @@ def most_damaging(
     Args:
         data: a decomposition, or batches that can be gone through again (a list, not a generator).
         moments: their means are filled in; None fills in zero.
+        classifier: text features.
         answers: a class for each image: its label, to harm accuracy; the attacker's target for triggered images, to
             harm the attack.
         candidates: heads and MLPs to choose from.
         size: number of components at most; fewer where there are no more candidates.
+
+    Returns:
+        The components in order, and how many images keep their answer after each.
 
     Raises:
         IndexError: an answer that is no class.

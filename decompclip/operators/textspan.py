@@ -37,9 +37,14 @@ from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, one_thread, same_model, term_maps
 from decompclip.decomposition.moments import Moments
+from decompclip.operators.inputs import (
+    Images as Pictures,
+    TextFeatures,
+    default_images,
+    encode_texts,
+    image_batches,
+)
 from decompclip.operators.parts import Head, Part, part_at, parts_of
-from decompclip.operators.patching import Images as Pictures, image_batches
-from decompclip.operators.textspan_inputs import TextFeatures, default_images, encode_texts
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.effects import Effects, direct_and_causal
-from decompclip.operators.intervention import Composition, Intervention, Score
+from decompclip.operators.intervention import Composition, Intervention
+from decompclip.operators.scores import ClassScore
 from decompclip.tower.vit import Hook, HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -161,15 +162,15 @@ def test_scores_are_what_they_say(classifier: Tensor, labels: Tensor) -> None:
     logits = (features.double() @ classifier.double().T).numpy()
     rows = slice(0, 5)
     own = logits[range(5), labels]
-    np.testing.assert_allclose(Score(classifier, labels, metric="logit")(features, rows), own)
+    np.testing.assert_allclose(ClassScore(classifier, labels, metric="logit")(features, rows), own)
     others = [np.delete(row, label).mean() for row, label in zip(logits, labels, strict=True)]
-    np.testing.assert_allclose(Score(classifier, labels)(features, rows), own - others)
-    np.testing.assert_allclose(Score(classifier, labels, against=4)(features, rows), own - logits[:, 4])
+    np.testing.assert_allclose(ClassScore(classifier, labels)(features, rows), own - others)
+    np.testing.assert_allclose(ClassScore(classifier, labels, against=4)(features, rows), own - logits[:, 4])
     np.testing.assert_allclose(
-        Score(classifier, 4, against=labels)(features[2:], slice(2, 5)), (logits[:, 4] - own)[2:]
+        ClassScore(classifier, 4, against=labels)(features[2:], slice(2, 5)), (logits[:, 4] - own)[2:]
     )
     right = logits.argmax(1) == labels.numpy()
-    np.testing.assert_allclose(Score(classifier, labels, metric="accuracy")(features, rows), right)
+    np.testing.assert_allclose(ClassScore(classifier, labels, metric="accuracy")(features, rows), right)
 
 
 def test_a_single_image_has_no_interval(tower: HookedViT, images: Tensor, classifier: Tensor) -> None:
@@ -252,3 +253,20 @@ def test_errors_say_what_to_do(
         effects.heads("total")  # pyright: ignore[reportArgumentType]
     with pytest.raises(KeyError, match=r"received pool; name it in components="):
         effects["pool"]
+
+
+def test_a_direction_scores_as_the_classes_it_lies_between(
+    tower: HookedViT, images: Tensor, classifier: Tensor
+) -> None:
+    of_classes = direct_and_causal(tower, images, ZeroAblate, classifier, 2, against=4, components=mlps)
+    scores = ClassScore(classifier, 2, against=4)
+    for toward, against in (
+        (classifier[2] - classifier[4], None),
+        (classifier[2], classifier[4]),
+        (scores, None),
+    ):
+        found = direct_and_causal(tower, images, ZeroAblate, toward, against=against, components=mlps)
+        for mode in ("direct", "causal"):
+            torch.testing.assert_close(getattr(found, mode), getattr(of_classes, mode), atol=1e-6, rtol=1e-4)
+    own = direct_and_causal(tower, images, ZeroAblate, lambda x: x[:, 0], components=mlps)
+    assert own.metric == "score" and own.causal.abs().max() > 0

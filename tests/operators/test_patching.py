@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads, mlps
-from decompclip.operators.attribution import attribution_patching
-from decompclip.operators.patching import POINTS, Patching, activation_patching
+from decompclip.models.bundled import load_bundled
+from decompclip.operators.patching import POINTS, Patching, activation_patching, attribution_patching
 from decompclip.operators.paths import path_patching
 from decompclip.tower.vit import HookedViT
 
@@ -236,20 +237,20 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, source: Tensor,
             patch(tower, images, source, direction, sites=("q",))  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="received 5 base and 4 source images; pair them first"):
             patch(tower, images, source[:4], direction)
-        with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
+        with pytest.raises(
+            ValueError, match=r"a direction \[20\], as wide as the joint space; received \[19\]"
+        ):
             patch(tower, images, source, direction[:19])
         single: Any = [images[0]]
-        with pytest.raises(
-            ValueError, match=r"expected base as one batch of images .* received \[3, 24, 16\]"
-        ):
+        with pytest.raises(ValueError, match=r"expected base as batches of images .* received \[3, 24, 16\]"):
             patch(tower, single, single, direction)
         with pytest.raises(ValueError, match="both as one batch or both as batches"):
             patch(tower, [images], source, direction)
         with pytest.raises(ValueError, match="at least one batch"):
             patch(tower, [], [], direction)
-        with pytest.raises(ValueError, match=r"expected source as one batch .* received \[3, 24, 16\]"):
+        with pytest.raises(ValueError, match=r"expected source as batches .* received \[3, 24, 16\]"):
             patch(tower, images, source[0], direction)
-    with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the features; received \[19\]"):
+    with pytest.raises(ValueError, match=r"a direction \[20\], as wide as the joint space; received \[19\]"):
         path_patching(tower, images, source, direction[:19], heads[0, 1])
     for sender in (heads[0], mlps[0], heads[0, 1] | mlps[0]):
         with pytest.raises(ValueError, match=r"one head as the sender, such as heads\[3, 1\]; received"):
@@ -291,3 +292,18 @@ def test_results_of_different_places_do_not_merge(
         a.merge(b)
     with pytest.raises(ValueError, match="one batch to check places in"):
         attribution_patching(tower, [images], [source], direction, check=3)
+
+
+def test_a_score_is_a_text_a_direction_or_a_function() -> None:
+    """Of a text and another: as of the difference of their unit features."""
+    model = load_bundled("shapes")
+    world = model.normalize(Shapes(4, seed=5).draw(range(4)).images)
+    with torch.no_grad():
+        star, ring = F.normalize(model.encode_text(["a star", "a ring"]), dim=-1)
+    ours, theirs = world[:2], world[2:4]
+    found = activation_patching(model, ours, theirs, "a star", against="a ring", sites=("mlp_out",))
+    for toward in (star - ring, lambda x: F.normalize(x, dim=-1) @ (star - ring)):
+        same = activation_patching(model, ours, theirs, toward, sites=("mlp_out",))
+        torch.testing.assert_close(found.effects["mlp_out"], same.effects["mlp_out"], atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="with a function; leave it out"):
+        activation_patching(model, ours, theirs, lambda x: x[:, 0], against="a ring")

@@ -25,10 +25,9 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
-from decompclip.operators.patching import image_batches
+from decompclip.operators.inputs import TextFeatures, default_images, encode_texts, image_batches
 from decompclip.operators.roles import role_change
 from decompclip.operators.textspan import Terms, fit_textspans, frame, pick, textspan, textspans
-from decompclip.operators.textspan_inputs import TextFeatures, default_images, encode_texts
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 from decompclip.tower.vit import HookedViT
 

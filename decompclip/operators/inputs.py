@@ -1,4 +1,4 @@
-"""What TEXTSPAN works on: encoded texts, and what stands in where no texts or images are given."""
+"""What operators read: batches of images, encoded texts, and what stands in where a user gives none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,43 @@ from decompclip.models.text import WordTokenizer
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images as the tower takes them, such as `FolderSource`: `batch.images` of its batches."""
+
+    @property
+    def skipped(self) -> Sequence[Any]: ...
+
+    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
+
+
+Images = Tensor | Iterable[Any] | ImageSource
+"""`[batch 3 h w]` as the tower takes them, batches of such images one after another, or a source of them."""
+
+
+def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, "batch 3 h w"]]:
+    """Batches of at most `batch_size` images, none of them empty.
+
+    Raises:
+        ValueError: a batch size below one, or something else than batches of images.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
+    batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
+    if isinstance(images, ImageSource):
+        batches = (batch.images for batch in images.batches(batch_size))
+    elif not isinstance(images, Tensor):
+        batches = images
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.ndim != 4:
+            found = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"expected batches of images [batch, 3, h, w] as the tower takes them; received {found}; preprocess "
+                "pictures with model.preprocess or pixels with model.normalize, and pass at least one"
+            )
+        yield from batch.split(batch_size) if len(batch) else ()
 
 
 N_IMAGES = 1024
