@@ -35,16 +35,13 @@ from .decomposition.components import (
 )
 from .decomposition.decomposition import Decomposition as Decomposition
 from .decomposition.moments import Moments as Moments
-from .defenses.agnostic_det import AgnosticDet as AgnosticDet
-from .defenses.agnostic_rep import AgnosticRep as AgnosticRep
-from .defenses.bake import bake as bake, even as even
+from .defenses.agnostic import AgnosticDet as AgnosticDet, AgnosticRep as AgnosticRep
+from .defenses.bake import average_over_tokens as average_over_tokens, bake as bake
 from .defenses.clean_finetuning import PAR as PAR, CleanCLIP as CleanCLIP, CleanFineTuning as CleanFineTuning
-from .defenses.decomp_det import DecompDet as DecompDet
-from .defenses.decomp_rep import DecompRep as DecompRep
+from .defenses.decomp import DecompDet as DecompDet, DecompRep as DecompRep
 from .defenses.detectors import DETECTORS as DETECTORS
 from .defenses.detectors.detector import Detector as Detector
-from .defenses.guard import Guard as Guard
-from .defenses.guard_files import load as load, save_guard as save_guard
+from .defenses.guard import Guard as Guard, load as load, save_guard as save_guard
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import attack_report as attack_report, auroc as auroc

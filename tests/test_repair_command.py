@@ -13,7 +13,7 @@ import decompclip
 from decompclip.cli import app
 from decompclip.cli.repair import Method, costly
 from decompclip.data.shapes import Shapes
-from decompclip.defenses.decomp_rep import late_mlps
+from decompclip.defenses.decomp import late_mlps
 from decompclip.defenses.guard import Guard
 
 

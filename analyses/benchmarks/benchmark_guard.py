@@ -43,8 +43,7 @@ def run(config: Config) -> dict[str, Any]:
 
     from decompclip.decomposition.components import heads, mlps
     from decompclip.decomposition.moments import Moments
-    from decompclip.defenses.decomp_det import DecompDet
-    from decompclip.defenses.decomp_rep import DecompRep
+    from decompclip.defenses.decomp import DecompDet, DecompRep
     from decompclip.defenses.guard import Guard
     from decompclip.models.clip import HookedCLIP
     from decompclip.models.text import WordTokenizer

@@ -29,7 +29,7 @@ from analyses.study.family import Family
 from analyses.study.summary import markdown
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.agnostic_rep import AgnosticRep
+from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.guard import Guard
 from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.attention import contribution_maps

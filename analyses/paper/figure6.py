@@ -22,7 +22,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, markdown, mean
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
 

@@ -31,9 +31,9 @@ from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.data.pairs import Pairs
 from decompclip.data.shapes_pairs import ShapesPairs
-from decompclip.defenses.agnostic_rep import AgnosticRep
+from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.clean_finetuning import PAR, CleanCLIP, CleanFineTuning, TuningDefense
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.training.recipes import FineTuning
 
 TITLE = "Table 1: Decomp-Rep, and on top of fine-tuning defenses"

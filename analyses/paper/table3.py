@@ -26,7 +26,7 @@ from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.decomposition.components import heads
-from decompclip.defenses.decomp_rep import DecompRep, random_heads
+from decompclip.defenses.decomp import DecompRep, random_heads
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.transplant import decomp_reverse
 

@@ -26,7 +26,7 @@ from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.noise import RandomAblate
 

@@ -34,8 +34,8 @@ from analyses.study.summary import markdown, rate
 from decompclip.attacks.trigger import Trigger
 from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
-from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.agnostic import AgnosticRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 from decompclip.models.bundled import load_bundled

@@ -34,9 +34,8 @@ from analyses.study.rates import excess, rates_figure
 from analyses.study.summary import by_attack, markdown, mean
 from decompclip.decomposition.components import everything
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
-from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.agnostic import VIEWS, AgnosticDet, AgnosticRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.defenses.distances import ClassDistance, ComponentDistances
 from decompclip.evaluation.metrics import auroc
 from decompclip.figures.scatter import Panel, Point, point_panels
@@ -87,7 +86,7 @@ def repaired(
     detector = repair.detector_
     flagged = detector.predict(d, fpr=BUDGET)
     cut = detector.expected_.cut
-    expected = detector.expected_.extrapolation(detector.look(d).before)[:, cut].to(d.embed)
+    expected = detector.futures(d)[:, cut].to(d.embed)
     mlps = d.mlps.clone()
     mlps[:, -1] += torch.where(flagged[:, None], expected - d.features, 0)
     yield "after the first half", d.edit(mlps=mlps)

@@ -16,10 +16,8 @@ from decompclip.audit.evidence import Repair
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Suspicion
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.agnostic_det import AgnosticDet
-from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.decomp_det import DecompDet
-from decompclip.defenses.decomp_rep import DecompRep, late_mlps
+from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
+from decompclip.defenses.decomp import DecompDet, DecompRep, late_mlps
 from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.intervals import Rate

@@ -1,7 +1,4 @@
-"""A model that looks at each image of a run once, whoever asks for it.
-
-One model of the zoo, measured: how well each detector finds its triggered images, and each repair mends them.
-"""
+"""One model of the zoo, measured: how well each detector finds its triggered images, and what each repair leaves of the attack."""
 
 from __future__ import annotations
 
@@ -17,15 +14,15 @@ from torch import Tensor, nn
 
 from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
-from decompclip.bench.page import REPAIR
+from decompclip.bench.page import REPAIR_RATES
 from decompclip.bench.plan import (
     FPR,
     MOST_SEEDS,
     REPAIRS,
     SLOW,
-    Known,
+    FitInputs,
     Plan,
-    Repair,
+    RepairRecipe,
     Samples,
     base_of,
     draw_samples,
@@ -48,18 +45,21 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.zoo.recipes import WORLDS
 
 
-class Remembering(HookedCLIP):
-    """`model` that recalls features and terms of the images that it was told to remember; others it looks at.
+class Remembering:
+    """`model`, which recalls features and terms of the images in its memory; others go through the tower.
 
-    So detectors and repairs share every forward pass of a run, and need not know of each other.
+    So detectors and repairs share every forward pass of a run, and need not know of each other. All else is the model's.
+
+    Args:
+        model: a CLIP.
+        batch_size: images a forward pass.
 
     Attributes:
         looks: images that went through the tower.
     """
 
     def __init__(self, model: HookedCLIP, *, batch_size: int = 64) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(model.__dict__)  # the same tower, text and words
+        self.model = model
         self.batch_size = batch_size
         self.looks = 0
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -67,12 +67,18 @@ class Remembering(HookedCLIP):
         self._seen: dict[tuple[int, str], Any] = {}
         self._awake = True
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
     def remember(self, pixels: Float[Tensor, "image 3 h w"]) -> None:
-        """Images in [0, 1] that are asked for again and again; they are looked at when they are first asked for."""
+        """Put images into the memory; they go through the tower when they are first asked for."""
         images = self.normalize(pixels)
         for row, key in enumerate(_keys(images)):
             self._places.setdefault(key, (len(self._sets), row))
         self._sets.append(images)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return self.model.normalize(pixels)
 
     def terms(self, pixels: Float[Tensor, "image 3 h w"], convention: Convention) -> Decomposition:
         """Terms of unit features."""
@@ -83,22 +89,17 @@ class Remembering(HookedCLIP):
         recalled = self._recall(images, "features")
         if recalled is None:
             self.looks += len(images)
-            return super().encode_image(images, normalize)
+            return self.model.encode_image(images, normalize)
         return nn.functional.normalize(recalled, dim=-1) if normalize else recalled
 
     @torch.no_grad()
     def decompose(
-        self,
-        images: Tensor,
-        *,
-        convention: Convention = "centred",
-        normalize: bool = False,
-        tokens: Any = None,
+        self, images: Tensor, *, convention: Convention = "centred", normalize: bool = False
     ) -> Decomposition:
-        recalled = self._recall(images, convention) if normalize and tokens is None else None
+        recalled = self._recall(images, convention) if normalize else None
         if recalled is None:
             self.looks += len(images)
-            return super().decompose(images, convention=convention, normalize=normalize, tokens=tokens)
+            return self.model.decompose(images, convention=convention, normalize=normalize)
         return recalled
 
     @contextmanager
@@ -114,13 +115,11 @@ class Remembering(HookedCLIP):
         """What was seen of these images; None unless they are all of one set."""
         if not (self._awake and len(images)):
             return None
-        places = [self._places.get(key) for key in _keys(images)]
-        sets = {place[0] if place else None for place in places}
-        if len(sets) > 1 or None in sets:
+        places = [self._places.get(key, (-1, 0)) for key in _keys(images)]
+        which = places[0][0]
+        if which < 0 or any(place[0] != which for place in places):
             return None
-        (which,) = sets
-        assert which is not None
-        return self._whole(which, kind)[[place[1] for place in places if place]]
+        return self._whole(which, kind)[[row for _, row in places]]
 
     def _whole(self, which: int, kind: str) -> Any:
         """All that was seen of a set."""
@@ -128,11 +127,10 @@ class Remembering(HookedCLIP):
             parts = self._sets[which].split(self.batch_size)
             self.looks += len(self._sets[which])
             if kind == "features":
-                seen: Any = torch.cat([HookedCLIP.encode_image(self, part) for part in parts])
+                seen: Any = torch.cat([self.model.encode_image(part) for part in parts])
             else:
-                seen = Decomposition.cat(
-                    [HookedCLIP.decompose(self, part, convention=kind, normalize=True) for part in parts]  # pyright: ignore[reportArgumentType]
-                )
+                options: Any = {"convention": kind, "normalize": True}
+                seen = Decomposition.cat([self.model.decompose(part, **options) for part in parts])
             self._seen[which, kind] = seen
         return self._seen[which, kind]
 
@@ -157,28 +155,34 @@ class Subject:
     trigger: Trigger | None
     target: int
     samples: Samples
-    twins: Float[Tensor, "twin 3 h w"] | None
+    triggered: Float[Tensor, "triggered 3 h w"] | None
 
     @staticmethod
     def of(name: str, *, images: int, seed: int, draws: int = 1) -> Subject:
         """Raises ValueError or FileNotFoundError as `draw_samples`."""
         world, backdoor = WORLDS[base_of(name)], card(name)["backdoor"]
-        model = Remembering(load_bundled(name))
+        clip = load_bundled(name)
+        model = Remembering(clip)
         samples = draw_samples(world, images=images, seed=seed, draws=draws)
         trigger = None if backdoor is None else from_card(backdoor["trigger"])
         target = world.label if backdoor is None else world.class_names.index(backdoor["target"])
-        twins = None if trigger is None else samples.twins(trigger, target)
-        for known in (*samples.fits, samples.clean, samples.other, *([] if twins is None else [twins])):
-            model.remember(known)
+        triggered = None if trigger is None else samples.triggered(trigger, target)
+        for pixels in (
+            *samples.fits,
+            samples.clean,
+            samples.other,
+            *([] if triggered is None else [triggered]),
+        ):
+            model.remember(pixels)
         with torch.no_grad():
-            classifier = world.classifier(model)
-        return Subject(model, classifier, trigger, target, samples, twins)
+            classifier = world.classifier(clip)
+        return Subject(model, classifier, trigger, target, samples, triggered)
 
     def shared(self, n: int) -> tuple[Samples, Tensor | None]:
-        """The first `n` images of each kind, and the twins of those."""
+        """The first `n` images of each kind, and the triggered copies of those."""
         samples = self.samples.first(n)
         own = int((samples.labels != self.target).sum())
-        return samples, None if self.twins is None else self.twins[:own]
+        return samples, None if self.triggered is None else self.triggered[:own]
 
 
 def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -> dict[str, Any]:
@@ -192,27 +196,27 @@ def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -
     detectors, repairs = {}, {}
     for detector in plan.detectors:
         log(f"{name}, seed {seed}: {detector}")
-        with _named(name, detector):
+        with _named(f"{name}, {detector}"):
             detectors[detector] = detection(subject, detector, images=plan.images_of(detector))
     if plan.repairs:
         log(f"{name}, seed {seed}: {len(plan.repairs)} repairs")
     for repair in plan.repairs:
-        with _named(name, repair):
+        with _named(f"{name}, {repair}"):
             repairs[repair] = mending(subject, repair, seed=seed)
     counts = {kind: len(getattr(subject.samples, kind)) for kind in ("fit", "clean", "other")}
     return {
-        "images": counts | {"twins": 0 if subject.twins is None else len(subject.twins)},
+        "images": counts | {"twins": 0 if subject.triggered is None else len(subject.triggered)},
         "detectors": detectors,
         "repairs": repairs,
     }
 
 
 def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
-    """AUROC of clean images and triggered twins, none of the target's class, and rates at the detector's own threshold.
+    """AUROC of clean and triggered images, none of the target's class, and rates at the detector's own threshold.
 
-    The control puts other clean images in the place of the twins: 0.5, but for chance.
+    The control puts other clean images in the place of the triggered ones: 0.5, but for chance.
     """
-    samples, twins = subject.shared(images)
+    samples, triggered = subject.shared(images)
     detector = DETECTORS[name](subject.model, subject.classifier)
     detector.fit(samples.fit)
     threshold = detector.threshold_at(FPR)
@@ -228,30 +232,30 @@ def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
         "fpr": Rate.of(torch.cat([clean, other]) > threshold).to_dict(),
         "control": area(own, other[samples.other_labels != subject.target]),
         "threshold": threshold,
-        "forwards": cost.forwards,
-        "cost": round(cost.ratio, 3),
+        "forwards": detector.forwards,
+        "cost": round(cost, 3),
     }
-    if twins is not None:
-        suspect = detector.score(twins)
+    if triggered is not None:
+        suspect = detector.score(triggered)
         found |= {"auroc": area(own, suspect), "tpr": Rate.of(suspect > threshold).to_dict()}
     return found
 
 
 def mending(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
-    """Rates over clean images and triggered twins that went through the same repair, fitted on each draw in turn."""
+    """Rates over clean and triggered images that went through the same repair, fitted on each draw in turn."""
     rates: dict[str, list[Rate]] = {}
     for draw, fit in enumerate(subject.samples.fits):
         for key, rate in _mended(subject, REPAIRS[name], fit, seed=seed + MOST_SEEDS * draw).items():
             rates.setdefault(key, []).append(rate)
-    return {key: Redrawn(tuple(rates[key])).to_dict() if key in rates else None for key in REPAIR}
+    return {key: Redrawn(tuple(rates[key])).to_dict() if key in rates else None for key in REPAIR_RATES}
 
 
-def _mended(subject: Subject, repair: Repair, images: Tensor, *, seed: int) -> dict[str, Rate]:
+def _mended(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: int) -> dict[str, Rate]:
     """After one draw."""
     samples, target = subject.samples, subject.target
     extent = None if subject.trigger is None else subject.trigger.extent
     fit = subject.model.terms(images, repair.convention)
-    edit = repair.fit(Known(fit, subject.classifier, extent, seed))
+    edit = repair.fit(FitInputs(fit, subject.classifier, extent, seed))
 
     def answers(images: Tensor) -> Int[Tensor, " image"]:
         features = edit(subject.model.terms(images, repair.convention)).features
@@ -260,8 +264,8 @@ def _mended(subject: Subject, repair: Repair, images: Tensor, *, seed: int) -> d
     clean = answers(samples.clean)
     found = {"cacc": clean_accuracy(clean, samples.labels)}
     found["control"] = target_rate(clean, samples.labels, target)
-    if subject.twins is not None:
-        truth, after = samples.labels[samples.labels != target], answers(subject.twins)
+    if subject.triggered is not None:
+        truth, after = samples.labels[samples.labels != target], answers(subject.triggered)
         found["asr"] = attack_success(after, truth, target)
         found["triggered_accuracy"] = clean_accuracy(after, truth)
     return found
@@ -273,14 +277,10 @@ def area(clean: Tensor, suspect: Tensor) -> dict[str, float]:
     return {"value": auroc(clean, suspect), "low": low, "high": high}
 
 
-class _named:
+@contextmanager
+def _named(where: str) -> Iterator[None]:
     """Says whose error it was."""
-
-    def __init__(self, model: str, what: str) -> None:
-        self.where = f"{model}, {what}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.where}: {error}") from error
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

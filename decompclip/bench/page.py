@@ -1,19 +1,13 @@
-"""Summaries of runs: by attack, and over attacks.
-
-The leaderboard's tables, as a page shows them.
-
-The leaderboard as one page that opens offline.
-"""
+"""The leaderboard: summaries of runs, by attack and over attacks, and one page that opens offline."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
@@ -24,8 +18,13 @@ from decompclip.files import atomic_folder, digest, write_json, write_text
 from decompclip.intervals import CONFIDENCE
 from decompclip.printable import printable_all, shown
 
-DETECTION = ("auroc", "tpr", "fpr", "control", "cost")
-REPAIR = ("cacc", "asr", "control", "triggered_accuracy")
+RATES = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
+REPAIR_RATES = {
+    "cacc": "CACC %",
+    "asr": "ASR %",
+    "control": "control %",
+    "triggered_accuracy": "accuracy with trigger %",
+}
 
 
 def leaderboard(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -37,15 +36,11 @@ def leaderboard(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not runs:
         raise ValueError("expected at least one run; received none")
     return {
-        "attacks": attacks(runs),
-        "detectors": _table(runs, "detectors", DETECTION),
-        "repairs": _table(runs, "repairs", REPAIR),
+        "attacks": list(dict.fromkeys(run["attack"] for run in runs if run["attack"])),
+        "detectors": _table(runs, "detectors", (*RATES, "cost")),
+        "repairs": _table(runs, "repairs", REPAIR_RATES),
         "runs": list(runs),
     }
-
-
-def attacks(runs: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(run["attack"] for run in runs if run["attack"]))
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -58,7 +53,7 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def _table(runs: Sequence[dict[str, Any]], part: str, metrics: Sequence[str]) -> dict[str, Any]:
+def _table(runs: Sequence[dict[str, Any]], part: str, metrics: Iterable[str]) -> dict[str, Any]:
     """Name -> metric -> mean by attack (over twins and seeds), mean over attacks, and the clean models' own.
 
     An attack counts once, whether it has one twin or three.
@@ -68,137 +63,86 @@ def _table(runs: Sequence[dict[str, Any]], part: str, metrics: Sequence[str]) ->
 
 
 def _by_cell(runs: Sequence[dict[str, Any]], part: str, name: str, metric: str) -> dict[str, Any]:
-    by_attack: dict[str, list[float]] = {}
-    clean = []
+    by_attack: dict[str | None, list[float]] = {}
     for run in runs:
-        value = _value(run[part].get(name, {}).get(metric))
+        found = run[part].get(name, {}).get(metric)
+        value = found["value"] if isinstance(found, dict) else found
         if value is not None:
-            (by_attack.setdefault(run["attack"], []) if run["attack"] else clean).append(value)
+            by_attack.setdefault(run["attack"] or None, []).append(value)
     means = {attack: sum(values) / len(values) for attack, values in by_attack.items()}
-    bounds = _bounds(metric)
+    clean = means.pop(None, None)
     mean = mean_interval(list(means.values())) if means else None
     if mean and mean["low"] is not None:
-        mean |= {"low": max(bounds[0], mean["low"]), "high": min(bounds[1], mean["high"])}
-    return {"attacks": means, "mean": mean, "clean": sum(clean) / len(clean) if clean else None}
+        most = math.inf if metric == "cost" else 1.0
+        mean |= {"low": max(0.0, mean["low"]), "high": min(most, mean["high"])}
+    return {"attacks": means, "mean": mean, "clean": clean}
 
 
-def _bounds(metric: str) -> tuple[float, float]:
-    return (0.0, math.inf) if metric == "cost" else (0.0, 1.0)
-
-
-def _value(found: Any) -> float | None:
-    return found["value"] if isinstance(found, dict) else found
-
-
-RATES = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
-REPAIR_RATES = {
-    "cacc": "CACC %",
-    "asr": "ASR %",
-    "control": "control %",
-    "triggered_accuracy": "accuracy with trigger %",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     text: str
     interval: str = ""
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     title: str
     head: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def means(found: dict[str, Any], columns: dict[str, str], best: str = "") -> Table:
+    """One row a defense: its mean over attacks; where there was no attack at all, what the clean models say."""
+    overall = [{key: _overall(cells[key]) for key in columns} for cells in found.values()]
+    tops = _best([(row.get(best) or {}).get("value") for row in overall], max)
+    rows = [
+        (name, [_cell(value, best=key == best and top) for key, value in row.items()])
+        for name, row, top in zip(found, overall, tops, strict=True)
+    ]
+    return Table("Over all attacks", ("", *columns.values()), rows)
 
 
 def detection_means(board: dict[str, Any]) -> Table:
     """Means over attacks, and what a detector costs."""
     found = board["detectors"]
-    means = _means(found, RATES, best=("auroc", max))
+    table = means(found, RATES, best="auroc")
     forwards = {name: cells["forwards"] for run in board["runs"] for name, cells in run["detectors"].items()}
-    rows = tuple(
-        Row(row.name, (*row.cells, Cell(str(forwards[row.name])), _time(found[row.name]["cost"])))
-        for row in means.rows
-    )
-    return Table(means.title, (*means.head, "forwards", "time"), rows)
-
-
-def repair_means(board: dict[str, Any]) -> Table:
-    return _means(board["repairs"], REPAIR_RATES)
-
-
-def _means(
-    found: dict[str, Any],
-    columns: dict[str, str],
-    *,
-    best: tuple[str, Callable[..., Any]] | None = None,
-) -> Table:
-    """One row a defense; where there was no attack at all, what the clean models say."""
-    shown = {name: {key: _overall(cells[key]) for key in columns} for name, cells in found.items()}
-    metric, better = best or ("", max)
-    values = [mean["value"] for row in shown.values() if (mean := row.get(metric)) is not None]
-    top = better(values, default=None)
-    rows = [
-        Row(
-            name,
-            tuple(_cell(value, best=key == metric and _is(value, top)) for key, value in row.items()),
-        )
-        for name, row in shown.items()
-    ]
-    return Table("Over all attacks", ("", *columns.values()), tuple(rows))
+    for name, cells in table.rows:
+        time = _overall(found[name]["cost"])
+        cells += [Cell(str(forwards[name])), Cell("–" if time is None else f"{time['value']:.1f} x")]
+    return table._replace(head=(*table.head, "forwards", "time"))
 
 
 def by_attack(
-    title: str, found: dict[str, Any], metric: str, attacks: Sequence[str], best: Callable[..., Any]
+    title: str, found: dict[str, Any], metric: str, attacks: Sequence[str], better: Callable[..., Any]
 ) -> Table:
-    values = {
-        name: [cells[metric]["attacks"].get(attack) for attack in attacks] for name, cells in found.items()
-    }
-    tops = [
-        best([x for x in column if x is not None], default=None)
-        for column in zip(*values.values(), strict=True)
-    ]
+    values = [[cells[metric]["attacks"].get(attack) for attack in attacks] for cells in found.values()]
+    tops = zip(*[_best(column, better) for column in zip(*values, strict=True)], strict=True)
     rows = [
-        Row(
-            name,
-            tuple(
-                Cell(_percent(x), best=x is not None and _percent(x) == _percent(top))
-                for x, top in zip(row, tops, strict=True)
-            ),
-        )
-        for name, row in values.items()
+        (name, [Cell(_percent(x), best=best) for x, best in zip(row, top, strict=True)])
+        for name, row, top in zip(found, values, tops, strict=True)
     ]
-    return Table(title, ("", *attacks), tuple(rows))
+    return Table(title, ("", *attacks), rows)
 
 
 def model_tables(run: dict[str, Any]) -> list[Table]:
     """What was measured of one model, with intervals."""
     tables = []
-    if found := run["detectors"]:
-        rows = [
-            Row(name, (*_cells(cells, RATES), Cell(str(cells["images"])), Cell(f"{cells['cost']:.1f} x")))
-            for name, cells in found.items()
-        ]
-        tables.append(Table("", ("detector", *RATES.values(), "images", "time"), tuple(rows)))
-    if found := run["repairs"]:
-        rows = [
-            Row(name, (*_cells(cells, REPAIR_RATES), Cell(str(len(cells["cacc"].get("draws", (0,)))))))
-            for name, cells in found.items()
-        ]
-        tables.append(Table("", ("repair", *REPAIR_RATES.values(), "draws"), tuple(rows)))
+    for kind, columns, more in (
+        ("detector", RATES, ("images", "time")),
+        ("repair", REPAIR_RATES, ("draws",)),
+    ):
+        if not (found := run[f"{kind}s"]):
+            continue
+        rows = []
+        for name, cells in found.items():
+            facts = (
+                [str(cells["images"]), f"{cells['cost']:.1f} x"]
+                if kind == "detector"
+                else [str(len(cells["cacc"].get("draws", (0,))))]
+            )
+            rows.append((name, [*(_cell(cells[key]) for key in columns), *map(Cell, facts)]))
+        tables.append(Table("", (kind, *columns.values(), *more), rows))
     return tables
-
-
-def _cells(found: dict[str, Any], columns: dict[str, str]) -> list[Cell]:
-    return [_cell(found[key]) for key in columns]
 
 
 def _overall(cells: dict[str, Any]) -> dict[str, Any] | None:
@@ -207,13 +151,10 @@ def _overall(cells: dict[str, Any]) -> dict[str, Any] | None:
     return None if cells["clean"] is None else {"value": cells["clean"], "low": None, "high": None}
 
 
-def _is(found: dict[str, Any] | None, top: float | None) -> bool:
-    return found is not None and _percent(found["value"]) == _percent(top)
-
-
-def _time(cells: dict[str, Any]) -> Cell:
-    found = _overall(cells)
-    return Cell("–" if found is None else f"{found['value']:.1f} x")
+def _best(values: Sequence[float | None], better: Callable[..., Any]) -> list[bool]:
+    """Which are shown as the best one is."""
+    top = better([x for x in values if x is not None], default=None)
+    return [x is not None and _percent(x) == _percent(top) for x in values]
 
 
 def _cell(found: dict[str, Any] | None, *, best: bool = False) -> Cell:
@@ -242,22 +183,16 @@ DETECTION_TEXT = (
 REPAIR_TEXT = (
     "ASR: share of triggered images taken for the target, to be read beside its control, the share of clean images of "
     "other classes that the same repair sends there. CACC: accuracy on clean images; accuracy with trigger: on triggered "
-    "ones. The paper's repair is told whether the trigger is local or global; the others are told nothing. Means and "
-    "intervals are over attacks, as above. "
-    "A repair is fitted on several draws of clean images, and a rate is the mean over them; a model's own interval below is for "
-    "one more draw, or, where it says one draw, for the images that were drawn."
+    "ones. The paper's repair needs a hint, whether the trigger is local or global; the others need none. Means and "
+    "intervals are over attacks, as above. A repair is fitted on several draws of clean images, and a rate is the mean over "
+    "them. A model's own interval below is for one more draw, or, where it says one draw, for the images that were drawn."
 )
 
 
 def render(board: dict[str, Any]) -> str:
     """`leaderboard(...)` as HTML, with its style in it and without scripts."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=shown,
-    )
+    options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined, "finalize": shown}
+    environment = jinja2.Environment(**options, trim_blocks=True, lstrip_blocks=True)
     own = files("decompclip.bench") / "templates"
     css = (files("decompclip.report") / "templates" / "report.css").read_text(encoding="utf-8")
     css += (own / "bench.css").read_text(encoding="utf-8")
@@ -291,7 +226,7 @@ def _sections(board: dict[str, Any]) -> list[dict[str, Any]]:
             tables.append(by_attack("AUROC % by attack", found, "auroc", attacks, max))
         sections.append({"id": "detection", "title": "Detection", "text": DETECTION_TEXT, "tables": tables})
     if found := board["repairs"]:
-        tables = [repair_means(board)]
+        tables = [means(found, REPAIR_RATES)]
         if attacks:
             tables.append(by_attack("ASR % by attack", found, "asr", attacks, min))
             tables.append(by_attack("CACC % by attack", found, "cacc", attacks, max))

@@ -1,9 +1,4 @@
-"""Repairs of image features by name, each fitted on clean images alone.
-
-Images to fit on, and images to measure on: fixed before, and never the same ones.
-
-What a leaderboard is made of, checked before anything is measured.
-"""
+"""What a leaderboard measures: repairs by name, images to fit and to measure on, and the plan of runs, checked before any."""
 
 from __future__ import annotations
 
@@ -23,8 +18,8 @@ from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.agnostic_rep import AgnosticRep
-from decompclip.defenses.decomp_rep import DecompRep, fixed_heads, random_heads
+from decompclip.defenses.agnostic import AgnosticRep
+from decompclip.defenses.decomp import DecompRep, fixed_heads, random_heads
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.models.bundled import bundled, card
 from decompclip.operators.ablation import MeanAblate
@@ -34,13 +29,13 @@ Edit = Callable[[Decomposition], Decomposition]
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class FitInputs:
     """What a repair is fitted on.
 
     Attributes:
         clean: terms of unit features, in the repair's convention.
         classifier: of the zero-shot classes.
-        extent: of the model's own trigger, which the paper's repair must be told; None for a clean model.
+        extent: of the model's own trigger, the hint of the paper's repair; None for a clean model.
         seed: of what a repair draws.
     """
 
@@ -51,36 +46,36 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairRecipe:
     """How a repair is fitted, and the convention of terms that it reads."""
 
-    fit: Callable[[Known], Edit]
+    fit: Callable[[FitInputs], Edit]
     convention: Convention = "centred"
 
 
-def _paper(known: Known) -> Edit:
-    return DecompRep.paper(trigger=known.extent or "local").fit(known.clean)
+def _paper(inputs: FitInputs) -> Edit:
+    return DecompRep.paper(trigger=inputs.extent or "local").fit(inputs.clean)
 
 
-def _misled(known: Known) -> Edit:
-    other: Extent = "local" if known.extent == "global" else "global"
-    return _paper(replace(known, extent=other))
+def _misled(inputs: FitInputs) -> Edit:
+    other: Extent = "local" if inputs.extent == "global" else "global"
+    return _paper(replace(inputs, extent=other))
 
 
-def _judged(known: Known) -> DecompRep:
-    return DecompRep(similarity="cosine", threshold="quantile").fit(known.clean)
+def _judged(inputs: FitInputs) -> DecompRep:
+    return DecompRep(similarity="cosine", threshold="quantile").fit(inputs.clean)
 
 
-def _random_heads(known: Known) -> Edit:
-    repair = _judged(known)
+def _random_heads(inputs: FitInputs) -> Edit:
+    repair = _judged(inputs)
     selector, edit = repair.selector_, MeanAblate(heads[-1], repair.selector_.moments_)
-    return lambda d: edit.on(random_heads(repair.flags(d), selector.mask_, seed=known.seed))(d)
+    return lambda d: edit.on(random_heads(repair.flags(d), selector.mask_, seed=inputs.seed))(d)
 
 
-def _fixed_heads(known: Known) -> Edit:
+def _fixed_heads(inputs: FitInputs) -> Edit:
     """In every image, as many heads as images have flagged on average; those that clean images flag most often."""
-    repair = _judged(known)
-    edit, clean = MeanAblate(heads[-1], repair.selector_.moments_), repair.flags(known.clean)
+    repair = _judged(inputs)
+    edit, clean = MeanAblate(heads[-1], repair.selector_.moments_), repair.flags(inputs.clean)
     ever = int(clean.any(0).sum())
 
     def apply(d: Decomposition) -> Decomposition:
@@ -92,15 +87,15 @@ def _fixed_heads(known: Known) -> Edit:
     return apply
 
 
-REPAIRS: dict[str, Repair] = {
-    "none": Repair(lambda known: lambda d: d),
-    "Decomp-Rep (paper, right hint)": Repair(_paper, "paper"),
-    "Decomp-Rep (paper, wrong hint)": Repair(_misled, "paper"),
-    "Decomp-Rep (cosine, quantile)": Repair(_judged),
-    "random heads": Repair(_random_heads),
-    "fixed heads": Repair(_fixed_heads),
-    "last 5 MLPs": Repair(lambda known: MeanAblate(mlps[-5:], Moments.of(known.clean, second=False))),
-    "agnostic": Repair(lambda known: AgnosticRep(known.classifier, budget=0.01).fit(known.clean)),
+REPAIRS: dict[str, RepairRecipe] = {
+    "none": RepairRecipe(lambda inputs: lambda d: d),
+    "Decomp-Rep (paper, right hint)": RepairRecipe(_paper, "paper"),
+    "Decomp-Rep (paper, wrong hint)": RepairRecipe(_misled, "paper"),
+    "Decomp-Rep (cosine, quantile)": RepairRecipe(_judged),
+    "random heads": RepairRecipe(_random_heads),
+    "fixed heads": RepairRecipe(_fixed_heads),
+    "last 5 MLPs": RepairRecipe(lambda inputs: MeanAblate(mlps[-5:], Moments.of(inputs.clean, second=False))),
+    "agnostic": RepairRecipe(lambda inputs: AgnosticRep(inputs.classifier, budget=0.01).fit(inputs.clean)),
 }
 """Adding a repair is adding a line. Without a hint, on a clean model, the paper's takes "local" for right."""
 
@@ -136,7 +131,7 @@ class Samples:
         """The first of `fits`."""
         return self.fits[0]
 
-    def twins(self, trigger: Trigger, target: int) -> Float[Tensor, "twin 3 h w"]:
+    def triggered(self, trigger: Trigger, target: int) -> Float[Tensor, "triggered 3 h w"]:
         """Triggered copies of the clean images that are not of the target's class."""
         places = (self.labels != target).nonzero()[:, 0]
         return trigger(self.clean[places], FRESH + places)

@@ -100,7 +100,7 @@ def evaluate(
             from decompclip.data.images import class_index
             from decompclip.data.sources import open_labelled
             from decompclip.data.texts import load_texts
-            from decompclip.defenses.guard_files import load
+            from decompclip.defenses.guard import load
             from decompclip.evaluation.evaluate import evaluate as run
 
         names = known_classes(classes, model, images)

@@ -158,7 +158,7 @@ def repair(
             other = _tuned(
                 clip, fit, method, out, epochs=epochs, lr=lr, batch=batch_size, seed=seed, control=control
             )
-        from decompclip.defenses.guard_files import load as reopen
+        from decompclip.defenses.guard import load as reopen
 
         subjects = {"before": clip, "after": reopen(out, device=clip.device)}
         if control and other is not None:
@@ -281,11 +281,10 @@ def _fitted(
 
     from decompclip.decomposition.components import mlps
     from decompclip.decomposition.moments import Moments
-    from decompclip.defenses.agnostic_rep import AgnosticRep
-    from decompclip.defenses.bake import bake, even
-    from decompclip.defenses.decomp_rep import DecompRep, late_mlps
-    from decompclip.defenses.guard import Guard
-    from decompclip.defenses.guard_files import AtRandom, save_guard
+    from decompclip.defenses.agnostic import AgnosticRep
+    from decompclip.defenses.bake import average_over_tokens, bake
+    from decompclip.defenses.decomp import DecompRep, late_mlps
+    from decompclip.defenses.guard import AtRandom, Guard, save_guard
     from decompclip.evaluation.evaluate import batches_of
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
@@ -299,7 +298,7 @@ def _fitted(
 
             def without(layers: Sequence[int]) -> HookedCLIP:
                 chosen = [mlps[layer] for layer in layers]
-                return bake(clip, even(MeanAblate(reduce(or_, chosen), moments), clip))
+                return bake(clip, average_over_tokens(MeanAblate(reduce(or_, chosen), moments), clip))
 
             save_model(without(range(n_layers - late, n_layers)), out)
             if 2 * late > n_layers:
@@ -336,7 +335,7 @@ def _tuned(
     """Fine-tune, and write the model; returns what makes its control."""
     from dataclasses import replace
 
-    from decompclip.defenses.clean_finetuning import PAR_RECIPE, tuning_defense
+    from decompclip.defenses.clean_finetuning import PAR_RECIPE, TUNING_DEFENSES
     from decompclip.models.folders import save_model
     from decompclip.training.recipes import RECIPES
 
@@ -348,8 +347,8 @@ def _tuned(
         typer.echo(line, err=True)
 
     options: dict[str, Any] = {"seed": seed, "progress": True, "log": tell}
-    save_model(tuning_defense(method.value, recipe=recipe).apply(clip, pairs, **options).model, out)
-    plain = tuning_defense("clean", recipe=replace(recipe, loss="clip"))
+    save_model(TUNING_DEFENSES[method.value](recipe=recipe).apply(clip, pairs, **options).model, out)
+    plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
     return (lambda _: plain.apply(clip, pairs, **options).model) if control else None
 
 

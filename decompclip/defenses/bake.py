@@ -2,16 +2,16 @@
 
 What can be folded exactly, and why:
 
-* a head: with zero value weights its z is its value bias whatever the attention, which sums to one. So the bias is
-  what stands in for the head (`ZeroAblate`: the bias that it has).
-* an MLP: with zero output weights it writes its output bias alone. That bias is what stands in for the MLP, past
-  LayerScale and a LayerNorm behind the MLP, both of which are then set not to change it.
-* both hold one vector for all tokens. The mean of `MeanAblate` differs from token to token, and only in the last
-  block of a tower with a class token is one token all that counts. Elsewhere `even(edit, model)` is the same edit with the
-  mean over tokens as well: that can be folded.
+* a head: without value weights its z is its value bias, whatever the attention, which sums to one. So the bias becomes
+  what stands in for the head (`ZeroAblate` keeps the bias).
+* an MLP: without output weights its output is its output bias. That becomes what stands in for the MLP; LayerScale, and a
+  LayerNorm behind the MLP, are set not to change it.
+* both are one vector for all tokens. The mean of `MeanAblate` differs from token to token. That does not matter in the
+  last block of a tower with a class token, where one token is all that counts; for other layers
+  `average_over_tokens(edit, model)` takes the mean over tokens too.
 
-A direct edit cannot, in any layer: it keeps the scale of the last LayerNorm at what it was without the edit, which no
-weight knows. What is baked is the causal edit. Edits that depend on the image are for `Guard`.
+A direct edit cannot be folded: it keeps the scale that the last LayerNorm has without the edit, which no weight knows.
+So the causal edit is baked. Edits that depend on the image are for `Guard`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.models.clip import HookedCLIP
+from decompclip.moved import still_found
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, token_mask
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.tower.config import ViTConfig
@@ -33,20 +34,22 @@ SAME = 1e-6
 """Largest difference between tokens of what stands in for a component, as a share of its largest entry."""
 
 
-def even(edit: Intervention, model: HookedCLIP) -> Intervention:
-    """The same edit with means over tokens too, which `bake` can fold into any layer of `model`.
+def average_over_tokens(edit: Intervention, model: HookedCLIP) -> Intervention:
+    """The same edit with means over images and tokens, which `bake` can fold into any layer.
 
-    Each token then gets the mean over images and tokens. The last block of a tower with a class token keeps its means:
-    that token is all that counts there.
+    The last block of a tower with a class token keeps its means: that token is all that counts there.
+
+    Args:
+        edit: as `bake` takes it.
+        model: that it is for.
 
     Raises:
         ValueError: an edit that depends on the image, or moments without stream means.
     """
-    steps = edit.steps if isinstance(edit, Composition) else (edit,)
-    return Composition(tuple(_even(step, model.cfg) for step in steps))
+    return Composition(tuple(_averaged(step, model.cfg) for step in _steps(edit)))
 
 
-def _even(step: Intervention, cfg: ViTConfig) -> Intervention:
+def _averaged(step: Intervention, cfg: ViTConfig) -> Intervention:
     if isinstance(step, ZeroAblate):
         return step
     if not isinstance(step, MeanAblate):
@@ -62,24 +65,28 @@ def _even(step: Intervention, cfg: ViTConfig) -> Intervention:
     out = streams.mlp_out.mean(1, keepdim=True).expand_as(streams.mlp_out).clone()
     if _one_row(cfg):
         z[-1], out[-1] = streams.z[-1], streams.mlp_out[-1]
-    evened = replace(moments, streams=replace(streams, z=z, mlp_out=out))
-    return replace(step, moments=evened)
+    return replace(step, moments=replace(moments, streams=replace(streams, z=z, mlp_out=out)))
+
+
+def _steps(edit: Intervention) -> tuple[Intervention, ...]:
+    return edit.steps if isinstance(edit, Composition) else (edit,)
 
 
 @torch.no_grad()
 def bake(model: HookedCLIP, edit: Intervention) -> HookedCLIP:
     """A copy of `model` whose plain outputs are those of `model` under the causal `edit`.
 
-        repaired = bake(model, even(MeanAblate(mlps[-5:], moments), model))
+        repaired = bake(model, average_over_tokens(MeanAblate(mlps[-5:], moments), model))
         repaired.to_open_clip()   # an ordinary open_clip model; `save_model(repaired, folder)` writes it
 
     Args:
+        model: left as it is.
         edit: `MeanAblate` and `ZeroAblate` of heads and MLPs, also composed with `|`.
 
     Raises:
         ValueError: an edit that depends on the image (use `Guard`), of other components, of a part of the tokens, or
-            by means that differ from token to token where that counts (use `even`); moments of another model; a
-            model with hooks on it, which are no weights.
+            by means that differ from token to token where that counts (use `average_over_tokens`); moments of another
+            model; a model under hooks.
         IndexError: the edit names a component that the tower does not have.
     """
     if any(hooked(module) for module in model.visual.modules()):
@@ -88,15 +95,11 @@ def bake(model: HookedCLIP, edit: Intervention) -> HookedCLIP:
             "outside of model.hooks(...)"
         )
     baked = copy.deepcopy(model)
-    steps = edit.steps if isinstance(edit, Composition) else (edit,)
-    for step in steps:
+    for step in _steps(edit):
         _fold(step, model.visual, baked.visual)
+    own = ("sha256", "files", "files_not_read")
     baked.provenance = {
-        **{
-            key: value
-            for key, value in model.provenance.items()
-            if key not in ("sha256", "files", "files_not_read")
-        },
+        **{key: value for key, value in model.provenance.items() if key not in own},
         "name": f"{model.name}, repaired",
         "baked": {"base": model.name, "edit": repr(edit)},
     }
@@ -167,7 +170,7 @@ def _one(x: Tensor, layer: int, cfg: ViTConfig, step: Intervention) -> Tensor:
     if (x - x[:1]).abs().max() > SAME * x.abs().max():
         raise ValueError(
             f"expected one mean for all tokens, for a bias serves all of them; received {step!r}, whose means differ "
-            f"from token to token in layer {layer}; bake even(edit, model), which takes the mean over tokens too"
+            f"from token to token in layer {layer}; bake average_over_tokens(edit, model)"
         )
     return x[0]
 
@@ -182,3 +185,6 @@ def _unbakable(step: Intervention) -> ValueError:
         "expected a repair that is the same for every image, MeanAblate or ZeroAblate of heads and MLPs; received "
         f"{step!r}; use Guard(model, defense), which repairs image by image"
     )
+
+
+__getattr__ = still_found(__name__, {__name__: "even=average_over_tokens"})

@@ -1,13 +1,4 @@
-"""Distance of a point to its class, in units of how classes spread: Mahalanobis', shrunk.
-
-What the attack-agnostic defenses look at in a decomposition.
-
-Which heads and MLPs of an image are unlike clean ones: each calibrated in its own space, without a hint.
-
-A head's term is compared in its d_head coordinates, an MLP's in d_embed, each with the mean of the image's class and
-its own shrunk covariance (`ClassDistance`): a step along a direction that clean images never take counts more than one
-along which they differ anyway.
-"""
+"""What the defenses without a hint measure: Mahalanobis distances to classes, and regressions between layers."""
 
 from __future__ import annotations
 
@@ -20,7 +11,7 @@ from torch import Tensor
 
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, full_precision, one_thread
-from decompclip.defenses.selector import check_fitted
+from decompclip.defenses.fitted import calibrated, check_fitted, check_maps, held_out
 from decompclip.operators.intervention import Where
 
 PSEUDO_COUNT = 5.0
@@ -57,22 +48,16 @@ class ClassDistance:
         """
         return ClassSums.of(points, classes, n_classes).distance(pseudo_count)
 
-    def whitened(
-        self, points: Float[Tensor, "image component dim"], classes: Int[Tensor, " image"]
-    ) -> Float[Tensor, "image component dim"]:
-        """Offset from the class's mean, in standard deviations."""
-        rest = points.to(self.means) - self.means[classes.to(self.means.device)]
-        return torch.einsum("ncd,cde->nce", rest, self.whitener)
-
     def __call__(
         self, points: Float[Tensor, "image component dim"], classes: Int[Tensor, " image"]
     ) -> Float[Tensor, "image component"]:
-        return self.whitened(points, classes).square().mean(-1)
+        rest = points.to(self.means) - self.means[classes.to(self.means.device)]
+        return torch.einsum("ncd,cde->nce", rest, self.whitener).square().mean(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassSums:
-    """Counts, sums and second moments of points: all that `ClassDistance` needs, and they add and subtract.
+    """Counts, sums and second moments of points: all that `ClassDistance` needs, and they subtract.
 
     So the folds of a cross-fitting look at every point once, whatever their number.
 
@@ -102,16 +87,11 @@ class ClassSums:
         counts = torch.bincount(classes, minlength=n_classes).to(sums)
         return ClassSums(origin, counts, sums, torch.einsum("ncd,nce->cde", offsets, offsets))
 
-    def __add__(self, other: ClassSums) -> ClassSums:
-        return self._with(other, 1)
-
     def __sub__(self, other: ClassSums) -> ClassSums:
-        return self._with(other, -1)
-
-    def _with(self, other: ClassSums, sign: int) -> ClassSums:
-        """Both are about one origin."""
-        both = ((getattr(self, x), getattr(other, x)) for x in ("counts", "sums", "second"))
-        return ClassSums(self.origin, *(torch.add(mine, theirs, alpha=sign) for mine, theirs in both))
+        """Of the points that are not among the other's; both are about one origin."""
+        return ClassSums(
+            self.origin, self.counts - other.counts, self.sums - other.sums, self.second - other.second
+        )
 
     def mapped(self, map_: Float[Tensor, "dim new"], shift: Float[Tensor, " new"] | None = None) -> ClassSums:
         """Of the points `x @ map_ + shift`."""
@@ -252,22 +232,25 @@ def ridge(
         return torch.cholesky_solve(cross, torch.linalg.cholesky(penalised))
 
 
-Points = tuple[Float[Tensor, "image head coord"], Float[Tensor, "image layer d_embed"], Int[Tensor, " image"]]
-
-
 class ComponentDistances:
-    """Calibrated distances of every head and MLP; `flags` are a `where` for any intervention.
+    """Which heads and MLPs of an image are unlike clean ones, each calibrated alone; no hint about the attack is used.
+
+    A head's term is compared in its d_head coordinates, an MLP's in d_embed, each with the mean of the image's class
+    and its own shrunk covariance (`ClassDistance`). `flags` are a `where` for any intervention:
 
         distances = ComponentDistances(classifier).fit(clean)
         MeanAblate(everything, moments).on(distances.flags(d, fpr=0.001))(d)
 
     Args:
         classifier: of the zero-shot classes; an image's class is the one that it is taken for.
-        folds, seed: of the cross-fitting, as `AgnosticDet`.
+        folds: of the cross-fitting, as `AgnosticDet`.
+        seed: of the folds.
 
     Attributes:
-        heads_, mlps_: the distances, learnt from all clean images.
-        logs_: of the clean images' distances, each by the other folds, `[image component]`, each component sorted.
+        heads_: the heads' distances, learnt from all clean images.
+        mlps_: the MLPs'.
+        logs_: logarithms of the clean images' distances, each by the other folds, `[image component]`; each component
+            sorted.
     """
 
     maps_: TermMaps
@@ -284,28 +267,27 @@ class ComponentDistances:
     def fit(self, clean: Decomposition | Iterable[Decomposition]) -> ComponentDistances:
         """Learn from clean images of all classes.
 
+        Args:
+            clean: decomposed at once or batch by batch.
+
         Raises:
-            ValueError: fewer than ten images a fold.
+            ValueError: fewer than ten images a fold, or fewer than two folds.
         """
         parts = [clean] if isinstance(clean, Decomposition) else list(clean)
         n = sum(map(len, parts))
         if n < 10 * self.folds:
             raise ValueError(f"expected at least {10 * self.folds} clean images; received {n}")
         self.maps_, self.normalized_ = parts[0].maps, parts[0].normalized
-        for part in parts:
-            self._check(part)
-        heads, mlps, classes = (torch.cat(x) for x in zip(*map(self._points, parts), strict=True))
-        generator = torch.Generator().manual_seed(self.seed)
-        fold = torch.randperm(n, generator=generator).to(classes.device) % self.folds
+        *points, classes = (torch.cat(x) for x in zip(*map(self._points, parts), strict=True))
         k, logs = len(self.classifier), []
-        whole = [ClassSums.of(x, classes, k) for x in (heads, mlps)]
-        for held in range(self.folds):
-            out = fold == held
-            own = (heads[out], mlps[out], classes[out])
-            held_out = (
-                ClassSums.of(x, own[2], k, origin=all_.origin) for x, all_ in zip(own, whole, strict=False)
-            )
-            logs.append(_logs([(a - b).distance() for a, b in zip(whole, held_out, strict=True)], own))
+        whole = [ClassSums.of(x, classes, k) for x in points]
+        for out in held_out(n, self.folds, self.seed, classes.device):
+            own = [x[out] for x in points]
+            sums = [
+                all_ - ClassSums.of(x, classes[out], k, origin=all_.origin)
+                for x, all_ in zip(own, whole, strict=True)
+            ]
+            logs.append(_logs([x.distance() for x in sums], own, classes[out]))
         self.heads_, self.mlps_ = (sums.distance() for sums in whole)
         self.logs_ = torch.cat(logs).sort(0).values
         return self
@@ -313,7 +295,8 @@ class ComponentDistances:
     def score(self, d: Decomposition) -> Float[Tensor, "batch component"]:
         """How unlike clean images each component is, in standard deviations of the distance's logarithm.
 
-        Heads come layer by layer, then the MLPs.
+        Returns:
+            Heads layer by layer, then the MLPs.
 
         Raises:
             NotFittedError: `fit` was not called.
@@ -330,38 +313,27 @@ class ComponentDistances:
         Raises:
             NotFittedError, ValueError: as `score`, or a rate finer than the clean images can tell.
         """
-        logs, n = self._of(d), len(self.logs_)
-        if not 1 / (n + 1) <= fpr < 1:
-            raise ValueError(
-                f"expected a rate in [1/{n + 1}, 1), as {n} clean images can tell it; received {fpr}"
-            )
-        place = min(n, int((n + 1) * (1 - fpr) + 1 - 1e-9))
-        flagged = logs > self.logs_[place - 1]
+        flagged = self._of(d) > calibrated(self.logs_, fpr)
         never = torch.zeros(len(d), 1 + d.pool.shape[1], dtype=torch.bool, device=flagged.device)
         return torch.cat([flagged, never], 1)
 
     def _of(self, d: Decomposition) -> Float[Tensor, "batch component"]:
         check_fitted(self, "logs_")
-        self._check(d)
-        return _logs([self.heads_, self.mlps_], self._points(d))
+        *points, classes = self._points(d)
+        return _logs([self.heads_, self.mlps_], points, classes)
 
-    def _check(self, d: Decomposition) -> None:
+    def _points(self, d: Decomposition) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
+        """Of heads, of MLPs, and classes."""
         if d.normalized != self.normalized_:
             raise ValueError(
                 f"expected terms with normalize={self.normalized_}, as the clean ones; received normalize={d.normalized}"
             )
-        if not self.maps_.matches(d.maps):
-            raise ValueError(
-                "expected terms of the model and convention that the clean images were decomposed with; received others; "
-                "fit on the model it is used with"
-            )
-
-    def _points(self, d: Decomposition) -> Points:
-        classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
-        return d.coords.flatten(1, 2), d.mlps, classes
+        check_maps(self.maps_, d)
+        return d.coords.flatten(1, 2), d.mlps, (d.features @ self.classifier.to(d.embed).T).argmax(1)
 
 
-def _logs(pair: list[ClassDistance], points: Points) -> Float[Tensor, "image component"]:
-    heads, mlps, classes = points
-    found = torch.cat([pair[0](heads, classes), pair[1](mlps, classes)], 1)
+def _logs(
+    distances: list[ClassDistance], points: list[Tensor], classes: Int[Tensor, " image"]
+) -> Float[Tensor, "image component"]:
+    found = torch.cat([far(x, classes) for far, x in zip(distances, points, strict=True)], 1)
     return found.clamp_min(torch.finfo(found.dtype).tiny).log()

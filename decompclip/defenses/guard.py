@@ -1,28 +1,42 @@
-"""Guard: a model that repairs, or tells of, each suspicious image while it runs.
+"""Guard: a model that repairs or rejects suspicious images while it runs, and the folder that it is saved to.
 
     guard = Guard(model, DecompRep(...).fit(clean))
-    guard.encode_image(images)          # in place of model.encode_image(images)
+    guard.encode_image(images)               # in place of model.encode_image(images)
+    guard = decompclip.load("repaired/")     # what `save_guard(guard, "repaired/")` wrote
 
-One forward pass: the image is decomposed on the way, its terms are edited (direct mode), and their sum is handed out.
+One forward pass: it is decomposed, the terms are edited (direct mode), and their sum is the feature.
+
+In the folder the model lies one level down on purpose: open_clip, which knows no repair, refuses the folder instead of
+serving the model unrepaired. `guard.json` is written last.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, TermMaps
 from decompclip.decomposition.moments import Moments
+from decompclip.defenses.agnostic import AgnosticRep
+from decompclip.defenses.decomp import DecompRep, random_heads
+from decompclip.defenses.fitted import DetectorLike
+from decompclip.files import write_json
+from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
-from decompclip.operators.intervention import Composition, Intervention, Restricted
+from decompclip.models.folders import GUARD, GUARDED, save_model
+from decompclip.models.json_files import read_json
+from decompclip.models.loading import load as load_model
+from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.intervention import Composition, Intervention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,22 +51,13 @@ PASSED = (
 """What a guard hands on from its model as it is."""
 
 
-@runtime_checkable
-class TermDetector(Protocol):
-    """A detector over decompositions, higher for more suspicious: `DecompDet`, `AgnosticDet`."""
-
-    def score(self, d: Decomposition) -> Tensor: ...
-
-    def predict(self, d: Decomposition) -> Bool[Tensor, " batch"]: ...
-
-
 @dataclass(frozen=True, eq=False)
 class GuardResult:
-    """What a guard says of a batch.
+    """Features of a batch, and which images to reject.
 
     Attributes:
         features: repaired, as `Guard.encode_image` gives them.
-        rejected: which images the detector holds for suspicious; none without a detector.
+        rejected: which images the detector finds suspicious; none without a detector.
         scores: the detector's, higher for more suspicious; None without one.
     """
 
@@ -67,9 +72,8 @@ class GuardResult:
         """One row an image: its place in the batch, whether it is rejected, and its score."""
         import pandas as pd
 
-        scores = [None] * len(self) if self.scores is None else self.scores.tolist()
-        rows = {"image": range(len(self)), "rejected": self.rejected.tolist(), "score": scores}
-        return pd.DataFrame(rows)
+        scores = None if self.scores is None else self.scores.tolist()
+        return pd.DataFrame({"image": range(len(self)), "rejected": self.rejected.tolist(), "score": scores})
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(index=False, max_rows=20)}"
@@ -79,18 +83,18 @@ class GuardResult:
 
 
 class Guard:
-    """A model whose image features are repaired; what else zero-shot code asks of a model is passed through.
+    """A model whose image features are repaired. Text features and all else that zero-shot code needs are the model's.
 
     Args:
-        model: as it is; the guard holds no copy.
-        defense: an edit of terms, `DecompRep` or `MeanAblate(...)` say; None repairs nothing.
-        reject: a fitted detector over terms, whose word `check` gives beside the features.
+        model: the guard holds no copy of it.
+        defense: an edit of terms, such as `DecompRep` or `MeanAblate(...)`; None repairs nothing.
+        reject: a fitted detector of terms, such as `DecompDet`; `check` says which images it finds suspicious.
         threshold: images of a score above it are rejected; by default `reject.predict` decides.
-        convention, normalized: of the terms that `defense` and `reject` were fitted on; by default as their moments
-            say, and else centred terms of unit features.
+        convention: of the terms that `defense` and `reject` were fitted on; by default as they say, else "centred".
+        normalized: whether those terms sum to unit features; by default as they say, else True.
 
     Raises:
-        TypeError: `defense` is no intervention, or `reject` no detector over terms.
+        TypeError: `defense` is no intervention, or `reject` no detector.
         ValueError: neither a defense nor a detector, a threshold without one, or the two were fitted on terms of
             different conventions or normalizations.
     """
@@ -100,7 +104,7 @@ class Guard:
         model: HookedCLIP,
         defense: Intervention | None = None,
         *,
-        reject: TermDetector | None = None,
+        reject: DetectorLike[Decomposition] | None = None,
         threshold: float | None = None,
         convention: Convention | None = None,
         normalized: bool | None = None,
@@ -112,9 +116,9 @@ class Guard:
                 f"expected an intervention that repairs; received a {type(defense).__name__}; a detector goes to "
                 "reject="
             )
-        if reject is not None and not (hasattr(reject, "score") and hasattr(reject, "predict")):
+        if reject is not None and not isinstance(reject, DetectorLike):
             raise TypeError(
-                f"expected a detector over terms, with score and predict; received a {type(reject).__name__}"
+                f"expected a detector of terms, with fit, score and predict; received a {type(reject).__name__}"
             )
         if threshold is not None and reject is None:
             raise ValueError("expected a detector for the threshold; received none; pass reject=")
@@ -123,19 +127,19 @@ class Guard:
         self.reject = reject
         self.threshold = threshold
         fitted = [*_fitted(defense), *_fitted(reject)]
-        self.convention: Convention = _agreed(
-            "convention", convention, [f.convention for f in fitted], "centred"
-        )
-        self.normalized: bool = _agreed(
-            "normalization", normalized, [f.normalized for f in fitted if f.normalized is not None], True
-        )
+        conventions = [x.maps.convention if isinstance(x, Moments) else x.convention for x in fitted]
+        self.convention: Convention = _agreed("convention", convention, conventions, "centred")
+        normalizations = [x.normalized for x in fitted if isinstance(x, Moments)]
+        self.normalized: bool = _agreed("normalization", normalized, normalizations, True)
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "batch d_embed"]:
-        """Repaired features, for images as `model.encode_image` takes them; no gradient is kept.
+        """Repaired features. No gradient is kept. A feature that no repair touches is the model's own, in its scale.
 
-        The repair keeps the scale: a feature that no repair touches is the model's own.
+        Args:
+            images: as `model.encode_image` takes them.
+            normalize: whether to give unit features.
 
         Raises:
             ValueError: images of another size, or a defense that was fitted on another model.
@@ -143,7 +147,11 @@ class Guard:
         return self._repaired(*self._terms(images), normalize)
 
     def check(self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False) -> GuardResult:
-        """Repaired features beside the detector's word on each image, from the same single pass.
+        """Repaired features, and which images the detector rejects, from one forward pass.
+
+        Args:
+            images: as `model.encode_image` takes them.
+            normalize: whether to give unit features.
 
         Raises:
             ValueError: as `encode_image`.
@@ -204,36 +212,137 @@ def _over(d: Decomposition, length: Float[Tensor, " batch"]) -> Decomposition:
     return replace(d, **scaled, normalized=True)
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """Of which terms something was fitted on."""
-
-    convention: Convention
-    normalized: bool | None
-
-
-def _fitted(part: object) -> Iterator[_Fitted]:
+def _fitted(part: object) -> list[Moments | TermMaps]:
+    """What a defense or a detector was fitted on, and so knows the form of."""
+    if part is None or isinstance(part, Moments | TermMaps):
+        return [] if part is None else [part]
     if isinstance(part, Composition):
-        for step in part.steps:
-            yield from _fitted(step)
-    elif isinstance(part, Restricted):
-        yield from _fitted(part.edit)
-    elif isinstance(part, Moments):
-        yield _Fitted(part.maps.convention, part.normalized)
-    elif isinstance(part, TermMaps):
-        yield _Fitted(part.convention, None)
-    else:
-        known = ("moments", "moments_", "selector_", "detector_", "maps_")
-        for name in known:
-            yield from _fitted(getattr(part, name, None)) if hasattr(part, name) else ()
+        return [found for step in part.steps for found in _fitted(step)]
+    names = ("edit", "moments", "moments_", "selector_", "detector_", "maps_")
+    return [found for name in names for found in _fitted(getattr(part, name, None))]
 
 
-def _agreed(what: str, asked: Any, fitted: list[Any], default: Any) -> Any:
-    """What all were fitted on."""
-    wanted = {*fitted, *([] if asked is None else [asked])}
+def _agreed(what: str, asked: Any, found: list[Any], default: Any) -> Any:
+    """What was asked for and all that was found, if these are one."""
+    wanted = {*found, *([] if asked is None else [asked])}
     if len(wanted) > 1:
         raise ValueError(
             f"expected a defense and a detector of one {what} of terms; received {sorted(map(str, wanted))}; fit both on "
             "decompositions with the same options"
         )
     return next(iter(wanted), default)
+
+
+FORMAT = "decompclip.guard/1"
+REPAIR = "repair.safetensors"
+REPAIRS = {"DecompRep": DecompRep, "AgnosticRep": AgnosticRep}
+
+
+def save_guard(guard: Guard, folder: str | Path) -> Path:
+    """Write a guard's model and its repair; returns the folder.
+
+    Args:
+        guard: one that repairs by `AgnosticRep` or `DecompRep`, and does not reject.
+        folder: to write; `decompclip.load(folder)` reads it.
+
+    Raises:
+        ValueError: a guard that rejects too, or repairs by another thing.
+        NotFittedError: the repair was not fitted.
+        OSError: the folder cannot be written to.
+    """
+    if guard.reject is not None or not isinstance(guard.defense, AgnosticRep | DecompRep):
+        raise ValueError(
+            f"expected a guard that repairs by AgnosticRep or DecompRep alone; received {guard!r}; an edit that is the same "
+            "for every image folds into the weights: `bake`"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / GUARD).unlink(missing_ok=True)
+    save_model(guard.model, folder / GUARDED)
+    about = {
+        "format": FORMAT,
+        "repair": type(guard.defense).__name__,
+        "sha256": sha256(guard.defense.save(folder / REPAIR)),
+        "convention": guard.convention,
+        "normalized": guard.normalized,
+    }
+    write_json(folder / GUARD, about)
+    return folder
+
+
+def load_guard(folder: str | Path, **options: Any) -> Guard:
+    """Read what `save_guard` wrote.
+
+    Args:
+        folder: that it wrote.
+        options: of `decompclip.models.loading.load`, for the model.
+
+    Raises:
+        ValueError: another format or repair, a repair that was changed since, or one of another model.
+        CheckpointError: as `decompclip.models.loading.load`.
+    """
+    folder = Path(folder)
+    about = read_json(folder / GUARD)
+    if about.get("format") != FORMAT or about.get("repair") not in REPAIRS:
+        raise ValueError(
+            f"expected a guard of format {FORMAT} with a repair among {', '.join(REPAIRS)}; {folder / GUARD} has "
+            f"format {about.get('format')!r} and repair {about.get('repair')!r}; write it with save_guard"
+        )
+    path = folder / REPAIR
+    if not path.is_file() or sha256(path) != about.get("sha256"):
+        raise ValueError(
+            f"expected the repair that {folder / GUARD} names; {path} is missing, or was changed since; repair the model again"
+        )
+    model = load_model(folder / GUARDED, **options)
+    defense = REPAIRS[about["repair"]].load(path, model)
+    return Guard(model, defense, convention=about.get("convention"), normalized=bool(about.get("normalized")))
+
+
+if TYPE_CHECKING:
+    from decompclip.models.loading import load
+else:
+    # A guard stands in a model's place, so that type checkers see what `load` of names and files gives, with its options.
+    def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
+        """A model by name, path or from memory, as `decompclip.models.loading.load`; or a folder of `save_guard`.
+
+        Such a folder gives a `Guard`; its `encode_image` is repaired.
+
+        Args:
+            name: also a folder that `save_guard` or `decompclip repair` wrote.
+            options: `pretrained`, `checkpoint`, `activation`, `text`, `tokenizer`, `device`, `dtype`, ... of that function.
+
+        Raises:
+            As `decompclip.models.loading.load`; ValueError: a repair that was changed, or is another model's.
+        """
+        if isinstance(name, nn.Module) or not (Path(name) / GUARD).is_file():
+            return load_model(name, **options)
+        return load_guard(name, **options)
+
+
+class AtRandom:
+    """The control of a guard: as much is replaced in as many images, or heads of an image, but drawn at random.
+
+    Args:
+        guard: that repairs by `AgnosticRep` or `DecompRep`.
+        seed: of the draws.
+    """
+
+    def __init__(self, guard: Guard, *, seed: int = 0) -> None:
+        self.guard, self.normalize = guard, guard.normalize
+        self._draws = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit features."""
+        defense = self.guard.defense
+        d = self.guard.model.decompose(images, convention=self.guard.convention, normalize=True)
+        order = torch.randperm(len(d), generator=self._draws).to(d.embed.device)
+        if isinstance(defense, AgnosticRep):
+            last, futures = defense.turn(d)[order], defense.detector_.futures(d)
+            there = torch.arange(len(d), device=last.device)
+            return torch.where((last < d.n_layers - 1)[:, None], futures[there, last].to(d.embed), d.features)
+        assert isinstance(defense, DecompRep)
+        mask = defense.selector_.mask_
+        seed = int(torch.randint(2**31, (), generator=self._draws))
+        chosen = random_heads(defense.flags(d), mask, seed=seed)
+        return MeanAblate(heads, defense.selector_.moments_).on(chosen)(d).features

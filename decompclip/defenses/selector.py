@@ -3,28 +3,27 @@
 A head of an image is flagged when its term is unlike the head's prototype, its mean over clean images.
 Terms are compared in head coordinates, by the Gram matrix of the head's map: exactly, and without a
 `[batch, head, d_embed]` product.
-
-A fitted selector as one safetensors file: what was learnt, the options, whose model it is, and what judges by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from functools import reduce
 from math import ceil
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads, resolve
-from decompclip.decomposition.decomposition import Decomposition, read_tensors, write_tensors
-from decompclip.decomposition.maps import Convention, same_model, term_maps
-from decompclip.decomposition.moments import TERMS, Moments, StreamMeans
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
+from decompclip.decomposition.moments import Moments
+from decompclip.defenses.fitted import check_fitted, load_fitted, save_fitted
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.vit import HookedViT
 
@@ -116,7 +115,8 @@ class Selector:
         for part in [clean] if isinstance(clean, Decomposition | Moments) else clean:
             self._check_form(part.maps.convention, part.normalized)
             mask = self._judged(part) if mask is None else mask
-            parts = [reduce(Moments.merge, [*parts, _means(part)])]
+            means = part if isinstance(part, Moments) else Moments.of(part, second=False)
+            parts = [reduce(Moments.merge, [*parts, means])]
             if keep and isinstance(part, Decomposition):
                 kept.append(part.coords[:, mask.to(part.coords.device)])
         if mask is None:
@@ -130,7 +130,11 @@ class Selector:
         found = self._judge(torch.cat(kept))
         at = mask.to(self.thresholds_.device)
         if self.threshold == "quantile":
-            self._check_count(len(found))
+            if len(found) * self.quantile < 1 - 1e-9 and self.quantile > 0:
+                raise ValueError(
+                    f"expected at least {ceil(1 / self.quantile - 1e-9)} clean images for a quantile of {self.quantile}, "
+                    f"below which one of them must be; received {len(found)}; fit on more, or take a larger quantile"
+                )
             if at.any():
                 quantiles = found.quantile(self.quantile, dim=0, interpolation="lower")
                 self.thresholds_[at] = quantiles.to(self.thresholds_)
@@ -203,20 +207,9 @@ class Selector:
             raise ValueError(f"expected heads to judge; received {self.components!r}; for instance heads[-1]")
         return mask.heads
 
-    def _check_count(self, n: int) -> None:
-        if self.quantile * n < 1 - 1e-9 and self.quantile > 0:
-            raise ValueError(
-                f"expected at least {ceil(1 / self.quantile - 1e-9)} clean images for a quantile of {self.quantile}, "
-                f"below which one of them must be; received {n}; fit on more, or take a larger quantile"
-            )
-
     def _check_options(self) -> None:
-        for name, value, known in (
-            ("similarity", self.similarity, get_args(Similarity)),
-            ("threshold", self.threshold, get_args(Threshold)),
-        ):
-            if value not in known:
-                raise ValueError(f"expected a {name} of {known}; received {value!r}")
+        check_choice("similarity", self.similarity, Similarity)
+        check_choice("threshold", self.threshold, Threshold)
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"expected a quantile in 0..1; received {self.quantile}")
 
@@ -233,109 +226,79 @@ class Selector:
             )
 
 
-def _means(part: Decomposition | Moments) -> Moments:
-    return part if isinstance(part, Moments) else Moments.of(part, second=False)
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"expected a {name} of {get_args(choices)}; received {value!r}")
 
 
-def check_fitted(estimator: object, learned: str) -> None:
-    """Raises NotFittedError unless `fit` was called."""
-    if not hasattr(estimator, learned):
-        name = type(estimator).__name__
-        raise NotFittedError(
-            f"expected a fitted {name}; received one that has seen no clean images; call {name}.fit(clean) first"
-        )
-
-
-def changed(selector: Selector) -> dict[str, object]:
-    """The options of a selector that are not the default."""
-    defaults = vars(Selector())
-    return {name: getattr(selector, name) for name in defaults if getattr(selector, name) != defaults[name]}
-
-
-def describe(estimator: object, selector: Selector, defaults: dict[str, object]) -> str:
-    """`Name(options that are not the default)`."""
-    own = {k: getattr(estimator, k) for k, v in defaults.items() if getattr(estimator, k) != v}
-    options = changed(selector) | own
-    return f"{type(estimator).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-
-
-SELECTOR_FORMAT = "decompclip.selector/2"
+FORMAT = "decompclip.selector/2"
 LEARNT = ("mask_", "prototypes_", "thresholds_", "deviations_")
 OPTIONS = ("similarity", "threshold", "epsilon", "quantile", "convention")
 
 
-def save_selector(selector: Selector, path: Path, kind: str, own: dict[str, Any]) -> Path:
-    """Write it whole, or not at all. Second moments are left out.
+J = TypeVar("J", bound="Judge")
 
-    Args:
-        kind: name of the class that judges by the selector; only it reads the file.
-        own: its options.
 
-    Raises:
-        ValueError: the terms that it was fitted on do not know their model.
+class Judge:
+    """What `DecompRep` and `DecompDet` share: a selector that is fitted, and the file that both are saved to.
+
+    Attributes:
+        selector: with the options given, not fitted.
+        selector_: the fitted one, with `prototypes_` and `thresholds_`.
     """
-    moments = selector.moments_
-    if moments.maps.fingerprint is None:
-        raise ValueError(
-            "expected moments that know their model; received some without a fingerprint; fit on terms of decompose"
-        )
-    tensors: dict[str, Tensor | None] = {name: getattr(selector, name) for name in LEARNT}
-    tensors |= {f"moments.{name}": getattr(moments, name) for name in TERMS}
-    tensors |= {
-        f"streams.{name}": x for name, x in (vars(moments.streams) if moments.streams else {}).items()
-    }
-    tensors["fingerprint"] = moments.maps.fingerprint
-    about = {
-        "kind": kind,
-        "own": own,
-        "options": {name: getattr(selector, name) for name in OPTIONS},
-        "count": moments.count,
-        "normalized": moments.normalized,
-        "convention": moments.maps.convention,
-    }
-    return write_tensors(
-        path, {name: x for name, x in tensors.items() if x is not None}, SELECTOR_FORMAT, about
-    )
 
+    selector: Selector
+    selector_: Selector
 
-def load_selector(path: Path, visual: HookedViT, kind: str) -> tuple[Selector, dict[str, Any]]:
-    """Read what `save_selector` wrote, for the model that it was fitted on.
+    def _own(self) -> dict[str, Any]:
+        """The options beside the selector's, by name."""
+        raise NotImplementedError
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is broken, holds something else, or belongs to another model.
-    """
-    tensors, about = read_tensors(path, SELECTOR_FORMAT, f"a saved {kind}", f"{kind}.save")
-    if about["kind"] != kind:
-        raise ValueError(f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one")
-    maps = term_maps(visual, about["convention"])
-    if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
-        raise ValueError(
-            f"expected the model that the prototypes in {path} were fitted on; received another one; fit anew "
-            "on clean images of this model"
-        )
-    device = maps.heads.device
-    means: dict[str, Any] = {name: tensors[f"moments.{name}"] for name in TERMS}
-    if device.type != "mps":  # which has no fp64
-        means = {name: x.to(device) for name, x in means.items()}
-    streams = {name.removeprefix("streams."): x for name, x in tensors.items() if name.startswith("streams.")}
-    mask = tensors["mask_"].to(torch.bool)
-    each = [heads[layer, row.nonzero()[:, 0].tolist()] for layer, row in enumerate(mask) if row.any()]
-    selector = Selector(**about["options"], components=reduce(or_, each) if each else None)
-    selector.moments_ = Moments(
-        about["count"],
-        **means,
-        maps=maps,
-        normalized=about["normalized"],
-        streams=StreamMeans(**streams) if streams else None,
-    )
-    selector.mask_ = mask
-    selector.prototypes_ = tensors["prototypes_"].to(maps.heads)
-    selector.thresholds_ = tensors["thresholds_"].to(maps.heads)
-    deviations = tensors.get("deviations_")
-    selector.deviations_ = None if deviations is None else deviations.to(maps.heads)
-    return selector, about["own"]
+    def _fit(self, clean: Clean, *, deviations: bool = False) -> Selector:
+        return copy(self.selector).fit(clean, deviations=deviations)
 
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
 
-def visual_of(model: HookedCLIP | HookedViT) -> HookedViT:
-    return model if isinstance(model, HookedViT) else model.visual
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: the terms that it was fitted on do not know their model.
+        """
+        check_fitted(self, "selector_")
+        selector = self.selector_
+        options = {name: getattr(selector, name) for name in OPTIONS}
+        about = {"kind": type(self).__name__, "own": self._own(), "options": options}
+        learnt = {name: getattr(selector, name) for name in LEARNT}
+        return save_fitted(Path(path), FORMAT, selector.moments_, learnt, about)
+
+    @classmethod
+    def load(cls: type[J], path: str | Path, model: HookedCLIP | HookedViT) -> J:
+        """Read what `save` wrote; judged heads come back by their numbers.
+
+        Args:
+            path: of the file.
+            model: the one that it was fitted on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or was fitted on another model.
+        """
+        moments, tensors, about = load_fitted(Path(path), FORMAT, cls.__name__, model)
+        mask = tensors["mask_"].to(torch.bool)
+        each = [heads[layer, row.nonzero()[:, 0].tolist()] for layer, row in enumerate(mask) if row.any()]
+        selector = Selector(**about["options"], components=reduce(or_, each) if each else None)
+        selector.moments_, selector.mask_ = moments, mask
+        selector.prototypes_ = tensors["prototypes_"].to(moments.maps.heads)
+        selector.thresholds_ = tensors["thresholds_"].to(moments.maps.heads)
+        deviations = tensors.get("deviations_")
+        selector.deviations_ = None if deviations is None else deviations.to(moments.maps.heads)
+        judge = cls(**about["own"])
+        judge.selector = judge.selector_ = selector
+        return judge
+
+    def __repr__(self) -> str:
+        """`Name(options that are not the default)`."""
+        options, defaults = (vars(x.selector) | x._own() for x in (self, type(self)()))
+        given = (f"{k}={options[k]!r}" for k, default in defaults.items() if options[k] != default)
+        return f"{type(self).__name__}({', '.join(given)})"

@@ -14,7 +14,7 @@ from analyses.study.case import Case
 from analyses.study.family import BundledFamily
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.evaluation.metrics import auroc
 from decompclip.operators.ablation import MeanAblate
 

@@ -9,7 +9,7 @@ import torch
 
 from decompclip.bench import measure as measuring
 from decompclip.bench.measure import Subject, detection, measure, mending
-from decompclip.bench.plan import REPAIRS, Known, Plan
+from decompclip.bench.plan import REPAIRS, FitInputs, Plan
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.density import Mahalanobis
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
@@ -34,8 +34,8 @@ def test_a_detector_is_measured_on_images_it_was_not_fitted_on(subject: Subject)
     s, model = subject.samples, load_bundled(TWIN)
     detector = Mahalanobis(model).fit(s.fit)
     clean, other = detector.score(s.clean), detector.score(s.other)
-    assert subject.twins is not None
-    twins, own = detector.score(subject.twins), clean[s.labels != subject.target]
+    assert subject.triggered is not None
+    twins, own = detector.score(subject.triggered), clean[s.labels != subject.target]
     low, high = auroc_interval(own, twins)
     assert found["auroc"] == pytest.approx({"value": auroc(own, twins), "low": low, "high": high}, abs=1e-3)
     assert found["control"]["value"] == pytest.approx(
@@ -63,7 +63,7 @@ def test_a_trigger_is_found(measured: dict[str, Any]) -> None:
 
 
 def test_terms_are_looked_at_once(subject: Subject) -> None:
-    images = len(subject.samples.fit) * 4 + len(subject.twins)  # type: ignore[arg-type]
+    images = len(subject.samples.fit) * 4 + len(subject.triggered)  # type: ignore[arg-type]
     own = Subject.of(TWIN, images=IMAGES, seed=0, draws=2)
     for name in ("Decomp-Rep (cosine, quantile)", "last 5 MLPs", "none"):
         mending(own, name, seed=0)
@@ -81,7 +81,7 @@ def test_no_repair_is_the_model_itself(subject: Subject) -> None:
     with torch.no_grad():
         classifier = world.classifier(model)
         clean = predict(model.encode_image(model.normalize(s.clean)), classifier)
-        twins = predict(model.encode_image(model.normalize(subject.twins)), classifier)  # type: ignore[arg-type]
+        twins = predict(model.encode_image(model.normalize(subject.triggered)), classifier)  # type: ignore[arg-type]
     others = s.labels != target
     hits = {
         "cacc": clean == s.labels,
@@ -103,7 +103,7 @@ def test_a_repair_is_fitted_on_each_draw_in_turn(subject: Subject) -> None:
     found = mending(subject, name, seed=0)["cacc"]
     clean = subject.model.terms(subject.samples.clean, "centred")
     for fit, value in zip(subject.samples.fits, found["draws"], strict=True):
-        known = Known(subject.model.terms(fit, "centred"), subject.classifier, "global", 0)
+        known = FitInputs(subject.model.terms(fit, "centred"), subject.classifier, "global", 0)
         answers = predict(REPAIRS[name].fit(known)(clean).features, subject.classifier)
         assert value == Rate.of(answers == subject.samples.labels).value
     assert found["value"] == pytest.approx(sum(found["draws"]) / 2)
@@ -112,10 +112,10 @@ def test_a_repair_is_fitted_on_each_draw_in_turn(subject: Subject) -> None:
 def test_the_hint_is_the_twins_own(subject: Subject) -> None:
     """Of a global trigger: the right hint replaces MLPs, the wrong one judges heads."""
     terms = subject.model.terms(subject.samples.fit, "paper")
-    known = Known(terms, subject.classifier, "global", 0)
+    known = FitInputs(terms, subject.classifier, "global", 0)
     right, wrong = (REPAIRS[f"Decomp-Rep (paper, {hint} hint)"].fit(known) for hint in ("right", "wrong"))
     assert (right.mlps, wrong.mlps) == (5, 0)  # type: ignore[attr-defined]
-    clean = REPAIRS["Decomp-Rep (paper, right hint)"].fit(Known(terms, subject.classifier, None, 0))
+    clean = REPAIRS["Decomp-Rep (paper, right hint)"].fit(FitInputs(terms, subject.classifier, None, 0))
     assert clean.mlps == 0  # type: ignore[attr-defined]
 
 
@@ -123,7 +123,7 @@ def test_controls_replace_as_many_heads(subject: Subject) -> None:
     """Of other choice: fewer than all, and the fixed ones are the same in each image."""
     fit = subject.model.terms(subject.samples.fit, "centred")
     clean = subject.model.terms(subject.samples.clean, "centred")
-    known = Known(fit, subject.classifier, "global", 0)
+    known = FitInputs(fit, subject.classifier, "global", 0)
     flags = REPAIRS["Decomp-Rep (cosine, quantile)"].fit(known).flags(clean)  # type: ignore[attr-defined]
     counts = {}
     for name in ("random heads", "fixed heads"):

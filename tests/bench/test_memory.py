@@ -18,14 +18,14 @@ def plain() -> HookedCLIP:
     return load_bundled("shapes")
 
 
-def told(plain: HookedCLIP) -> Remembering:
+def remembering(plain: HookedCLIP) -> Remembering:
     model = Remembering(plain, batch_size=5)
     model.remember(IMAGES[:8])
     return model
 
 
 def test_it_says_what_the_model_says(plain: HookedCLIP) -> None:
-    model, inputs = told(plain), plain.normalize(IMAGES)
+    model, inputs = remembering(plain), plain.normalize(IMAGES)
     with torch.no_grad():
         for some in (inputs[:8], inputs[[3, 1, 3]], inputs[6:10], inputs[9:]):
             torch.testing.assert_close(model.encode_image(some), plain.encode_image(some))
@@ -40,7 +40,7 @@ def test_it_says_what_the_model_says(plain: HookedCLIP) -> None:
 
 
 def test_it_looks_once_at_what_it_remembers(plain: HookedCLIP) -> None:
-    model, inputs = told(plain), plain.normalize(IMAGES)
+    model, inputs = remembering(plain), plain.normalize(IMAGES)
     for _ in range(3):
         model.encode_image(inputs[:3])
         model.terms(IMAGES[2:8], "centred")
@@ -52,7 +52,7 @@ def test_it_looks_once_at_what_it_remembers(plain: HookedCLIP) -> None:
 
 
 def test_asleep_it_looks_again(plain: HookedCLIP) -> None:
-    model, inputs = told(plain), plain.normalize(IMAGES)
+    model, inputs = remembering(plain), plain.normalize(IMAGES)
     model.encode_image(inputs[:8])
     with pytest.raises(RuntimeError, match="inside"), model.asleep():
         model.encode_image(inputs[:8])
@@ -63,7 +63,7 @@ def test_asleep_it_looks_again(plain: HookedCLIP) -> None:
 
 
 def test_it_is_the_same_model(plain: HookedCLIP) -> None:
-    model = told(plain)
+    model = remembering(plain)
     assert model.visual is plain.visual and model.class_names == plain.class_names
     with torch.no_grad():
         assert torch.equal(model.zero_shot_classifier(), plain.zero_shot_classifier())

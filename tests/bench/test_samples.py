@@ -41,14 +41,14 @@ def test_the_first_images_do_not_depend_on_their_number() -> None:
     assert torch.equal(many.first(5).clean, few.clean)
 
 
-def test_twins_are_of_other_classes_and_their_draws_fresh() -> None:
+def test_triggered_images_are_of_other_classes_and_their_draws_fresh() -> None:
     samples = draw_samples(WORLD, images=40, seed=0)
     trigger, target = Blended(redraw=True), int(samples.labels[0])
     others = (samples.labels != target).nonzero()[:, 0]
-    twins = samples.twins(trigger, target)
-    assert 0 < len(twins) == len(others) < 40
-    assert torch.equal(twins[2:3], trigger(samples.clean[others[2:3]], [FRESH + int(others[2])]))
-    assert not torch.equal(twins[2:3], trigger(samples.clean[others[2:3]], [int(others[2])]))
+    triggered = samples.triggered(trigger, target)
+    assert 0 < len(triggered) == len(others) < 40
+    assert torch.equal(triggered[2:3], trigger(samples.clean[others[2:3]], [FRESH + int(others[2])]))
+    assert not torch.equal(triggered[2:3], trigger(samples.clean[others[2:3]], [int(others[2])]))
 
 
 class SmallPhotographs(Cifar10World):

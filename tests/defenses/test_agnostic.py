@@ -10,8 +10,7 @@ from sklearn.exceptions import NotFittedError
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.agnostic_det import VIEWS, AgnosticDet
-from decompclip.defenses.agnostic_rep import AgnosticRep
+from decompclip.defenses.agnostic import VIEWS, AgnosticDet, AgnosticRep
 from decompclip.defenses.distances import (
     ClassDistance,
     ComponentDistances,
@@ -20,8 +19,6 @@ from decompclip.defenses.distances import (
     layer_terms,
     prefixes,
 )
-from decompclip.defenses.sharpened_det import SharpenedDet, sharpen
-from decompclip.evaluation.metrics import auroc
 from decompclip.tower.vit import HookedViT
 
 N = 240
@@ -111,7 +108,7 @@ def test_cross_fitting_by_sums_is_fitting_on_the_other_folds(
     detector = AgnosticDet(classifier, folds=4, seed=3).fit(clean)
     seen = detector.look(clean)
     fold = torch.randperm(N, generator=torch.Generator().manual_seed(3)) % 4
-    logs, offsets = torch.zeros(N, len(VIEWS)).double(), torch.zeros_like(seen.features).double()
+    logs = torch.zeros(N, len(VIEWS)).double()
     for held in range(4):
         rest, own = seen[fold != held], seen[fold == held]
         cut = clean.n_layers // 2 - 1
@@ -123,15 +120,12 @@ def test_cross_fitting_by_sums_is_fitting_on_the_other_folds(
         for place, (learnt, held_out) in enumerate(zip(points(rest), points(own), strict=True)):
             distance = ClassDistance.fit(learnt[:, None], rest.classes, len(classifier))
             logs[fold == held, place] = distance(held_out[:, None], own.classes)[:, 0].log()
-            if place == 0:
-                offsets[fold == held] = distance.whitened(held_out[:, None], own.classes)[:, 0]
         logs[fold == held, -1] = own.written.double().log()
     views = (logs - logs.mean(0)) / logs.std(0)
     odd = views[:, :-1].sum(1)
     tails = (odd / odd.std(), views[:, -1])
-    scores, order = torch.stack([-torch.special.log_ndtr(-tail) for tail in tails]).sum(0).sort()
+    scores = torch.stack([-torch.special.log_ndtr(-tail) for tail in tails]).sum(0).sort().values
     assert torch.allclose(detector.scores_, scores, rtol=1e-6)
-    assert torch.allclose(detector.offsets_, offsets[order], atol=1e-8)
 
 
 def test_a_class_of_a_single_image_does_no_harm(clean: Decomposition, fresh: Decomposition) -> None:
@@ -149,14 +143,13 @@ def test_a_class_of_a_single_image_does_no_harm(clean: Decomposition, fresh: Dec
 
 
 def test_a_wild_image_does_not_hide_itself(clean: Decomposition, classifier: torch.Tensor) -> None:
-    """An image is never farther than sqrt(n) deviations from a mean and spread that it is part of."""
+    """An image that was learnt from draws means and spread to itself: by the other folds it is odder."""
     mlps = clean.mlps.clone()
     mlps[17, -1] += 50 * classifier[1]
     wild = clean.edit(mlps=mlps)
     detector = AgnosticDet(classifier).fit(wild)
-    assert detector.offsets_.square().sum(1).max().sqrt() > 3 * N**0.5
-    within = AgnosticDet(classifier).fit(clean).offsets_.square().sum(1).sqrt()
-    assert within.max() < N**0.5
+    assert detector.score(wild).argmax() == 17
+    assert detector.scores_[-1] > 1.5 * detector.score(wild)[17]
 
 
 def test_false_positives_are_as_stated(many: Decomposition, classifier: torch.Tensor) -> None:
@@ -167,24 +160,11 @@ def test_false_positives_are_as_stated(many: Decomposition, classifier: torch.Te
         for fpr, found in rates.items():
             found.append(detector.predict(fresh, fpr=fpr).double().mean().item())
             assert (detector.scores_ > detector.threshold_at(fpr)).double().mean() <= fpr
-        p = detector.p_value(fresh)
-        assert p.min() >= 1 / (N + 1) and p.max() <= 1
     assert len(rates[0.05]) == 15
     assert np.mean(rates[0.05]) == pytest.approx(
         0.05, abs=0.012
     )  # a set's own rate deviates by 0.014 and more
     assert np.mean(rates[0.2]) == pytest.approx(0.2, abs=0.025)
-
-
-def test_a_p_value_counts_the_clean_images_that_are_as_odd(
-    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
-) -> None:
-    detector = AgnosticDet(classifier).fit(clean)
-    scores, p = detector.score(fresh[:50]), detector.p_value(fresh[:50])
-    for score, value in zip(scores, p.tolist(), strict=True):
-        assert value == pytest.approx((int((detector.scores_ >= score).sum()) + 1) / (N + 1))
-    wild = detector.p_value(hijacked(fresh, classifier[0])[:5])
-    assert wild.tolist() == pytest.approx([1 / (N + 1)] * 5)
 
 
 def test_a_hijacked_feature_is_suspicious(
@@ -284,7 +264,7 @@ def test_a_hijacked_image_goes_back_to_what_its_early_layers_saw(
     victim = hijacked(fresh, classifier[0])
     assert ((victim.features @ classifier.T).argmax(1) == 0).all()
     repaired, last = repair(victim), repair.turn(victim)
-    futures = repair.detector_.expected_.extrapolation(repair.detector_.look(victim).before)
+    futures = repair.detector_.futures(victim)
     before = (fresh.features @ classifier.T).argmax(1)
     for i in range(0, N, 7):
         deep = int(last[i])
@@ -307,10 +287,7 @@ def test_the_turn_is_the_deepest_layer_that_says_another_class(
     """Image by image, against a plain loop over layers from the last."""
     repair = AgnosticRep(classifier, budget=0.05).fit(clean)
     victim = hijacked(fresh, classifier[0])
-    last, futures = (
-        repair.turn(victim),
-        repair.detector_.expected_.extrapolation(repair.detector_.look(victim).before),
-    )
+    last, futures = repair.turn(victim), repair.detector_.futures(victim)
     flagged, several = repair.detector_.predict(victim, fpr=0.05), 0
     for i in range(N):
         final = int((victim.features[i] @ classifier.T).argmax())
@@ -396,44 +373,5 @@ def test_component_distances_refuse_what_they_cannot_tell(
     with pytest.raises(ValueError, match=r"at least 50 clean images; received 20"):
         ComponentDistances(classifier).fit(clean[:20])
     distances = ComponentDistances(classifier).fit(clean)
-    with pytest.raises(
-        ValueError, match=r"a rate in \[1/241, 1\), as 240 clean images can tell it; received 0.001"
-    ):
+    with pytest.raises(ValueError, match=r"at least 999 clean images to calibrate .* 0.001; received 240"):
         distances.flags(clean, fpr=0.001)
-
-
-# With a few images of the traffic
-
-
-def test_a_few_odd_images_sharpen_the_detector(
-    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
-) -> None:
-    detector = AgnosticDet(classifier).fit(clean)
-    toward = torch.nn.functional.normalize(torch.randn(20, generator=torch.Generator().manual_seed(8)), dim=0)
-
-    def pushed(d: Decomposition, how_far: float) -> Decomposition:
-        mlps = d.mlps.clone()
-        mlps[:, -1] += how_far * toward
-        return d.edit(mlps=mlps)
-
-    faint, strong = pushed(fresh[:100], 0.08), pushed(fresh[100:108], 0.6)
-    mixed = Decomposition.cat([fresh[140:200].edit(mlps=fresh[140:200].mlps), strong])
-    sharp = sharpen(detector, mixed)
-    assert isinstance(sharp, SharpenedDet) and sharp.found >= 4
-    assert sharp.direction.norm().item() == pytest.approx(1)
-    before = auroc(detector.score(fresh[200:]), detector.score(faint))
-    after = auroc(sharp.score(fresh[200:]), sharp.score(faint))
-    assert after > before
-    share = sharp.predict(fresh[100:], fpr=0.1).double().mean().item()
-    assert share < 0.1 + 4 * (2 * 0.09 / 140) ** 0.5
-    assert torch.allclose(sharp.score(faint[:3]), sharp.score(faint)[:3])
-
-
-def test_a_clean_batch_teaches_nothing(
-    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
-) -> None:
-    detector = AgnosticDet(classifier).fit(clean)
-    quiet = fresh[~detector.predict(fresh, fpr=0.02)]
-    assert sharpen(detector, quiet) is detector
-    with pytest.raises(NotFittedError):
-        sharpen(AgnosticDet(classifier), quiet)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from decompclip.decomposition.components import Components, embed, everything, heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.bake import bake, even
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.bake import average_over_tokens, bake
+from decompclip.defenses.decomp import DecompRep
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import save_model
 from decompclip.models.loading import load
@@ -64,8 +64,8 @@ def test_a_baked_model_is_the_model_under_the_edit(make_tower, kind: str, dtype:
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
     for edit in (
         ZeroAblate(EDITED),
-        even(MeanAblate(EDITED, moments), model),
-        even(MeanAblate(heads[0], moments) | ZeroAblate(heads[0, 1] | mlps[1]), model),
+        average_over_tokens(MeanAblate(EDITED, moments), model),
+        average_over_tokens(MeanAblate(heads[0], moments) | ZeroAblate(heads[0, 1] | mlps[1]), model),
     ):
         expected = under(model, edit, images)
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_last_block_of_a_class_token_needs_no_even_means(make_tower, compone
     moments = fitted(model, drawn(16, torch.float32, 2))
     edit, images = MeanAblate(components, moments, rows="pooled"), drawn(5, torch.float32, 1)
     expected = under(model, edit, images)
-    for wanted in (edit, MeanAblate(components, moments), even(edit, model)):
+    for wanted in (edit, MeanAblate(components, moments), average_over_tokens(edit, model)):
         with torch.no_grad():
             torch.testing.assert_close(bake(model, wanted).encode_image(images), expected, rtol=0, atol=1e-5)
 
@@ -90,7 +90,7 @@ def test_the_last_block_of_a_class_token_needs_no_even_means(make_tower, compone
 def test_even_means_are_the_means_over_tokens(make_tower) -> None:
     model = around(make_tower())
     moments = fitted(model, drawn(16, torch.float32, 2))
-    edit = even(MeanAblate(mlps, moments), model)
+    edit = average_over_tokens(MeanAblate(mlps, moments), model)
     streams = edit.steps[0].moments.streams  # pyright: ignore[reportAttributeAccessIssue]
     assert moments.streams is not None
     for token in range(7):
@@ -122,7 +122,7 @@ def test_it_leaves_as_an_ordinary_open_clip_model_and_comes_back(tmp_path: Path)
     clip = clip.double()
     images = drawn(4, torch.float64, 1, SIDE, SIDE)
     moments = fitted(clip, drawn(16, torch.float64, 2, SIDE, SIDE))
-    edit = even(MeanAblate(mlps[0] | heads[1, 0], moments), clip)
+    edit = average_over_tokens(MeanAblate(mlps[0] | heads[1, 0], moments), clip)
     expected, baked = under(clip, edit, images), bake(clip, edit)
     net: Any = baked.to_open_clip()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_what_cannot_be_folded_is_refused(make_tower) -> None:
         (repair, "same for every image.*DecompRep.*use Guard"),
         (ZeroAblate(heads[0]).on(where), "same for every image.*use Guard"),
         (ZeroAblate(mlps[0]) | repair, "same for every image.*use Guard"),
-        (MeanAblate(mlps[0], moments), "one mean for all tokens.*layer 0; bake even"),
+        (MeanAblate(mlps[0], moments), "one mean for all tokens.*layer 0; bake average_over_tokens"),
         (ZeroAblate(embed), "expected heads and MLPs; received .*embed"),
         (ZeroAblate(everything), "expected heads and MLPs; received .*everything"),
         (ZeroAblate(heads[0], rows="pooled"), "an edit of all tokens.*rows='pooled'"),
@@ -160,9 +160,9 @@ def test_what_cannot_be_folded_is_refused(make_tower) -> None:
     with pytest.raises(IndexError, match="layer 7"):
         bake(model, ZeroAblate(mlps[7]))
     with pytest.raises(ValueError, match="with stream means; received moments of terms alone"):
-        even(MeanAblate(mlps, terms_alone), model)
+        average_over_tokens(MeanAblate(mlps, terms_alone), model)
     with pytest.raises(ValueError, match="use Guard"):
-        even(repair, model)
+        average_over_tokens(repair, model)
     with (
         model.hooks(ZeroAblate(mlps[0])),
         pytest.raises(ValueError, match="without hooks; received one under some"),

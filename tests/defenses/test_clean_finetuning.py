@@ -20,9 +20,8 @@ from decompclip.defenses.clean_finetuning import (
     CleanCLIP,
     CleanFineTuning,
     Push,
-    tuning_defense,
 )
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompRep
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
 from decompclip.training.losses import Seen
@@ -57,7 +56,7 @@ def seen(clip: HookedCLIP, net: Any) -> Seen:
 @pytest.mark.parametrize("name", TUNING_DEFENSES)
 def test_one_shape_for_all(clip: HookedCLIP, name: str) -> None:
     before = weights(clip)
-    defense = tuning_defense(name, recipe=CLEANCLIP if name == "cleanclip" else SHORT)
+    defense = TUNING_DEFENSES[name](recipe=CLEANCLIP if name == "cleanclip" else SHORT)
     tuned = defense.apply(clip, RandomPairs(), seed=3)
     assert tuned.seed == 3 and tuned.history[-1]["step"] == 3
     assert same(weights(clip), before) and not same(weights(tuned.model), before)
@@ -163,7 +162,6 @@ def test_what_makes_no_sense_is_refused(clip: HookedCLIP) -> None:
         (lambda: PAR(recipe=CLEANCLIP), "loss clip or grouped for PAR; received one of 'cleanclip'"),
         (lambda: CleanFineTuning(recipe="cleanclip"), "loss clip or grouped for CleanFineTuning"),
         (lambda: CleanCLIP(recipe="none"), "expected a recipe named one of paper"),
-        (lambda: tuning_defense("unlearn"), "named one of clean, cleanclip, par; received 'unlearn'"),
         (lambda: Push.from_model(clip, threshold=5.0), r"threshold in \(0, 4\].*received 5.0"),
         (lambda: Push.from_model(clip, weight=0.0), "weight above 0; received 0.0"),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decompclip.defenses.decomp_rep import fixed_heads, random_heads
+from decompclip.defenses.decomp import fixed_heads, random_heads
 
 
 def test_fixed_heads_are_those_flagged_most_often() -> None:

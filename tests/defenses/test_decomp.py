@@ -15,8 +15,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp_det import DecompDet
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompDet, DecompRep
 from decompclip.defenses.selector import Selector
 from decompclip.tower.vit import HookedViT
 

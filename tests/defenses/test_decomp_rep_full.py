@@ -14,8 +14,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp_det import DecompDet
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompDet, DecompRep
 from decompclip.defenses.selector import Selector
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.transplant import decomp_reverse
@@ -97,7 +96,7 @@ def test_excess_is_counted_in_clean_deviations(pair) -> None:
     assert expected.any()
     assert not selector.excess(suspect)[:, :-1].any()
     assert repr(DecompDet(score="excess")) == "DecompDet(score='excess')"
-    assert repr(DecompDet(score="excess", zeta=2)) == "DecompDet(zeta=2, score='excess')"
+    assert repr(DecompDet(score="excess", zeta=2)) == "DecompDet(score='excess', zeta=2)"
 
 
 def test_composed_and_restricted(pair) -> None:
@@ -195,7 +194,7 @@ def test_errors_say_what_to_do(
         DecompRep().save(tmp_path / "r")
     path = DecompRep().fit(clean).save(tmp_path / "r")
     with pytest.raises(
-        ValueError, match="the model that the prototypes in .* were fitted on; received another"
+        ValueError, match="the model that the DecompRep in .* was fitted on; received another"
     ):
         DecompRep.load(path, make_tower(seed=8, layer_scale=True))
     with pytest.raises(FileNotFoundError, match="expected a saved DecompRep; received"):

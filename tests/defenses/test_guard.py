@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp_det import DecompDet
-from decompclip.defenses.decomp_rep import DecompRep
+from decompclip.defenses.decomp import DecompDet, DecompRep
 from decompclip.defenses.guard import Guard
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import zero_shot_classifier
@@ -149,6 +148,6 @@ def test_a_detector_is_no_defense(clip: HookedCLIP, ours_alone: None) -> None:
     with pytest.raises(TypeError, match="an intervention that repairs; received a DecompDet; .* reject="):
         Guard(clip, wrong)
     with pytest.raises(
-        TypeError, match="a detector over terms, with score and predict; received a Composition"
+        TypeError, match="a detector of terms, with fit, score and predict; received a Composition"
     ):
         Guard(clip, reject=Composition())  # pyright: ignore[reportArgumentType]

@@ -1,17 +1,11 @@
-"""What a detector costs, in plain forward passes.
-
-What detectors have in common: fitted on clean images, higher scores are more suspicious, thresholds that hold.
-
-Detectors that read a decomposition, as detectors of images.
-"""
+"""What detectors of pixels have in common, the registry of all detectors, and what one costs."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,91 +14,35 @@ from torch import Tensor
 
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
-from decompclip.defenses.agnostic_det import calibrated
-from decompclip.defenses.selector import check_fitted
+from decompclip.defenses.fitted import Calibrated, DetectorLike, check_fitted
 from decompclip.evaluation.evaluate import Encoder, Labelled
 
-if TYPE_CHECKING:
-    from decompclip.models.clip import HookedCLIP
-
-
-@dataclass(frozen=True)
-class Cost:
-    """For each image.
-
-    Attributes:
-        forwards: forward passes by design.
-        ratio: measured time of a score, in times of a plain `encode_image` of the same images, in the same run.
-    """
-
-    forwards: int
-    ratio: float
-
-
-@torch.no_grad()
-def measure_cost(detector: Detector, images: Float[Tensor, "batch 3 h w"], *, repeats: int = 3) -> Cost:
-    """The least of some repeats, of both, one after the other in turns.
-
-    Raises:
-        NotFittedError: the detector was not fitted.
-        ValueError: no images, or no repeats.
-    """
-    if not len(images) or repeats < 1:
-        raise ValueError(f"expected images and repeats; received {len(images)} images, {repeats} repeats")
-    model, plain, scored = detector.model, [], []
-    detector.score(images[:1])  # first calls pay for what later ones reuse
-    for _ in range(repeats):
-        begin = _now()
-        for part in images.split(detector.batch_size):
-            model.encode_image(model.normalize(part))
-        middle = _now()
-        detector.score(images)
-        plain.append(middle - begin)
-        scored.append(_now() - middle)
-    return Cost(detector.forwards, min(scored) / min(plain))
-
-
-def _now() -> float:
-    """The time when all that was asked for is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 D = TypeVar("D", bound="Detector")
-Clean = Any
-"""A tensor of images, something with `batches()` (`Shapes`, a folder), or an iterable of batches."""
+M = TypeVar("M", bound="Callable[[Any, Tensor], Detector]")
+Pixels = Any
+"""A tensor of pixels, something with `batches()` (`Shapes`, a folder), or an iterable of batches."""
 
 
-@runtime_checkable
-class Scaled(Encoder, Protocol):
-    """A model with CLIP's logit scale."""
+class Detector(Calibrated):
+    """`fit(clean).score(pixels)`: one number an image, higher where an attack is more likely.
 
-    @property
-    def logit_scale(self) -> Tensor: ...
+    Pixels are `[batch, 3, h, w]` in [0, 1]; models normalise them. A detector that learns does so from a half of the
+    clean images, drawn by their places. The others calibrate: they are scored like fresh ones, so that thresholds hold
+    for fresh ones. A detector that learns nothing calibrates on all.
 
-
-class Detector(ABC):
-    """`fit(clean).score(images)`: one number an image, higher where an attack is more likely.
-
-    Images are `[batch, 3, h, w]` in [0, 1]; models normalise them. A half of the clean images, drawn by their places, is learnt from, the
-    others calibrate: those are scored like fresh ones, so that thresholds hold for fresh ones. Detectors that learn
-    nothing calibrate on all.
+    A subclass gives `_score`; one that learns sets `learns` and gives `_learn`.
 
     Args:
         model: a `HookedCLIP`, or whatever normalises and encodes images.
         batch_size: images a forward pass.
 
     Attributes:
-        name: in tables.
         forwards: forward passes for each image.
         learns: whether clean images are learnt from, beside the calibration.
         scores_: of the calibration images, in rising order.
     """
 
-    name: ClassVar[str]
     learns: ClassVar[bool] = False
-    scores_: Float[Tensor, " image"]
 
     def __init__(self, model: Encoder, *, batch_size: int = 64) -> None:
         self.model = model
@@ -114,18 +52,21 @@ class Detector(ABC):
     def forwards(self) -> int:
         return 1
 
-    def fit(self: D, clean: Clean) -> D:
+    def fit(self: D, clean: Pixels) -> D:
         """Learn from clean images, and calibrate.
 
+        Args:
+            clean: a tensor of pixels, something with `batches()` (`Shapes`, a folder), or an iterable of batches.
+
         Raises:
-            ValueError: images that are none in [0, 1], or too few of them.
+            ValueError: pixels that are not in [0, 1], or too few images.
         """
         batches = source(clean, self.batch_size)
         if self.learns:
-            self._learn(part for images, places in batches() if len(part := images[learnt(places)]))
+            self._learn(part for pixels, places in batches() if len(part := pixels[learnt(places)]))
         scores = []
-        for images, places in batches():
-            held = images[~learnt(places)] if self.learns else images
+        for pixels, places in batches():
+            held = pixels[~learnt(places)] if self.learns else pixels
             if len(held):
                 scores.append(self._scores(held))
         if not scores:
@@ -134,82 +75,58 @@ class Detector(ABC):
         return self
 
     @torch.no_grad()
-    def score(self, images: Tensor) -> Float[Tensor, " batch"]:
+    def score(self, pixels: Tensor) -> Float[Tensor, " batch"]:
         """Higher is more suspicious; an image's score does not depend on the others.
 
         Raises:
             NotFittedError: `fit` was not called.
-            ValueError: images that are none in [0, 1].
+            ValueError: pixels that are not in [0, 1].
         """
         check_fitted(self, "scores_")
-        check_images(images)
-        return self._scores(images)
-
-    def threshold_at(self, fpr: float) -> float:
-        """The score that a share `fpr` of clean images, or fewer, is above.
-
-        Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: a rate outside (0, 1), or finer than the calibration images can tell.
-        """
-        check_fitted(self, "scores_")
-        return calibrated(self.scores_, fpr)
-
-    def predict(self, images: Float[Tensor, "batch 3 h w"], *, fpr: float = 0.05) -> Bool[Tensor, " batch"]:
-        """Which images are suspicious, at this share of clean ones.
-
-        Raises:
-            NotFittedError, ValueError: as `score` and `threshold_at`.
-        """
-        return self.score(images) > self.threshold_at(fpr)
+        check_pixels(pixels)
+        return self._scores(pixels)
 
     @abstractmethod
-    def _score(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
+    def _score(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
         """The scores of some images."""
 
-    def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:  # noqa: B027 - some learn nothing
+    def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
         """Learn from clean images."""
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def _scores(self, pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._score(part) for part in images.split(self.batch_size)])
+            return torch.cat([self._score(part) for part in pixels.split(self.batch_size)])
 
-    def _features(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch d_embed"]:
+    def _features(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch d_embed"]:
         """Unit features."""
-        features = self.model.encode_image(self.model.normalize(images)).float()
+        features = self.model.encode_image(self.model.normalize(pixels)).float()
         return torch.nn.functional.normalize(features, dim=1)
+
+    @torch.no_grad()
+    def _all_features(
+        self, batches: Iterable[Float[Tensor, "_ 3 h w"]], least: int, what: str
+    ) -> Float[Tensor, "image d_embed"]:
+        """Unit features of all images to learn from, if they are enough."""
+        found = [self._features(pixels) for pixels in batches]
+        need(sum(map(len, found)), least, what)
+        return torch.cat(found)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
-class LabelDetector(Detector):
-    """A detector that reads the model's answers.
+DETECTORS: dict[str, Callable[[Any, Tensor], Detector]] = {}
+"""From a model and the zero-shot classifier of its own class names to a detector with its source's settings, by name."""
 
-    Args:
-        classifier: of the zero-shot classes; see `model.zero_shot_classifier`.
 
-    Raises:
-        ValueError: fewer than two classes.
-    """
+def registered(name: str) -> Callable[[M], M]:
+    """Puts a class, or a function that makes a detector, into `DETECTORS`."""
 
-    def __init__(
-        self, model: Encoder, classifier: Float[Tensor, "class d_embed"], *, batch_size: int = 64
-    ) -> None:
-        super().__init__(model, batch_size=batch_size)
-        if len(classifier) < 2:
-            raise ValueError(
-                f"expected a classifier of at least 2 classes; received {len(classifier)}: with one class every answer is "
-                "the same"
-            )
-        self.classifier = classifier
+    def register(make: M) -> M:
+        DETECTORS[name] = make
+        return make
 
-    def _cosines(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch class"]:
-        features = self._features(images)
-        return features @ self.classifier.to(features).T
-
-    def _answers(self, images: Float[Tensor, "batch 3 h w"]) -> Tensor:
-        return self._cosines(images).argmax(1)
+    return register
 
 
 def learnt(places: Tensor) -> Bool[Tensor, " image"]:
@@ -218,11 +135,11 @@ def learnt(places: Tensor) -> Bool[Tensor, " image"]:
     return (torch.tensor(heads, dtype=torch.bool) == (places % 2 == 0)) if len(places) else places.bool()
 
 
-def check_images(images: Tensor) -> None:
-    """Raises ValueError unless `images` are `[batch, 3, h, w]` in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images [batch, 3, h, w]; received {list(images.shape)}")
-    low, high = (float(x) for x in images.aminmax()) if images.numel() else (0.0, 1.0)
+def check_pixels(pixels: Tensor) -> None:
+    """Raises ValueError unless these are `[batch, 3, h, w]` in [0, 1]."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"expected images [batch, 3, h, w]; received {list(pixels.shape)}")
+    low, high = (float(x) for x in pixels.aminmax()) if pixels.numel() else (0.0, 1.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f}; leave the normalisation to the model"
@@ -237,8 +154,8 @@ def need(n: int, least: int, what: str) -> None:
         )
 
 
-def source(clean: Clean, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """Batches of images with their places, as often as asked for."""
+def source(clean: Pixels, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    """Batches of pixels with their places, as often as asked for."""
     if not isinstance(clean, Tensor | Labelled):
         clean = list(clean)
 
@@ -246,21 +163,21 @@ def source(clean: Clean, size: int) -> Callable[[], Iterator[tuple[Tensor, Tenso
         seen = 0
         parts = clean.split(size) if isinstance(clean, Tensor) else clean
         for part in parts.batches(size) if isinstance(parts, Labelled) else parts:
-            images = part if isinstance(part, Tensor) else part.images
-            check_images(images)
-            yield images, torch.arange(seen, seen + len(images))
-            seen += len(images)
+            pixels = part if isinstance(part, Tensor) else part.images
+            check_pixels(pixels)
+            yield pixels, torch.arange(seen, seen + len(pixels))
+            seen += len(pixels)
 
     return batches
 
 
 @runtime_checkable
-class TermDetector(Protocol):
-    """`DecompDet`, `AgnosticDet`."""
+class Decomposer(Encoder, Protocol):
+    """A `HookedCLIP`, or what decomposes images as it does."""
 
-    def fit(self, clean: Any) -> Any: ...
-
-    def score(self, d: Decomposition) -> Tensor: ...
+    def decompose(
+        self, images: Any, *, normalize: bool = ..., convention: Convention = ...
+    ) -> Decomposition: ...
 
 
 class OnTerms(Detector):
@@ -268,18 +185,17 @@ class OnTerms(Detector):
 
     Args:
         model: the CLIP.
-        detector: of terms; fitted with this one.
+        detector: of terms; fitted with this one. One that calibrates itself on what it learns from (`Calibrated`) gets all clean images for both.
         convention: of the terms.
         batch_size: images a forward pass.
     """
 
-    name: ClassVar[str] = "of terms"
     learns: ClassVar[bool] = True
 
     def __init__(
         self,
-        model: HookedCLIP,
-        detector: TermDetector,
+        model: Decomposer,
+        detector: DetectorLike[Decomposition],
         *,
         convention: Convention = "centred",
         batch_size: int = 64,
@@ -289,29 +205,55 @@ class OnTerms(Detector):
         self.detector = detector
         self.convention: Convention = convention
 
-    def fit(self, clean: Clean) -> OnTerms:
-        """As `Detector.fit`; a detector that calibrates itself on what it learns from gets all images for both.
-
-        Raises:
-            ValueError: images that are none in [0, 1], or too few of them.
-        """
-        if not getattr(self.detector, "calibrates", False):
+    def fit(self, clean: Pixels) -> OnTerms:
+        """See `Detector.fit`."""
+        if not isinstance(self.detector, Calibrated):
             return super().fit(clean)
-        self._learn(images for images, _ in source(clean, self.batch_size)())
-        self.scores_ = self.detector.scores_  # pyright: ignore[reportAttributeAccessIssue]
+        self._learn(pixels for pixels, _ in source(clean, self.batch_size)())
+        self.scores_ = self.detector.scores_
         return self
 
     def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
         with torch.no_grad():
-            found = [self._terms(images) for images in batches]
+            found = [self._terms(pixels) for pixels in batches]
         need(sum(map(len, found)), 10, "to learn from")
         self.detector.fit(Decomposition.cat(found))
 
-    def _score(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
-        return self.detector.score(self._terms(images)).double()
+    def _score(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
+        return self.detector.score(self._terms(pixels)).double()
 
-    def _terms(self, images: Tensor) -> Decomposition:
-        return self.clip.decompose(self.clip.normalize(images), normalize=True, convention=self.convention)
+    def _terms(self, pixels: Tensor) -> Decomposition:
+        return self.clip.decompose(self.clip.normalize(pixels), normalize=True, convention=self.convention)
 
     def __repr__(self) -> str:
         return f"OnTerms({self.detector!r})"
+
+
+@torch.no_grad()
+def measure_cost(detector: Detector, pixels: Float[Tensor, "batch 3 h w"], *, repeats: int = 3) -> float:
+    """Time of a score, in times of a plain `encode_image` of the same images: the least of some repeats of each, in turns.
+
+    Raises:
+        NotFittedError: the detector was not fitted.
+        ValueError: no images.
+    """
+    if not len(pixels):
+        raise ValueError("expected images to score; received 0 images")
+    model, plain, scored = detector.model, [], []
+    detector.score(pixels[:1])  # first calls pay for what later ones reuse
+    for _ in range(repeats):
+        begin = _now()
+        for part in pixels.split(detector.batch_size):
+            model.encode_image(model.normalize(part))
+        middle = _now()
+        detector.score(pixels)
+        plain.append(middle - begin)
+        scored.append(_now() - middle)
+    return min(scored) / min(plain)
+
+
+def _now() -> float:
+    """The time when all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -14,16 +14,14 @@ from torch import Tensor
 
 import decompclip
 from decompclip.data.shapes import Shapes
-from decompclip.defenses.agnostic_det import AgnosticDet, calibrated
-from decompclip.defenses.decomp_det import DecompDet
+from decompclip.defenses.agnostic import AgnosticDet
+from decompclip.defenses.decomp import DecompDet
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.defenses.detectors.bdetclip import BDetCLIP, prompts
+from decompclip.defenses.detectors.answers import NEVER, STRIP, BDetCLIP, ScaleUp, TeCo, prompts
 from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
 from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
 from decompclip.defenses.detectors.detector import Detector, OnTerms, learnt, measure_cost
-from decompclip.defenses.detectors.scale_up import ScaleUp
-from decompclip.defenses.detectors.strip import STRIP
-from decompclip.defenses.detectors.teco import NEVER, TeCo
+from decompclip.defenses.fitted import DetectorLike, calibrated
 from decompclip.evaluation.metrics import auroc
 
 SIDE = 8
@@ -356,10 +354,10 @@ def test_a_detector_of_terms_scores_what_it_scores_on_terms() -> None:
 def test_cost_is_in_forward_passes() -> None:
     model = decompclip.load("shapes")
     images = Shapes(32, seed=71).draw(range(32)).images
-    scale_up = measure_cost(ScaleUp(model, model.zero_shot_classifier()).fit(images), images, repeats=2)
-    assert scale_up.forwards == 6 and 3 < scale_up.ratio < 15
+    scale_up = ScaleUp(model, model.zero_shot_classifier()).fit(images)
+    assert scale_up.forwards == 6 and 3 < measure_cost(scale_up, images, repeats=2) < 15
     with pytest.raises(ValueError, match=r"received 0 images"):
-        measure_cost(ScaleUp(model, model.zero_shot_classifier()).fit(images), images[:0])
+        measure_cost(scale_up, images[:0])
 
 
 def test_a_detector_that_calibrates_itself_gets_all_images() -> None:
@@ -368,3 +366,12 @@ def test_a_detector_that_calibrates_itself_gets_all_images() -> None:
     outer = OnTerms(model, AgnosticDet(model.zero_shot_classifier())).fit(clean)
     assert len(outer.scores_) == 140
     assert outer.threshold_at(0.05) == outer.detector.threshold_at(0.05)  # type: ignore[attr-defined]
+
+
+def test_one_protocol_for_detectors_of_pixels_and_of_terms() -> None:
+    for detector in (*EVERY.values(), AgnosticDet(CLASSIFIER), DecompDet()):
+        assert isinstance(detector, DetectorLike)
+    assert list(DETECTORS) == [
+        *("STRIP", "SCALE-UP", "TeCo", "BDetCLIP", "k-distance", "SLOF", "LID", "DAO", "Mahalanobis"),
+        *("Mahalanobis by class", "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic"),
+    ]  # the order of committed results

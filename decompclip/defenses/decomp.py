@@ -1,45 +1,32 @@
-"""Decomp-Rep: repair image features by replacing the heads that look infected (docs/method.md, section 3).
+"""Decomp-Rep repairs image features, Decomp-Det finds triggered images, by the heads that look infected.
 
-Source: He et al. (ICML 2025), section 4 and algorithm 1, lines 4 to 9.
-
-Controls for Decomp-Rep: as many heads replaced, but not the ones that an image's own flags name (Table 3).
-
-Source: He et al. (ICML 2025), section 4, table 3, "fixed" and "random" heads. Used as any restriction is:
+Source: He et al. (ICML 2025), section 4, algorithm 1; docs/method.md, section 3. `fixed_heads` and `random_heads` are the
+controls of their table 3: as many heads replaced, but others than an image's own flags name. Used as any restriction is:
 
     MeanAblate(heads[-1], moments).on(random_heads(repair.flags(d), repair.selector_.mask_, seed=0))(d)
 """
 
 from __future__ import annotations
 
-from copy import copy
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 from typing_extensions import Unpack
 
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.selector import (
-    Clean,
-    Judging,
-    Selector,
-    check_fitted,
-    describe,
-    load_selector,
-    save_selector,
-    visual_of,
-)
-from decompclip.models.clip import HookedCLIP
+from decompclip.defenses.fitted import check_fitted
+from decompclip.defenses.selector import Clean, Judge, Judging, Selector, check_choice
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention, Where, both, check_where
 from decompclip.operators.noise import RandomAblate, Scale
 from decompclip.tower.vit import Hook, HookedViT
 
 FillName = Literal["prototype", "zero", "random"]
-Trigger = Literal["local", "global"]
+Hint = Literal["local", "global"]
+DetScore = Literal["count", "excess"]
 
 GLOBAL_LAYERS = 5 / 12
 """The paper's repair for global triggers takes the MLPs of five layers of twelve."""
@@ -50,14 +37,14 @@ def late_mlps(n_layers: int) -> int:
     return round(n_layers * GLOBAL_LAYERS) or 1
 
 
-class DecompRep(Intervention):
+class DecompRep(Judge, Intervention):
     """Replaces the flagged heads of each image by their prototypes: one rule for all images, clean or not.
 
         repair = DecompRep(similarity="cosine", threshold="quantile").fit(clean)
         repair(d).features
 
-    For triggers spread over the whole image the paper replaces the last five MLPs of every image instead, and so
-    must be told the kind of attack: `DecompRep.paper(trigger="global")`.
+    For triggers that cover the whole image the paper replaces the last five MLPs of every image instead. That takes a
+    hint about the attack: `DecompRep.paper(trigger="global")`.
 
     Args:
         fill: what stands in for a flagged head: its "prototype", "zero" (the paper's "w/ Abandon"), or "random"
@@ -72,8 +59,6 @@ class DecompRep(Intervention):
         selector: with these options, not fitted.
         selector_: the fitted one, with `prototypes_` and `thresholds_`.
     """
-
-    selector_: Selector
 
     def __init__(
         self,
@@ -91,33 +76,36 @@ class DecompRep(Intervention):
         self.selector = Selector(**judging)
 
     @classmethod
-    def paper(cls, *, epsilon: float = 0.002, trigger: Trigger = "local") -> DecompRep:
+    def paper(cls, *, epsilon: float = 0.002, trigger: Hint = "local") -> DecompRep:
         """Algorithm 1 as the authors' code runs it: dot product, last layer, one epsilon.
 
         Args:
-            trigger: the hint that it needs: "local" (a patch): heads; "global" (Blended, ISSBA): the last five MLPs,
-                however many layers there are; of towers of other depths than the paper's twelve, `mlps=late_mlps(n)` takes
-                the same share.
+            epsilon: flag at or below it.
+            trigger: the hint: "local" (a patch) replaces heads; "global" (Blended, ISSBA) the last five MLPs, however
+                many layers there are. In a tower of another depth than the paper's twelve layers
+                `DecompRep(components=None, mlps=late_mlps(n_layers))` takes the same share.
 
         Raises:
             ValueError: an unknown trigger.
         """
-        if trigger not in get_args(Trigger):
-            raise ValueError(f"expected a trigger of {get_args(Trigger)}; received {trigger!r}")
+        check_choice("trigger", trigger, Hint)
         if trigger == "global":
             return cls(epsilon=epsilon, convention="paper", components=None, mlps=5)
         return cls(epsilon=epsilon, convention="paper")
 
     def fit(self, clean: Clean) -> DecompRep:
-        """Learn prototypes from clean images (the paper: 20 % of the evaluation set), at once or batch by batch.
+        """Learn prototypes.
+
+        Args:
+            clean: clean images (the paper: 20 % of the evaluation set), decomposed at once or batch by batch, or
+                their moments.
 
         Raises:
             ValueError: an unknown option, more MLPs than there are, or clean terms that do not fit the options: see
                 `Selector.fit`.
         """
-        if self.fill not in get_args(FillName):
-            raise ValueError(f"expected a fill of {get_args(FillName)}; received {self.fill!r}")
-        selector = copy(self.selector).fit(clean)
+        check_choice("fill", self.fill, FillName)
+        selector = self._fit(clean)
         most = len(selector.mask_)
         if not 0 <= self.mlps <= most:
             raise ValueError(
@@ -173,28 +161,8 @@ class DecompRep(Intervention):
         of_heads = self._heads().fwd_hooks(visual, where=where) if judged else []
         return of_heads + (self._mlps().fwd_hooks(visual, where=where) if self.mlps else [])
 
-    def save(self, path: str | Path) -> Path:
-        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
-
-        Raises:
-            NotFittedError: `fit` was not called.
-        """
-        check_fitted(self, "selector_")
-        own = {name: getattr(self, name) for name in ("fill", "scale", "seed", "mlps")}
-        return save_selector(self.selector_, Path(path), "DecompRep", own)
-
-    @classmethod
-    def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> DecompRep:
-        """Read what `save` wrote; judged heads come back by their numbers.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is broken, holds something else, or was fitted on another model.
-        """
-        selector, own = load_selector(Path(path), visual_of(model), "DecompRep")
-        repair = cls(**own)
-        repair.selector, repair.selector_ = selector, selector
-        return repair
+    def _own(self) -> dict[str, Any]:
+        return {"fill": self.fill, "scale": self.scale, "seed": self.seed, "mlps": self.mlps}
 
     def _heads(self) -> Intervention:
         components = heads if self.selector_.components is None else self.selector_.components
@@ -207,8 +175,75 @@ class DecompRep(Intervention):
     def _mlps(self) -> Intervention:
         return MeanAblate(mlps[-self.mlps :], self.selector_.moments_)
 
-    def __repr__(self) -> str:
-        return describe(self, self.selector, {"fill": "prototype", "scale": "unit", "seed": 0, "mlps": 0})
+
+class DecompDet(Judge):
+    """Counts an image's flagged heads: higher is more suspicious.
+
+        detector = DecompDet().fit(clean)
+        auroc(detector.score(clean_test), detector.score(suspect))
+
+    Args:
+        score: "count" of flagged heads (the paper), or "excess": how far they are below their thresholds, summed in
+            clean standard deviations of each head's similarity.
+        zeta: the highest score that is no cause for suspicion.
+        judging: similarity, threshold, epsilon, quantile, components, convention: which heads are flagged: see
+            `decompclip.defenses.selector.Selector`.
+
+    Attributes:
+        selector: with these options, not fitted.
+        selector_: the fitted one, with `prototypes_` and `thresholds_`.
+    """
+
+    def __init__(
+        self, *, score: DetScore = "count", zeta: int | float = 5, **judging: Unpack[Judging]
+    ) -> None:
+        self.kind: DetScore = score
+        self.zeta = zeta
+        self.selector = Selector(**judging)
+
+    @classmethod
+    def paper(cls, *, epsilon: float = 0.002) -> DecompDet:
+        """As the authors' code runs it: dot product, last layer, one epsilon, more than five heads.
+
+        Args:
+            epsilon: flag at or below it.
+        """
+        return cls(epsilon=epsilon, convention="paper")
+
+    def fit(self, clean: Clean) -> DecompDet:
+        """Learn prototypes.
+
+        Args:
+            clean: as `DecompRep.fit`.
+
+        Raises:
+            ValueError: an unknown option, or clean terms that do not fit the options: see `Selector.fit`.
+        """
+        check_choice("score", self.kind, DetScore)
+        self.selector_ = self._fit(clean, deviations=self.kind == "excess")
+        return self
+
+    def score(self, d: Decomposition) -> Shaped[Tensor, " batch"]:
+        """The number of flagged heads of each image, or their summed excess.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: `d` is of another model, convention or normalization than the clean images.
+        """
+        check_fitted(self, "selector_")
+        found = self.selector_.excess(d) if self.kind == "excess" else self.selector_.flags(d)
+        return found.sum((1, 2))
+
+    def predict(self, d: Decomposition) -> Bool[Tensor, " batch"]:
+        """Which images are suspicious: those that score above `zeta`.
+
+        Raises:
+            NotFittedError, ValueError: as `score`.
+        """
+        return self.score(d) > self.zeta
+
+    def _own(self) -> dict[str, Any]:
+        return {"score": self.kind, "zeta": self.zeta}
 
 
 def fixed_heads(flags: Bool[Tensor, "batch layer head"], count: int) -> Bool[Tensor, "layer head"]:

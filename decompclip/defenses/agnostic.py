@@ -1,0 +1,465 @@
+"""Detection and repair without a hint about the attack. Both are our own.
+
+Detection asks three questions of an image. Each is a Mahalanobis distance to the image's class (`ClassDistance`):
+
+* feature: is it like those of other images of its class?
+* layers: do heads and MLPs of every layer contribute what they do for others of that class?
+* surprise: does the feature follow from what the first half of the layers has found (`Extrapolation`)?
+
+The sum of the three says how odd an image is. A fourth view finds triggered images that are *less* odd than clean ones, as
+on photographs, where clean images of a class differ widely and a trigger makes them all alike:
+
+* written: the inverse of the share of the unit feature that is there before the first block. A trigger makes heads and
+  MLPs contribute more, all in one direction.
+
+The logarithm of each is brought to mean 0 and deviation 1 over clean images. The score is Fisher's sum of the two upper
+tails, -log p(odd) - log p(written), so that either suffices.
+
+The repair edits suspicious images alone. It looks for the deepest layer after which clean images would have ended in
+another class, and replaces the contributions of all later layers by what was to be expected from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.special import log_ndtr
+
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import TermMaps
+from decompclip.decomposition.moments import Moments
+from decompclip.defenses.distances import (
+    ClassDistance,
+    ClassSums,
+    Extrapolation,
+    class_directions,
+    layer_terms,
+    prefixes,
+    ridge,
+)
+from decompclip.defenses.fitted import (
+    Calibrated,
+    check_fitted,
+    check_maps,
+    held_out,
+    load_fitted,
+    save_fitted,
+)
+from decompclip.models.clip import HookedCLIP
+from decompclip.operators.intervention import Intervention, Where
+from decompclip.tower.vit import Hook, HookedViT
+
+Distance = Literal["feature", "layers", "surprise"]
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
+VIEWS: tuple[str, ...] = (*DISTANCES, "written")
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What is looked at, of some images.
+
+    Attributes:
+        layers: contributions of heads and MLPs, along the directions that tell classes apart.
+        before: the feature's partial sums after each layer.
+        written: one over the length of the part of the feature that is there before the first block.
+        classes: that the images are taken for.
+    """
+
+    features: Float[Tensor, "image d_embed"]
+    layers: Float[Tensor, "image part"]
+    before: Float[Tensor, "image layer d_embed"]
+    written: Float[Tensor, " image"]
+    classes: Int[Tensor, " image"]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: Tensor) -> Observed:
+        return Observed(*(x[rows] for x in vars(self).values()))
+
+    def sums(self, n_classes: int, about: Sums | None = None) -> Sums:
+        """Of images with the prefix of one layer. `about`: sums whose origins to take, so that the two subtract."""
+        joint = torch.cat([self.before[:, 0], self.features], 1)
+        first, second = (
+            ClassSums.of(x[:, None], self.classes, n_classes, origin=near and near.origin)
+            for x, near in zip((joint, self.layers), about or (None, None), strict=True)
+        )
+        return first, second
+
+
+Sums = tuple[ClassSums, ClassSums]
+"""Of the prefix and the feature side by side, and of `Observed.layers`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What clean images look like.
+
+    Attributes:
+        distances: by the name of the view.
+        extrapolation: from the prefix of each layer to the feature.
+        cut: the layer after which `surprise` predicts the feature.
+    """
+
+    distances: dict[Distance, ClassDistance]
+    extrapolation: Extrapolation
+    cut: int
+
+    @staticmethod
+    def of(joint: ClassSums, layers: ClassSums) -> Expected:
+        """For images with the prefix of one layer."""
+        width = joint.origin.shape[1] // 2
+        scatter, (mean_in, mean_out) = joint.scatter, joint.mean.split(width, 1)
+        weights = ridge(scatter[:, :width, :width], scatter[:, :width, width:])
+        one = torch.eye(width).to(weights)
+        surprise = joint.mapped(torch.cat([-weights[0], one]), (mean_in @ weights[0] - mean_out)[0])
+        distances: dict[Distance, ClassDistance] = {
+            "feature": joint.mapped(torch.cat([torch.zeros_like(one), one])).distance(),
+            "layers": layers.distance(),
+            "surprise": surprise.distance(),
+        }
+        return Expected(distances, Extrapolation(mean_in, mean_out[0], weights), 0)
+
+    def logs(self, seen: Observed) -> Float[Tensor, "image view"]:
+        """Logarithms of the views."""
+        surprise = seen.features - self.extrapolation.of_layer(seen.before, self.cut)
+        points = {"feature": seen.features, "layers": seen.layers, "surprise": surprise}
+        found = [self.distances[view](points[view][:, None], seen.classes)[:, 0] for view in DISTANCES]
+        tiny = torch.finfo(torch.float64).tiny
+        return torch.stack([*found, seen.written.double()], 1).clamp_min(tiny).log()
+
+
+class AgnosticDet(Calibrated):
+    """Finds images that are unlike clean ones of their class, or to which heads and MLPs contribute more.
+
+        detector = AgnosticDet(model.zero_shot_classifier(class_names)).fit(clean)
+        detector.score(model.decompose(images, normalize=True))
+
+    False positives are calibrated by cross-fitting: each clean image is scored by what was learnt from the other
+    folds. So all of them serve for both, and `threshold_at(0.05)` flags one in twenty of fresh ones.
+
+    Args:
+        classifier: of the zero-shot classes; an image's class is the one that it is taken for.
+        cut: the layer after which `surprise` predicts the feature; by default the last of the first half.
+        folds: of the cross-fitting.
+        seed: of the folds.
+
+    Attributes:
+        expected_: learnt from all clean images.
+        mean_: of each view's logarithm over clean images.
+        deviation_: the same, standard deviation.
+        spread_: deviation of the sum of the distances over clean images.
+        scores_: of the clean images, each by the other folds, in rising order.
+    """
+
+    expected_: Expected
+    maps_: TermMaps
+    mean_: Float[Tensor, " view"]
+    deviation_: Float[Tensor, " view"]
+    spread_: Float[Tensor, ""]
+
+    def __init__(
+        self,
+        classifier: Float[Tensor, "class d_embed"],
+        *,
+        cut: int | None = None,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.classifier = classifier
+        self.cut = cut
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticDet:
+        """Learn from clean images of all classes.
+
+        Args:
+            clean: terms of unit features, at once or batch by batch.
+
+        Raises:
+            ValueError: too few images, images of a single class, terms that do not sum to unit features, terms
+                of another width than the classifier, or an unusable option.
+        """
+        seen = []
+        for part in [clean] if isinstance(clean, Decomposition) else clean:
+            if not seen:
+                self.maps_ = part.maps
+                self._check_options(part)
+            seen.append(self.look(part))
+        if not seen:
+            raise ValueError("expected decompositions of clean images; received none; check the image source")
+        looked = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in seen), strict=True)))
+        self._check_images(looked)
+        n_classes = len(self.classifier)
+        cut = max(0, looked.before.shape[1] // 2 - 1) if self.cut is None else self.cut
+        near = replace(looked, before=looked.before[:, cut : cut + 1])
+        logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
+        whole = near.sums(n_classes)
+        for out in held_out(len(looked), self.folds, self.seed, looked.classes.device):
+            own = near[out]
+            rest = (a - b for a, b in zip(whole, own.sums(n_classes, whole), strict=True))
+            logs[out] = Expected.of(*rest).logs(own)
+        future = Extrapolation.fit(looked.before, looked.features)
+        self.expected_ = replace(Expected.of(*whole), extrapolation=future, cut=cut)
+        self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
+        views = self._standard(logs)
+        self.spread_ = views[:, :-1].sum(1).std().clamp_min(1e-9)
+        self.scores_ = self._combined(views).sort().values
+        return self
+
+    def look(self, d: Decomposition) -> Observed:
+        """What is looked at, of each image.
+
+        Raises:
+            ValueError: terms of another model, or that do not sum to unit features.
+        """
+        if not d.normalized:
+            raise ValueError(
+                "expected terms that sum to unit features; received terms of raw ones; decompose with normalize=True"
+            )
+        check_maps(self.maps_, d)
+        terms = layer_terms(d)
+        directions = class_directions(self.classifier).to(d.embed)
+        classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
+        written = 1 / (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
+        return Observed(d.features, (terms @ directions.T).flatten(1), prefixes(d, terms), written, classes)
+
+    def views(self, d: Decomposition) -> Float[Tensor, "batch view"]:
+        """How unlike clean images in each of `VIEWS`, in standard deviations.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: as `look`.
+        """
+        check_fitted(self, "scores_")
+        return self._views(self.look(d))
+
+    def score(self, d: Decomposition) -> Float[Tensor, " batch"]:
+        """Higher is more suspicious.
+
+        Raises:
+            NotFittedError, ValueError: as `views`.
+        """
+        return self._combined(self.views(d))
+
+    def futures(self, d: Decomposition) -> Float[Tensor, "batch layer d_embed"]:
+        """The feature that clean images would have ended with, from the partial sum after each layer.
+
+        Raises:
+            ValueError: as `look`.
+        """
+        return self.expected_.extrapolation(self.look(d).before)
+
+    def _views(self, seen: Observed) -> Float[Tensor, "image view"]:
+        return self._standard(self.expected_.logs(seen))
+
+    def _combined(self, views: Float[Tensor, "image view"]) -> Float[Tensor, " image"]:
+        """Fisher's: minus the logarithms of both upper tails, under a normal law."""
+        odd, written = views[:, :-1].sum(1) / self.spread_, views[:, -1]
+        return -log_ndtr(-odd) - log_ndtr(-written)
+
+    def _standard(self, logs: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
+        return (logs - self.mean_) / self.deviation_
+
+    def _check_options(self, d: Decomposition) -> None:
+        if self.classifier.shape[-1] != d.d_embed:
+            raise ValueError(
+                f"expected a classifier of the features' width {d.d_embed}; received {self.classifier.shape[-1]}; build "
+                "it with the text tower of the same model"
+            )
+        if self.cut is not None and not 0 <= self.cut < d.n_layers - 1:
+            raise ValueError(f"expected a cut in 0..{d.n_layers - 2}; received {self.cut}")
+
+    def _check_images(self, clean: Observed) -> None:
+        known = len(clean.classes.unique())
+        if known < 2:
+            raise ValueError(
+                f"expected clean images of at least 2 classes; all {len(clean)} were taken for one; give images of "
+                "every class"
+            )
+        if len(clean) < (needed := max(10 * known, 10 * self.folds)):
+            raise ValueError(
+                f"expected at least {needed} clean images, ten for each of {known} classes seen; received {len(clean)}"
+            )
+
+
+class AgnosticRep(Intervention):
+    """Replaces, in suspicious images, what the layers contribute after the class has changed.
+
+        repair = AgnosticRep(model.zero_shot_classifier(class_names)).fit(clean)
+        repair(model.decompose(images, normalize=True)).features
+
+    Args:
+        classifier: as `AgnosticDet`.
+        budget: share of clean images that may be touched.
+        cut: as `AgnosticDet`.
+        folds: as `AgnosticDet`.
+        seed: as `AgnosticDet`.
+
+    Attributes:
+        detector_: which images are touched.
+        moments_: means of the terms, the prototypes that replaced heads get.
+    """
+
+    detector_: AgnosticDet
+    moments_: Moments
+
+    def __init__(
+        self,
+        classifier: Float[Tensor, "class d_embed"],
+        *,
+        budget: float = 0.01,
+        cut: int | None = None,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.classifier = classifier
+        self.budget = budget
+        self.cut = cut
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticRep:
+        """Learn from clean images of all classes.
+
+        Args:
+            clean: as `AgnosticDet.fit`.
+
+        Raises:
+            ValueError: as `AgnosticDet.fit`, or too few images for the budget.
+        """
+        moments: list[Moments] = []
+
+        def counted() -> Iterable[Decomposition]:
+            for part in [clean] if isinstance(clean, Decomposition) else clean:
+                moments[:] = [reduce(Moments.merge, [*moments, Moments.of(part, second=False)])]
+                yield part
+
+        detector = self._detector().fit(counted())
+        detector.threshold_at(self.budget)
+        self.detector_, self.moments_ = detector, moments[0]
+        return self
+
+    def turn(self, d: Decomposition) -> Int[Tensor, " batch"]:
+        """The last layer that is trusted in each image; the model's last one where nothing is replaced.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: as `AgnosticDet.look`.
+        """
+        return self._turn(d)[0]
+
+    def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
+        """Repaired terms (direct mode).
+
+        Heads after the turn become prototypes. The MLPs after it become prototypes too, and share equally what then
+        lacks to the expected feature.
+
+        Args:
+            d: terms of unit features.
+            where: restricts images: one in which it names no component stays as it is.
+
+        Raises:
+            NotFittedError, ValueError: as `turn`.
+        """
+        last, expected = self._turn(d)
+        if where is not None:
+            last = torch.where(where.flatten(1).any(1), last, d.n_layers - 1)
+        layers = torch.arange(d.n_layers, device=d.embed.device)
+        after = layers > last[:, None]
+        if not after.any():
+            return d
+        means = self.moments_
+        coords = torch.where(after[..., None, None], means.coords.to(d.coords), d.coords)
+        mlps = torch.where(after[..., None], means.mlps.to(d.mlps), d.mlps)
+        pool = torch.where(after.any(1)[:, None, None], means.pool.to(d.pool), d.pool)
+        edited = d.edit(coords=coords, mlps=mlps, pool=pool)
+        rest = torch.where(after.any(1)[:, None], expected - edited.features, 0)
+        share = after.to(rest) / after.sum(1, keepdim=True).clamp_min(1)
+        return edited.edit(mlps=mlps + share[..., None] * rest[:, None])
+
+    def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
+        """Raises ValueError: what is expected of an image is a feature, and no stream leads to it."""
+        raise ValueError(
+            "expected direct mode, repair(model.decompose(images, normalize=True)); AgnosticRep has no causal mode; "
+            "`Guard` runs it inside encode_image"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: the terms that it was fitted on do not know their model.
+        """
+        check_fitted(self, "detector_")
+        detector, expected = self.detector_, self.detector_.expected_
+        tensors = {"classifier": self.classifier} | {name: getattr(detector, name) for name in LEARNT}
+        tensors |= {f"extrapolation.{name}": x for name, x in vars(expected.extrapolation).items()}
+        for view, distance in expected.distances.items():
+            tensors |= {f"{view}.{name}": x for name, x in vars(distance).items()}
+        options = {name: getattr(self, name) for name in ("budget", "cut", "folds", "seed")}
+        about = {"options": options, "cut": expected.cut}
+        return save_fitted(Path(path), FORMAT, self.moments_, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> AgnosticRep:
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            model: the one that it was fitted on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or belongs to another model.
+        """
+        moments, tensors, about = load_fitted(Path(path), FORMAT, cls.__name__, model)
+
+        def part(kind: str, *names: str) -> dict[str, Tensor]:
+            return {name: tensors[f"{kind}.{name}"] for name in names}
+
+        repair = cls(tensors["classifier"], **about["options"])
+        repair.moments_, repair.detector_ = moments, repair._detector()
+        for name in LEARNT:
+            setattr(repair.detector_, name, tensors[name])
+        repair.detector_.maps_ = moments.maps
+        repair.detector_.expected_ = Expected(
+            {view: ClassDistance(**part(view, "means", "whitener")) for view in DISTANCES},
+            Extrapolation(**part("extrapolation", "mean_in", "mean_out", "weights")),
+            about["cut"],
+        )
+        return repair
+
+    def _detector(self) -> AgnosticDet:
+        return AgnosticDet(self.classifier, cut=self.cut, folds=self.folds, seed=self.seed)
+
+    def _turn(self, d: Decomposition) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch d_embed"]]:
+        """The last trusted layer, and the feature expected from there."""
+        check_fitted(self, "detector_")
+        detector = self.detector_
+        seen = detector.look(d)
+        flagged = detector._combined(detector._views(seen)) > detector.threshold_at(self.budget)
+        futures = detector.expected_.extrapolation(seen.before)[:, :-1]
+        found = (futures @ self.classifier.to(futures).T).argmax(-1)
+        other: Bool[Tensor, "batch layer"] = (found != seen.classes[:, None]) & flagged[:, None]
+        places = torch.arange(other.shape[1], device=other.device)
+        deepest = torch.where(other, places, -1).amax(1)
+        expected = futures[torch.arange(len(d), device=other.device), deepest.clamp_min(0)].to(d.embed)
+        return torch.where(deepest >= 0, deepest, d.n_layers - 1), expected
+
+    def __repr__(self) -> str:
+        return f"AgnosticRep(budget={self.budget})"
+
+
+FORMAT = "decompclip.agnostic/1"
+LEARNT = ("mean_", "deviation_", "spread_", "scores_")
+"""What of the detector stands in a file by its own name."""
