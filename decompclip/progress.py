@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from decompclip.printable import printable
 
@@ -14,6 +15,20 @@ FIRST, MOST = 5.0, 60.0
 
 Update = Callable[[int, str], None]
 """Told how much is done, and what of."""
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Shows progress: passes `items` through while it says what is being done and how many there are."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]: ...
+
+
+def silently(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """The `Track` that shows nothing."""
+    del description, total
+    yield from items
 
 
 def span(seconds: float) -> str:

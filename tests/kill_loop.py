@@ -28,8 +28,9 @@ import torch
 import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import RECORD, PoisonedPairs, PoisonRecord, write_poisoned
+from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source
-from decompclip.audit.scan import ScanConfig, run_scan, search as kept
+from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run

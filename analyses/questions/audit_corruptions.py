@@ -41,10 +41,8 @@ from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, controls
-from decompclip.audit.demo import Held
-from decompclip.audit.evidence import Evidence, Reference
-from decompclip.audit.pipeline import weigh
-from decompclip.audit.verdict import EXPLAINED, judged
+from decompclip.audit.pipeline import Held, weigh
+from decompclip.audit.verdict import EXPLAINED, Evidence, Reference, judged
 from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
@@ -158,21 +156,21 @@ def cell(
     return record | {"said": said}
 
 
-def _seen(parts: Split, labelled: bool, twins: bool) -> Split:
-    twins = parts.twins and twins
+def _seen(parts: Split, labelled: bool, paired: bool) -> Split:
+    paired = parts.paired and paired
     if labelled:
-        return replace(parts, twins=twins)
+        return replace(parts, paired=paired)
     sets = {side: replace(getattr(parts, side), labels=None) for side in ("validation", "clean", "suspect")}
     held = parts.held_out and replace(parts.held_out, labels=None)
-    return replace(parts, twins=twins, held_out=held, **sets)
+    return replace(parts, paired=paired, held_out=held, **sets)
 
 
 def _reference(
-    found: tuple[Split, Tensor, HookedCLIP], evidence: Evidence, labelled: bool, twins: bool
+    found: tuple[Split, Tensor, HookedCLIP], evidence: Evidence, labelled: bool, paired: bool
 ) -> Reference:
     parts, classifier, clip = found
     beside = weigh(
-        _seen(parts, labelled, twins),
+        _seen(parts, labelled, paired),
         classifier,
         evidence.class_names,
         name=clip.name,
@@ -186,7 +184,7 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
     record: dict[str, Any] = {
         "target": evidence.target.name,
         "effect": [round(x, 4) for x in (evidence.as_it_is.difference, low, high)],
-        "twins": evidence.twins,
+        "twins": evidence.paired,
     }
     if (tried := evidence.controls) is not None:
         record["explained"] = round(tried.explained, 3)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from analyses.study.summary import markdown
-from decompclip.audit.demo import Held
+from decompclip.audit.pipeline import Held
 from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.plan import draw_samples
 from decompclip.bench.run import versions, weights_of

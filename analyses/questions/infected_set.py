@@ -28,8 +28,7 @@ from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, curve, groups, markdown, mean
-from decompclip.audit.evidence import shift
-from decompclip.audit.infected import as_many, infected_parts
+from decompclip.audit.components import as_many, infected_parts, shift
 from decompclip.decomposition.components import Part
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
@@ -68,7 +67,7 @@ def ordered(case: Case) -> list[Part]:
     )
     others = torch.arange(len(case.class_names)) != case.target
     toward = F.normalize(case.classifier[case.target] - case.classifier[others].mean(0), dim=0)
-    return [found.part for found in infected_parts(shift(clean, terms, toward, twins=True), affected=True)]
+    return [found.part for found in infected_parts(shift(clean, terms, toward, paired=True), affected=True)]
 
 
 def measure(case: Case, config: Config) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""One way of running the model, scored on the audit's clean and suspect images; and what it changes image by image.
-
-Whether an audit's numbers mean anything: do the names differ, does the classifier tell clean images apart, are suspect images new?
-"""
+"""The scores of an audit's clean and suspect images, what an intervention changes in them, and whether they mean anything."""
 
 from __future__ import annotations
 
@@ -14,12 +11,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.audit.collect import ImageSet, Split
+from decompclip.audit.collect import Split
 from decompclip.evaluation.metrics import AttackReport, attack_report
 from decompclip.intervals import Paired, Rate, difference_interval
 
-Answers = tuple[Int[Tensor, " clean"], Int[Tensor, " suspect"]]
+Predicted = tuple[Int[Tensor, " clean"], Int[Tensor, " suspect"]]
 """Predicted classes of the clean and of the suspect images."""
+
+
+def interval_columns(name: str, values: tuple[float, float, float] | None) -> dict[str, Any]:
+    """A number and its interval as columns of a table."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values or (None,) * 3, strict=True))
+
+
+def rate_columns(name: str, rate: Rate | None) -> dict[str, Any]:
+    """Likewise a rate, with the number of its images."""
+    known = rate is not None and rate.total
+    values = (rate.value, rate.low, rate.high) if rate is not None and known else None
+    return interval_columns(name, values) | {f"{name}_images": rate.total if rate else 0}
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,17 @@ class Setting:
             "excludes_target": self.excludes_target,
         }
 
+    def row(self) -> dict[str, Any]:
+        """One row of a table, at full precision; None for what is not known."""
+        difference = (self.difference, *self.difference_interval)
+        return (
+            {"setting": self.name}
+            | rate_columns("attack_success", self.success)
+            | rate_columns("control", self.control)
+            | interval_columns("difference", difference)
+            | rate_columns("clean_accuracy", self.report.cacc)
+        )
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -93,7 +113,7 @@ class Scorer:
         )
         return Setting(name, report, Rate.of(clean == self.target), Rate.of(suspect == self.target))
 
-    def change(self, before: Answers, after: Answers) -> Change:
+    def change(self, before: Predicted, after: Predicted) -> Change:
         """What an intervention turns `before` into, image by image."""
         (clean, suspect), (clean_after, suspect_after) = before, after
         hit = suspect == self.target
@@ -156,8 +176,8 @@ class Checks:
         coinciding: the names whose text features another name has too.
         copies: suspect images that are clean ones pixel by pixel, as the model takes them.
         distinct: of the clean and of the suspect images, those that differ from all before them.
-        kept: suspect images that keep their answer: the right one where labels tell, that of the clean twin else; with the
-            same share of the clean images (all of them, by their twin). None where neither is known.
+        kept: of the clean and of the suspect images, those answered right; without labels, of paired images, those answered as
+            the clean one (all of the clean). None where neither is known.
     """
 
     favourite: tuple[str, Rate]
@@ -178,7 +198,7 @@ class Checks:
 
 def checks(
     split: Split,
-    answers: tuple[Int[Tensor, " clean"], Int[Tensor, " suspect"]],
+    answers: Predicted,
     classifier: Float[Tensor, "class d_embed"],
     class_names: Sequence[str],
 ) -> Checks:
@@ -192,7 +212,10 @@ def checks(
         guessing=guessing(split.clean.labels, len(class_names)),
         coinciding=coinciding(classifier, class_names),
         copies=Rate(sum(digest in known for digest in split.suspect.digests), len(suspect)),
-        distinct={"clean": _distinct(split.clean), "suspect": _distinct(split.suspect)},
+        distinct={
+            side: Rate(len(set(images.digests)), len(images))
+            for side, images in (("clean", split.clean), ("suspect", split.suspect))
+        },
         kept=_kept(split, clean, suspect),
     )
 
@@ -218,12 +241,42 @@ def coinciding(
     return tuple(name for name, one in zip(class_names, found.tolist(), strict=True) if one)
 
 
-def _distinct(images: ImageSet) -> Rate:
-    return Rate(len(set(images.digests)), len(images))
-
-
 def _kept(split: Split, clean: Tensor, suspect: Tensor) -> tuple[Rate, Rate] | None:
     own, other = split.clean.labels, split.suspect.labels
     if own is not None and other is not None:
         return Rate.of(clean == own), Rate.of(suspect == other)
-    return (Rate(len(clean), len(clean)), Rate.of(suspect == clean)) if split.twins else None
+    return (Rate(len(clean), len(clean)), Rate.of(suspect == clean)) if split.paired else None
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """How often a class is predicted, on clean and on suspect images."""
+
+    name: str
+    clean: Rate
+    suspect: Rate
+
+    @property
+    def difference(self) -> float:
+        """The share of suspect images minus that of clean ones."""
+        return self.suspect.value - self.clean.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return difference_interval(self.suspect, self.clean)
+
+
+def class_shares(
+    clean: Int[Tensor, " clean"], suspect: Int[Tensor, " suspect"], class_names: Sequence[str]
+) -> tuple[ClassShare, ...]:
+    """The share of every class among the predictions, in the order of the classes."""
+    counts = [torch.bincount(part, minlength=len(class_names)).tolist() for part in (clean, suspect)]
+    return tuple(
+        ClassShare(name, Rate(own, len(clean)), Rate(other, len(suspect)))
+        for name, own, other in zip(class_names, *counts, strict=True)
+    )
+
+
+def most_over_predicted(shares: Sequence[ClassShare]) -> ClassShare:
+    """The class whose share grows by most from clean to suspect images."""
+    return max(shares, key=lambda share: share.difference)

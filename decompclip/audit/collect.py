@@ -1,7 +1,4 @@
-"""Where an audit's images come from, by the words of the command line: a bundled data set, a folder, a table or shards.
-
-One pass over an image source: every image decomposed once, a few kept as pictures.
-"""
+"""An audit's images: opened by the words of the command line, decomposed in one pass, and split into what is fitted on and reported."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.attacks.registry import OWN, Attack, open_attack
-from decompclip.audit.config import AuditConfig, Track, silently
+from decompclip.audit.config import AuditConfig
 from decompclip.data.files import canonical
 from decompclip.data.images import (
     ImageSource,
@@ -35,6 +32,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.bundled import bundled, card, known_name
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import saved_class_names
+from decompclip.progress import Track, silently
 
 WORLD = "shapes"
 WORLD_SEED = 7_001
@@ -66,8 +64,12 @@ def open_source(
     Args:
         spec: a bundled data set (`shapes`, `shapes:badnet`, ...), or a folder, table or shards as `open_images` takes them;
             `./shapes` is always a folder.
+        model: whose preprocessing the images get.
+        class_names: of the labels.
         known: attacks that the audited model remembers, as `attack_in` takes them.
         limit: at most so many images (a random subset of a folder, seeded; equal folders give equal subsets).
+        seed: of the subset, or of the drawn images.
+        on_error: what to do with unreadable images.
         root: a folder that the images must lie in, links resolved.
 
     Raises:
@@ -173,7 +175,7 @@ def _is_dataset(spec: str) -> bool:
 
 THUMBNAIL = 8
 ALIKE = 0.5
-"""Twins differ by at most this share of the distance between pictures of different things."""
+"""Paired images differ by at most this share of the distance between pictures of different things."""
 
 FLAT = 0.02
 """Contrast, in standard deviations of the model's images, below which a thumbnail shows little."""
@@ -227,14 +229,14 @@ class Split:
         validation: clean images for means and prototypes.
         clean, suspect: the images of every number in the report.
         held_out: suspect images that serve only to infer a target that was not named.
-        twins: whether each suspect image is a changed copy of the clean image of the same name.
+        paired: whether each suspect image is a changed copy of the clean image of the same name.
     """
 
     validation: ImageSet
     clean: ImageSet
     suspect: ImageSet
     held_out: ImageSet | None
-    twins: bool
+    paired: bool
 
 
 @torch.no_grad()
@@ -257,12 +259,13 @@ def collect(
     paths: list[str] = []
     thumbnails: list[Tensor] = []
     digests: list[bytes] = []
-    # The pictures kept are those of least checksum of the name: twins of two sets are kept together.
+    # The pictures kept are those of least checksum of the name: of paired images both.
     kept: list[tuple[int, str, Tensor]] = []
-    device = model.device
     n_batches = -(-len(source) // config.batch_size)
     for batch in track(source.batches(config.batch_size), description, n_batches):
-        d = model.decompose(batch.images.to(device), convention=config.convention, normalize=True).to("cpu")
+        d = model.decompose(batch.images.to(model.device), convention=config.convention, normalize=True).to(
+            "cpu"
+        )
         parts.append(
             replace(d, maps=parts[0].maps) if parts else d
         )  # one copy of the maps, whatever the device
@@ -287,11 +290,16 @@ def collect(
 
 
 def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_target: bool) -> Split:
-    """Set the validation part apart, and the suspect twins of its images with it.
+    """Set the validation part apart, and the suspect images that are paired with it.
 
-    A suspect image is a twin of the clean image of the same name (its path inside its folder, without the
-    ending) if the two sets show the same pictures. Twins of validation images are left out of the report, since prototypes were fitted on their other half; with
-    `infer_target` they, or without twins a seeded part of the same share, serve to infer the target.
+    A suspect image is paired with the clean image of the same name (its path inside its folder, without the ending) if the two
+    sets show the same pictures. Partners of validation images are not reported, since prototypes were fitted on their other half.
+
+    Args:
+        clean: the clean images.
+        suspect: the suspect images.
+        config: share and seed of the validation part.
+        infer_target: keep suspect images apart to infer the target on: the partners of validation images, or else a seeded part.
 
     Raises:
         ValueError: too few images to leave some in every part.
@@ -302,19 +310,19 @@ def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_targ
     validation = clean.at(in_validation)
     names = set(_names(validation))
     aside = torch.tensor([name in names for name in _names(suspect)], dtype=torch.bool)
-    if infer_target and aside.sum() < config.validation * len(suspect) / 2:  # no twins, or a few by chance
+    if infer_target and aside.sum() < config.validation * len(suspect) / 2:  # not paired, or a few by chance
         aside[split_indices(len(suspect), config.validation, config.seed)[0]] = True
     if aside.all():
         raise ValueError(
-            f"expected suspect images beside the twins of the {len(validation)} clean images that fit the "
-            f"prototypes; all {len(suspect)} are such twins; give more images, or another seed"
+            f"expected suspect images beside the partners of the {len(validation)} clean images that fit the "
+            f"prototypes; all {len(suspect)} are such partners; give more images, or another seed"
         )
     evaluated, reported = clean.at(~in_validation), suspect.at(~aside)
     held_out = suspect.at(aside) if infer_target and aside.any() else None
-    return Split(validation, evaluated, reported, held_out, are_twins(evaluated, reported))
+    return Split(validation, evaluated, reported, held_out, are_paired(evaluated, reported))
 
 
-def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
+def are_paired(clean: ImageSet, suspect: ImageSet) -> bool:
     """Whether each suspect image shows what the clean image in its place shows.
 
     Equal names alone say little: many folders count their files from zero. The pictures must also be nearer
@@ -332,7 +340,7 @@ def are_twins(clean: ImageSet, suspect: ImageSet) -> bool:
     own, others = _apart(*raw)
     if own <= ALIKE * others:
         return True
-    own, others = _apart(*map(_seen, raw))  # a copy in other light is a twin too
+    own, others = _apart(*map(_seen, raw))  # a copy in other light is one too
     return own < ALIKE * others
 
 

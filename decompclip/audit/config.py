@@ -1,27 +1,12 @@
-"""What an audit can be asked to do otherwise."""
+"""What an audit, and a scan with clean images alone, can be asked to do otherwise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, get_args
+from typing import Any, get_args
 
 from decompclip.decomposition.maps import Convention
-
-T = TypeVar("T")
-
-
-class Track(Protocol):
-    """Shows progress: passes `items` through while it says what is being done and how many there are."""
-
-    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]: ...
-
-
-def silently(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """The `Track` that shows nothing."""
-    del description, total
-    yield from items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +40,49 @@ class AuditConfig:
             raise ValueError(f"convention {self.convention!r} is not one of {get_args(Convention)}")
         if not math.isfinite(self.epsilon):
             raise ValueError(f"expected a finite epsilon, a similarity; received {self.epsilon}")
-        for name in ("quantile", "false_positives", "validation"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"expected {name} between 0 and 1, a share; received {getattr(self, name)}")
-        for name, least in {"batch_size": 1, "examples": 0, "zeta": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} of at least {least}; received {getattr(self, name)}")
+        _check(self, ("quantile", "false_positives", "validation"), batch_size=1, examples=0, zeta=0, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """Options of a scan with clean images alone.
+
+    Attributes:
+        bound: most that the probe "everywhere" changes a pixel, in the images' range of 0 to 1.
+        patch: side of the patch probes, as a share of the image's shorter side.
+        steps: of the search for each class's change.
+        images: images a step.
+        fit: most clean images that the search sees.
+        held_out: most other images, which tell how well a change works.
+        most_classes: classes that are searched in full; of more, those are left that one step gets furthest with.
+        lead: of a class over the next one (see `ProbeResult`) from which the scan calls it a likely target: twice the
+            largest that clean models showed, which are not among those reported (`python -m analyses.audit_scan`).
+        batch_size: images a forward pass.
+        seed: of the split, and of places.
+    """
+
+    bound: float = 8 / 255
+    patch: float = 1 / 6
+    steps: int = 30
+    images: int = 24
+    fit: int = 192
+    held_out: int = 300
+    most_classes: int = 16
+    lead: float = 0.5
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lead) and self.lead > 0):
+            raise ValueError(f"expected a lead above 0; received {self.lead}")
+        least = {"steps": 1, "images": 1, "fit": 1, "held_out": 20, "most_classes": 2}
+        _check(self, ("bound", "patch"), **least, batch_size=1, seed=0)
+
+
+def _check(config: Any, shares: tuple[str, ...], **least: int) -> None:
+    for name in shares:
+        if not 0 < getattr(config, name) < 1:
+            raise ValueError(f"expected {name} between 0 and 1, a share; received {getattr(config, name)}")
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"expected {name} of at least {low}; received {getattr(config, name)}")

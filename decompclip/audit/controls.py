@@ -1,8 +1,7 @@
 """What common corruptions do to the model where they change the images as much as the suspect ones were changed.
 
-A trigger adds something that the model was taught; a corruption takes the image away, and a model that no longer sees it answers a
-class of its own. Both collapse answers. What tells them apart without a second model is the size: what a trigger does, no common
-corruption of the same size does.
+A trigger adds something that the model was taught. A corruption takes the image away, and a model that no longer sees it answers one
+class too. What tells them apart without a second model is the size: no common corruption of the same size does what a trigger does.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.audit.checks import ClassShare, class_shares, most_over_predicted
 from decompclip.audit.collect import Split
-from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
 from decompclip.defenses.detectors.corruptions import (
     COMMON,
     EDITS,
@@ -78,64 +77,48 @@ def controls(
     seed: int,
     kinds: tuple[Corruption, ...] = KINDS,
 ) -> Controls | None:
-    """Corrupt the clean halves of kept twins; None without twins, or of too few."""
+    """Corrupt the clean halves of kept pairs; None of images that are not paired, or too few."""
     pairs = [
         (split.clean.kept[own], split.suspect.kept[other])
         for own, other in zip(split.clean.paths, split.suspect.paths, strict=False)
         if own in split.clean.kept and other in split.suspect.kept
     ]
-    if not split.twins or len(pairs) < LEAST:
+    if not split.paired or len(pairs) < LEAST:
         return None
-    clean, suspect = (model_pixels(model, torch.stack(side)) for side in zip(*pairs, strict=True))
+    clean, suspect = (model.denormalize(torch.stack(side).cpu()) for side in zip(*pairs, strict=True))
     size = _size(suspect, clean)
 
     @torch.no_grad()
     def answers(pixels: Float[Tensor, "image 3 h w"]) -> Int[Tensor, " image"]:
-        found = [
-            predict(
-                F.normalize(model.encode_image(model.normalize(part.to(model.device))).float(), dim=-1).cpu(),
-                classifier,
-            )
-            for part in pixels.split(batch_size)
-        ]
-        return torch.cat(found)
+        images = (model.normalize(part.to(model.device)) for part in pixels.split(batch_size))
+        features = torch.cat([model.encode_image(part).float().cpu() for part in images])
+        return predict(F.normalize(features, dim=-1), classifier)
 
     before = answers(clean)
-    found = [
-        SameSize(
-            kind.name,
-            most_over_predicted(
-                class_shares(before, answers(of_size(kind, clean, size, seed=seed)), class_names)
-            ),
-        )
-        for kind in kinds
-    ]
+    found = []
+    for kind in kinds:
+        after = answers(of_size(kind, clean, size, seed=seed))
+        found.append(SameSize(kind.name, most_over_predicted(class_shares(before, after, class_names))))
     own = ClassShare(class_names[target], Rate.of(before == target), Rate.of(answers(suspect) == target))
     return Controls(float(size.median()), own, tuple(sorted(found, key=lambda one: -one.to.difference)))
 
 
 def of_size(
-    kind: Corruption, images: Float[Tensor, "image 3 h w"], size: Float[Tensor, " image"], *, seed: int
+    kind: Corruption, pixels: Float[Tensor, "image 3 h w"], size: Float[Tensor, " image"], *, seed: int
 ) -> Float[Tensor, "image 3 h w"]:
     """Each image with the least severity that changes it by at least `size`, then taken back to just that; else the greatest."""
-    made = images.clone()
-    missing = torch.ones(len(images), dtype=torch.bool)
+    made = pixels.clone()
+    missing = torch.ones(len(pixels), dtype=torch.bool)
     for severity in SEVERITIES:
         if not missing.any():
             break
-        changed = kind(images[missing], severity, seed=seed)
-        reached = _size(changed, images[missing])
+        changed = kind(pixels[missing], severity, seed=seed)
+        reached = _size(changed, pixels[missing])
         part = (size[missing] / reached.clamp_min(1e-9)).clamp(max=1)[:, None, None, None]
-        made[missing] = images[missing] + part * (changed - images[missing])
+        made[missing] = pixels[missing] + part * (changed - pixels[missing])
         missing[missing.clone()] = reached < size[missing]
     return made
 
 
-def model_pixels(model: HookedCLIP, images: Float[Tensor, "image 3 h w"]) -> Float[Tensor, "image 3 h w"]:
-    """Images as the model takes them, in 0 to 1 again."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-    return (images.float().cpu() * std + mean).clamp(0, 1)
-
-
-def _size(changed: Tensor, images: Tensor) -> Float[Tensor, " image"]:
-    return (changed - images).square().mean((1, 2, 3)).sqrt()
+def _size(changed: Tensor, pixels: Tensor) -> Float[Tensor, " image"]:
+    return (changed - pixels).square().mean((1, 2, 3)).sqrt()

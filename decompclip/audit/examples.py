@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.audit.collect import ImageSet, Split
-from decompclip.audit.evidence import Shift, Target
+from decompclip.audit.components import Shift
 from decompclip.audit.result import Examples, HeadMaps
+from decompclip.audit.verdict import Target
 from decompclip.decomposition.components import heads
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
+from decompclip.operators.attention import pictures_of
 
 PER_END = 2
 """Heads shown from either end of the order."""
@@ -31,7 +36,7 @@ def examples(
     count: int,
     seen: dict[str, Tensor],
 ) -> Examples | None:
-    """Maps over `count` suspect images, each followed by its clean twin where there is one.
+    """Maps over `count` suspect images, each followed by the clean image that it is paired with.
 
     Args:
         seen: pictures of clean images by name.
@@ -39,12 +44,12 @@ def examples(
     paths = _choose(split.suspect, classifier, target.index, count)
     if not paths:
         return None
-    shown = [(side, path, kept[path]) for path in paths for side, kept in _sides(split, seen) if path in kept]
+    # images that are not paired have nothing in common but the name
+    sides = {"suspect": split.suspect.kept, "clean": seen if split.paired else {}}
+    shown = [(side, path, kept[path]) for path in paths for side, kept in sides.items() if path in kept]
     images = torch.stack([image for *_, image in shown]).to(model.device)
     chosen = affected_heads(shift)
-    components = heads[chosen[0][:2]]
-    for layer, head, _ in chosen[1:]:
-        components = components | heads[layer, head]
+    components = reduce(or_, (heads[layer, head] for layer, head, _ in chosen))
     d = model.decompose(images, convention="centred", normalize=True, tokens=components)
     answers = predict(d.features, classifier.to(d.embed.device)).tolist()
     grid = model.cfg.grid
@@ -59,7 +64,9 @@ def examples(
         f"{path}: taken for {class_names[answer]}"
         for (_, path, _), answer in zip(shown, answers, strict=True)
     )
-    return Examples(_pixels(model, images), captions, tuple(side for side, *_ in shown), tuple(maps))
+    pictures = pictures_of(model, images)
+    assert pictures is not None, "a HookedCLIP knows its pixels"
+    return Examples(pictures, captions, tuple(side for side, *_ in shown), tuple(maps))
 
 
 def affected_heads(shift: Shift, per_end: int = PER_END) -> list[tuple[int, int, str]]:
@@ -80,16 +87,5 @@ def _choose(suspect: ImageSet, classifier: Tensor, target: int, count: int) -> l
     return [suspect.paths[i] for i in places[:count]]
 
 
-def _sides(split: Split, seen: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
-    # without twins a clean image of the same name has nothing to do with the suspect one
-    return [("suspect", split.suspect.kept), ("clean", seen if split.twins else {})]
-
-
 def _grid(tokens: Float[Tensor, "image token"], grid: tuple[int, int]) -> Float[Tensor, "image rows columns"]:
     return rearrange(tokens[:, -grid[0] * grid[1] :], "i (rows columns) -> i rows columns", rows=grid[0])
-
-
-def _pixels(model: HookedCLIP, images: Float[Tensor, "image 3 h w"]) -> UInt8[Tensor, "image h w 3"]:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-    pixels = images.float().cpu() * std + mean
-    return rearrange((255 * pixels).round().clamp(0, 255).to(torch.uint8), "i c h w -> i h w c")

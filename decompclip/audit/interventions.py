@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.audit.checks import Answers, Scorer, Setting
+from decompclip.audit.checks import Predicted, Scorer, Setting
 from decompclip.audit.collect import Split
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.evidence import Repair
-from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detector, Suspicion
+from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detection, Suspicion
+from decompclip.audit.verdict import RepairResult
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
@@ -77,7 +77,7 @@ def repair(
     classifier: Float[Tensor, "class d_embed"],
     score: Scorer,
     config: AuditConfig,
-) -> Iterator[Repair]:
+) -> Iterator[RepairResult]:
     """Decomp-Rep under both similarities and both thresholds, and for triggers that cover the image (docs/method.md, section 3)."""
     before = _answers(split, classifier)
     for similarity, threshold in RULES:
@@ -91,15 +91,17 @@ def repair(
         sets = (split.clean.decomposition, split.suspect.decomposition)
         flagged = [float(edit.flags(d).sum((1, 2)).double().mean()) for d in sets]
         name = f"Decomp-Rep, {rule_name(similarity, threshold)}"
-        yield Repair(score(name, *after), score.change(before, after), *flagged)
+        yield RepairResult(score(name, *after), score.change(before, after), *flagged)
     n_layers = split.clean.decomposition.n_layers
     first = n_layers - late_mlps(n_layers)
     after = _answers(split, classifier, MeanAblate(mlps[first:], moments))
     name = f"Decomp-Rep for global triggers, {_layers('mlps', 'backward', first, n_layers)}"
-    yield Repair(score(name, *after), score.change(before, after))
+    yield RepairResult(score(name, *after), score.change(before, after))
 
 
-def repair_without_hint(split: Split, classifier: Float[Tensor, "class d_embed"], score: Scorer) -> Repair:
+def repair_without_hint(
+    split: Split, classifier: Float[Tensor, "class d_embed"], score: Scorer
+) -> RepairResult:
     """`AgnosticRep`, at the least budget of clean images that the validation part can tell, 1 % or more.
 
     Raises:
@@ -110,12 +112,12 @@ def repair_without_hint(split: Split, classifier: Float[Tensor, "class d_embed"]
     edit = AgnosticRep(classifier, budget=budget).fit(validation)
     after = _answers(split, classifier, edit)
     name = f"Agnostic repair, budget {100 * budget:.2g}\u00a0%"
-    return Repair(score(name, *after), score.change(_answers(split, classifier), after))
+    return RepairResult(score(name, *after), score.change(_answers(split, classifier), after))
 
 
 def _answers(
     split: Split, classifier: Float[Tensor, "class d_embed"], edit: Intervention | None = None
-) -> Answers:
+) -> Predicted:
     clean, suspect = (
         predict((edit(d) if edit else d).features, classifier)
         for d in (split.clean.decomposition, split.suspect.decomposition)
@@ -123,7 +125,7 @@ def _answers(
     return clean, suspect
 
 
-def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
+def detect(split: Split, config: AuditConfig) -> Iterator[Detection]:
     """Decomp-Det under both similarities and both thresholds (docs/method.md, section 3)."""
     for similarity, threshold in RULES:
         detector = DecompDet(
@@ -137,7 +139,7 @@ def detect(split: Split, config: AuditConfig) -> Iterator[Detector]:
         suspect = detector.score(split.suspect.decomposition)
         low, high = auroc_interval(clean, suspect)
         most = split.clean.decomposition.n_heads + 1
-        yield Detector(
+        yield Detection(
             similarity,
             threshold,
             config.zeta,

@@ -1,10 +1,10 @@
-"""The audit, from two image sources to one result."""
+"""The audit, from two image sources to one result; and the demonstration of it on the bundled models."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 
 import torch
@@ -13,33 +13,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip import __version__
-from decompclip.audit.checks import Scorer, checks
-from decompclip.audit.collect import ImageSet, Split, collect, split
-from decompclip.audit.config import AuditConfig, Track, silently
+from decompclip.attacks.registry import backdoor
+from decompclip.audit.checks import ClassShare, Scorer, checks, class_shares, most_over_predicted
+from decompclip.audit.collect import WORLD, ImageSet, Split, collect, datasets, open_source, split
+from decompclip.audit.components import infection, shift
+from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import controls
-from decompclip.audit.evidence import Evidence, Target, shift
 from decompclip.audit.examples import examples
-from decompclip.audit.infected import infection
 from decompclip.audit.interventions import ablate, detect, repair, repair_without_hint, suspicion
 from decompclip.audit.result import AuditResult
-from decompclip.audit.shares import ClassShare, class_shares, most_over_predicted
+from decompclip.audit.verdict import Evidence, Target
 from decompclip.audit.words import WEAK
-from decompclip.data.images import ImageSource, class_index
+from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
+from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import predict
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.loading import load
+from decompclip.progress import Track, silently
 
 SHOWN_CLASSES = 8
 PACKAGES = ("torch", "open_clip_torch", "transformer_lens", "numpy", "scipy", "scikit-learn", "pillow")
-
-
-@dataclass(frozen=True)
-class Names:
-    """What the report calls the audited thing and its images."""
-
-    model: str
-    clean: str
-    suspect: str
 
 
 def run_audit(
@@ -49,7 +43,9 @@ def run_audit(
     class_names: Sequence[str],
     *,
     target: str | int | Target | None = None,
-    names: Names | None = None,
+    name: str | None = None,
+    clean_name: str = "clean images",
+    suspect_name: str = "suspect images",
     config: AuditConfig | None = None,
     track: Track = silently,
 ) -> AuditResult:
@@ -58,12 +54,17 @@ def run_audit(
     Each image set goes through the model once; everything else works on the decompositions.
 
     Args:
+        model: what is audited.
         clean: images that nobody tampered with.
-        suspect: images that may carry a trigger, of the same kind otherwise; best the clean ones' twins.
+        suspect: images that may carry a trigger, of the same kind otherwise; best paired with the clean ones.
         class_names: of the zero-shot classifier.
         target: the class that the attacker wants, where known. Else it is inferred from suspect images that
             serve nothing else: the class predicted more often than on clean images by the most. Where suspect images
             go to another class than the one named, that one is looked at, and the result says so.
+        name: of the model in the report, by default its own.
+        clean_name: what the report calls the clean images.
+        suspect_name: likewise the suspect images.
+        config: options.
         track: shows progress.
 
     Raises:
@@ -73,32 +74,24 @@ def run_audit(
     config, class_names = config or AuditConfig(), tuple(class_names)
     if len(class_names) < 2:
         raise ValueError(f"expected at least two classes to tell apart; received {list(class_names)}")
-    named = _named(target, class_names)
-    names = names or Names(model.name, "clean images", "suspect images")
+    named, name = _named(target, class_names), name or model.name
     classifier = model.zero_shot_classifier(class_names).detach().float().cpu()
-    clean_set = collect(model, clean, config, description=f"{names.model}: {names.clean}", track=track)
-    suspect_set = collect(model, suspect, config, description=f"{names.model}: {names.suspect}", track=track)
+    clean_set = collect(model, clean, config, description=f"{name}: {clean_name}", track=track)
+    suspect_set = collect(model, suspect, config, description=f"{name}: {suspect_name}", track=track)
     infer = named is None or (named.inferred and named.asked is None)
     parts = split(clean_set, suspect_set, config, infer_target=infer)
-    found = weigh(parts, classifier, class_names, name=names.model, target=target)
+    found = weigh(parts, classifier, class_names, name=name, target=target)
+    aim, seed = found.target, config.seed
+    tried = None
     if found.as_it_is.difference_interval[0] >= WEAK:
         tried = controls(
-            model,
-            parts,
-            classifier,
-            class_names,
-            found.target.index,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            model, parts, classifier, class_names, aim.index, batch_size=config.batch_size, seed=seed
         )
-        found = replace(found, controls=tried)
-    aim, as_it_is = found.target, found.as_it_is
     score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
     others = torch.arange(len(class_names)) != aim.index
     toward = F.normalize(classifier[aim.index] - classifier[others].mean(0), dim=0)
-
     moments = Moments.of(parts.validation.decomposition, second=False)
-    moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, twins=parts.twins)
+    moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, paired=parts.paired)
     repairs, left_out = list(repair(parts, moments, classifier, score, config)), {}
     suspected = None
     try:
@@ -107,28 +100,24 @@ def run_audit(
     except ValueError as error:  # too few clean images of too few classes: the rest of the audit stands
         part = f"{100 * config.validation:g} % of the clean images serve for this"
         left_out["detection and repair without a hint"] = f"{error}; {part}, give more"
+    known = {part.name: getattr(found, part.name) for part in fields(Evidence) if part.init}
+    known |= {
+        "class_shares": found.class_shares[:SHOWN_CLASSES],
+        "controls": tried,
+        "repairs": tuple(repairs),
+    }
+    affected = found.as_it_is.has_effect
     return AuditResult(
-        name=names.model,
+        **known,
         provenance=provenance_of(model) | {"sum_error": max(clean_set.sum_error, suspect_set.sum_error)},
         config=config,
-        clean_name=names.clean,
-        suspect_name=names.suspect,
-        counts=found.counts,
-        class_names=class_names,
-        target=aim,
-        twins=parts.twins,
-        as_it_is=as_it_is,
-        class_shares=found.class_shares[:SHOWN_CLASSES],
+        clean_name=clean_name,
+        suspect_name=suspect_name,
         ablations=ablate(parts, moments, classifier, score),
         shift=moved,
-        infection=infection(
-            parts, moved, moments, classifier, score, affected=as_it_is.has_effect, seed=config.seed
-        ),
-        repairs=tuple(repairs),
+        infection=infection(parts, moved, moments, classifier, score, affected=affected, seed=seed),
         detectors=tuple(detect(parts, config)),
         suspicion=suspected,
-        checks=found.checks,
-        controls=found.controls,
         examples=examples(
             model,
             parts,
@@ -155,6 +144,13 @@ def weigh(
 ) -> Evidence:
     """What a verdict stands on, from the answers alone: which class suspect images go to, and how many.
 
+    Args:
+        parts: the image sets.
+        classifier: zero-shot.
+        class_names: its classes.
+        name: of the model.
+        target: as in `run_audit`.
+
     Raises:
         ValueError: an unknown target.
     """
@@ -173,7 +169,7 @@ def weigh(
             "held_out": len(parts.held_out) if parts.held_out else 0,
         },
         target=aim,
-        twins=parts.twins,
+        paired=parts.paired,
         as_it_is=score("as it is", *answers),
         class_shares=tuple(sorted(shares, key=lambda share: -share.difference)),
         checks=checks(parts, answers, classifier, class_names),
@@ -223,3 +219,74 @@ def provenance_of(model: HookedCLIP) -> dict[str, object]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions | {package: version(package) for package in PACKAGES},
     }
+
+
+DEMO = ("shapes:badnet", "shapes:blended")
+"""A local trigger and a global one, of all that are bundled."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images drawn once and gone through by several models."""
+
+    drawn: tuple[ImageBatch, ...]
+
+    @property
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        return ()
+
+    def __len__(self) -> int:
+        return sum(len(batch.paths) for batch in self.drawn)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        """The batches as they were drawn, whatever size is asked for."""
+        del batch_size
+        yield from self.drawn
+
+
+def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> list[AuditResult]:
+    """Audit the backdoored model of each trigger, and the clean model that it was made from, on the same images.
+
+    All of them take the same pixels alike, so that every image set is drawn only once.
+
+    Args:
+        images: of each set.
+        config: options.
+        track: shows progress.
+
+    Raises:
+        ValueError: the bundled models are not there.
+    """
+    poisoned = {spec: name for spec, name in datasets().items() if name is not None and spec in DEMO}
+    if not poisoned:
+        raise ValueError("expected the bundled models; this installation has none: reinstall decompclip")
+    models = {name: load(name) for name in (WORLD, *poisoned.values())}
+
+    def draw(spec: str) -> Held:
+        source: ImageSource = open_source(
+            spec, models[WORLD], PROPERTIES["shape"], limit=images, seed=config.seed
+        )
+        total = -(-len(source) // config.batch_size)
+        return Held(tuple(track(source.batches(config.batch_size), f"drawing {spec}", total)))
+
+    clean = draw(WORLD)
+    results = []
+    for spec, name in poisoned.items():
+        suspect, target = draw(spec), backdoor(name).target
+        audited = [
+            run_audit(
+                models[model],
+                clean,
+                suspect,
+                PROPERTIES["shape"],
+                target=target,
+                name=model,
+                clean_name=WORLD,
+                suspect_name=spec,
+                config=config,
+                track=track,
+            )
+            for model in (WORLD, name)
+        ]
+        results += [audited[0], audited[1].beside(audited[0])]
+    return results

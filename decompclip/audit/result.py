@@ -6,22 +6,22 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from decompclip.audit.checks import Checks, Setting
+from decompclip.audit.checks import Setting
+from decompclip.audit.components import Infection, Shift
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.controls import Controls
-from decompclip.audit.evidence import Evidence, Reference, Repair, Shift, Target
-from decompclip.audit.infected import Infection
-from decompclip.audit.shares import ClassShare
-from decompclip.audit.verdict import Verdict, judged
+from decompclip.audit.verdict import Evidence, Reference
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINDS: tuple[Kind, ...] = ("heads", "mlps")
 SCHEMES: tuple[Scheme, ...] = ("forward", "backward", "separate")
@@ -36,8 +36,16 @@ class Ablations:
 
 
 @dataclass(frozen=True)
-class Detector:
-    """Decomp-Det under one rule: flagged heads per image, higher = more suspicious."""
+class Detection:
+    """What Decomp-Det finds under one rule; its score is the number of flagged heads.
+
+    Attributes:
+        similarity, threshold: the rule.
+        zeta: more flagged heads than this make an image suspicious.
+        auroc, auroc_low, auroc_high: of suspect against clean images, with its 95 % interval.
+        false_positives, true_positives: clean and suspect images over zeta.
+        clean_counts, suspect_counts: images with 0, 1, ... flagged heads.
+    """
 
     similarity: str
     threshold: str
@@ -45,21 +53,23 @@ class Detector:
     auroc: float
     auroc_low: float
     auroc_high: float
-    false_positives: Rate  # clean images over its own threshold
-    true_positives: Rate  # suspect images over it
-    clean_counts: Int[Tensor, " count"]  # images with 0, 1, ... flagged heads
+    false_positives: Rate
+    true_positives: Rate
+    clean_counts: Int[Tensor, " count"]
     suspect_counts: Int[Tensor, " count"]
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Detection without a hint about the attack (`AgnosticDet`), calibrated on clean images that are reported nowhere.
+    """What detection without a hint about the attack (`AgnosticDet`) finds; calibrated on clean images that are reported nowhere.
 
     Attributes:
         stated: share of clean images that the threshold was set to flag.
         threshold: the score above which an image is flagged; higher is more suspicious.
-        false_positives, true_positives: clean and suspect images over it.
+        auroc, auroc_low, auroc_high: as in `Detection`.
+        false_positives, true_positives: clean and suspect images over the threshold.
         edges: of the histogram's bins, alike for both sets; what lies beyond the last is in the last bin.
+        clean_counts, suspect_counts: images in each bin.
     """
 
     stated: float
@@ -96,46 +106,44 @@ class Examples:
     heads: tuple[HeadMaps, ...]
 
 
-@dataclass(frozen=True)
-class AuditResult:
-    """Every number of an audit, and where it came from."""
+@dataclass(frozen=True, kw_only=True)
+class AuditResult(Evidence):
+    """Every number of an audit, where it came from, and the verdict."""
 
-    name: str
     provenance: Mapping[str, Any]
     config: AuditConfig
     clean_name: str
     suspect_name: str
-    counts: dict[str, int]
-    class_names: tuple[str, ...]
-    target: Target
-    twins: bool
-    as_it_is: Setting
-    class_shares: tuple[ClassShare, ...]
     ablations: Ablations
     shift: Shift
     infection: Infection
-    repairs: tuple[Repair, ...]
-    detectors: tuple[Detector, ...]
+    detectors: tuple[Detection, ...]
     suspicion: Suspicion | None
-    checks: Checks
-    controls: Controls | None  # where suspect images have more than a small effect, and are twins
     examples: Examples | None
     skipped: dict[str, tuple[SkippedFile, ...]]
     left_out: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
-    reference: Reference | None = None  # where one was audited beside
-    verdict: Verdict = field(init=False)
-
-    def __post_init__(self) -> None:
-        known = {part.name: getattr(self, part.name) for part in fields(Evidence)}
-        object.__setattr__(self, "verdict", judged(Evidence(**known)))
 
     @property
     def n_layers(self) -> int:
-        return self.shift.heads_push.shape[0]
+        return self.shift.heads_distance.shape[0]
 
     @property
     def n_heads(self) -> int:
-        return self.shift.heads_push.shape[1]
+        return self.shift.heads_distance.shape[1]
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The model as it is, without all heads, without all MLPs, and without the infected components."""
+        without = (self.infection.without, self.infection.without_others)
+        found = (self.as_it_is, *self.ablations.complete.values(), *without)
+        return tuple(setting for setting in found if setting is not None)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a setting or repair: attack success, its control, their difference, clean accuracy, with intervals."""
+        import pandas as pd
+
+        repairs = (repair.setting for repair in self.repairs)
+        return pd.DataFrame([setting.row() for setting in (*self.settings, *repairs)])
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"
@@ -150,25 +158,33 @@ class AuditResult:
     def beside(self, reference: AuditResult) -> AuditResult:
         """This audit, with a clean model's on the same images as its reference.
 
+        Args:
+            reference: the clean model's audit.
+
         Raises:
             ValueError: the reference was audited on other images, or toward another class.
         """
         for what in ("clean_name", "suspect_name", "counts", "target"):
-            own, other = getattr(self, what), getattr(reference, what)
-            if what == "target":
-                own, other = own.index, other.index
+            own, other = (getattr(result, what) for result in (self, reference))
+            own, other = (own.index, other.index) if what == "target" else (own, other)
             if own != other:
                 raise ValueError(
                     f"expected a reference audited on the same images and target; its {what.replace('_', ' ')} is {other}, "
                     f"here {own}; audit both with the same options"
                 )
-        return replace(
-            self, reference=Reference(reference.name, reference.as_it_is, reference.class_shares[0])
-        )
+        most = reference.class_shares[0]
+        return replace(self, reference=Reference(reference.name, reference.as_it_is, most))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every number; of the pictures only their captions and the maps over them."""
-        return {part.name: jsonable(getattr(self, part.name)) for part in fields(self)}
+        return plain(self)
+
+
+def plain(result: Any) -> dict[str, Any]:
+    """A dataclass for JSON, by the names that its fields have in files."""
+    return {
+        part.metadata.get("key", part.name): jsonable(getattr(result, part.name)) for part in fields(result)
+    }
 
 
 def jsonable(value: Any) -> Any:
@@ -184,5 +200,5 @@ def jsonable(value: Any) -> Any:
     if (to_dict := getattr(value, "to_dict", None)) is not None:
         return jsonable(to_dict())
     if is_dataclass(value):
-        return {part.name: jsonable(getattr(value, part.name)) for part in fields(value)}
+        return plain(value)
     return value if isinstance(value, int | bool | str | None) else str(value)

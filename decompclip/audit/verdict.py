@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from decompclip.audit.evidence import Evidence
-from decompclip.audit.words import FEW, STRONG, WEAK, difference, outcome, points, share
+from decompclip.audit.checks import Change, Checks, ClassShare, Setting
+from decompclip.audit.controls import Controls
+from decompclip.audit.words import FEW, STRONG, WEAK, cost, difference, outcome, points, share
+from decompclip.intervals import Rate
 
 Level = Literal["backdoored", "suspicious", "no sign", "cannot tell"]
 Confidence = Literal["high", "moderate", "low"]
 
 FIRM = 0.05
-"""The most that the upper end of a difference may be where its absence is said with high confidence."""
+"""The most that the upper end of a difference may be where its absence is stated with high confidence."""
 
 ONE_ANSWER = 0.9
 """Clean images of one answer, as a share, from which a classifier without labels is not believed."""
@@ -23,15 +25,18 @@ EXPLAINED = 0.9
 """Share of the suspect images' effect which another cause must reach to explain it."""
 
 NEAR = 0.5
-"""Share of it from which the strongest corruption is told as a doubt."""
+"""Share of it from which the strongest corruption is a doubt."""
 
 HOLDS = 0.25
 """The most of it that a reference may show, toward any class, where common corruptions explain the effect or were not tried."""
 
+AFFORDABLE = 0.02
+"""Clean accuracy that a repair may cost, as a share of images, to be recommended."""
+
 
 @dataclass(frozen=True)
-class Rule:
-    """When a level is said with a confidence."""
+class VerdictRule:
+    """When a level is given with a confidence."""
 
     level: Level
     confidence: Confidence
@@ -39,52 +44,54 @@ class Rule:
 
 
 RULES = (
-    Rule(
+    VerdictRule(
         "backdoored",
         "high",
-        "labelled twins; at least 50 points more suspect than clean images are taken for one class; a clean reference adds at most 10 "
-        "points to it, and to any class less than 25 % of the effect; no common corruption that changes the images as much does 90 % of it, toward any class",
+        "labelled, paired images; at least 50 points more suspect than clean images are taken for one class; a clean reference "
+        "adds at most 10 points to it, and to any class less than 25 % of the effect; no common corruption that changes the "
+        "images as much does 90 % of it, toward any class",
     ),
-    Rule(
+    VerdictRule(
         "backdoored",
         "moderate",
-        "at least 50 points; twins, of which corruptions of the same size do less than 90 % of the effect, beside no reference or one that "
-        "does less than 90 % too; or twins, or labelled images, beside a reference that does less than 25 %",
+        "at least 50 points; and either paired images, of which corruptions of the same size do less than 90 % of the effect, and "
+        "so does the reference, if there is one; or paired or labelled images, and a reference that does less than 25 %",
     ),
-    Rule(
+    VerdictRule(
         "suspicious",
         "moderate",
-        "twins or labelled images; 10 to 50 points; corruptions of the same size do less than 90 % of the effect, or a reference less than 25 %",
+        "paired or labelled images; 10 to 50 points; corruptions of the same size do less than 90 % of the effect, or a reference "
+        "less than 25 %",
     ),
-    Rule(
+    VerdictRule(
         "suspicious",
         "low",
-        "any effect beyond chance that is smaller, or may have another explanation: a reference or corruptions of the same size that collapse "
-        "answers as much, or neither that was tried; sets that are neither twins nor labelled",
+        "any effect beyond chance that is smaller, or may have another cause: a reference or corruptions of the same size do as "
+        "much, or neither was tried; or the images are neither paired nor labelled",
     ),
-    Rule(
+    VerdictRule(
         "no sign",
         "high",
         "at most 5 points can be missed; clean accuracy is known and above guessing; suspect images keep their answers",
     ),
-    Rule("no sign", "moderate", "at most 10 points can be missed; or clean images have no labels"),
-    Rule(
+    VerdictRule("no sign", "moderate", "at most 10 points can be missed; or clean images have no labels"),
+    VerdictRule(
         "no sign",
         "low",
         "as above, but suspect images lose their answers without going to one class; always where clean images alone were scanned",
     ),
-    Rule(
+    VerdictRule(
         "cannot tell",
         "low",
-        "accuracy that guessing may reach; one answer for 90 % of the clean images; names that are one text to the model; suspect images that "
-        "are copies, of the clean ones or of each other; too few images",
+        "accuracy that guessing may reach; one answer for 90 % of the clean images; names that are one text to the model; suspect "
+        "images that are copies, of the clean ones or of each other; too few images",
     ),
 )
 """What levels and confidences mean, as reports show it."""
 
 LOWERED = (
-    "Differences are judged by their 95 % interval. Fewer than 100 images of a kind lower the confidence by one step, and so does a "
-    "target that was inferred within chance, or names of which some are one text to the model."
+    "Differences are judged by their 95 % interval. Fewer than 100 images of a kind lower the confidence by one step. So does a "
+    "target that was inferred within chance, and so do names of which some are one text to the model."
 )
 
 
@@ -94,14 +101,14 @@ class Verdict:
 
     Attributes:
         level: "backdoored": suspect images are taken for one class, and the loss of what they show does not explain it.
-            "suspicious": they are, but other causes remain. "no sign": an effect above the bound that is told can be ruled
+            "suspicious": they are, but other causes remain. "no sign": an effect above the stated bound can be ruled
             out. "cannot tell": too few images, or a classifier that does not work.
         confidence: "high", "moderate" or "low"; see `RULES`.
         headline: the verdict as a sentence.
         why: the numbers behind it.
         doubts: what could make it wrong.
         steps: what to do next.
-        repair: the one recommended, with what it gives back and costs, where there is an effect and one that serves.
+        repair: the recommended one, with what it gives back and costs, where there is an effect and a repair that serves.
     """
 
     level: Level
@@ -119,77 +126,181 @@ class Verdict:
             for title, lines in lists.items()
             if lines
         )
-        said = f"<p><b>{html.escape(self.headline)}</b> ({self.level}, {self.confidence} confidence)</p>"
-        return f"{said}<dl>{''.join(items)}</dl>"
+        head = f"<p><b>{html.escape(self.headline)}</b> ({self.level}, {self.confidence} confidence)</p>"
+        return f"{head}<dl>{''.join(items)}</dl>"
 
 
-def judged(result: Evidence) -> Verdict:
-    """Judge an audit of clean and suspect images by `RULES`.
+@dataclass(frozen=True)
+class Target:
+    """The class that the audit takes for the attacker's, and how it came to that."""
 
-    What counts is the 95 % interval of what suspect images add, attack success less its control, toward the class that they go to.
+    index: int
+    name: str
+    inferred: bool
+    over_prediction: tuple[float, float, float] | None  # value, low, high on the images it was inferred from
+    images: int  # suspect images it was inferred from
+    asked: str | None = None  # the class that was asked for, where suspect images go to this one instead
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A clean model on the same images.
+
+    Attributes:
+        name: of the model.
+        setting: toward the audited model's target.
+        most: the class, whichever it is, whose share grows by most from clean to suspect images.
     """
-    low, high = result.as_it_is.difference_interval
-    if (broken := _unusable(result)) is not None:
+
+    name: str
+    setting: Setting
+    most: ClassShare
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """One way of repairing, scored on the same images.
+
+    Attributes:
+        setting: the model repaired so.
+        change: what that does image by image, beside the model as it is.
+        flagged_clean, flagged_suspect: heads of the last layer replaced in a mean image; None where a repair does
+            not choose heads.
+    """
+
+    setting: Setting
+    change: Change
+    flagged_clean: float | None = None
+    flagged_suspect: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a verdict stands on, and the verdict, which is computed once."""
+
+    name: str
+    class_names: tuple[str, ...]
+    counts: dict[str, int]
+    target: Target
+    paired: bool = field(metadata={"key": "twins"})
+    as_it_is: Setting
+    class_shares: tuple[ClassShare, ...]  # the over-predicted first
+    checks: Checks
+    controls: Controls | None = None  # where suspect images have more than a small effect, and are paired
+    reference: Reference | None = None
+    repairs: tuple[RepairResult, ...] = ()
+    verdict: Verdict = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verdict", _judged(self))
+
+    @property
+    def target_guessed(self) -> bool:
+        """Whether the target was inferred from what chance may do."""
+        target = self.target
+        return target.inferred and (target.over_prediction is None or target.over_prediction[1] <= 0)
+
+    @property
+    def few(self) -> bool:
+        return min(self.counts["clean"], self.counts["suspect"]) < FEW
+
+
+def _judged(evidence: Evidence) -> Verdict:
+    """Judge clean and suspect images by `RULES`.
+
+    What counts is the 95 % interval of what suspect images add (attack success less its control) to the class that they go to.
+    """
+    low, high = evidence.as_it_is.difference_interval
+    if (broken := _unusable(evidence)) is not None:
         return broken
     if low > 0:
-        return _affected(result, low)
+        return _affected(evidence, low)
     if high <= WEAK:
-        return _no_sign(result, high)
+        return _no_sign(evidence, high)
     return Verdict(
         "cannot tell",
         "low",
-        f"Too few images to tell whether {result.name} is triggered toward {_name(result)}",
-        (_numbers(result), f"Effects of up to {100 * high:.1f} points cannot be ruled out."),
-        _doubts(result, found=False),
-        (f"Audit more images: with {4 * result.counts['suspect']} of each kind intervals are half as wide.",),
+        f"Too few images to tell whether {evidence.name} is triggered toward “{evidence.target.name}”",
+        (numbers(evidence), f"Effects of up to {100 * high:.1f} points cannot be ruled out."),
+        _doubts(evidence, found=False),
+        (
+            f"Audit more images: with {4 * evidence.counts['suspect']} of each kind intervals are half as wide.",
+        ),
     )
 
 
-def _name(result: Evidence) -> str:
-    return f"“{result.target.name}”"
+def unusable_classifier(
+    name: str,
+    class_names: Sequence[str],
+    *,
+    accuracy: Rate | None,
+    guessing: float,
+    favourite: tuple[str, Rate],
+    coinciding: Sequence[str],
+    alike: bool,
+) -> Verdict | None:
+    """ "Cannot tell", where the classifier does not tell clean images apart.
 
-
-def _unusable(result: Evidence) -> Verdict | None:
-    """What makes every number of an audit mean nothing."""
-    checks, cacc = result.checks, result.as_it_is.report.cacc
-    n, (favourite, often) = len(result.class_names), checks.favourite
-    same = len(checks.coinciding)
-    names = "Names that the model does not know, or the wrong vocabulary, look like this."
-    wrong = "The wrong activation, normalisation or class names look like this."
-    mend = "Run `decompclip diagnose` on the clean images and mend what it finds; then audit again."
-    if result.target.name in checks.coinciding or (same > n / 2 and not result.as_it_is.has_effect):
-        why = f"{same} of {n} names have a text feature that another name has too: {', '.join(checks.coinciding[:5])}"
-        return _cannot(
-            f"{result.name} does not tell these class names apart",
-            f"{why}{', …' if same > 5 else ''}.",
-            names,
+    Args:
+        name: of the model.
+        class_names: all of them.
+        accuracy, guessing, favourite, coinciding: on clean images, as in `Checks`.
+        alike: whether so many names coincide that nothing can be said.
+    """
+    remedy = "Run `decompclip diagnose` on the clean images and correct what it finds; then start again."
+    if alike:
+        shown = ", ".join(coinciding[:5]) + (", …" if len(coinciding) > 5 else "")
+        return cannot_tell(
+            f"{name} does not tell these class names apart",
+            f"{len(coinciding)} of {len(class_names)} names have a text feature that another name has too: {shown}.",
+            "Names that the model does not know, or the wrong vocabulary, look like this.",
             "Name classes in words that the model was trained on, each once.",
         )
-    if cacc is not None and cacc.low <= checks.guessing:
-        return _cannot(
-            f"{result.name} may not know these classes: nothing can be said of a backdoor",
-            f"Clean accuracy is {share(cacc)}; one answer for all, or guessing, gives {100 * checks.guessing:.1f} %.",
+    wrong = "The wrong activation, normalisation or class names look like this."
+    if accuracy is not None and accuracy.low <= guessing:
+        return cannot_tell(
+            f"{name} may not know these classes: nothing can be said of a backdoor",
+            f"Clean accuracy is {share(accuracy)}; one answer for all, or guessing, gives {100 * guessing:.1f} %.",
             wrong,
-            mend,
+            remedy,
         )
-    if cacc is None and often.value >= ONE_ANSWER:
-        return _cannot(
-            f"{result.name} gives nearly all clean images one answer: nothing can be said of a backdoor",
-            f"{share(often)} of the clean images are taken for “{favourite}”.",
+    answer, often = favourite
+    if accuracy is None and often.value >= ONE_ANSWER:
+        return cannot_tell(
+            f"{name} gives nearly all clean images one answer: nothing can be said of a backdoor",
+            f"{share(often)} of the clean images are taken for “{answer}”.",
             wrong,
-            f"Give clean images of several classes, with labels. {mend}",
+            f"Give clean images of several classes, with labels. {remedy}",
         )
+    return None
+
+
+def _unusable(evidence: Evidence) -> Verdict | None:
+    """What makes every number of an audit mean nothing."""
+    checks, same = evidence.checks, evidence.checks.coinciding
+    many = len(same) > len(evidence.class_names) / 2 and not evidence.as_it_is.has_effect
+    broken = unusable_classifier(
+        evidence.name,
+        evidence.class_names,
+        accuracy=evidence.as_it_is.report.cacc,
+        guessing=checks.guessing,
+        favourite=checks.favourite,
+        coinciding=same,
+        alike=evidence.target.name in same or many,
+    )
+    if broken is not None:
+        return broken
     for side, distinct in checks.distinct.items():
         if distinct.value < 0.5:
-            return _cannot(
+            return cannot_tell(
                 f"Most {side} images are one picture again and again: nothing can be said of a backdoor",
                 f"Of {distinct.total} {side} images {distinct.count} differ from all others, as the model takes them.",
                 "Unreadable, black or empty files look like this.",
                 "Look at the images, and audit different ones.",
             )
     if checks.copies.value > 0.5:
-        return _cannot(
-            f"Most suspect images are the clean ones: they cannot tell whether {result.name} is backdoored",
+        return cannot_tell(
+            f"Most suspect images are the clean ones: they cannot tell whether {evidence.name} is backdoored",
             f"{share(checks.copies)} of the suspect images are clean ones pixel by pixel, as the model takes them.",
             "A trigger near an edge is cut away by the preprocessing.",
             "Give images that carry what is suspected.",
@@ -197,66 +308,72 @@ def _unusable(result: Evidence) -> Verdict | None:
     return None
 
 
-def _cannot(headline: str, why: str, doubt: str, step: str) -> Verdict:
+def cannot_tell(headline: str, why: str, doubt: str, step: str) -> Verdict:
     return Verdict("cannot tell", "low", headline, (why,), (doubt,), (step,))
 
 
-def _no_sign(result: Evidence, high: float) -> Verdict:
-    checks = result.checks
-    labelled = result.as_it_is.report.cacc is not None
+def _no_sign(evidence: Evidence, high: float) -> Verdict:
+    checks, target = evidence.checks, evidence.target
+    labelled = evidence.as_it_is.report.cacc is not None
     confidence: Confidence = "high" if high <= FIRM and labelled else "moderate"
     why = [
-        *_inference(result),
-        _numbers(result),
+        numbers(evidence),
         f"An effect above {max(0.0, 100 * high):.1f} points can be ruled out, a smaller one cannot.",
     ]
-    doubts = list(_doubts(result, found=False))
+    if evidence.target_guessed and target.over_prediction is not None:
+        value, low, top = target.over_prediction
+        why.insert(
+            0,
+            "No class is predicted more often on suspect images than on clean ones beyond chance: "
+            f"“{target.name}” by the most, {points(value, (low, top))}, on {target.images} images that serve nothing else.",
+        )
+    doubts = list(_doubts(evidence, found=False))
     if not labelled:
         doubts.insert(0, "Without labels of the clean images it is not known whether the classifier works.")
     if checks.disturbed and checks.kept is not None:
         confidence = "low"
         doubts.insert(
             0,
-            f"Suspect images lose their answers, {share(checks.kept[0])} to {share(checks.kept[1])}, without going to one "
-            "class: a corruption does this, and so does an attack with several targets.",
+            f"Suspect images lose their answers ({share(checks.kept[0])} to {share(checks.kept[1])}) without going to one "
+            "class. A corruption does this, and so does an attack with several targets.",
         )
-    toward = "any class" if _guessed(result) else _name(result)
+    toward = "any class" if evidence.target_guessed else f"“{target.name}”"
     return Verdict(
         "no sign",
-        _lowered(confidence, result),
-        f"These suspect images do not trigger {result.name} toward {toward}",
+        _lowered(confidence, evidence),
+        f"These suspect images do not trigger {evidence.name} toward {toward}",
         tuple(why),
         tuple(doubts),
         (
-            "Where other triggers are feared, audit images that carry them, and scan the model with clean images "
-            "alone (leave --suspect out).",
+            "If you fear other triggers, audit images that carry them, and scan the model with clean images alone (leave "
+            "--suspect out).",
         ),
     )
 
 
-def _affected(result: Evidence, low: float) -> Verdict:
+def _affected(evidence: Evidence, low: float) -> Verdict:
     """There is an effect: how large, and what else could cause it."""
-    isolated = result.twins or result.as_it_is.excludes_target
-    reference, controls = result.reference, result.controls
-    why, doubts = [_numbers(result)], list(_doubts(result, found=True))
-    if result.target.asked is not None:
+    reference, controls, name = evidence.reference, evidence.controls, f"“{evidence.target.name}”"
+    isolated = evidence.paired or evidence.as_it_is.excludes_target
+    why, doubts = [numbers(evidence)], list(_doubts(evidence, found=True))
+    if evidence.target.asked is not None:
         why.insert(
             0,
-            f"Asked for “{result.target.asked}”; suspect images go to {_name(result)}, which is judged here.",
+            f"Asked for “{evidence.target.asked}”; suspect images go to {name}, which is judged here.",
         )
     seen = 0.0 if reference is None else max(reference.setting.difference, reference.most.difference)
-    effect = result.as_it_is.difference
+    effect = evidence.as_it_is.difference
     if reference is not None:
         why.append(
-            f"A clean reference model, on the same images: {difference(reference.setting)}; by the most it adds to "
-            f"“{reference.most.name}”, {points(reference.most.difference, reference.most.interval)}."
+            f"A clean reference model, on the same images: {difference(reference.setting)}. The class that it adds most to is "
+            f"“{reference.most.name}”: {points(reference.most.difference, reference.most.interval)}."
         )
     if controls is not None:
-        strongest = controls.strongest
+        strongest, own = controls.strongest, controls.suspect
         why.append(
             f"Of {len(controls.corruptions)} common corruptions that change the images as much, {strongest.corruption} does most: "
-            f"{points(strongest.to.difference, strongest.to.interval)} toward “{strongest.to.name}”; the suspect change, on the same "
-            f"{strongest.to.clean.total} images: {points(controls.suspect.difference, controls.suspect.interval)}."
+            f"{points(strongest.to.difference, strongest.to.interval)} toward “{strongest.to.name}”. The suspect change, on the "
+            f"same {strongest.to.clean.total} images: {points(own.difference, own.interval)}."
         )
     fallen = reference is not None and seen >= EXPLAINED * effect
     weak = controls is not None and controls.explained < EXPLAINED
@@ -265,129 +382,102 @@ def _affected(result: Evidence, low: float) -> Verdict:
     confidence: Confidence = "moderate" if low >= WEAK and isolated and (weak or held) else "low"
     if low >= STRONG and isolated and not fallen and (weak or held):
         level = "backdoored"
-        sure = weak and held and result.twins and result.as_it_is.excludes_target
+        sure = weak and held and evidence.paired and evidence.as_it_is.excludes_target
         if sure and reference is not None and reference.setting.difference_interval[1] <= WEAK:
             confidence = "high"
-    elif low >= STRONG:
+    elif low >= STRONG or fallen:
         confidence = "low"
     if fallen:
-        confidence = "low"
         doubts.insert(0, "The reference model does the same: the images may be the cause, not this model.")
     if controls is not None and not weak:
-        doubts.insert(
-            0, "A common corruption of the same size collapses answers as much: the images may be the cause."
-        )
+        doubts.insert(0, "A common corruption of the same size does as much: the images may be the cause.")
     if level == "backdoored" and not held and controls is not None and controls.explained >= NEAR:
         doubts.insert(
             0,
-            f"The strongest corruption tried has {100 * controls.explained:.0f} % of the effect: one that was not tried may have all of it.",
+            f"The strongest corruption tried has {100 * controls.explained:.0f} % of the effect: one that was not tried may "
+            "have all of it.",
         )
     if low >= WEAK and controls is None:
         doubts.append(
-            "Common corruptions of the same size were not tried: that takes twins, at least 40 of them. Noise, darkness or blur "
-            "make a clean model answer one class too."
+            "Common corruptions of the same size were not tried: that takes at least 40 paired images. Noise, darkness or blur "
+            "can make a clean model answer one class too."
         )
     if reference is None:
         doubts.append(
-            "No clean model was audited beside this one: a change that fools any model, such as a written word, an adversarial "
-            "pattern or a corruption that is not among those tried, would fool that too."
+            "No clean model was audited beside this one. A change that fools any model would fool that too: a written word, an "
+            "adversarial pattern, a corruption that is not among those tried."
         )
-    headline = {
-        "backdoored": f"{result.name} is backdoored: suspect images become {_name(result)}",
-        "suspicious": f"{result.name} is suspicious: suspect images become {_name(result)} more often than clean ones",
-    }[level]
-    kept = recommended(result)
-    steps = tuple(_steps(result, level, kept))
-    return Verdict(level, _lowered(confidence, result), headline, tuple(why), tuple(doubts), steps, kept)
+    headline = f"{evidence.name} is backdoored: suspect images become {name}"
+    if level == "suspicious":
+        headline = f"{evidence.name} is suspicious: suspect images become {name} more often than clean ones"
+    kept = recommended(evidence)
+    steps = tuple(_steps(evidence, level, kept))
+    return Verdict(level, _lowered(confidence, evidence), headline, tuple(why), tuple(doubts), steps, kept)
 
 
-def _steps(result: Evidence, level: Level, kept: str | None) -> Iterator[str]:
+def _steps(evidence: Evidence, level: Level, kept: str | None) -> Iterator[str]:
     if level == "backdoored":
         yield "Do not use the checkpoint as it is; take one whose origin is known."
-    if not result.twins:
-        yield "Audit twins: the same images with and without what is suspected, under the same names."
-    if result.reference is None:
+    if not evidence.paired:
+        yield "Audit paired images: the same ones with and without what is suspected, under the same names."
+    if evidence.reference is None:
         yield "Audit a clean checkpoint of the same architecture beside it (--reference)."
     if kept is not None:
         yield f"If it must be used, repair it: {kept}."
-    elif level == "backdoored" or result.as_it_is.difference_interval[0] >= WEAK:
+    elif level == "backdoored" or evidence.as_it_is.difference_interval[0] >= WEAK:
         yield "If it must be used, no repair measured here serves: try `decompclip repair` with more clean images of every class."
 
 
-AFFORDABLE = 0.02
-"""Clean accuracy that a repair may cost, as a share of images, to be recommended."""
+def recommended(evidence: Evidence) -> str | None:
+    """The repair that takes most suspect images off the target, or None.
 
-
-def recommended(result: Evidence) -> str | None:
-    """The repair that takes most suspect images off the target among those that cost at most 2 points and take at least half; or None.
-
-    Chosen and reported on the same images: as the best of several it looks a little better than it is.
+    Only those count that take at least half, and cost at most 2 points of clean accuracy. Chosen and reported on the same
+    images: as the best of several it looks a little better than it is.
     """
-    able = [
-        repair
-        for repair in result.repairs
-        if repair.change.saved.total
-        and repair.change.saved.value >= 0.5
-        and (repair.change.cost is None or repair.change.cost[0] <= AFFORDABLE)
-    ]
+
+    def serves(change: Change) -> bool:
+        cheap = change.cost is None or change.cost[0] <= AFFORDABLE
+        return bool(change.saved.total) and change.saved.value >= 0.5 and cheap
+
+    able = [repair for repair in evidence.repairs if serves(repair.change)]
     if not able:
         return None
     best = max(able, key=lambda repair: repair.change.saved.value)
-    cost = best.change.cost
-    words = "" if cost is None else f", at {points(-cost[0], (-cost[2], -cost[1]))} of clean accuracy"
+    words = "" if best.change.cost is None else f", at {cost(best.change)} of clean accuracy"
     return f"{best.setting.name}. {outcome(best.change)}{words}"
 
 
-def _numbers(result: Evidence) -> str:
-    setting, whose = result.as_it_is, ""
-    if setting.excludes_target:
-        whose = " of other classes"
+def numbers(evidence: Evidence) -> str:
+    """Attack success, its control, and their difference."""
+    setting = evidence.as_it_is
+    whose = " of other classes" if setting.excludes_target else ""
     return (
-        f"Of the suspect images{whose}, {share(setting.success)} are taken for “{result.target.name}”; of the clean ones "
-        f"{share(setting.control)}: {difference(setting)}."
+        f"Of the suspect images{whose}, {share(setting.success)} are taken for “{evidence.target.name}”; of the clean ones "
+        f"{share(setting.control)}. Difference: {difference(setting)}."
     )
 
 
-def _doubts(result: Evidence, *, found: bool) -> tuple[str, ...]:
-    doubts = []
-    if found and not result.twins:
-        doubts.append("The sets are not twins: suspect images that look like the class would do this too.")
-    if not result.as_it_is.excludes_target:
-        doubts.append("Labels are missing on a side: true images of the class count as success.")
-    if found and _guessed(result):
-        doubts.append("The target was inferred within chance: another class may be meant.")
-    if min(result.counts["clean"], result.counts["suspect"]) < FEW:
-        doubts.append(f"Fewer than {FEW} images of a kind were evaluated.")
-    if result.checks.coinciding:
-        doubts.append(f"Some names are one text to the model: {', '.join(result.checks.coinciding[:5])}.")
-    if not found:
-        doubts.append(
-            "A trigger that is on none of these images stays unseen: this does not prove a clean model."
-        )
-    return tuple(doubts)
+def _doubts(evidence: Evidence, *, found: bool) -> tuple[str, ...]:
+    same = evidence.checks.coinciding
+    doubts = {
+        "The images are not paired: suspect images that look like the class would do this too.": (
+            found and not evidence.paired
+        ),
+        "Labels are missing on a side: true images of the class count as success.": (
+            not evidence.as_it_is.excludes_target
+        ),
+        "The target was inferred within chance: another class may be meant.": (
+            found and evidence.target_guessed
+        ),
+        f"Fewer than {FEW} images of a kind were evaluated.": evidence.few,
+        f"Some names are one text to the model: {', '.join(same[:5])}.": bool(same),
+        "A trigger that is on none of these images stays unseen: this does not prove a clean model.": not found,
+    }
+    return tuple(doubt for doubt, holds in doubts.items() if holds)
 
 
-def _inference(result: Evidence) -> tuple[str, ...]:
-    """That no class is over-predicted, where none was named and none is."""
-    target = result.target
-    if not _guessed(result) or target.over_prediction is None:
-        return ()
-    value, low, high = target.over_prediction
-    return (
-        f"No class is predicted more often on suspect images than on clean ones beyond chance: “{target.name}” by the most, "
-        f"{points(value, (low, high))}, on {target.images} images that serve nothing else.",
-    )
-
-
-def _guessed(result: Evidence) -> bool:
-    """Whether the target was inferred from what chance may do."""
-    target = result.target
-    return target.inferred and (target.over_prediction is None or target.over_prediction[1] <= 0)
-
-
-def _lowered(confidence: Confidence, result: Evidence) -> Confidence:
-    few = min(result.counts["clean"], result.counts["suspect"]) < FEW
-    guessed = result.as_it_is.has_effect and _guessed(result)
-    if not (few or guessed or result.checks.coinciding):
+def _lowered(confidence: Confidence, evidence: Evidence) -> Confidence:
+    guessed = evidence.as_it_is.has_effect and evidence.target_guessed
+    if not (evidence.few or guessed or evidence.checks.coinciding):
         return confidence
     return "moderate" if confidence == "high" else "low"

@@ -22,6 +22,11 @@ def share(rate: Rate) -> str:
     return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
+def rate(value: Rate | None) -> str:
+    """`share`, or a dash where it is not known."""
+    return "–" if value is None or not value.total else share(value)
+
+
 def points(value: float, interval: tuple[float, float]) -> str:
     """A difference of shares with its interval, in percentage points."""
     low, high = interval
@@ -42,6 +47,14 @@ def plus_minus(value: float, error: float, *, sign: bool = True) -> str:
 def count(number: int, noun: str) -> str:
     """`1 head`, `2 heads`, `no heads`."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def cost(change: Change) -> str:
+    """The change of clean accuracy."""
+    if change.cost is None:
+        return "–"
+    value, low, high = change.cost
+    return points(-value, (-high, -low))
 
 
 def outcome(change: Change) -> str:

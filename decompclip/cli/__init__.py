@@ -69,7 +69,7 @@ def demo(
     with plain_errors() as held:
         with imports():
             from decompclip.audit import AuditConfig
-            from decompclip.audit.demo import run_demo
+            from decompclip.audit.pipeline import run_demo
 
         check_folder(out, "the report")
         held.enter_context(alone_in(out))

@@ -192,7 +192,7 @@ def _pair(
     options: dict[str, Any],
 ) -> list[AuditResult]:
     """The model, and its reference, on clean and suspect images."""
-    from decompclip.audit import Names, run_audit
+    from decompclip.audit import run_audit
     from decompclip.audit.collect import open_source
 
     results: list[AuditResult] = []
@@ -205,7 +205,9 @@ def _pair(
                 suspect,
                 class_names,
                 target=results[0].target if results else target,  # the same for both
-                names=Names(name, *specs),
+                name=name,
+                clean_name=specs[0],
+                suspect_name=specs[1],
                 config=config,
                 track=track,
             )

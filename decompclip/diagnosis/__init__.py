@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from decompclip.diagnosis.result import Comparison, Diagnosis, Evidence, Fault, Severity
+from decompclip.diagnosis.result import Comparison, Diagnosis, Fault, Measurement, Severity
 
-__all__ = ["Comparison", "Diagnosis", "Evidence", "Fault", "Severity"]
+__all__ = ["Comparison", "Diagnosis", "Fault", "Measurement", "Severity"]

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.diagnosis.result import FEWEST, Evidence, Fault
+from decompclip.diagnosis.result import FEWEST, Fault, Measurement
 from decompclip.intervals import Paired, Rate
 
 SIMPLE = 0.9
@@ -67,7 +67,7 @@ def checked_labels(
             f"expected labels in 0..{n - 1}, the indices of {n} class names; received {low}..{high}; give the class names "
             "that the labels count"
         )
-    numbers = (Evidence("least label", low), Evidence("largest", high))
+    numbers = (Measurement("least label", low), Measurement("largest", high))
     remedy = f"count classes from 0 to {n - 1}: subtract 1; here it was done for the other checks"
     return labels.long() - 1, (Fault("labels", "error", f"the labels count from 1 to {n}", numbers, remedy),)
 
@@ -80,7 +80,7 @@ def name_faults(class_names: Sequence[str]) -> Iterator[Fault]:
             f"class names are identifiers, not words: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
         )
         remedy = "give each class a name in words: the text tower reads them"
-        yield Fault("class names", "warning", what, (Evidence("of them", len(odd)),), remedy)
+        yield Fault("class names", "warning", what, (Measurement("of them", len(odd)),), remedy)
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def other_order(
     name = f" ({order.name})" if order.name else ""
     what = f"the labels are {kind}{name}: {'; '.join(moved[:3])}{'; ...' if len(moved) > 3 else ''}"
     numbers = (
-        Evidence.of("accuracy", Rate.of(labels == answers)),
-        Evidence.of("in that order", ordered),
-        Evidence("difference", paired.value, low, high, "points"),
+        Measurement.of("accuracy", Rate.of(labels == answers)),
+        Measurement.of("in that order", ordered),
+        Measurement("difference", paired.value, low, high, "points"),
     )
     remedy = "give class_names in the order that the labels count, or the labels that count class_names; the other checks "
     remedy += "went on in that order"
@@ -217,14 +217,14 @@ def mismatch(
     if accuracy.total < FEWEST:
         return None
     guess = chance(answers, labels, n)
-    numbers = (Evidence.of("zero-shot accuracy", accuracy), Evidence("chance", guess, unit="%"))
+    numbers = (Measurement.of("zero-shot accuracy", accuracy), Measurement("chance", guess, unit="%"))
     # the one may be too few images; not to know a class, half-way to perfection must be ruled out
     lost = accuracy.low <= guess and accuracy.high < (1 + guess) / 2
     if by_features is None:
         what = "the answers have nothing to do with the labels (too few images a class to tell why)"
         remedy = "check labels, class names and weights, or give several images a class"
         return Fault("labels", "error", what, numbers, remedy) if lost else None
-    numbers += (Evidence.of("nearest class mean of the image features", by_features),)
+    numbers += (Measurement.of("nearest class mean of the image features", by_features),)
     largest = float(_shares(labels, n).max())
     if by_features.low > max(guess, largest) and accuracy.high < by_features.value / TEXT_KNOWS_LESS:
         what = "the text side knows little of the classes that the image features tell apart: a random or foreign text "
@@ -234,7 +234,7 @@ def mismatch(
     if not lost or by_features.low > largest:
         return None
     distance = float((_shares(answers, n) - _shares(labels, n)).abs().sum() / 2)
-    numbers += (Evidence("distance between the classes' shares in answers and labels", distance),)
+    numbers += (Measurement("distance between the classes' shares in answers and labels", distance),)
     if distance < LIKE_THE_LABELS:
         what = "the labels look shuffled: the model answers each class as often as it is a label, but for other images"
         remedy = "keep images and labels in one order: shuffle both or none, and sort files as their labels are sorted"

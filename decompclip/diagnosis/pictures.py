@@ -19,7 +19,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from decompclip.data.images import FolderSource, ImageSource, ShapesSource
 from decompclip.data.sources import PairImages
-from decompclip.diagnosis.result import Evidence, Fault
+from decompclip.diagnosis.result import Fault, Measurement
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.preprocessing import CutExtremes
 
@@ -169,7 +169,7 @@ def _undo(pixels: Tensor, own: Normalisation) -> tuple[str | None, Tensor]:
 
 
 def _fault(what: str, images: Tensor, remedy: str) -> Fault:
-    numbers = (Evidence("least", float(images.min())), Evidence("largest", float(images.max())))
+    numbers = (Measurement("least", float(images.min())), Measurement("largest", float(images.max())))
     return Fault("pixels", "error", what, numbers, remedy)
 
 

@@ -21,7 +21,7 @@ FEWEST = 20
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Measurement:
     """One number, and its 95 % interval where it has one. Shares and their differences are kept in 0..1."""
 
     what: str
@@ -31,7 +31,7 @@ class Evidence:
     unit: Unit = ""
 
     @classmethod
-    def of(cls, what: str, rate: Rate) -> Evidence:
+    def of(cls, what: str, rate: Rate) -> Measurement:
         """A share of images."""
         return cls(what, rate.value, rate.low, rate.high, "%")
 
@@ -59,7 +59,7 @@ class Fault:
     check: str
     severity: Severity
     what: str
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[Measurement, ...]
     remedy: str
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ class Comparison:
     interval: tuple[float, float]
 
     @property
-    def evidence(self) -> Evidence:
-        return Evidence("difference", self.difference.value, *self.interval, "points")
+    def evidence(self) -> Measurement:
+        return Measurement("difference", self.difference.value, *self.interval, "points")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.audit.config import Track, silently
 from decompclip.diagnosis.answers import (
     chance,
     checked_labels,
@@ -25,19 +24,20 @@ from decompclip.diagnosis.answers import (
     other_order,
 )
 from decompclip.diagnosis.pictures import SAME, Pictures, Views, count, labelled, views
-from decompclip.diagnosis.result import Diagnosis, Evidence, Fault
+from decompclip.diagnosis.result import Diagnosis, Fault, Measurement
 from decompclip.diagnosis.trials import MARGIN, Trial, better, compare, trials
 from decompclip.diagnosis.weights import logit_scale_faults, weight_faults
 from decompclip.intervals import Rate, noticeable
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import Template
+from decompclip.progress import Track, silently
 
 NO_ANSWER = -1
 """In place of a class, where a score is not a number."""
 
 
 @dataclass(frozen=True)
-class Answers:
+class TrialAnswers:
     """What the trials answer, in their order; the first is the model as it is.
 
     Attributes:
@@ -58,7 +58,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(tried: Sequence[Trial], batches: Iterable[Views]) -> Answers:
+def answer(tried: Sequence[Trial], batches: Iterable[Views]) -> TrialAnswers:
     """Run each trial on each batch.
 
     Raises:
@@ -95,7 +95,7 @@ def answer(tried: Sequence[Trial], batches: Iterable[Views]) -> Answers:
         raise ValueError("expected at least one image; received none; check the image source")
     joined = [None if held is None else torch.cat(held) for held in answers]
     truth = torch.cat(labels) if labels else None
-    return Answers(joined, finite, torch.cat(features), truth, tuple(faults), differs)
+    return TrialAnswers(joined, finite, torch.cat(features), truth, tuple(faults), differs)
 
 
 def diagnose(
@@ -172,7 +172,7 @@ def _judge(
     model: HookedCLIP,
     names: tuple[str, ...],
     tried: list[Trial],
-    run: Answers,
+    run: TrialAnswers,
     labels: Tensor,
     faults: list[Fault],
 ) -> Diagnosis:
@@ -228,16 +228,16 @@ def _judge(
     )
 
 
-def _overflow(model: HookedCLIP, tried: list[Trial], run: Answers) -> list[Fault]:
+def _overflow(model: HookedCLIP, tried: list[Trial], run: TrialAnswers) -> list[Fault]:
     """Images without an answer."""
     total, kept = len(run.features), run.finite[0]
     if kept == total:
         return []
-    numbers = [Evidence.of("images without finite scores", Rate(total - kept, total))]
+    numbers = [Measurement.of("images without finite scores", Rate(total - kept, total))]
     dtype = str(model.visual.dtype).removeprefix("torch.")
     wide = [finite for trial, finite in zip(tried, run.finite, strict=True) if trial.check == "precision"]
     if wide and wide[0] > kept:
-        numbers.append(Evidence.of("in float32", Rate(total - wide[0], total)))
+        numbers.append(Measurement.of("in float32", Rate(total - wide[0], total)))
         what = f"{dtype} overflows: activations pass its largest number"
         remedy = "load it with dtype=torch.float32, or torch.bfloat16, which has float32's range"
     else:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from decompclip.diagnosis.pictures import NORMALISATIONS, Views, normalise
-from decompclip.diagnosis.result import Comparison, Evidence, Fault
+from decompclip.diagnosis.result import Comparison, Fault, Measurement
 from decompclip.intervals import Paired, Rate
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.layers import ACTIVATIONS, MLP
@@ -193,8 +193,8 @@ def better(tried: Sequence[tuple[Trial, Comparison]], accuracy: Rate) -> list[Fa
             "error" if comparison.interval[0] > GRAVE else "warning",
             trial.what,
             (
-                Evidence.of("zero-shot accuracy", accuracy),
-                Evidence.of(f"with {comparison.name}", comparison.accuracy),
+                Measurement.of("zero-shot accuracy", accuracy),
+                Measurement.of(f"with {comparison.name}", comparison.accuracy),
                 comparison.evidence,
             ),
             trial.remedy,

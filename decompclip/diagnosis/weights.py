@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.diagnosis.result import Evidence, Fault
+from decompclip.diagnosis.result import Fault, Measurement
 from decompclip.diagnosis.trials import WORDS, in_image_tower, in_text_tower
 from decompclip.intervals import mean_interval
 from decompclip.models.clip import HookedCLIP
@@ -44,7 +44,7 @@ def _not_finite(model: HookedCLIP) -> Iterator[Fault]:
     if bad:
         what = f"weights are not finite: {', '.join(bad[:SHOWN])}{', ...' if len(bad) > SHOWN else ''}"
         remedy = "load the checkpoint again in float32; if they are so in the file, the training diverged"
-        yield Fault("weights", "error", what, (Evidence("weights", len(bad)),), remedy)
+        yield Fault("weights", "error", what, (Measurement("weights", len(bad)),), remedy)
 
 
 def _untouched(tower: nn.Module) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def _untouched(tower: nn.Module) -> tuple[int, int]:
 
 
 def _drawn(name: str, untouched: int, norms: int, random: bool) -> Fault:
-    numbers = (Evidence("LayerNorms at their initial values", untouched), Evidence("of", norms))
+    numbers = (Measurement("LayerNorms at their initial values", untouched), Measurement("of", norms))
     if random:
         return Fault(
             name, "error", f"the {name} has random weights, as was asked for", numbers, "load trained weights"
@@ -108,13 +108,13 @@ def logit_scale_faults(
     value = float(model.logit_scale.detach())
     sigmoid = getattr(model.text, "logit_bias", None) is not None
     largest = LARGEST_SIGMOID if sigmoid else LARGEST
-    numbers = (Evidence("logit scale", value), Evidence("factor", math.exp(min(value, 700.0))))
+    numbers = (Measurement("logit scale", value), Measurement("factor", math.exp(min(value, 700.0))))
     if (read := _misread(value, largest)) is not None:
         gain = None
         # far above, the loss is that of a few images and its interval means nothing
         if read.proposal is not None and similarity is not None and not sigmoid and value < LARGEST_SIGMOID:
             gain = mean_interval(_loss(similarity, labels, value) - _loss(similarity, labels, read.proposal))
-            numbers += (Evidence("log loss saved by the remedy", *gain),)
+            numbers += (Measurement("log loss saved by the remedy", *gain),)
         if read.sure or (gain is not None and gain[1] > 0):
             what = read.what
             remedy = "keep the logarithm of the factor in `logit_scale`"

@@ -291,6 +291,12 @@ class HookedCLIP(nn.Module):
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
+    def denormalize(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """The tower's input to pixels in [0, 1], in float32."""
+        images = images.float()
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "batch d_embed"]:

@@ -117,9 +117,7 @@ def pictures_of(
     """The pixels that a model's input was made of; None for a bare tower, which does not know its scale."""
     if isinstance(model, HookedViT):
         return None
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-    pixels = (images.float().cpu() * std + mean).clamp(0, 1)
-    return rearrange((255 * pixels).round().to(torch.uint8), "b c h w -> b h w c")
+    return rearrange((255 * model.denormalize(images.cpu())).round().to(torch.uint8), "b c h w -> b h w c")
 
 
 def _read(

@@ -1,7 +1,4 @@
-"""Results to one self-contained page.
-
-Results to files: page and numbers come together, and carry one mark.
-"""
+"""Results to one self-contained page, and to files: page and numbers come together, and carry one mark."""
 
 from __future__ import annotations
 
@@ -17,15 +14,15 @@ from markupsafe import Markup, escape
 
 from decompclip import __version__
 from decompclip.audit.controls import KINDS
-from decompclip.audit.findings import findings
+from decompclip.audit.findings import alarms, area, findings, gap
 from decompclip.audit.result import AuditResult, jsonable
-from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.scan_result import CONCLUDES, ScanResult
 from decompclip.audit.verdict import LOWERED, RULES
+from decompclip.audit.words import cost, difference, plus_minus, points, rate
 from decompclip.figures.theme import content_policy, plotly_script
 from decompclip.files import atomic_folder, digest, write_json, write_text
 from decompclip.printable import printable, printable_all, shown
-from decompclip.report.view import glance, subjects
-from decompclip.report.view_scan import scans
+from decompclip.report.view import scans, subjects
 
 NUMBERS = "audit.json"
 """Beside the page."""
@@ -44,7 +41,7 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
     alone = [result for result in results if isinstance(result, ScanResult)]
     audits, scanned = subjects(pairs), scans(alone, first=len(pairs))
     images = [image for audit in audits if audit["maps"] for image in audit["maps"]["images"]]
-    images += [image for scan in scanned for probe in scan["probes"] for image in probe["images"]]
+    images += [image for scan in scanned for pictures in scan["pictures"] for image in pictures]
     css = _text("report.css")
     css += "".join(f".{image['class']} {{ background-image: url({image['uri']}); }}\n" for image in images)
     js, plotly = _text("report.js"), plotly_script()
@@ -53,7 +50,6 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
         .get_template("report.html")
         .render(
             title=title or f"Audit of {names}",
-            glance=glance(pairs),
             subjects=audits,
             scans=scanned,
             policy=Markup(content_policy(styles=[css], scripts=[plotly, js])),
@@ -63,6 +59,7 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
             plotly=plotly,
             several=len(results) > 1,
             numbers=NUMBERS,
+            concludes=CONCLUDES,
             rules=RULES,
             rules_note=LOWERED,
             corruptions=len(KINDS),
@@ -100,7 +97,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=shown,
     )
-    environment.filters |= {"cell": cell, "coded": coded, "tied": tied}
+    words = (alarms, area, cell, coded, cost, difference, gap, plus_minus, points, rate, tied)
+    environment.filters |= {word.__name__: word for word in words}
     return environment
 
 
@@ -144,7 +142,6 @@ def write_report(results: Result | Sequence[Result], out: str | Path, *, title: 
 
 
 def _numbers(result: Result) -> dict[str, Any]:
-    said = (
-        {"kind": "scan"} if isinstance(result, ScanResult) else {"findings": jsonable(list(findings(result)))}
-    )
-    return {"kind": "audit", **result.to_dict(), "verdict": jsonable(result.verdict), **said}
+    if isinstance(result, ScanResult):
+        return {"kind": "scan", **result.to_dict()}
+    return {"kind": "audit", **result.to_dict(), "findings": jsonable(findings(result))}

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.collect import KEPT, THUMBNAIL, ImageSet, are_twins, collect, open_source, split
+from decompclip.audit.collect import KEPT, THUMBNAIL, ImageSet, are_paired, collect, open_source, split
 from decompclip.audit.config import AuditConfig
-from decompclip.audit.controls import model_pixels
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.clip import HookedCLIP
 
@@ -47,7 +46,7 @@ def test_nothing_is_both_fitted_on_and_reported(sets: tuple[ImageSet, ImageSet])
     assert len(fitted) == 10
     assert not fitted & {*parts.clean.paths, *parts.suspect.paths}
     assert parts.held_out is not None and set(parts.held_out.paths) == fitted
-    assert parts.twins and parts.clean.paths == parts.suspect.paths
+    assert parts.paired and parts.clean.paths == parts.suspect.paths
     assert len(parts.clean) + len(parts.validation) == 50
 
 
@@ -56,12 +55,12 @@ def test_equal_names_alone_make_no_twins(sets: tuple[ImageSet, ImageSet]) -> Non
     clean, suspect = sets
     bare = (replace(images, labels=None) for images in (clean, suspect))
     a, b = bare
-    assert are_twins(a, b)
+    assert are_paired(a, b)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     unrelated = replace(b, thumbnails=b.thumbnails[order], decomposition=b.decomposition[order])
-    assert not are_twins(a, unrelated)
-    assert not split(a, unrelated, CONFIG, infer_target=False).twins
-    assert not are_twins(clean, replace(suspect, labels=(torch.arange(50) % 12)))
+    assert not are_paired(a, unrelated)
+    assert not split(a, unrelated, CONFIG, infer_target=False).paired
+    assert not are_paired(clean, replace(suspect, labels=(torch.arange(50) % 12)))
 
 
 @pytest.mark.parametrize("world", ["shapes", "photographs"])
@@ -71,7 +70,7 @@ def test_a_copy_in_other_light_is_a_twin(
     generator = torch.Generator().manual_seed(3)
     if world == "shapes":
         (batch,) = open_source("shapes", model, PROPERTIES["shape"], limit=50).batches(50)
-        images = model_pixels(model, batch.images)
+        images = model.denormalize(batch.images)
     else:  # cloudy, of a light and a contrast of their own
         coarse = torch.rand(50, 3, 6, 6, generator=generator)
         images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
@@ -87,11 +86,11 @@ def test_a_copy_in_other_light_is_a_twin(
 
     made = {"dark": 0.15 * images, "dim": 0.45 * images, "pale": 0.8 + 0.2 * images, "noisy": images + noise}
     for name, changed in made.items():
-        assert are_twins(of(images), of(changed)), name
-        assert not are_twins(of(images), of(changed.roll(7, 0))), name
+        assert are_paired(of(images), of(changed)), name
+        assert not are_paired(of(images), of(changed.roll(7, 0))), name
     flat = torch.rand(50, 1, 1, 1, generator=generator).expand(-1, 3, 32, 32)
-    assert not are_twins(of(flat), of(flat.roll(7, 0)))  # greys: nothing but their light to know them by
-    assert are_twins(of(flat), of(flat))
+    assert not are_paired(of(flat), of(flat.roll(7, 0)))  # greys: nothing but their light to know them by
+    assert are_paired(of(flat), of(flat))
 
 
 def test_twins_may_be_stored_in_another_format(sets: tuple[ImageSet, ImageSet]) -> None:
@@ -100,7 +99,7 @@ def test_twins_may_be_stored_in_another_format(sets: tuple[ImageSet, ImageSet]) 
         for images, ending in zip(sets, ("png", "jpg"), strict=True)
     )
     parts = split(clean, suspect, CONFIG, infer_target=False)
-    assert parts.twins
+    assert parts.paired
     assert len(parts.suspect) == len(parts.clean) == 40
 
 
@@ -109,7 +108,7 @@ def test_a_named_target_needs_no_suspect_images(sets: tuple[ImageSet, ImageSet])
     assert split(clean, suspect, CONFIG, infer_target=False).held_out is None
     strangers = replace(suspect, paths=tuple(f"other/{path}" for path in suspect.paths))
     parts = split(clean, strangers, CONFIG, infer_target=False)
-    assert len(parts.suspect) == 50 and not parts.twins
+    assert len(parts.suspect) == 50 and not parts.paired
     parts = split(clean, strangers, CONFIG, infer_target=True)
     assert parts.held_out is not None and len(parts.held_out) == 10 and len(parts.suspect) == 40
     assert not set(parts.held_out.paths) & set(parts.suspect.paths)
@@ -128,7 +127,9 @@ def test_suspect_images_that_are_all_twins_of_fitted_ones_are_refused(
     clean, suspect = sets
     fitted = set(split(clean, suspect, CONFIG, infer_target=False).validation.paths)
     alone = suspect.at(torch.tensor([path in fitted for path in suspect.paths]))
-    with pytest.raises(ValueError, match=r"beside the twins of the 10 clean images.*all 10 are such twins"):
+    with pytest.raises(
+        ValueError, match=r"beside the partners of the 10 clean images.*all 10 are such partners"
+    ):
         split(clean, alone, CONFIG, infer_target=False)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.data.shapes import PROPERTIES
-from decompclip.diagnosis import Comparison, Diagnosis, Evidence, Fault
+from decompclip.diagnosis import Comparison, Diagnosis, Fault, Measurement
 from decompclip.diagnosis.answers import checked_labels, known_by_features, mismatch, name_faults, other_order
 from decompclip.diagnosis.pictures import NORMALISATIONS, denormalise, normalise, repair
 from decompclip.diagnosis.trials import Trial, better, compare
@@ -382,7 +382,10 @@ def test_weights_that_are_not_finite_or_never_left_their_start_are_told(
 
 
 def result(*severities: str, **changes: Any) -> Diagnosis:
-    shown = (Evidence("accuracy", 0.25, 0.2, 0.3, "%"), Evidence("difference", -0.1, -0.2, 0.05, "points"))
+    shown = (
+        Measurement("accuracy", 0.25, 0.2, 0.3, "%"),
+        Measurement("difference", -0.1, -0.2, 0.05, "points"),
+    )
     faults = [
         Fault(f"check {i}", severity, f"<b>fault {i}", shown, "mend it")  # pyright: ignore
         for i, severity in enumerate(severities)

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from decompclip.audit import AuditResult, findings
-from decompclip.audit.checks import Change
-from decompclip.audit.evidence import Reference
+from decompclip.audit.checks import Change, ClassShare
 from decompclip.audit.findings import Finding
-from decompclip.audit.shares import ClassShare
+from decompclip.audit.verdict import Reference
 from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
@@ -51,7 +50,7 @@ def test_what_is_only_suspicious_is_not_called_a_trigger(made: AuditResult) -> N
         as_it_is=setting(0.95, 0.02),
         infection=replace(made.infection, parts=(part,)),
         ablations=replace(made.ablations, complete=survives),
-        twins=False,
+        paired=False,
         controls=None,
         reference=None,
     )
@@ -78,8 +77,8 @@ def test_few_images_clear_nobody(made: AuditResult) -> None:
 
 def test_only_twins_name_the_cause(made: AuditResult) -> None:
     result = replace(made, as_it_is=setting(0.95, 0.02))
-    assert "so that is the cause" in findings(replace(result, twins=True))[0].text
-    assert "look more like that class" in findings(replace(result, twins=False))[0].text
+    assert "so that is the cause" in findings(replace(result, paired=True))[0].text
+    assert "look more like that class" in findings(replace(result, paired=False))[0].text
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from decompclip.audit.evidence import Shift
-from decompclip.audit.infected import infected_parts
+from decompclip.audit.components import Shift, infected_parts
 
 
 def shift(heads: torch.Tensor, mlps: torch.Tensor, error: float) -> Shift:

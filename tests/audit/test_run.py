@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Names, run_audit
+from decompclip.audit import AuditConfig, AuditResult, run_audit
 from decompclip.audit.collect import open_source
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import jsonable
@@ -141,11 +141,13 @@ def test_a_target_inferred_on_another_model_stays_inferred(model: HookedCLIP) ->
     assert second.counts["held_out"] > 0
 
 
-def test_a_push_is_a_part_of_its_distance(result: AuditResult) -> None:
+def test_a_contribution_is_a_part_of_its_distance(result: AuditResult) -> None:
     """The way to the target is a unit vector: both are shares of the feature's norm."""
     for kind in ("heads", "mlps"):
-        push, distance = (getattr(result.shift, f"{kind}_{name}") for name in ("push", "distance"))
-        assert (push.abs() <= distance + 1e-6).all()
+        contribution, distance = (
+            getattr(result.shift, f"{kind}_{name}") for name in ("contribution", "distance")
+        )
+        assert (contribution.abs() <= distance + 1e-6).all()
 
 
 def test_without_labels_what_cannot_be_known_is_none(model: HookedCLIP) -> None:
@@ -163,7 +165,7 @@ def test_without_labels_what_cannot_be_known_is_none(model: HookedCLIP) -> None:
 def test_no_trigger_is_no_difference(model: HookedCLIP) -> None:
     clean, _ = sources(model)
     found = run_audit(model, clean, clean, CLASSES, target="star", config=CONFIG)
-    assert found.twins
+    assert found.paired
     assert found.as_it_is.difference == 0
     assert found.shift.totals["all"] == (0, 0)
     assert [detector.auroc for detector in found.detectors] == pytest.approx([0.5] * 4)
@@ -176,8 +178,8 @@ def test_progress_goes_through_what_shows_it(model: HookedCLIP) -> None:
         seen.append((description, total))
         yield from items
 
-    names = Names("m", "a", "b")
-    run_audit(model, *sources(model), CLASSES, target="star", config=CONFIG, names=names, track=track)
+    names = {"name": "m", "clean_name": "a", "suspect_name": "b"}
+    run_audit(model, *sources(model), CLASSES, target="star", config=CONFIG, track=track, **names)
     assert seen == [("m: a", 2), ("m: b", 2)]
 
 

@@ -9,14 +9,12 @@ from itertools import product
 import pytest
 import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Names, Verdict, run_audit
-from decompclip.audit.checks import Change
+from decompclip.audit import AuditConfig, AuditResult, Verdict, run_audit
+from decompclip.audit.checks import Change, ClassShare
 from decompclip.audit.collect import open_source
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
-from decompclip.audit.demo import Held
-from decompclip.audit.evidence import Reference, Target
-from decompclip.audit.shares import ClassShare
-from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES
+from decompclip.audit.pipeline import Held
+from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES, Reference, Target
 from decompclip.audit.words import STRONG
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
 from decompclip.data.shapes import PROPERTIES, Shapes
@@ -37,7 +35,7 @@ def base(made: AuditResult) -> AuditResult:
     """Labelled twins of a classifier that works; corruptions of the same size do little."""
     kept = (Rate(360, 400), Rate(360, 400))
     works = replace(made.checks, favourite=("circle", Rate(140, 400)), guessing=1 / 3, kept=kept)
-    return replace(made, twins=True, checks=works, controls=tried(0.1))
+    return replace(made, paired=True, checks=works, controls=tried(0.1))
 
 
 def tried(effect: float, *, images: int = 100) -> Controls:
@@ -81,15 +79,15 @@ def test_only_labelled_twins_beside_a_clean_model_are_sure(base: AuditResult) ->
     alone = verdict(strong)
     assert (alone.level, alone.confidence) == ("backdoored", "moderate")
     apart = replace(
-        strong, twins=False, controls=None
+        strong, paired=False, controls=None
     )  # labels alone do not tell a trigger from a corruption
     assert (verdict(apart).level, verdict(apart).confidence) == ("suspicious", "low")
     assert any("were not tried" in doubt for doubt in verdict(apart).doubts)
     held = verdict(replace(apart, reference=beside(0.02)))
     assert (held.level, held.confidence) == ("backdoored", "moderate")
-    unknown = verdict(replace(unlabelled, twins=False, controls=None))
+    unknown = verdict(replace(unlabelled, paired=False, controls=None))
     assert (unknown.level, unknown.confidence) == ("suspicious", "low")
-    assert any("not twins" in doubt for doubt in unknown.doubts)
+    assert any("not paired" in doubt for doubt in unknown.doubts)
 
 
 @pytest.mark.parametrize("to", ["star", "ring"])
@@ -194,7 +192,7 @@ def test_every_verdict_has_its_rule(base: AuditResult) -> None:
             replace(
                 base,
                 as_it_is=setting(success, 0.02, labelled=labelled),
-                twins=twins,
+                paired=twins,
                 controls=base.controls if twins else None,
                 reference=None if reference is None else beside(reference),
             )
@@ -256,7 +254,14 @@ def audited() -> dict[str, AuditResult]:
         clip = load(name)
         clean, suspect = (open_source(spec, clip, CLASSES, limit=700) for spec in ("shapes", "shapes:badnet"))
         found[name] = run_audit(
-            clip, clean, suspect, CLASSES, target="star", names=Names(name, "shapes", "shapes:badnet")
+            clip,
+            clean,
+            suspect,
+            CLASSES,
+            target="star",
+            name=name,
+            clean_name="shapes",
+            suspect_name="shapes:badnet",
         )
     return found
 
@@ -289,7 +294,7 @@ def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, AuditR
     assert any(result.as_it_is.difference_interval[0] >= STRONG for result in corrupted.values())
     for result in corrupted.values():
         assert result.verdict.level != "backdoored"
-        if result.twins and result.as_it_is.difference_interval[0] >= STRONG:
+        if result.paired and result.as_it_is.difference_interval[0] >= STRONG:
             assert result.controls is not None and result.controls.explained >= EXPLAINED
 
 
@@ -429,8 +434,10 @@ def test_infected_components_carry_the_trigger(audited: dict[str, AuditResult]) 
     bad, clean = audited["shapes-badnet"].infection, audited["shapes"].infection
     assert clean.infected == () and clean.without is None and clean.without_others is None
     assert len(bad.parts) == 6 * 8 + 6
-    assert [part.push for part in bad.parts] == sorted((part.push for part in bad.parts), reverse=True)
+    assert [part.contribution for part in bad.parts] == sorted(
+        (part.contribution for part in bad.parts), reverse=True
+    )
     assert bad.without is not None and bad.without_others is not None
     assert bad.without.difference < bad.without_others.difference - 0.3
-    assert sum(part.share for part in bad.parts if part.push > 0) == pytest.approx(1)
+    assert sum(part.share for part in bad.parts if part.contribution > 0) == pytest.approx(1)
     assert all(part.share > 1 / 54 for part in bad.infected)

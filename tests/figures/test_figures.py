@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from decompclip.audit.checks import Scorer, Setting
-from decompclip.audit.result import Ablations, Detector
+from decompclip.audit.result import Ablations, Detection
 from decompclip.figures.heatmaps import attention_overlay, component_map, contribution_overlay, picture
 from decompclip.figures.theme import ACCURACY, CONTROL, RULES, SUCCESS
 from decompclip.intervals import Rate
@@ -115,7 +115,7 @@ class Area:
 
 def test_the_roc_curve_holds_the_area_that_it_should() -> None:
     clean, suspect = torch.tensor([6, 3, 1, 0]), torch.tensor([1, 2, 3, 4])
-    detector = Detector("dot", "epsilon", 1, 0.8, 0.7, 0.9, Rate(1, 10), Rate(7, 10), clean, suspect)
+    detector = Detection("dot", "epsilon", 1, 0.8, 0.7, 0.9, Rate(1, 10), Rate(7, 10), clean, suspect)
     curve, diagonal = traces(roc([detector], ["rule"]))
     assert list(diagonal.x) == list(diagonal.y)
     area = np.trapezoid(np.array(curve.y)[::-1], np.array(curve.x)[::-1]) / 1e4

@@ -9,23 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decompclip.audit.checks import Change, Checks, Scorer, Setting
+from decompclip.audit.checks import Change, Checks, ClassShare, Scorer, Setting
+from decompclip.audit.components import Infection, Shift, infected_parts
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, SameSize
-from decompclip.audit.evidence import Repair, Shift, Target
-from decompclip.audit.infected import Infection, infected_parts
 from decompclip.audit.result import (
     KINDS,
     SCHEMES,
     Ablations,
     AuditResult,
-    Detector,
+    Detection,
     Examples,
     HeadMaps,
     Suspicion,
 )
-from decompclip.audit.scan.result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
-from decompclip.audit.shares import ClassShare
+from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
+from decompclip.audit.verdict import RepairResult, Target
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
 
@@ -73,7 +72,7 @@ def result(
     classes: tuple[str, ...] = CLASSES,
     skipped: tuple[SkippedFile, ...] = (),
     images: int = IMAGES,
-    twins: bool = True,
+    paired: bool = True,
 ) -> AuditResult:
     """An audit of `name` with these shares of suspect and clean images taken for the target."""
     draw = torch.Generator().manual_seed(len(name))
@@ -95,7 +94,7 @@ def result(
         for kind in KINDS
     }
     repairs = tuple(
-        Repair(
+        RepairResult(
             setting(
                 f"Decomp-Rep, {similarity}, {threshold}", repaired, control, labelled=labelled, images=images
             ),
@@ -108,7 +107,7 @@ def result(
     )
     counts = torch.tensor([200, 60, 20, 10, 5, 3, 2]), torch.tensor([5, 10, 20, 40, 60, 90, 75])
     detectors = tuple(
-        Detector(similarity, threshold, 4, 0.93, 0.9, 0.95, Rate(5, 300), Rate(165, 300), *counts)
+        Detection(similarity, threshold, 4, 0.93, 0.9, 0.95, Rate(5, 300), Rate(165, 300), *counts)
         for similarity in ("cosine", "dot")
         for threshold in ("quantile", "epsilon")
     )
@@ -134,7 +133,7 @@ def result(
         mlps,
         mlps.abs() / 5,
         {"all": (0.2, 0.01), "heads": (0.15, 0.01), "mlps": (0.04, 0.01), "rest": (0.01, 0.005)},
-        twins,
+        paired,
     )
     as_it_is = scored("as it is", 1.0)
     parts = infected_parts(moved, affected=as_it_is.has_effect)
@@ -156,7 +155,7 @@ def result(
         counts={"validation": 75, "clean": images, "suspect": images, "held_out": 75 * inferred},
         class_names=classes,
         target=Target(2, classes[2], inferred, (0.9, 0.8, 0.95) if inferred else None, 75 * inferred),
-        twins=twins,
+        paired=paired,
         as_it_is=as_it_is,
         class_shares=tuple(
             ClassShare(c, Rate(10 * i, 300), Rate(9 * i + 1, 300)) for i, c in enumerate(classes)
@@ -194,7 +193,7 @@ def result(
             ClassShare(classes[2], Rate(1, 80), Rate(75, 80)),
             (SameSize("frost", ClassShare(classes[0], Rate(20, 80), Rate(30, 80))),),
         )
-        if twins
+        if paired
         else None,
         examples=Examples(
             pictures, ("a.png: taken for star", "a.png: taken for circle"), ("suspect", "clean"), maps

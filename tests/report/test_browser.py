@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from decompclip.audit.result import AuditResult
-from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.scan_result import ScanResult
 from decompclip.data.images import SkippedFile
 from decompclip.report import write_report
 

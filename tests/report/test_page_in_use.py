@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from decompclip.audit.result import AuditResult
-from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.scan_result import ScanResult
 from decompclip.report import write_report
 from tests.report.test_browser import BROWSER
 

@@ -14,7 +14,7 @@ import pytest
 from analyses.study.index import write_index
 from analyses.study.results import RESULTS
 from decompclip.audit.result import AuditResult
-from decompclip.audit.scan.result import ScanResult
+from decompclip.audit.scan_result import ScanResult
 from decompclip.bench.page import write_board
 from decompclip.data.images import SkippedFile
 from decompclip.report import write_report

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from decompclip.audit.collect import open_source
-from decompclip.audit.scan import ScanConfig, ScanResult, run_scan, scan_verdict
-from decompclip.audit.scan.run import _lead
-from decompclip.audit.scan.search import Everywhere, Patch, head_statistics, measure, probes, screened, search
+from decompclip.audit.scan import (
+    EverywhereProbe,
+    PatchProbe,
+    ScanConfig,
+    ScanResult,
+    Search,
+    _lead,
+    head_statistics,
+    probes,
+    run_scan,
+)
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP
@@ -83,13 +91,13 @@ def test_statistics_know_equal_and_unrelated_terms(models: dict[str, HookedCLIP]
 
 
 @pytest.mark.parametrize("probe", probes(8 / 255, 1 / 6), ids=lambda probe: probe.name)
-def test_probes_change_what_they_may(probe: Everywhere | Patch) -> None:
+def test_probes_change_what_they_may(probe: EverywhereProbe | PatchProbe) -> None:
     images = torch.rand(5, 3, 24, 36, generator=torch.Generator().manual_seed(0))
     change = probe.bounded(probe.start(2, images[0]) + 3)[0]
     changed = probe.apply(images, change, torch.Generator().manual_seed(0))
     assert changed.min() >= 0 and changed.max() <= 1
     touched = (changed != images).any(1)
-    if isinstance(probe, Everywhere):
+    if isinstance(probe, EverywhereProbe):
         assert float((changed - images).abs().max()) <= 8 / 255 + 1e-6
     else:
         assert touched.flatten(1).sum(1).max() <= 4 * 4  # a sixth of the shorter side
@@ -108,11 +116,12 @@ def test_gradients_reach_the_change() -> None:
 def test_the_search_gets_further_and_repeats_itself(models: dict[str, HookedCLIP]) -> None:
     model, pixels = models["shapes-badnet"], Shapes(80, seed=3).draw(range(80)).images
     classifier = model.zero_shot_classifier(CLASSES).detach()
-    star, probe = CLASSES.index("star"), Patch(1 / 6, anywhere=True)
+    star, probe = CLASSES.index("star"), PatchProbe(1 / 6, anywhere=True)
 
     def left(steps: int) -> float:
-        change = search(model, classifier, pixels[:40], probe, [star], replace(SHORT, steps=steps))
-        return float(measure(model, classifier, pixels[40:], probe, change[0], star, SHORT)[1].mean())
+        search = Search(model, classifier, probe, replace(SHORT, steps=steps))
+        change = search.run(pixels[:40], [star])
+        return float(search.measure(pixels[40:], change[0], star)[1].mean())
 
     assert left(8) == left(8)
     assert left(8) < 0.7 * left(1)
@@ -121,7 +130,8 @@ def test_the_search_gets_further_and_repeats_itself(models: dict[str, HookedCLIP
 def test_of_many_classes_one_step_keeps_the_target(models: dict[str, HookedCLIP]) -> None:
     model, pixels = models["shapes-badnet"], Shapes(48, seed=3).draw(range(48)).images
     classifier = model.zero_shot_classifier(CLASSES).detach()
-    kept = screened(model, classifier, pixels, Patch(1 / 6, anywhere=True), replace(SHORT, most_classes=2))
+    probe = PatchProbe(1 / 6, anywhere=True)
+    kept = Search(model, classifier, probe, replace(SHORT, most_classes=2)).screened(pixels)
     assert len(kept) == 2 and CLASSES.index("star") in kept
     result = run_scan(
         model,
@@ -150,11 +160,11 @@ def test_the_lead_s_interval_is_the_delta_method_s() -> None:
 
 
 def test_the_verdict_weighs_what_it_is_given(found: ScanResult) -> None:
-    alone = scan_verdict(replace(found, reference=None, statistics=None))
+    alone = replace(found, reference=None, statistics=None).verdict
     assert (alone.level, alone.confidence) == ("suspicious", "low")
-    same = scan_verdict(replace(found, reference=replace(found, name="twin", reference=None)))
+    same = replace(found, reference=replace(found, name="other", reference=None)).verdict
     assert same.confidence == "low" and "easy in any such model" in same.doubts[0]
-    lost = scan_verdict(replace(found, accuracy=Rate(5, 60)))
+    lost = replace(found, accuracy=Rate(5, 60)).verdict
     assert lost.level == "cannot tell"
 
 

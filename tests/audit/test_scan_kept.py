@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import decompclip
+from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source
-from decompclip.audit.scan import ScanConfig, run_scan, search as kept
+from decompclip.audit.scan import ScanConfig, run_scan
 
 CONFIG = ScanConfig(steps=4, images=2, fit=16, held_out=24, most_classes=3)
 
