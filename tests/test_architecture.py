@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "figures": "",
     "zoo": "models data attacks evaluation training",
     "audit": f"{MEASURED} attacks defenses figures public",
-    "diagnosis": "tower models data evaluation audit figures public",
+    "diagnosis": "tower models data evaluation figures public",
     "bench": f"{MEASURED} attacks defenses zoo figures public",
     "report": f"{MEASURED} audit figures public",
     "cli": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures report public",
