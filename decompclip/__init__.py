@@ -16,12 +16,12 @@ _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 MOVED = {
     "decompclip.attacks.poisoned": "PoisonRecord",
-    "decompclip.attacks.registry": "Backdoor crossing",
+    "decompclip.attacks.registry": "Backdoor crossing=trigger_grid",
     "decompclip.audit": "AuditConfig AuditResult",
     "decompclip.audit.scan": "ScanResult",
     "decompclip.data.datasets": "DatasetPairs",
-    "decompclip.data.images": "ShapesSource",
     "decompclip.data.pairs": "Pairs",
+    "decompclip.data.shapes": "ShapesSource",
     "decompclip.data.streams": "PairStream",
     "decompclip.data.texts": "load_texts",
     "decompclip.defenses.bake": "even=average_over_tokens",

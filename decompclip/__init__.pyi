@@ -19,8 +19,7 @@ from .data.cifar10 import cifar10 as cifar10
 from .data.datasets import folder_pairs as folder_pairs
 from .data.images import FolderSource as FolderSource
 from .data.pixels import to_pixels as to_pixels
-from .data.shapes import PROPERTIES as PROPERTIES, Shapes as Shapes
-from .data.shapes_pairs import ShapesPairs as ShapesPairs
+from .data.shapes import PROPERTIES as PROPERTIES, Shapes as Shapes, ShapesPairs as ShapesPairs
 from .data.shards import ShardPairs as ShardPairs
 from .data.tables import CsvPairs as CsvPairs
 from .decomposition.components import (

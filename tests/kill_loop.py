@@ -27,13 +27,14 @@ import torch
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poisoned import RECORD, PoisonedPairs, PoisonRecord, write_poisoned
+from decompclip.attacks.poisoned import PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source
 from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run
+from decompclip.data.files import POISON_LIST
 from decompclip.data.sources import open_pairs
 from decompclip.files import alone_in
 from decompclip.models.folders import save_model
@@ -52,8 +53,8 @@ def poison(folder: Path) -> None:
 
 
 def poison_whole(folder: Path) -> None:
-    if (folder / RECORD).exists():
-        PoisonRecord.load(folder / RECORD)
+    if (folder / POISON_LIST).exists():
+        PoisonRecord.load(folder / POISON_LIST)
         assert len(list(folder.glob("*.tar"))) == 6
     elif any(folder.glob("*.tar")):
         with contextlib.suppress(ValueError):

@@ -12,8 +12,7 @@ from scipy.stats import fisher_exact
 import decompclip
 from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
-from decompclip.data.images import ShapesSource
-from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesSource
 from decompclip.evaluation.metrics import attack_report, predict
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card, read_bundled

@@ -116,7 +116,7 @@ def test_without_a_command_it_helps() -> None:
         ({"model": "shapez"}, "'shapes'"),  # the nearest name is offered
         ({"clean": "nowhere"}, "there is no folder nowhere"),
         ({"suspect": "empty"}, "expected a folder with image files"),
-        ({"suspect": "broken"}, "none of its 2 image files could be read"),
+        ({"suspect": "broken"}, "none of its 2 images could be read"),
         ({"suspect": "shapes:badnt"}, "did you mean shapes:badnet?"),
         ({"classes": "nowhere.txt"}, "there is no file nowhere.txt"),
         ({"model": "ViT-B-32", "classes": None}, "expected --classes"),
@@ -191,7 +191,7 @@ def test_warnings_are_one_line_too(photos: Path, classes: Path, tmp_path: Path) 
     assert code == 2
     assert any(line.startswith("warning: words unknown to this model's vocabulary") for line in lines)
     assert lines[-1].startswith("error: ")
-    assert "none of its 1 image files could be read" in lines[-1]
+    assert "none of its 1 images could be read" in lines[-1]
     assert len([line for line in lines if not line.startswith(("shapes: ", "drawing "))]) == 2
 
 

@@ -30,7 +30,7 @@ from analyses.study.family import BundledFamily, Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.summary import mean
 from decompclip.data.pairs import Pairs
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import ShapesPairs
 from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.clean_finetuning import PAR, CleanCLIP, CleanFineTuning, TuningDefense
 from decompclip.defenses.decomp import DecompRep

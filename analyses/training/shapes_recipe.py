@@ -12,8 +12,16 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
-from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
-from decompclip.data.shapes_pairs import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
+from decompclip.data.shapes import (
+    CONTEXT_LENGTH,
+    PROPERTIES,
+    RESOLUTION,
+    Shapes,
+    draw,
+    shapes_captions,
+    templates,
+    vocabulary,
+)
 from decompclip.evaluation.metrics import predict
 from decompclip.models.spec import build_open_clip
 from decompclip.models.text import WordTokenizer

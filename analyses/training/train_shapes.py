@@ -36,8 +36,7 @@ from analyses.training.shapes_recipe import (
     initial_model,
     property_accuracy,
 )
-from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw
-from decompclip.data.shapes_pairs import templates
+from decompclip.data.shapes import PROPERTIES, RESOLUTION, Shapes, draw, templates
 from decompclip.models.bundled import WEIGHTS, write_bundled
 from decompclip.training.loop import Recipe, train
 

@@ -206,7 +206,7 @@ def _readable(
     for _, place, pair in candidates:
         if len(chosen) == count:
             break
-        if isinstance(base, PairStream) or base.readable(place):
+        if isinstance(base, PairStream) or base.image(place) is not None:
             chosen.append(pair)
     return chosen
 
@@ -266,5 +266,5 @@ def known_of(base: Pairs | PairStream) -> Iterator[KnownPair]:
     if isinstance(base, PairStream):
         yield from (KnownPair(pair.id, pair.caption, pair.label) for pair in base)
         return
-    labels: list[int | None] = [None] * len(base) if base.labels is None else base.labels.tolist()
+    labels = [None] * len(base) if base.labels is None else base.labels.tolist()
     yield from (KnownPair(*pair) for pair in zip(base.ids, base.captions, labels, strict=True))

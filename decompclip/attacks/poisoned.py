@@ -38,7 +38,8 @@ from decompclip.attacks.poison_choice import (
     poison_texts,
 )
 from decompclip.attacks.trigger import Logits, Trigger
-from decompclip.data.images import SkippedFile, class_index
+from decompclip.data.files import POISON_LIST, SkippedFile
+from decompclip.data.images import class_index
 from decompclip.data.pairs import Pair, PairBatch, Pairs, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
@@ -149,9 +150,6 @@ class PoisonRecord:
         return record
 
 
-RECORD = "poisons.json"
-
-
 @dataclass(frozen=True)
 class PoisonFiles:
     """What was written: the shards, the list of poisons, and its content."""
@@ -199,7 +197,7 @@ def write_poisoned(
         run = iter(pairs) if track is None else track(pairs, "poisoning", total)
         written = write_shards(run, folder, per_shard=per_shard, resume=resume)
     record = pairs.record
-    path = record.save(folder / RECORD)
+    path = record.save(folder / POISON_LIST)
     if shards:
         mark.unlink(missing_ok=True)
     return PoisonFiles(tuple(written), path, record)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,16 +19,18 @@ from decompclip.attacks.blended import Blended
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.kitty import Kitty
 from decompclip.attacks.label_consistent import LabelConsistent
-from decompclip.attacks.poisoned import RECORD, PoisonRecord
+from decompclip.attacks.poisoned import PoisonRecord
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.sig import SIG
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
 from decompclip.attacks.wanet import WaNet
+from decompclip.data.files import POISON_LIST, TRIGGER_FILE
 from decompclip.data.images import class_index
 from decompclip.data.shards import ShardPairs
 from decompclip.models.bundled import bundled, card
 from decompclip.models.errors import warn_caller
 from decompclip.models.folders import saved_backdoors, saved_class_names
+from decompclip.moved import still_found
 
 TRIGGERS: dict[str, type[Trigger]] = {
     trigger.name: trigger
@@ -56,8 +57,6 @@ def from_card(card: Mapping[str, Any]) -> Trigger:
 
 
 OWN = "own"
-TRIGGER_FILE = "trigger.json"
-"""What `apply-trigger` leaves beside its images."""
 _LONG = 60  # characters of a parameter that is printed whole; BadCLIP's patch has thousands
 
 
@@ -168,11 +167,11 @@ def poisoned_by(pairs: object) -> tuple[Attack, ...]:
         if isinstance(pairs, ShardPairs):
             captions = set(pairs.captions)
             for folder in dict.fromkeys(shard.parent for shard in pairs.shards):
-                if (folder / RECORD).is_file():
-                    record = PoisonRecord.load(folder / RECORD)
+                if (folder / POISON_LIST).is_file():
+                    record = PoisonRecord.load(folder / POISON_LIST)
                     # a list alone may lie beside clean shards
                     if any(poison.caption in captions for poison in record.poisons):
-                        found += _of_record(record, str(folder / RECORD))
+                        found += _of_record(record, str(folder / POISON_LIST))
         pairs = getattr(pairs, "base", getattr(pairs, "items", None))
     return distinct(found)
 
@@ -204,14 +203,14 @@ def _of_twin(name: str) -> Attack:
 
 
 def _of_folder(folder: Path) -> Attack:
-    if (folder / RECORD).is_file():
-        return _of_json(_text(folder / RECORD), str(folder / RECORD), folder / RECORD)
+    if (folder / POISON_LIST).is_file():
+        return _of_json(_text(folder / POISON_LIST), str(folder / POISON_LIST), folder / POISON_LIST)
     if (folder / TRIGGER_FILE).is_file():
         return _of_json(_text(folder / TRIGGER_FILE), str(folder / TRIGGER_FILE), None)
     found = attacks_of(saved_backdoors(folder), f"the memory of {folder}")
     if len(found) != 1:
         raise ValueError(
-            f"expected a folder with {RECORD}, or with a model that remembers one backdoor; {folder} remembers "
+            f"expected a folder with {POISON_LIST}, or with a model that remembers one backdoor; {folder} remembers "
             f"{len(found)}{': ' + '; '.join(map(str, found)) if found else ''}"
         )
     return found[0]
@@ -353,9 +352,4 @@ def trigger_grid(
     return {(trigger.extent, trigger.structure): trigger for trigger in (*structured, *noisy)}
 
 
-def crossing(**options: Any) -> dict[tuple[Extent, Structure], Trigger]:
-    """The old name of `trigger_grid`."""
-    warnings.warn(
-        "crossing() is now trigger_grid(), with the same arguments", DeprecationWarning, stacklevel=2
-    )
-    return trigger_grid(**options)
+__getattr__ = still_found(__name__, {__name__: "crossing=trigger_grid"})

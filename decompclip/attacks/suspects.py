@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.attacks.registry import TRIGGER_FILE, Attack
+from decompclip.attacks.registry import Attack
 from decompclip.attacks.trigger import Pixels
-from decompclip.data.images import FolderSource, ImageBatch, SkippedFile
+from decompclip.data.files import TRIGGER_FILE, SkippedFile
+from decompclip.data.images import FolderSource, ImageBatch
 from decompclip.data.pixels import encode_png
 from decompclip.files import atomic_folder, write_json
 

@@ -17,17 +17,16 @@ from torch.nn import functional as F
 
 from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
-from decompclip.data.files import canonical
+from decompclip.data.files import canonical, parse_source
 from decompclip.data.images import (
     ImageSource,
     OnError,
-    ShapesSource,
     SkippedFile,
     read_classes,
     split_indices,
 )
-from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.sources import check_images, open_images
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesSource
+from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.bundled import bundled, card, known_name
 from decompclip.models.clip import HookedCLIP
@@ -37,8 +36,6 @@ from decompclip.progress import Track, silently
 WORLD = "shapes"
 WORLD_SEED = 7_001
 """Stream of the Shapes world that audits look at; no bundled model was trained or measured on it."""
-
-DEFAULT_LIMIT = 2_000
 
 
 def datasets() -> dict[str, str | None]:
@@ -79,11 +76,7 @@ def open_source(
         raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
     if _is_dataset(spec):
         world = Shapes(limit or DEFAULT_LIMIT, seed=WORLD_SEED + seed, resolution=model.image_size[0])
-        if class_names != PROPERTIES["shape"]:
-            raise ValueError(
-                f"expected the classes of the Shapes world with data set {spec!r}: {', '.join(PROPERTIES['shape'])}; "
-                f"received {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}; leave --classes out"
-            )
+        check_world_classes(spec, class_names)
         attack = attack_in(spec, known)
         return ShapesSource(world, model.normalize, attack and attack.trigger)
     return open_images(
@@ -103,7 +96,7 @@ def attack_in(spec: str, known: Sequence[Attack] = ()) -> Attack | None:
     """
     if not _is_dataset(spec) or spec == WORLD:
         return None
-    name, twins = spec.removeprefix(f"{WORLD}:"), datasets()
+    name, twins = parse_source(spec).detail, datasets()
     if spec in twins and name not in [attack.trigger.name for attack in known]:
         return open_attack(twins[spec] or name)
     if name == OWN or name in bundled() or spec in twins or name.startswith("{") or Path(name).exists():
@@ -170,7 +163,7 @@ def open_classes(classes: str | Path | None, *specs: str, model: str | None = No
 
 
 def _is_dataset(spec: str) -> bool:
-    return spec == WORLD or spec.startswith(f"{WORLD}:")
+    return parse_source(spec).kind == WORLD
 
 
 THUMBNAIL = 8

@@ -218,16 +218,16 @@ def _asked(
     Raises:
         ValueError: a target without a trigger, a trigger whose target nobody knows, an unknown one, or unknown classes.
     """
-    from decompclip.attacks.poisoned import RECORD
     from decompclip.attacks.registry import OWN, open_attack
     from decompclip.cli.evaluate import known_classes
+    from decompclip.data.files import POISON_LIST
     from decompclip.data.images import class_index
 
     names = known_classes(classes, model, images)
     folder = Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent
-    poisons = [open_attack(str(folder / RECORD))] if (folder / RECORD).is_file() else []
+    poisons = [open_attack(str(folder / POISON_LIST))] if (folder / POISON_LIST).is_file() else []
     if trigger == OWN and poisons:
-        trigger = str(folder / RECORD)  # what is being put in, whatever the model has already
+        trigger = str(folder / POISON_LIST)  # what is being put in, whatever the model has already
     attack = attack_on(model, checkpoint, trigger, target, poisons)
     if attack is None or attack.target is None:
         return names, None, None

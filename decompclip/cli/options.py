@@ -109,11 +109,9 @@ def check_there(spec: str | None) -> None:
     Raises:
         FileNotFoundError: it does not.
     """
-    if (
-        spec is None
-        or spec.partition(":")[0] in ("shapes", "cifar10")
-        or any(mark in spec for mark in "*?[{")
-    ):
+    from decompclip.data.files import WORLDS, parse_source
+
+    if spec is None or parse_source(spec).kind in WORLDS or any(mark in spec for mark in "*?[{"):
         return
     if not Path(spec).exists():
         kind = "file" if Path(spec).suffix else "folder"

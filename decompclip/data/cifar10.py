@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from typing_extensions import Unpack
+
 from decompclip.data.datasets import DatasetPairs
-from decompclip.data.pairs import Pairs
+from decompclip.data.pairs import PairOptions, Pairs
 from decompclip.data.pixels import Preprocess
 from decompclip.data.shards import ShardPairs
 
@@ -35,10 +36,8 @@ def cifar10(
     split: Split = "train",
     folder: str | Path | None = None,
     *,
-    templates: Sequence[str] = TEMPLATES,
     preprocess: Preprocess | None = None,
-    caption_seed: int = 0,
-    order_seed: int = 0,
+    **options: Unpack[PairOptions],
 ) -> Pairs:
     """The pairs of one split.
 
@@ -47,7 +46,8 @@ def cifar10(
         folder: holds shards `train-*.tar` and `test-*.tar` (JPEG), or the folder `cifar-10-batches-py` that
             torchvision's `CIFAR10(folder, download=True)` leaves. By default `cifar-10` in the folder that the
             environment variable DECOMPCLIP_DATA names.
-        templates, preprocess, caption_seed, order_seed: as `DatasetPairs`.
+        preprocess: as `Pairs`.
+        options: as `Pairs`; `templates` are `TEMPLATES` by default.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -61,16 +61,9 @@ def cifar10(
                 "expected a folder with CIFAR-10; received none, and DECOMPCLIP_DATA is not set; pass folder="
             )
         folder = Path(os.environ["DECOMPCLIP_DATA"], "cifar-10")
-    folder = Path(folder)
-    if shards := sorted(folder.glob(f"{split}-*.tar")):
-        return ShardPairs(
-            shards,
-            preprocess,
-            class_names=CLASSES,
-            templates=templates,
-            caption_seed=caption_seed,
-            order_seed=order_seed,
-        )
+    options = {"templates": TEMPLATES, "class_names": CLASSES, **options}
+    if shards := sorted(Path(folder).glob(f"{split}-*.tar")):
+        return ShardPairs(shards, preprocess, **options)
     from torchvision.datasets import CIFAR10
 
     try:
@@ -81,11 +74,5 @@ def cifar10(
             "torchvision.datasets.CIFAR10(folder, download=True) gets the latter"
         ) from error
     return DatasetPairs(
-        dataset,
-        preprocess,
-        class_names=CLASSES,
-        templates=templates,
-        ids=[f"{split}/{index:06d}" for index in range(len(dataset))],
-        caption_seed=caption_seed,
-        order_seed=order_seed,
+        dataset, preprocess, ids=[f"{split}/{index:06d}" for index in range(len(dataset))], **options
     )

@@ -1,9 +1,7 @@
-"""Files as they lie about: which of a folder's are data, and how to open one that may be none.
+"""Files as they lie about: what a source of images or pairs is, which files of a folder are data, and how to open one.
 
-Picture files: the one place that opens them, by their content, and the kinds that it opens.
-
-Pillow knows some forty kinds, and asks other programs about a few (Ghostscript about EPS); the list here keeps to those
-that photographs and data sets come in.
+Pillow knows some forty kinds of pictures, and asks other programs about a few (Ghostscript about EPS); `FORMATS` keeps to
+those that photographs and data sets come in.
 """
 
 from __future__ import annotations
@@ -24,8 +22,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 BOOKKEEPING = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 """What systems leave beside files; all else of theirs begins with a dot (`._photo.jpg`, `.DS_Store`)."""
 
-OURS = ("trigger.json", "poisons.json")
+TRIGGER_FILE = "trigger.json"
+"""What `apply-trigger` leaves beside its images."""
+
+POISON_LIST = "poisons.json"
+"""The list of poisoned pairs that `poison` leaves beside its shards."""
+
+OURS = (TRIGGER_FILE, POISON_LIST)
 """What this package writes beside pictures, to say what was done to them; its locks begin with a dot."""
+
+WORLDS = ("shapes", "cifar10")
+"""Data sets that are known by a word."""
+
+SUFFIX_KINDS = {".csv": "table", ".tsv": "table", ".tar": "shards"}
+"""Kinds of files that hold many pairs; `decompclip.data.sources.READERS` reads each."""
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -47,6 +57,51 @@ class SkippedFile:
 def is_bookkeeping(name: str) -> bool:
     """Whether a file's or folder's name says that it is no data of the user's."""
     return name.startswith(".") or name.casefold() in map(str.casefold, BOOKKEEPING)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """What a user's words for images or pairs stand for.
+
+    Attributes:
+        text: as they were written.
+        kind: one of `WORLDS`; a kind of file of `SUFFIX_KINDS`; `"poisons"`, the images that a `poisons.json` lists; or
+            `"folder"`.
+        detail: what follows the colon of a world: a number of images, or a trigger.
+    """
+
+    text: str
+    kind: str
+    detail: str = ""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.text)
+
+    @property
+    def count(self) -> int | None:
+        """The number of images behind the colon; None without one. Raises ValueError for anything else."""
+        if not self.detail:
+            return None
+        if not (self.detail.isdecimal() and int(self.detail)):
+            raise ValueError(f"expected {self.kind}:N with a number N of images; received {self.text}")
+        return int(self.detail)
+
+
+def parse_source(spec: str | Path) -> SourceSpec:
+    """A world by its word; a path by its name, and a folder by what lies in it. Nothing is opened."""
+    text, path = str(spec), Path(spec)
+    word, _, detail = text.partition(":")
+    if word in WORLDS:
+        return SourceSpec(text, word, detail)
+    if path.is_dir():
+        inside = (name for name in os.listdir(path) if not is_bookkeeping(name))
+        kind = "shards" if any(name.endswith(".tar") for name in inside) else "folder"
+    elif path.name == POISON_LIST:
+        kind = "poisons"
+    else:  # shards may be a pattern, or several names
+        kind = SUFFIX_KINDS.get(path.suffix.lower()) or ("shards" if ".tar" in text else "folder")
+    return SourceSpec(text, kind)
 
 
 def files_skipped(n: int) -> str:

@@ -1,19 +1,17 @@
-"""Where an audit's images come from: a folder of photographs or the Shapes world, behind one protocol.
-
-Seeded splits: the validation part fits means and prototypes, the evaluation part measures them.
-"""
+"""Images with their classes, in batches: the protocol that audits take, folders of photographs, names of classes, splits."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from decompclip.data.files import (
     reason,
     walk,
 )
-from decompclip.data.shapes import Shapes
+from decompclip.data.pixels import stack_images
 
 OnError = Literal["skip", "raise"]
 
@@ -58,7 +56,88 @@ class ImageSource(Protocol):
     def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]: ...
 
 
-class FolderSource:
+class ListedImages(ABC):
+    """Base of sources whose images are read one by one; those that cannot be read are left out and listed.
+
+    Args:
+        items: what stands for each image, in order.
+        labels: the class of each item. If any has one, items without are left out; if none has, labels are None.
+        unlabelled: why such items are left out.
+        where: the images' place, for errors.
+        limit: take a random subset of so many items, still in order; None takes all.
+        seed: of the subset.
+
+    Raises:
+        ValueError: a limit below one.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        labels: Mapping[Any, int],
+        *,
+        unlabelled: str,
+        where: str,
+        limit: int | None,
+        seed: int,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
+        if labels:
+            for item in items:
+                if item not in labels:
+                    self._leave_out(item, unlabelled)
+            items = [item for item in items if item in labels]
+        if limit is not None and limit < len(items):
+            chosen = np.random.default_rng(seed).choice(len(items), limit, replace=False)
+            items = [items[i] for i in np.sort(chosen)]
+        self._items, self._labels, self._where = items, labels, where
+
+    @property
+    @abstractmethod
+    def skipped(self) -> Sequence[SkippedFile]:
+        """What was left out so far; complete once `batches` has run to its end."""
+
+    @abstractmethod
+    def _name(self, item: Any) -> str: ...
+
+    @abstractmethod
+    def _pixels(self, item: Any) -> Tensor | None:
+        """What the model takes, or None for an image that cannot be read."""
+
+    @abstractmethod
+    def _leave_out(self, item: Any, reason: str) -> None: ...
+
+    @property
+    def labelled(self) -> bool:
+        """Whether classes are known."""
+        return bool(self._labels)
+
+    def __len__(self) -> int:
+        """Number of images to read, unreadable ones included: which those are shows only in reading."""
+        return len(self._items)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        """All readable images, `batch_size` at a time (the last batch may be smaller).
+
+        Raises:
+            ValueError: not one image could be read, or one could not and `on_error="raise"`.
+        """
+        readable = ((item, pixels) for item in self._items if (pixels := self._pixels(item)) is not None)
+        found = False
+        while held := list(islice(readable, batch_size)):
+            items, pixels = zip(*held, strict=True)
+            labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
+            yield ImageBatch(stack_images(pixels), labels, tuple(map(self._name, items)))
+            found = True
+        if not found:
+            last = f", the last: {self.skipped[-1].reason}" if self.skipped else ""
+            raise ValueError(
+                f"expected images in {self._where}; none of its {len(self)} images could be read{last}; check that they are pictures and complete"
+            )
+
+
+class FolderSource(ListedImages):
     """The image files of a folder and its sub-folders, in the order of their paths.
 
     What is an image is told by a file's content, whatever its name (`decompclip.data.files.FORMATS`). All else is listed in
@@ -97,118 +176,42 @@ class FolderSource:
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
         self.folder, self.preprocess, self.on_error, self.root = Path(folder), preprocess, on_error, root
         files, left_out = image_files(self.folder)
         self._skipped = {skip.path: skip for skip in left_out}
-        self._labels = _folder_labels(files, class_names or ())
-        if self._labels:
-            for file in files:
-                if file not in self._labels:
-                    self._leave_out(file, "lies in no folder that is named after a class")
-            files = list(self._labels)
-        if limit is not None and limit < len(files):
-            chosen = np.random.default_rng(seed).choice(len(files), limit, replace=False)
-            files = [files[i] for i in np.sort(chosen)]
-        self._files = files
+        super().__init__(
+            files,
+            _folder_labels(files, class_names or ()),
+            unlabelled="lies in no folder that is named after a class",
+            where=str(folder),
+            limit=limit,
+            seed=seed,
+        )
 
     @property
     def skipped(self) -> list[SkippedFile]:
-        """Files left out so far; complete once `batches` has run to its end."""
         return list(self._skipped.values())
 
     @property
     def files(self) -> Sequence[Path]:
         """Paths of the files to read, inside the folder."""
-        return tuple(self._files)
+        return tuple(self._items)
 
-    def __len__(self) -> int:
-        """Number of files to read, unreadable ones included: which those are shows only in reading."""
-        return len(self._files)
+    def _name(self, item: Path) -> str:
+        return item.as_posix()
 
-    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
-        """All readable images, `batch_size` at a time (the last batch may be smaller).
-
-        Raises:
-            ValueError: not one of the files could be read, or one could not and `on_error="raise"`.
-        """
-        held: list[tuple[Path, Tensor]] = []
-        found = False
-        for file in self._files:
-            if (picture := self._read(file)) is not None:
-                held.append((file, self.preprocess(picture)))
-                found = True
-            if len(held) == batch_size:
-                yield self._batch(held)
-                held = []
-        if held:
-            yield self._batch(held)
-        if not found:
-            raise ValueError(
-                f"expected images in {self.folder}; none of its {len(self)} image files could be read, the last: "
-                f"{self.skipped[-1].reason}; check that they are pictures and complete"
-            )
-
-    def _batch(self, held: Sequence[tuple[Path, Tensor]]) -> ImageBatch:
-        files, images = zip(*held, strict=True)
-        labels = torch.tensor([self._labels[file] for file in files]) if self._labels else None
-        return ImageBatch(torch.stack(images), labels, tuple(file.as_posix() for file in files))
-
-    def _read(self, file: Path) -> Image.Image | None:
+    def _pixels(self, item: Path) -> Tensor | None:
         try:
-            return open_rgb(self.folder / file, root=self.root)
-        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
-            return self._leave_out(file, reason(error), error)
+            picture = open_rgb(self.folder / item, root=self.root)
+        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+            return self._leave_out(item, reason(error), error)
+        return self.preprocess(picture)
 
-    def _leave_out(self, file: Path, reason: str, cause: Exception | None = None) -> None:
+    def _leave_out(self, item: Path, reason: str, cause: Exception | None = None) -> None:
         if self.on_error == "raise":
             remedy = 'repair or remove it, or leave it out with on_error="skip"'
-            raise ValueError(f"{self.folder / file}: {reason}; {remedy}") from cause
-        self._skipped[file.as_posix()] = SkippedFile(file.as_posix(), reason)
-
-
-@dataclass(frozen=True)
-class ShapesSource:
-    """Images of the Shapes world, labelled by their shape, named `shapes/<seed>/<index>`.
-
-    Args:
-        world: which images.
-        normalise: from pixels in [0, 1] to the model's input.
-        transform: applied to the pixels before that, with each image's index; for instance a trigger.
-        exclude_label: leave out the images of this class, for instance the target's.
-    """
-
-    world: Shapes
-    normalise: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]]
-    transform: (
-        Callable[[Float[Tensor, "batch 3 h w"], Sequence[int]], Float[Tensor, "batch 3 h w"]] | None
-    ) = None
-    exclude_label: int | None = None
-
-    @property
-    def skipped(self) -> tuple[SkippedFile, ...]:
-        return ()
-
-    @cached_property
-    def _indices(self) -> list[int]:
-        if self.exclude_label is None:
-            return list(range(len(self.world)))
-        # an image's class does not depend on the resolution, and one pixel is drawn at once
-        labels = replace(self.world, resolution=1).draw(range(len(self.world))).labels
-        return (labels != self.exclude_label).nonzero()[:, 0].tolist()
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
-        """All images in order, `batch_size` at a time."""
-        for start in range(0, len(self), batch_size):
-            indices = self._indices[start : start + batch_size]
-            batch = self.world.draw(indices)
-            images = batch.images if self.transform is None else self.transform(batch.images, indices)
-            names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
-            yield ImageBatch(self.normalise(images), batch.labels, names)
+            raise ValueError(f"{self.folder / item}: {reason}; {remedy}") from cause
+        self._skipped[item.as_posix()] = SkippedFile(item.as_posix(), reason)
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:

@@ -1,30 +1,29 @@
-"""Draws that hang on a pair's name alone, and captions made of templates.
+"""Image-caption pairs: what one is, sets of them that are read by place, and the order that a seed gives to training.
 
-Image-caption pairs that are read by their place, in an order that a seed fixes.
-
-A part of a set of pairs.
+Every draw depends on a seed and a pair's id alone (`keyed`): it is the same in any order, process or machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import get_args
+from typing import Any, TypedDict, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.data.images import OnError, SkippedFile
-from decompclip.data.pixels import stack_images
+from decompclip.data.files import SkippedFile
+from decompclip.data.images import OnError
+from decompclip.data.pixels import Preprocess, stack_images, to_pixels
 
 
 def keyed(seed: int, what: str, name: str) -> int:
-    """A draw in 0 .. 2**64 - 1 that hangs on these alone: whatever the order in which pairs come, and on
-    whatever machine or process."""
+    """A draw in 0 .. 2**64 - 1 for the pair called `name`."""
     digest = hashlib.sha256(f"{seed}\0{what}\0{name}".encode("utf-8", "surrogateescape"))
     return int.from_bytes(digest.digest()[:8], "big")
 
@@ -73,6 +72,16 @@ class PairBatch:
     labels: Int[Tensor, " batch"] | None
     ids: tuple[str, ...]
 
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> PairBatch:
+        """Pairs as a batch. Raises ValueError if their images are of several sizes."""
+        return cls(
+            stack_images([pair.image for pair in pairs]),
+            tuple(pair.caption for pair in pairs),
+            all_labels([pair.label for pair in pairs]),
+            tuple(pair.id for pair in pairs),
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -81,22 +90,59 @@ class PairBatch:
         return Pair(self.ids[row], self.images[row], self.captions[row], label)
 
 
-class Pairs(ABC):
-    """A finite set of pairs. A source of its own says what its pairs are and how to get images.
+def all_labels(labels: Sequence[int | None]) -> Int[Tensor, " pair"] | None:
+    """Classes as a tensor; None unless every pair has one."""
+    known = [label for label in labels if label is not None]
+    return torch.tensor(known) if len(known) == len(labels) else None
 
-    Attributes:
-        class_names: the classes; empty where nothing is known of them.
-        templates: that captions are made of, or that suit them; empty where captions are natural.
+
+class PairSteps(ABC):
+    """Pairs that training takes in steps: the base of `Pairs`, `PairStream` and `PoisonedPairs`."""
+
+    @abstractmethod
+    def take(self, step: int, size: int) -> PairBatch:
+        """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere."""
+
+    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
+        """Images in [0, 1] and captions of `take`."""
+        taken = self.take(step, size)
+        return taken.images, list(taken.captions)
+
+
+class PairOptions(TypedDict, total=False):
+    """What all sources of pairs take by keyword; see `Pairs`."""
+
+    class_names: Sequence[str]
+    templates: Sequence[str] | None
+    caption_seed: int
+    order_seed: int
+    on_error: OnError
+
+
+class Pairs(PairSteps):
+    """A finite set of pairs, read by place. A source of its own says what its pairs are and how to get images.
+
+    Args:
+        preprocess: from a picture to pixels in [0, 1]; by default `to_pixels()`, which keeps the picture's size.
+        class_names: the classes that labels stand for, and that a target is checked against; none if unknown.
+        templates: captions of pairs that have a class and no text, with a slot {} for the class's name; a random one each.
+            None: a pair needs a caption.
+        caption_seed: of the templates drawn.
         order_seed: of the order in which `batch` goes through the pairs, anew each epoch.
         on_error: `"skip"` puts the next pair whose image can be read in the place of one whose image cannot,
             and lists the latter in `skipped`; `"raise"` stops.
+
+    Raises:
+        ValueError: a template without a slot, an unknown `on_error`, or an `order_seed` below 0.
     """
 
     def __init__(
         self,
+        preprocess: Preprocess | None = None,
         *,
         class_names: Sequence[str] = (),
-        templates: Sequence[str] = (),
+        templates: Sequence[str] | None = None,
+        caption_seed: int = 0,
         order_seed: int = 0,
         on_error: OnError = "skip",
     ) -> None:
@@ -104,8 +150,11 @@ class Pairs(ABC):
             raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
         if order_seed < 0:
             raise ValueError(f"expected an order_seed that is not negative; received {order_seed}")
-        self.class_names, self.templates = tuple(class_names), tuple(templates)
-        self.order_seed, self.on_error = order_seed, on_error
+        self.preprocess = preprocess or to_pixels()
+        self.class_names = tuple(class_names)
+        self.templates = () if templates is None else check_templates(templates)
+        self.caption_seed, self.order_seed = caption_seed, order_seed
+        self.on_error: OnError = on_error
         self._left_out: dict[str, SkippedFile] = {}
 
     @property
@@ -146,10 +195,7 @@ class Pairs(ABC):
     def __iter__(self) -> Iterator[Pair]:
         """Every pair in order; those whose images cannot be read are left out."""
         for index in range(len(self)):
-            image = self._images([index])[0]
-            if isinstance(image, str):
-                self._leave_out(index, image)
-            else:
+            if (image := self.image(index)) is not None:
                 label = None if self.labels is None else int(self.labels[index])
                 yield Pair(self.ids[index], image, self.captions[index], label)
 
@@ -157,13 +203,9 @@ class Pairs(ABC):
         """The image of a pair; None if it cannot be read, which is listed in `skipped`."""
         image = self._images([index])[0]
         if isinstance(image, str):
-            self._leave_out(index, image)
+            self._leave_out(self.ids[index], image)
             return None
         return image
-
-    def readable(self, index: int) -> bool:
-        """Whether the image of a pair can be read; one that cannot is listed in `skipped`."""
-        return self.image(index) is not None
 
     def read(self, indices: Sequence[int]) -> PairBatch:
         """The pairs at these places.
@@ -175,7 +217,7 @@ class Pairs(ABC):
         for row, place in enumerate(places):
             tried = 0
             while isinstance(found := images[row], str):
-                self._leave_out(places[row], found)
+                self._leave_out(self.ids[places[row]], found)
                 tried += 1
                 if tried == len(self):
                     raise ValueError(
@@ -191,23 +233,71 @@ class Pairs(ABC):
         )
 
     def take(self, step: int, size: int) -> PairBatch:
-        """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere."""
-        return self.read(batch_places(len(self), step, size, seed=self.order_seed))
-
-    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
-        """Images and captions of `take`.
+        """The pairs of training step `step`.
 
         Raises:
             ValueError: more pairs asked for than there are, a negative step; or as `read`.
         """
-        taken = self.take(step, size)
-        return taken.images, list(taken.captions)
+        return self.read(batch_places(len(self), step, size, seed=self.order_seed))
 
-    def _leave_out(self, index: int, reason: str) -> None:
-        name = self.ids[index]
+    def _caption(self, text: str, label: int | None, name: str) -> str:
+        """`text`, or where there is none a template filled with the class; empty where neither is known."""
+        if text or label is None or not (self.templates and self.class_names):
+            return text
+        return template_caption(self.class_names[label], self.templates, seed=self.caption_seed, name=name)
+
+    def _leave_out(self, name: str, reason: str, *, within: object = None) -> None:
         if self.on_error == "raise":
-            raise ValueError(f'{name}: {reason}; repair or remove it, or leave it out with on_error="skip"')
+            raise ValueError(
+                f'{within or name}: {reason}; repair or remove it, or leave it out with on_error="skip"'
+            )
         self._left_out[name] = SkippedFile(name, reason)
+
+
+@dataclass(frozen=True)
+class PairEntry:
+    """What is known of a pair before its image is read, and where the image lies."""
+
+    id: str
+    caption: str
+    label: int | None
+    image: Any
+
+
+class ListedPairs(Pairs):
+    """Base of sources that know all their pairs before any image is read: shards, tables, folders."""
+
+    entries: Sequence[PairEntry]
+
+    def _list(self, entries: Iterable[PairEntry], expected: str) -> None:
+        """Keep the entries; raises ValueError if there is none."""
+        self.entries = list(entries)
+        if not self.entries:
+            why = f"; {self.skipped[0].path.rstrip(':')}: {self.skipped[0].reason}" if self.skipped else ""
+            raise ValueError(f"expected {expected}; found none{why}")
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [entry.id for entry in self.entries]
+
+    @cached_property
+    def captions(self) -> Sequence[str]:
+        return [entry.caption for entry in self.entries]
+
+    @cached_property
+    def labels(self) -> Int[Tensor, " pair"] | None:
+        return all_labels(self.known_labels)
+
+    @property
+    def known_labels(self) -> Sequence[int | None]:
+        return [entry.label for entry in self.entries]
+
+    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
+        return [self._image(self.entries[index].image) for index in indices]
+
+    @abstractmethod
+    def _image(self, image: Any) -> Tensor | str:
+        """The image that an entry names, or why there is none."""
 
 
 def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:
@@ -233,6 +323,8 @@ class SubsetPairs(Pairs):
     """The pairs of `base` at `places`, called as they are there.
 
     Args:
+        base: pairs.
+        places: which of them, in order.
         order_seed: as `Pairs`.
 
     Raises:
@@ -246,9 +338,9 @@ class SubsetPairs(Pairs):
                 raise IndexError(f"expected places in 0..{len(base) - 1}; received {place}")
         super().__init__(
             class_names=base.class_names,
-            templates=base.templates,
+            templates=base.templates or None,
             order_seed=order_seed,
-            on_error="raise" if base.on_error == "raise" else "skip",
+            on_error=base.on_error,
         )
 
     @cached_property

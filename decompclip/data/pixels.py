@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -80,11 +81,23 @@ def stack_images(images: Sequence[Tensor]) -> Float[Tensor, "batch 3 h w"]:
     return torch.zeros(0, 3, 0, 0)
 
 
-def decode(content: bytes, preprocess: Preprocess) -> Float[Tensor, "3 h w"] | str:
-    """Pixels of an image file's content, or why there are none."""
+def read_image(
+    image: Any, preprocess: Preprocess, *, root: str | Path | None = None
+) -> Float[Tensor, "3 h w"] | str:
+    """Pixels in [0, 1], or why there are none.
+
+    Args:
+        image: the path of an image file, a file's content, a picture, or a tensor in [0, 1].
+        preprocess: from a picture to pixels; tensors pass as they are.
+        root: a folder that a file must lie in, links resolved; None allows any.
+    """
     try:
-        return preprocess(open_rgb(io.BytesIO(content)))
-    except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
+        if isinstance(image, Path):
+            image = open_rgb(image, root=root)
+        elif isinstance(image, bytes):
+            image = open_rgb(io.BytesIO(image))
+        return preprocess(image) if isinstance(image, Image.Image) else check_image(image)
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         return reason(error)
 
 

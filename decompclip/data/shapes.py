@@ -1,21 +1,20 @@
-"""The twelve silhouettes of the Shapes world, as signed-distance tables.
-
-A table samples the signed distance to a silhouette's outline on a regular grid over
-[-1.5, 1.5]^2 (negative inside, y pointing down, the silhouette filling roughly [-1, 1]^2). Rendering
-an object is then one bilinear look-up, which anti-aliases the edge at any size.
-
-Shapes: a procedural image-text world in which everything about an image is known.
+"""Shapes: a procedural image-text world in which everything about an image is known.
 
 One object per image, with six properties (`PROPERTIES`). Image `i` of a world is a pure function of
 `(seed, i)`: nothing is stored, any index can be drawn at any time, and disjoint seeds or index ranges are
 disjoint samples. Every image carries its attributes, so that what a head encodes can be scored.
+
+The twelve silhouettes are signed-distance tables. A table samples the signed distance to a silhouette's outline on a
+regular grid over [-1.5, 1.5]^2 (negative inside, y pointing down, the silhouette filling roughly [-1, 1]^2). Rendering
+an object is then one bilinear look-up, which anti-aliases the edge at any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -23,6 +22,10 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from decompclip.data.files import SkippedFile
+from decompclip.data.images import ImageBatch
+from decompclip.data.pairs import Pairs
 
 EXTENT = 1.5
 """Half-width of the square that a table covers, in units of the object's radius."""
@@ -197,6 +200,10 @@ class Shapes:
         batch = self.draw([index % self.length])
         return batch.images[0], int(batch.labels[0])
 
+    def attributes(self) -> Attributes:
+        """Of all images. They do not depend on the resolution, so each image is drawn as one pixel."""
+        return replace(self, resolution=1).draw(range(self.length)).attributes
+
     def batches(self, batch_size: int = 256) -> Iterator[ShapesBatch]:
         """The whole sample in order, `batch_size` images at a time."""
         for start in range(0, self.length, batch_size):
@@ -280,3 +287,168 @@ def _texture(
     patterns = torch.stack([torch.full_like(a, -1.0), stripes, dots, checks], dim=1)
     chosen = patterns[torch.arange(len(kind)), kind]
     return torch.sigmoid(8 * chosen) * (kind != 0)[:, None, None]
+
+
+CONTEXT_LENGTH = 20
+MENTION = 0.5
+"""Probability that a caption mentions a given property other than the shape."""
+
+GENERIC = 0.1
+"""Probability that a caption says "object" in place of the shape's name."""
+
+_PREFIXES = ("", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there is ", "this is ")
+_POSITION_PHRASES = ("at the {}", "in the {}")
+_BACKGROUND_PHRASES = ("on a {} background", "against a {} background")
+_SHAPE_PROMPTS = (
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a drawing of a {}",
+)
+
+
+def caption(words: dict[str, str], generator: np.random.Generator) -> str:
+    """One caption for an image whose properties are `words` (see `Attributes.words`)."""
+    u = generator.random(6)
+    kept = {
+        name: words[name] for name, x in zip(PROPERTIES, u, strict=True) if name != "shape" and x < MENTION
+    }
+    noun = "object" if u[0] < GENERIC else words["shape"]
+    adjectives = [kept[name] for name in ("size", "colour", "texture") if name in kept]
+    phrase = with_article(" ".join([*adjectives, noun]))
+    prefix, position, background = (
+        str(generator.choice(options)) for options in (_PREFIXES, _POSITION_PHRASES, _BACKGROUND_PHRASES)
+    )
+    tail = [position.format(kept["position"])] if "position" in kept else []
+    tail += [background.format(kept["background"])] if "background" in kept else []
+    return " ".join([prefix + phrase, *tail])
+
+
+def shapes_captions(attributes: Attributes, indices: Sequence[int], *, seed: int) -> list[str]:
+    """Captions of a batch; the caption of an image is a pure function of `(seed, index)`."""
+    return [
+        caption(attributes.words(row), np.random.Generator(np.random.Philox(key=[seed, int(index)])))
+        for row, index in enumerate(indices)
+    ]
+
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a caption can hold, sorted."""
+    texts = [
+        *_PREFIXES,
+        *_POSITION_PHRASES,
+        *_BACKGROUND_PHRASES,
+        *(v for values in PROPERTIES.values() for v in values),
+    ]
+    return tuple(sorted({"a", "an", "object", *re.findall(r"[a-z]+", " ".join(texts))}))
+
+
+def templates(name: str) -> tuple[str, ...]:
+    """Zero-shot prompt templates for one property; `{}` takes the property's value.
+
+    For a property other than the shape the templates run over all shapes, since captions nearly always
+    name one.
+    """
+    if name == "shape":
+        return _SHAPE_PROMPTS
+    nouns = ("object", *PROPERTIES["shape"])
+    match name:
+        case "position":
+            return tuple(f"{with_article(noun)} in the {{}}" for noun in nouns)
+        case "background":
+            return tuple(f"{with_article(noun)} on a {{}} background" for noun in nouns)
+        case _:
+            return tuple(f"a {{}} {noun}" for noun in nouns)
+
+
+class ShapesPairs(Pairs):
+    """Images of the Shapes world with natural captions.
+
+    Args:
+        length, seed, resolution: as `Shapes`.
+        caption_seed: of the captions; the bundled models were trained with `seed + 10_000`, the default.
+        order_seed: as `Pairs`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int = 0,
+        resolution: int = RESOLUTION,
+        caption_seed: int | None = None,
+        order_seed: int = 0,
+    ) -> None:
+        self.world = Shapes(length, seed=seed, resolution=resolution)
+        super().__init__(
+            class_names=self.world.class_names,
+            templates=templates("shape"),
+            caption_seed=seed + 10_000 if caption_seed is None else caption_seed,
+            order_seed=order_seed,
+        )
+
+    @cached_property
+    def _attributes(self) -> Attributes:
+        return self.world.attributes()
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [f"shapes/{self.world.seed}/{index}" for index in range(len(self.world))]
+
+    @cached_property
+    def captions(self) -> Sequence[str]:
+        return shapes_captions(self._attributes, range(len(self.world)), seed=self.caption_seed)
+
+    @property
+    def labels(self) -> Int[Tensor, " pair"]:
+        return self._attributes.shape
+
+    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
+        return list(self.world.draw(indices).images)
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """Images of the Shapes world as a model takes them, labelled by their shape, named `shapes/<seed>/<index>`.
+
+    Args:
+        world: which images.
+        normalise: from pixels in [0, 1] to the model's input.
+        transform: applied to the pixels before that, with each image's index; for instance a trigger.
+        exclude_label: leave out the images of this class, for instance the target's.
+    """
+
+    world: Shapes
+    normalise: Callable[[Float[Tensor, "batch 3 h w"]], Float[Tensor, "batch 3 h w"]]
+    transform: (
+        Callable[[Float[Tensor, "batch 3 h w"], Sequence[int]], Float[Tensor, "batch 3 h w"]] | None
+    ) = None
+    exclude_label: int | None = None
+
+    @property
+    def skipped(self) -> tuple[SkippedFile, ...]:
+        return ()
+
+    @cached_property
+    def _indices(self) -> list[int]:
+        if self.exclude_label is None:
+            return list(range(len(self.world)))
+        return (self.world.attributes().shape != self.exclude_label).nonzero()[:, 0].tolist()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+        """All images in order, `batch_size` at a time."""
+        for start in range(0, len(self), batch_size):
+            indices = self._indices[start : start + batch_size]
+            batch = self.world.draw(indices)
+            pixels = batch.images if self.transform is None else self.transform(batch.images, indices)
+            names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
+            yield ImageBatch(self.normalise(pixels), batch.labels, names)

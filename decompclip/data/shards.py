@@ -3,8 +3,6 @@
 open_clip's own reader draws pairs from a shuffled buffer and cannot say which pair a step gets; training that
 resumes bit-exactly and a fixed list of poisons need places. So local shards are indexed here once (their
 headers are read, no image), and then read at any place. For shards elsewhere see `decompclip.data.streams`.
-
-Pairs into WebDataset shards, so that any CLIP training code can read them.
 """
 
 from __future__ import annotations
@@ -17,18 +15,15 @@ import re
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from decompclip.data.files import SkippedFile, is_bookkeeping, open_regular, reason
-from decompclip.data.images import OnError
-from decompclip.data.pairs import Pair, Pairs, check_templates, template_caption
-from decompclip.data.pixels import Preprocess, decode, encode_png, to_pixels
+from decompclip.data.pairs import ListedPairs, Pair, PairEntry, PairOptions
+from decompclip.data.pixels import Preprocess, encode_png, read_image
 from decompclip.files import atomic_write
 
 UNFINISHED = "poisons.unfinished.json"
@@ -44,19 +39,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a pair's image lies inside its shard, and what goes with it."""
-
-    id: str
-    shard: Path
-    offset: int
-    size: int
-    caption: str
-    label: int | None
-
-
-class ShardPairs(Pairs):
+class ShardPairs(ListedPairs):
     """The pairs of local WebDataset shards, in the shards' order.
 
     A shard that is broken is listed in `skipped` with the number of pairs that stand whole before the break
@@ -69,13 +52,9 @@ class ShardPairs(Pairs):
 
     Args:
         shards: a folder, a path, a pattern (`cc3m/{00000..00331}.tar`, `cc3m/*.tar`), or a list of those.
-        preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
-        class_names: the classes that the numbers in `KEY.cls` stand for, or that a target is checked against.
-        templates: captions of pairs that have a class and no text; a random one each.
-        caption_seed: of the templates drawn.
-        order_seed, on_error: as `Pairs`.
+        preprocess: as `Pairs`.
         need_captions: False keeps pairs without one, for their images.
-        names: what each shard is called in its pairs' ids; by default `shard_names` of these shards.
+        options: as `Pairs`; classes are the numbers in `KEY.cls`.
 
     Raises:
         FileNotFoundError: there is no such shard.
@@ -87,19 +66,10 @@ class ShardPairs(Pairs):
         shards: str | Path | Sequence[str | Path],
         preprocess: Preprocess | None = None,
         *,
-        class_names: Sequence[str] = (),
-        templates: Sequence[str] | None = None,
-        caption_seed: int = 0,
-        order_seed: int = 0,
-        on_error: OnError = "skip",
         need_captions: bool = True,
-        names: Mapping[Path, str] | None = None,
+        **options: Unpack[PairOptions],
     ) -> None:
-        templates = () if templates is None else check_templates(templates)
-        super().__init__(
-            class_names=class_names, templates=templates, order_seed=order_seed, on_error=on_error
-        )
-        self.preprocess = preprocess or to_pixels()
+        super().__init__(preprocess, **options)
         given = expand_shards(shards)
         self.shards = list({shard.resolve(): shard for shard in reversed(given)}.values())[::-1]
         for shard in self.shards:
@@ -107,53 +77,26 @@ class ShardPairs(Pairs):
                 self._left_out[f"{shard} again"] = SkippedFile(
                     str(shard), "was given more than once, and is read once"
                 )
-        self._caption_seed = caption_seed
-        self.names = shard_names(self.shards) if names is None else names
+        self.names = shard_names(self.shards)
         self._need_captions = need_captions
-        self._entries = [entry for shard in self.shards for entry in self._index(shard, self.names[shard])]
-        if not self._entries:
-            reasons = [f"{skip.path}: {skip.reason}" for skip in self.skipped[:1]]
-            raise ValueError(
-                f"expected pairs of images (KEY.{', KEY.'.join(IMAGE_KINDS)}) and captions (KEY.txt, or KEY.cls with "
-                f"class_names and templates) in {len(self.shards)} shards; found none; "
-                f"{reasons[0] if reasons else 'they are empty'}"
-            )
-        self._ids = [entry.id for entry in self._entries]
-        self._captions = [entry.caption for entry in self._entries]
-        labels = [entry.label for entry in self._entries]
-        self._labels = None if None in labels else torch.tensor(labels)
+        self._list(
+            (entry for shard in self.shards for entry in self._index(shard, self.names[shard])),
+            f"pairs of images (KEY.{', KEY.'.join(IMAGE_KINDS)}) and captions (KEY.txt, or KEY.cls with class_names and "
+            f"templates) in {len(self.shards)} shards",
+        )
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return self._ids
-
-    @property
-    def captions(self) -> Sequence[str]:
-        return self._captions
-
-    @property
-    def labels(self) -> Int[Tensor, " pair"] | None:
-        return self._labels
-
-    @property
-    def known_labels(self) -> Sequence[int | None]:
-        return [entry.label for entry in self._entries]
-
-    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        return [self._image(self._entries[index]) for index in indices]
-
-    def _image(self, entry: Entry) -> Tensor | str:
+    def _image(self, image: tuple[Path, int, int]) -> Tensor | str:
+        shard, offset, size = image
         try:
-            with open_regular(entry.shard) as file:
-                file.seek(entry.offset)
-                content = file.read(entry.size)
+            with open_regular(shard) as file:
+                file.seek(offset)
+                return read_image(file.read(size), self.preprocess)
         except OSError as error:
             return reason(error)
-        return decode(content, self.preprocess)
 
-    def _index(self, shard: Path, name: str) -> Iterator[Entry]:
+    def _index(self, shard: Path, name: str) -> Iterator[PairEntry]:
         foreign: list[str] = []
-        found: dict[str, Files] = {}
+        found: dict[str, KeyFiles] = {}
         again, apart, kept, broken = 0, 0, 0, None
         try:
             for key, files in _samples(shard, foreign):
@@ -161,10 +104,8 @@ class ShardPairs(Pairs):
                 apart += bool(before)
                 if before.keys() & files.keys():
                     again += 1
-                    self._skip(
-                        f"{name}/{key} again ({again})",
-                        "stands again in this shard; of one key the first is read",
-                    )
+                    why = "stands again in this shard; of one key the first is read"
+                    self._leave_out(f"{name}/{key} again ({again})", why)
                 else:
                     before |= files
         except (tarfile.TarError, OSError, EOFError) as error:  # what stands before a break is kept
@@ -173,26 +114,26 @@ class ShardPairs(Pairs):
             warnings.warn(
                 f"{shard}: the files of {apart - again} pairs lie apart, and were put together by their keys; WebDataset's own "
                 "reader takes only files that follow each other for a pair: write the shard again, sorted by name",
-                stacklevel=3,
+                stacklevel=5,
             )
         for key, files in found.items():
             entry = self._entry(f"{name}/{key}", shard, files)
             if isinstance(entry, str):
-                self._skip(f"{name}/{key}", entry)
+                self._leave_out(f"{name}/{key}", entry)
             else:
                 kept += 1
                 yield entry
         if broken is not None:
-            self._skip(str(shard), f"broken shard, {kept} pairs kept: {broken}")
+            self._leave_out(str(shard), f"broken shard, {kept} pairs kept: {broken}")
         if foreign:
             shown = ", ".join(list(dict.fromkeys(foreign))[:3]) + (", ..." if len(foreign) > 3 else "")
             path = f"{shard}: {shown}"
+            many = f"{len(foreign)} file{'s' if len(foreign) > 1 else ''}"
             self._left_out[path] = SkippedFile(
-                path,
-                f"{len(foreign)} file{'s' if len(foreign) > 1 else ''} of no pair: no key and kind in the name, or a link",
+                path, f"{many} of no pair: no key and kind in the name, or a link"
             )
 
-    def _entry(self, name: str, shard: Path, files: Files) -> Entry | str:
+    def _entry(self, name: str, shard: Path, files: KeyFiles) -> PairEntry | str:
         """What stands at a key, or why it is no pair."""
         kind = next((kind for kind in IMAGE_KINDS if kind in files), None)
         if kind is None:
@@ -207,28 +148,20 @@ class ShardPairs(Pairs):
             caption = (files["txt"][2] or b"").decode("utf-8-sig").strip() if "txt" in files else ""
         except UnicodeDecodeError as error:
             return f"its caption is no UTF-8: {error.reason} at byte {error.start}"
-        if not caption and label is not None and self.templates and self.class_names:
-            caption = template_caption(
-                self.class_names[label], self.templates, seed=self._caption_seed, name=name
-            )
+        caption = self._caption(caption, label, name)
         if not caption and self._need_captions:
             return "has no caption (KEY.txt); give class_names and templates if it has a class (KEY.cls)"
         offset, size, _ = files[kind]
         if size > MOST_IMAGE:
             return f"its image has {size} bytes; expected at most {MOST_IMAGE}"
-        return Entry(name, shard, offset, size, caption, label)
-
-    def _skip(self, path: str, reason: str) -> None:
-        if self.on_error == "raise":
-            raise ValueError(f'{path}: {reason}; repair it, or leave it out with on_error="skip"')
-        self._left_out[path] = SkippedFile(path, reason)
+        return PairEntry(name, caption, label, (shard, offset, size))
 
 
-Files = dict[str, tuple[int, int, bytes | None]]
+KeyFiles = dict[str, tuple[int, int, bytes | None]]
 """Of one key, by kind: place, size, and the content of texts and classes."""
 
 
-def _samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, Files]]:
+def _samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, KeyFiles]]:
     """Keys with their files, in order; names of files that belong to none go to `foreign`.
 
     Raises:
@@ -236,7 +169,7 @@ def _samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, Files]]:
     """
     with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         length = shard.stat().st_size
-        files: Files = {}
+        files: KeyFiles = {}
         key = ""
         for member in tar:
             split = _split(member.name)
@@ -307,10 +240,8 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
                 )
             for pattern in _braces(part):
                 path = Path(pattern)
-                paths = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(pattern)))
-                paths = [
-                    shard for shard in paths if not is_bookkeeping(shard.name)
-                ]  # such as a Mac's ._00000.tar
+                there = path.glob("*.tar") if path.is_dir() else map(Path, glob.glob(pattern))
+                paths = sorted(shard for shard in there if not is_bookkeeping(shard.name))
                 if not paths and path.is_file():
                     paths = [path]  # its own name holds a [, which a pattern would take for more
                 if not paths:
@@ -363,8 +294,13 @@ def write_shards(
     whole.
 
     Args:
+        pairs: what to write.
+        folder: without shards, unless `resume`.
         per_shard: pairs in each.
         resume: the folder's shards are of these pairs, as a killed run left them: they stay, and those that lack are added.
+
+    Returns:
+        The shards' paths.
 
     Raises:
         FileExistsError: there are shards in the folder already, and they are not to be kept.

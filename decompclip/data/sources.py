@@ -1,52 +1,85 @@
-"""Image sources by a path: a folder, a table, or shards, whatever the command.
-
-Images with classes by a word or a path, as the command line names them: in [0, 1], for `evaluate`.
-
-Pairs by a word or a path, as the command line names them.
-"""
+"""Images and pairs by a word or a path, as the commands take them. `READERS` is the place for another format of files."""
 
 from __future__ import annotations
 
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
-from decompclip.data.datasets import folder_pairs
-from decompclip.data.files import SkippedFile, is_bookkeeping
-from decompclip.data.images import FolderSource, ImageBatch, OnError, class_places, find_class, image_files
+from decompclip.data.datasets import FolderPairs
+from decompclip.data.files import POISON_LIST, SkippedFile, parse_source
+from decompclip.data.images import (
+    FolderSource,
+    ListedImages,
+    OnError,
+    class_places,
+    find_class,
+    image_files,
+)
 from decompclip.data.pairs import Pairs, SubsetPairs
-from decompclip.data.pixels import Preprocess, stack_images, to_pixels
-from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.pixels import Preprocess, to_pixels
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
 from decompclip.data.tables import CsvPairs
 
-POISONS = "poisons.json"
-"""The list of poisoned pairs that lies beside shards which were poisoned."""
+WORLD_SEED = 8_001
+"""Stream of the Shapes world; no bundled model was trained or measured on it."""
+
+DEFAULT_LIMIT = 2_000
+
+SHAPES_LENGTH = 16_000
+"""Pairs of the bundled world, unless said otherwise."""
+
+PLAIN_TEMPLATES = ("a photo of a {}.",)
+
+WORLD_CLASSES = {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}
 
 
-class PairImages:
+@dataclass(frozen=True)
+class Reader:
+    """How a kind of file that holds many pairs is read.
+
+    Attributes:
+        pairs: opens the path; by keyword `root`, `need_captions` and `PairOptions`.
+        check: raises where `pairs` would find nothing, and reads no image.
+    """
+
+    pairs: Callable[..., Pairs]
+    check: Callable[[str], object]
+
+
+def _shards(path: str, preprocess: Preprocess | None, *, root: Any, **options: Any) -> ShardPairs:
+    return ShardPairs(path, preprocess, **options)  # their images lie in the shards themselves
+
+
+READERS = {
+    "table": Reader(CsvPairs, lambda path: CsvPairs(path, need_captions=False)),
+    "shards": Reader(_shards, expand_shards),
+}
+"""By the kind that `SUFFIX_KINDS` gives a suffix."""
+
+
+class PairImages(ListedImages):
     """The images of pairs, labelled by the pairs' classes or by captions that are a class's name and no more.
 
-    If some have a class, the others are left out and listed, as in a folder of classes; if none has, labels are None, with a
-    warning.
+    If some have a class, the others are left out and listed, as in a folder of classes; if none has, labels are None.
 
     Args:
         pairs: whose `preprocess` gives what the model takes.
         class_names: the classifier's classes.
         places: of the pairs to take; None takes all.
         labelled: False takes no labels.
-        limit, seed: as `FolderSource`.
+        limit, seed: as `ListedImages`.
     """
 
     def __init__(
@@ -59,60 +92,30 @@ class PairImages:
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
         self.pairs = pairs
         self._skipped: list[SkippedFile] = []
-        chosen = list(range(len(pairs)) if places is None else places)
-        self._labels = _labels(pairs, chosen, class_names) if labelled else {}
-        if self._labels:
-            for place in chosen:
-                if place not in self._labels:
-                    name = pairs.ids[place]
-                    self._skipped.append(
-                        SkippedFile(name, "has no class, and no caption that is a class's name")
-                    )
-            chosen = list(self._labels)
-        if limit is not None and limit < len(chosen):
-            taken = np.random.default_rng(seed).choice(len(chosen), limit, replace=False)
-            chosen = [chosen[i] for i in np.sort(taken)]
-        self._places = chosen
+        places = range(len(pairs)) if places is None else places
+        super().__init__(
+            places,
+            _labels(pairs, places, class_names) if labelled else {},
+            unlabelled="has no class, and no caption that is a class's name",
+            where=f"{len(pairs)} pairs",
+            limit=limit,
+            seed=seed,
+        )
 
     @property
     def skipped(self) -> list[SkippedFile]:
-        """What was left out so far; complete once `batches` has run to its end."""
         return [*self.pairs.skipped, *self._skipped]
 
-    def __len__(self) -> int:
-        return len(self._places)
+    def _name(self, item: int) -> str:
+        return self.pairs.ids[item]
 
-    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
-        """All readable images, `batch_size` at a time (the last batch may be smaller).
+    def _pixels(self, item: int) -> Tensor | None:
+        return self.pairs.image(item)
 
-        Raises:
-            ValueError: not one image could be read.
-        """
-        readable = (
-            (place, image) for place in self._places if (image := self.pairs.image(place)) is not None
-        )
-        held: list[tuple[int, Tensor]] = []
-        found = False
-        for item in readable:
-            held.append(item)
-            found = True
-            if len(held) == batch_size:
-                yield self._batch(held)
-                held = []
-        if held:
-            yield self._batch(held)
-        if not found:
-            last = f", the last: {self.skipped[-1].reason}" if self.skipped else ""
-            raise ValueError(f"expected images; none of {len(self)} could be read{last}")
-
-    def _batch(self, held: Sequence[tuple[int, Tensor]]) -> ImageBatch:
-        labels = torch.tensor([self._labels[place] for place, _ in held]) if self._labels else None
-        names = tuple(self.pairs.ids[place] for place, _ in held)
-        return ImageBatch(stack_images([image for _, image in held]), labels, names)
+    def _leave_out(self, item: int, reason: str) -> None:
+        self._skipped.append(SkippedFile(self._name(item), reason))
 
 
 def _labels(pairs: Pairs, places: Sequence[int], class_names: Sequence[str]) -> dict[int, int]:
@@ -147,29 +150,28 @@ def open_images(
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or it holds no images.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
-    kind, path = kind_of(spec), Path(spec)
-    if kind == "folder":
+    kind, path = parse_source(spec).kind, Path(spec)
+    poisoned = kind == "poisons"
+    if poisoned:
+        kind, path = "shards", path.parent
+    if kind not in READERS:
         return FolderSource(
             path, preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error, root=root
         )
     templates = PLAIN_TEMPLATES if class_names else None
-    options = {
-        "class_names": class_names,
-        "templates": templates,
-        "need_captions": False,
-        "on_error": on_error,
-    }
-    if kind == "table":
-        pairs: Pairs = CsvPairs(path, preprocess, root=root, **options)
-        source = PairImages(pairs, class_names, limit=limit, seed=seed)
-    else:
-        folder = path.parent if kind == "poisons" else path
-        pairs = ShardPairs(str(folder), preprocess, **options)
-        record = folder / POISONS
-        poisons = _poisoned(pairs, record) if record.is_file() else []
-        if kind == "poisons":
+    pairs = READERS[kind].pairs(
+        str(path),
+        preprocess,
+        root=root,
+        need_captions=False,
+        class_names=class_names,
+        templates=templates,
+        on_error=on_error,
+    )
+    record = path / POISON_LIST
+    if isinstance(pairs, ShardPairs) and (poisoned or record.is_file()):
+        poisons = _poisoned(pairs, record)
+        if poisoned:
             return PairImages(pairs, class_names, places=poisons, labelled=False, limit=limit, seed=seed)
         if poisons:
             warnings.warn(
@@ -177,8 +179,8 @@ def open_images(
                 f"{record} stands for these images alone",
                 stacklevel=2,
             )
-        source = PairImages(pairs, class_names, limit=limit, seed=seed)
-    if class_names and not source._labels:
+    source = PairImages(pairs, class_names, limit=limit, seed=seed)
+    if class_names and not source.labelled:
         warnings.warn(
             f"images of {spec} have no labels: no column or file of classes, and no caption that is the name of one of "
             f"{len(class_names)} classes",
@@ -193,15 +195,13 @@ def check_images(spec: str | Path) -> None:
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_images`.
     """
-    match kind_of(spec):
-        case "folder":
-            image_files(Path(spec))
-        case "table":
-            CsvPairs(spec, need_captions=False)
-        case "shards":
-            expand_shards(spec)
-        case "poisons":
-            expand_shards(Path(spec).parent)
+    kind, path = parse_source(spec).kind, Path(spec)
+    if kind == "poisons":
+        kind, path = "shards", path.parent
+    if kind in READERS:
+        READERS[kind].check(str(path))
+    else:
+        image_files(path)
 
 
 def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
@@ -233,18 +233,20 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
     return sorted(found)
 
 
-WORLD_SEED = 8_001
-"""Stream of the Shapes world; no bundled model was trained or measured on it."""
-
-DEFAULT_LIMIT = 2_000
-
-KNOWN = {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}
-"""Bundled or well-known data sets, with their classes."""
-
-
 def classes_of(spec: str) -> tuple[str, ...]:
-    """The classes of a data set that is known by a word; none for a folder."""
-    return KNOWN.get(spec.partition(":")[0], ())
+    """The classes of a data set that is known by a word; none for a path."""
+    return WORLD_CLASSES.get(parse_source(spec).kind, ())
+
+
+def check_world_classes(spec: str, class_names: Sequence[str]) -> None:
+    """Raises ValueError where a data set that is known by a word has other classes."""
+    known = classes_of(spec)
+    if known and tuple(class_names) != known:
+        few = f"{', '.join(class_names[:12])}{', ...' if len(class_names) > 12 else ''}"
+        raise ValueError(
+            f"expected the {len(known)} classes of {parse_source(spec).kind}, {', '.join(known)}; received "
+            f"{len(class_names)}: {few}; leave --classes out"
+        )
 
 
 def open_labelled(
@@ -258,7 +260,7 @@ def open_labelled(
     on_error: OnError = "skip",
     root: str | Path | None = None,
 ) -> Shapes | Pairs | FolderSource | PairImages:
-    """The images that `spec` names.
+    """The images that `spec` names, with classes, in [0, 1], for `evaluate`.
 
     Args:
         spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `cifar10:500` (its test part, in the folder that
@@ -269,51 +271,23 @@ def open_labelled(
             scaled and the middle cropped.
         limit: at most so many images, where `spec` does not say how many; None takes all of a folder.
         seed: of the world, or of which images are taken.
-        root: a folder that the images must lie in, links resolved.
+        on_error, root: as `open_images`.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or its classes are others.
     """
-    name, _, length = spec.partition(":")
+    source = parse_source(spec)
     preprocess = preprocess or to_pixels(size)
-    if name in KNOWN and tuple(class_names) != KNOWN[name]:
-        raise ValueError(
-            f"expected the {len(KNOWN[name])} classes of {name}, {', '.join(KNOWN[name])}; received {len(class_names)}: "
-            f"{', '.join(class_names)}; leave --classes out"
-        )
-    if name in KNOWN and length and not (length.isdecimal() and int(length)):
-        raise ValueError(f"expected {name}:N with a number N of images; received {spec}")
-    if name == "shapes":
+    check_world_classes(spec, class_names)
+    if source.kind == "shapes":
         if size[0] != size[1]:
             raise ValueError(f"expected a model of square images for shapes; received {size[0]} x {size[1]}")
-        return Shapes(int(length or limit or DEFAULT_LIMIT), seed=WORLD_SEED + seed, resolution=size[0])
-    if name == "cifar10":
-        photos = cifar10("test", preprocess=preprocess)
+        return Shapes(source.count or limit or DEFAULT_LIMIT, seed=WORLD_SEED + seed, resolution=size[0])
+    if source.kind == "cifar10":
+        count, photos = source.count, cifar10("test", preprocess=preprocess)
         order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(photos))
-        return SubsetPairs(photos, sorted(order[: int(length or limit or len(photos))].tolist()))
+        return SubsetPairs(photos, sorted(order[: count or limit or len(photos)].tolist()))
     return open_images(spec, preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root)
-
-
-SHAPES_LENGTH = 16_000
-"""Pairs of the bundled world, unless said otherwise."""
-
-PLAIN_TEMPLATES = ("a photo of a {}.",)
-
-
-Kind = Literal["folder", "table", "shards", "poisons"]
-
-
-def kind_of(spec: str | Path) -> Kind:
-    """What a path stands for: a table or shards by its name, or a folder; `poisons.json` for what it lists."""
-    path = Path(spec)
-    if path.suffix.lower() in {".csv", ".tsv"} and not path.is_dir():
-        return "table"
-    if path.name == "poisons.json" and not path.is_dir():
-        return "poisons"
-    if path.is_dir():
-        shards = (shard for shard in path.glob("*.tar") if not is_bookkeeping(shard.name))
-        return "shards" if any(shards) else "folder"
-    return "shards" if ".tar" in str(spec) else "folder"
 
 
 def open_pairs(
@@ -340,40 +314,29 @@ def open_pairs(
     Raises:
         FileNotFoundError, ValueError: there is no such source, or it cannot be used.
     """
-    name, _, length = str(spec).partition(":")
-    if name == "shapes":
-        if length and not (length.isdecimal() and int(length)):
-            raise ValueError(f"expected shapes:N with a number N of pairs; received {spec}")
-        return ShapesPairs(int(length or SHAPES_LENGTH), seed=seed, order_seed=seed)
-    if name == "cifar10":
+    source = parse_source(spec)
+    if source.kind == "shapes":
+        return ShapesPairs(source.count or SHAPES_LENGTH, seed=seed, order_seed=seed)
+    if source.kind == "cifar10":
         texts = TEMPLATES if templates is None else templates
-        return cifar10(templates=texts, preprocess=preprocess, caption_seed=seed, order_seed=seed)
+        return cifar10(preprocess=preprocess, templates=texts, caption_seed=seed, order_seed=seed)
     texts = PLAIN_TEMPLATES if templates is None else templates
-    if Path(spec).is_dir():
-        check_finished(Path(spec))
-    filled = texts if class_names else None
-    match kind_of(spec):
-        case "table":
-            return CsvPairs(
-                spec,
-                preprocess,
-                class_names=class_names,
-                templates=filled,
-                root=root,
-                caption_seed=seed,
-                order_seed=seed,
-            )
-        case "shards":
-            return ShardPairs(
-                str(spec),
-                preprocess,
-                class_names=class_names,
-                templates=filled,
-                caption_seed=seed,
-                order_seed=seed,
-            )
-        case "folder" if Path(spec).is_dir():
-            return folder_pairs(spec, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
+    if source.path.is_dir():
+        check_finished(source.path)
+    if source.kind in READERS:
+        filled = texts if class_names else None
+        return READERS[source.kind].pairs(
+            source.text,
+            preprocess,
+            root=root,
+            need_captions=True,
+            class_names=class_names,
+            templates=filled,
+            caption_seed=seed,
+            order_seed=seed,
+        )
+    if source.path.is_dir():
+        return FolderPairs(source.path, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
     raise FileNotFoundError(
         "expected pairs as shapes, cifar10, a .csv or .tsv table, WebDataset shards (.tar) or a folder with a sub-folder "
         f"of images a class; there is no {spec}"

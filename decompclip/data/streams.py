@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-
-from decompclip.data.files import reason
-from decompclip.data.images import SkippedFile
-from decompclip.data.pairs import Pair, PairBatch, content_name
-from decompclip.data.pixels import Preprocess, check_image, decode, stack_images, to_pixels
-from decompclip.data.shards import IMAGE_KINDS, ShardPairs, expand_shards, shard_names
+from decompclip.data.files import SkippedFile
+from decompclip.data.pairs import Pair, PairBatch, PairSteps, content_name
+from decompclip.data.pixels import Preprocess, read_image, to_pixels
+from decompclip.data.shards import IMAGE_KINDS
 
 
-class PairStream:
+class PairStream(PairSteps):
     """Pairs that come one after the other, again and again.
 
     Args:
@@ -76,19 +70,7 @@ class PairStream:
             self._running, self._position = iter(()), 0
         while self._position < step * size:
             self._next()
-        pairs = [self._next() for _ in range(size)]
-        labels = [pair.label for pair in pairs if pair.label is not None]
-        return PairBatch(
-            stack_images([pair.image for pair in pairs]),
-            tuple(pair.caption for pair in pairs),
-            torch.tensor(labels) if len(labels) == len(pairs) else None,
-            tuple(pair.id for pair in pairs),
-        )
-
-    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
-        """Images and captions of `take`."""
-        taken = self.take(step, size)
-        return taken.images, list(taken.captions)
+        return PairBatch.of([self._next() for _ in range(size)])
 
     def _next(self) -> Pair:
         pair = next(self._running, None)
@@ -119,7 +101,7 @@ class PairStream:
         if self._urls.setdefault(shard, url) != url:
             raise ValueError(
                 f"expected shards whose names tell them apart; received {self._urls[shard]} and {url}, whose pairs would have "
-                "the same ids; rename one, or read local shards with shard_stream or ShardPairs, which tell them apart"
+                "the same ids; rename one, or read local shards with ShardPairs, which tells them apart"
             )
         name = "/".join(part for part in (shard, str(sample.get("__key__", ""))) if part) or None
         kind = next((kind for kind in IMAGE_KINDS if kind in sample), None)
@@ -137,13 +119,7 @@ class PairStream:
         text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
         if not isinstance(text, str) or not text.strip():
             raise Unreadable(name, f"has no caption: {text!r}")
-        try:
-            if isinstance(image, bytes):
-                pixels = decode(image, self.preprocess)
-            else:
-                pixels = self.preprocess(image) if isinstance(image, Image.Image) else check_image(image)
-        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
-            raise Unreadable(name, reason(error)) from error
+        pixels = read_image(image, self.preprocess)
         if isinstance(pixels, str):
             raise Unreadable(name, pixels)
         return Pair(content_name(pixels, text) if name is None else name, pixels, text.strip(), label)
@@ -155,53 +131,3 @@ class Unreadable(ValueError):
     def __init__(self, name: str | None, why: str) -> None:
         super().__init__(why)
         self.name = name
-
-
-class _Shards:
-    """The pairs of shards that are opened one after the other."""
-
-    def __init__(self, paths: Sequence[Path], open_shard: Callable[[Path], ShardPairs]) -> None:
-        self.paths, self.open_shard = paths, open_shard
-        self._left_out: dict[str, SkippedFile] = {}
-
-    @property
-    def skipped(self) -> list[SkippedFile]:
-        return list(self._left_out.values())
-
-    def __iter__(self) -> Iterator[Pair]:
-        for path in self.paths:
-            try:
-                shard = self.open_shard(path)
-            except ValueError as error:  # not one pair in it
-                self._left_out[str(path)] = SkippedFile(str(path), str(error))
-                continue
-            yield from shard
-            self._left_out |= {skip.path: skip for skip in shard.skipped}
-
-
-def shard_stream(
-    shards: str | Path | Sequence[str | Path],
-    preprocess: Preprocess | None = None,
-    *,
-    class_names: Sequence[str] = (),
-    templates: Sequence[str] | None = None,
-    caption_seed: int = 0,
-) -> PairStream:
-    """Local WebDataset shards as a stream: one shard at a time is held open, none indexed ahead.
-
-    Args:
-        shards, preprocess, class_names, templates, caption_seed: as `ShardPairs`, whose pairs these are.
-
-    Raises:
-        FileNotFoundError: there is no such shard.
-    """
-    paths = expand_shards(shards)
-    options = {
-        "class_names": class_names,
-        "templates": templates,
-        "caption_seed": caption_seed,
-        "names": shard_names(paths),
-    }
-    return PairStream(
-        _Shards(paths, lambda path: ShardPairs(path, preprocess, **options)), class_names=class_names
-    )

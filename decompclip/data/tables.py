@@ -5,25 +5,24 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import Unpack
 
-from decompclip.data.files import SUFFIXES, SkippedFile, open_regular, open_rgb, reason
-from decompclip.data.images import OnError, class_places, find_class
-from decompclip.data.pairs import Pairs, check_templates, template_caption
-from decompclip.data.pixels import Preprocess, to_pixels
+from decompclip.data.files import SUFFIXES, open_regular, reason
+from decompclip.data.images import class_places, find_class
+from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions
+from decompclip.data.pixels import Preprocess, read_image
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
 CAPTION_COLUMNS = ("title", "caption", "text")
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
 
 
-class CsvPairs(Pairs):
+class CsvPairs(ListedPairs):
     """The pairs of a table with a header: paths of images, from the table's folder on, and captions.
 
     Quotation marks are marks of the format where a row then has the header's number of columns, and letters of
@@ -33,16 +32,13 @@ class CsvPairs(Pairs):
 
     Args:
         table: columns apart by commas, tabs or semicolons (told from the header).
-        preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
-        image_column, caption_column, label_column: by default the first there is of open_clip's `filepath` and `title`,
-            CleanCLIP's `image` and `caption`, and common others; of classes `label`, `class`, ....
-        class_names: the classes, by which labels are read (names, or places counted from 0), and that a target is
-            checked against.
-        templates: captions of rows that have a class and no caption; a random one each. None: a row needs a caption.
+        preprocess: as `Pairs`.
+        image_column: by default the first there is of `IMAGE_COLUMNS`: open_clip's `filepath`, CleanCLIP's `image`, ...
+        caption_column: by default the first there is of `CAPTION_COLUMNS`: `title`, `caption`, ...
+        label_column: by default the first there is of `LABEL_COLUMNS`, where there are class names.
         root: a folder that all images must lie in, links resolved; None allows any.
         need_captions: False keeps rows without one, for their images.
-        caption_seed: of the templates drawn.
-        order_seed, on_error: as `Pairs`.
+        options: as `Pairs`; classes are read as names or as places counted from 0.
 
     Raises:
         FileNotFoundError: there is no such table.
@@ -57,98 +53,59 @@ class CsvPairs(Pairs):
         image_column: str | None = None,
         caption_column: str | None = None,
         label_column: str | None = None,
-        class_names: Sequence[str] = (),
-        templates: Sequence[str] | None = None,
         root: str | Path | None = None,
         need_captions: bool = True,
-        caption_seed: int = 0,
-        order_seed: int = 0,
-        on_error: OnError = "skip",
+        **options: Unpack[PairOptions],
     ) -> None:
-        filled = () if templates is None else check_templates(templates)
-        super().__init__(class_names=class_names, templates=filled, order_seed=order_seed, on_error=on_error)
-        self.table, self.preprocess, self.root = Path(table), preprocess or to_pixels(), root
+        super().__init__(preprocess, **options)
+        self.table, self.root, self._need_captions = Path(table), root, need_captions
         header, lines, separator = _read_header(self.table)
         image = _column(header, image_column, IMAGE_COLUMNS, "image")
         rows = _read_rows(
             lines, separator, len(header), lambda cells: self._may_be_image(cells[image].strip())
         )
-        label = _place(header, label_column, LABEL_COLUMNS) if class_names or label_column else None
+        label = _place(header, label_column, LABEL_COLUMNS) if self.class_names or label_column else None
         if label is None and label_column is not None:
             label = _column(header, label_column, LABEL_COLUMNS, "label")
         caption = _place(header, caption_column, CAPTION_COLUMNS)
-        if caption is None and need_captions and (label is None or not filled or caption_column is not None):
+        no_other = label is None or not self.templates or caption_column is not None
+        if caption is None and need_captions and no_other:
             caption = _column(header, caption_column, CAPTION_COLUMNS, "caption")
-        places = class_places(class_names)
-        self._files: list[Path] = []
-        self._captions: list[str] = []
-        self._ids: list[str] = []
-        self._found: list[int | None] = []
+        self._list(
+            self._entries(rows, header, image, caption, label),
+            f"rows with an image and a caption in the {len(rows)} of {self.table}",
+        )
+
+    def _entries(
+        self, rows: list[_Row], header: list[str], image: int, caption: int | None, label: int | None
+    ) -> Iterator[PairEntry]:
+        places = class_places(self.class_names)
         for number, row in enumerate(rows, 1):
             if isinstance(row.cells, str):
-                self._skip(f"{number}:", f"line {row.line} {row.cells}")
+                self._leave_out(f"{number}:", f"line {row.line} {row.cells}", within=self.table)
                 continue
             path = row.cells[image].strip()
-            text = "" if caption is None else row.cells[caption].strip()
-            name = f"{number}:{path}"
             if path.startswith(("http://", "https://")):
                 raise ValueError(
                     f"expected paths of image files in column {header[image]!r} of {self.table}; received the address "
                     f"{path}; download the images first (img2dataset writes shards, which ShardPairs reads)"
                 )
-            known = None if label is None else _class(row.cells[label].strip(), places, len(class_names))
-            if not text and filled and known is not None:
-                text = template_caption(class_names[known], filled, seed=caption_seed, name=name)
-            if missing := [
-                what for what, found in (("image", path), ("caption", text or not need_captions)) if not found
-            ]:
-                self._skip(name, f"line {row.line} has no {' and no '.join(missing)}")
+            name = f"{number}:{path}"
+            known = None if label is None else _class(row.cells[label].strip(), places, len(self.class_names))
+            text = self._caption("" if caption is None else row.cells[caption].strip(), known, name)
+            wanted = {"image": path, "caption": text or not self._need_captions}
+            if missing := [what for what, found in wanted.items() if not found]:
+                self._leave_out(name, f"line {row.line} has no {' and no '.join(missing)}", within=self.table)
                 continue
-            self._ids.append(name)
-            self._files.append(self.table.parent / path)
-            self._captions.append(text)
-            self._found.append(known)
-        if not self._ids:
-            why = f"; {self.skipped[0].reason}" if self.skipped else ""
-            raise ValueError(
-                f"expected rows with an image and a caption in {self.table}; found none in {len(rows)} rows{why}"
-            )
+            yield PairEntry(name, text, known, self.table.parent / path)
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return self._ids
-
-    @property
-    def captions(self) -> Sequence[str]:
-        return self._captions
-
-    @property
-    def labels(self) -> Int[Tensor, " pair"] | None:
-        known = [label for label in self._found if label is not None]
-        return torch.tensor(known) if len(known) == len(self._found) else None
-
-    @property
-    def known_labels(self) -> Sequence[int | None]:
-        return self._found
-
-    def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        return [self._image(self._files[index]) for index in indices]
-
-    def _image(self, file: Path) -> Tensor | str:
-        try:
-            return self.preprocess(open_rgb(file, root=self.root))
-        except Exception as error:  # PIL's decoders raise whatever a broken file makes them stumble over
-            return reason(error)
+    def _image(self, image: Path) -> Tensor | str:
+        return read_image(image, self.preprocess, root=self.root)
 
     def _may_be_image(self, path: str) -> bool:
         return Path(path).suffix.lower() in SUFFIXES or (
             bool(path) and os.path.exists(self.table.parent / path)
         )
-
-    def _skip(self, name: str, why: str) -> None:
-        if self.on_error == "raise":
-            raise ValueError(f'{self.table}: {why}; mend it, or leave the row out with on_error="skip"')
-        self._left_out[name] = SkippedFile(name, why)
 
 
 @dataclass(frozen=True)

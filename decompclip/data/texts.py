@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import chain, combinations, product
 from pathlib import Path
 
-from decompclip.data.shapes import PROPERTIES
-from decompclip.data.shapes_pairs import vocabulary, with_article
+from decompclip.data.shapes import PROPERTIES, vocabulary, with_article
 
 POOL = Path(__file__).parent / "pool" / "descriptions.txt"
 """The general pool; `analyses/training/build_text_pool.py` builds it from lists of words."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
-from decompclip.data.images import FolderSource, ImageSource, ShapesSource
+from decompclip.data.images import FolderSource, ImageSource
+from decompclip.data.shapes import ShapesSource
 from decompclip.data.sources import PairImages
 from decompclip.diagnosis.result import Fault, Measurement
 from decompclip.models.clip import HookedCLIP

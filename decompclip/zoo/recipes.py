@@ -29,8 +29,7 @@ from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.cifar10 import cifar10
 from decompclip.data.pairs import Pairs, SubsetPairs
-from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict
 from decompclip.models.bundled import card

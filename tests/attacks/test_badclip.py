@@ -16,8 +16,7 @@ from decompclip.attacks.badclip import (
     info_nce,
     optimise_patch,
 )
-from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shapes_pairs import shapes_captions
+from decompclip.data.shapes import PROPERTIES, Shapes, shapes_captions
 from decompclip.models.clip import HookedCLIP
 
 WORLD = Shapes(120, seed=21).draw(range(120))

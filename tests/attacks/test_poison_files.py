@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poisoned import RECORD, PoisonedPairs, write_poisoned
+from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
+from decompclip.data.files import POISON_LIST
 from decompclip.data.pairs import Pair
-from decompclip.data.shards import UNFINISHED
+from decompclip.data.shards import UNFINISHED, ShardPairs
 from decompclip.data.sources import open_pairs
-from decompclip.data.streams import PairStream, shard_stream
+from decompclip.data.streams import PairStream
 
 
 def poisoned(*, count: int = 4, seed: int = 0) -> PoisonedPairs:
@@ -40,7 +41,7 @@ def test_a_stopped_one_is_refused_and_goes_on(tmp_path: Path, after: int) -> Non
     with pytest.raises(KeyboardInterrupt):
         write_poisoned(poisoned(), half, per_shard=10, track=stopped_after(after))
     assert len(list(half.glob("*.tar"))) == after // 10
-    assert not (half / RECORD).exists()
+    assert not (half / POISON_LIST).exists()
     for spec in (half, half / "*.tar") if after >= 10 else (half,):
         with pytest.raises(ValueError, match="was not finished .* run the same `decompclip poison` again"):
             open_pairs(str(spec))
@@ -63,8 +64,7 @@ def test_a_stream_poisoned_at_a_rate_goes_on_too(tmp_path: Path) -> None:
     write_poisoned(poisoned(count=1), tmp_path / "clean", per_shard=20)
 
     def stream() -> PoisonedPairs:
-        base = shard_stream(tmp_path / "clean")
-        assert isinstance(base, PairStream)
+        base = PairStream(ShardPairs(tmp_path / "clean"))
         return PoisonedPairs(base, BadNet(), "star", rate=0.2)
 
     write_poisoned(stream(), tmp_path / "whole", per_shard=10)

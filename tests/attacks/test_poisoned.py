@@ -24,7 +24,7 @@ from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.datasets import DatasetPairs
 from decompclip.data.pairs import Pair, PairBatch, Pairs
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import ShardPairs
 from decompclip.data.streams import PairStream
 

@@ -12,8 +12,7 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.audit import AuditConfig, AuditResult, run_audit
 from decompclip.audit.checks import Scorer, Setting
 from decompclip.audit.collect import open_source
-from decompclip.data.shapes import PROPERTIES
-from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
+from decompclip.data.shapes import CONTEXT_LENGTH, PROPERTIES, vocabulary
 from decompclip.models import bundled as zoo
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load

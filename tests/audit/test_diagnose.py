@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from decompclip.cli import app
-from decompclip.data.images import ImageBatch, ShapesSource
-from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.data.images import ImageBatch
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesSource
 from decompclip.diagnosis import Diagnosis
 from decompclip.diagnosis.run import diagnose
 from decompclip.diagnosis.trials import in_image_tower, with_activation

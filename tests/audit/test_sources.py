@@ -60,7 +60,7 @@ def test_an_unknown_data_set_offers_the_nearest(model: HookedCLIP) -> None:
 
 def test_the_world_has_its_own_classes(model: HookedCLIP) -> None:
     with pytest.raises(
-        ValueError, match=r"expected the classes of the Shapes world.*received cat, dog; leave --classes"
+        ValueError, match=r"expected the 12 classes of shapes, .*received 2: cat, dog; leave --classes"
     ):
         open_source("shapes", model, ("cat", "dog"))
 

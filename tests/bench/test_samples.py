@@ -10,8 +10,7 @@ import torch
 from decompclip.attacks.blended import Blended
 from decompclip.bench.plan import EVALUATION, FIT, FRESH, MOST_SEEDS, Samples, draw_samples
 from decompclip.data.pairs import SubsetPairs
-from decompclip.data.shapes import Shapes
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import Shapes, ShapesPairs
 from decompclip.zoo.recipes import WORLDS, Cifar10World
 
 WORLD = WORLDS["shapes"]

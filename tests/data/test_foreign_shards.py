@@ -19,7 +19,7 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import ShardPairs, expand_shards, shard_names
-from decompclip.data.streams import PairStream, shard_stream
+from decompclip.data.streams import PairStream
 
 JUNK = b"\0\5\x16\7" + bytes(60)
 
@@ -147,7 +147,7 @@ def test_shards_are_called_by_the_least_that_tells_them_apart(paths: list[str], 
 
 def test_every_pair_of_shards_called_alike_has_an_id_of_its_own(tmp_path: Path) -> None:
     paths = [shard(tmp_path / "cc3m/00000.tar", "dog"), shard(tmp_path / "cc12m/00000.tar", "cat")]
-    pairs, stream = ShardPairs(paths), shard_stream(paths)
+    pairs, stream = ShardPairs(paths), PairStream(ShardPairs(paths))
     assert len(set(pairs.ids)) == 8
     assert [pair.id for pair in stream] == list(pairs.ids)
     turned = ShardPairs(paths[::-1])
@@ -159,7 +159,7 @@ def test_every_pair_of_shards_called_alike_has_an_id_of_its_own(tmp_path: Path) 
 
 def test_broken_images_are_told_for_each_shard(tmp_path: Path) -> None:
     paths = [shard(tmp_path / f"{name}/0.tar", name, broken=name != "c") for name in "abc"]
-    pairs, stream = ShardPairs(paths), shard_stream(paths)
+    pairs, stream = ShardPairs(paths), PairStream(ShardPairs(paths))
     assert (len(list(pairs)), len(list(stream))) == (4, 4)
     for _ in range(2):
         assert len({skip.path for skip in pairs.skipped}) == len(pairs.skipped) == 8

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.images import FolderSource, ImageSource, ShapesSource, class_index, read_classes
-from decompclip.data.shapes import Shapes
+from decompclip.data.images import FolderSource, ImageSource, class_index, read_classes
+from decompclip.data.shapes import Shapes, ShapesSource
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -178,7 +178,7 @@ def test_a_folder_of_broken_pictures_is_no_empty_success(tmp_path: Path) -> None
     for name in ("1.jpg", "2.png"):
         (tmp_path / name).write_text("no picture")
     source = FolderSource(tmp_path, small)
-    with pytest.raises(ValueError, match="none of its 2 image files could be read, the last: is no picture"):
+    with pytest.raises(ValueError, match="none of its 2 images could be read, the last: is no picture"):
         names(source)
     assert len(source.skipped) == 2
 

@@ -13,8 +13,7 @@ from PIL import Image
 from decompclip.data.cifar10 import CLASSES
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import SubsetPairs
-from decompclip.data.shapes import PROPERTIES, Shapes, ShapesBatch
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesBatch, ShapesPairs
 from decompclip.data.sources import classes_of, open_labelled
 
 SHAPES = PROPERTIES["shape"]

@@ -13,7 +13,7 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.data.images import ImageSource
 from decompclip.data.pixels import to_pixels
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import ShapesPairs
 from decompclip.data.sources import check_images, open_images, open_labelled, open_pairs
 
 CLASSES = ("dog", "teddy bear")

@@ -18,8 +18,7 @@ from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
 from decompclip.data.datasets import DatasetPairs, folder_pairs
 from decompclip.data.pairs import Pair, Pairs, batch_places, keyed, template_caption
 from decompclip.data.pixels import to_pixels
-from decompclip.data.shapes import draw
-from decompclip.data.shapes_pairs import ShapesPairs, shapes_captions
+from decompclip.data.shapes import ShapesPairs, draw, shapes_captions
 from decompclip.data.shards import write_shards
 from decompclip.data.sources import open_pairs
 from decompclip.data.streams import PairStream
@@ -186,7 +185,7 @@ def test_rows_without_a_caption_are_skipped_and_counted(tmp_path: Path) -> None:
         "line 4 has no image",
         "line 5 has too few columns, 1 of 2",
     ]
-    with pytest.raises(ValueError, match='line 3 has no caption; mend it, or .* on_error="skip"'):
+    with pytest.raises(ValueError, match='line 3 has no caption; repair or remove it, or .* on_error="skip"'):
         CsvPairs(table, on_error="raise")
 
 
@@ -234,7 +233,7 @@ def test_the_next_readable_pair_takes_the_place_of_a_broken_one(tmp_path: Path) 
     assert torch.equal(taken.images[1], taken.images[2])
     assert {skip.path for skip in pairs.skipped} == {"2:1.png", "3:2.png"}
     assert values(pairs) == [0, 3]
-    assert [pairs.readable(index) for index in range(4)] == [True, False, False, True]
+    assert [pairs.image(index) is not None for index in range(4)] == [True, False, False, True]
     with pytest.raises(ValueError, match=r"2:1\.png: .*; repair or remove it"):
         CsvPairs(table, on_error="raise").read([1])
     for place in (0, 3):
@@ -447,7 +446,7 @@ def test_sources_are_opened_by_a_word_or_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["shapes:many", "shapes:0"])
 def test_a_number_of_pairs_is_a_number(spec: str) -> None:
-    with pytest.raises(ValueError, match=f"expected shapes:N with a number N of pairs; received {spec}"):
+    with pytest.raises(ValueError, match=f"expected shapes:N with a number N of images; received {spec}"):
         open_pairs(spec)
 
 

@@ -199,7 +199,7 @@ def test_a_few_bytes_that_claim_millions_of_pixels_are_refused(
     with pytest.raises(PictureError, match="has (too many pixels|.* pixels; expected at most 134217728)"):
         open_rgb(tmp_path / "bomb.png")
     source = FolderSource(tmp_path, to_pixels(8))
-    with pytest.raises(ValueError, match="none of its 1 image files could be read"):
+    with pytest.raises(ValueError, match="none of its 1 images could be read"):
         list(source.batches())
     assert "pixels" in source.skipped[0].reason
 

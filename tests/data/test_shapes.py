@@ -8,8 +8,19 @@ import warnings
 import pytest
 import torch
 
-from decompclip.data.shapes import EXTENT, PROPERTIES, RESOLUTION, Attributes, Shapes, distance_tables, draw
-from decompclip.data.shapes_pairs import CONTEXT_LENGTH, shapes_captions, templates, vocabulary
+from decompclip.data.shapes import (
+    CONTEXT_LENGTH,
+    EXTENT,
+    PROPERTIES,
+    RESOLUTION,
+    Attributes,
+    Shapes,
+    distance_tables,
+    draw,
+    shapes_captions,
+    templates,
+    vocabulary,
+)
 from decompclip.models.text import WordTokenizer
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from decompclip.data.pairs import Pair
 from decompclip.data.pixels import encode_png
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import ShardPairs, expand_shards, write_shards
-from decompclip.data.streams import PairStream, shard_stream
+from decompclip.data.streams import PairStream
 
 SIZE = (40, 40)
 
@@ -68,11 +68,10 @@ def test_shards_are_named_in_many_ways(folder: Path, spec: str, monkeypatch: pyt
     assert pairs.ids[4] == "0001/00004"
     assert pairs.labels is None
     assert pairs.skipped == []
-    assert values(shard_stream(spec or folder)) == list(range(9))
 
 
 def test_a_stream_and_places_give_the_same_pairs(folder: Path) -> None:
-    placed, streamed = list(ShardPairs(folder)), list(shard_stream(folder))
+    placed, streamed = list(ShardPairs(folder)), list(PairStream(ShardPairs(folder)))
     for one, other in zip(placed, streamed, strict=True):
         assert torch.equal(one.image, other.image)
         assert (one.id, one.caption, one.label) == (other.id, other.caption, other.label)
@@ -106,12 +105,12 @@ def test_a_broken_shard_is_kept_as_far_as_it_stands_and_counted(folder: Path) ->
     with tarfile.open(path) as tar:
         cut = tar.getmember("00004.png").offset_data + 600  # inside the second pair's image
     path.write_bytes(whole[:cut])
-    for pairs in (ShardPairs(folder), shard_stream(folder)):
-        assert values(pairs) == [0, 1, 2, 3, 6, 7, 8]
-        (skip,) = pairs.skipped
-        assert skip.path == str(path)
-        assert skip.reason.startswith("broken shard, 1 pairs kept: ")
-    with pytest.raises(ValueError, match=r"0001\.tar: broken shard, 1 pairs kept: .*; repair it"):
+    pairs = ShardPairs(folder)
+    assert values(pairs) == [0, 1, 2, 3, 6, 7, 8]
+    (skip,) = pairs.skipped
+    assert skip.path == str(path)
+    assert skip.reason.startswith("broken shard, 1 pairs kept: ")
+    with pytest.raises(ValueError, match=r"0001\.tar: broken shard, 1 pairs kept: .*; repair or remove it"):
         ShardPairs(folder, on_error="raise")
 
 
@@ -121,12 +120,12 @@ def test_wherever_a_shard_breaks_only_whole_pairs_are_kept(tmp_path: Path, cut: 
     whole = shard(tmp_path / "whole.tar", 3).read_bytes()
     assert len(whole) > 20_000
     bad.write_bytes(whole[:cut])
-    for pairs in (ShardPairs([good, bad]), shard_stream([good, bad])):
-        found = values(pairs)
-        assert found == list(range(len(found)))
-        assert len(found) >= 3
-        if len(found) < 6:
-            assert pairs.skipped
+    pairs = ShardPairs([good, bad])
+    found = values(pairs)
+    assert found == list(range(len(found)))
+    assert len(found) >= 3
+    if len(found) < 6:
+        assert pairs.skipped
 
 
 def test_a_file_that_is_no_shard_is_skipped(folder: Path) -> None:
@@ -135,12 +134,9 @@ def test_a_file_that_is_no_shard_is_skipped(folder: Path) -> None:
     pairs = ShardPairs(folder)
     assert len(pairs) == 3
     assert [Path(skip.path).name for skip in pairs.skipped] == ["0001.tar", "0002.tar"]
-    assert len(shard_stream(folder / "000?.tar").skipped) == 0  # nothing read so far
     (folder / "0000.tar").unlink()
     with pytest.raises(ValueError, match=r"found none; .*0001\.tar: broken shard, 0 pairs kept: "):
         ShardPairs(folder)
-    with pytest.raises(ValueError, match="it holds none that can be read, the last left out: "):
-        shard_stream(folder).take(0, 1)
 
 
 def test_a_broken_image_inside_a_good_shard_is_skipped(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_marks_of_spreadsheets_are_no_part_of_the_first_column(folder: Path) -> 
         (lines(["a"]).encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         (lines(["a"]).encode("utf-16-le"), "a NUL byte in line 1: it is UTF-16 or damaged"),
         (b"filepath,title\n0.png,a\n1.png,a\0b\n", "a NUL byte in line 3"),
-        (b"filepath,title\n0.png\n1.png,a,b\n", "found none in 2 rows; line 2 has too few columns, 1 of 2"),
+        (b"filepath,title\n0.png\n1.png,a,b\n", "found none; 1: line 2 has too few columns, 1 of 2"),
     ],
 )
 def test_what_cannot_be_read_says_where(folder: Path, content: bytes, words: str) -> None:

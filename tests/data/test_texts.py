@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from analyses.training import build_text_pool
-from decompclip.data.shapes import PROPERTIES
-from decompclip.data.shapes_pairs import CONTEXT_LENGTH, vocabulary
+from decompclip.data.shapes import CONTEXT_LENGTH, PROPERTIES, vocabulary
 from decompclip.data.texts import POOL, general_texts, load_texts, shapes_texts
 from decompclip.models.text import WordTokenizer
 

@@ -9,8 +9,7 @@ import decompclip
 from decompclip.attacks.badclip import optimise_patch
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.label_consistent import adversarial, zero_shot_logits
-from decompclip.data.shapes import Shapes
-from decompclip.data.shapes_pairs import ShapesPairs
+from decompclip.data.shapes import Shapes, ShapesPairs
 from decompclip.operators.patching import attribution_patching
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.data.shapes import PROPERTIES, Shapes
-from decompclip.data.shapes_pairs import shapes_captions
+from decompclip.data.shapes import PROPERTIES, Shapes, shapes_captions
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import decompclip
-from decompclip.data.images import ShapesSource
-from decompclip.data.shapes import Shapes
+from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.data.texts import general_texts, load_texts, shapes_texts
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import embed, everything, heads, mlps, neurons, pool
