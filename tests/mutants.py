@@ -64,7 +64,7 @@ DEFENSES = ("selector", "agnostic_*", "distances", "decomp_*", "guard", "bake")
 
 ROOMS = {
     "tower": Room(
-        ("decompclip/tower/*.py", "decompclip/tower/convert/*.py", "decompclip/models/clip.py"),
+        ("decompclip/tower/*.py", "decompclip/models/clip.py"),
         tuple(f"tests/models/test_{name}.py" for name in ("attention", "vit", "convert", "clip", "towers")),
     ),
     "decomposition": Room(("decompclip/decomposition/*.py",), ("tests/decomposition",)),

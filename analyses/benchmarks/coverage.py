@@ -26,8 +26,7 @@ from decompclip.decomposition.maps import Convention
 from decompclip.files import write_json, write_text
 from decompclip.models.text import build_image_only
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.convert import Source, config_of
-from decompclip.tower.convert.rules import WHY_NOT
+from decompclip.tower.convert import WHY_NOT, Source, config_of
 from tests.models.reduced_towers import features, reduced_tower, relative_error
 from tests.models.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 

@@ -49,7 +49,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.tower.vit import HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import HookedViT
 
 
 def wide(x: Tensor) -> Tensor:

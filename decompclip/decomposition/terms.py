@@ -20,7 +20,8 @@ from torch import Tensor
 
 from decompclip.decomposition.maps import Convention, Frozen, wide
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.vit import Hook, HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import Hook, HookedViT
 
 
 class Rows:

@@ -28,7 +28,8 @@ from decompclip.moved import still_found
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, token_mask
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.vit import Block, HookedViT, blocks, hooked
+from decompclip.tower.layers import Block, blocks
+from decompclip.tower.vit import HookedViT, hooked
 
 SAME = 1e-6
 """Largest difference between tokens of what stands in for a component, as a share of its largest entry."""

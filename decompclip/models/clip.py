@@ -8,10 +8,10 @@ HookedCLIP: a hooked image tower beside open_clip's own text tower, tokenizer an
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,22 +19,28 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
 from decompclip.models.checkpoint import shell
 from decompclip.models.errors import warn_caller
 from decompclip.models.preprocessing import Preprocessing, Transform
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
-from decompclip.models.zero_shot import causal, encode_prompts, keep, kept, key_of
+from decompclip.models.zero_shot import (
+    Template,
+    Track,
+    causal,
+    encode_prompts,
+    keep,
+    kept,
+    key_of,
+    zero_shot_classifier,
+)
+from decompclip.tower.cache import ViTCache
 from decompclip.tower.config import ViTConfig, tower_facts
 from decompclip.tower.convert import Source
 from decompclip.tower.vit import Causal, Hook, HookedViT
-
-if TYPE_CHECKING:
-    from decompclip.decomposition.components import Components
-    from decompclip.decomposition.decomposition import Decomposition
-    from decompclip.decomposition.maps import Convention
-    from decompclip.models.zero_shot import Template, Track
-    from decompclip.tower.cache import ViTCache
-
 
 LOOKS = 8
 """Batches on an accelerator that are looked at: each look waits for it once."""
@@ -343,8 +349,6 @@ class HookedCLIP(nn.Module):
         Raises:
             ValueError: no class names, a single string for a list, a template without a slot.
         """
-        from decompclip.models.zero_shot import zero_shot_classifier
-
         names = self.class_names if class_names is None else class_names
         chosen = self._templates(templates)
         key = (
@@ -387,8 +391,6 @@ class HookedCLIP(nn.Module):
         tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:
         """Image features as a sum over heads, MLPs, embedding and biases; see `Decomposition`."""
-        from decompclip.decomposition.capture import decompose
-
         images = self._input(images)
         return decompose(self.visual, images, convention=convention, normalize=normalize, tokens=tokens)
 
@@ -397,6 +399,47 @@ class HookedCLIP(nn.Module):
     ) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
         """Features and activations of the image tower (options as in TransformerLens)."""
         return self.visual.run_with_cache(self._input(images), **options)
+
+    def run_with_hooks(
+        self, images: Float[Tensor, "batch 3 h w"], **options: Any
+    ) -> Float[Tensor, "batch d_embed"]:
+        """Features under hooks for this one run.
+
+        Args:
+            images: as the tower takes them.
+            options: `fwd_hooks`, `bwd_hooks` and the like, as in TransformerLens.
+
+        Raises:
+            KeyError: a hook point that the tower does not have; the nearest names are offered.
+        """
+        self.visual.check_hooks([*options.get("fwd_hooks", ()), *options.get("bwd_hooks", ())])
+        return self.visual.run_with_hooks(self._input(images), **options)
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """The image tower's hook points by name."""
+        return self.visual.hook_dict
+
+    def add_hook(
+        self, name: str | Callable[[str], bool], hook: Callable[..., Any], *args: Any, **options: Any
+    ) -> None:
+        """Add a hook to the image tower that stays until `reset_hooks`.
+
+        Args:
+            name: the hook point's name, or a choice among the names.
+            hook: what to do there; takes the activation and the hook point.
+            args: `dir` ("fwd" or "bwd") and what follows it in TransformerLens.
+            options: the same by name: `dir`, `is_permanent`, `level`, `prepend`.
+
+        Raises:
+            KeyError: a hook point that the tower does not have; the nearest names are offered.
+        """
+        self.visual.check_hooks([(name, hook)])
+        self.visual.add_hook(name, hook, *args, **options)
+
+    def reset_hooks(self, **options: Any) -> None:
+        """Remove the image tower's hooks (options as in TransformerLens)."""
+        self.visual.reset_hooks(**options)
 
     def _input(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():

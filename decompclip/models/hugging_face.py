@@ -39,7 +39,7 @@ from decompclip.models.text import (
     image_side,
     tokenizer_in,
 )
-from decompclip.tower.convert.native import pair
+from decompclip.tower.config import pair
 
 __all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 

@@ -41,7 +41,7 @@ from decompclip.models.json_files import (
     part,
     read_json,
 )
-from decompclip.tower.convert.native import pair
+from decompclip.tower.config import pair
 
 MOST = 8
 """How many times the window a scaled side may be long; what lies further out has no part in the window's pixels."""

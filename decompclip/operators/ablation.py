@@ -24,7 +24,8 @@ from decompclip.decomposition.maps import term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.vit import Hook, HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import Hook, HookedViT
 
 
 class Replacement(Intervention):

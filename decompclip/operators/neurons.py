@@ -21,7 +21,8 @@ from decompclip.decomposition.maps import Convention, frozen, wide
 from decompclip.decomposition.terms import Rows as PooledRows
 from decompclip.operators.ablation import Rows, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.tower.vit import Hook, HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.tower.vit import Hook, HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd

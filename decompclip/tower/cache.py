@@ -18,13 +18,12 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from decompclip.tower.layers import LayerNorm
-from decompclip.tower.vit import HookedViT, blocks
+from decompclip.tower.layers import LayerNorm, blocks
 
 Position = Slice | int | tuple[int, ...] | list[int] | Tensor | None  # as TransformerLens' SliceInput
 Stack = Float[Tensor, "component *batch_and_token d_model"]
@@ -45,9 +44,9 @@ class ViTCache(ActivationCache):
     missing after `remove_batch_dim`.
     """
 
-    model: HookedViT  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Any  # a HookedViT
 
-    def __init__(self, cache: dict[str, Tensor], visual: HookedViT, *, has_batch_dim: bool = True) -> None:
+    def __init__(self, cache: dict[str, Tensor], visual: nn.Module, *, has_batch_dim: bool = True) -> None:
         super().__init__(cache, visual, has_batch_dim)
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
@@ -245,7 +244,7 @@ class ViTCache(ActivationCache):
     # Parts
 
     def _layer(self, layer: int | None, mlp_input: bool) -> int:
-        n_layers = self.model.cfg.n_layers
+        n_layers: int = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
         last = n_layers - 1 if mlp_input else n_layers
         if not 0 <= layer <= last:

@@ -1,7 +1,4 @@
-"""What can go wrong between a model's name and a tower that runs.
-
-Every variant of image tower, as data.
-"""
+"""Every variant of image tower, as data; and the errors of models that cannot be had."""
 
 from __future__ import annotations
 
@@ -97,18 +94,11 @@ class ViTConfig:
     proj_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("activation", Activation),
-            ("norm", Norm),
-            ("stem", Stem),
-            ("pool", Pool),
-            ("pool_activation", Activation),
-            ("ln_final", LnFinal),
-        ):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {get_args(kinds)}")
-        if self.rope not in (None, *get_args(Rope)):
-            raise ValueError(f"rope {self.rope!r} is not one of {(None, *get_args(Rope))}")
+        kinds = {"norm": Norm, "stem": Stem, "pool": Pool, "ln_final": LnFinal, "rope": Rope}
+        for name, kind in (kinds | dict.fromkeys(("activation", "pool_activation"), Activation)).items():
+            known = (*get_args(kind), *([None] if name == "rope" else []))
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
         if self.n_heads * self.d_head != self.d_model:
             raise ValueError(
                 f"{self.n_heads} heads of width {self.d_head} do not fill a stream of {self.d_model}"
@@ -166,24 +156,23 @@ class ViTConfig:
         return asdict(self)
 
 
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width, of a number or of a list out of JSON."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
 _POOLS = {"cls": (), "mean": ("mean pool",), "attention": ("attention pool",)}
-
-
-def tower_in_words(config: ViTConfig) -> str:
-    return f"HookedViT({', '.join(tower_facts(config))})"
 
 
 def tower_facts(config: ViTConfig) -> list[str]:
     """Activation, sizes, and the pool where it is not the class token."""
+    image, patch = (f"{height} x {width}" for height, width in (config.image_size, config.patch_size))
     return [
         config.activation,
-        _by(config.image_size),
-        f"patches {_by(config.patch_size)}",
+        image,
+        f"patches {patch}",
         f"{config.n_layers} layers x {config.n_heads} heads",
         f"d_embed {config.d_embed}",
         *_POOLS[config.pool],
     ]
-
-
-def _by(sizes: tuple[int, int]) -> str:
-    return f"{sizes[0]} x {sizes[1]}"

@@ -1,16 +1,9 @@
-"""Multi-head self-attention, with everything that towers do to queries, scores and heads.
-
-LayerNorm with a live scale, the one nonlinearity between a component's write and the feature.
-
-The MLP of a block, plain or gated, and of an attention pool.
-
-AttentionPool: a learned query that reads the last stream's rows (SigLIP's MAP, PE, CoCa).
-"""
+"""The layers of a tower: attention, LayerNorm with a live scale, MLP, attention pool, and the block made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -362,3 +355,44 @@ class AttentionPool(nn.Module):
         if self.mlp is not None and self.ln is not None:
             out = out + self.hook_mlp_out(self.mlp(self.ln(out)))
         return (out if self.ln_post is None else self.ln_post(out))[:, 0]
+
+
+class Block(nn.Module):
+    """`x + attn(ln1(x))`, then `x + mlp(ln2(x))`; post-norm: `x + ln1(attn(x))`, then `x + ln2(mlp(x))`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(config.d_model, config.ln_eps)
+        self.attn = Attention(config)
+        self.ln2 = LayerNorm(config.d_model, config.ln_eps)
+        self.mlp = MLP.of(config)
+        self.post_norm = config.norm == "post"
+        ones = torch.ones(config.d_model)
+        self.ls1 = nn.Parameter(ones.clone()) if config.layer_scale else None
+        self.ls2 = nn.Parameter(ones.clone()) if config.layer_scale else None
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch token d_model"],
+        rope: Float[Tensor, "2 patch d_head"] | None = None,
+        *,
+        pooled_row_only: bool = False,
+    ) -> Float[Tensor, "batch row d_model"]:
+        x = self.hook_resid_pre(x)
+        attn = self.attn(x if self.post_norm else self.ln1(x), rope, pooled_row_only=pooled_row_only)
+        attn = self.ln1(attn) if self.post_norm else attn
+        attn = self.hook_attn_out(attn if self.ls1 is None else attn * self.ls1)
+        x = self.hook_resid_mid((x[:, :1] if pooled_row_only else x) + attn)
+        mlp = self.ln2(self.mlp(x)) if self.post_norm else self.mlp(self.ln2(x))
+        mlp = self.hook_mlp_out(mlp if self.ls2 is None else mlp * self.ls2)
+        return self.hook_resid_post(x + mlp)
+
+
+def blocks(visual: nn.Module) -> list[Block]:
+    """A tower's blocks, as what they are."""
+    return cast(list[Block], list(visual.get_submodule("blocks").children()))

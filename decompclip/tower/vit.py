@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -19,12 +19,9 @@ from torch.nn import functional as F
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from decompclip.tower.config import ViTConfig, tower_in_words
-from decompclip.tower.layers import MLP, Attention, AttentionPool, LayerNorm
-
-if TYPE_CHECKING:
-    from decompclip.tower.cache import ViTCache
-
+from decompclip.tower.cache import ViTCache
+from decompclip.tower.config import ViTConfig, tower_facts
+from decompclip.tower.layers import AttentionPool, Block, LayerNorm
 
 Hook = tuple[str | Callable[..., bool], Callable[..., Any]]
 """A hook point's name, or a choice among names, and what to do there; as TransformerLens takes them."""
@@ -47,42 +44,6 @@ class Causal(Protocol):
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of anybody's: TransformerLens' on hook points, PyTorch's on any."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-class Block(nn.Module):
-    """`x + attn(ln1(x))`, then `x + mlp(ln2(x))`; post-norm: `x + ln1(attn(x))`, then `x + ln2(mlp(x))`."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.ln1 = LayerNorm(config.d_model, config.ln_eps)
-        self.attn = Attention(config)
-        self.ln2 = LayerNorm(config.d_model, config.ln_eps)
-        self.mlp = MLP.of(config)
-        self.post_norm = config.norm == "post"
-        ones = torch.ones(config.d_model)
-        self.ls1 = nn.Parameter(ones.clone()) if config.layer_scale else None
-        self.ls2 = nn.Parameter(ones.clone()) if config.layer_scale else None
-        self.hook_resid_pre = HookPoint()
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()
-        self.hook_mlp_out = HookPoint()
-        self.hook_resid_post = HookPoint()
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch token d_model"],
-        rope: Float[Tensor, "2 patch d_head"] | None = None,
-        *,
-        pooled_row_only: bool = False,
-    ) -> Float[Tensor, "batch row d_model"]:
-        x = self.hook_resid_pre(x)
-        attn = self.attn(x if self.post_norm else self.ln1(x), rope, pooled_row_only=pooled_row_only)
-        attn = self.ln1(attn) if self.post_norm else attn
-        attn = self.hook_attn_out(attn if self.ls1 is None else attn * self.ls1)
-        x = self.hook_resid_mid((x[:, :1] if pooled_row_only else x) + attn)
-        mlp = self.ln2(self.mlp(x)) if self.post_norm else self.mlp(self.ln2(x))
-        mlp = self.hook_mlp_out(mlp if self.ls2 is None else mlp * self.ls2)
-        return self.hook_resid_post(x + mlp)
 
 
 class HookedViT(HookedRootModule):
@@ -126,7 +87,7 @@ class HookedViT(HookedRootModule):
         self.setup()
 
     def __repr__(self) -> str:
-        return tower_in_words(self.cfg)
+        return f"HookedViT({', '.join(tower_facts(self.cfg))})"
 
     @property
     def last_block_hooked(self) -> bool:
@@ -215,8 +176,6 @@ class HookedViT(HookedRootModule):
         Raises:
             ValueError: `pos_slice`, with which a cache would hold rows that the pooled row's scales do not belong to.
         """
-        from decompclip.tower.cache import ViTCache
-
         if kwargs.pop("pos_slice", None) is not None:
             raise ValueError(
                 "expected a cache of all positions; received pos_slice; leave it out, and choose positions when you read the "
@@ -225,8 +184,3 @@ class HookedViT(HookedRootModule):
         remove_batch_dim = kwargs.get("remove_batch_dim", False)
         features, cache = super().run_with_cache(*args, **kwargs)
         return features, ViTCache(cache, self, has_batch_dim=not remove_batch_dim)
-
-
-def blocks(visual: HookedViT) -> list[Block]:
-    """The tower's blocks, as what they are."""
-    return cast(list[Block], list(visual.blocks))

@@ -189,6 +189,29 @@ def test_nested_hooks_come_off_one_by_one(model: HookedCLIP, images: torch.Tenso
     assert not torch.allclose(outer, plain)
 
 
+def test_transformer_lens_ways_of_hooking_stand_on_the_model(model: HookedCLIP, images: torch.Tensor) -> None:
+    plain, name = model.encode_image(images), "blocks.0.hook_attn_out"
+    silent = (name, lambda value, hook: value * 0)
+    with model.hooks(fwd_hooks=[silent]):
+        expected = model.encode_image(images)
+    assert model.hook_dict is model.visual.hook_dict
+    assert torch.equal(model.run_with_hooks(images.double(), fwd_hooks=[silent]), expected)
+    assert torch.equal(model.encode_image(images), plain)
+    model.add_hook(*silent)
+    assert torch.equal(model.encode_image(images), expected)
+    model.reset_hooks()
+    assert torch.equal(model.encode_image(images), plain)
+    gradients = []
+    model.add_hook(name, lambda gradient, hook: gradients.append(gradient), "bwd")
+    model.encode_image(images).sum().backward()
+    model.reset_hooks()
+    assert len(gradients) == 1 and not has_hooks(model)
+    with pytest.raises(KeyError, match=r"no hook point 'blocks.9.hook_attn_out' .*nearest: blocks"):
+        model.run_with_hooks(images, fwd_hooks=[("blocks.9.hook_attn_out", silent[1])])
+    with pytest.raises(KeyError, match="no hook point 'hook_embedding'"):
+        model.add_hook("hook_embedding", silent[1])
+
+
 def test_hooks_come_off_after_an_exception(model: HookedCLIP, images: torch.Tensor) -> None:
     with pytest.raises(ZeroDivisionError), model.hooks(Scale("hook_embed", 2.0)):
         assert has_hooks(model)

@@ -15,10 +15,9 @@ from decompclip.decomposition.maps import Convention
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.loading import load
 from decompclip.models.text import build_image_only
-from decompclip.tower.convert import config_of, convert_open_clip
-from decompclip.tower.convert.rules import WHY_NOT
-from decompclip.tower.convert.towers import Source
-from decompclip.tower.vit import Hook, HookedViT, blocks
+from decompclip.tower.convert import WHY_NOT, Source, config_of, convert_open_clip
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import Hook, HookedViT
 from tests.models.reduced_towers import DEPTH, features, fill, reduced, reduced_tower, relative_error
 from tests.models.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from decompclip.tower.config import Stem, ViTConfig
-from decompclip.tower.vit import HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import HookedViT
 
 CONFIG = ViTConfig(
     n_layers=2,

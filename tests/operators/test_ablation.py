@@ -17,7 +17,8 @@ from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate
 from decompclip.operators.transplant import Patch
-from decompclip.tower.vit import HookedViT, blocks
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 NOTHING = heads[0] - heads[0]

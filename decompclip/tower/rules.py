@@ -1,84 +1,19 @@
-"""Which image towers have no exact decomposition here, and why.
-
-Rules: which weights of a source tower are which of ours, readable in both directions.
+"""Which weights of a source tower are which of ours, readable in both directions.
 
 A rule says that the numbers of some of our weights, one after the other, are those of some of theirs:
 
-    Rule("W_pos", ("pos_embed",))                                     a weight of another shape
-    Rule("blocks.0.attn.W_QKV", ("attn.q.weight", "attn.k.weight"...)) several in one
-    Rule("blocks.0.attn.b_QKV", ("q_bias", 768, "v_bias"))            768 zeros, which the source leaves out
+    Rule("W_pos", "pos_embed")                                         a weight of another shape
+    Rule("blocks.0.attn.W_QKV", ["attn.q.weight", "attn.k.weight"...]) several in one
+    Rule("blocks.0.attn.b_QKV", ["q_bias", 768, "v_bias"])             768 zeros, which the source leaves out
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
-
-from decompclip.tower.config import UnsupportedTowerError
-
-SUPPORTED = "every transformer tower of open_clip's: native ViT, CLIPA, CoCa, SigLIP, MobileCLIP-B/-L, ViTamin, EVA, PE"
-
-WHY_NOT = {
-    "resnet": "it is a ResNet: it has no attention heads that write to a residual stream",
-    "conv": "it is a convolutional network: it has no attention heads that write to a residual stream of tokens",
-    "windows": "it is a Swin Transformer: its tokens are merged from stage to stage, so that no one stream of tokens "
-    "goes through it",
-    "foreign": "it is no image tower of open_clip's",
-    "pool": "its feature is pooled in a way that has no frozen linear map",
-    "block": "its blocks hold norms, gates or scales that no tower of open_clip's has",
-    "activation": "its MLPs use an activation that is not known",
-    "norm": "its norms are no LayerNorms of one epsilon",
-}
-
-# timm's modules of model definitions.
-TRANSFORMERS = (
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "vision_transformer_relpos",
-    "eva",
-    "vitamin",
-)
-WINDOWS = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
-
-
-def refuse(name: str, oddities: Sequence[str]) -> None:
-    """Raise `UnsupportedTowerError` where a tower has any of `WHY_NOT`'s oddities."""
-    if oddities:
-        reasons = "; ".join(WHY_NOT[oddity] for oddity in oddities)
-        raise UnsupportedTowerError(
-            f"the image tower {name!r} is not supported: {reasons}. Supported: {SUPPORTED}"
-        )
-
-
-def oddities(vision_cfg: Mapping[str, Any]) -> list[str]:
-    """What in open_clip's `vision_cfg` rules out a decomposition, before anything is built."""
-    if name := vision_cfg.get("timm_model_name"):
-        if timm.models.is_model_in_modules(name, TRANSFORMERS):
-            return []
-        return ["windows" if timm.models.is_model_in_modules(name, WINDOWS) else "conv"]
-    return ["resnet"] if isinstance(vision_cfg.get("layers"), list | tuple) else []
-
-
-def one_epsilon(name: str, module: nn.Module, skip: tuple[str, ...] = ()) -> float:
-    """The epsilon that all LayerNorms of a tower share, but for those under the prefixes to skip.
-
-    Raises:
-        UnsupportedTowerError: they have several, or there is none.
-    """
-    found = {
-        m.eps
-        for path, m in module.named_modules()
-        if isinstance(m, nn.LayerNorm) and not path.startswith(skip or ("\0",))
-    }
-    if len(found) != 1:
-        refuse(name, ["norm"])
-    return found.pop()
-
 
 Piece = str | int
 """A weight's name, or a number of zeros that have no weight."""
@@ -105,7 +40,11 @@ class Rule:
             weight = source[name].detach()
             return {ours: (weight.T.contiguous() if self.turned else weight).view(shapes[ours])}
         like = source[next(self.names, next(iter(source)))]
-        return _cut([_flat(piece, source, like) for piece in self.theirs], self.ours, shapes)
+        parts = [
+            like.new_zeros(piece) if isinstance(piece, int) else source[piece].detach().flatten()
+            for piece in self.theirs
+        ]
+        return _cut(parts, self.ours, shapes)
 
     def backward(self, ours: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Their weights.
@@ -132,10 +71,6 @@ class Rule:
         return cut
 
 
-def _flat(piece: Piece, source: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    return like.new_zeros(piece) if isinstance(piece, int) else source[piece].detach().flatten()
-
-
 def _cut(parts: list[Tensor], names: Sequence[str], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     cut = whole.split([shapes[name].numel() for name in names])
@@ -158,10 +93,19 @@ class Names:
         pieces = [self.theirs + piece if isinstance(piece, str) else piece for piece in theirs]
         return Rule([self.ours + name for name in ours], pieces, turned=turned)
 
+    def rules(self, pairs: Mapping[str, str | Sequence[Piece]]) -> list[Rule]:
+        """One of each pair of ours and theirs."""
+        return [self.rule(ours, theirs) for ours, theirs in pairs.items()]
+
     def norm(self, ours: str, theirs: str) -> list[Rule]:
         """A LayerNorm's two weights."""
-        return [self.rule(f"{ours}.w", f"{theirs}.weight"), self.rule(f"{ours}.b", f"{theirs}.bias")]
+        return self.rules({f"{ours}.w": f"{theirs}.weight", f"{ours}.b": f"{theirs}.bias"})
+
+    def linear(self, weight: str, bias: str, theirs: str, layer: nn.Linear) -> list[Rule]:
+        """A linear layer; zeros where it has no bias."""
+        biased = [f"{theirs}.bias"] if layer.bias is not None else [layer.out_features]
+        return self.rules({weight: f"{theirs}.weight", bias: biased})
 
     def module(self, ours: str, theirs: str, module: nn.Module) -> list[Rule]:
         """All that a module keeps, taken over as it is."""
-        return [self.rule(f"{ours}.{name}", f"{theirs}.{name}") for name in module.state_dict()]
+        return self.rules({f"{ours}.{name}": f"{theirs}.{name}" for name in module.state_dict()})

@@ -1,34 +1,20 @@
-"""Which converter a tower goes through, and the way there and back."""
+"""open_clip's image towers into `HookedViT` and back: the same weights, the same features."""
 
 from __future__ import annotations
 
 import copy as copying
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from decompclip.tower.config import UnsupportedTowerError, ViTConfig
-from decompclip.tower.convert import eva, native, timm_vit
-from decompclip.tower.convert.rules import SUPPORTED, Rule, refuse
+from decompclip.tower.config import UnsupportedTowerError
+from decompclip.tower.families import SUPPORTED, WHY_NOT, config_of, oddities, refuse, rope_of, rules_of
+from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
-
-def config_of(visual: nn.Module) -> ViTConfig:
-    """The configuration of a tower, read from its modules and not from its name.
-
-    Raises:
-        UnsupportedTowerError: it is none of open_clip's transformer towers.
-    """
-    return _family(visual).config_of(visual)
+__all__ = ["SUPPORTED", "WHY_NOT", "Source", "config_of", "convert_open_clip", "oddities", "refuse"]
 
 
 def convert_open_clip(visual: nn.Module, *, copy: bool = True) -> HookedViT:
@@ -46,22 +32,26 @@ def convert_open_clip(visual: nn.Module, *, copy: bool = True) -> HookedViT:
 
 
 class Source:
-    """A source tower, emptied of weights: how its weights become a `HookedViT`, and the way back."""
+    """A source tower, emptied of weights: how its weights become a `HookedViT`, and the way back.
+
+    Args:
+        visual: as `convert_open_clip` takes it.
+        copy: as `convert_open_clip` takes it.
+    """
 
     def __init__(self, visual: nn.Module, *, copy: bool = True) -> None:
-        config, rules = config_of(visual), _family(visual).rules_of(visual)
-        self.rules: list[Rule] = rules
+        config, self.rules = config_of(visual), rules_of(visual)
         self.skeleton = _skeleton(visual)
         state = visual.state_dict(keep_vars=True)
         self.dtypes = {name: x.dtype for name, x in state.items()}
         # open_clip keeps norms of half models in fp32; a HookedViT has one type, that of its matrices.
         self.dtype = next(x.dtype for x in state.values() if x.ndim > 1 and x.is_floating_point())
+        trainable = {name: x.requires_grad for name, x in state.items()}
         if any(x.is_floating_point() and x.dtype != self.dtype for x in state.values()):
             copy = True
-            trainable = {name: x.requires_grad for name, x in state.items()}
             state = {n: x.to(self.dtype) if x.is_floating_point() else x for n, x in state.items()}
             state = {n: x.detach().requires_grad_(trainable[n]) for n, x in state.items()}
-        unknown = set(state) - {name for rule in rules for name in rule.names}
+        unknown = set(state) - {name for rule in self.rules for name in rule.names}
         if unknown:
             raise UnsupportedTowerError(
                 f"the image tower has weights of unknown use: {', '.join(sorted(unknown)[:4])}. Supported: {SUPPORTED}"
@@ -71,30 +61,24 @@ class Source:
         stem = visual.get_submodule("trunk.patch_embed") if config.stem == "conv" else None
         with torch.device("meta"):
             tower = HookedViT(config, None if stem is None else copying.deepcopy(_skeleton(stem)))
-        _adopt_positions(tower, visual)
+        if config.relative_position:  # biases are computed by the source's own modules
+            for layer, block in enumerate(blocks(tower)):
+                block.attn.rel_pos = _skeleton(visual.get_submodule(f"trunk.blocks.{layer}.attn.rel_pos"))
         ours = {name: x.shape for name, x in tower.state_dict().items() if name != "rope"}
-        weights = {name: x for rule in rules for name, x in rule.forward(state, ours).items()}
-        trained = {
-            name: all(state[theirs].requires_grad for theirs in rule.names)
-            for rule in rules
-            for name in rule.ours
-        }
+        weights = {name: x for rule in self.rules for name, x in rule.forward(state, ours).items()}
+        trained = {name: all(trainable[n] for n in rule.names) for rule in self.rules for name in rule.ours}
         if tower.rope is not None:
-            weights["rope"] = eva.rope_of(cast(TimmModel, visual))
-        parameters = dict(tower.named_parameters())
-        for (
-            name,
-            parameter,
-        ) in parameters.items():  # whose flag `load_state_dict` gives to what it is assigned
+            weights["rope"] = rope_of(visual)
+        # `load_state_dict` gives to what it is assigned the flag of the parameter before.
+        for name, parameter in tower.named_parameters():
             parameter.requires_grad_(trained.get(name, False))
-        tower.load_state_dict(
-            {
-                name: _owned(x, copy, name in parameters, trained.get(name, False), state)
-                for name, x in weights.items()
-            },
-            strict=True,
-            assign=True,
-        )
+        parameters = dict(tower.named_parameters())
+        for name, x in weights.items():
+            if name in parameters:
+                weights[name] = _owned(x, copy, trained.get(name, False), state)
+            elif copy:
+                weights[name] = x.clone()
+        tower.load_state_dict(weights, strict=True, assign=True)
         self._tower: HookedViT | None = tower.eval()
 
     def adopt(self) -> HookedViT:
@@ -126,43 +110,17 @@ class Source:
         return visual.eval()
 
 
-def _owned(x: Tensor, copy: bool, parameter: bool, trained: bool, state: Mapping[str, Tensor]) -> Tensor:
-    if not parameter:
-        return x.clone() if copy else x
+def _owned(x: Tensor, copy: bool, trained: bool, state: Mapping[str, Tensor]) -> Tensor:
+    """A parameter of these numbers: the source's own where they are shared and of one shape."""
     if not copy:
         for theirs in state.values():
-            if (
-                theirs.data_ptr() == x.data_ptr()
-                and theirs.shape == x.shape
-                and isinstance(theirs, nn.Parameter)
-            ):
+            same = theirs.data_ptr() == x.data_ptr() and theirs.shape == x.shape
+            if same and isinstance(theirs, nn.Parameter):
                 return theirs
     return nn.Parameter(x.clone() if copy else x, requires_grad=trained)
-
-
-def _family(visual: nn.Module) -> Any:
-    if isinstance(visual, VisionTransformer):
-        return native
-    if isinstance(visual, TimmModel):
-        trunk = visual.trunk
-        if isinstance(trunk, Eva):
-            return eva
-        if isinstance(trunk, TimmViT | VisionTransformerRelPos):
-            return timm_vit
-        foreign = "block" if hasattr(trunk, "blocks") else "conv"
-        refuse(type(trunk).__name__, ["windows" if isinstance(trunk, SwinTransformer) else foreign])
-    refuse(type(visual).__name__, ["resnet" if isinstance(visual, ModifiedResNet) else "foreign"])
 
 
 def _skeleton(module: nn.Module) -> nn.Module:
     """The module without its weights; buffers, which may be computed once and kept in no file, stay."""
     weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     return copying.deepcopy(module, weights)
-
-
-def _adopt_positions(tower: HookedViT, visual: nn.Module) -> None:
-    """Relative position biases are computed by the source's own modules."""
-    if tower.cfg.relative_position:
-        for layer, block in enumerate(tower.blocks):
-            attention: Any = block.attn
-            attention.rel_pos = _skeleton(visual.get_submodule(f"trunk.blocks.{layer}.attn.rel_pos"))
