@@ -24,8 +24,12 @@ class Result:
     def to_frame(self) -> pd.DataFrame:
         raise NotImplementedError
 
+    def _shown(self) -> pd.DataFrame:
+        """The table that a notebook shows."""
+        return self.to_frame()
+
     def _repr_html_(self) -> str:
-        frame, caption = self.to_frame(), repr(self)
+        frame, caption = self._shown(), repr(self)
         if len(frame) > ROWS:
             if self.largest:
                 frame = frame.sort_values(self.largest, key=abs, ascending=False)

@@ -68,7 +68,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
     terms = [case.terms(part)[chosen] for part in ("clean", "triggered")]
     by_kernel = {}
     for kernel in get_args(Kernel):
-        mmd = layer_mmd(*terms, kernel=kernel, permutations=0, twins=True)
+        mmd = layer_mmd(*terms, kernel=kernel, permutations=0, paired=True)
         by_kernel[kernel] = {
             kind: [
                 float(f"{v:.5g}")

@@ -51,7 +51,7 @@ class Config:
 @torch.no_grad()
 def measure(case: Case, config: Config, *, keep_picture: bool) -> dict[str, Any]:
     sets = [case.terms(part, "paper")[case.others] for part in ("clean", "triggered")]
-    mmd = head_mmd(*sets, components=heads[-1], kernel="paper", permutations=0, twins=True)
+    mmd = head_mmd(*sets, components=heads[-1], kernel="paper", permutations=0, paired=True)
     found = words(case, heads[-1], n_texts=config.n_texts)
     rows = []
     for before, after, moved in zip(found.clean, found.triggered, mmd.values.tolist(), strict=True):

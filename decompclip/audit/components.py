@@ -17,7 +17,7 @@ from decompclip.audit.collect import Split
 from decompclip.decomposition.components import Components, Part, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
-from decompclip.evaluation.metrics import predict
+from decompclip.evaluation.evaluate import classify
 from decompclip.intervals import CONFIDENCE, Z
 from decompclip.operators.ablation import MeanAblate
 
@@ -212,7 +212,7 @@ def infection(
         components: Components = reduce(or_, which)
         edit = MeanAblate(components, moments)
         sets = (split.clean.decomposition, split.suspect.decomposition)
-        return score(name, *(predict(edit(d).features, classifier) for d in sets))
+        return score(name, *(classify(edit, d, classifier) for d in sets))
 
     n = len(chosen)
     return Infection(

@@ -19,7 +19,8 @@ from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
 from decompclip.defenses.decomp import DecompDet, DecompRep, late_mlps
 from decompclip.defenses.selector import Similarity, Threshold
-from decompclip.evaluation.metrics import auroc, auroc_interval, predict
+from decompclip.evaluation.evaluate import classify
+from decompclip.evaluation.metrics import auroc, auroc_interval
 from decompclip.intervals import Rate
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.intervention import Intervention
@@ -46,7 +47,7 @@ def ablate(
     complete = {}
     for kind, name in NAMES.items():
         edit = MeanAblate(heads if kind == "heads" else mlps, moments)
-        answers = [predict(edit(d).features, classifier) for d in sets]
+        answers = [classify(edit, d, classifier) for d in sets]
         complete[kind] = score(f"all {name} mean-ablated", answers[0], answers[1])
     clean, suspect = (ablation_sweep(d, moments, classifier) for d in sets)
 
@@ -119,8 +120,7 @@ def _answers(
     split: Split, classifier: Float[Tensor, "class d_embed"], edit: Intervention | None = None
 ) -> Predicted:
     clean, suspect = (
-        predict((edit(d) if edit else d).features, classifier)
-        for d in (split.clean.decomposition, split.suspect.decomposition)
+        classify(edit, d, classifier) for d in (split.clean.decomposition, split.suspect.decomposition)
     )
     return clean, suspect
 

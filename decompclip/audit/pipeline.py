@@ -27,7 +27,7 @@ from decompclip.audit.words import WEAK
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
 from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.moments import Moments
-from decompclip.evaluation.metrics import predict
+from decompclip.evaluation.evaluate import classify
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from decompclip.progress import Track, silently
@@ -186,7 +186,7 @@ def _named(target: str | int | Target | None, class_names: tuple[str, ...]) -> T
 
 
 def _predict(images: ImageSet, classifier: Tensor) -> Int[Tensor, " batch"]:
-    return predict(images.decomposition.features, classifier)
+    return classify(None, images.decomposition, classifier)
 
 
 def _inferred(

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from decompclip.attacks.registry import from_card
@@ -31,12 +31,11 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.detector import measure_cost
+from decompclip.evaluation.evaluate import DecomposedImages, evaluate
 from decompclip.evaluation.metrics import (
-    attack_success,
     auroc,
     auroc_interval,
     clean_accuracy,
-    predict,
     target_rate,
 )
 from decompclip.intervals import Rate, Redrawn
@@ -257,18 +256,24 @@ def _mended(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: int
     fit = subject.model.terms(images, repair.convention)
     edit = repair.fit(FitInputs(fit, subject.classifier, extent, seed))
 
-    def answers(images: Tensor) -> Int[Tensor, " image"]:
-        features = edit(subject.model.terms(images, repair.convention)).features
-        return predict(features, subject.classifier.to(features))
+    def seen(images: Tensor, labels: Tensor) -> DecomposedImages:
+        return DecomposedImages(subject.model.terms(images, repair.convention), labels)
 
-    clean = answers(samples.clean)
-    found = {"cacc": clean_accuracy(clean, samples.labels)}
-    found["control"] = target_rate(clean, samples.labels, target)
-    if subject.triggered is not None:
-        truth, after = samples.labels[samples.labels != target], answers(subject.triggered)
-        found["asr"] = attack_success(after, truth, target)
-        found["triggered_accuracy"] = clean_accuracy(after, truth)
-    return found
+    truth = samples.labels[samples.labels != target]
+    triggered = None if subject.triggered is None else seen(subject.triggered, truth)
+    found = evaluate(
+        edit,
+        seen(samples.clean, samples.labels),
+        subject.classifier,
+        triggered,
+        None if triggered is None else target,
+        batch_size=len(samples.labels),
+    )
+    rates = {"cacc": found.cacc, "control": target_rate(found.predictions, samples.labels, target)}
+    if found.asr is not None and found.triggered_predictions is not None:
+        rates["asr"] = found.asr
+        rates["triggered_accuracy"] = clean_accuracy(found.triggered_predictions, truth)
+    return rates
 
 
 def area(clean: Tensor, suspect: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One evaluation of a CLIP on clean images and their triggered twins."""
+"""One evaluation for a model, a guarded model and an edited decomposition: clean accuracy, attack success and its control."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import (
     AttackReport,
     attack_report,
+    check_target,
     clean_accuracy,
     per_class_accuracy,
     predict,
 )
 from decompclip.intervals import Rate
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-Twin = Callable[[Tensor, Any], Tensor]
-"""From images in [0, 1] and their indices to their triggered twins; every `Trigger` is one."""
+TriggerFunction = Callable[[Tensor, Any], Tensor]
+"""From pixels and their indices to the pixels with the trigger in them; every `Trigger` is one."""
+
+Edit = Callable[[Decomposition], Decomposition]
+"""What is done to terms before they are summed; every `Intervention` is one."""
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What is evaluated: a `HookedCLIP`, for instance, also inside `model.hooks(...)`."""
+    """What is evaluated: a `HookedCLIP`, also inside `model.hooks(...)`, or a `Guard`."""
 
     def normalize(self, pixels: Any) -> Any: ...
 
@@ -48,6 +54,19 @@ class Labelled(Protocol):
     def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
 
 
+@dataclass(frozen=True, eq=False)
+class DecomposedImages:
+    """Decomposed images with their labels, for `evaluate` with an edit."""
+
+    decomposition: Decomposition
+    labels: Int[Tensor, " image"]
+
+    def batches(self, batch_size: int = 256) -> Iterator[Any]:
+        for start in range(0, len(self.labels), batch_size):
+            part = slice(start, start + batch_size)
+            yield SimpleNamespace(images=self.decomposition[part], labels=self.labels[part])
+
+
 @dataclass(frozen=True)
 class ClassRates:
     """One class's accuracy; the share of its triggered, and of its clean, images taken for the target."""
@@ -58,14 +77,17 @@ class ClassRates:
     control: Rate | None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
     """CACC, ASR and control, over all images and class by class, with every prediction.
 
     Attributes:
         report: the rates over all images; ASR and control are None without a trigger and a target.
         per_class: the same for each class; the target's own row says how many of its images stay with it.
-        predictions, triggered_predictions: of the clean images and of their twins, in the order of the data.
+        target: the attacker's class, if there is one.
+        labels: the images' classes, in the order of the data.
+        predictions: of the clean images.
+        triggered_predictions: of the triggered ones.
     """
 
     report: AttackReport
@@ -73,7 +95,7 @@ class Evaluation:
     target: int | None
     labels: Int[Tensor, " image"]
     predictions: Int[Tensor, " image"]
-    triggered_predictions: Int[Tensor, " image"] | None
+    triggered_predictions: Int[Tensor, " triggered"] | None
 
     @property
     def cacc(self) -> Rate:
@@ -111,23 +133,47 @@ class Evaluation:
             rows.append(cells)
         return pd.DataFrame(rows)
 
-    def __str__(self) -> str:
-        parts = [f"CACC {self.cacc}"]
-        if self.asr is not None:
-            parts += [f"ASR {self.asr}", f"control {self.report.control}"]
-            parts += [f"ASR with target-class images {self.report.asr_with_target}"]
-        return "; ".join(parts)
+    def __repr__(self) -> str:
+        return f"Evaluation({self})"
 
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, float_format="{:.3f}".format, na_rep="")
+    def __str__(self) -> str:
+        if self.asr is None:
+            return f"CACC {self.cacc}"
+        rates = f"CACC {self.cacc}; ASR {self.asr}; control {self.report.control}"
+        return f"{rates}; ASR with target-class images {self.report.asr_with_target}"
 
 
 @torch.no_grad()
+def classify(
+    model: Encoder | Edit | None,
+    images: Float[Tensor, "batch 3 h w"] | Decomposition,
+    classifier: Float[Tensor, "class d_embed"],
+) -> Int[Tensor, " batch"]:
+    """The class that each image is taken for, on the CPU.
+
+    Args:
+        model: a model or guard, with pixels in [0, 1]; or an edit of terms, with a decomposition (None: as it is).
+        images: pixels, or their decomposition.
+        classifier: `model.zero_shot_classifier(...)`.
+
+    Raises:
+        ValueError: a classifier of another width, or features that are not numbers.
+    """
+    if isinstance(images, Decomposition):
+        edit: Any = model
+        features = (images if edit is None else edit(images)).features
+    else:
+        assert isinstance(model, Encoder)
+        features = model.encode_image(model.normalize(images)).float()
+        classifier = classifier.float()
+    return predict(features, classifier.to(features.device)).cpu()
+
+
 def evaluate(
-    model: Encoder,
+    model: Encoder | Edit | None,
     data: Labelled | Iterable[Any],
     classifier: Float[Tensor, "class d_embed"],
-    trigger: Twin | None = None,
+    trigger: TriggerFunction | DecomposedImages | None = None,
     target: int | None = None,
     *,
     class_names: Sequence[str] | None = None,
@@ -136,16 +182,24 @@ def evaluate(
 ) -> Evaluation:
     """Clean accuracy, and attack success beside its control (docs/method.md, section 7), each with a 95 % Wilson interval.
 
-    The trigger gets each image's place in the data, so that the size of the batches is a matter of speed
-    alone.
+        evaluate(model, Shapes(512), classifier, trigger, target)      a model, or a Guard
+        evaluate(edit, DecomposedImages(clean, labels), classifier, DecomposedImages(triggered, their_labels), target)
+
+    The trigger gets each image's place in the data: the size of the batches changes the speed alone.
 
     Args:
+        model: a model, a guard, or an edit of terms (None: the terms as they are).
         data: images in [0, 1] with labels: `Shapes`, any source whose `batches` yield such, or image-text pairs
-            that know their classes (`decompclip.data.pairs`).
+            that know their classes (`decompclip.data.pairs`); for an edit, `DecomposedImages`.
         classifier: `model.zero_shot_classifier(...)`.
+        trigger: puts the trigger into images; for an edit, the triggered images decomposed.
         target: the attacker's class, as a place in the classifier.
         class_names: names for the table; by default the places in the classifier.
+        batch_size: images at a time.
         track: shows progress: passes the batches through.
+
+    Returns:
+        The rates, over all images and class by class, and every prediction.
 
     Raises:
         ValueError: a trigger without a target or the reverse, a target that is no class, no images, images
@@ -154,17 +208,23 @@ def evaluate(
     n = len(classifier)
     names = [str(place) for place in range(n)] if class_names is None else list(class_names)
     check_attack(n, trigger, target)
-    _check(n, names, batch_size)
+    if len(names) != n:
+        raise ValueError(
+            f"expected a name for each of the classifier's {n} classes; received {len(names)}; pass the names "
+            "that the classifier was built from"
+        )
+    if batch_size < 1:
+        raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
     labels, clean, triggered = [], [], []
     seen = 0
     for batch in track(batches_of(data, batch_size)):
         _check_batch(batch, seen)
-        found = getattr(batch, "indices", None)
-        indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
         labels.append(batch.labels.cpu())
-        clean.append(_predict(model, batch.images, classifier))
-        if trigger is not None:
-            triggered.append(_predict(model, trigger(batch.images, indices), classifier))
+        clean.append(classify(model, batch.images, classifier))
+        if trigger is not None and not isinstance(trigger, DecomposedImages):
+            found = getattr(batch, "indices", None)
+            indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
+            triggered.append(classify(model, trigger(batch.images, indices), classifier))
         seen += len(batch.images)
     if not seen:
         raise ValueError("expected images; received none; check the image source")
@@ -174,17 +234,21 @@ def evaluate(
         report = AttackReport(clean_accuracy(before, truth), None, None, None)
         rows = [ClassRates(name, rate, None, None) for name, rate in zip(names, accuracies, strict=True)]
         return Evaluation(report, tuple(rows), None, truth, before, None)
+    theirs = truth
+    if isinstance(trigger, DecomposedImages):
+        theirs = trigger.labels.cpu()
+        triggered = [classify(model, trigger.decomposition, classifier)]
     after = torch.cat(triggered)
     rows = [
         ClassRates(
             names[label],
             accuracies[label],
-            Rate.of(after[truth == label] == target),
+            Rate.of(after[theirs == label] == target),
             Rate.of(before[truth == label] == target),
         )
         for label in range(n)
     ]
-    report = attack_report(before, truth, after, truth, target, n_classes=n)
+    report = attack_report(before, truth, after, theirs, target, n_classes=n)
     return Evaluation(report, tuple(rows), target, truth, before, after)
 
 
@@ -200,33 +264,15 @@ def batches_of(data: Labelled | Iterable[Any], batch_size: int) -> Iterator[Any]
         yield SimpleNamespace(images=torch.stack([pair.image for pair in some]), labels=known)
 
 
-def _predict(model: Encoder, pixels: Tensor, classifier: Tensor) -> Tensor:
-    features = model.encode_image(model.normalize(pixels))
-    return predict(features.float(), classifier.to(features.device).float()).cpu()
-
-
-def check_attack(n_classes: int, trigger: Twin | None, target: int | None) -> None:
+def check_attack(n_classes: int, trigger: object, target: int | None) -> None:
     """Raises ValueError unless trigger and target come together and the target is one of the classes."""
     if (trigger is None) != (target is None):
         given, lacking = ("a target", "trigger") if trigger is None else ("a trigger", "target")
         raise ValueError(
             f"expected a trigger and a target, or neither; received {given} alone; pass the {lacking} too"
         )
-    if target is not None and not 0 <= target < n_classes:
-        raise ValueError(
-            f"expected a target in 0..{n_classes - 1}, the classifier's classes; received {target}; "
-            "`decompclip.data.images.class_index` finds it by name"
-        )
-
-
-def _check(n: int, names: Sequence[str], batch_size: int) -> None:
-    if len(names) != n:
-        raise ValueError(
-            f"expected a name for each of the classifier's {n} classes; received {len(names)}; pass the names "
-            "that the classifier was built from"
-        )
-    if batch_size < 1:
-        raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
+    if target is not None:
+        check_target(target, n_classes)
 
 
 def _check_batch(batch: Any, seen: int) -> None:
@@ -235,6 +281,8 @@ def _check_batch(batch: Any, seen: int) -> None:
             f"expected a class for every image; received none from image {seen} on; sort the images into folders "
             "named after the classes"
         )
+    if isinstance(batch.images, Decomposition):
+        return
     low, high = (float(x) for x in batch.images.aminmax())
     if low < 0 or high > 1:
         raise ValueError(

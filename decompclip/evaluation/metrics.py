@@ -235,8 +235,14 @@ def _check(
         )
     if not len(predictions):
         raise ValueError("expected predictions of at least one image; received none; check the image source")
-    if target is not None and (target < 0 or (n_classes is not None and target >= n_classes)):
+    if target is not None:
+        check_target(target, n_classes)
+
+
+def check_target(target: int, n_classes: int | None) -> None:
+    """Raises ValueError where the target is no class."""
+    if target < 0 or (n_classes is not None and target >= n_classes):
         raise ValueError(
-            f"expected the target's index in the class list, 0..{'' if n_classes is None else n_classes - 1}; "
-            f"received {target}; `decompclip.data.images.class_index` finds it by name"
+            f"expected a target in 0..{'' if n_classes is None else n_classes - 1}, the classifier's classes; received "
+            f"{target}; `decompclip.data.images.class_index` finds it by name"
         )

@@ -21,6 +21,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.maps import Convention
 from decompclip.intervals import Z
+from decompclip.moved import renamed
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import Part, grid, parts_of, position
 from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction, tower
@@ -157,6 +158,7 @@ class Effects(Result):
         return f"Effects({what}; correlation of direct and causal {self.correlation:.2f})"
 
 
+@renamed(classifier="toward")
 @torch.no_grad()
 def direct_and_causal(
     model: HookedViT | HookedCLIP,

@@ -1,9 +1,8 @@
 """Do maps find a trigger? Share of the positive contribution in a mask, and the pointing game (docs/method.md, section 4).
 
-Scores count patches: a patch is inside where the mask touches it, since a token mixes all its pixels. The pointing
-game (Zhang et al., 2016) asks whether the strongest patch is inside. Beside both stands chance, the share of
-patches that are inside: an image that is all trigger is found by any map. The control is the same mask on the
-clean twin, where there is nothing to find.
+Scores count patches: a patch is inside where the mask touches it, since a token mixes all its pixels. The pointing game
+(Zhang et al., 2016) asks whether the strongest patch is inside. Chance is the share of patches that are inside. The
+control is the same mask on the paired clean image, where there is nothing to find.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decompclip.operators.tokens import MapKind, TokenMaps, facts_table
+from decompclip.intervals import Rate, Z
+from decompclip.operators.tokens import MapKind, TokenMaps
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,7 @@ MAX_ROWS = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MaskScores:
+class MaskScores(Result):
     """How well maps point to a mask.
 
     Attributes:
@@ -50,6 +51,8 @@ class MaskScores:
     kind: MapKind
     toward: str
     inside: Inside
+
+    largest = "share"
 
     @property
     def mean_share(self) -> Float[Tensor, " map"]:
@@ -126,7 +129,6 @@ class MaskScores:
 
     def _share_points(self, order: list[int]) -> list[Point]:
         from decompclip.figures.scatter import Point
-        from decompclip.intervals import Z
 
         frame = self.to_frame().iloc[order]
         half = (Z * frame["share_error"]).fillna(0.0)
@@ -136,25 +138,16 @@ class MaskScores:
 
     def _hit_points(self, order: list[int]) -> list[Point]:
         from decompclip.figures.scatter import Point
-        from decompclip.intervals import Rate
 
         return [Point.of(Rate.of(self.hit[i]).to_dict()) for i in order]
 
-    def _facts(self) -> dict[str, str]:
-        best = self.order[0]
-        return {
-            "maps": f"{len(self.labels)} of {self.kind}" + (f" toward {self.toward}" if self.toward else ""),
-            "images": str(len(self)),
-            "highest": f"{self.labels[best]}, share {float(self.mean_share[best]):.3f}, "
-            f"hits {float(self.hit_rate[best]):.3f}",
-            "chance": f"{float(self.chance.mean()):.3f}",
-        }
-
     def __repr__(self) -> str:
-        return f"MaskScores({'; '.join(f'{k}: {v}' for k, v in self._facts().items())})"
-
-    def _repr_html_(self) -> str:
-        return facts_table("MaskScores", self._facts())
+        best, toward = self.order[0], f" toward {self.toward}" if self.toward else ""
+        return (
+            f"MaskScores({len(self.labels)} maps of {self.kind}{toward}, {len(self)} images; highest {self.labels[best]}, "
+            f"share {float(self.mean_share[best]):.3f}, hits {float(self.hit_rate[best]):.3f}; chance "
+            f"{float(self.chance.mean()):.3f})"
+        )
 
 
 def score_masks(

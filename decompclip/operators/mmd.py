@@ -1,11 +1,11 @@
-"""Squared MMD of many labellings at once, in blocks of the kernel matrix (Gretton et al., JMLR 2012).
+"""Maximum mean discrepancy (MMD) of components' terms on two sets of images (docs/method.md, section 4; paper, figures 3 and 8d).
 
-Maximum mean discrepancy of components' terms on two sets of images (docs/method.md, section 4; paper, figures 3 and 8d).
+Squared MMD (Gretton et al., JMLR 2012) of the observed sets and of many relabelled ones at once, block by block of the
+kernel matrix.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.moved import renamed
 from decompclip.operators.parts import Part, Points, check_alike, grid, position
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def labellings(
-    n: int, m: int, permutations: int, twins: bool, generator: torch.Generator
+    n: int, m: int, permutations: int, paired: bool, generator: torch.Generator
 ) -> Bool[Tensor, "image labelling"]:
     """Which images count as the first set: as they are, then relabelled."""
     labels = torch.zeros(n + m, permutations + 1, dtype=torch.bool)
     labels[:n, 0] = True
-    if twins:
+    if paired:
         kept = torch.rand(n, permutations, generator=generator) < 0.5
         labels[:, 1:] = torch.cat([kept, ~kept])
         return labels
@@ -55,7 +57,7 @@ def statistics(
     sigma: float,
     n: int,
     unbiased: bool,
-    twins: bool,
+    paired: bool,
     block: int,
 ) -> tuple[Float[Tensor, " labelling"], Float[Tensor, ""]]:
     """Squared MMD of every labelling, from blocks of `E = kernel - 1`; and the mean size of an entry of E.
@@ -73,7 +75,7 @@ def statistics(
             E = torch.expm1(_squared_distances(x, y) / (-2 * sigma**2))
             if start == other:
                 E.fill_diagonal_(0)
-            if twins and unbiased:  # image i is the twin of image n + i
+            if paired and unbiased:  # image i belongs to image n + i
                 for offset in {start + n - other, start - n - other}:
                     if -len(x) < offset < len(y):
                         E.diagonal(offset).zero_()
@@ -86,7 +88,7 @@ def statistics(
     between, rest = toward_all - within, total - 2 * toward_all + within
     if not unbiased:
         return within / n**2 + rest / m**2 - 2 * between / (n * m), size
-    pairs = n * (n - 1) if twins else n * m
+    pairs = n * (n - 1) if paired else n * m
     return within / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * between / pairs, size
 
 
@@ -96,7 +98,7 @@ def _squared_distances(x: Float[Tensor, "a point"], y: Float[Tensor, "b point"])
 
 
 Kernel = Literal["unbiased", "paper"]
-Terms = Decomposition | Iterable[Decomposition]
+Batches = Decomposition | Iterable[Decomposition]
 
 PAPER_BANDWIDTH, PAPER_SCALE = 10.0, 1000.0
 MEDIAN_OF = 1000
@@ -110,8 +112,8 @@ FIRST, ENOUGH = 999, 100
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MMD:
-    """How far apart two sets of images are in the terms of each part.
+class MMD(Result):
+    """How far apart two sets of images are in the terms of each component.
 
     Attributes:
         parts: single heads and MLPs, or (`layer_mmd`) all heads of each layer and the MLPs.
@@ -122,7 +124,7 @@ class MMD:
         adjusted: Benjamini and Hochberg's p-values, over the parts; see `least_adjusted`.
         bandwidths: of the Gaussian kernel.
         counts: images of either set.
-        twins: whether image i of the one set was taken as the twin of image i of the other.
+        paired: whether image i of the one set belongs to image i of the other.
     """
 
     parts: tuple[Part, ...]
@@ -133,10 +135,12 @@ class MMD:
     kernel: Kernel
     counts: tuple[int, int]
     permutations: int
-    twins: bool
+    paired: bool
     seed: int
     n_layers: int
     n_heads: int
+
+    largest = "mmd"
 
     @property
     def heads(self) -> Float[Tensor, "layer head"]:
@@ -240,22 +244,19 @@ class MMD:
         if self.permutations:
             least = f"{self.least_adjusted:.3g}"
             tested = f"{self.permutations} permutations, adjusted p of a part alone at least {least}"
-        pairs = "twins" if self.twins else "images"
-        return f"MMD({len(self)} parts, {self.kernel} kernel, {self.counts[0]} and {self.counts[1]} {pairs}, {tested})"
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().sort_values("mmd", ascending=False).head(20).to_html(index=False)
-        return f"<p>{html.escape(repr(self))}; the largest first</p>{table}"
+        images = "paired images" if self.paired else "images"
+        return f"MMD({len(self)} parts, {self.kernel} kernel, {self.counts[0]} and {self.counts[1]} {images}, {tested})"
 
 
+@renamed(twins="paired")
 def head_mmd(
-    a: Terms,
-    b: Terms,
+    a: Batches,
+    b: Batches,
     *,
     components: Components | None = None,
     kernel: Kernel = "unbiased",
     permutations: int | None = None,
-    twins: bool = False,
+    paired: bool = False,
     block: int = 1024,
     seed: int = 0,
 ) -> MMD:
@@ -265,54 +266,58 @@ def head_mmd(
     stream, the asked-for components' coordinates are kept (d_head numbers a head and image), no terms.
 
     Args:
-        a, b: decompositions, or streams of batches, for instance of clean and of triggered images.
+        a: a decomposition, or a stream of batches, for instance of clean images.
+        b: the same of the others, for instance of triggered images.
         components: which; by default all heads and all MLPs.
         kernel: "unbiased": U-statistic, Gaussian kernel as wide as the median distance between images;
             "paper": V-statistic, bandwidth 10, times 1000, which on terms this small is ten times the squared
             distance of the means.
-        permutations: relabellings for the p-values, the same for every component; 0 for none. A component that
-            differs alone among k is told, at a rate of 5 %, by 20 k of them and no fewer; by default so many, and
-            at least 999. Past 999 they are made for parts whose p-value is not above 0.1 by then: the others' p-values
-            count 999, and the test stays valid (a part can only lose significance by it).
-        twins: image i of `a` and of `b` are one image, but for the trigger. Twins are not independent: labels are
-            then swapped within pairs only, and pairs left out of the unbiased estimate.
+        permutations: relabellings for the p-values, the same for every component; 0 for none. To find one of k components
+            that differs alone, at a rate of 5 %, takes 20 k of them; by default so many, and at least 999. A component
+            whose p-value is above 0.1 after 999 gets no more, which can only cost it significance: the test stays valid.
+        paired: image i of `a` and of `b` are one image, but for the trigger. Paired images are not independent: labels
+            are then swapped within pairs only, and pairs left out of the unbiased estimate.
         block: images a side of a block.
         seed: of the relabellings, and of the images among which the median is taken, past 1000.
+
+    Returns:
+        The squared MMD of each component, with its p-value.
 
     Raises:
         IndexError: a component that the tower does not have.
         TypeError: a stream of something else.
-        ValueError: an unknown kernel, fewer than two images a side, twins that are not as many, or terms that are
+        ValueError: an unknown kernel, fewer than two images a side, paired images that are not as many, or terms that are
             not finite or of different models or options.
     """
     components = heads | mlps if components is None else components
-    return _mmd(a, b, components, kernel, permutations, twins, block, seed)
+    return _mmd(a, b, components, kernel, permutations, paired, block, seed)
 
 
+@renamed(twins="paired")
 def layer_mmd(
-    a: Terms,
-    b: Terms,
+    a: Batches,
+    b: Batches,
     *,
     kernel: Kernel = "unbiased",
     permutations: int | None = None,
-    twins: bool = False,
+    paired: bool = False,
     block: int = 1024,
     seed: int = 0,
 ) -> MMD:
-    """Squared MMD of what all heads of a layer write together, and of the layer's MLP (paper, figure 8d).
+    """Squared MMD of the heads of each layer together, and of each layer's MLP (paper, figure 8d).
 
-    Args and errors as `head_mmd`.
+    Arguments and errors as `head_mmd`.
     """
-    return _mmd(a, b, None, kernel, permutations, twins, block, seed)
+    return _mmd(a, b, None, kernel, permutations, paired, block, seed)
 
 
 def _mmd(
-    a: Terms,
-    b: Terms,
+    a: Batches,
+    b: Batches,
     components: Components | None,
     kernel: Kernel,
     permutations: int | None,
-    twins: bool,
+    paired: bool,
     block: int,
     seed: int,
 ) -> MMD:
@@ -328,22 +333,22 @@ def _mmd(
     n, m = len(one), len(two)
     if min(n, m) < 2:
         raise ValueError(f"expected at least two images a side; received {n} and {m}; add images")
-    if twins and n != m:
+    if paired and n != m:
         raise ValueError(
-            f"expected twins, as many images on either side; received {n} and {m}; leave out images without a "
-            "twin, or pass twins=False"
+            f"expected paired images, as many on either side; received {n} and {m}; leave out images that have no "
+            "partner, or pass paired=False"
         )
     if permutations is None:
         permutations = max(FIRST, math.ceil(len(one.parts) / RATE))
     generator = torch.Generator().manual_seed(seed)
-    labels = labellings(n, m, permutations, twins, generator)
+    labels = labellings(n, m, permutations, paired, generator)
     subset = torch.randperm(n + m, generator=generator)[:MEDIAN_OF]
     values, p_values, bandwidths = [], [], []
     for index in range(len(one.parts)):
         points = torch.cat([one[index].cpu(), two[index].cpu()]).double()
         points = points - points.mean(0)  # distances stay, and lose fewer digits
         sigma = PAPER_BANDWIDTH if kernel == "paper" else median_distance(points[subset])
-        options = (sigma, n, kernel == "unbiased", twins, block)
+        options = (sigma, n, kernel == "unbiased", paired, block)
         found, size = statistics(points, labels[:, : FIRST + 1], *options)
         p_value = _p_value(found, size)
         if permutations > FIRST and p_value * (FIRST + 1) <= ENOUGH:
@@ -362,7 +367,7 @@ def _mmd(
         kernel=kernel,
         counts=(n, m),
         permutations=permutations,
-        twins=twins,
+        paired=paired,
         seed=seed,
         n_layers=one.maps.heads.shape[0],
         n_heads=one.maps.heads.shape[1],

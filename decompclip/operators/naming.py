@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from scipy.stats import binomtest
-
+from decompclip.intervals import Rate
 from decompclip.operators.parts import Part, position
 from decompclip.operators.probes import Probes
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +27,7 @@ NOTHING = "none"
 
 
 @dataclass(frozen=True, repr=False)
-class Naming:
+class Naming(Result):
     """How much texts speak of each property.
 
     Attributes:
@@ -78,10 +77,6 @@ class Naming:
 
     def __repr__(self) -> str:
         return f"Naming({self.property}: {', '.join(f'{name} {x:.0%}' for name, x in self.shares.items())})"
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().to_html(index=False, float_format="%.2f")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 def named_property(
@@ -135,7 +130,7 @@ def _mentions(texts: Sequence[str], values: Sequence[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Agreement:
+class Agreement(Result):
     """Whether the texts of each part name the property that a probe says it encodes.
 
     Attributes:
@@ -167,8 +162,8 @@ class Agreement:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
-        found = binomtest(self.count, len(self.parts)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        rate = Rate(self.count, len(self.parts))
+        return rate.low, rate.high
 
     def to_frame(self) -> pd.DataFrame:
         """One row a part."""
@@ -206,10 +201,6 @@ class Agreement:
             f"Agreement({self.count} of {len(self.parts)} parts, {100 * self.share:.0f} % [{100 * low:.0f}, "
             f"{100 * high:.0f}], kappa {self.kappa:.2f}; {len(self.left_out)} parts encode too little)"
         )
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().to_html(index=False)
-        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 def agreement(

@@ -6,7 +6,6 @@ the model. All neurons of an MLP and its output bias sum to the MLP's term.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from decompclip.decomposition.maps import Convention, frozen, wide
 from decompclip.decomposition.terms import Rows as PooledRows
 from decompclip.operators.ablation import Rows, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
+from decompclip.results import Result
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
 
@@ -34,7 +34,7 @@ SHOWN = 30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NeuronTerms:
+class NeuronTerms(Result):
     """Terms of some neurons, for a batch of images.
 
     Attributes:
@@ -52,6 +52,8 @@ class NeuronTerms:
     maps: Float[Tensor, "pool_head neuron d_embed"]
     convention: Convention
     normalized: bool
+
+    largest = "length"
 
     @property
     def terms(self) -> Float[Tensor, "batch neuron d_embed"]:
@@ -103,11 +105,6 @@ class NeuronTerms:
 
     def __repr__(self) -> str:
         return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
-
-    def _repr_html_(self) -> str:
-        largest = self.to_frame().nlargest(20, "length")
-        table: str = largest.to_html(index=False, float_format="{:.4f}".format)
-        return f"<p>{html.escape(repr(self))}; the longest terms first</p>{table}"
 
 
 @torch.no_grad()

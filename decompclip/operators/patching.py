@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.models.gradients import differentiable
+from decompclip.moved import renamed
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
 from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT
@@ -197,6 +198,7 @@ class Patching(TwoRuns):
         return f"Patching({self.method}{checked}: {sites}; {len(self.base)} images, gap {self.gap:.3f})"
 
 
+@renamed(score="toward")
 def activation_patching(
     model: HookedViT | HookedCLIP,
     base: ImageBatches,
@@ -251,6 +253,7 @@ def _patch_all(
     return Patching(effects, before, after, by_token, "exact")
 
 
+@renamed(score="toward")
 @differentiable
 def attribution_patching(
     model: HookedViT | HookedCLIP,
@@ -385,9 +388,7 @@ def over_batches(patch: Callable[[Tensor, Tensor], Runs], base: ImageBatches, so
         raise ValueError(
             "expected base and source both as one batch or both as batches; received batches and a tensor"
         )
-    pairs: Iterable[tuple[Any, Any]] = (
-        [(base, source)] if isinstance(base, Tensor) else zip(base, source, strict=True)
-    )
+    pairs: Any = [(base, source)] if isinstance(base, Tensor) else zip(base, source, strict=True)
     found = None
     for ours, theirs in pairs:
         for name, images in (("base", ours), ("source", theirs)):

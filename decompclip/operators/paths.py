@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, Part, everything, resolve
+from decompclip.moved import renamed
 from decompclip.operators.patching import ImageBatches, TwoRuns, over_batches, record, writing
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
 from decompclip.tower.config import ViTConfig
@@ -84,6 +85,7 @@ class PathPatching(TwoRuns):
         return f"PathPatching({self.sender!r} to {receivers} receivers, {len(self.base)} images)"
 
 
+@renamed(score="toward")
 def path_patching(
     model: HookedViT | HookedCLIP,
     base: ImageBatches,

@@ -6,7 +6,6 @@ guessed. Whether TEXTSPAN's words name the same property: `decompclip.operators.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binomtest
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.intervals import wilson
 from decompclip.operators.parts import Part, Points, grid, position
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ COPY = 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Probes:
+class Probes(Result):
     """How well each property can be read off each part, on images held out.
 
     Attributes:
@@ -56,6 +56,8 @@ class Probes:
     seed: int
     n_layers: int
     n_heads: int
+
+    largest = "gain"
 
     @property
     def gain(self) -> Float[Tensor, "part property"]:
@@ -89,9 +91,9 @@ class Probes:
         for i, part in enumerate(self.parts):
             for j, name in enumerate(self.properties):
                 accuracy = float(self.accuracy[i, j])
-                interval = binomtest(round(accuracy * held_out), held_out).proportion_ci(method="wilson")
-                row = {"part": str(part), "property": name, "accuracy": accuracy}
-                row |= {"low": interval.low, "high": interval.high, "chance": float(self.chance[j])}
+                low, high = wilson(accuracy, held_out)
+                row = {"part": str(part), "property": name, "accuracy": accuracy, "low": low, "high": high}
+                row |= {"chance": float(self.chance[j])}
                 rows.append(row | {"gain": float(self.gain[i, j]), "explained": float(self.explained[i, j])})
         return pd.DataFrame(rows)
 
@@ -117,10 +119,6 @@ class Probes:
             f"Probes({len(self.parts)} parts, {', '.join(self.properties)}; trained on {trained} images, scored on "
             f"{held_out})"
         )
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().sort_values("gain", ascending=False).head(20).to_html(index=False)
-        return f"<p>{html.escape(repr(self))}; the largest gains first</p>{table}"
 
 
 def probe(
@@ -184,15 +182,13 @@ def probe(
             )
     model = estimator or make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
-    def fresh() -> Any:
-        return clone(model)
-
     accuracy = torch.zeros(len(points.parts), len(labels), dtype=torch.float64)
     explained = torch.zeros_like(accuracy)
     for i in range(len(points.parts)):
         x = points[i].double().cpu().numpy()
         for j, y in enumerate(labels.values()):
-            fitted = fresh().fit(x[train], y[train])
+            fitted: Any = clone(model)
+            fitted.fit(x[train], y[train])
             accuracy[i, j] = float((fitted.predict(x[test]) == y[test]).mean())
             explained[i, j] = _explained(x, y)
     modes = [np.bincount(y[train]).argmax() for y in labels.values()]

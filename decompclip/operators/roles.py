@@ -8,7 +8,6 @@ shrunken spans would miss the very value it is meant for.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.maps import one_thread
+from decompclip.intervals import CONFIDENCE
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 
-CONFIDENCE = 0.95
 EXACT = 1e-6
 """Relative size under which an axis of a span is rounding of the features."""
 
@@ -49,14 +49,6 @@ class Described(Protocol):
     def features(self) -> Float[Tensor, "text d_embed"]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Description:
-    """Texts and their features (`model.encode_text(texts)`), where no result has both."""
-
-    texts: Sequence[str]
-    features: Float[Tensor, "text d_embed"]
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A number, its 95 % bootstrap interval, and what random texts of the pool would give."""
@@ -72,7 +64,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoleChange:
+class RoleChange(Result):
     """How alike two descriptions are.
 
     Attributes:
@@ -131,10 +123,6 @@ class RoleChange:
             f"RoleChange(similarity {self.similarity}; overlap {self.overlap}; {len(self.shared)} of "
             f"{len(self.before)} texts kept)"
         )
-
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().to_html(index=False, float_format="%.3f", na_rep="")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
 
 
 def role_change(

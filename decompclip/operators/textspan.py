@@ -1,24 +1,21 @@
-"""The greedy choice of TEXTSPAN, from moments alone (Gandelsman et al., ICLR 2024, algorithm 1; docs/method.md, section 4).
+"""TEXTSPAN: what a component contributes, in words (Gandelsman et al., ICLR 2024, algorithm 1; docs/method.md, section 4).
 
-The algorithm sees a component's terms C [image d_embed] only through products of texts with their spread:
-`std(C t)^2 = t Sigma t`. So it runs on `Sigma` in an orthonormal frame of the subspace that the texts are projected on,
-where a head has d_head numbers for d_embed. Removing a direction u from C and from all texts leaves `Sigma` as it is
-for texts that are already without u; the scores follow by a rank-one update:
+    textspan(model, layer, head)                  one head, on default images and texts
+    textspans(model, heads[-1] | mlps[-1])        several components at once
+    fit_textspans(moments, texts)                 without a model: from moments and encoded texts
+
+Texts are projected on the span of the component's terms. Then, again and again, the text along whose projection the
+terms vary most is picked, and its direction is removed from terms and texts.
+
+The algorithm sees the terms C [image d_embed] only through products of texts with their spread: `std(C t)^2 = t Sigma t`.
+So it runs on `Sigma`, in an orthonormal frame of the subspace that the texts are projected on, where a head has d_head
+numbers instead of d_embed. Removing a direction u leaves `Sigma` as it is for texts that are already without u; the
+scores follow by a rank-one update:
 
     t' = t - (t u) u        t' Sigma t' = t Sigma t - 2 (t u) (t Sigma u) + (t u)^2 (u Sigma u)
 
-Two products of the texts with a vector a pick, for all components at once; nothing grows with the number of images.
-All in fp64: fp32 would flip picks that are nearly equal.
-
-TEXTSPAN: what a component writes, in words (Gandelsman et al., ICLR 2024, algorithm 1; paper, appendix E).
-
-textspan(model, layer, head)                  one head, on default images and texts
-textspans(model, heads[-1] | mlps[-1])        several components at once
-fit_textspans(moments, texts)                 without a model: from moments and encoded texts
-
-Texts are projected on the span of the component's terms; then, again and again, the text along whose projection the
-terms vary most is picked, and its direction is removed from terms and texts. Only mean and second moment of the terms
-are needed (`textspan_greedy`), so that memory does not grow with the number of images.
+That is two products of the texts with a vector a pick, for all components at once; nothing grows with the number of
+images. All in fp64: fp32 would flip picks that are nearly equal.
 """
 
 from __future__ import annotations
@@ -59,18 +56,37 @@ FLOOR = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
-class Terms:
+class TermMoments:
     """Moments of the terms of some components of one kind, fp64.
 
     Attributes:
-        second: mean outer product of the coordinates.
-        covariance: the same about the mean.
+        mean: of the coordinates.
+        covariance: of the coordinates.
         maps: from coordinates to the joint space; None where the coordinates are the terms.
     """
 
-    second: Float[Tensor, "component coord coord"]
+    mean: Float[Tensor, "component coord"]
     covariance: Float[Tensor, "component coord coord"]
     maps: Float[Tensor, "component coord d_embed"] | None = None
+
+    @staticmethod
+    def of(moments: Moments, parts: Sequence[Part]) -> TermMoments:
+        name, places = parts[0].field, [part.place for part in parts]
+        covariance, mean = moments.covariance(name), getattr(moments, name)
+        maps = torch.stack([moments.maps.heads[at] for at in places]).double() if name == "coords" else None
+        return TermMoments(
+            torch.stack([mean[at] for at in places]), torch.stack([covariance[at] for at in places]), maps
+        )
+
+    @property
+    def second(self) -> Float[Tensor, "component coord coord"]:
+        """The mean outer product of the coordinates."""
+        return self.covariance + self.mean[:, :, None] * self.mean[:, None, :]
+
+    @property
+    def wide_mean(self) -> Float[Tensor, "component d_embed"]:
+        """The mean term, in the joint space."""
+        return self.mean if self.maps is None else torch.einsum("cx,cxd->cd", self.mean, self.maps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +122,7 @@ class Picks:
 
 
 def frame(
-    terms: Terms,
+    terms: TermMoments,
     *,
     limit: int | None,
     centred: bool,
@@ -214,9 +230,12 @@ def textspan(
     convention: Convention = "centred",
     batch_size: int = 32,
 ) -> TextSpan:
-    """Descriptions of one head, or of the MLP of a layer (`head="mlp"`).
+    """Descriptions of one head, or of the MLP of a layer.
 
     Args:
+        model: whose texts and images tower are read.
+        layer: its number; -1 is the last.
+        head: its number, or "mlp".
         images: as the tower takes them, in one tensor or in batches; a source such as `FolderSource`; or what they left
             behind, `Moments` or a `Decomposition`. By default drawings of the Shapes world: right for the bundled
             models, a stopgap with a warning for others.
@@ -229,8 +248,11 @@ def textspan(
         centred: whether that space is of the terms about their mean; the published algorithm takes them as they are.
         tolerance: singular values of the terms up to this share of the largest do not count for their rank; by default
             what rounding leaves in the terms' precision (fp32, or fp64 for a model in fp64).
-        convention: of the decomposition; what `images` that were decomposed before have goes first.
+        convention: of the decomposition; that of `images` that were decomposed before goes first.
         batch_size: of the forward passes.
+
+    Returns:
+        The texts in the order of the picks, with the variance that they explain.
 
     Raises:
         IndexError: the model has no such layer or head.
@@ -256,7 +278,14 @@ def textspans(
     convention: Convention = "centred",
     batch_size: int = 32,
 ) -> TextSpans:
-    """Descriptions of several components, from one pass over the images; see `textspan`.
+    """Descriptions of several components, from one pass over the images.
+
+    Args:
+        model, images, texts, n_texts, rank, centred, tolerance, convention, batch_size: as `textspan`.
+        components: which.
+
+    Returns:
+        One `TextSpan` a component.
 
     Raises:
         IndexError, ValueError: as `textspan`.
@@ -294,7 +323,16 @@ def fit_textspans(
     centred: bool = False,
     tolerance: float | None = None,
 ) -> TextSpans:
-    """Descriptions of components from moments and encoded texts; see `textspan`.
+    """Descriptions of components from moments and encoded texts.
+
+    Args:
+        moments: of the images' terms.
+        texts: to pick from.
+        components: which.
+        n_texts, rank, centred, tolerance: as `textspan`.
+
+    Returns:
+        One `TextSpan` a component.
 
     Raises:
         IndexError: the moments' tower has no such component.
@@ -319,12 +357,12 @@ def fit_textspans(
     spans: list[TextSpan] = []
     for chunk in _chunks(parts, moments, len(texts)):
         _check_count(moments, chunk[0], rank, limit, centred)
-        terms = _terms(moments, chunk)
+        terms = TermMoments.of(moments, chunk)
         space = frame(
             terms, limit=limit, centred=centred, tolerance=tolerance, dtype=moments.maps.heads.dtype
         )
         picks = pick(space, features, n_texts)
-        means = _means(moments, chunk)
+        means = terms.wide_mean
         for row, part in enumerate(chunk):
             kept = picks.texts[row] >= 0
             indices = picks.texts[row][kept].tolist()
@@ -356,24 +394,6 @@ def _chunks(parts: Sequence[Part], moments: Moments, n_texts: int) -> Iterator[l
         width = getattr(moments, alike[0].field).shape[-1]
         size = max(1, CHUNK // (width * max(n_texts, width)))
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def _terms(moments: Moments, parts: Sequence[Part]) -> Terms:
-    name, places = parts[0].field, [part.place for part in parts]
-    covariance = moments.covariance(name)
-    mean = getattr(moments, name)
-    spread = torch.stack([covariance[at] for at in places])
-    means = torch.stack([mean[at] for at in places])
-    maps = torch.stack([moments.maps.heads[at] for at in places]).double() if name == "coords" else None
-    return Terms(spread + means[:, :, None] * means[:, None, :], spread, maps)
-
-
-def _means(moments: Moments, parts: Sequence[Part]) -> list[Tensor]:
-    """The mean terms in the joint space."""
-    mean = getattr(moments, parts[0].field)
-    if parts[0].kind != "heads":
-        return [mean[part.place] for part in parts]
-    return [mean[part.place] @ moments.maps.heads[part.place].double() for part in parts]
 
 
 def _check_numbers(n_texts: int, rank: Rank, tolerance: float | None) -> None:

@@ -1,8 +1,7 @@
-"""TextSpan and TextSpans: descriptions that span what components write, and what is lost when only those are kept."""
+"""Descriptions of components by texts (`TextSpan`), and what is lost when only those are kept."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, overload
@@ -16,6 +15,8 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import one_thread
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.parts import Head, Part, part_at, parts_of
+from decompclip.operators.scores import ClassScore
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextSpan:
+class TextSpan(Result):
     """The descriptions of one component, in the order in which they were picked.
 
     Attributes:
@@ -110,17 +111,9 @@ class TextSpan:
         more = f", ... {len(self)} texts" if len(self) > 3 else ""
         return f"TextSpan({self.part}: {first}{more}; {self.explained:.0%} of the variance)"
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(text)}</td><td>{share:.1%}</td></tr>"
-            for text, share in zip(self.texts, self.variance_explained.tolist(), strict=True)
-        )
-        head = "<tr><th>text</th><th>variance explained, cumulative</th></tr>"
-        return f"<table><caption>{html.escape(str(self.part))}</caption>{head}{rows}</table>"
-
 
 @dataclass(frozen=True, repr=False)
-class ReconstructionAccuracy:
+class ReconstructionAccuracy(Result):
     """Zero-shot accuracy with components as they are, as their texts give them, and at their means.
 
     Attributes:
@@ -163,13 +156,9 @@ class ReconstructionAccuracy:
             f"{self.mean_ablated:.1%} with means; {self.n_images} images)"
         )
 
-    def _repr_html_(self) -> str:
-        table: str = self.to_frame().to_html(index=False, float_format="%.3f")
-        return f"<p>{html.escape(repr(self))}</p>{table}"
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextSpans:
+class TextSpans(Result):
     """The descriptions of several components.
 
     Attributes:
@@ -180,6 +169,8 @@ class TextSpans:
     spans: tuple[TextSpan, ...]
     means: Moments
     settings: dict[str, Any] = field(default_factory=dict)
+
+    largest = "variance_explained"
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -258,9 +249,10 @@ class TextSpans:
                 "one data set"
             )
 
+        right = ClassScore(classifier, labels, metric="accuracy")
+
         def score(x: Decomposition) -> float:
-            right = (x.features @ classifier.to(x.features).T).argmax(1) == labels.to(x.features.device)
-            return float(right.double().mean())
+            return float(right(x.features).mean())
 
         return ReconstructionAccuracy(
             plain=score(d),
@@ -275,6 +267,13 @@ class TextSpans:
         import pandas
 
         return pandas.concat([span.to_frame() for span in self.spans], ignore_index=True)
+
+    def _shown(self) -> pandas.DataFrame:
+        """One row a component."""
+        import pandas
+
+        rows = [(str(span.part), "; ".join(span.texts[:5]), span.explained) for span in self.spans]
+        return pandas.DataFrame(rows, columns=["component", "first texts", "variance_explained"])
 
     def figure(self, n_texts: int = 3) -> go.Figure:
         """How much of each component's variance its first `n_texts` texts explain; which they are on hovering.
@@ -312,15 +311,6 @@ class TextSpans:
     def __repr__(self) -> str:
         words = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
         return f"TextSpans({len(self)} components; {words})"
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(str(span.part))}</th><td>{html.escape('; '.join(span.texts[:5]))}</td>"
-            f"<td>{span.explained:.1%}</td></tr>"
-            for span in self.spans
-        )
-        head = "<tr><th>component</th><th>first texts</th><th>variance explained</th></tr>"
-        return f"<table>{head}{rows}</table>"
 
 
 def _inverse(maps: Float[Tensor, "coord d_embed"]) -> Float[Tensor, "d_embed coord"]:

@@ -307,28 +307,17 @@ class TokenMaps:
             self.pictures,
         )
 
-    def _facts(self) -> dict[str, str]:
-        shown = ", ".join(self.labels[:6]) + (
-            f" and {extra} more" if (extra := len(self.labels) - 6) > 0 else ""
-        )
-        rows, columns = self.patches.shape[2:]
-        facts = {"maps": shown, "images": str(len(self)), "patches": f"{rows} x {columns}"}
-        facts["other tokens"] = str(self.prefix.shape[2])
-        return facts | ({"toward": self.toward} if self.toward else {})
-
     def __repr__(self) -> str:
-        return f"TokenMaps({self.kind}: {', '.join(f'{k}: {v}' for k, v in self._facts().items())})"
+        shown, extra = ", ".join(self.labels[:6]), len(self.labels) - 6
+        rows, columns = self.patches.shape[2:]
+        toward = f", toward {self.toward}" if self.toward else ""
+        return (
+            f"TokenMaps({self.kind}: {shown}{f' and {extra} more' if extra > 0 else ''}; {len(self)} images, {rows} x "
+            f"{columns} patches and {self.prefix.shape[2]} other tokens{toward})"
+        )
 
     def _repr_html_(self) -> str:
-        return facts_table(f"TokenMaps: {self.kind}", self._facts())
-
-
-def facts_table(caption: str, facts: dict[str, str]) -> str:
-    """A small table for notebooks, with everything in it escaped."""
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()
-    )
-    return f"<table><caption>{escape(caption)}</caption>{rows}</table>"
+        return f"<p>{escape(repr(self))}</p>"
 
 
 def _place(index: int, size: int, what: str) -> int:

@@ -20,7 +20,7 @@ import torch
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
-from decompclip.evaluation.evaluate import Evaluation, Labelled, Twin, check_attack, evaluate
+from decompclip.evaluation.evaluate import Evaluation, Labelled, TriggerFunction, check_attack, evaluate
 from decompclip.files import atomic_write
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable
@@ -285,7 +285,7 @@ class Monitor:
     data: Labelled | Iterable[Any]
     class_names: Sequence[str]
     templates: Sequence[Template]
-    trigger: Twin | None = None
+    trigger: TriggerFunction | None = None
     target: int | None = None
     every: int | None = None
     batch_size: int = 256

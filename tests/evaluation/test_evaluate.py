@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from decompclip.evaluation.evaluate import Evaluation, evaluate
+from decompclip.data.shapes import Shapes
+from decompclip.decomposition.components import mlps
+from decompclip.evaluation.evaluate import DecomposedImages, Evaluation, evaluate
 from decompclip.intervals import Rate, wilson
+from decompclip.models.bundled import load_bundled
+from decompclip.operators.ablation import ZeroAblate
 
 CLASSIFIER = torch.eye(3)
 NAMES = ["red", "green", "blue"]
@@ -220,3 +224,19 @@ def test_images_that_cannot_be_scored_are_refused() -> None:
         evaluate(CornerReader(), Coloured(labelled=False), CLASSIFIER)
     with pytest.raises(ValueError, match=r"expected labels in 0\.\.1; received 0\.\.2"):
         evaluate(CornerReader(), Coloured(), torch.eye(3)[:2])
+
+
+def test_an_edited_decomposition_scores_as_its_features_do() -> None:
+    """Of an edit: each set of images decomposed, the triggered ones without those of the target's class."""
+    model = load_bundled("shapes")
+    batch = Shapes(24, seed=3).draw(range(24))
+    d = model.decompose(model.normalize(batch.images), normalize=True)
+    classifier = model.zero_shot_classifier(Shapes(24).class_names)
+    others = batch.labels != 2
+    edit = ZeroAblate(mlps[-1:])
+    clean, triggered = DecomposedImages(d, batch.labels), DecomposedImages(d[others], batch.labels[others])
+    found = evaluate(edit, clean, classifier, triggered, 2, batch_size=7)
+    answers = (edit(d).features @ classifier.T).argmax(1)
+    assert torch.equal(found.predictions, answers) and found.cacc == Rate.of(answers == batch.labels)
+    assert found.asr == Rate.of(answers[others] == 2) == found.report.control
+    assert torch.equal(evaluate(None, clean, classifier).predictions, (d.features @ classifier.T).argmax(1))

@@ -120,7 +120,7 @@ def test_a_backdoored_models_heads_find_the_trigger() -> None:
     )
     best = triggered.order[0]
     assert attention.mean_share[best] > 0.8
-    assert triggered.labels[best] in repr(triggered) and "<th>chance</th>" in triggered._repr_html_()
+    assert triggered.labels[best] in repr(triggered) and "hit_rate" in triggered._repr_html_()
 
 
 @pytest.mark.usefixtures("ours_alone")

@@ -35,7 +35,7 @@ def b(tower: HookedViT) -> Decomposition:
     return decompose(tower, 0.5 + 1.5 * draw(2, 9))
 
 
-def reference(x: Tensor, y: Tensor, kernel: str, *, twins: bool = False) -> float:
+def reference(x: Tensor, y: Tensor, kernel: str, *, paired: bool = False) -> float:
     """Plain sums over pairs of terms, as the definitions have them."""
     pooled = torch.cat([x, y]).double().numpy()
     distances = np.array([[np.linalg.norm(u - v) for v in pooled] for u in pooled])
@@ -51,26 +51,26 @@ def reference(x: Tensor, y: Tensor, kernel: str, *, twins: bool = False) -> floa
     def off_diagonal(k: np.ndarray) -> float:
         return float(np.mean([k[i, j] for i in range(len(k)) for j in range(len(k)) if i != j]))
 
-    return off_diagonal(xx) + off_diagonal(yy) - 2 * (off_diagonal(xy) if twins else float(xy.mean()))
+    return off_diagonal(xx) + off_diagonal(yy) - 2 * (off_diagonal(xy) if paired else float(xy.mean()))
 
 
 @pytest.mark.parametrize("kernel", ["unbiased", "paper"])
-@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 1024])
 def test_blocks_give_the_sums_over_pairs(
-    a: Decomposition, b: Decomposition, kernel: Any, twins: bool, block: int
+    a: Decomposition, b: Decomposition, kernel: Any, paired: bool, block: int
 ) -> None:
-    found = head_mmd(a, b, kernel=kernel, twins=twins, block=block, permutations=0, components=everything)
+    found = head_mmd(a, b, kernel=kernel, paired=paired, block=block, permutations=0, components=everything)
     assert len(found) == 3 * 4 + 3 + 1
     for layer in range(3):
         for head in range(4):
-            expected = reference(a.heads[:, layer, head], b.heads[:, layer, head], kernel, twins=twins)
+            expected = reference(a.heads[:, layer, head], b.heads[:, layer, head], kernel, paired=paired)
             assert found[f"heads[{layer}, {head}]"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
             assert float(found.heads[layer, head]) == found[f"heads[{layer}, {head}]"]
-        expected = reference(a.mlps[:, layer], b.mlps[:, layer], kernel, twins=twins)
+        expected = reference(a.mlps[:, layer], b.mlps[:, layer], kernel, paired=paired)
         assert float(found.mlps[layer]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found["embed"] == pytest.approx(
-        reference(a.embed, b.embed, kernel, twins=twins), rel=1e-4, abs=1e-6
+        reference(a.embed, b.embed, kernel, paired=paired), rel=1e-4, abs=1e-6
     )
 
 
@@ -105,23 +105,23 @@ def test_the_paper_s_kernel_is_ten_times_the_squared_distance_of_means(
     assert set(found.bandwidths.tolist()) == {10.0}
 
 
-@pytest.mark.parametrize("twins", [False, True])
-def test_p_values_count_relabellings(a: Decomposition, b: Decomposition, twins: bool) -> None:
-    found = head_mmd(a, b, twins=twins, permutations=19, components=heads[1, 2], seed=3)
-    labels = labellings(9, 9, 19, twins, torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("paired", [False, True])
+def test_p_values_count_relabellings(a: Decomposition, b: Decomposition, paired: bool) -> None:
+    found = head_mmd(a, b, paired=paired, permutations=19, components=heads[1, 2], seed=3)
+    labels = labellings(9, 9, 19, paired, torch.Generator().manual_seed(3))
     pooled = torch.cat([a.heads[:, 1, 2], b.heads[:, 1, 2]])
     assert torch.equal(labels[:, 0], torch.arange(18) < 9)
     assert (labels.sum(0) == 9).all()
     values = []
     for column in labels.T:
-        if twins:  # as in the labelling, the first of each pair is the one labelled true
+        if paired:  # as in the labelling, the first of each pair is the one labelled true
             swapped = column[:9]
             assert torch.equal(swapped, ~column[9:])
             x = torch.where(swapped[:, None], pooled[:9], pooled[9:])
             y = torch.where(swapped[:, None], pooled[9:], pooled[:9])
         else:
             x, y = pooled[column], pooled[~column]
-        values.append(reference(x, y, "unbiased", twins=twins))
+        values.append(reference(x, y, "unbiased", paired=paired))
     expected = np.mean([value >= values[0] - 1e-9 for value in values])
     assert found.p_values is not None
     assert float(found.p_values) == pytest.approx(expected)
@@ -144,7 +144,7 @@ def test_only_the_part_that_moved_is_significant(a: Decomposition, tower: Hooked
     many = decompose(tower, draw(5, 40))
     coords = many.coords + 0.01 * torch.randn(many.coords.shape, generator=noise)
     coords[:, 2, 1] += 4
-    found = head_mmd(many, many.edit(coords=coords), components=heads, twins=True, permutations=499)
+    found = head_mmd(many, many.edit(coords=coords), components=heads, paired=True, permutations=499)
     assert [str(part) for part in found.significant()] == ["heads[2, 1]"]
     assert found.adjusted is not None
     assert float(found.adjusted[found.parts.index(heads[2, 1])]) == pytest.approx(12 / 500)
@@ -227,13 +227,13 @@ def test_the_same_images_twice_are_no_further_apart_than_chance(a: Decomposition
 
 
 @pytest.mark.parametrize("kernel", ["unbiased", "paper"])
-@pytest.mark.parametrize("twins", [True, False])
-def test_identical_sets_have_a_p_value_of_one(a: Decomposition, kernel: Any, twins: bool) -> None:
-    """Every relabelling of twins that are one image gives the same value, but for its rounding."""
-    test = partial(head_mmd, a, a, kernel=kernel, twins=twins, permutations=99)
+@pytest.mark.parametrize("paired", [True, False])
+def test_identical_sets_have_a_p_value_of_one(a: Decomposition, kernel: Any, paired: bool) -> None:
+    """Every relabelling of pairs that are one image gives the same value, but for its rounding."""
+    test = partial(head_mmd, a, a, kernel=kernel, paired=paired, permutations=99)
     for found in (test(), test(components=heads[0] | mlps)):
         assert found.p_values is not None and found.adjusted is not None
-        assert found.p_values.min() > 0.9 if not twins else found.p_values.min() == 1
+        assert found.p_values.min() > 0.9 if not paired else found.p_values.min() == 1
         assert not found.significant(0.5)
 
 
@@ -258,8 +258,8 @@ def test_the_estimate_is_unbiased_and_the_test_keeps_its_rate() -> None:
 
 
 def test_streams_and_the_order_of_images_change_nothing(a: Decomposition, b: Decomposition) -> None:
-    whole = head_mmd(a, b, permutations=9, twins=True)
-    stream = head_mmd((a[i : i + 4] for i in (0, 4, 8)), [b[:1], b[1:]], permutations=9, twins=True)
+    whole = head_mmd(a, b, permutations=9, paired=True)
+    stream = head_mmd((a[i : i + 4] for i in (0, 4, 8)), [b[:1], b[1:]], permutations=9, paired=True)
     torch.testing.assert_close(stream.values, whole.values, **CLOSE)
     assert stream.p_values is not None and whole.p_values is not None
     assert torch.equal(stream.p_values, whole.p_values)
@@ -268,7 +268,7 @@ def test_streams_and_the_order_of_images_change_nothing(a: Decomposition, b: Dec
         head_mmd(a[order], b, permutations=0).values, head_mmd(a, b, permutations=0).values
     )
     torch.testing.assert_close(head_mmd(b, a, permutations=0).values, head_mmd(a, b, permutations=0).values)
-    again = head_mmd(a, b, permutations=9, twins=True)
+    again = head_mmd(a, b, permutations=9, paired=True)
     assert torch.equal(again.values, whole.values)
 
 
@@ -315,7 +315,11 @@ def test_errors_say_what_to_do(a: Decomposition, b: Decomposition, tower: Hooked
     fails(ValueError, "received permutations=-1, block=1024", a, b, permutations=-1)
     fails(ValueError, "two images a side; received 1 and 9; add images", a[:1], b)
     fails(
-        ValueError, "twins, as many images on either side; received 8 and 9; leave out", a[:8], b, twins=True
+        ValueError,
+        "paired images, as many on either side; received 8 and 9; leave out",
+        a[:8],
+        b,
+        paired=True,
     )
     fails(ValueError, "at least one image; received none; check the image source", [], b)
     fails(TypeError, r"received Tensor in it; make one with model\.decompose", [a.coords], b)

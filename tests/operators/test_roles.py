@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.operators.roles import Described, Description, RoleChange, role_change
+from decompclip.operators.roles import Described, RoleChange, role_change
 
 
 def features(seed: int, n: int, width: int = 16) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def described(x: Tensor, first: int = 0) -> Description:
-    return Description([f"text {first + i}" for i in range(len(x))], x)
+def described(x: Tensor, first: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(texts=[f"text {first + i}" for i in range(len(x))], features=x)
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +231,13 @@ def test_errors_say_what_to_do(pool: Tensor) -> None:
             role_change(*args, **options)
 
     fails("at least one bootstrap draw; received draws=0", good, good, draws=0)
-    fails("received 3 texts and 4 features before; encode", Description(["a", "b", "c"], pool[:4]), good)
-    fails("received 0 texts and 0 features after", good, Description([], pool[:0]))
-    fails("a list of texts", good, Description("abcd", pool[:4]))
+    fails(
+        "received 3 texts and 4 features before; encode",
+        SimpleNamespace(texts=["a", "b", "c"], features=pool[:4]),
+        good,
+    )
+    fails("received 0 texts and 0 features after", good, SimpleNamespace(texts=[], features=pool[:0]))
+    fails("a list of texts", good, SimpleNamespace(texts="abcd", features=pool[:4]))
     fails(r"after of width 16, as the features before; received \[4, 9\]", good, described(pool[:4, :9]))
     fails(r"pool of width 16, .*received \[60, 9\]; take all from one model", good, good, pool=pool[:, :9])
     fails(r"terms of width 16", good, good, terms=(pool, pool[:, :9]))

@@ -26,7 +26,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.inputs import TextFeatures, default_images, encode_texts, image_batches
 from decompclip.operators.roles import role_change
-from decompclip.operators.textspan import Terms, fit_textspans, frame, pick, textspan, textspans
+from decompclip.operators.textspan import TermMoments, fit_textspans, frame, pick, textspan, textspans
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 from decompclip.tower.vit import HookedViT
 
@@ -176,7 +176,7 @@ def test_any_terms(seed: int, width: int, coords: int, n: int) -> None:
     texts, terms = unit(25, width, seed).double(), z @ maps
     spread = z - z.mean(0)
     space = frame(
-        Terms((z.T @ z / n)[None], (spread.T @ spread / n)[None], maps[None]), limit=None, centred=False
+        TermMoments(z.mean(0)[None], (spread.T @ spread / n)[None], maps[None]), limit=None, centred=False
     )
     rank = min(n, coords, width)
     assert int(space.rank) == rank
@@ -428,7 +428,7 @@ def test_what_a_user_sees(spans: TextSpans, drawn: Decomposition) -> None:
     assert repr(spans) == (
         f"TextSpans(54 components; rank: auto, centred: False, convention: centred, images: {len(drawn)}, pool: 580)"
     )
-    assert "mlps[5]" in spans._repr_html_()
+    assert "20 of 54 rows, the largest variance_explained first" in spans._repr_html_()
     assert spans[0, 0] is spans.spans[0]
     assert [str(s.part) for s in spans[mlps[:2] | heads[1, 3]]] == ["heads[1, 3]", "mlps[0]", "mlps[1]"]
     torch.testing.assert_close(spans.explained[0], spans.spans[0].variance_explained[-1])
