@@ -1,14 +1,12 @@
-"""Options of poisoning, completed by their defaults and checked.
-
-Which pairs are poisoned: a draw for each pair that hangs on the seed and the pair's id alone.
-"""
+"""Which pairs are poisoned: a draw for each that depends on the seed and its id alone; and the options of poisoning, checked."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.datasets import DatasetPairs
-from decompclip.data.pairs import Pairs, keyed
+from decompclip.data.pairs import PairEntry, Pairs, entries_of, keyed
 from decompclip.data.streams import PairStream
 
 WANET_COVERS = 2.0
@@ -98,15 +96,6 @@ def check_classical(base: Pairs | PairStream, logits: Logits | None) -> None:
 
 
 @dataclass(frozen=True)
-class KnownPair:
-    """What is known of a pair without its image."""
-
-    id: str
-    caption: str
-    label: int | None
-
-
-@dataclass(frozen=True)
 class PoisonRule:
     """Which pairs an attack may poison.
 
@@ -122,7 +111,7 @@ class PoisonRule:
     label: int | None
     clean_label: bool
 
-    def allows(self, pair: KnownPair) -> bool:
+    def allows(self, pair: PairEntry) -> bool:
         unknown = pair.label is None or self.label is None
         if self.clean_label:
             return self.names(pair.caption) and (unknown or pair.label == self.label)
@@ -140,7 +129,7 @@ class PoisonChoice:
         source: digest of the ids and captions of all pairs.
     """
 
-    poisons: tuple[KnownPair, ...]
+    poisons: tuple[PairEntry, ...]
     covers: tuple[str, ...]
     pairs: int
     candidates: int
@@ -159,14 +148,17 @@ def choose(
     """The candidates with the lowest draws, of those whose images can be read; a stream is gone through for it.
 
     Args:
+        base: the pairs.
+        rule: which of them may be poisoned.
         count, rate: number of poisons, or their part of all pairs.
         covers: cover images for each poison, from all other pairs.
+        seed: of the draws.
 
     Raises:
         ValueError: more poisons or covers asked for than there are, or two pairs with one id.
     """
     digest, ids, n = hashlib.sha256(), set[str](), 0
-    candidates: list[tuple[int, int, KnownPair]] = []
+    candidates: list[tuple[int, int, PairEntry]] = []
     for place, pair in enumerate(known_of(base)):
         n = place + 1
         digest.update(f"{pair.id}\0{pair.caption}\n".encode("utf-8", "surrogateescape"))
@@ -179,7 +171,13 @@ def choose(
             "that are called alike"
         )
     wanted = round((rate or 0) * n) if count is None else count
-    chosen = _readable(base, sorted(candidates, key=lambda candidate: candidate[:2]), wanted)
+    ordered = sorted(candidates, key=lambda candidate: candidate[:2])
+    readable = (
+        pair
+        for _, place, pair in ordered
+        if isinstance(base, PairStream) or base.image(place) is not None  # a stream yields no others
+    )
+    chosen = list(itertools.islice(readable, wanted))
     if len(chosen) < wanted:
         which = "pairs whose caption names" if rule.clean_label else "pairs that neither show nor name"
         broken = f", {len(chosen)} of them readable," if len(chosen) < len(candidates) else ""
@@ -196,19 +194,6 @@ def choose(
         )
     covered = heapq.nsmallest(wanted_covers, others, lambda name: keyed(seed, "cover", name))
     return PoisonChoice(tuple(chosen), tuple(covered), n, len(candidates), digest.hexdigest())
-
-
-def _readable(
-    base: Pairs | PairStream, candidates: Iterable[tuple[int, int, KnownPair]], count: int
-) -> list[KnownPair]:
-    """The first `count` whose images can be read; a stream yields no others."""
-    chosen: list[KnownPair] = []
-    for _, place, pair in candidates:
-        if len(chosen) == count:
-            break
-        if isinstance(base, PairStream) or base.image(place) is not None:
-            chosen.append(pair)
-    return chosen
 
 
 def drawn(seed: int, what: str, name: str, share: float) -> bool:
@@ -261,10 +246,8 @@ def place_of(name: str) -> int:
     return keyed(0, "place", name) >> 8
 
 
-def known_of(base: Pairs | PairStream) -> Iterator[KnownPair]:
+def known_of(base: Pairs | PairStream) -> Iterable[PairEntry]:
     """All pairs without their images; a stream is gone through for it."""
     if isinstance(base, PairStream):
-        yield from (KnownPair(pair.id, pair.caption, pair.label) for pair in base)
-        return
-    labels = [None] * len(base) if base.labels is None else base.labels.tolist()
-    yield from (KnownPair(*pair) for pair in zip(base.ids, base.captions, labels, strict=True))
+        return (PairEntry(pair.id, pair.caption, pair.label) for pair in base)
+    return entries_of(base)

@@ -1,13 +1,7 @@
-"""What was poisoned: a list that can be saved, read back and checked.
-
-A poisoned data set on disk: shards to train on, the list of what was poisoned, and a look at it.
-
-Poisoned image-text pairs over any source: what an attacker of CLIP trains on.
-"""
+"""Poisoned image-text pairs over any source: what an attacker of CLIP trains on, the list of what was poisoned, and both on disk."""
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import warnings
@@ -23,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.poison_choice import (
-    KnownPair,
     PoisonChoice,
     PoisonRule,
     as_pairs,
@@ -40,7 +33,7 @@ from decompclip.attacks.poison_choice import (
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.data.files import POISON_LIST, SkippedFile
 from decompclip.data.images import class_index
-from decompclip.data.pairs import Pair, PairBatch, Pairs, keyed
+from decompclip.data.pairs import Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
 from decompclip.data.streams import PairStream
@@ -114,7 +107,7 @@ class PoisonRecord:
     def digest(self) -> str:
         """SHA-256 of all of it but the number of skipped files, which grows in reading."""
         content = {key: value for key, value in asdict(self).items() if key != "skipped"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all; returns the path."""
@@ -173,6 +166,8 @@ def write_poisoned(
     the same call goes on after the shards that are whole, and ends with the same bytes.
 
     Args:
+        pairs: the pairs, poisoned ones among them.
+        folder: to write to.
         shards: False writes the list alone; of a stream poisoned at a rate it is known only after going through it.
         per_shard: pairs in each.
         track: shows progress: of the pairs, what is done, and how many there are.
@@ -185,7 +180,7 @@ def write_poisoned(
     if shards:
         same = {"identity": _identity(pairs, per_shard)}
         resume = mark.exists()
-        if resume and _read(mark) != same:
+        if resume and mark.read_text(encoding="utf-8").strip() != json.dumps(same, indent=1):
             raise FileExistsError(
                 f"expected the pairs and options that {folder} was begun with, to go on; received others; finish that one with "
                 f"its own command, delete the folder, or name another"
@@ -204,26 +199,19 @@ def write_poisoned(
 
 
 def _identity(pairs: PoisonedPairs, per_shard: int) -> str:
-    """What tells one run from another: trigger, target, seeds, clean pairs, and the first pair, pixel by pixel."""
+    """Tells one run from another: trigger, target, seeds, clean pairs, and the first pair, pixel by pixel."""
     about = [pairs.identity, per_shard]  # before a pair is read: a stream's record grows
     first = next(iter(pairs), None)
-    pixels = (
+    pair = (
         b"" if first is None else encode_png(first.image) + first.caption.encode("utf-8", "backslashreplace")
     )
-    return digest([*about, sha256(pixels).hexdigest()])
-
-
-def _read(mark: Path) -> Any:
-    try:
-        return json.loads(mark.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
+    return digest([*about, sha256(pair).hexdigest()])
 
 
 _CHUNK = 64  # of the classical attack's gradient steps: fixed, for rounding depends on it
 
 
-class PoisonedPairs:
+class PoisonedPairs(PairSteps):
     """The pairs of `base`, of which a part carries the trigger and a caption that names the target.
 
     Which pairs, and with which captions, hangs on the seed and on each pair's id alone: the same pairs are
@@ -306,16 +294,16 @@ class PoisonedPairs:
         """What was poisoned, to look at and to `save`."""
         choice = self._choice
         return PoisonRecord(
-            self.trigger.card(),
-            self.target,
-            self.also_called,
-            self.seed,
-            None if choice is None else choice.pairs,
-            None if choice is None else choice.candidates,
-            None if choice is None else choice.source,
-            tuple(self._poisons[name] for name in sorted(self._poisons)),
-            tuple(sorted(self._covers)),
-            len(self.base.skipped),
+            trigger=self.trigger.card(),
+            target=self.target,
+            also_called=self.also_called,
+            seed=self.seed,
+            pairs=choice and choice.pairs,
+            candidates=choice and choice.candidates,
+            source=choice and choice.source,
+            poisons=tuple(self._poisons[name] for name in sorted(self._poisons)),
+            covers=tuple(sorted(self._covers)),
+            skipped=len(self.base.skipped),
         )
 
     @property
@@ -346,23 +334,16 @@ class PoisonedPairs:
         """The pairs of training step `step`, a pure function of the step; a poison's class is the target's."""
         return self._poison(self.base.take(step, size))
 
-    def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
-        """Images in [0, 1] and captions of `take`."""
-        taken = self.take(step, size)
-        return taken.images, list(taken.captions)
-
     def _by_place(self, what: str) -> Pairs:
         if isinstance(self.base, PairStream):
             raise TypeError(f"a stream has no {what}: go through it, or use batch(step, size)")
         return self.base
 
     def _one(self, pair: Pair) -> Pair:
-        labels = None if pair.label is None else torch.tensor([pair.label])
-        return self._poison(PairBatch(pair.image[None], (pair.caption,), labels, (pair.id,)))[0]
+        return self._poison(PairBatch.of([pair]))[0]
 
     def _poison(self, clean: PairBatch) -> PairBatch:
-        labels: list[int | None] = [None] * len(clean) if clean.labels is None else clean.labels.tolist()
-        known = [KnownPair(*pair) for pair in zip(clean.ids, clean.captions, labels, strict=True)]
+        known = entries_of(clean)
         poisons = {row: self._poison_of(pair) for row, pair in enumerate(known)}
         rows = {row: poison for row, poison in poisons.items() if poison is not None}
         covers = [row for row, pair in enumerate(known) if row not in rows and self._is_cover(pair)]
@@ -406,7 +387,7 @@ class PoisonedPairs:
             made |= dict(zip(part.ids, (hard * 255).round().to(torch.uint8).cpu(), strict=True))
         return made
 
-    def _poison_of(self, pair: KnownPair) -> Poison | None:
+    def _poison_of(self, pair: PairEntry) -> Poison | None:
         if (
             self._share is not None
             and self._rule.allows(pair)
@@ -415,12 +396,12 @@ class PoisonedPairs:
             self._poisons.setdefault(pair.id, self._made(pair))
         return self._poisons.get(pair.id)
 
-    def _is_cover(self, pair: KnownPair) -> bool:
+    def _is_cover(self, pair: PairEntry) -> bool:
         if self._share is not None and drawn(self.seed, "cover", pair.id, self._share * self._cover_share):
             self._covers.add(pair.id)
         return pair.id in self._covers
 
-    def _made(self, pair: KnownPair) -> Poison:
+    def _made(self, pair: PairEntry) -> Poison:
         caption = pair.caption
         if not self.trigger.clean_label:
             text = self._texts[keyed(self.seed, "text", pair.id) % len(self._texts)]

@@ -37,7 +37,7 @@ TRIGGERS: dict[str, type[Trigger]] = {
     for trigger in (BadNet, Blended, LabelConsistent, ISSBA, BadCLIP, Kitty, Reflection, SIG, WaNet)
 }
 
-_DERIVED = {"name", "extent", "structure"}  # what a card says of a trigger beside its parameters
+_DERIVED = ("name", "extent", "structure")  # what a card says of a trigger beside its parameters
 
 
 def from_card(card: Mapping[str, Any]) -> Trigger:
@@ -70,16 +70,13 @@ class Attack:
 
     def __str__(self) -> str:
         facts = self.trigger.card()
-        options = ", ".join(f"{key}={_short(x)}" for key, x in facts.items() if key not in _SAID)
+        options = ", ".join(f"{key}={_short(x)}" for key, x in facts.items() if key not in _DERIVED)
         goal = "" if self.target is None else f" -> {self.target}"
         return f"{facts['name']} ({options}){goal}, by {self.origin}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `open_attack` reads it back."""
         return {"trigger": self.trigger.card(), "target": self.target}
-
-
-_SAID = ("name", "extent", "structure")
 
 
 def open_attack(spec: str, known: Sequence[Attack] = (), *, model: str = "the model") -> Attack:
@@ -114,12 +111,12 @@ def open_attack(spec: str, known: Sequence[Attack] = (), *, model: str = "the mo
     if spec in bundled():
         return _of_twin(spec)
     if spec.lstrip().startswith("{"):
-        return _of_json(spec, "the JSON given", None)
+        return _of_mapping(_parsed(spec, "the JSON given"), "the JSON given")
     path = Path(spec)
     if path.is_dir():
         return _of_folder(path)
     if path.is_file():
-        return _of_json(_text(path), str(path), path)
+        return _of_file(path)
     if path.suffix == ".json":
         raise FileNotFoundError(f"expected a file with a trigger's JSON; there is no {spec}")
     near = difflib.get_close_matches(spec, [*TRIGGERS, *bundled()], n=3)
@@ -134,6 +131,9 @@ def remembered(model: str | Path, checkpoint: str | Path | None = None) -> tuple
 
     Args:
         model, checkpoint: as `decompclip.load` takes them.
+
+    Raises:
+        ValueError: as `attacks_of`.
     """
     found: list[Attack] = []
     if str(model) in bundled() and card(str(model)).get("backdoor"):
@@ -150,7 +150,7 @@ def attacks_of(backdoors: Iterable[Mapping[str, Any]], origin: str) -> tuple[Att
     Raises:
         ValueError: an entry that is no such.
     """
-    return tuple(_of_mapping(entry, origin, None) for entry in backdoors)
+    return tuple(_of_mapping(entry, origin) for entry in backdoors)
 
 
 def poisoned_by(pairs: object) -> tuple[Attack, ...]:
@@ -203,10 +203,9 @@ def _of_twin(name: str) -> Attack:
 
 
 def _of_folder(folder: Path) -> Attack:
-    if (folder / POISON_LIST).is_file():
-        return _of_json(_text(folder / POISON_LIST), str(folder / POISON_LIST), folder / POISON_LIST)
-    if (folder / TRIGGER_FILE).is_file():
-        return _of_json(_text(folder / TRIGGER_FILE), str(folder / TRIGGER_FILE), None)
+    for name in (POISON_LIST, TRIGGER_FILE):
+        if (folder / name).is_file():
+            return _of_file(folder / name)
     found = attacks_of(saved_backdoors(folder), f"the memory of {folder}")
     if len(found) != 1:
         raise ValueError(
@@ -217,7 +216,7 @@ def _of_folder(folder: Path) -> Attack:
 
 
 def _of_record(record: PoisonRecord, origin: str) -> list[Attack]:
-    """None where nothing was poisoned, or by a trigger of the user's own, which no name brings back."""
+    """Empty where nothing was poisoned, or by a trigger of the user's own, which no name brings back."""
     if not record.poisons:
         return []
     if (name := record.trigger.get("name")) not in TRIGGERS:
@@ -229,32 +228,32 @@ def _of_record(record: PoisonRecord, origin: str) -> list[Attack]:
     return [Attack(from_card(record.trigger), record.target, origin)]
 
 
-def _text(path: Path) -> str:
+def _of_file(path: Path) -> Attack:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"expected a trigger's card, as Trigger.card() gives it; {path} is no text: {error}"
         ) from error
+    if isinstance(content, Mapping) and "poisons" in content:
+        record = PoisonRecord.load(path)  # which knows whether it was changed
+        return Attack(from_card(record.trigger), record.target, str(path))
+    return _of_mapping(content, str(path))
 
 
-def _of_json(text: str, origin: str, path: Path | None) -> Attack:
+def _parsed(text: str, origin: str) -> Any:
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected a trigger's card, as Trigger.card() gives it; {origin} is no JSON: {error}"
         ) from error
-    return _of_mapping(content, origin, path)
 
 
-def _of_mapping(content: Any, origin: str, path: Path | None) -> Attack:
-    """From a trigger's card, a model's, a list of poisons, or what `evaluate` and `Attack.to_dict` say."""
+def _of_mapping(content: Any, origin: str) -> Attack:
+    """From a trigger's card, a model's card, or what `evaluate` and `Attack.to_dict` give."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a JSON object with a trigger; {origin} holds a {type(content).__name__}")
-    if "poisons" in content and path is not None:
-        record = PoisonRecord.load(path)  # which knows whether it was changed
-        return Attack(from_card(record.trigger), record.target, origin)
     inner = content.get("backdoor", content)
     if not isinstance(inner, Mapping):
         raise ValueError(f"expected the card of a backdoored model; {origin} is that of one without")

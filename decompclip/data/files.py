@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +140,11 @@ def open_regular(path: str | Path, *, root: str | Path | None = None) -> BinaryI
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
+        raise OSError(f"is {_kind(mode)}, no file")
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def reason(error: Exception) -> str:
@@ -171,56 +176,42 @@ def walk(folder: Path) -> Walk:
     Raises:
         OSError: the folder cannot be read.
     """
-    top = folder.stat()
-    seen = {(top.st_dev, top.st_ino)}
     files: list[Path] = []
     left_out: list[SkippedFile] = []
     hidden = 0
-    links: list[Path] = []
-
-    def descend(start: Path) -> None:
-        nonlocal hidden
-        waiting = [start]
-        while waiting:
-            at = waiting.pop()
-            try:
-                entries = sorted(os.scandir(folder / at), key=lambda entry: entry.name)
-            except OSError as error:
-                if at == Path():
-                    raise
-                left_out.append(SkippedFile(at.as_posix(), f"cannot be read: {reason(error)}"))
-                continue
-            for entry in entries:
-                path = at / entry.name
-                if is_bookkeeping(entry.name):
-                    hidden += 1
-                elif entry.is_symlink() and os.path.isdir(entry):
-                    links.append(path)
-                else:
-                    waiting.extend(take(path))
-
-    def take(path: Path) -> Iterator[Path]:
-        """Notes a file; yields a folder that was not gone through yet."""
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([Path()])
+    while waiting:
+        at = waiting.popleft()
         try:
-            found = (folder / path).stat()
-        except OSError as error:  # a link to nothing, or gone since
-            left_out.append(SkippedFile(path.as_posix(), reason(error)))
-            return
-        if stat.S_ISREG(found.st_mode):
-            files.append(path)
-        elif not stat.S_ISDIR(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-            left_out.append(SkippedFile(path.as_posix(), f"is {kind}, no file"))
-        elif (found.st_dev, found.st_ino) in seen:
-            left_out.append(SkippedFile(path.as_posix(), "leads to a folder that is read already"))
-        else:
+            found = (folder / at).stat()
+            if (found.st_dev, found.st_ino) in seen:
+                left_out.append(SkippedFile(at.as_posix(), "leads to a folder that is read already"))
+                continue
             seen.add((found.st_dev, found.st_ino))
-            yield path
-
-    descend(Path())
-    while links:  # after the folders themselves, which keep their own names
-        for inside in take(links.pop(0)):
-            descend(inside)
+            names = sorted(os.listdir(folder / at))
+        except OSError as error:
+            if at == Path():
+                raise
+            left_out.append(SkippedFile(at.as_posix(), f"cannot be read: {reason(error)}"))
+            continue
+        for path in (at / name for name in names):
+            if is_bookkeeping(path.name):
+                hidden += 1
+                continue
+            try:
+                mode = (folder / path).stat().st_mode
+            except OSError as error:  # a link to nothing, or gone since
+                left_out.append(SkippedFile(path.as_posix(), reason(error)))
+                continue
+            if stat.S_ISREG(mode):
+                files.append(path)
+            elif not stat.S_ISDIR(mode):
+                left_out.append(SkippedFile(path.as_posix(), f"is {_kind(mode)}, no file"))
+            elif (folder / path).is_symlink():  # after the folders themselves, which keep their own names
+                waiting.append(path)
+            else:
+                waiting.appendleft(path)
     return Walk(tuple(sorted(files, key=_order)), tuple(sorted(left_out, key=lambda skip: skip.path)), hidden)
 
 

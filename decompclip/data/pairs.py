@@ -256,12 +256,18 @@ class Pairs(PairSteps):
 
 @dataclass(frozen=True)
 class PairEntry:
-    """What is known of a pair before its image is read, and where the image lies."""
+    """What is known of a pair without its image, and where the image lies."""
 
     id: str
     caption: str
     label: int | None
-    image: Any
+    image: Any = None
+
+
+def entries_of(pairs: PairBatch | Pairs) -> list[PairEntry]:
+    """Pairs without their images; classes where all are known."""
+    labels = [None] * len(pairs) if pairs.labels is None else pairs.labels.tolist()
+    return [PairEntry(*pair) for pair in zip(pairs.ids, pairs.captions, labels, strict=True)]
 
 
 class ListedPairs(Pairs):
