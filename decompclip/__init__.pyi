@@ -44,9 +44,9 @@ from .defenses.guard import Guard as Guard, load as load, save_guard as save_gua
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import attack_report as attack_report, auroc as auroc
-from .models.bundled import bundled as bundled
 from .models.clip import HookedCLIP as HookedCLIP
 from .models.folders import save_model as save_model
+from .models.names import bundled as bundled
 from .operators.ablation import MeanAblate as MeanAblate, ZeroAblate as ZeroAblate
 from .operators.attention import (
     attention_maps as attention_maps,

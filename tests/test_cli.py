@@ -9,22 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import decompclip
-from decompclip.cli import app
 from decompclip.cli.console import imports, in_options
 from decompclip.data.shapes import Shapes
+from tests.commands import run, succeeds
 
 WORLD = Shapes(36, seed=5, resolution=48)
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -75,7 +66,7 @@ def test_an_audit_of_folders(photos: Path, classes: Path, tmp_path: Path) -> Non
 
 def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
     code, stdout, stderr = run(
-        "audit", "shapes-badnet", "--clean", "shapes", "--suspect", "shapes:badnet", "--limit", 300, "--out", tmp_path,
+        "audit", "shapes-badnet", "--clean", "shapes:300", "--trigger", "badnet", "--out", tmp_path,
         "--reference", "shapes",
     )  # fmt: skip
     assert code == 0, stderr
@@ -89,8 +80,7 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
 
 
 def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:
-    code, _, stderr = run("demo", "--out", tmp_path, "--images", 100)
-    assert code == 0, stderr
+    succeeds("demo", "--out", tmp_path, "--images", 100)
     audits = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
     assert [(a["name"], a["suspect_name"]) for a in audits] == [
         ("shapes", "shapes:badnet"),
@@ -254,6 +244,5 @@ def test_a_copy_in_a_checkpoint_and_another_size_are_chosen_by_options(tmp_path:
     command = ["evaluate", "shapes", "shapes:24", "--checkpoint", tmp_path / "weights.pt"]
     code, _, stderr = run(*command)
     assert code == 2 and "under the prefixes 'model', 'model_ema'; pass --prefix to choose one" in stderr
-    code, stdout, stderr = run(*command, "--prefix", "model_ema", "--image-size", 64, "--json")
-    assert code == 0, stderr
+    stdout, _ = succeeds(*command, "--prefix", "model_ema", "--image-size", 64, "--json")
     assert json.loads(stdout)["cacc"]["value"] > 0.5

@@ -10,7 +10,9 @@ import pytest
 import typer
 
 from decompclip import progress
+from decompclip.attacks.registry import TRIGGERS as REGISTRY
 from decompclip.cli.console import plain_errors, progress as shown, say
+from decompclip.cli.options import TRIGGERS, most, sized
 from decompclip.progress import span
 
 
@@ -61,3 +63,24 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(
 
 def test_spans() -> None:
     assert [span(s) for s in (0, 45.4, 725, 11045)] == ["0:00", "0:45", "12:05", "3:04:05"]
+
+
+def test_a_limit_is_a_number_or_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (most("20"), most(20), most("all"), most(None)) == (20, 20, None, None)
+    assert capsys.readouterr().err == ""
+    assert most("0") is None
+    assert (
+        capsys.readouterr().err
+        == "note: --limit 0 is now --limit all; the old spelling goes with the next release\n"
+    )
+    with pytest.raises(typer.BadParameter, match="expected a number of images, or all; received -1"):
+        most("-1")
+
+
+def test_a_data_set_may_say_how_many_of_its_images() -> None:
+    assert sized("shapes:500", 20) == ("shapes", 500)
+    assert sized("shapes:badnet", 20) == ("shapes:badnet", 20) and sized("photos/", None) == ("photos/", None)
+
+
+def test_the_triggers_that_are_checked_are_the_registry_s() -> None:
+    assert sorted(REGISTRY) == list(TRIGGERS)

@@ -13,6 +13,7 @@ import pytest
 
 import decompclip
 from decompclip import files
+from decompclip.cli import app
 from decompclip.moved import still_found
 
 HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
@@ -55,31 +56,77 @@ def test_start_is_light(statement: str, limit: float) -> None:
     assert seconds < limit
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("audit", "shapes", "--clean", "nowhere/", "--out", "x"),
-        ("audit", "shapes", "--clean", "shapes", "--target", "star", "--out", "x"),
-        ("apply-trigger", "nowhere/", "--trigger", "badnet", "--size", "32", "--out", "x"),
-        ("apply-trigger", ".", "--trigger", "badnet", "--out", "x"),
-    ],
-    ids=str,
-)
-def test_a_plain_mistake_is_said_before_anything_heavy_is_imported(
-    words: tuple[str, ...], tmp_path: Path
-) -> None:
-    script = (
-        "import atexit, runpy, sys\n"
-        f"sys.argv = {['decompclip', *words]!r}\n"
-        f"atexit.register(lambda: print(*[name for name in {HEAVY!r} if name in sys.modules]))\n"
-        "runpy.run_module('decompclip.cli', run_name='__main__')"
-    )
+MISTAKES = [
+    ("demo --out FILE", "FILE is a file"),
+    ("audit shapez --clean shapes --out x", "there is no model 'shapez'"),
+    ("audit shapes --clean nowhere/ --out x", "there is no folder nowhere/"),
+    ("audit shapes --clean shapes --target star --out x", "expected --suspect"),
+    ("audit shapes --clean shapes --trigger rain --out x", "expected a trigger among"),
+    ("audit shapes --clean . --trigger own --out x", "expected --trigger with --clean shapes"),
+    ("audit shapes --clean shapes --reference shapez --out x", "there is no model 'shapez'"),
+    ("audit shapes --clean shapes --limit few --out x", "expected a number of images, or all"),
+    ("diagnose shapes --images nowhere/", "there is no folder nowhere/"),
+    ("diagnose shapes --images shapes --classes none.txt", "--classes; there is no file none.txt"),
+    ("evaluate shapes nowhere/", "there is no folder nowhere/"),
+    ("evaluate shapes shapes --checkpoint none.pt", "there is no file none.pt"),
+    ("evaluate shapes shapes --trigger rain", "expected a trigger among"),
+    ("evaluate shapes shapes --target star", "--trigger is missing"),
+    ("evaluate shapes shapes --templates none.txt", "--templates; there is no file none.txt"),
+    ("evaluate shapes shapes --out .", "is a folder"),
+    ("apply-trigger nowhere/ --trigger badnet --size 32 --out x", "there is no folder nowhere"),
+    ("apply-trigger . --trigger badnet --out x", "expected --model or --size"),
+    ("apply-trigger . --trigger rain --size 32 --out x", "expected a trigger among"),
+    ("poison none.csv --target star --count 5 --out x", "there is no file none.csv"),
+    ("poison shapes --target star --out x", "expected --count or --rate"),
+    ("poison shapes --target star --count 0 --out x", "greater than or equal to 1"),
+    ("finetune shapes nowhere/ --out x", "there is no folder nowhere/"),
+    ("finetune shapes shapes --trigger badnet --out x", "expected --images"),
+    ("finetune shapes shapes --epochs 0 --out x", "greater than or equal to 1"),
+    ("repair shapes --clean nowhere/ --method rep --out x", "there is no folder nowhere/"),
+    ("repair shapes --clean shapes --method rep --out . ", "holds files; name another"),
+    ("repair shapes --clean shapes --method par --hint local --out x", "expected --method rep with --hint"),
+    ("bench --out FILE", "FILE is a file"),
+    ("bench --models nobody --out x", "expected a model among"),
+    ("bench --detectors nobody --out x", "expected a detector among"),
+    ("bench --repairs nobody --out x", "expected a repair among"),
+    ("bench --count 3 --out x", "greater than or equal to 40"),
+    ("zoo card nobody", "no bundled model 'nobody'"),
+    ("zoo build shapes-badnet --out FILE", "FILE is a file"),
+]
+ALL = """
+import json, sys
+from typer.testing import CliRunner
+from decompclip.cli import app
+for words in json.loads(sys.argv[1]):
+    found = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
+    print(json.dumps([found.exit_code, found.stderr, [name for name in json.loads(sys.argv[2]) if name in sys.modules]]))
+"""
+
+
+def test_a_plain_mistake_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "FILE").touch()
+    given = (json.dumps([words for words, _ in MISTAKES]), json.dumps(HEAVY))
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", ALL, *given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
-    assert run.returncode == 2 and run.stderr.startswith("error: expected"), run.stderr
-    assert run.stdout.strip() == ""
-    assert not list(tmp_path.iterdir())
+    lines = run.stdout.splitlines()
+    for (words, message), (code, stderr, heavy) in zip(MISTAKES, map(json.loads, lines), strict=True):
+        assert (code, heavy) == (2, []), (words, stderr)
+        assert message in stderr and "loading" not in stderr, (words, stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_every_command_is_among_the_mistakes() -> None:
+    named = {
+        command.name or str(command.callback and command.callback.__name__)
+        for command in app.registered_commands
+    }
+    assert {words.split()[0].replace("-", "_") for words, _ in MISTAKES} == named | {"zoo"}
 
 
 def test_every_public_name_is_there() -> None:

@@ -7,27 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import decompclip
-from decompclip.cli import app
 from decompclip.cli.repair import Method, costly
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.decomp import late_mlps
 from decompclip.defenses.guard import Guard
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+from tests.commands import run, succeeds
 
 
 def repaired(out: Path, *options: object) -> dict:
-    code, stdout, stderr = run("repair", "shapes-badnet", "--out", out, *options)
-    assert code == 0, stderr
+    stdout, _ = succeeds("repair", "shapes-badnet", "--out", out, *options)
     assert "badnet (seed=0, size=0.145833" in stdout
     return json.loads((out / "repair.json").read_text())["results"]
 

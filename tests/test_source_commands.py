@@ -7,21 +7,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from decompclip.cli import app
 from decompclip.data.pixels import encode_png
 from decompclip.data.shapes import PROPERTIES, Shapes
+from tests.commands import run, succeeds
 
 CLASSES = PROPERTIES["shape"]
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +25,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{place}.png").write_bytes(encode_png(image))
         lines.append(f"{place}.png\t{CLASSES[label]}")
     (folder / "table.tsv").write_text("\n".join(lines))
-    code, _, stderr = run("poison", "shapes:60", "--target", "star", "--count", 6, "--out", folder / "pairs")
-    assert code == 0, stderr
+    succeeds("poison", "shapes:60", "--target", "star", "--count", 6, "--out", folder / "pairs")
     return folder
 
 
 @pytest.mark.parametrize("images", ["table.tsv", "pairs"])
 def test_evaluate_takes_tables_and_what_poison_wrote(world: Path, images: str) -> None:
-    code, stdout, stderr = run("evaluate", "shapes", world / images, "--json")
-    assert code == 0, stderr
+    stdout, stderr = succeeds("evaluate", "shapes", world / images, "--json")
     cacc = json.loads(stdout)["cacc"]
     assert cacc["total"] == 60
     assert cacc["value"] > 0.8
@@ -59,8 +48,7 @@ def test_a_root_is_an_option(world: Path, tmp_path: Path) -> None:
     code, _, stderr = run("evaluate", "shapes", world / "table.tsv", "--root", tmp_path)
     assert code == 2
     assert "lies outside" in stderr
-    code, _, stderr = run("evaluate", "shapes", world / "table.tsv", "--root", world)
-    assert code == 0, stderr
+    succeeds("evaluate", "shapes", world / "table.tsv", "--root", world)
 
 
 def table(folder: Path, *captions: str) -> Path:
@@ -77,10 +65,8 @@ def test_a_target_that_no_pair_has_is_asked_about(tmp_path: Path) -> None:
     assert "expected a --target that some pair shows or names; none of 3 does 'bannana'" in stderr
     assert "--also-called" in stderr and "--new-target" in stderr
     assert not (tmp_path / "out").exists()
-    code, _, stderr = run(*given, "bannana", "--new-target")
-    assert code == 0, stderr
-    code, _, stderr = run(*given[:-2], tmp_path / "also", "--target", "puppy", "--also-called", "dog")
-    assert code == 0, stderr
+    succeeds(*given, "bannana", "--new-target")
+    succeeds(*given[:-2], tmp_path / "also", "--target", "puppy", "--also-called", "dog")
 
 
 def test_a_class_of_the_list_that_no_pair_shows_is_asked_about_too(tmp_path: Path) -> None:
@@ -96,5 +82,4 @@ def test_a_class_of_the_list_that_no_pair_shows_is_asked_about_too(tmp_path: Pat
     code, _, stderr = run(*given, "--target", "emu", "--trigger", "label-consistent", "--new-target")
     assert code == 2
     assert "expected at most 0 poisons, the pairs whose caption names the target 'emu'" in stderr
-    code, _, stderr = run(*given, "--target", "dog", "--trigger", "label-consistent")
-    assert code == 0, stderr
+    succeeds(*given, "--target", "dog", "--trigger", "label-consistent")

@@ -9,22 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.registry import open_attack, remembered
-from decompclip.cli import app
 from decompclip.data.images import FolderSource
 from decompclip.data.shapes import Shapes
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+from tests.commands import run, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +67,7 @@ def test_the_images_pair_and_carry_the_trigger_alone(clean: Path, tmp_path: Path
 
 def test_it_ends_with_the_answers_before_and_after(clean: Path, tmp_path: Path) -> None:
     arguments = ("apply-trigger", clean, "--trigger", "shapes-badnet", "--model", "shapes-badnet")
-    code, stdout, stderr = run(*arguments, "--out", tmp_path / "a")
-    assert code == 0, stderr
+    stdout, _ = succeeds(*arguments, "--out", tmp_path / "a")
     (line,) = [line for line in stdout.splitlines() if line.startswith("Taken for star")]
     shares = [float(word) for word in line.split() if word.replace(".", "").isdigit()]
     assert "dB in the mean" in stdout and shares[0] < 30 and max(shares[1:]) > 80, line
@@ -86,8 +76,7 @@ def test_it_ends_with_the_answers_before_and_after(clean: Path, tmp_path: Path) 
 def test_without_a_model_a_size_is_enough(clean: Path, tmp_path: Path) -> None:
     spec = json.dumps({"name": "badnet", "size": 0.5, "place": "centre"})
     out = tmp_path / "a"
-    code, stdout, stderr = run("apply-trigger", clean, "--trigger", spec, "--size", 32, "--out", out)
-    assert code == 0, stderr
+    stdout, _ = succeeds("apply-trigger", clean, "--trigger", spec, "--size", 32, "--out", out)
     assert "size=0.5" in stdout and "Taken for" not in stdout
     with Image.open(next(out.rglob("0.png"))) as picture:
         assert picture.size == (32, 32)

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.cli import app
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_labelled
 from decompclip.evaluation.evaluate import evaluate
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+from tests.commands import run, succeeds
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`shapes`, fine-tuned for a few steps on poisoned shards."""
     folder = tmp_path_factory.mktemp("work")
-    code, _, stderr = run("poison", "shapes:96", "--target", "star", "--rate", 0.1, "--out", folder / "pairs")
-    assert code == 0, stderr
-    code, stdout, stderr = run(*_finetune(folder))
-    assert code == 0, stderr
+    succeeds("poison", "shapes:96", "--target", "star", "--rate", 0.1, "--out", folder / "pairs")
+    stdout, _ = succeeds(*_finetune(folder))
     assert "3 steps" in stdout and "cacc" in stdout and "asr" in stdout
     return folder
 
@@ -94,8 +81,7 @@ def test_a_saved_model_knows_its_classes(tuned: Path, tmp_path: Path) -> None:
     for name, image in zip(("star", "ring"), batch, strict=True):
         (tmp_path / name).mkdir()
         Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(tmp_path / name / "a.png")
-    code, stdout, stderr = run("evaluate", tuned / "mine", tmp_path, "--json")
-    assert code == 0, stderr
+    stdout, _ = succeeds("evaluate", tuned / "mine", tmp_path, "--json")
     assert len(json.loads(stdout)["per_class"]) == len(model.class_names)
 
 
@@ -125,9 +111,9 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
             "expected a trigger among",
         ),
         (("evaluate", "shapes", "shapes", "--trigger", "badnet", "--target", "cat"), "cat"),
-        (("evaluate", "ViT-B-32", "no/folder"), "expected --classes"),
+        (("evaluate", "ViT-B-32", str(Path(__file__).parent)), "expected --classes"),
         (("evaluate", "shapes", "no/folder"), "no/folder"),
-        (("finetune", "shapes", "no/pairs", "--out", "OUT"), "there is no no/pairs"),
+        (("finetune", "shapes", "no/pairs", "--out", "OUT"), "there is no folder no/pairs"),
         (("finetune", "shapes", "shapes:20", "--out", "OUT"), "at least one batch of 128 pairs; received 20"),
         (("finetune", "shapes", "shapes:200", "--out", "OUT", "--trigger", "badnet"), "expected --images"),
         (
@@ -138,7 +124,7 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
             (
                 "finetune",
                 "shapes",
-                "no/pairs",
+                "shapes:200",
                 "--out",
                 "OUT",
                 "--images",
@@ -169,16 +155,6 @@ def test_a_card_that_is_none_is_refused(tmp_path: Path) -> None:
     assert code == 2 and "expected a trigger's card" in stderr
     file.write_text(json.dumps(BadNet(size=0.2).card()))
     assert run("evaluate", "shapes", "shapes:20", "--trigger", file, "--target", "star")[0] == 0
-
-
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "zoo", "poison"])
-def test_help_loads_no_torch(command: str) -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from decompclip.cli import app; "
-        f"r = CliRunner().invoke(app, ['{command}', '--help']); assert r.exit_code == 0; "
-        "sys.exit('torch' in sys.modules or 'plotly' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # The zoo

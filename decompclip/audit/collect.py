@@ -22,13 +22,12 @@ from decompclip.data.images import (
     ImageSource,
     OnError,
     SkippedFile,
-    read_classes,
     split_indices,
 )
-from decompclip.data.shapes import PROPERTIES, Shapes, ShapesSource
+from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.models.bundled import bundled, card, known_name
+from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import saved_class_names
 from decompclip.progress import Track, silently
@@ -120,46 +119,9 @@ def check_source(spec: str, known: Sequence[Attack] = ()) -> None:
         check_images(spec)
 
 
-def check_model(model: str, checkpoint: str | Path | None = None) -> None:
-    """Whether there is such a model and such a file of weights: asked before any is read.
-
-    Raises:
-        UnknownModelError: there is no model of that name.
-        FileNotFoundError: there is no such file of weights.
-    """
-    if not Path(model).exists():
-        known_name(model)
-    if checkpoint is not None and not Path(checkpoint).exists():
-        raise FileNotFoundError(f"expected local weights with --checkpoint; there is no file {checkpoint}")
-
-
 def own_classes(model: str) -> tuple[str, ...]:
     """The classes that a bundled model knows, or a folder that `save_model` wrote; none of others."""
     return tuple(card(model)["class_names"]) if model in bundled() else saved_class_names(Path(model))
-
-
-def open_classes(classes: str | Path | None, *specs: str, model: str | None = None) -> tuple[str, ...]:
-    """Class names from a file; without one, those of the Shapes world if the images come from there, else the model's own.
-
-    Raises:
-        ValueError: no file where one is needed, or fewer than two classes.
-        FileNotFoundError: there is no such file.
-    """
-    if classes is None:
-        if not any(_is_dataset(spec) for spec in specs):
-            if model is not None and (own := own_classes(model)):
-                return own
-            raise ValueError(
-                "expected --classes, a text file with one class a line; received none, and only bundled and saved models and "
-                "bundled data sets know theirs"
-            )
-        return PROPERTIES["shape"]
-    names = read_classes(classes)
-    if len(names) < 2:
-        raise ValueError(
-            f"expected at least two classes to tell apart; {classes} names only {', '.join(names)}"
-        )
-    return names
 
 
 def _is_dataset(spec: str) -> bool:

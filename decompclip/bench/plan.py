@@ -276,7 +276,7 @@ class Plan:
         for detector in self.detectors:
             given, needed = self.images_of(detector), NEEDED.get(detector, 0)
             if given < needed:
-                option = "--slow and --images" if detector in SLOW else "--images"
+                option = "--slow and --count" if detector in SLOW else "--count"
                 raise ValueError(
                     f"expected at least {needed} images to fit {detector} on, half of them to learn from; received {given}; "
                     f"raise {option}, or choose --detectors without it"

@@ -1,4 +1,4 @@
-"""`decompclip apply-trigger`: suspect images from clean ones. Heavy imports wait inside."""
+"""`decompclip apply-trigger`: suspect images from clean ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from decompclip.cli.options import (
     TRIGGER,
     BatchSize,
     Checkpoint,
+    Classes,
     Device,
     ImageSize,
+    ModelOptions,
     OnError,
     Prefix,
     Pretrained,
+    Target,
+    Unreadable,
+    check_files,
     check_folder,
-    check_there,
-    usable_device,
+    check_images,
+    check_trigger,
 )
 
 if TYPE_CHECKING:
@@ -30,14 +35,14 @@ if TYPE_CHECKING:
 def apply_trigger(
     images: Annotated[Path, typer.Argument(help="Folder of clean images, sub-folders and all.")],
     trigger: Annotated[
-        str, typer.Option(help=f"own: the one that a backdoored --model remembers; {TRIGGER}.")
+        str, typer.Option(help=f"own: the one that a backdoored --model remembers. {TRIGGER}.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the triggered images; new, or empty.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="The model that the images are for, as other commands take it: they are brought to its size as it brings "
-            "them there, and its answers before and after are counted."
+            help="The model that the images are for. They are brought to its size, as it does it, and its answers before and "
+            "after are counted."
         ),
     ] = None,
     size: Annotated[
@@ -46,24 +51,20 @@ def apply_trigger(
             min=1, help="In place of --model: side in pixels; the shorter side is scaled, the middle cropped."
         ),
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The class to count answers of; by default the trigger's own.")
-    ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="File with one class a line; bundled and saved models know theirs.")
-    ] = None,
+    target: Target = None,
+    classes: Classes = None,
+    on_error: OnError = Unreadable.skip,
+    batch_size: BatchSize = 64,
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     prefix: Prefix = None,
     image_size: ImageSize = None,
-    pretrained: Pretrained = None,
-    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
-    batch_size: BatchSize = 64,
     device: Device = None,
 ) -> None:
     """Put a trigger into the images of a folder: a suspect set for `audit`, whose files pair with the clean ones by name.
 
-    A trigger belongs to the size and the crop in which the model sees an image, so it is put in after those; the files
-    are PNG of that size, in the same sub-folders, and trigger.json says what was put in.
+    A trigger belongs to the size and the crop in which the model sees an image, so it is put in after those. The files
+    are PNG of that size, in the same sub-folders; trigger.json says what was put in.
     """
     with plain_errors():
         if (model is None) == (size is None):
@@ -73,65 +74,56 @@ def apply_trigger(
             )
         if model is None and (checkpoint or pretrained):
             raise ValueError("expected --model NAME with --checkpoint and --pretrained")
-        check_there(str(images))
+        chosen = None
+        if model is not None:
+            chosen = ModelOptions(
+                model, checkpoint, pretrained, prefix=prefix, image_size=image_size, device=device
+            )
+            chosen.check()
+        check_images(str(images))
         check_folder(out, "the images")
-        from decompclip.attacks.registry import open_attack, remembered
-        from decompclip.attacks.suspects import check_target
-
-        known = () if model is None else remembered(model, checkpoint)
-        attack = open_attack(trigger, known, model=model or "no model")
-        check_target(out, images)
+        check_trigger(trigger)
+        check_files(classes=classes)
+        say(f"{model or trigger}: loading", err=True)
         with imports():
             from decompclip.attacks.preview import compare
-            from decompclip.attacks.suspects import write_suspects
+            from decompclip.attacks.registry import open_attack, remembered
+            from decompclip.attacks.suspects import check_target, write_suspects
             from decompclip.data.files import files_skipped
             from decompclip.data.images import FolderSource
             from decompclip.data.pixels import to_pixels
-            from decompclip.intervals import Rate
 
-        clip = answers = None
-        preprocess = to_pixels(size)
-        if model is not None:
-            say(f"{model}: loading", err=True)
-            from decompclip.models.loading import load
-
-            clip = load(
-                model,
-                pretrained=pretrained,
-                checkpoint=checkpoint,
-                prefix=prefix,
-                image_size=image_size,
-                device=usable_device(device),
-            )
-            preprocess = clip.pixels
-            answers = _answers(clip, classes, target or attack.target)
+        known = () if model is None else remembered(model, checkpoint)
+        attack = open_attack(trigger, known, model=model or "no model")
+        goal = target or attack.target
+        check_target(out, images)
+        counts, preprocess = None, to_pixels(size)
+        if chosen is not None:
+            clip = chosen.load(text=False)
+            counts, preprocess = _counts(clip, classes, goal), clip.pixels
         source = FolderSource(images, preprocess, on_error=on_error.value)
         noise: list[float] = []
 
         def seen(clean: Any, triggered: Any) -> None:
             noise.extend(compare(clean, triggered).psnr.tolist())
-            if answers is not None:
-                answers(clean, triggered)
+            if counts is not None:
+                counts(clean, triggered)
 
         with progress() as track:
             files = write_suspects(attack, source, out, batch_size=batch_size, seen=seen, track=track)
         say(f"Trigger: {attack}")
         say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
-        if answers is not None:
-            before, after = (Rate.of(_joined(x)) for x in (answers.clean, answers.triggered))
-            say(
-                f"Taken for {target or attack.target}: {before} of the clean images, {after} of these; pictures that do show "
-                "it are among both"
-            )
+        if counts is not None:
+            _say_counts(counts, goal)
         for path in files.renamed:
             say(f"{path}: another image has this name but for its ending; written as {path}.png", err=True)
         for skip in files.skipped:
             say(f"skipped {skip.path}: {skip.reason}", err=True)
-        counts = [f"{files.count} image{'s' if files.count != 1 else ''}", files_skipped(len(files.skipped))]
-        say(f"{', '.join(filter(None, counts))}: {out.resolve()}")
+        words = [f"{files.count} image{'s' if files.count != 1 else ''}", files_skipped(len(files.skipped))]
+        say(f"{', '.join(filter(None, words))}: {out.resolve()}")
 
 
-def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> TargetCounts | None:
+def _counts(clip: HookedCLIP, classes: Path | None, target: str | None) -> TargetCounts | None:
     """None where classes or the target are not known, or the model has no text side."""
     from decompclip.attacks.suspects import TargetCounts
     from decompclip.data.images import class_index, read_classes
@@ -148,7 +140,12 @@ def _answers(clip: HookedCLIP, classes: Path | None, target: str | None) -> Targ
         return None
 
 
-def _joined(parts: list[Any]) -> Any:
+def _say_counts(counts: TargetCounts, target: str | None) -> None:
     import torch
 
-    return torch.cat(parts)
+    from decompclip.intervals import Rate
+
+    before, after = (Rate.of(torch.cat(x)) for x in (counts.clean, counts.triggered))
+    say(
+        f"Taken for {target}: {before} of the clean images, {after} of these; pictures that do show it are among both"
+    )

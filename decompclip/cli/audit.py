@@ -1,8 +1,9 @@
-"""`decompclip audit`: a checkpoint, and images that it may fall for, or clean images alone. Heavy imports wait inside."""
+"""`decompclip audit`: a checkpoint, and images that it may fall for, or clean images alone."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -12,30 +13,29 @@ import typer
 
 from decompclip.cli.console import imports, plain_errors, progress, say
 from decompclip.cli.options import (
-    MAX_SEED,
-    Activation,
+    IMAGES,
+    TRIGGER,
     BatchSize,
-    Checkpoint,
-    Device,
-    ImageSize,
-    Model,
+    Classes,
+    Limit,
+    ModelOptions,
     OnError,
-    Prefix,
-    Pretrained,
     Root,
+    Seed,
+    Unreadable,
+    check_files,
     check_folder,
-    check_there,
-    usable_device,
+    check_images,
+    check_trigger,
+    known_classes,
+    renamed,
+    sized,
 )
 from decompclip.files import alone_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from decompclip.audit import AuditResult
     from decompclip.audit.scan import ScanResult
-    from decompclip.models.clip import HookedCLIP
-
 
 KEPT = ".scan"
 """Where a killed scan goes on from."""
@@ -47,48 +47,34 @@ class Convention(str, Enum):
 
 
 def audit(
-    model: Model,
-    clean: Annotated[
-        str,
-        typer.Option(
-            help="Clean images: a folder, a table (.csv, .tsv), WebDataset shards, or a bundled data set (shapes)."
-        ),
-    ],
+    model: ModelOptions,
+    clean: Annotated[str, typer.Option(help=f"Clean images: {IMAGES}.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     suspect: Annotated[
         str | None,
         typer.Option(
-            help="Suspect images, likewise; of a folder that `decompclip poison` wrote, OUT/poisons.json stands for the poisoned "
-            "ones alone. Or the bundled world with a trigger: shapes:own, that which MODEL remembers; "
-            "shapes:badnet, shapes:blended, ...: MODEL's of that kind, else a twin's; shapes:FILE.json. Without it, clean "
-            "images alone: a scan over the classes for a target."
+            help="Suspect images, likewise. Of a folder that `decompclip poison` wrote, FOLDER/poisons.json takes the poisoned "
+            "ones alone. Without suspect images or a trigger: a scan of clean images over the classes for a target."
         ),
     ] = None,
-    classes: Annotated[
-        Path | None,
+    trigger: Annotated[
+        str | None,
         typer.Option(
-            help="File with one class a line; bundled data sets, bundled and saved models know theirs."
+            help=f"With --clean shapes, in place of --suspect: the same world with this trigger. own: the one that MODEL "
+            f"remembers. {TRIGGER}."
         ),
     ] = None,
+    classes: Classes = None,
     target: Annotated[
         str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
     ] = None,
-    checkpoint: Checkpoint = None,
-    prefix: Prefix = None,
-    image_size: ImageSize = None,
-    pretrained: Pretrained = None,
-    activation: Annotated[
-        Activation, typer.Option(help="Of the MLPs, also the reference's, where the checkpoint does not say.")
-    ] = Activation.auto,
     reference: Annotated[
-        str | None, typer.Option(help="A clean model to hold it to, on the same images; like MODEL.")
+        str | None, typer.Option(help="A clean model to compare with, on the same images; like MODEL.")
     ] = None,
     reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
     reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
-    limit: Annotated[
-        int, typer.Option(min=0, help="Most images of each set (a seeded subset); 0 takes all of a folder.")
-    ] = 2000,
-    on_error: Annotated[OnError, typer.Option(help="What to do with unreadable images.")] = OnError.skip,
+    limit: Limit = 2000,
+    on_error: OnError = Unreadable.skip,
     root: Root = None,
     convention: Annotated[
         Convention, typer.Option(help="Bookkeeping of means and biases.")
@@ -103,8 +89,7 @@ def audit(
     ] = 0.05,
     examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
     batch_size: BatchSize = 64,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of subsets and splits.")] = 0,
-    device: Device = None,
+    seed: Seed = 0,
 ) -> None:
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number.
 
@@ -113,6 +98,7 @@ def audit(
     """
     with plain_errors(lambda: _kept(out, suspect)) as held:
         check_folder(out, "the report")
+        suspect = _suspect(clean, suspect, trigger)
         if reference is None and (reference_pretrained or reference_checkpoint):
             raise ValueError(
                 "expected --reference NAME with --reference-pretrained and --reference-checkpoint"
@@ -121,24 +107,32 @@ def audit(
             raise ValueError(
                 f"expected --suspect images with --target {target}; a scan of clean images alone looks at every class"
             )
-        for spec in (clean, suspect):
-            check_there(spec)
+        check_images(clean, suspect)
+        check_files(classes=classes)
+        models = {model.model: model}
+        if reference is not None:
+            models[f"{reference} (reference)"] = replace(
+                model,
+                model=reference,
+                checkpoint=reference_checkpoint,
+                pretrained=reference_pretrained,
+                prefix=None,
+                image_size=None,
+            )
+        for each in models.values():
+            each.check()
         with imports():
             from decompclip.attacks.registry import remembered
             from decompclip.audit import AuditConfig
-            from decompclip.audit.collect import attack_in, check_model, check_source, open_classes
-            from decompclip.models.loading import load
+            from decompclip.audit.collect import attack_in, check_source
 
-        check_model(model, checkpoint)
-        if reference is not None:
-            check_model(reference, reference_checkpoint)
-        known = remembered(model, checkpoint)
-        for spec in (clean, suspect):
-            if spec is not None:
-                check_source(spec, known)
-        class_names = open_classes(classes, clean, *([] if suspect is None else [suspect]), model=model)
+        clean, limit = sized(clean, limit)
+        known = remembered(model.model, model.checkpoint)
+        for spec in filter(None, (clean, suspect)):
+            check_source(spec, known)
+        names = known_classes(classes, model.model, *filter(None, (clean, suspect)))
         if target is not None:
-            _check_target(target, class_names, classes)
+            _check_target(target, names, classes)
         config = AuditConfig(
             convention=convention.value,
             epsilon=epsilon,
@@ -150,41 +144,41 @@ def audit(
             seed=seed,
         )
         held.enter_context(alone_in(out))
-        device = usable_device(device)
-        loaded = {
-            model: load(
-                model,
-                pretrained=pretrained,
-                checkpoint=checkpoint,
-                prefix=prefix,
-                image_size=image_size,
-                activation=activation.value,
-                device=device,
-            )
-        }
-        if reference is not None:
-            loaded[f"{reference} (reference)"] = load(
-                reference,
-                pretrained=reference_pretrained,
-                checkpoint=reference_checkpoint,
-                activation=activation.value,
-                device=device,
-            )
-        options = {"limit": limit or None, "seed": seed, "on_error": on_error.value, "root": root}
+        loaded = {name: each.load() for name, each in models.items()}
+        options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
-            finish(_scan(loaded, clean, class_names, options, batch_size, out / KEPT), out)
+            finish([_scan(loaded, clean, names, options, batch_size, out / KEPT)], out)
             shutil.rmtree(out / KEPT, ignore_errors=True)
-        else:
-            results = _pair(loaded, (clean, suspect), class_names, target, config, options | {"known": known})
-            if attack := attack_in(suspect, known):
-                facts = {"suspect_trigger": str(attack)}
-                results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
-                say(f"Trigger: {attack}")
-            finish(results, out)
+            return
+        results = _pair(loaded, (clean, suspect), names, target, config, options | {"known": known})
+        if attack := attack_in(suspect, known):
+            facts = {"suspect_trigger": str(attack)}
+            results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
+            say(f"Trigger: {attack}")
+        finish(results, out)
+
+
+def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None:
+    """What the library takes for suspect images: a place of images, or `shapes:` and a trigger.
+
+    Raises:
+        ValueError: a trigger together with suspect images, or with clean ones that are not the bundled world's.
+    """
+    if trigger is not None:
+        if suspect is not None or clean.partition(":")[0] != "shapes":
+            raise ValueError(
+                f"expected --trigger with --clean shapes and without --suspect; received --clean {clean}"
+                f"{f' --suspect {suspect}' if suspect else ''}; put a trigger into images of your own with apply-trigger"
+            )
+        check_trigger(trigger)
+        return f"shapes:{trigger}"
+    if suspect is not None and suspect.startswith("shapes:"):
+        renamed(f"--suspect {suspect}", f"--trigger {suspect.removeprefix('shapes:')}")
+    return suspect
 
 
 def _pair(
-    loaded: dict[str, HookedCLIP],
+    loaded: dict[str, Any],
     specs: tuple[str, str],
     class_names: tuple[str, ...],
     target: str | None,
@@ -216,23 +210,23 @@ def _pair(
 
 
 def _scan(
-    loaded: dict[str, HookedCLIP],
+    loaded: dict[str, Any],
     clean: str,
     class_names: tuple[str, ...],
     options: dict[str, Any],
     batch_size: int,
     keep: Path,
-) -> list[ScanResult]:
+) -> ScanResult:
     """The model, and its reference, on clean images alone."""
     from decompclip.audit.collect import open_source
     from decompclip.audit.scan import ScanConfig, run_scan
 
     (name, clip), *others = loaded.items()
     config = ScanConfig(batch_size=batch_size, seed=options["seed"])
-    most = config.fit + config.held_out  # of a folder a random subset, not the first classes
-    options = options | {"limit": min(options["limit"] or most, most)}
+    enough = config.fit + config.held_out  # of a folder a random subset, not the first classes
+    options = options | {"limit": min(options["limit"] or enough, enough)}
     with progress() as track:
-        result = run_scan(
+        return run_scan(
             clip,
             open_source(clean, clip, class_names, **options),
             class_names,
@@ -244,7 +238,6 @@ def _scan(
             track=track,
             keep=keep,
         )
-    return [result]
 
 
 def _kept(out: Path, suspect: str | None) -> str:
@@ -265,7 +258,7 @@ def _check_target(target: str, class_names: tuple[str, ...], classes: Path | Non
 
 
 def finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str | None = None) -> None:
-    """Write the report, and say in a line a result what it found and where the report lies."""
+    """Write the report, and print each result's finding and where the report lies."""
     from decompclip.report import write_report
 
     path = write_report(results, out, title=title)

@@ -1,23 +1,36 @@
-"""`decompclip bench`: detectors and repairs on the models of the zoo. Heavy imports wait inside."""
+"""`decompclip bench`: detectors and repairs on the models of the zoo."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.cli.options import check_folder
+from decompclip.cli.options import OldImages, check_folder, count_of
 from decompclip.files import alone_in
+from decompclip.models.names import bundled
 
-if TYPE_CHECKING:
-    from decompclip.bench.plan import Plan
+DETECTORS = (
+    "STRIP", "SCALE-UP", "TeCo", "BDetCLIP", "k-distance", "SLOF", "LID", "DAO", "Mahalanobis", "Mahalanobis by class",
+    "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic",
+)  # fmt: skip
+"""Names in `decompclip.defenses.detectors.DETECTORS`, which imports torch."""
 
+REPAIRS = (
+    "none", "Decomp-Rep (paper, right hint)", "Decomp-Rep (paper, wrong hint)", "Decomp-Rep (cosine, quantile)",
+    "random heads", "fixed heads", "last 5 MLPs", "agnostic",
+)  # fmt: skip
+"""Names in `decompclip.bench.plan.REPAIRS`."""
 
-FAST = "fast"
+DETECTORS_HELP = f'By default all: {", ".join(DETECTORS)}. "fast" leaves out STRIP and TeCo; "" is none.'
+REPAIRS_HELP = f'By default all: {", ".join(REPAIRS)}. "none" leaves images as they are; "" is none at all.'
+MOST_SEEDS = 100
+SLOW = ("STRIP", "TeCo")
 
 
 def bench(
@@ -33,32 +46,35 @@ def bench(
     ] = None,
     detectors: Annotated[
         str | None,
-        typer.Option(
-            help='Names, with commas between; by default all; "fast" leaves out STRIP and TeCo; "" is none.'
-        ),
+        typer.Option(help=DETECTORS_HELP),
     ] = None,
     repairs: Annotated[
         str | None,
-        typer.Option(
-            help='Names, with commas between; by default all; "none" leaves images as they are; "" is none at all.'
-        ),
+        typer.Option(help=REPAIRS_HELP),
     ] = None,
-    images: Annotated[
+    count: Annotated[
         int,
         typer.Option(
-            help="To fit on, to measure on, and for the control: so many of each, 40 or more; some detectors need more."
+            min=40,
+            help="Images to fit on, to measure on, and for the control: so many of each; some detectors need more.",
         ),
     ] = 1_000,
-    slow: Annotated[int, typer.Option(help="The same, for STRIP (128 or more) and TeCo.")] = 200,
+    images: OldImages = None,
+    slow: Annotated[int, typer.Option(min=40, help="The same, for STRIP (128 or more) and TeCo.")] = 200,
     draws: Annotated[
         int,
         typer.Option(
-            help="How many sets of clean images each repair is fitted on, 2 or more; the spread between them is in its intervals."
+            min=2,
+            help="Sets of clean images that each repair is fitted on; the spread between them is in its intervals.",
         ),
     ] = 5,
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="Of the images; give it several times for several runs.  [default: 0]"),
+        typer.Option(
+            min=0,
+            max=MOST_SEEDS - 1,
+            help="Of the images; give it several times for several runs.  [default: 0]",
+        ),
     ] = None,
 ) -> None:
     """Measure detectors and repairs on the models of the zoo: one page, and a JSON with every number.
@@ -70,42 +86,48 @@ def bench(
         lambda: f"runs that are done are kept in {out}; the same command goes on after them"
     ) as held:
         check_folder(out, "the leaderboard")
+        fast = tuple(name for name in DETECTORS if name not in SLOW)
+        chosen: dict[str, Any] = {
+            "models": _names("model", models, bundled()),
+            "detectors": fast if detectors == "fast" else _names("detector", detectors, DETECTORS),
+            "repairs": _names("repair", repairs, REPAIRS),
+            "images": count_of(count, images),
+            "slow_images": slow,
+            "draws": draws,
+            "seeds": tuple(seed or (0,)),
+        }
         say("bench: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.bench.page import leaderboard, write_board
+            from decompclip.bench.plan import Plan, default_models
             from decompclip.bench.run import run
 
-        sizes = {"images": images, "slow_images": slow, "draws": draws}
-        plan = _plan(models, detectors, repairs, **sizes, seeds=tuple(seed or (0,)))
+        if models is None:
+            chosen["models"] = default_models()
+        plan = Plan(**chosen)
         plan.check_enough()
         # our own prompts hold words that the small vocabularies of bundled models do not
         warnings.filterwarnings("ignore", "words unknown to this model's vocabulary", UserWarning)
         held.enter_context(alone_in(out))
-        runs = run(plan, out, log=lambda line: say(line, err=True))
-        board = leaderboard(runs)
+        board = leaderboard(run(plan, out, log=lambda line: say(line, err=True)))
         page = write_board(board, out)
         for line in _lines(board):
             say(line)
         say(f"Leaderboard: {page.resolve()}")
 
 
-def _plan(models: str | None, detectors: str | None, repairs: str | None, **options: Any) -> Plan:
-    """Raises ValueError as `Plan`."""
-    from decompclip.bench.plan import REPAIRS, SLOW, Plan, default_models
-    from decompclip.defenses.detectors import DETECTORS
+def _names(kind: str, given: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """All known ones, or those given, split at commas that stand in no brackets: "Decomp-Det (cosine, quantile)" is one.
 
-    fast = tuple(name for name in DETECTORS if name not in SLOW)
-    return Plan(
-        models=default_models() if models is None else _names(models),
-        detectors=tuple(DETECTORS) if detectors is None else fast if detectors == FAST else _names(detectors),
-        repairs=tuple(REPAIRS) if repairs is None else _names(repairs),
-        **options,
-    )
-
-
-def _names(given: str) -> tuple[str, ...]:
-    """Split at commas that stand in no brackets: "Decomp-Det (cosine, quantile)" is one name."""
-    return tuple(name.strip() for name in re.split(r",(?![^()]*\))", given) if name.strip())
+    Raises:
+        ValueError: an unknown name.
+    """
+    if given is None:
+        return tuple(known)
+    names = tuple(name.strip() for name in re.split(r",(?![^()]*\))", given) if name.strip())
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"expected a {kind} among {', '.join(known)}; received {unknown[0]!r}")
+    return names
 
 
 def _lines(board: dict[str, Any]) -> list[str]:
@@ -113,11 +135,11 @@ def _lines(board: dict[str, Any]) -> list[str]:
     lines = []
     for part, metrics in (("detectors", ("auroc", "fpr", "control")), ("repairs", ("cacc", "asr"))):
         for name, cells in board[part].items():
-            said = [
+            values = [
                 f"{metric.upper() if metric != 'control' else metric} {100 * found['value']:.1f} %"
                 for metric in metrics
                 if (found := cells[metric]["mean"])
             ]
-            if said:
-                lines.append(f"{name}: {', '.join(said)}")
+            if values:
+                lines.append(f"{name}: {', '.join(values)}")
     return lines

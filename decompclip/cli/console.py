@@ -22,25 +22,34 @@ EXPECTED_ERROR = 2
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: what is half done is cleared up, and what is kept is said."""
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
 
 def say(text: str, *, err: bool = False, lines: bool = False) -> None:
-    """A line on the terminal, or several, in which what cannot be seen is escaped."""
+    """Print a line, or several; characters that cannot be seen are escaped."""
     parts = text.split("\n") if lines else [text]
     typer.echo("\n".join(map(printable, parts)), err=err)
 
 
+def skipped_files(source: Any) -> None:
+    """Say how many files a source of images or pairs left out."""
+    from decompclip.data.files import files_skipped
+
+    if skipped := len(getattr(source, "skipped", ())):
+        say(files_skipped(skipped), err=True)
+
+
 @contextmanager
 def plain_errors(kept: Callable[[], str] | None = None) -> Iterator[ExitStack]:
-    """Warnings, and errors that bad input causes, become one line each; DECOMPCLIP_DEBUG=1 shows where they
-    come from. Ctrl-C and SIGTERM end it with what is kept and exit code 130 and 143.
+    """Show warnings, and errors of bad input, in one line each; with DECOMPCLIP_DEBUG=1 as Python does.
+
+    Ctrl-C and SIGTERM end it with a line on what is kept, and exit code 130 or 143.
 
     Args:
-        kept: says what a stopped command leaves, and how to go on; without it nothing is kept.
+        kept: what a stopped command leaves, and how to go on; without it nothing is kept.
 
     Yields:
-        What is held until the end, as the lock of a folder.
+        A stack for what is held until the end, such as the lock of a folder.
     """
     try:
         with ExitStack() as held, _ends_on_sigterm(), warnings.catch_warnings():
@@ -67,7 +76,7 @@ _ARGUMENTS = re.compile(
 
 
 def in_options(words: str) -> str:
-    """What a message says of Python's arguments, said of the options that a command has for them."""
+    """A message of the library with options (`--image-size 64`) in place of arguments (`image_size=64`)."""
     words = re.sub(r"`load\('([^']+)'(?:, pretrained='([^']+)')?\)`", _as_command, words)
     return _ARGUMENTS.sub(
         lambda found: f"--{found[1].replace('_', '-')}{' ' + found['value'] if found['value'] else ''}", words
@@ -100,8 +109,7 @@ def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> No
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """For imports of many thousand objects that all stay: without the garbage collector, which walks them again and
-    again (a third of the time of a short command)."""
+    """Import without the garbage collector, which takes a third of the time of a short command."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -113,7 +121,7 @@ def imports() -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A `Track` that says on stderr what is done, and how long the rest takes."""
+    """A `Track` that shows on stderr what is done, and how long the rest takes."""
     with meters() as begin:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:

@@ -1,38 +1,39 @@
-"""`decompclip finetune`: a CLIP on image-caption pairs, clean or poisoned. Heavy imports wait inside."""
+"""`decompclip finetune`: a CLIP on image-caption pairs, clean or poisoned."""
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from decompclip.cli.console import imports, plain_errors, say
+from decompclip.cli.console import imports, plain_errors, say, skipped_files
 from decompclip.cli.options import (
-    MAX_SEED,
+    IMAGES,
+    PAIRS,
     TRIGGER,
-    Activation,
-    Checkpoint,
-    Device,
-    ImageSize,
-    Model,
-    Prefix,
-    Pretrained,
+    Classes,
+    Limit,
+    ModelOptions,
+    Seed,
+    Target,
     attack_on,
+    check_files,
     check_folder,
+    check_images,
+    check_trigger,
     going_on,
-    usable_device,
+    known_classes,
 )
 from decompclip.files import alone_in, write_text
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
-    from decompclip.models.clip import HookedCLIP
-    from decompclip.training.loop import Monitor
 
 
-class Named(str, Enum):
+class Recipe(str, Enum):
     paper = "paper"
     badclip = "badclip"
     cleanclip = "cleanclip"
@@ -55,24 +56,18 @@ class Optimizer(str, Enum):
 
 
 def finetune(
-    model: Model,
-    pairs: Annotated[
-        str,
-        typer.Argument(
-            help="Image-caption pairs: WebDataset shards (a folder that `decompclip poison` wrote), a table (.csv, .tsv), "
-            "shapes, shapes:5000, cifar10, or a folder with a sub-folder of images a class."
-        ),
-    ],
+    model: ModelOptions,
+    pairs: Annotated[str, typer.Argument(help=f"Image-caption pairs: {PAIRS}.")],
     out: Annotated[
         Path, typer.Option(help="Folder for the model, its history, and the checkpoint to go on from.")
     ],
     recipe: Annotated[
-        Named,
+        Recipe,
         typer.Option(
             help="paper: as He et al. poison a CLIP, 5 epochs, batch 128, 1e-5; badclip: 10 epochs, 128, 1e-6; cleanclip: the "
             "defense, 10 epochs, 64, 5e-6. The options below change it; without them it stays as it is."
         ),
-    ] = Named.paper,
+    ] = Recipe.paper,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times that every pair is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -88,37 +83,21 @@ def finetune(
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(
-            help="Labelled images to measure accuracy on while training: a folder, shapes, cifar10."
-        ),
+        typer.Option(help=f"Labelled images to measure accuracy on while training: {IMAGES}, or cifar10."),
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="File with their classes, one a line.")] = None,
+    classes: Classes = None,
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"Measure this attack's success as well. own: that of PAIRS, or the one that MODEL remembers; {TRIGGER}."
+            help=f"Measure this attack's success as well. own: that of PAIRS, or the one that MODEL remembers. {TRIGGER}."
         ),
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The class that the attacker wants; by default the trigger's own.")
-    ] = None,
+    target: Target = None,
     every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two measurements; by default a tenth of them.")
     ] = None,
-    limit: Annotated[
-        int, typer.Option(min=1, help="Most images to measure on, where shapes:N does not say.")
-    ] = 1000,
-    checkpoint: Checkpoint = None,
-    prefix: Prefix = None,
-    image_size: ImageSize = None,
-    pretrained: Pretrained = None,
-    activation: Annotated[
-        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
-    ] = Activation.auto,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the pairs, and of views.")
-    ] = 0,
-    device: Device = None,
+    limit: Limit = 1000,
+    seed: Seed = 0,
 ) -> None:
     """Fine-tune MODEL on PAIRS: with poisoned ones a backdoor gets in, with clean ones and CleanCLIP it may go.
 
@@ -126,58 +105,56 @@ def finetune(
     goes on where it was killed, and ends with the same weights.
     """
     with plain_errors(lambda: going_on(out / "checkpoint.pt")) as held:
-        say(f"{model}: loading", err=True)  # seconds pass before anything else is seen
-        with imports():
-            import json
-            from dataclasses import asdict, replace
-
-            from decompclip.cli.diagnosis import check_text
-            from decompclip.data.files import files_skipped
-            from decompclip.data.sources import open_pairs
-            from decompclip.figures.theme import write_figure
-            from decompclip.models.folders import check_saveable, save_model
-            from decompclip.models.loading import load
-            from decompclip.training.finetune import finetune as run
-            from decompclip.training.recipes import RECIPES
-
-        changed: dict[str, Any] = {
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-            "loss": loss and loss.value,
-            "optimizer": optimizer and optimizer.value,
-            "precision": precision and precision.value,
-            "warmup": warmup,
-        }
-        plan = replace(RECIPES[recipe.value], **{k: x for k, x in changed.items() if x is not None})
         check_folder(out, "the model")
-        asked = None
-        if images is not None:
-            asked = _asked(model, checkpoint, pairs, images, classes, trigger, target)
-        elif trigger or target:
+        model.check()
+        if images is None and (trigger or target):
             raise ValueError(
                 "expected --images, labelled images to measure on, with --trigger and --target; received none"
             )
-        weights = {
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "prefix": prefix,
-            "image_size": image_size,
-            "activation": activation.value,
-        }
-        clip = load(model, **weights, device=usable_device(device))
-        check_text(clip)
+        check_trigger(trigger, target)
+        check_files(classes=classes)
+        check_images(pairs, images)
+        say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
+        with imports():
+            from dataclasses import asdict, replace
+
+            from decompclip.data.images import class_index
+            from decompclip.data.sources import open_labelled, open_pairs
+            from decompclip.figures.theme import write_figure
+            from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
+            from decompclip.models.folders import check_saveable, save_model
+            from decompclip.training.finetune import finetune as run
+            from decompclip.training.loop import Monitor
+            from decompclip.training.recipes import RECIPES
+
+        changed: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+        changed |= {"loss": loss, "optimizer": optimizer, "precision": precision}
+        changed = {key: getattr(x, "value", x) for key, x in changed.items() if x is not None}
+        plan = replace(RECIPES[recipe.value], **changed)
+        names, attack, label = (), None, None
+        if images is not None:
+            names = known_classes(classes, model.model, images)
+            if attack := _attack(model, pairs, trigger, target):
+                label = class_index(attack.target or "", names)
+        clip = model.load()
         check_saveable(clip)
         source = open_pairs(pairs, clip.pixels, seed=seed)
-        watch, attack = None, asked and asked[1]
-        if images is not None and asked is not None:
-            watch = _monitor(clip, images, *asked, every, limit)
+        monitor = None
+        if images is not None:
+            monitor = Monitor(
+                data=open_labelled(images, clip.image_size, names, preprocess=clip.pixels, limit=limit),
+                class_names=names,
+                templates=next(filter(None, clip.templates.values()), OPENAI_IMAGENET_TEMPLATES),
+                trigger=attack and attack.trigger,
+                target=label,
+                every=every,
+            )
         held.enter_context(alone_in(out))
         tuned = run(
             clip,
             source,
             plan,
-            monitor=watch,
+            monitor=monitor,
             checkpoint=out / "checkpoint.pt",
             log_every=every,
             seed=seed,
@@ -186,7 +163,7 @@ def finetune(
         )
         save_model(tuned.model, out)
         facts = {
-            "model": model,
+            "model": model.model,
             "pairs": pairs,
             "seed": seed,
             "recipe": asdict(plan),
@@ -196,63 +173,22 @@ def finetune(
         }
         write_text(out / "history.json", json.dumps(facts, indent=1) + "\n")
         write_figure(tuned.figure(), out / "history.html")
-        if skipped := len(source.skipped):
-            say(files_skipped(skipped), err=True)
+        skipped_files(source)
         say(repr(tuned))
         if attack is not None:
             say(f"Trigger: {attack}")
         say(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
 
 
-def _asked(
-    model: str,
-    checkpoint: Path | None,
-    pairs: str,
-    images: str,
-    classes: Path | None,
-    trigger: str | None,
-    target: str | None,
-) -> tuple[tuple[str, ...], Attack | None, int | None]:
-    """Class names, attack and the target's index: found before the seconds of loading.
+def _attack(model: ModelOptions, pairs: str, trigger: str | None, target: str | None) -> Attack | None:
+    """The attack to measure; `own` is that of poisoned pairs, whatever the model has already.
 
     Raises:
-        ValueError: a target without a trigger, a trigger whose target nobody knows, an unknown one, or unknown classes.
+        ValueError: as `attack_on`.
     """
     from decompclip.attacks.registry import OWN, open_attack
-    from decompclip.cli.evaluate import known_classes
     from decompclip.data.files import POISON_LIST
-    from decompclip.data.images import class_index
 
-    names = known_classes(classes, model, images)
-    folder = Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent
-    poisons = [open_attack(str(folder / POISON_LIST))] if (folder / POISON_LIST).is_file() else []
-    if trigger == OWN and poisons:
-        trigger = str(folder / POISON_LIST)  # what is being put in, whatever the model has already
-    attack = attack_on(model, checkpoint, trigger, target, poisons)
-    if attack is None or attack.target is None:
-        return names, None, None
-    return names, attack, class_index(attack.target, names)
-
-
-def _monitor(
-    clip: HookedCLIP,
-    images: str,
-    names: tuple[str, ...],
-    attack: Attack | None,
-    target: int | None,
-    every: int | None,
-    limit: int,
-) -> Monitor:
-    """What is measured on the way."""
-    from decompclip.data.sources import open_labelled
-    from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
-    from decompclip.training.loop import Monitor
-
-    return Monitor(
-        data=open_labelled(images, clip.image_size, names, preprocess=clip.pixels, limit=limit),
-        class_names=names,
-        templates=next((x for x in clip.templates.values() if x), OPENAI_IMAGENET_TEMPLATES),
-        trigger=attack and attack.trigger,
-        target=target,
-        every=every,
-    )
+    record = (Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent) / POISON_LIST
+    poisons = [open_attack(str(record))] if record.is_file() else []
+    return attack_on(model, str(record) if trigger == OWN and poisons else trigger, target, poisons)

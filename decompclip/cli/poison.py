@@ -1,4 +1,4 @@
-"""`decompclip poison`: poisoned image-caption pairs, for tests of defenses. Heavy imports wait inside."""
+"""`decompclip poison`: poisoned image-caption pairs, for tests of defenses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from decompclip.cli.console import plain_errors, progress, say
-from decompclip.cli.options import MAX_SEED, TRIGGER, Root
+from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
+from decompclip.cli.options import (
+    PAIRS,
+    TRIGGER,
+    Classes,
+    Root,
+    Seed,
+    check_files,
+    check_folder,
+    check_images,
+    check_trigger,
+)
 from decompclip.files import alone_in
 
 
@@ -20,13 +30,7 @@ class Resize(str, Enum):
 
 
 def poison(
-    pairs: Annotated[
-        str,
-        typer.Argument(
-            help="Clean pairs: shapes, shapes:5000, cifar10, a table (.csv, .tsv), WebDataset shards (a folder, "
-            "'x/{000..331}.tar'), or a folder with a sub-folder of images a class."
-        ),
-    ],
+    pairs: Annotated[str, typer.Argument(help=f"Clean pairs: {PAIRS}.")],
     out: Annotated[Path, typer.Option(help="Folder for the poisoned shards and poisons.json.")],
     target: Annotated[
         str | None,
@@ -44,45 +48,52 @@ def poison(
         typer.Option(help="File with a caption of the poisons a line; {} stands for the target."),
     ] = None,
     also_called: Annotated[list[str] | None, typer.Option(help="Another name of the target.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="File with one class a line.")] = None,
+    classes: Classes = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels to bring images to; by default they stay.")
     ] = None,
     resize_mode: Annotated[
         Resize,
         typer.Option(
-            help="How --size brings them there: shortest scales the shorter side and crops the middle, squash changes "
-            "proportions (SigLIP), longest adds black. As the model to be trained prepares its images."
+            help="How --size brings them there, as the model to be trained does: shortest scales the shorter side and crops "
+            "the middle, squash changes proportions (SigLIP), longest adds black."
         ),
     ] = Resize.shortest,
     root: Root = None,
     new_target: Annotated[bool, typer.Option(help="Take a --target that no pair shows or names.")] = False,
     list_only: Annotated[bool, typer.Option(help="Write poisons.json alone, no images.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of what is poisoned, and how.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Poison image-caption pairs with a backdoor, to train a model on: for tests of defenses.
 
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
     with plain_errors(lambda: _kept(out)) as held:
-        from dataclasses import replace
+        check_folder(out, "the pairs")
+        check_trigger(trigger)
+        check_images(pairs)
+        check_files(classes=classes, captions=captions)
+        if (count is None) == (rate is None):
+            raise ValueError(
+                f"expected --count or --rate, one of the two; received {'neither' if count is None else 'both'}"
+            )
+        with imports():
+            from dataclasses import replace
 
-        from decompclip.attacks.poison_choice import needs_model
-        from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
-        from decompclip.attacks.registry import open_attack
-        from decompclip.data.images import read_classes
-        from decompclip.data.pixels import to_pixels
-        from decompclip.data.sources import open_pairs
-        from decompclip.data.texts import load_texts
+            from decompclip.attacks.poison_choice import needs_model
+            from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
+            from decompclip.attacks.registry import open_attack
+            from decompclip.data.images import read_classes
+            from decompclip.data.pixels import to_pixels
+            from decompclip.data.sources import open_pairs
+            from decompclip.data.texts import load_texts
 
         attack = open_attack(trigger)
         if (goal := target or attack.target) is None:
             raise ValueError(f"expected --target, the class to lead to; --trigger {trigger} knows none")
         if needs_model(attack.trigger):
-            unasked: Any = {
-                "classical": False
-            }  # whose gradient steps ask a model, which this command has not
-            attack = replace(attack, trigger=replace(attack.trigger, **unasked))
+            plain: Any = {"classical": False}  # the gradient steps need a model, which this command has not
+            attack = replace(attack, trigger=replace(attack.trigger, **plain))
             say("note: label-consistent without the classical attack's gradient steps", err=True)
         base = open_pairs(
             pairs,
@@ -112,8 +123,7 @@ def poison(
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
         say(repr(files.record))
         say(f"Trigger: {replace(attack, target=files.record.target)}")
-        if skipped := len(poisoned.skipped):
-            say(f"{skipped} file{'s' if skipped > 1 else ''} skipped", err=True)
+        skipped_files(poisoned)
         say(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")
 
 

@@ -1,7 +1,8 @@
-"""`decompclip repair`: a model without its backdoor, as far as a method gets. Heavy imports wait inside."""
+"""`decompclip repair`: a model without its backdoor, as far as a method gets, and its numbers before and after."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,24 +11,25 @@ import typer
 
 from decompclip.cli.console import imports, plain_errors, say
 from decompclip.cli.options import (
-    MAX_SEED,
+    IMAGES,
     TRIGGER,
-    Activation,
-    Checkpoint,
-    Device,
-    Model,
-    Pretrained,
+    Classes,
+    Limit,
+    ModelOptions,
+    Seed,
+    Target,
     attack_on,
+    check_files,
     check_folder,
-    usable_device,
+    check_images,
+    check_trigger,
+    known_classes,
 )
+from decompclip.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from decompclip.attacks.registry import Attack
     from decompclip.models.clip import HookedCLIP
-
 
 NUMBERS = "repair.json"
 
@@ -45,12 +47,16 @@ class Hint(str, Enum):
     spread = "global"
 
 
+TUNED = (Method.cleanclip, Method.par)
+"""The methods that fine-tune; the others are fitted on features."""
+
+
 def repair(
-    model: Model,
+    model: ModelOptions,
     clean: Annotated[
         str,
         typer.Option(
-            help="What to repair with. agnostic, rep: clean images, a folder, shapes:N, cifar10. cleanclip, par: clean "
+            help=f"What to repair with. agnostic, rep: clean images: {IMAGES}, or cifar10. cleanclip, par: clean "
             "image-caption pairs, as finetune takes them."
         ),
     ],
@@ -71,21 +77,18 @@ def repair(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"Measure this attack's success as well; by default the one that MODEL remembers. own; {TRIGGER}."
+            help=f"Measure this attack's success as well; by default (own) the one that MODEL remembers. {TRIGGER}."
         ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The class that the attacker wants.")] = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="File with one class a line; bundled models and data sets know theirs."),
-    ] = None,
+    target: Target = None,
+    classes: Classes = None,
     budget: Annotated[
         float, typer.Option(help="agnostic: share of clean images that may be touched.")
     ] = 0.01,
     hint: Annotated[
         Hint,
         typer.Option(
-            help="rep: what is known of the trigger, as the paper's method must be told: local (a patch), or global."
+            help="rep: the kind of trigger, which the paper's method needs: local (a patch), or global."
         ),
     ] = Hint.none,
     epochs: Annotated[
@@ -102,30 +105,16 @@ def repair(
             "takes as long again."
         ),
     ] = True,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = None,
-    activation: Annotated[
-        Activation, typer.Option(help="Of the MLPs, where the checkpoint does not say.")
-    ] = Activation.auto,
-    limit: Annotated[int, typer.Option(min=0, help="Most images of a folder; 0 takes all.")] = 4000,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of halves, order and draws.")] = 0,
-    device: Device = None,
+    limit: Limit = 4000,
+    seed: Seed = 0,
 ) -> None:
     """Repair MODEL with clean data, and measure before and after: accuracy, attack success, and what is touched.
 
     The numbers are of the folder as written, opened again, on images that nothing was fitted on.
     """
     with plain_errors():
-        from decompclip.attacks.registry import OWN, remembered
-
-        if trigger is None and len(remembered(model, checkpoint)) == 1:
-            trigger = OWN
-        attack = attack_on(model, checkpoint, trigger, target)
-        check_folder(out, "the repaired model")
-        if out.exists() and any(out.iterdir()):
-            raise FileExistsError(
-                f"expected an empty or a new folder with --out; {out} holds files; name another"
-            )
+        model.check()
+        check_folder(out, "the repaired model", empty=True)
         if images is not None and (images == clean or Path(images).resolve() == Path(clean).resolve()):
             raise ValueError(
                 f"expected other images with --images than with --clean, for nothing is measured on what a repair was fitted "
@@ -133,33 +122,33 @@ def repair(
             )
         if hint is not Hint.none and method is not Method.rep:
             raise ValueError(f"expected --method rep with --hint; received {method.value}, which takes none")
-        tuned = {"--epochs": epochs, "--lr": lr}
-        if method in (Method.agnostic, Method.rep) and (given := [k for k, x in tuned.items() if x]):
+        if method not in TUNED and (given := [k for k, x in {"--epochs": epochs, "--lr": lr}.items() if x]):
             raise ValueError(f"expected --method cleanclip or par with {given[0]}; received {method.value}")
-        typer.echo(f"{model}: loading", err=True)
+        check_images(clean, images)
+        check_files(classes=classes)
+        if trigger is not None:
+            check_trigger(trigger)
+        say(f"{model.model}: loading", err=True)
         with imports():
-            from decompclip.cli.diagnosis import check_text
-            from decompclip.cli.evaluate import known_classes
+            from decompclip.attacks.registry import OWN, remembered
             from decompclip.data.images import class_index
-            from decompclip.files import write_json
-            from decompclip.models.loading import load
+            from decompclip.defenses.guard import load as reopen
 
-        names = known_classes(classes, model, images or clean)
+        if trigger is None and len(remembered(model.model, model.checkpoint)) == 1:
+            trigger = OWN
+        check_trigger(trigger, target)
+        attack = attack_on(model, trigger, target)
+        names = known_classes(classes, model.model, images or clean)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)
-        weights = {"pretrained": pretrained, "checkpoint": checkpoint, "activation": activation.value}
-        clip = load(model, **weights, device=usable_device(device))
-        check_text(clip)
-        fit, held = _data(clip, clean, images, names, method, limit=limit or None, seed=seed)
-        if method in (Method.agnostic, Method.rep):
+        clip = model.load()
+        fit, held = _data(clip, clean, images, names, pairs=method in TUNED, limit=limit, seed=seed)
+        if method in TUNED:
+            asked = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+            other = _tuned(clip, fit, method, out, asked, seed=seed)
+        else:
             other = _fitted(
                 clip, fit, names, method, hint, out, budget=budget, batch=batch_size or 64, seed=seed
             )
-        else:
-            other = _tuned(
-                clip, fit, method, out, epochs=epochs, lr=lr, batch=batch_size, seed=seed, control=control
-            )
-        from decompclip.defenses.guard import load as reopen
-
         subjects = {"before": clip, "after": reopen(out, device=clip.device)}
         if control and other is not None:
             subjects["control"] = other(subjects["after"])
@@ -167,26 +156,21 @@ def repair(
             name: _measured(subject, clip, held, names, attack, label, batch_size or 64)
             for name, subject in subjects.items()
         }
+        options = {"budget": budget, "hint": hint.value, "epochs": epochs, "lr": lr, "batch_size": batch_size}
         facts = {
-            "model": model,
+            "model": model.model,
             "method": method.value,
             "clean": clean,
             "images": images,
             "seed": seed,
-            "options": {
-                "budget": budget,
-                "hint": hint.value,
-                "epochs": epochs,
-                "lr": lr,
-                "batch_size": batch_size,
-            },
+            "options": options,
             "trigger": attack and attack.trigger.card(),
             "target_class": attack and attack.target,
             "results": rows,
         }
         write_json(out / NUMBERS, facts)
-        _tell(rows, attack, method, hint)
-        typer.echo(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")
+        _say_results(rows, attack, method, hint)
+        say(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")
         if lost := costly(rows, method):
             say(lost, err=True)
 
@@ -196,12 +180,12 @@ def _data(
     clean: str,
     images: str | None,
     names: tuple[str, ...],
-    method: Method,
     *,
+    pairs: bool,
     limit: int | None,
     seed: int,
 ) -> tuple[Any, Any]:
-    """What to fit on, and labelled images to measure on.
+    """What to fit on, and labelled images to measure on: `images`, or else half of `clean`.
 
     Raises:
         ValueError: no images, or pairs without labels where half of them is to be measured on.
@@ -214,31 +198,27 @@ def _data(
     def labelled(spec: str) -> Any:
         return open_labelled(spec, clip.image_size, names, preprocess=clip.pixels, limit=limit, seed=seed)
 
-    if method in (Method.agnostic, Method.rep):
-        source = labelled(clean)
-        if images is not None:
-            return source, labelled(images)
-        order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(source))
-        first = np.isin(np.arange(len(source)), order[: len(source) // 2])
-        return Part(source, first), Part(source, ~first)
-    pairs = open_pairs(clean, clip.pixels, seed=seed)
+    source: Any = open_pairs(clean, clip.pixels, seed=seed) if pairs else labelled(clean)
     if images is not None:
-        return pairs, labelled(images)
-    if pairs.labels is None or tuple(pairs.class_names) != names:
+        return source, labelled(images)
+    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(source))
+    half = len(source) // 2
+    if not pairs:
+        first = np.isin(np.arange(len(source)), order[:half])
+        return Part(source, first), Part(source, ~first)
+    if source.labels is None or tuple(source.class_names) != names:
         raise ValueError(
             f"expected --images, labelled images to measure on: the pairs of {clean} do not name the classes that they "
             "would be measured by"
         )
-    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(pairs))
-    half = len(pairs) // 2
-    kept = order[half : half + (limit or len(pairs))]
-    return SubsetPairs(pairs, sorted(order[:half].tolist()), order_seed=seed), SubsetPairs(
-        pairs, sorted(kept.tolist())
+    kept = order[half : half + (limit or len(source))]
+    return SubsetPairs(source, sorted(order[:half].tolist()), order_seed=seed), SubsetPairs(
+        source, sorted(kept.tolist())
     )
 
 
 class Part:
-    """A part of a source of images: those of the places where `kept` is true, called by these places."""
+    """The images of a source at the places where `kept` is true."""
 
     def __init__(self, source: Any, kept: Any) -> None:
         self.source, self.kept = source, kept
@@ -271,11 +251,8 @@ def _fitted(
     budget: float,
     batch: int,
     seed: int,
-) -> Any:
+) -> Callable[[Any], Any] | None:
     """Fit a repair of features, and write it; returns what makes its control of the model written."""
-    from functools import reduce
-    from operator import or_
-
     import numpy as np
     import torch
 
@@ -289,27 +266,22 @@ def _fitted(
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
 
+    inputs = (clip.normalize(part.images) for part in batches_of(fit, batch))
     with torch.no_grad():
         if hint is Hint.spread:
-            inputs = (clip.normalize(b.images) for b in batches_of(fit, batch))
             moments = Moments.fit(clip, inputs, stream=True)
-            n_layers = clip.cfg.n_layers
-            late = late_mlps(n_layers)
+            n_layers, late = clip.cfg.n_layers, late_mlps(clip.cfg.n_layers)
 
-            def without(layers: Sequence[int]) -> HookedCLIP:
-                chosen = [mlps[layer] for layer in layers]
-                return bake(clip, average_over_tokens(MeanAblate(reduce(or_, chosen), moments), clip))
+            def without(layers: list[int]) -> HookedCLIP:
+                return bake(clip, average_over_tokens(MeanAblate(mlps[layers], moments), clip))
 
-            save_model(without(range(n_layers - late, n_layers)), out)
+            save_model(without(list(range(n_layers - late, n_layers))), out)
             if 2 * late > n_layers:
                 return None
             others = np.random.Generator(np.random.Philox(key=[seed, 2])).permutation(n_layers - late)
             return lambda _: without(others[:late].tolist())
         convention = "paper" if hint is Hint.local else "centred"
-        terms = (
-            clip.decompose(clip.normalize(b.images), convention=convention, normalize=True)
-            for b in batches_of(fit, batch)
-        )
+        terms = (clip.decompose(x, convention=convention, normalize=True) for x in inputs)
         if method is Method.agnostic:
             defense: Any = AgnosticRep(clip.zero_shot_classifier(names), budget=budget, seed=seed)
         elif hint is Hint.local:
@@ -321,17 +293,8 @@ def _fitted(
 
 
 def _tuned(
-    clip: HookedCLIP,
-    pairs: Any,
-    method: Method,
-    out: Path,
-    *,
-    epochs: int | None,
-    lr: float | None,
-    batch: int | None,
-    seed: int,
-    control: bool,
-) -> Any:
+    clip: HookedCLIP, pairs: Any, method: Method, out: Path, asked: dict[str, Any], *, seed: int
+) -> Callable[[Any], Any]:
     """Fine-tune, and write the model; returns what makes its control."""
     from dataclasses import replace
 
@@ -339,21 +302,16 @@ def _tuned(
     from decompclip.models.folders import save_model
     from decompclip.training.recipes import RECIPES
 
-    asked: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch}
     recipe = RECIPES["cleanclip"] if method is Method.cleanclip else PAR_RECIPE
     recipe = replace(recipe, **{key: x for key, x in asked.items() if x is not None})
-
-    def tell(line: str) -> None:
-        typer.echo(line, err=True)
-
-    options: dict[str, Any] = {"seed": seed, "progress": True, "log": tell}
+    options: dict[str, Any] = {"seed": seed, "progress": True, "log": lambda line: say(line, err=True)}
     save_model(TUNING_DEFENSES[method.value](recipe=recipe).apply(clip, pairs, **options).model, out)
     plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
-    return (lambda _: plain.apply(clip, pairs, **options).model) if control else None
+    return lambda _: plain.apply(clip, pairs, **options).model
 
 
 TOUCHED = 1e-4
-"""Cosine distance to the model's own feature, beyond which an image counts as touched: rounding is a hundredth of it."""
+"""Cosine distance to the model's own feature from which an image counts as touched; rounding is a hundredth of it."""
 
 
 def _measured(
@@ -365,7 +323,7 @@ def _measured(
     label: int | None,
     batch: int,
 ) -> dict[str, Any]:
-    """CACC, ASR and control, the share of triggered images that get their own class, and that of clean images touched."""
+    """The rates of `LABELS`, as JSON has them."""
     import torch
     from torch.nn import functional as F
 
@@ -392,7 +350,7 @@ def _measured(
     return {key: rate and rate.to_dict() for key, rate in rates.items()}
 
 
-SAID = {
+LABELS = {
     "cacc": "accuracy on clean images (CACC)",
     "asr": "triggered images taken for the target (ASR)",
     "control": "clean images of other classes taken for it",
@@ -400,9 +358,8 @@ SAID = {
     "touched": "clean images whose feature is touched",
 }
 
-
 COSTLY = 0.02
-"""Clean accuracy that a repair may cost without a word: the audit recommends none that costs more."""
+"""Clean accuracy that a repair may cost without a warning: the audit recommends none that costs more."""
 
 OTHERS = {
     Method.agnostic: "a lower --budget, or --method cleanclip",
@@ -413,7 +370,7 @@ OTHERS = {
 
 
 def costly(rows: dict[str, Any], method: Method) -> str | None:
-    """What to say of a repair whose model answers clean images noticeably worse; None where it does not."""
+    """The warning where a repaired model answers clean images noticeably worse; None where it does not."""
     before, after = (rows[name]["cacc"]["value"] for name in ("before", "after"))
     if before - after <= COSTLY + 1e-9:  # of rates of few images the two points exactly
         return None
@@ -423,25 +380,20 @@ def costly(rows: dict[str, Any], method: Method) -> str | None:
     )
 
 
-def _tell(rows: dict[str, Any], attack: Attack | None, method: Method, hint: Hint) -> None:
-    typer.echo(f"{'':48}" + "".join(f"{name:>22}" for name in rows))
-    for key, words in SAID.items():
+def _say_results(rows: dict[str, Any], attack: Attack | None, method: Method, hint: Hint) -> None:
+    say(f"{'':48}" + "".join(f"{name:>22}" for name in rows))
+    for key, words in LABELS.items():
         cells = [row.get(key) for row in rows.values()]
         if any(cells):
             texts = [
                 f"{100 * c['value']:.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]" if c else ""
                 for c in cells
             ]
-            typer.echo(f"{words + ', %':48}" + "".join(f"{text:>22}" for text in texts))
-    if "control" in rows:
-        tuned = method in (Method.cleanclip, Method.par)
-        typer.echo(
-            "control: the same fine-tuning by CLIP's loss alone"
-            if tuned
-            else "control: as many MLPs of earlier layers replaced, drawn at random"
-            if hint is Hint.spread
-            else "control: as much replaced, in images or heads drawn at random"
-        )
-    typer.echo(
-        "Trigger: none known, so no attack success is measured" if attack is None else f"Trigger: {attack}"
-    )
+            say(f"{words + ', %':48}" + "".join(f"{text:>22}" for text in texts))
+    if "control" in rows and method in TUNED:
+        say("control: the same fine-tuning by CLIP's loss alone")
+    elif "control" in rows and hint is Hint.spread:
+        say("control: as many MLPs of earlier layers replaced, drawn at random")
+    elif "control" in rows:
+        say("control: as much replaced, in images or heads drawn at random")
+    say("Trigger: none known, so no attack success is measured" if attack is None else f"Trigger: {attack}")

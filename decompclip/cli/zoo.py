@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from decompclip.cli.console import plain_errors, say
-from decompclip.cli.options import check_folder, going_on
+from decompclip.cli.console import imports, plain_errors, say
+from decompclip.cli.options import AsJson, check_folder, going_on
 from decompclip.files import alone_in
+from decompclip.models.names import bundled, card
 
 zoo = typer.Typer(
     no_args_is_help=True, help="The bundled small CLIPs: clean ones and their backdoored twins."
@@ -17,26 +19,18 @@ zoo = typer.Typer(
 
 
 @zoo.command("list")
-def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="Every card's main numbers, as JSON.")] = False,
-) -> None:
+def list_models(as_json: AsJson = False) -> None:
     """Every bundled model: what it was trained on, its trigger, and how well both work."""
     with plain_errors():
-        import json
-
-        from decompclip.models.bundled import bundled, card
-
         rows = [_row(card(name)) for name in bundled()]
         if as_json:
-            typer.echo(json.dumps(rows, indent=1))
+            say(json.dumps(rows, indent=1), lines=True)
             return
         head = ("model", "trigger", "kind", "target", "accuracy %", "ASR %", "control %", "poisons %")
         cells = [tuple("" if row[key] is None else str(row[key]) for key in _KEYS) for row in rows]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for line in (head, *cells):
-            typer.echo(
-                "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
-            )
+            say("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
 
 
 @zoo.command("card")
@@ -45,11 +39,7 @@ def show_card(
 ) -> None:
     """Everything that is known of one model: data, seeds, recipe, hash, results with intervals; as JSON."""
     with plain_errors():
-        import json
-
-        from decompclip.models.bundled import card
-
-        typer.echo(json.dumps(card(name), indent=1, ensure_ascii=False))
+        say(json.dumps(card(name), indent=1, ensure_ascii=False), lines=True)
 
 
 @zoo.command()
@@ -57,29 +47,27 @@ def build(
     name: Annotated[str, typer.Argument(help="A backdoored twin, as shapes-badnet.")],
     out: Annotated[Path, typer.Option(help="Folder for its weights, its card and the checkpoint.")],
     threads: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Threads to train with. Their number changes the rounding, and so the weights."
-        ),
+        int, typer.Option(min=1, help="Threads to train with; their number changes rounding and weights.")
     ] = 1,
 ) -> None:
     """Train a backdoored twin again from its recipe, and compare it with the bundled one.
 
     Five to ten minutes on one core. A killed run goes on where it was. On the same machine with one thread the weights are
-    the card's, byte for byte; elsewhere rounding differs, and attack success must come within 5 points of the card's, accuracy
-    within 2: if not, it ends with exit code 1.
+    the card's, byte for byte. Elsewhere rounding differs: attack success must come within 5 points of the card's, accuracy
+    within 2; if not, it ends with exit code 1.
     """
     with plain_errors(lambda: going_on(out / f"{name}.pt")) as held:
+        check_folder(out, "the twin")
         say(f"{name}: loading", err=True)
-        import torch
+        with imports():
+            import torch
 
-        from decompclip.zoo.build import build_twin
+            from decompclip.zoo.build import build_twin
 
         torch.set_num_threads(threads)
-        check_folder(out, "the twin")
         held.enter_context(alone_in(out))
         built = build_twin(name, out, progress=True)
-        typer.echo(str(built))
+        say(str(built), lines=True)
         say(f"Weights and card: {out.resolve()}")
     if built.reproduced is False:
         raise typer.Exit(1)

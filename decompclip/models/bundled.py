@@ -1,18 +1,12 @@
-"""Names of models, as people write them.
-
-The bundled small CLIPs: weights and cards inside the package, verified when read.
-"""
+"""The bundled small CLIPs: weights and cards inside the package, verified when read."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
@@ -22,95 +16,15 @@ from torch import Tensor
 from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import SUFFIX, digest, read_difference, write_difference
-from decompclip.models.errors import CheckpointError, UnknownModelError
+from decompclip.models.differences import digest, read_difference, write_difference
+from decompclip.models.errors import CheckpointError
+from decompclip.models.names import SUFFIX, WEIGHTS, bundled, card
 from decompclip.models.spec import ModelSpec, build_open_clip
 from decompclip.models.text import WordTokenizer
 
-_SIZES = {"base": "B", "large": "L", "huge": "H", "giant": "g", "so400m": "SO400M"}
-
-
-def known_name(name: str) -> str:
-    """The name of a bundled model or of an architecture of open_clip's, whatever its case, hyphens and underscores.
-
-    Raises:
-        UnknownModelError: there is none; the nearest are offered.
-    """
-    known = [*bundled(), *open_clip.list_models()]
-    if name in known:
-        return name
-    same = [each for each in known if _key(each) == _key(name)]
-    if len(same) == 1:
-        return same[0]
-    like = _of_hub(name)
-    near = same or like or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    if not near:  # a difference of case alone counts as one of every letter
-        keys = {_key(each): each for each in known}
-        near = [keys[key] for key in difflib.get_close_matches(_key(name), keys, n=4, cutoff=0.5)]
-    tag = ", pretrained='openai'" if like and name.startswith("openai/") else ""
-    hub = f" (that is a repository of the hub's: `load({like[0]!r}{tag})`)" if like else ""
-    raise UnknownModelError(
-        f"there is no model {name!r}{hub}; nearest: {', '.join(map(repr, near)) or 'none'}; `decompclip.bundled()` "
-        "and `open_clip.list_models()` list all. Weights from elsewhere: download them, and pass the name of their "
-        "architecture with checkpoint=PATH, or their folder"
-    )
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[-_ /.]+", "", name.casefold())
-
-
-def _of_hub(name: str) -> list[str]:
-    """open_clip's architectures that a repository's name speaks of, the nearest first."""
-    if "/" not in name:
-        return []
-    words = name.rsplit("/", maxsplit=1)[-1].lower()
-    known = open_clip.list_models()
-    clip = re.search(r"clip-vit-(base|large|huge|giant)-patch(\d+)(?:-(\d+))?", words)
-    siglip = re.search(r"siglip(2?)-(base|large|so400m)-patch(\d+)-(\d+)", words)
-    wanted: list[str] = []
-    if clip:
-        plain = f"ViT-{_SIZES[clip[1]]}-{clip[2]}"
-        wanted = [f"{plain}-{clip[3]}", plain] if clip[3] else [plain]
-    elif siglip:
-        plain = f"ViT-{_SIZES[siglip[2]]}-{siglip[3]}-SigLIP{siglip[1]}"
-        wanted = [f"{plain}-{siglip[4]}", plain]
-    else:  # as in laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-        wanted = sorted(
-            (each for each in known if f"-{each.lower()}-" in f"-{words}-"), key=len, reverse=True
-        )
-    return [each for each in wanted if each in known]
-
-
 __all__ = ["WEIGHTS", "build_open_clip", "bundled", "card", "load_bundled", "spec_of", "write_bundled"]
 
-WEIGHTS = Path(__file__).parent / "weights"
-
 _REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "class_names")
-
-
-def bundled(folder: Path = WEIGHTS) -> tuple[str, ...]:
-    """Names of the bundled models."""
-    return tuple(
-        sorted(
-            path.stem
-            for path in folder.glob("*.json")
-            if any(path.with_suffix(suffix).exists() for suffix in (".safetensors", SUFFIX))
-        )
-    )
-
-
-def card(name: str, folder: Path = WEIGHTS) -> dict[str, Any]:
-    """How a bundled model was made and what it scores.
-
-    Raises:
-        UnknownModelError: no such model; the bundled ones are listed.
-    """
-    if name not in bundled(folder):
-        raise UnknownModelError(
-            f"no bundled model {name!r} in {folder}; there are: {', '.join(bundled(folder)) or 'none'}"
-        )
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def spec_of(card: Mapping[str, Any]) -> ModelSpec:

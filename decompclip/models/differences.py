@@ -20,8 +20,6 @@ from torch import Tensor
 from decompclip.files import atomic_write
 from decompclip.models.errors import CheckpointError
 
-SUFFIX = ".difference"
-
 STEPS = 4
 """Steps in a standard deviation of a row's difference: the rounding is 7 % of it, far below what training leaves to chance."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from decompclip.models.architecture import check_sizes, out_of, towers_of
-from decompclip.models.bundled import bundled, card, known_name, load_bundled, spec_of
+from decompclip.models.bundled import bundled, card, load_bundled, spec_of
 from decompclip.models.checkpoint import bare, check_fit, digest, read_checkpoint, sha256, without_others
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import ModelError, UnknownModelError, warn_caller
@@ -34,6 +34,7 @@ from decompclip.models.folders import (
     weights_of_open_clip,
 )
 from decompclip.models.hugging_face import Text, from_transformers, read_folder
+from decompclip.models.names import known_name
 from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
 from decompclip.models.tags import asked_once, check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.text import (

@@ -8,7 +8,8 @@ from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.registry import Attack
-from decompclip.audit.collect import attack_in, datasets, open_classes, open_source
+from decompclip.audit.collect import attack_in, datasets, open_source
+from decompclip.cli.options import known_classes
 from decompclip.data.shapes import PROPERTIES
 from decompclip.models.bundled import card
 from decompclip.models.clip import HookedCLIP
@@ -81,16 +82,14 @@ def test_the_trigger_is_the_audited_model_s_and_else_the_twin_s(random_zoo: Path
         attack_in("shapes:own")
 
 
-def test_classes_come_from_a_file_or_from_the_world(tmp_path: Path) -> None:
+def test_classes_come_from_a_file_or_from_the_world_or_the_model(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     file.write_text("cat\ndog\n")
-    assert open_classes(file, "photos", "photos") == ("cat", "dog")
-    assert open_classes(None, "shapes", "photos") == CLASSES
+    assert known_classes(file, "ViT-B-32", "photos", "photos") == ("cat", "dog")
+    assert known_classes(None, "ViT-B-32", "photos", "shapes:badnet") == CLASSES
+    assert known_classes(None, "cifar10", "photos") == tuple(card("cifar10")["class_names"])
     with pytest.raises(ValueError, match="expected --classes"):
-        open_classes(None, "photos", "photos")
-    assert open_classes(None, "photos", model="cifar10") == tuple(card("cifar10")["class_names"])
-    with pytest.raises(ValueError, match="expected --classes"):
-        open_classes(None, "photos", model="ViT-B-32")
+        known_classes(None, "ViT-B-32", "photos")
     file.write_text("cat\n")
     with pytest.raises(ValueError, match=r"at least two classes.*names only cat"):
-        open_classes(file, "photos", "photos")
+        known_classes(file, "ViT-B-32", "photos")

@@ -1,0 +1,79 @@
+"""`decompclip diagnose`: mistakes that cost accuracy without an error."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from decompclip.cli.console import EXPECTED_ERROR, imports, plain_errors, progress, say, skipped_files
+from decompclip.cli.options import (
+    IMAGES,
+    AsJson,
+    BatchSize,
+    Classes,
+    Limit,
+    ModelOptions,
+    Root,
+    Seed,
+    check_files,
+    check_images,
+    known_classes,
+    sized,
+)
+from decompclip.printable import printable_all
+
+
+def diagnose(
+    model: ModelOptions,
+    images: Annotated[str, typer.Option(help=f"Labelled images: {IMAGES}.")],
+    classes: Classes = None,
+    limit: Limit = 500,
+    root: Root = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what silently costs accuracy: a wrong activation, normalisation, class order, ...
+
+    Ends with exit code 1 if it finds an error, and with 2 if there are too few images to say.
+    """
+    with plain_errors():
+        model.check()
+        check_images(images)
+        check_files(classes=classes)
+        say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
+        with imports():
+            from decompclip.audit.collect import open_source
+            from decompclip.data.files import WORLDS
+            from decompclip.diagnosis.run import diagnose as run
+
+        images, limit = sized(images, limit)
+        names = known_classes(classes, model.model, images)
+        if images not in WORLDS:
+            _check_labels(images, names)
+        clip = model.load()
+        source = open_source(images, clip, names, limit=limit, seed=seed, root=root)
+        with progress() as track:
+            found = run(clip, source, class_names=names, batch_size=batch_size, track=track)
+        say(json.dumps(printable_all(found.to_dict()), indent=1) if as_json else repr(found), lines=True)
+        skipped_files(source)
+    if any(fault.severity == "error" for fault in found.findings):
+        raise typer.Exit(1)
+    if not found.enough:
+        raise typer.Exit(EXPECTED_ERROR)
+
+
+def _check_labels(images: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError where no folder is named after a class; before seconds of loading."""
+    import torch
+
+    from decompclip.data.sources import open_images
+    from decompclip.diagnosis.pictures import labelled
+
+    if not labelled(open_images(images, lambda _: torch.zeros(3, 1, 1), names)):
+        raise ValueError(
+            f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
+            f"one; name them as the classes are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        )
