@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,12 +122,23 @@ def test_the_index_holds_what_is_there_and_says_what_is_not(tmp_path: Path) -> N
     assert "&lt;" in as_html("| a |\n| --- |\n| < |")
 
 
-def test_all_goes_on_after_one_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = everything.produce_all(
-        ("figure1", "table4"), "shapes", tmp_path, jobs=1, rest=["--formats", "", "--models", "no-such-twin"]
-    )
-    assert set(failed) == {"figure1", "table4"}
+def test_all_goes_on_after_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--formats", "", "--models", "no-such-twin"]
+    failed = everything.produce_all(("figure1",), "shapes", tmp_path, jobs=1, rest=rest)
     assert "received 'no-such-twin'" in failed["figure1"]
+    ran: list[str] = []
+
+    def fails(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(words[2])
+        return subprocess.CompletedProcess(words, int("figure1" in words[2]), "", "warning\nerror: no")
+
+    monkeypatch.setattr(everything.subprocess, "run", fails)
+    assert everything.produce_all(("table4", "figure1", "table1"), "shapes", tmp_path, jobs=1) == {
+        "figure1": "error: no"
+    }
+    assert ran == ["analyses.figure1", "analyses.table1", "analyses.table4"]  # table4 reads table1's
     assert everything.main(["figure9", "--out", str(tmp_path)]) == 1
     assert "received 'figure9'" in capsys.readouterr().err
 
