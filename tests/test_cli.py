@@ -80,7 +80,7 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
 
 
 def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:
-    succeeds("demo", "--out", tmp_path, "--images", 100)
+    succeeds("demo", "--out", tmp_path, "--images", 60)
     audits = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
     assert [(a["name"], a["suspect_name"]) for a in audits] == [
         ("shapes", "shapes:badnet"),

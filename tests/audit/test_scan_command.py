@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,22 @@ def invoke(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_clean_images_alone_are_scanned(random_zoo: Path, tmp_path: Path) -> None:
+def test_clean_images_alone_are_scanned(
+    random_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "ScanConfig", partial(scan.ScanConfig, steps=4, images=8))
     out = tmp_path / "report"
     code, said = invoke(
         "audit", "shapes-badnet", "--clean", "shapes", "--limit", 60, "--out", out, "--reference", "shapes"
     )
     assert code == 0, said
-    (scan,) = json.loads((out / "audit.json").read_text(encoding="utf-8"))["audits"]
-    assert scan["kind"] == "scan" and scan["counts"] == {"fit": 23, "held_out": 37}
-    assert scan["verdict"]["level"] in ("cannot tell", "no sign", "suspicious")  # of random weights
-    assert scan["reference"]["name"] == "shapes (reference)"
-    assert scan["verdict"]["headline"] in said and "60 clean images, 12 classes" in said
+    (found,) = json.loads((out / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert found["kind"] == "scan" and found["counts"] == {"fit": 23, "held_out": 37}
+    assert found["verdict"]["level"] in ("cannot tell", "no sign", "suspicious")  # of random weights
+    assert found["reference"]["name"] == "shapes (reference)"
+    assert found["verdict"]["headline"] in said and "60 clean images, 12 classes" in said
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "can and cannot conclude" in page and scan["verdict"]["headline"] in page
+    assert "can and cannot conclude" in page and found["verdict"]["headline"] in page
 
 
 @pytest.mark.parametrize(
