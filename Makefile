@@ -31,9 +31,10 @@ demo: $(INSTALLED) ## audit the bundled backdoored models and say where the repo
 paper: $(INSTALLED) ## measure every figure and table again (half an hour on two cores) and write a page of them
 	$(BIN)/python -m analyses --all --model-family shapes --formats ""
 
-# One process of one thread for each core; a file's tests stay together, as they share its fixtures.
+# One process of one thread for each core; a file's tests stay together, as they share its fixtures. Slow files come first
+# (tests/conftest.py), so that no process ends long after the others.
 test: lint typecheck ## ruff, pyright and every test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: rules and formatting, nothing changed
 	$(BIN)/ruff check .

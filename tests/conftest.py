@@ -26,6 +26,26 @@ from decompclip.tower.vit import HookedViT  # noqa: E402
 MakeTower = Callable[..., HookedViT]
 
 
+# Files of half a minute and more, the slowest first.
+SLOW = (
+    "notebooks",
+    "verdict",
+    "bundled",
+    "scan",
+    "cli",
+    "cifar10_recipe",
+    "processes",
+    "detectors",
+    "diagnose",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: processes that share the tests end at about the same time."""
+    rank = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def make_tower() -> MakeTower:
     """`make_tower(seed=0, **config)`: a small tower of random weights, none of them trivial."""

@@ -129,8 +129,8 @@ def test_splits_are_apart_and_the_card_is_true() -> None:
     with torch.no_grad():
         features = torch.cat(
             [
-                model.encode_image(model.normalize(held_out.images(slice(start, start + 500))))
-                for start in range(0, len(held_out), 500)
+                model.encode_image(model.normalize(held_out.images(slice(start, start + 100))))
+                for start in range(0, len(held_out), 100)
             ]
         )
         found = predict(features, model.zero_shot_classifier())
