@@ -84,5 +84,5 @@ def test_a_folder_gives_a_random_subset_of_all_its_classes(
     code, said = invoke("audit", "shapes", *words)
     assert code == 2 and "seen" in said
     (source,) = seen
-    stars = sum("star" in str(file) for file in source._files)
+    stars = sum("star" in str(file) for file in source._items)
     assert len(source) == 192 + 300 and 200 < stars < 300
