@@ -60,7 +60,7 @@ class Room:
     tests: tuple[str, ...]
 
 
-DEFENSES = ("selector", "agnostic_*", "distances", "decomp_*", "guard", "bake")
+DEFENSES = ("selector", "fitted", "agnostic", "distances", "decomp", "guard", "bake")
 
 ROOMS = {
     "tower": Room(
@@ -74,7 +74,7 @@ ROOMS = {
         tuple(f"decompclip/defenses/{name}.py" for name in DEFENSES),
         tuple(
             f"tests/defenses/test_{name}.py"
-            for name in ("agnostic", "class_distance", "decomp", "decomp_rep_full", "guard", "bake")
+            for name in ("agnostic", "class_distance", "decomp", "guard", "bake")
         ),
     ),
     "verdict": Room(("decompclip/audit/verdict.py",), ("tests/audit/test_verdict.py",)),

@@ -22,7 +22,7 @@ another class, and replaces the contributions of all later layers by what was to
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Literal, get_args
@@ -136,6 +136,7 @@ class Expected:
         return torch.stack([*found, seen.written.double()], 1).clamp_min(tiny).log()
 
 
+@dataclass(eq=False, repr=False)
 class AgnosticDet(Calibrated):
     """Finds images that are unlike clean ones of their class, or to which heads and MLPs contribute more.
 
@@ -147,7 +148,6 @@ class AgnosticDet(Calibrated):
 
     Args:
         classifier: of the zero-shot classes; an image's class is the one that it is taken for.
-        cut: the layer after which `surprise` predicts the feature; by default the last of the first half.
         folds: of the cross-fitting.
         seed: of the folds.
 
@@ -159,24 +159,15 @@ class AgnosticDet(Calibrated):
         scores_: of the clean images, each by the other folds, in rising order.
     """
 
-    expected_: Expected
-    maps_: TermMaps
-    mean_: Float[Tensor, " view"]
-    deviation_: Float[Tensor, " view"]
-    spread_: Float[Tensor, ""]
-
-    def __init__(
-        self,
-        classifier: Float[Tensor, "class d_embed"],
-        *,
-        cut: int | None = None,
-        folds: int = 5,
-        seed: int = 0,
-    ) -> None:
-        self.classifier = classifier
-        self.cut = cut
-        self.folds = folds
-        self.seed = seed
+    classifier: Float[Tensor, "class d_embed"]
+    _: KW_ONLY
+    folds: int = 5
+    seed: int = 0
+    expected_: Expected = field(init=False)
+    maps_: TermMaps = field(init=False)
+    mean_: Float[Tensor, " view"] = field(init=False)
+    deviation_: Float[Tensor, " view"] = field(init=False)
+    spread_: Float[Tensor, ""] = field(init=False)
 
     def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticDet:
         """Learn from clean images of all classes.
@@ -192,14 +183,14 @@ class AgnosticDet(Calibrated):
         for part in [clean] if isinstance(clean, Decomposition) else clean:
             if not seen:
                 self.maps_ = part.maps
-                self._check_options(part)
+                self._check_width(part)
             seen.append(self.look(part))
         if not seen:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
         looked = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in seen), strict=True)))
         self._check_images(looked)
         n_classes = len(self.classifier)
-        cut = max(0, looked.before.shape[1] // 2 - 1) if self.cut is None else self.cut
+        cut = max(0, looked.before.shape[1] // 2 - 1)
         near = replace(looked, before=looked.before[:, cut : cut + 1])
         logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
         whole = near.sums(n_classes)
@@ -269,14 +260,12 @@ class AgnosticDet(Calibrated):
     def _standard(self, logs: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
         return (logs - self.mean_) / self.deviation_
 
-    def _check_options(self, d: Decomposition) -> None:
+    def _check_width(self, d: Decomposition) -> None:
         if self.classifier.shape[-1] != d.d_embed:
             raise ValueError(
                 f"expected a classifier of the features' width {d.d_embed}; received {self.classifier.shape[-1]}; build "
                 "it with the text tower of the same model"
             )
-        if self.cut is not None and not 0 <= self.cut < d.n_layers - 1:
-            raise ValueError(f"expected a cut in 0..{d.n_layers - 2}; received {self.cut}")
 
     def _check_images(self, clean: Observed) -> None:
         known = len(clean.classes.unique())
@@ -291,6 +280,7 @@ class AgnosticDet(Calibrated):
             )
 
 
+@dataclass(eq=False, repr=False)
 class AgnosticRep(Intervention):
     """Replaces, in suspicious images, what the layers contribute after the class has changed.
 
@@ -300,7 +290,6 @@ class AgnosticRep(Intervention):
     Args:
         classifier: as `AgnosticDet`.
         budget: share of clean images that may be touched.
-        cut: as `AgnosticDet`.
         folds: as `AgnosticDet`.
         seed: as `AgnosticDet`.
 
@@ -309,23 +298,13 @@ class AgnosticRep(Intervention):
         moments_: means of the terms, the prototypes that replaced heads get.
     """
 
-    detector_: AgnosticDet
-    moments_: Moments
-
-    def __init__(
-        self,
-        classifier: Float[Tensor, "class d_embed"],
-        *,
-        budget: float = 0.01,
-        cut: int | None = None,
-        folds: int = 5,
-        seed: int = 0,
-    ) -> None:
-        self.classifier = classifier
-        self.budget = budget
-        self.cut = cut
-        self.folds = folds
-        self.seed = seed
+    classifier: Float[Tensor, "class d_embed"]
+    _: KW_ONLY
+    budget: float = 0.01
+    folds: int = 5
+    seed: int = 0
+    detector_: AgnosticDet = field(init=False)
+    moments_: Moments = field(init=False)
 
     def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticRep:
         """Learn from clean images of all classes.
@@ -406,7 +385,7 @@ class AgnosticRep(Intervention):
         tensors |= {f"extrapolation.{name}": x for name, x in vars(expected.extrapolation).items()}
         for view, distance in expected.distances.items():
             tensors |= {f"{view}.{name}": x for name, x in vars(distance).items()}
-        options = {name: getattr(self, name) for name in ("budget", "cut", "folds", "seed")}
+        options = {name: getattr(self, name) for name in OPTIONS}
         about = {"options": options, "cut": expected.cut}
         return save_fitted(Path(path), FORMAT, self.moments_, tensors, about)
 
@@ -427,7 +406,7 @@ class AgnosticRep(Intervention):
         def part(kind: str, *names: str) -> dict[str, Tensor]:
             return {name: tensors[f"{kind}.{name}"] for name in names}
 
-        repair = cls(tensors["classifier"], **about["options"])
+        repair = cls(tensors["classifier"], **{name: about["options"][name] for name in OPTIONS})
         repair.moments_, repair.detector_ = moments, repair._detector()
         for name in LEARNT:
             setattr(repair.detector_, name, tensors[name])
@@ -440,7 +419,7 @@ class AgnosticRep(Intervention):
         return repair
 
     def _detector(self) -> AgnosticDet:
-        return AgnosticDet(self.classifier, cut=self.cut, folds=self.folds, seed=self.seed)
+        return AgnosticDet(self.classifier, folds=self.folds, seed=self.seed)
 
     def _turn(self, d: Decomposition) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch d_embed"]]:
         """The last trusted layer, and the feature expected from there."""
@@ -461,5 +440,6 @@ class AgnosticRep(Intervention):
 
 
 FORMAT = "decompclip.agnostic/1"
+OPTIONS = ("budget", "folds", "seed")
 LEARNT = ("mean_", "deviation_", "spread_", "scores_")
 """What of the detector stands in a file by its own name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -115,9 +115,7 @@ class ClassSums:
             raise ValueError(f"expected at least 2 points; received {n}; fit on more clean images")
         own = self.sums - self.counts[:, None, None] * self.sums.sum(0) / n
         drawn = own / (self.counts + pseudo_count)[:, None, None]  # of a class's mean from the common one
-        weights = (
-            self.counts + 2 * pseudo_count
-        )  # own = (count + pseudo_count) drawn, on either side of the product
+        weights = self.counts + 2 * pseudo_count  # own = (count + pseudo_count) drawn, on either side
         within = self.scatter - torch.einsum("k,kcd,kce->cde", weights, drawn, drawn)
         return ClassDistance(self.mean + drawn, whitener(within / n, n))
 
@@ -187,7 +185,8 @@ class Extrapolation:
     """The feature that clean images end with, given how far a prefix has come: a ridge regression for each layer.
 
     Attributes:
-        mean_in, mean_out: of the prefixes and of the feature.
+        mean_in: of the prefixes.
+        mean_out: of the feature.
         weights: `feature ~ mean_out + (prefix - mean_in) @ weights`.
     """
 
@@ -232,6 +231,7 @@ def ridge(
         return torch.cholesky_solve(cross, torch.linalg.cholesky(penalised))
 
 
+@dataclass(eq=False, repr=False)
 class ComponentDistances:
     """Which heads and MLPs of an image are unlike clean ones, each calibrated alone; no hint about the attack is used.
 
@@ -253,16 +253,15 @@ class ComponentDistances:
             sorted.
     """
 
-    maps_: TermMaps
-    normalized_: bool
-    heads_: ClassDistance
-    mlps_: ClassDistance
-    logs_: Float[Tensor, "image component"]
-
-    def __init__(self, classifier: Float[Tensor, "class d_embed"], *, folds: int = 5, seed: int = 0) -> None:
-        self.classifier = classifier
-        self.folds = folds
-        self.seed = seed
+    classifier: Float[Tensor, "class d_embed"]
+    _: KW_ONLY
+    folds: int = 5
+    seed: int = 0
+    maps_: TermMaps = field(init=False)
+    normalized_: bool = field(init=False)
+    heads_: ClassDistance = field(init=False)
+    mlps_: ClassDistance = field(init=False)
+    logs_: Float[Tensor, "image component"] = field(init=False)
 
     def fit(self, clean: Decomposition | Iterable[Decomposition]) -> ComponentDistances:
         """Learn from clean images of all classes.

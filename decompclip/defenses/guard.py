@@ -12,7 +12,6 @@ serving the model unrepaired. `guard.json` is written last.
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from decompclip.models.json_files import read_json
 from decompclip.models.loading import load as load_model
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.intervention import Composition, Intervention
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ PASSED = (
 
 
 @dataclass(frozen=True, eq=False)
-class GuardResult:
+class GuardResult(Result):
     """Features of a batch, and which images to reject.
 
     Attributes:
@@ -75,9 +75,6 @@ class GuardResult:
         scores = None if self.scores is None else self.scores.tolist()
         return pd.DataFrame({"image": range(len(self)), "rejected": self.rejected.tolist(), "score": scores})
 
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(index=False, max_rows=20)}"
-
     def __repr__(self) -> str:
         return f"GuardResult({len(self)} images, {int(self.rejected.sum())} rejected)"
 
@@ -89,14 +86,15 @@ class Guard:
         model: the guard holds no copy of it.
         defense: an edit of terms, such as `DecompRep` or `MeanAblate(...)`; None repairs nothing.
         reject: a fitted detector of terms, such as `DecompDet`; `check` says which images it finds suspicious.
-        threshold: images of a score above it are rejected; by default `reject.predict` decides.
-        convention: of the terms that `defense` and `reject` were fitted on; by default as they say, else "centred".
-        normalized: whether those terms sum to unit features; by default as they say, else True.
+
+    Attributes:
+        convention: of the terms that both were fitted on; "centred" where they do not know.
+        normalized: whether those terms sum to unit features; True where they do not know.
 
     Raises:
         TypeError: `defense` is no intervention, or `reject` no detector.
-        ValueError: neither a defense nor a detector, a threshold without one, or the two were fitted on terms of
-            different conventions or normalizations.
+        ValueError: neither a defense nor a detector, or the two were fitted on terms of different conventions or
+            normalizations.
     """
 
     def __init__(
@@ -105,9 +103,6 @@ class Guard:
         defense: Intervention | None = None,
         *,
         reject: DetectorLike[Decomposition] | None = None,
-        threshold: float | None = None,
-        convention: Convention | None = None,
-        normalized: bool | None = None,
     ) -> None:
         if defense is None and reject is None:
             raise ValueError("expected a defense, a detector to reject by, or both; received neither")
@@ -120,17 +115,14 @@ class Guard:
             raise TypeError(
                 f"expected a detector of terms, with fit, score and predict; received a {type(reject).__name__}"
             )
-        if threshold is not None and reject is None:
-            raise ValueError("expected a detector for the threshold; received none; pass reject=")
         self.model = model
         self.defense = defense
         self.reject = reject
-        self.threshold = threshold
         fitted = [*_fitted(defense), *_fitted(reject)]
         conventions = [x.maps.convention if isinstance(x, Moments) else x.convention for x in fitted]
-        self.convention: Convention = _agreed("convention", convention, conventions, "centred")
-        normalizations = [x.normalized for x in fitted if isinstance(x, Moments)]
-        self.normalized: bool = _agreed("normalization", normalized, normalizations, True)
+        self.convention: Convention = _agreed("convention", conventions, "centred")
+        normalized = [x.normalized for x in fitted if isinstance(x, Moments)]
+        self.normalized: bool = _agreed("normalization", normalized, True)
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
@@ -161,9 +153,7 @@ class Guard:
         features = self._repaired(d, length, normalize)
         if self.reject is None:
             return GuardResult(features, torch.zeros(len(d), dtype=torch.bool, device=features.device), None)
-        scores = self.reject.score(d)
-        suspicious = self.reject.predict(d) if self.threshold is None else scores > self.threshold
-        return GuardResult(features, suspicious, scores.to(d.embed))
+        return GuardResult(features, self.reject.predict(d), self.reject.score(d).to(d.embed))
 
     def __call__(
         self, image: Float[Tensor, "batch 3 h w"], text: Tensor
@@ -222,15 +212,14 @@ def _fitted(part: object) -> list[Moments | TermMaps]:
     return [found for name in names for found in _fitted(getattr(part, name, None))]
 
 
-def _agreed(what: str, asked: Any, found: list[Any], default: Any) -> Any:
-    """What was asked for and all that was found, if these are one."""
-    wanted = {*found, *([] if asked is None else [asked])}
-    if len(wanted) > 1:
+def _agreed(what: str, found: list[Any], default: Any) -> Any:
+    """What all were fitted on."""
+    if len({*found}) > 1:
         raise ValueError(
-            f"expected a defense and a detector of one {what} of terms; received {sorted(map(str, wanted))}; fit both on "
+            f"expected a defense and a detector of one {what} of terms; received {sorted({*map(str, found)})}; fit both on "
             "decompositions with the same options"
         )
-    return next(iter(wanted), default)
+    return next(iter(found), default)
 
 
 FORMAT = "decompclip.guard/1"
@@ -294,8 +283,7 @@ def load_guard(folder: str | Path, **options: Any) -> Guard:
             f"expected the repair that {folder / GUARD} names; {path} is missing, or was changed since; repair the model again"
         )
     model = load_model(folder / GUARDED, **options)
-    defense = REPAIRS[about["repair"]].load(path, model)
-    return Guard(model, defense, convention=about.get("convention"), normalized=bool(about.get("normalized")))
+    return Guard(model, REPAIRS[about["repair"]].load(path, model))
 
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
+from dataclasses import dataclass, field
 from functools import reduce
 from math import ceil
 from operator import or_
@@ -44,6 +45,7 @@ class Judging(TypedDict, total=False):
     convention: Convention | None
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class Selector:
     """Flags heads whose term is unlike their prototype.
 
@@ -67,28 +69,17 @@ class Selector:
             where not asked for.
     """
 
-    moments_: Moments
-    mask_: Bool[Tensor, "layer head"]
-    prototypes_: Float[Tensor, "layer head coord"]
-    thresholds_: Float[Tensor, "layer head"]
-    deviations_: Float[Tensor, "layer head"] | None
-
-    def __init__(
-        self,
-        *,
-        similarity: Similarity = "dot",
-        threshold: Threshold = "epsilon",
-        epsilon: float = 0.002,
-        quantile: float = 0.05,
-        components: Components | None = heads[-1],
-        convention: Convention | None = None,
-    ) -> None:
-        self.similarity: Similarity = similarity
-        self.threshold: Threshold = threshold
-        self.epsilon = epsilon
-        self.quantile = quantile
-        self.components = components
-        self.convention: Convention | None = convention
+    similarity: Similarity = "dot"
+    threshold: Threshold = "epsilon"
+    epsilon: float = 0.002
+    quantile: float = 0.05
+    components: Components | None = heads[-1]
+    convention: Convention | None = None
+    moments_: Moments = field(init=False)
+    mask_: Bool[Tensor, "layer head"] = field(init=False)
+    prototypes_: Float[Tensor, "layer head coord"] = field(init=False)
+    thresholds_: Float[Tensor, "layer head"] = field(init=False)
+    deviations_: Float[Tensor, "layer head"] | None = field(init=False)
 
     def fit(self, clean: Clean, *, deviations: bool = False) -> Selector:
         """Learn prototypes, and per-head thresholds, from clean images.
@@ -97,6 +88,7 @@ class Selector:
         judged heads, for their similarities are known only when the prototypes are.
 
         Args:
+            clean: decomposed at once or batch by batch, or moments, which serve an epsilon alone.
             deviations: whether to learn `deviations_`.
 
         Raises:

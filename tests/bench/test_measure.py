@@ -1,4 +1,4 @@
-"""What is measured of a model is what the package's own parts say, one by one."""
+"""What is measured of a model is what the package's own parts say, one by one; a memory looks once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from decompclip.bench import measure as measuring
-from decompclip.bench.measure import Subject, detection, measure, mending
+from decompclip.bench.measure import Remembering, Subject, detection, measure, mending
 from decompclip.bench.plan import REPAIRS, FitInputs, Plan
+from decompclip.data.shapes import Shapes
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.density import Mahalanobis
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.intervals import Rate
 from decompclip.models.bundled import load_bundled
+from decompclip.models.clip import HookedCLIP
 from decompclip.zoo.recipes import WORLDS
 
 TWIN, IMAGES = "shapes-blended", 120
@@ -172,3 +174,62 @@ def test_progress_names_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = Plan(models=("shapes",), detectors=("LID",), repairs=("none",), images=40)
     measure("shapes", plan, seed=1, log=lines.append)
     assert lines == ["shapes, seed 1: LID", "shapes, seed 1: 1 repairs"]
+
+
+PIXELS = Shapes(12, seed=77).draw(range(12)).images
+
+
+@pytest.fixture(scope="module")
+def plain() -> HookedCLIP:
+    return load_bundled("shapes")
+
+
+def remembering(plain: HookedCLIP) -> Remembering:
+    model = Remembering(plain, batch_size=5)
+    model.remember(PIXELS[:8])
+    return model
+
+
+def test_it_says_what_the_model_says(plain: HookedCLIP) -> None:
+    model, inputs = remembering(plain), plain.normalize(PIXELS)
+    with torch.no_grad():
+        for some in (inputs[:8], inputs[[3, 1, 3]], inputs[6:10], inputs[9:]):
+            torch.testing.assert_close(model.encode_image(some), plain.encode_image(some))
+            own = model.encode_image(some, normalize=True)
+            torch.testing.assert_close(own, plain.encode_image(some, normalize=True))
+            for convention in ("centred", "paper"):
+                recalled = model.decompose(some, convention=convention, normalize=True)
+                expected = plain.decompose(some, convention=convention, normalize=True)
+                assert recalled.convention == convention and recalled.normalized
+                torch.testing.assert_close(recalled.coords, expected.coords)
+                torch.testing.assert_close(recalled.features, expected.features)
+
+
+def test_it_looks_once_at_what_it_remembers(plain: HookedCLIP) -> None:
+    model, inputs = remembering(plain), plain.normalize(PIXELS)
+    for _ in range(3):
+        model.encode_image(inputs[:3])
+        model.terms(PIXELS[2:8], "centred")
+    assert model.looks == 2 * 8  # features, and terms
+    model.encode_image(inputs[9:])
+    assert model.looks == 2 * 8 + 3
+    model.decompose(inputs[:2])  # terms of raw features are not kept
+    assert model.looks == 2 * 8 + 3 + 2
+
+
+def test_asleep_it_looks_again(plain: HookedCLIP) -> None:
+    model, inputs = remembering(plain), plain.normalize(PIXELS)
+    model.encode_image(inputs[:8])
+    with pytest.raises(RuntimeError, match="inside"), model.asleep():
+        model.encode_image(inputs[:8])
+        assert model.looks == 16
+        raise RuntimeError("inside")
+    model.encode_image(inputs[:8])
+    assert model.looks == 16
+
+
+def test_it_is_the_same_model(plain: HookedCLIP) -> None:
+    model = remembering(plain)
+    assert model.visual is plain.visual and model.class_names == plain.class_names
+    with torch.no_grad():
+        assert torch.equal(model.zero_shot_classifier(), plain.zero_shot_classifier())

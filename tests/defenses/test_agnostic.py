@@ -226,8 +226,6 @@ def test_bad_input_is_refused(
         AgnosticDet(classifier[:1]).fit(clean)
     with pytest.raises(ValueError, match=r"features' width 20; received 7"):
         AgnosticDet(classifier[:, :7]).fit(clean)
-    with pytest.raises(ValueError, match=r"a cut in 0..1; received 2"):
-        AgnosticDet(classifier, cut=2).fit(clean)
     with pytest.raises(ValueError, match=r"at least 2 folds; received 1"):
         AgnosticDet(classifier, folds=1).fit(clean)
     detector = AgnosticDet(classifier).fit(clean)

@@ -91,9 +91,9 @@ def test_check_says_which_images_the_detector_rejects(clip: HookedCLIP) -> None:
     assert frame["score"].tolist() == found.scores.tolist()
     assert "12 images" in found._repr_html_() and found._repr_html_().count("<tr>") == 12
     torch.testing.assert_close(found.features, Guard(clip, repair).encode_image(images))
-    stricter = Guard(clip, reject=detector, threshold=1.0).check(images)
-    assert torch.equal(stricter.rejected, detector.score(d) > 1)
-    torch.testing.assert_close(stricter.features, clip.encode_image(images), rtol=0, atol=1e-12)
+    alone = Guard(clip, reject=detector).check(images)
+    assert torch.equal(alone.rejected, found.rejected)
+    torch.testing.assert_close(alone.features, clip.encode_image(images), rtol=0, atol=1e-12)
     quiet = Guard(clip, repair).check(images)
     assert quiet.scores is None and not quiet.rejected.any()
 
@@ -123,17 +123,16 @@ def test_half_precision_gives_the_models_dtype() -> None:
     assert Guard(clip, ZeroAblate(mlps[-1])).encode_image(images).dtype == torch.bfloat16
 
 
-def test_bad_input_is_told(clip: HookedCLIP) -> None:
+def test_bad_input_is_refused(clip: HookedCLIP) -> None:
     unit, plain = (clip.decompose(drawn(30, 1), normalize=flag) for flag in (True, False))
     repair, detector = DecompRep(**RULE).fit(unit), DecompDet(**RULE).fit(plain)
     with pytest.raises(ValueError, match="a defense, a detector to reject by, or both; received neither"):
         Guard(clip)
     with pytest.raises(ValueError, match="of one normalization of terms"):
         Guard(clip, repair, reject=detector)
+    paper = DecompDet(**RULE).fit(clip.decompose(drawn(30, 1), convention="paper", normalize=True))
     with pytest.raises(ValueError, match="of one convention of terms"):
-        Guard(clip, repair, convention="paper")
-    with pytest.raises(ValueError, match="a detector for the threshold; received none"):
-        Guard(clip, repair, threshold=1.0)
+        Guard(clip, repair, reject=paper)
     with pytest.raises(NotFittedError):
         Guard(clip, DecompRep()).encode_image(drawn(2, 1))
     other = Guard(small_clip(width=24).double(), repair)

@@ -19,8 +19,6 @@ from decompclip.evaluation.evaluate import Encoder, Labelled
 
 D = TypeVar("D", bound="Detector")
 M = TypeVar("M", bound="Callable[[Any, Tensor], Detector]")
-Pixels = Any
-"""A tensor of pixels, something with `batches()` (`Shapes`, a folder), or an iterable of batches."""
 
 
 class Detector(Calibrated):
@@ -52,7 +50,7 @@ class Detector(Calibrated):
     def forwards(self) -> int:
         return 1
 
-    def fit(self: D, clean: Pixels) -> D:
+    def fit(self: D, clean: Any) -> D:
         """Learn from clean images, and calibrate.
 
         Args:
@@ -154,7 +152,7 @@ def need(n: int, least: int, what: str) -> None:
         )
 
 
-def source(clean: Pixels, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+def source(clean: Any, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
     """Batches of pixels with their places, as often as asked for."""
     if not isinstance(clean, Tensor | Labelled):
         clean = list(clean)
@@ -185,7 +183,7 @@ class OnTerms(Detector):
 
     Args:
         model: the CLIP.
-        detector: of terms; fitted with this one. One that calibrates itself on what it learns from (`Calibrated`) gets all clean images for both.
+        detector: of terms; fitted with this one. One that calibrates itself (`Calibrated`) gets all clean images.
         convention: of the terms.
         batch_size: images a forward pass.
     """
@@ -205,7 +203,7 @@ class OnTerms(Detector):
         self.detector = detector
         self.convention: Convention = convention
 
-    def fit(self, clean: Pixels) -> OnTerms:
+    def fit(self, clean: Any) -> OnTerms:
         """See `Detector.fit`."""
         if not isinstance(self.detector, Calibrated):
             return super().fit(clean)
