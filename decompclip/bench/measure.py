@@ -201,7 +201,7 @@ def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -
         log(f"{name}, seed {seed}: {len(plan.repairs)} repairs")
     for repair in plan.repairs:
         with _named(f"{name}, {repair}"):
-            repairs[repair] = mending(subject, repair, seed=seed)
+            repairs[repair] = evaluate_repair(subject, repair, seed=seed)
     counts = {kind: len(getattr(subject.samples, kind)) for kind in ("fit", "clean", "other")}
     return {
         "images": counts | {"twins": 0 if subject.triggered is None else len(subject.triggered)},
@@ -240,16 +240,16 @@ def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
     return found
 
 
-def mending(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
+def evaluate_repair(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
     """Rates over clean and triggered images that went through the same repair, fitted on each draw in turn."""
     rates: dict[str, list[Rate]] = {}
     for draw, fit in enumerate(subject.samples.fits):
-        for key, rate in _mended(subject, REPAIRS[name], fit, seed=seed + MOST_SEEDS * draw).items():
+        for key, rate in _one_draw(subject, REPAIRS[name], fit, seed=seed + MOST_SEEDS * draw).items():
             rates.setdefault(key, []).append(rate)
     return {key: Redrawn(tuple(rates[key])).to_dict() if key in rates else None for key in REPAIR_RATES}
 
 
-def _mended(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: int) -> dict[str, Rate]:
+def _one_draw(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: int) -> dict[str, Rate]:
     """After one draw."""
     samples, target = subject.samples, subject.target
     extent = None if subject.trigger is None else subject.trigger.extent

@@ -176,7 +176,7 @@ def _photographs(world: World, images: int, seed: int, draws: int) -> Samples:
     if 2 * images > len(report) or draws * images > left:
         raise ValueError(
             f"expected at most {len(report) // 2} images of each kind, {draws} times as many of them to fit on among {left} "
-            f"photographs; {images} were asked for; lower --images or --draws"
+            f"photographs; {images} were asked for; lower --count or --draws"
         )
     parts = [_read(known, own[: draws * images])[0]]
     if draws * images > len(known):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decompclip.bench import measure as measuring
-from decompclip.bench.measure import Remembering, Subject, detection, measure, mending
+from decompclip.bench.measure import Remembering, Subject, detection, evaluate_repair, measure
 from decompclip.bench.plan import REPAIRS, FitInputs, Plan
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.detectors import DETECTORS
@@ -68,7 +68,7 @@ def test_terms_are_looked_at_once(subject: Subject) -> None:
     images = len(subject.samples.fit) * 4 + len(subject.triggered)  # type: ignore[arg-type]
     own = Subject.of(TWIN, images=IMAGES, seed=0, draws=2)
     for name in ("Decomp-Rep (cosine, quantile)", "last 5 MLPs", "none"):
-        mending(own, name, seed=0)
+        evaluate_repair(own, name, seed=0)
     assert own.model.looks <= images
     before = own.model.looks
     detection(own, "Decomp-Det (cosine, quantile)", images=IMAGES)
@@ -77,7 +77,7 @@ def test_terms_are_looked_at_once(subject: Subject) -> None:
 
 
 def test_no_repair_is_the_model_itself(subject: Subject) -> None:
-    found, world = mending(subject, "none", seed=0), WORLDS["shapes"]
+    found, world = evaluate_repair(subject, "none", seed=0), WORLDS["shapes"]
     model = load_bundled(TWIN)
     s, target = subject.samples, world.label
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_no_repair_is_the_model_itself(subject: Subject) -> None:
 
 def test_a_repair_is_fitted_on_each_draw_in_turn(subject: Subject) -> None:
     name = "Decomp-Rep (cosine, quantile)"
-    found = mending(subject, name, seed=0)["cacc"]
+    found = evaluate_repair(subject, name, seed=0)["cacc"]
     clean = subject.model.terms(subject.samples.clean, "centred")
     for fit, value in zip(subject.samples.fits, found["draws"], strict=True):
         known = FitInputs(subject.model.terms(fit, "centred"), subject.classifier, "global", 0)
@@ -141,7 +141,7 @@ def test_a_clean_model_has_no_trigger_to_find() -> None:
     subject = Subject.of("shapes", images=70, seed=0)
     found = detection(subject, "k-distance", images=70)
     assert found["auroc"] is None and found["tpr"] is None and found["control"] is not None
-    rates = mending(subject, "none", seed=0)
+    rates = evaluate_repair(subject, "none", seed=0)
     assert rates["asr"] is None and rates["triggered_accuracy"] is None
     assert rates["cacc"]["value"] > 0.9 and rates["control"]["value"] < 0.1
 
@@ -169,7 +169,7 @@ def test_too_few_images_for_what_is_named(options: dict[str, Any], message: str)
 
 def test_progress_names_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "detection", lambda *a, **k: {})
-    monkeypatch.setattr(measuring, "mending", lambda *a, **k: {})
+    monkeypatch.setattr(measuring, "evaluate_repair", lambda *a, **k: {})
     lines: list[str] = []
     plan = Plan(models=("shapes",), detectors=("LID",), repairs=("none",), images=40)
     measure("shapes", plan, seed=1, log=lines.append)

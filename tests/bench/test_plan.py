@@ -160,7 +160,7 @@ def test_draws_share_no_image_and_begin_with_the_one_that_detectors_see() -> Non
 @pytest.mark.parametrize(("images", "draws"), [(21, 1), (15, 3)])
 def test_more_photographs_than_there_are(images: int, draws: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"expected at most 20 images .* {images} were asked for; lower --images"
+        ValueError, match=rf"expected at most 20 images .* {images} were asked for; lower --count"
     ):
         draw_samples(SmallPhotographs(), images=images, seed=0, draws=draws)
 
