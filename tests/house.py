@@ -1,8 +1,18 @@
-"""What the package amounts to: `make house`, or `python -m tests.house`."""
+"""What the package amounts to: `make house`, or `python -m tests.house`; `--way` lists the files on an image's way."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
 import decompclip
+from decompclip.data.images import ShapesSource
+from decompclip.data.shapes import Shapes
 from tests.test_architecture import ROOT, circles, import_graph, modules
 
 
@@ -20,9 +30,55 @@ def counted() -> dict[str, int]:
         "circles inside a room": sum(len(room) == 1 for room in rooms),
         "public names": len(names),
         "public names in no document": sum(name not in said for name in names),
+        "files on an image's way": len(way()),
     }
 
 
+def way() -> list[str]:
+    """The files whose code runs from images to a figure: decompose, edit, evaluate, result, figure.
+
+    The way is gone twice, and what imports run is left out with the first time.
+    """
+    shapes = Shapes(24, seed=0)
+    for _ in range(2):
+        model = decompclip.load("shapes")
+        classifier = model.zero_shot_classifier()
+        images = next(iter(ShapesSource(shapes, model.normalize).batches(24))).images
+        with _files_run() as found:
+            _go(model, images, shapes, classifier)
+    return sorted(found)
+
+
+def _go(model: Any, images: torch.Tensor, data: Any, classifier: torch.Tensor) -> None:
+    moments = decompclip.Moments.fit(model, [images])
+    edit = decompclip.MeanAblate(decompclip.mlps[-5:], moments)
+    edited = edit(model.decompose(images))
+    decompclip.evaluate(model, data, classifier, edit=edit).figure()
+    assert edited.features.isfinite().all()
+
+
+@contextmanager
+def _files_run() -> Iterator[set[str]]:
+    """Notes the package's files of which a function runs inside."""
+    found: set[str] = set()
+    package = str(ROOT / "decompclip") + "/"
+
+    def see(frame: FrameType, event: str, _: object) -> None:
+        name = frame.f_code.co_filename
+        if event == "call" and name.startswith(package) and frame.f_code.co_name != "<module>":
+            found.add(name.removeprefix(f"{ROOT}/"))
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+
+
 if __name__ == "__main__":
-    for name, number in counted().items():
-        print(f"{number:7,}  {name}")
+    if "--way" in sys.argv[1:]:
+        print("\n".join(way()))
+    else:
+        for name, number in counted().items():
+            print(f"{number:7,}  {name}")

@@ -52,7 +52,7 @@ def prepare(name: str, config: Config) -> dict[str, Callable[[], Any]]:
     import torch
 
     from decompclip.decomposition.capture import decompose
-    from decompclip.models.text import build_image_only
+    from decompclip.models.spec import build_image_only
     from decompclip.tower.convert import convert_open_clip
 
     torch.set_num_threads(config.threads)
@@ -155,7 +155,7 @@ def sum_errors(name: str, config: Config) -> dict[str, dict[str, float]]:
     import torch
 
     from decompclip.decomposition.capture import decompose
-    from decompclip.models.text import build_image_only
+    from decompclip.models.spec import build_image_only
     from decompclip.tower.convert import convert_open_clip
 
     torch.set_num_threads(config.threads)

@@ -24,7 +24,7 @@ import torch
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.maps import Convention
 from decompclip.files import write_json, write_text
-from decompclip.models.text import build_image_only
+from decompclip.models.spec import build_image_only
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.convert import WHY_NOT, Source, config_of
 from tests.models.reduced_towers import features, reduced_tower, relative_error

@@ -1,8 +1,6 @@
 """Decomposition: an image feature as a sum of terms, one for each head, MLP and the embedding (docs/method.md, section 1).
 
-Decompositions of several batches as one.
-
-Files of ours, with a digest of what they hold; a decomposition as one of them, complete with its maps.
+Also: whether two holders of terms may be compared, and files of ours with a digest of what they hold.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +24,9 @@ from decompclip.decomposition.components import heads as all_heads, resolve
 from decompclip.decomposition.maps import Convention, TermMaps, full_precision
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
+
+FORMAT = "decompclip.decomposition/2"
+_TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ class Decomposition:
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
         """
-        return self._contracted(layer, head, None)
+        return self._contract(layer, head, None)
 
     def token_logits(
         self, text: Float[Tensor, "text d_embed"], layer: int, head: int
@@ -176,29 +177,26 @@ class Decomposition:
                 f"expected text features [text, {self.d_embed}]; received {list(text.shape)}; encode the texts "
                 "with the text tower of the same model"
             )
-        return self._contracted(layer, head, text)
-
-    def _contracted(self, layer: int, head: int, text: Tensor | None) -> Tensor:
-        with full_precision(self.embed):
-            return self._contract(layer, head, text)
+        return self._contract(layer, head, text)
 
     def _contract(self, layer: int, head: int, text: Tensor | None) -> Tensor:
-        terms, position, layer, head = self._kept(layer, head)
-        weighted, maps = terms.weighted(position), self.maps
-        if maps.tokens is not None and maps.out is not None:
-            out = maps.out if text is None else maps.out @ text.to(maps.out).T
-            # one product over pooling heads and coordinates; einsum would copy both sides first
-            shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)
-            if self.convention == "centred":
-                return shares
-            term = self.coords[:, layer, head]
-            rest = (term if text is None else term @ text.to(term).T) - shares.sum(1)
-            return shares + rest[:, None] / shares.shape[1]
-        written = maps.heads[layer, head]
-        written = written if text is None else written @ text.to(written).T
-        d_head = maps.d_head
-        rest = self.coords[:, layer, head, d_head:] @ written[d_head:] / weighted.shape[1]
-        return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
+        with full_precision(self.embed):
+            terms, position, layer, head = self._kept(layer, head)
+            weighted, maps = terms.weighted(position), self.maps
+            if maps.tokens is not None and maps.out is not None:
+                out = maps.out if text is None else maps.out @ text.to(maps.out).T
+                # one product over pooling heads and coordinates; einsum would copy both sides first
+                shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)
+                if self.convention == "centred":
+                    return shares
+                term = self.coords[:, layer, head]
+                rest = (term if text is None else term @ text.to(term).T) - shares.sum(1)
+                return shares + rest[:, None] / shares.shape[1]
+            written = maps.heads[layer, head]
+            written = written if text is None else written @ text.to(written).T
+            d_head = maps.d_head
+            rest = self.coords[:, layer, head, d_head:] @ written[d_head:] / weighted.shape[1]
+            return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
 
     def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
         layer, head = resolve(all_heads[layer, head], self).heads.nonzero()[0].tolist()
@@ -239,8 +237,34 @@ class Decomposition:
         Raises:
             ValueError: there are none, or they are of different models or options.
         """
-
-        return join(parts)
+        if not parts:
+            raise ValueError("expected at least one decomposition; received none")
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        for other in parts[1:]:
+            same_types = (first.coords.dtype, first.maps.heads.dtype) == (
+                other.coords.dtype,
+                other.maps.heads.dtype,
+            )
+            if other.normalized != first.normalized or not same_types or not first.maps.matches(other.maps):
+                raise ValueError(
+                    "expected decompositions of one model with the same options; received different ones; "
+                    "decompose all of them alike"
+                )
+        terms = [part.token_terms for part in parts if part.token_terms is not None]
+        if any(not torch.equal(x.kept.cpu(), terms[0].kept.cpu()) for x in terms):
+            raise ValueError(
+                "expected decompositions that kept the tokens of the same heads; received different ones; decompose all "
+                "of them with the same tokens="
+            )
+        token_terms = TokenTerms.cat(terms) if len(terms) == len(parts) else None
+        whole = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            for f in fields(first)
+            if all(isinstance(getattr(part, f.name), Tensor) for part in parts)
+        }
+        return replace(first, **{"target": None, **whole}, token_terms=token_terms)
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Decomposition:
         """Some of the images: a slice, a mask, indices, or a number (which keeps the batch axis).
@@ -270,8 +294,22 @@ class Decomposition:
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
-
-        return save_decomposition(self, Path(path))
+        tensors: dict[str, Tensor | None] = {
+            **{name: getattr(self, name) for name in (*_TERMS, "target")},
+            # Behind an attention pool the maps of heads are views of one identity.
+            "maps.heads": self.maps.heads[:1, :1] if self.maps.direct else self.maps.heads,
+            **{f"maps.{name}": getattr(self.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
+        }
+        if self.token_terms is not None:
+            tensors |= {f"tokens.{name}": x for name, x in vars(self.token_terms).items()}
+        about = {
+            "convention": self.convention,
+            "normalized": self.normalized,
+            "bias_names": self.maps.bias_names,
+            "extras": self.maps.extras,
+        }
+        known = {name: x for name, x in tensors.items() if x is not None}
+        return write_tensors(Path(path), known, FORMAT, about)
 
     @staticmethod
     def load(path: str | Path) -> Decomposition:
@@ -281,8 +319,25 @@ class Decomposition:
             FileNotFoundError: there is no such file.
             ValueError: the file is broken, or holds something else.
         """
-
-        return load_decomposition(Path(path))
+        tensors, about = read_tensors(Path(path), FORMAT, "a saved decomposition", "Decomposition.save")
+        kept = {key[5:]: tensors.pop(key) for key in [*tensors] if key.startswith("maps.")}
+        if "tokens" in kept:
+            kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
+        maps = TermMaps(
+            **kept,
+            bias_names=tuple(about["bias_names"]),
+            convention=cast(Convention, about["convention"]),
+            extras=about["extras"],
+        )
+        tokens = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("tokens.")}
+        if tokens:
+            tokens["kept"] = tokens["kept"].to(torch.bool)
+        return Decomposition(
+            **tensors,
+            maps=maps,
+            normalized=bool(about["normalized"]),
+            token_terms=TokenTerms(**tokens) if tokens else None,
+        )
 
     # Words
 
@@ -307,57 +362,6 @@ class Decomposition:
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._facts().items())
         return f"<table><caption>Decomposition</caption>{rows}</table>"
-
-
-def join(parts: Sequence[Decomposition]) -> Decomposition:
-    """The images of several decompositions of one model, in order (`Decomposition.cat`)."""
-    if not parts:
-        raise ValueError("expected at least one decomposition; received none")
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    for other in parts[1:]:
-        same_types = (first.coords.dtype, first.maps.heads.dtype) == (
-            other.coords.dtype,
-            other.maps.heads.dtype,
-        )
-        if other.normalized != first.normalized or not same_types or not first.maps.matches(other.maps):
-            raise ValueError(
-                "expected decompositions of one model with the same options; received different ones; "
-                "decompose all of them alike"
-            )
-    terms = [part.token_terms for part in parts if part.token_terms is not None]
-    if any(not torch.equal(x.kept.cpu(), terms[0].kept.cpu()) for x in terms):
-        raise ValueError(
-            "expected decompositions that kept the tokens of the same heads; received different ones; decompose all "
-            "of them with the same tokens="
-        )
-    token_terms = TokenTerms.cat(terms) if len(terms) == len(parts) else None
-    whole = {
-        f.name: torch.cat([getattr(part, f.name) for part in parts])
-        for f in fields(first)
-        if all(isinstance(getattr(part, f.name), Tensor) for part in parts)
-    }
-    return replace(first, **{"target": None, **whole}, token_terms=token_terms)
-
-
-FORMAT = "decompclip.decomposition/2"
-
-
-def save_decomposition(d: Decomposition, path: Path) -> Path:
-    """Write it whole, or not at all."""
-    tensors: dict[str, Tensor | None] = {
-        **{name: getattr(d, name) for name in ("coords", "mlps", "embed", "pool", "bias_coords", "target")},
-        # Behind an attention pool the maps of heads are views of one identity.
-        "maps.heads": d.maps.heads[:1, :1] if d.maps.direct else d.maps.heads,
-        **{f"maps.{name}": getattr(d.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
-    }
-    if d.token_terms is not None:
-        names = ("kept", "attention", "values", "scale")
-        tensors |= {f"tokens.{name}": getattr(d.token_terms, name) for name in names}
-    about = {"convention": d.convention, "normalized": d.normalized, "bias_names": d.maps.bias_names}
-    about |= {"extras": d.maps.extras}
-    return write_tensors(path, {name: x for name, x in tensors.items() if x is not None}, FORMAT, about)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> Path:
@@ -416,27 +420,34 @@ def read_tensors(path: Path, form: str, what: str, writer: str) -> tuple[dict[st
     return tensors, json.loads(text)
 
 
-def load_decomposition(path: Path) -> Decomposition:
-    """Read what `save_decomposition` wrote.
+@runtime_checkable
+class HasTerms(Protocol):
+    """What holds terms, or numbers made of them: decompositions, moments, points."""
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is broken, or holds something else.
-    """
-    tensors, about = read_tensors(path, FORMAT, "a saved decomposition", "Decomposition.save")
-    kept = {name.removeprefix("maps."): tensors.pop(name) for name in [*tensors] if name.startswith("maps.")}
-    if "tokens" in kept:
-        kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
-    maps = TermMaps(
-        **kept,
-        bias_names=tuple(about["bias_names"]),
-        convention=cast(Convention, about["convention"]),
-        extras=about["extras"],
-    )
-    tokens = {name.removeprefix("tokens."): tensors.pop(name) for name in [*tensors] if "." in name}
-    return Decomposition(
-        **tensors,
-        maps=maps,
-        normalized=bool(about["normalized"]),
-        token_terms=TokenTerms(**{**tokens, "kept": tokens["kept"].to(torch.bool)}) if tokens else None,
-    )
+    @property
+    def maps(self) -> TermMaps: ...
+    @property
+    def normalized(self) -> bool: ...
+
+
+def check_options(first: HasTerms, second: HasTerms) -> None:
+    """Raises ValueError unless terms of both are of one convention and one length."""
+    for name, ours, theirs in (
+        ("convention", first.maps.convention, second.maps.convention),
+        ("normalize", first.normalized, second.normalized),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"expected terms with {name}={ours!r}, as those before; received {name}={theirs!r}; "
+                "decompose all images with the same options"
+            )
+
+
+def check_alike(first: HasTerms, second: HasTerms) -> None:
+    """Raises ValueError unless terms of both are comparable: one model, one convention, one length."""
+    check_options(first, second)
+    if not first.maps.matches(second.maps):
+        raise ValueError(
+            f"expected terms of one model; received those of another ({first.maps!r} and {second.maps!r}, or other "
+            "weights); decompose all images with the same model"
+        )

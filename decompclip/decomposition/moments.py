@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_options
 from decompclip.decomposition.maps import Convention, TermMaps
 from decompclip.tower.vit import HasTower, Hook, HookedViT
 
@@ -159,15 +159,7 @@ class Moments:
         Raises:
             ValueError: they are of another convention, normalization, shape or model.
         """
-        for name, ours, theirs in (
-            ("convention", self.maps.convention, other.maps.convention),
-            ("normalize", self.normalized, other.normalized),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"expected terms with {name}={ours!r}, as these moments have it; received {name}={theirs!r}; "
-                    "decompose both with the same options"
-                )
+        check_options(self, other)
         self.check_model(other.maps)
 
     def check_model(self, maps: TermMaps) -> None:
@@ -216,15 +208,6 @@ class Moments:
             + self.pool.sum(0)
             + self.bias_coords @ self.maps.bias.double()
         )
-
-    def second_moment(self, field: str) -> Float[Tensor, "*part coord coord"]:
-        """The mean of outer products of "coords", "mlps", "embed" or "pool", not about the mean.
-
-        Raises:
-            ValueError: second moments were not kept.
-        """
-        mean = getattr(self, field)
-        return self.covariance(field) + mean[..., :, None] * mean[..., None, :]
 
     def covariance(self, field: str) -> Float[Tensor, "*part coord coord"]:
         """The mean of outer products of "coords", "mlps", "embed" or "pool" about the mean (divided by the count).

@@ -1,7 +1,4 @@
-"""open_clip's configuration of a model, read from its modules and proved by building it: what a saved folder has to say.
-
-What a configuration asks for, held against the weights that lie beside it, before anything is built.
-"""
+"""open_clip's configuration of a model: read from its modules and proved by building it, or held against the weights beside it."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from decompclip.models.errors import CheckpointError, ModelError
-from decompclip.models.spec import build_open_clip
-from decompclip.models.text import ImageOnly, build_image_only
+from decompclip.models.errors import CheckpointError, ModelError, first_line
+from decompclip.models.spec import build_image_only, build_open_clip
+from decompclip.models.text import ImageOnly
 from decompclip.tower.convert import config_of
 
 # Attributes that decide nothing of what a model computes.
@@ -252,8 +249,8 @@ def towers_of(architecture: Mapping[str, Any], *, text: bool) -> list[Tower]:
     vision = architecture["vision_cfg"]
     if siglip := vision.get("siglip_tower"):
         patches = patches_of(vision["image_size"], siglip["patch_size"])
-        told = {"layers": siglip["depth"], "width": siglip["embed_dim"], "mlp_ratio": siglip["mlp_ratio"]}
-        found.append(_tower("siglip_tower", told, 0, rows=patches, longest=patches))
+        sizes = {"layers": siglip["depth"], "width": siglip["embed_dim"], "mlp_ratio": siglip["mlp_ratio"]}
+        found.append(_tower("siglip_tower", sizes, 0, rows=patches, longest=patches))
     elif not vision.get("timm_model_name") and isinstance(vision.get("layers", 12), int):
         patches = patches_of(vision.get("image_size", 224), vision.get("patch_size", 16))
         found.append(_tower("vision_cfg", vision, 768, rows=patches, longest=patches))
@@ -301,7 +298,7 @@ def check_sizes(towers: list[Tower], state: Mapping[str, Tensor], *, source: str
                 f"{source}, {tower.name}: expected the layers of the weights beside it; received {tower.layers:,} layers, "
                 f"and {len(state):,} weights in all; give each model its own configuration"
             )
-        if tower.numbers > GENEROUS * held:  # what is missing in an honest file is told by name, later
+        if tower.numbers > GENEROUS * held:  # what is missing in an honest file is named later
             raise CheckpointError(
                 f"{source}, {tower.name}: expected the sizes of the weights beside it; received {tower.layers:,} layers of "
                 f"width {tower.width:,} and {tower.rows:,} rows, {tower.numbers:,.0f} numbers where the weights have "
@@ -320,7 +317,6 @@ def out_of(source: str) -> Iterator[None]:
     except (ModelError, ConnectionError):
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise CheckpointError(
-            f"{source} cannot be made into a model: {first}; its configuration and its weights are none that fit together"
+            f"{source} cannot be made into a model: {first_line(error)}; its configuration and its weights are none that fit together"
         ) from error

@@ -1,7 +1,4 @@
-"""What stands around a model: wrappers' words in the names of its weights, copies beside it, and wrappers in memory.
-
-Reading files of weights from strangers: tensors only, no code is ever run.
-"""
+"""Files of weights from strangers: tensors only, no code is ever run; and what wrappers put around a model."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from decompclip.models.errors import CheckpointError, UnknownModelError, warn_caller
-from decompclip.models.fit import check_fit
+from decompclip.models.errors import CheckpointError, UnknownModelError, first_line, some, warn_caller
 from decompclip.models.torchscript import (
     OPENAI_NUMBERS,
     check_archive,
@@ -84,7 +80,7 @@ def unwrapped(state: Mapping[str, Tensor], prefix: str | None, *, source: str) -
         return dict(state)
     (copy,) = copies
     known = tuple(each for each in others if each) if prefix is not None else (copy,)
-    _tell_left_out({key: x for key, x in state.items() if not key.startswith((*known, copy))}, source)
+    _warn_left_out({key: x for key, x in state.items() if not key.startswith((*known, copy))}, source)
     deeper = tuple(each for each in others if each != copy and each.startswith(copy))
     # a number at the top is a counter, of averaged models for instance
     return {
@@ -97,12 +93,12 @@ def unwrapped(state: Mapping[str, Tensor], prefix: str | None, *, source: str) -
 
 
 def without_others(state: Mapping[str, Tensor], wanted: Iterable[str], *, source: str) -> dict[str, Tensor]:
-    """Weights without those of heads and losses beside the model, which are told, where nothing of the model is missing."""
+    """Weights without those of heads and losses beside the model, which a warning names, where nothing of the model is missing."""
     if set(wanted) - set(state):
         return dict(state)
     own = _OWN | {key.split(".")[0] for key in wanted}
     others = {key: x for key, x in state.items() if key.split(".")[0] not in own}
-    _tell_left_out(others, source)
+    _warn_left_out(others, source)
     return {key: x for key, x in state.items() if key not in others}
 
 
@@ -116,11 +112,10 @@ def _listed(prefixes: list[str]) -> str:
     return ", ".join(repr(prefix.rstrip(".")) for prefix in prefixes) or "none"
 
 
-def _tell_left_out(others: Mapping[str, Tensor], source: str) -> None:
-    if told := [key for key, x in others.items() if x.ndim]:  # others are counters
+def _warn_left_out(others: Mapping[str, Tensor], source: str) -> None:
+    if left := [key for key, x in others.items() if x.ndim]:  # others are counters
         warn_caller(
-            f"{source} holds {len(told)} weights beside the model's, which were left out: {', '.join(told[:4])}"
-            f"{', ...' if len(told) > 4 else ''}"
+            f"{source} holds {len(left)} weights beside the model's, which were left out: {some(left, 4)}"
         )
 
 
@@ -191,8 +186,6 @@ def shell(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Mod
     object.__setattr__(found, "__dict__", own | {"_modules": dict(children)})
     return found
 
-
-__all__ = ["CheckpointError", "check_fit", "digest", "read_checkpoint", "sha256"]
 
 LONGEST_HEADER = 16 << 20
 """Bytes of a safetensors header that are parsed; those of models of thousands of weights have some hundred thousand."""
@@ -349,9 +342,8 @@ def _unpickle_plain_data(path: Path, *, mmap: bool) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
     return CheckpointError(
-        f"the checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or damaged: {reason}; copy or "
+        f"the checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or damaged: {first_line(error)}; copy or "
         "download it again and compare its size and SHA-256 with the source's"
     )
 
@@ -380,9 +372,9 @@ def _check_plain(path: Path, weights: Mapping[str, Tensor]) -> None:
             f"{path} holds {len(odd)} weights that are no plain tensors ({', '.join(odd[:3])}): sparse, quantised or "
             "without numbers; save them dense, in floating point"
         )
-    size, told = path.stat().st_size, sum(x.numel() * x.element_size() for x in weights.values())
-    if told > TIMES_ITS_FILE * size:
+    size, claimed = path.stat().st_size, sum(x.numel() * x.element_size() for x in weights.values())
+    if claimed > TIMES_ITS_FILE * size:
         raise CheckpointError(
-            f"{path} has {size:,} bytes, and the weights in it are said to have {told:,}: they repeat the same numbers; "
+            f"{path} has {size:,} bytes, and the weights in it are said to have {claimed:,}: they repeat the same numbers; "
             "save contiguous copies (`tensor.clone()`)"
         )

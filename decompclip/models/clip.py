@@ -1,9 +1,4 @@
-"""Pixels that were not normalised, noticed at a model's door.
-
-A model in one line, as `repr` shows it.
-
-HookedCLIP: a hooked image tower beside open_clip's own text tower, tokenizer and preprocessing.
-"""
+"""HookedCLIP: a hooked image tower beside open_clip's own text tower, tokenizer and preprocessing."""
 
 from __future__ import annotations
 
@@ -58,21 +53,21 @@ class RawPixels:
     """
 
     def __init__(self) -> None:
-        self.told = False
+        self.warned = False
         self.looks = 0
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """Looks at nothing meanwhile: for images that are in a wrong range on purpose."""
-        before, self.told = self.told, True
+        before, self.warned = self.warned, True
         try:
             yield
         finally:
-            self.told = before
+            self.warned = before
 
     @torch.no_grad()
     def look(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        if self.told or images.numel() == 0 or images.is_meta or max(mean) <= 0:
+        if self.warned or images.numel() == 0 or images.is_meta or max(mean) <= 0:
             return
         if images.device.type != "cpu":
             self.looks += 1
@@ -88,7 +83,7 @@ class RawPixels:
         scale = 1 if high <= 1 else 255
         if scale == 1 and not _raw(images, low, high, mean, std):
             return
-        self.told = True
+        self.warned = True
         warn_caller(
             f"these images lie in {low:.2f}..{high:.2f}, as pixels in {'[0, 1]' if scale == 1 else '0..255'} do, and this "
             "model takes them normalised; pass pixels in [0, 1] through `model.normalize`, or pictures through "

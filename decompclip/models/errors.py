@@ -1,12 +1,10 @@
-"""What can go wrong between a model's name and a model in memory.
-
-Warnings that point at the user's own line, however deep in the package they come up.
-"""
+"""What can go wrong between a model's name and a model in memory; and warnings that point at the user's own line."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 from decompclip.tower.config import ModelError, UnsupportedTowerError
 
@@ -19,6 +17,16 @@ class UnknownModelError(ModelError):
 
 class CheckpointError(ModelError):
     """A file of weights that is missing, damaged, unsafe, or another model's."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names of a list, in words."""
+    return f"{', '.join(names[:most]) or 'none'}{', ...' if len(names) > most else ''}"
 
 
 def warn_caller(message: str) -> None:

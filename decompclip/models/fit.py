@@ -15,7 +15,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.models.errors import CheckpointError
+from decompclip.models.errors import CheckpointError, some
 
 # What older versions saved among the weights, and no model needs: it follows from the shapes.
 _FOLLOWS = re.compile(r"(.*\.)?(position_ids|attn_mask)")
@@ -23,7 +23,7 @@ _TRANSFORMERS = r"(vision_model|text_model)\..*"
 # Tables of positions, with the tokens before the patches.
 _POSITIONS = {"visual.positional_embedding": 1, "visual.trunk.pos_embed": 0}
 _PATCHES = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
-# Marks of layouts that are not open_clip's, in the order in which they are told.
+# Marks of layouts that are not open_clip's, in the order in which they are looked for.
 _LAYOUTS = {
     r"visual\.layer1\.0\.conv1\.weight": "the file holds a ResNet, whose tower is not supported",
     _TRANSFORMERS: (
@@ -86,17 +86,17 @@ def with_positions_of(model: nn.Module, state: Mapping[str, Tensor], *, source: 
     return found
 
 
-def image_size_said(size: tuple[int, int], state: Mapping[str, Tensor] | None) -> str:
+def image_size_words(size: tuple[int, int], state: Mapping[str, Tensor] | None) -> str:
     """An image size that was asked for, beside the one that the weights are of, for `provenance`."""
-    said = f"{size[0]} x {size[1]}, as asked for"
+    words = f"{size[0]} x {size[1]}, as asked for"
     key = next((key for key in _POSITIONS if key in (state or {})), None)
     if state is None or key is None:
-        return said
+        return words
     side = math.isqrt(max(0, state[key].shape[-2] - _POSITIONS[key]))
     patch = next((state[k].shape[-1] for k in _PATCHES if k in state), 0)
     if (side * patch, side * patch) == size:
-        return f"{said} and trained"
-    return f"{said}; positions interpolated (bicubic) from {side * patch} x {side * patch}"
+        return f"{words} and trained"
+    return f"{words}; positions interpolated (bicubic) from {side * patch} x {side * patch}"
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
@@ -120,7 +120,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
         return
     shapes = [f"{key} expected {list(wanted[key].shape)}, got {list(state[key].shape)}" for key in reshaped]
     parts = [
-        f"{len(keys)} {what} ({', '.join(shown[:3])}{', ...' if len(keys) > 3 else ''})"
+        f"{len(keys)} {what} ({some(shown)})"
         for keys, what, shown in (
             (missing, "missing", missing),
             (left_over, "left over", left_over),
@@ -147,7 +147,7 @@ def _check_finite(
     if bad:
         raise CheckpointError(
             f"expected finite weights for {name}; received {source}, where {len(bad)} of {len(state)} hold infinite or "
-            f"undefined numbers ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}); the training diverged or the "
+            f"undefined numbers ({some(bad)}); the training diverged or the "
             "file is damaged: copy it again, or take an earlier checkpoint"
         )
 
@@ -230,12 +230,12 @@ def _sizes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
         "tokens": "{} tokens",
         "layers": "{} layers",
     }
-    told = [
+    shown = [
         f"{words[key].format(theirs)}, expected {ours}"
         for key, (theirs, ours) in facts.items()
         if theirs and ours and theirs != ours
     ]
-    return f" ({'; '.join(told)})" if told else ""
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 def _size(state: Mapping[str, Tensor], which: str) -> str:
@@ -255,7 +255,7 @@ def _size(state: Mapping[str, Tensor], which: str) -> str:
 
 
 def models_like(state: Mapping[str, Tensor], *, of_any_size: bool = False) -> list[str]:
-    """open_clip's names of native models with this state dict's shapes, without their QuickGELU twins.
+    """open_clip's names of native models with this state dict's shapes, without the same ones with QuickGELU.
 
     Args:
         of_any_size: whatever the number of positions.

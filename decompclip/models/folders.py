@@ -1,7 +1,4 @@
-"""Folders with a model of open_clip's, as its `push_to_hf_hub` writes them.
-
-Writing a model to a folder that open_clip, and `decompclip.load`, open again.
-"""
+"""Folders with a model of open_clip's, as its `push_to_hf_hub` writes them: read, and written so that open_clip reads them."""
 
 from __future__ import annotations
 
@@ -140,10 +137,10 @@ def check_saved(folder: Path, weights: Path) -> None:
     Raises:
         CheckpointError: they are not.
     """
-    told = _own(read_json(folder / CONFIG), folder).get("sha256")
-    if told and weights.name == WEIGHTS_NAME and told != (found := sha256(weights)):
+    saved = _own(read_json(folder / CONFIG), folder).get("sha256")
+    if saved and weights.name == WEIGHTS_NAME and saved != (found := sha256(weights)):
         raise CheckpointError(
-            f"expected {weights} as it was saved, with SHA-256 {told}; received {found}: it was changed or damaged; copy "
+            f"expected {weights} as it was saved, with SHA-256 {saved}; received {found}: it was changed or damaged; copy "
             f"the folder again, or, if the weights were replaced on purpose, take {OWN}.sha256 out of {CONFIG}"
         )
 

@@ -1,8 +1,6 @@
-"""transformers' image towers without a text tower, brought to the form of whole models.
+"""transformers' CLIP and SigLIP in open_clip's terms: their config.json as an architecture, their weights under its names.
 
-A config.json of transformers' CLIP or SigLIP as an open_clip model of that shape.
-
-transformers' names of weights, as open_clip and timm name them: the same numbers, some joined, split or turned.
+An image tower alone is brought to the form of a whole model first.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decompclip.models.architecture import Tower, patches_of
-from decompclip.models.errors import CheckpointError
+from decompclip.models.errors import CheckpointError, some
 from decompclip.models.json_files import (
     EPSILON,
     FLAG,
@@ -67,8 +65,6 @@ def with_prefix(state: Mapping[str, Tensor], kind: str, *, source: str) -> dict[
     stays = ("vision_model.", "visual_projection.")
     return {key if key.startswith(stays) else f"vision_model.{key}": value for key, value in state.items()}
 
-
-__all__ = ["activation_of", "architecture_of", "completed", "towers_of"]
 
 # transformers' defaults, which newer versions leave out of config.json.
 _CLIP_DEFAULTS = {
@@ -212,7 +208,7 @@ def _tower(name: str, part: Mapping[str, Any], *, rows: int, longest: int) -> To
 
 def architecture_of(config: Mapping[str, Any], activation: Choice = "auto") -> dict[str, Any]:
     """open_clip's configuration of a completed config.json; a SigLIP's tower, of which open_clip knows fixed shapes only,
-    is told under `siglip_tower`.
+    stands under `siglip_tower`.
 
     Raises:
         ValueError: QuickGELU for SigLIP.
@@ -393,7 +389,7 @@ def rename(state: Mapping[str, Tensor], model_type: str, *, source: str) -> dict
     if unknown:
         raise CheckpointError(
             f"{source} holds {len(unknown)} weights that no {model_type!r} model of transformers has "
-            f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); expected a plain model, without "
+            f"({some(unknown)}); expected a plain model, without "
             "adapters or quantisation"
         )
     return found

@@ -14,7 +14,7 @@ from decompclip.models.architecture import check_sizes
 from decompclip.models.checkpoint import check_fit, read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, ModelError, warn_caller
-from decompclip.models.fit import image_size_said, with_positions_of
+from decompclip.models.fit import image_size_words, with_positions_of
 from decompclip.models.hf_architecture import (
     WHY,
     activation_of,
@@ -26,7 +26,7 @@ from decompclip.models.hf_architecture import (
 )
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
 from decompclip.models.preprocessing import DEFAULTS, preprocess_in, preprocess_of
-from decompclip.models.spec import Choice, build_open_clip, versions
+from decompclip.models.spec import Choice, build_image_only, build_open_clip, versions
 from decompclip.models.text import (
     WITHOUT_TEXT,
     ImageOnly,
@@ -34,14 +34,11 @@ from decompclip.models.text import (
     NoTokenizer,
     Tokenizer,
     TransformersTokenizer,
-    build_image_only,
     clip_tokenizer,
     image_side,
     tokenizer_in,
 )
 from decompclip.tower.config import pair
-
-__all__ = ["Source", "Text", "from_transformers", "read_folder", "weights_in"]
 
 Text = bool | Literal["auto"]
 """Whether to have the text side: yes, no, or as far as it can be had, with a warning."""
@@ -66,6 +63,18 @@ class Source:
     architecture: Mapping[str, Any]
     files: Sequence[Path] = ()
     resized: str | None = None
+
+    def hook(self, provenance: Mapping[str, Any]) -> HookedCLIP:
+        """The model, which the result takes over, as a `HookedCLIP`."""
+        hooked = HookedCLIP.from_open_clip(
+            self.model,
+            tokenizer=self.tokenizer,
+            preprocess=self.preprocess,
+            provenance=provenance,
+            copy=False,
+        )
+        hooked.architecture = self.architecture
+        return hooked
 
 
 def read_folder(
@@ -105,36 +114,30 @@ def read_folder(
     if text is False:
         architecture["image_only"] = why
     resize = image_size is not None
-    with torch.device("meta"):  # weights that do not fit are told before memory is taken for a model
+    with torch.device("meta"):  # weights that do not fit are refused before memory is taken for a model
         _fitting(_built(architecture), state, config, source=str(folder), resize=resize)
     model = _built(architecture)
-    _fill(model, state, config, source=str(folder), resize=resize)
+    model.load_state_dict(_fitting(model, state, config, source=str(folder), resize=resize))
+    preprocess, resized = preprocess_in(folder, kind, own_size), None
+    if image_size is not None:
+        resized = image_size_words(image_size, rename(state, kind, source=str(folder)))
+        if "steps" in preprocess:
+            factor = image_size[0] / own_size[0], image_size[1] / own_size[1]
+            preprocess |= {"steps": preprocess["steps"].scaled(factor)}
     return Source(
         model=model,
         tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
-        preprocess=_for_size(preprocess_in(folder, kind, own_size), own_size, image_size),
+        preprocess=preprocess,
         activation=activation_of(config, activation),
         files=files,
         architecture=architecture,
-        resized=None
-        if image_size is None
-        else image_size_said(image_size, rename(state, kind, source=str(folder))),
+        resized=resized,
     )
 
 
 def _built(architecture: Mapping[str, Any]) -> nn.Module:
     why = architecture.get("image_only")
     return build_open_clip(architecture) if why is None else build_image_only(architecture, why=why)
-
-
-def _for_size(
-    preprocess: dict[str, Any], own: tuple[int, int], size: tuple[int, int] | None
-) -> dict[str, Any]:
-    """A preprocessing for images of the size that was asked for."""
-    if size is None or "steps" not in preprocess:
-        return preprocess
-    steps = preprocess["steps"].scaled((size[0] / own[0], size[1] / own[1]))
-    return preprocess | {"steps": steps}
 
 
 def _check_deployed_alike(config: Mapping[str, Any], folder: Path) -> None:
@@ -184,17 +187,6 @@ def _text(config: Mapping[str, Any], text: Text) -> tuple[Text, str]:
     if text is True:
         raise MissingTextError(f"the text tower cannot be had: {WHY}")
     return False, WHY
-
-
-def _fill(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    *,
-    source: str,
-    resize: bool = False,
-) -> None:
-    model.load_state_dict(_fitting(model, state, config, source=source, resize=resize))
 
 
 def _fitting(
@@ -262,7 +254,8 @@ def from_transformers(
         architecture["image_only"] = why
     built = _built(architecture)
     built = built.to(device=like.device, dtype=like.dtype)
-    _fill(built, {k: v.detach() for k, v in model.state_dict().items()}, config, source=source)
+    state = {key: x.detach() for key, x in model.state_dict().items()}
+    built.load_state_dict(_fitting(built, state, config, source=source))
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     if having is False:
         tokenizer = NoTokenizer(why)
@@ -279,23 +272,23 @@ def from_transformers(
         if images is None
         else preprocess_of(images.to_dict(), kind, size, source="the processor")
     )
-    hooked = HookedCLIP.from_open_clip(
-        built,
+    activation = activation_of(config)
+    provenance = {
+        "name": getattr(live.config, "_name_or_path", "") or f"{name} in memory",
+        "pretrained": None,
+        "checkpoint": None,
+        "sha256": None,
+        "activation": activation,
+        "activation_source": "config.json",
+        "versions": versions(),
+    }
+    return Source(
+        model=built,
         tokenizer=tokenizer,
         preprocess=found,
-        provenance={
-            "name": getattr(live.config, "_name_or_path", "") or f"{name} in memory",
-            "pretrained": None,
-            "checkpoint": None,
-            "sha256": None,
-            "activation": activation_of(config),
-            "activation_source": "config.json",
-            "versions": versions(),
-        },
-        copy=False,
-    )
-    hooked.architecture = architecture
-    return hooked
+        activation=activation,
+        architecture=architecture,
+    ).hook(provenance)
 
 
 def weights_in(folder: Path) -> list[Path]:

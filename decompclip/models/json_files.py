@@ -1,7 +1,4 @@
-"""JSON out of folders from strangers: objects whose fields are of the types that they are read as, or an error.
-
-open_clip's configuration of a model, out of a folder from strangers: known fields only, and no code.
-"""
+"""JSON out of folders from strangers: known fields of the types that they are read as, or an error; open_clip's among them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
-"""What `load` is asked for, checked before anything is read.
-
-Models in memory, of open_clip's or of transformers'.
-
-load: from a name, a pretrained tag, a local file or folder, or a model in memory to a HookedCLIP.
-"""
+"""load: from a name, a pretrained tag, a local file or folder, or a model in memory to a HookedCLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,8 +16,14 @@ from decompclip.models.architecture import check_sizes, out_of, towers_of
 from decompclip.models.bundled import bundled, card, load_bundled, spec_of
 from decompclip.models.checkpoint import bare, check_fit, digest, read_checkpoint, sha256, without_others
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.errors import ModelError, UnknownModelError, warn_caller
-from decompclip.models.fit import conform, image_size_said, is_of_transformers, models_like, with_positions_of
+from decompclip.models.errors import ModelError, UnknownModelError, first_line, warn_caller
+from decompclip.models.fit import (
+    conform,
+    image_size_words,
+    is_of_transformers,
+    models_like,
+    with_positions_of,
+)
 from decompclip.models.folders import (
     CONFIG,
     GUARD,
@@ -52,13 +54,7 @@ from decompclip.tower.config import Activation
 from decompclip.tower.convert import oddities, refuse
 
 
-def check_options(name: Any, device: Any, dtype: Any, image_size: Any = None) -> None:
-    """Check the arguments of `load` that need no look at any model.
-
-    Raises:
-        UnknownModelError: `name` is no name, path or model.
-        ValueError: a device that cannot be used here, a dtype that is none of floating point, or no image size.
-    """
+def _check_options(name: Any, dtype: Any, image_size: Any) -> None:
     if not isinstance(name, str | Path | nn.Module):
         raise UnknownModelError(
             f"expected a name, a path, or a model of open_clip's or transformers'; received {name!r}, "
@@ -77,7 +73,6 @@ def check_options(name: Any, device: Any, dtype: Any, image_size: Any = None) ->
         raise ValueError(
             f"expected a dtype of torch's for floating point; received {dtype!r}; pass dtype={example}"
         )
-    check_device(device)
 
 
 def check_device(device: str | torch.device | None) -> None:
@@ -101,17 +96,8 @@ def check_device(device: str | torch.device | None) -> None:
         ) from error
 
 
-def from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | None = None) -> HookedCLIP:
-    """Hook a model that is in memory, wrapped or not; it is left as it is.
-
-    Args:
-        text: with its text tower.
-        tokenizer: texts to token ids; by default open_clip's own where the vocabulary is CLIP's.
-
-    Raises:
-        UnknownModelError: a model of some other kind.
-        UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
-    """
+def _from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | None = None) -> HookedCLIP:
+    """Hook a model that is in memory, wrapped or not; it is left as it is."""
     model = bare(model)
     source: Any = model
     if isinstance(getattr(getattr(source, "config", None), "model_type", None), str):
@@ -121,13 +107,7 @@ def from_memory(model: nn.Module, *, text: bool = True, tokenizer: Tokenizer | N
             f"expected a name, a path, or a model of open_clip's or transformers'; received a {type(model).__name__}"
         )
     if not text:
-        bias = getattr(source, "logit_bias", None)
-        alone = ImageOnly(
-            source.visual,
-            source.logit_scale.detach(),
-            None if bias is None else bias.detach(),
-            why=WITHOUT_TEXT,
-        )
+        alone = ImageOnly.of(source, why=WITHOUT_TEXT)
         return HookedCLIP.from_open_clip(alone, tokenizer=NoTokenizer(WITHOUT_TEXT))
     own = clip_tokenizer(
         context_length=getattr(source, "context_length", None) or 77,
@@ -189,7 +169,8 @@ def load(
     """
     if activation not in get_args(Choice):
         raise ValueError(f"activation {activation!r} is not one of {get_args(Choice)}")
-    check_options(name, device, dtype, image_size)
+    _check_options(name, dtype, image_size)
+    check_device(device)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     asked = _Asked(pretrained, checkpoint, activation, size, prefix, text)
     with torch.inference_mode(False):  # weights that can be differentiated, whatever mode the caller is in
@@ -213,6 +194,36 @@ class _Asked:
     def read(self, path: Path) -> dict[str, Tensor]:
         return read_checkpoint(path, prefix=self.prefix)
 
+    def provenance(
+        self,
+        name: str,
+        activation: tuple[str, str],
+        files: Sequence[Path],
+        folder: Path | None,
+        resized: str | None,
+    ) -> dict[str, Any]:
+        """What a model is made of: `files` of weights, and of a folder what lies beside them."""
+        beside = [] if folder is None else configuration_in(folder)
+        left = [] if folder is None else other_weights(folder, files)
+        if left:
+            warn_caller(
+                f"{', '.join(path.name for path in files)} {'is' if len(files) == 1 else 'are'} read, as open_clip and "
+                f"transformers do; in {folder} there lie other weights too, which are not looked at: {', '.join(left[:5])}"
+            )
+        return {
+            "name": name,
+            "pretrained": self.pretrained,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "sha256": digest(files) if files else None,
+            "files": {path.name: sha256(path) for path in (*files, *beside)},
+            "files_not_read": left,
+            "activation": activation[0],
+            "activation_source": activation[1],
+            **({} if resized is None else {"image_size": resized}),
+            **({} if self.prefix is None else {"prefix": self.prefix}),
+            "versions": versions(),
+        }
+
 
 def _found(name: str | Path | nn.Module, asked: _Asked, tokenizer: Tokenizer | None) -> HookedCLIP:
     if isinstance(name, nn.Module):
@@ -221,7 +232,7 @@ def _found(name: str | Path | nn.Module, asked: _Asked, tokenizer: Tokenizer | N
                 "a model in memory has its weights, its activation and its image size; leave pretrained=, checkpoint=, "
                 "activation=, image_size= and prefix= out"
             )
-        return from_memory(name, text=asked.text is not False, tokenizer=tokenizer)
+        return _from_memory(name, text=asked.text is not False, tokenizer=tokenizer)
     if asked.prefix is not None and asked.checkpoint is None and not Path(name).exists():
         raise UnknownModelError(f"expected prefix={asked.prefix!r} with a checkpoint; received none")
     if not Path(name).exists() or name in bundled():
@@ -271,38 +282,17 @@ def _of_folder(folder: Path, name: str, asked: _Asked, expected: ModelSpec | Non
             known = replace(expected or _sized(spec, asked.image_size), name=name, backdoors=spec.backdoors)
             asked = replace(asked, pretrained=None, checkpoint=weights)
             return _filled(known, asked, reason or "open_clip_config.json", folder=folder)
-        found = read_folder(
-            folder,
-            text=asked.text,
-            activation=asked.activation,
-            image_size=asked.image_size,
-            prefix=asked.prefix,
-        )
+        options = {"text": asked.text, "activation": asked.activation, "prefix": asked.prefix}
+        found = read_folder(folder, image_size=asked.image_size, **options)
         if expected is not None:
             with torch.device("meta"):
                 wanted = expected.build_image_only("")
             state = image_side(conform(wanted, found.model.state_dict()))
             check_fit(wanted, state, source=str(folder), name=name)
-        provenance = _provenance(
-            name,
-            None,
-            str(folder),
-            found.activation,
-            reason or "config.json",
-            files=found.files,
-            folder=folder,
-            resized=found.resized,
-            prefix=asked.prefix,
-        )
-        model = HookedCLIP.from_open_clip(
-            found.model,
-            tokenizer=found.tokenizer,
-            preprocess=found.preprocess,
-            provenance=provenance,
-            copy=False,
-        )
-        model.architecture = found.architecture
-        return model
+        chosen = found.activation, reason or "config.json"
+        asked = replace(asked, pretrained=None, checkpoint=folder)
+        provenance = asked.provenance(name, chosen, found.files, folder, found.resized)
+        return found.hook(provenance)
 
 
 def _bundled(name: str, asked: _Asked) -> HookedCLIP:
@@ -345,11 +335,8 @@ def _of_open_clip(name: str, asked: _Asked) -> HookedCLIP:
     if checkpoint is not None and Path(checkpoint).is_dir():
         return _of_folder(Path(checkpoint), name, asked, expected=spec)
     chosen, reason = _activation(name, config, asked)
-    spec = spec.with_activation(chosen)
-    if checkpoint is None:
-        return _filled(spec, asked, reason)
-    with out_of(str(checkpoint)):
-        return _filled(spec, asked, reason)
+    with nullcontext() if checkpoint is None else out_of(str(checkpoint)):
+        return _filled(spec.with_activation(chosen), asked, reason)
 
 
 def _sized(spec: ModelSpec, size: tuple[int, int] | None) -> ModelSpec:
@@ -406,34 +393,18 @@ def _filled(spec: ModelSpec, asked: _Asked, reason: str, *, folder: Path | None 
         found = _fitting(model, state, resize=resize, source=str(weights), name=spec.name)
         model.load_state_dict(found)
     if checkpoint is not None and reason == "model name":
-        _tell_the_guess(spec.name, checkpoint, spec.activation)
-    where = None if checkpoint is None else str(folder or checkpoint)
+        _warn_of_a_guess(spec.name, checkpoint, spec.activation)
+    resized = None if asked.image_size is None else image_size_words(asked.image_size, state)
+    asked = replace(asked, checkpoint=folder or checkpoint)
     files = [] if weights is None else [weights]
-    resized = None if asked.image_size is None else image_size_said(asked.image_size, state)
-    return spec.hook(
-        model,
-        _provenance(
-            spec.name,
-            asked.pretrained,
-            where,
-            spec.activation,
-            reason,
-            files=files,
-            folder=folder,
-            resized=resized,
-            prefix=asked.prefix,
-        ),
-    )
+    return spec.hook(model, asked.provenance(spec.name, (spec.activation, reason), files, folder, resized))
 
 
 def _check_unbuilt(
     spec: ModelSpec, state: Mapping[str, Tensor], *, text: bool, resize: bool, source: str
 ) -> dict[str, Tensor]:
-    """Weights that do not fit are told before memory is taken for a model, and before the hub is asked for a text tower.
-
-    Returns:
-        The weights without those of heads beside the model, which are told.
-    """
+    """The weights without those of heads beside the model, checked before memory is taken for a model, and before the
+    hub is asked for a text tower."""
     alone = not text or "hf_model_name" in spec.architecture["text_cfg"]
     with torch.device("meta"):
         shell = spec.build_image_only("") if alone else spec.build()
@@ -470,10 +441,9 @@ def _built(spec: ModelSpec, tag: str | None, asked: _Asked) -> OpenCLIP:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if repository is None or isinstance(error, ModelError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         why = (
             f"that of {spec.name!r} is transformers' {repository!r}, whose configuration lies on the hub and could not be "
-            f"had ({first}); install transformers and load it once where there is a network"
+            f"had ({first_line(error)}); install transformers and load it once where there is a network"
         )
         if asked.text is True:
             raise MissingTextError(f"the text tower cannot be had: {why}") from error
@@ -481,7 +451,7 @@ def _built(spec: ModelSpec, tag: str | None, asked: _Asked) -> OpenCLIP:
         return spec.build_image_only(why)
 
 
-def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
+def _warn_of_a_guess(name: str, checkpoint: str | Path, taken: str) -> None:
     base = name.removesuffix("-quickgelu")
     if {base, f"{base}-quickgelu"} <= set(open_clip.list_models()):
         warn_caller(
@@ -489,38 +459,3 @@ def _tell_the_guess(name: str, checkpoint: str | Path, taken: str) -> None:
             f"{name!r}. Weights that descend from OpenAI's need 'quick_gelu', most others 'gelu', and the wrong one "
             "costs accuracy: pass activation='quick_gelu' or activation='gelu' to choose."
         )
-
-
-def _provenance(
-    name: str,
-    pretrained: str | None,
-    checkpoint: str | None,
-    activation: str,
-    reason: str,
-    *,
-    files: Sequence[Path] = (),
-    folder: Path | None = None,
-    resized: str | None = None,
-    prefix: str | None = None,
-) -> dict[str, Any]:
-    """What a model is made of: `files` of weights, and of a folder what lies beside them."""
-    beside = [] if folder is None else configuration_in(folder)
-    left = [] if folder is None else other_weights(folder, files)
-    if left:
-        warn_caller(
-            f"{', '.join(path.name for path in files)} {'is' if len(files) == 1 else 'are'} read, as open_clip and transformers "
-            f"do; in {folder} there lie other weights too, which are not looked at: {', '.join(left[:5])}"
-        )
-    return {
-        "name": name,
-        "pretrained": pretrained,
-        "checkpoint": checkpoint,
-        "sha256": digest(files) if files else None,
-        "files": {path.name: sha256(path) for path in (*files, *beside)},
-        "files_not_read": left,
-        "activation": activation,
-        "activation_source": reason,
-        **({} if resized is None else {"image_size": resized}),
-        **({} if prefix is None else {"prefix": prefix}),
-        "versions": versions(),
-    }

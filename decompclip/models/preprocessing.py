@@ -1,11 +1,8 @@
-"""Pictures of extreme proportions: cut before they are scaled, or a few bytes become gigabytes.
+"""From a picture to the pixels that a tower takes: the one place that carries out a model's own preprocessing.
 
-Scaling a picture until its shorter side fits makes the longer side of one of 1 x 60,000 pixels 13 million long, of which
-the crop that follows keeps the middle 224.
-
-From a picture to the pixels that a tower takes: the one place that carries out a model's own preprocessing.
-
-transformers' image preprocessing as `Preprocessing`, open_clip's fields with transformers' steps.
+open_clip's fields, with transformers' steps where they differ. Pictures of extreme proportions are cut before they are
+scaled: scaling one of 1 x 60,000 pixels until its shorter side fits makes the longer 13 million long, of which the crop
+that follows keeps 224.
 """
 
 from __future__ import annotations
@@ -86,7 +83,7 @@ class CutExtremes:
 def _kept(length: int, scale: float, size: tuple[int, int]) -> int:
     """How much of a side to keep, so that rounding puts the window where it would lie on the whole side.
 
-    What is cut away is even, half at each end; and the scaled lengths leave the same rest, for cropping halves them.
+    Half of what is cut away lies at each end; and the scaled lengths leave the same rest, for cropping halves them.
     """
     least = int(MOST * max(size) / scale)
     first = least + (length - least) % 2
@@ -239,7 +236,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "resize_mode": "squash",
     },
 }
-"""By `model_type`: what is taken where nothing is said."""
+"""By `model_type`: what is taken where a folder does not say."""
 
 _PILLOW = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, by which transformers names them
 _RESAMPLE = {name: number for number, name in _PILLOW.items()}

@@ -1,21 +1,24 @@
-"""ModelSpec: all that is needed to build a CLIP but its weights."""
+"""All that is needed to build a CLIP but its weights, and open_clip's models built of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.timm_model import TimmModel
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.siglip_tower import LEAST, siglip_tower
-from decompclip.models.text import ImageOnly, Tokenizer, build_image_only
-from decompclip.tower.config import Activation
+from decompclip.models.text import ImageOnly, Tokenizer
+from decompclip.tower.config import Activation, pair
 from decompclip.tower.convert import oddities, refuse
 
 Choice = Literal["auto", "gelu", "quick_gelu"]
@@ -93,28 +96,79 @@ def build_open_clip(architecture: Mapping[str, Any], *, seed: int = 0) -> CLIP |
     Args:
         architecture: open_clip's model configuration: `embed_dim`, `vision_cfg`, `text_cfg`, and
             optionally `quick_gelu` and the like; `vision_cfg` may hold a `siglip_tower` instead of sizes.
+        seed: of the weights.
 
     Raises:
         OSError, RuntimeError: a text tower of transformers' whose configuration cannot be had.
     """
     options: dict[str, Any] = deepcopy(dict(architecture))
-    vision_cfg, text_cfg = options["vision_cfg"], options["text_cfg"]
-    custom = options.pop("custom_text", False) or "hf_model_name" in text_cfg
+    text = options["text_cfg"]
+    custom = options.pop("custom_text", False) or "hf_model_name" in text
     kind = CoCa if "multimodal_cfg" in options else CustomTextCLIP if custom else CLIP
-    # no tower's own weights: they come with the CLIP's
-    if "hf_model_name" in text_cfg:
-        text_cfg["hf_model_pretrained"] = False
-    if "timm_model_name" in vision_cfg:
-        vision_cfg["timm_model_pretrained"] = False
-    siglip = vision_cfg.pop("siglip_tower", None)
-    if siglip is not None:
-        options["vision_cfg"] = dict(LEAST)
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    return _build(kind, options, seed)
+
+
+def build_image_only(architecture: Mapping[str, Any], *, why: str, seed: int = 0) -> ImageOnly:
+    """The image tower of an open_clip architecture; of the text side nothing is built.
+
+    Args:
+        architecture: as `build_open_clip` takes it.
+        why: why there is no text tower, and what to do.
+        seed: of the weights.
+    """
+    options = deepcopy({key: architecture[key] for key in _IMAGE_SIDE if key in architecture})
+    return ImageOnly.of(_build(CLIP, {**options, "text_cfg": _LEAST_TEXT}, seed), why=why)
+
+
+# The smallest towers that open_clip builds: they stand where others come, and are thrown away.
+_LEAST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+_LEAST_VISION = {"layers": 1, "width": 1, "head_width": 1, "image_size": 1, "patch_size": 1}
+_IMAGE_SIDE = (
+    "embed_dim",
+    "vision_cfg",
+    "quick_gelu",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+)
+
+
+def _build(kind: Any, options: dict[str, Any], seed: int) -> Any:
+    vision = options["vision_cfg"]
+    if "timm_model_name" in vision:  # no tower's own weights: they come with the CLIP's
+        vision["timm_model_pretrained"] = False
+    siglip = vision.pop("siglip_tower", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(**options)
+        model = kind(**(options if siglip is None else options | {"vision_cfg": dict(_LEAST_VISION)}))
         if siglip is not None:
-            model.visual = siglip_tower(vision_cfg["image_size"], siglip)
+            model.visual = _siglip_tower(vision["image_size"], siglip)
         return model
+
+
+def _siglip_tower(image_size: Any, shape: Mapping[str, Any]) -> TimmModel:
+    """SigLIP's image tower of any shape, where open_clip's configurations know fixed names of timm's only.
+
+    Args:
+        image_size: height and width, or one number for both.
+        shape: what `VisionTransformer` calls `patch_size`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and `act_layer`,
+            and `ln_eps`.
+    """
+    with torch.device("meta"):
+        tower = TimmModel("vit_base_patch16_siglip_224", embed_dim=0, pool="map", proj="none")
+    options = dict(shape)
+    tower.trunk = VisionTransformer(
+        img_size=pair(image_size),
+        norm_layer=partial(nn.LayerNorm, eps=options.pop("ln_eps")),
+        num_classes=0,
+        class_token=False,
+        global_pool="map",
+        **options,
+    )
+    tower.image_size = pair(image_size)
+    return tower
 
 
 def versions() -> dict[str, str]:

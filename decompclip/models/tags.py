@@ -1,7 +1,4 @@
-"""The Hugging Face hub, asked once whether it answers, and not again where it does not.
-
-open_clip's pretrained tags: which there are, and their weights.
-"""
+"""open_clip's pretrained tags and their weights; the Hugging Face hub is asked once whether it answers."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.pretrained import download_pretrained
 
-from decompclip.models.errors import UnknownModelError
+from decompclip.models.errors import UnknownModelError, first_line
 
 SECONDS = 5.0
 
@@ -162,9 +159,8 @@ def _repository(config: dict[str, Any]) -> str | None:
 
 
 def _unreachable(name: str, tag: str, error: Exception) -> ConnectionError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ConnectionError(
-        f"the weights {name} / {tag} could not be fetched ({first}); download them where there is a network, "
+        f"the weights {name} / {tag} could not be fetched ({first_line(error)}); download them where there is a network, "
         "and pass checkpoint=PATH"
     )
 

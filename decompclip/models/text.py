@@ -1,11 +1,4 @@
-"""Tokenizers of Hugging Face transformers, for models that bring theirs along or need one from the hub.
-
-A model's own words as the files of a tokenizer that transformers, and so plain open_clip, reads.
-
-A CLIP of which the image tower alone could be had, or was wanted.
-
-A word-level tokenizer for CLIPs with a small vocabulary of their own.
-"""
+"""Tokenizers, and what stands for a text tower or tokenizer that is not there."""
 
 from __future__ import annotations
 
@@ -15,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,13 +15,11 @@ from typing import Any, NoReturn
 import open_clip
 import torch
 from jaxtyping import Int
-from open_clip.model import CLIP
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from decompclip.models.errors import CheckpointError, ModelError
+from decompclip.models.errors import CheckpointError, ModelError, first_line
 from decompclip.models.json_files import TEXT, check_fields, may_be_null, read_json, shown
-from decompclip.models.siglip_tower import LEAST, siglip_tower
 from decompclip.models.tags import asked_once
 
 _FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
@@ -84,7 +74,7 @@ class HubTokenizer:
         except Exception as error:
             where = f", {self.repository} on the hub," if self.repository else ""
             raise MissingTextError(
-                f"the tokenizer of {self.name!r}{where} could not be had ({_first_line(error)}); install transformers, fetch "
+                f"the tokenizer of {self.name!r}{where} could not be had ({first_line(error)}); install transformers, fetch "
                 "it where there is a network, set `model.tokenizer` to a function from a list of texts to token ids, or "
                 "pass token ids in place of texts"
             ) from error
@@ -150,10 +140,6 @@ def _panics_as_errors() -> Iterator[None]:
         raise RuntimeError(f"the package tokenizers gave up: {error}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def tokenizer_of(name: str, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of an architecture of open_clip's, by its model configuration; the network is not asked yet."""
     text = config["text_cfg"]
@@ -184,7 +170,7 @@ def tokenizer_in(folder: Path, *, context_length: int, vocabulary: int) -> Token
             )
     except Exception as error:
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read ({_first_line(error)}); pass tokenizer=, or text=False for the image tower alone"
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}); pass tokenizer=, or text=False for the image tower alone"
         ) from error
     return TransformersTokenizer(found, context_length)
 
@@ -270,18 +256,6 @@ def vocabulary_files(tokenizer: WordTokenizer) -> dict[str, str]:
     }
 
 
-# The smallest text tower that open_clip builds; it is thrown away.
-_LEAST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-_IMAGE_SIDE = (
-    "embed_dim",
-    "vision_cfg",
-    "quick_gelu",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-)
-
-
 WITHOUT_TEXT = "it was loaded with text=False; load it without that option"
 
 
@@ -307,6 +281,12 @@ class ImageOnly(nn.Module):
         self.logit_scale = nn.Parameter(logit_scale)
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias)
         self.why = why
+
+    @classmethod
+    def of(cls, model: Any, *, why: str) -> ImageOnly:
+        """The image side of an open_clip model; its weights are shared."""
+        bias = getattr(model, "logit_bias", None)
+        return cls(model.visual, model.logit_scale.detach(), None if bias is None else bias.detach(), why=why)
 
     def encode_text(self, text: Any = None, normalize: bool = False) -> NoReturn:
         """Explain.
@@ -336,25 +316,6 @@ class NoTokenizer:
             f"this model has no tokenizer: {self.why}; set `model.tokenizer` to a function from a list of texts to "
             "token ids, or pass token ids in place of texts"
         )
-
-
-def build_image_only(architecture: Mapping[str, Any], *, why: str, seed: int = 0) -> ImageOnly:
-    """The image tower of an open_clip architecture with random weights; of the text side nothing is built."""
-    options = deepcopy({key: architecture[key] for key in _IMAGE_SIDE if key in architecture})
-    vision = options["vision_cfg"]
-    vision["timm_model_pretrained"] = False
-    siglip = vision.pop("siglip_tower", None)
-    if siglip is not None:
-        options["vision_cfg"] = dict(LEAST)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = CLIP(**options, text_cfg=_LEAST_TEXT)  # pyright: ignore[reportArgumentType]
-        if siglip is not None:
-            model.visual = siglip_tower(vision["image_size"], siglip)
-    bias = model.logit_bias
-    return ImageOnly(
-        model.visual, model.logit_scale.detach(), None if bias is None else bias.detach(), why=why
-    )
 
 
 def image_side(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,4 @@
-"""Zip archives of torch's, held against their own sizes and checksums before anything in them is unpacked.
-
-Weights out of TorchScript archives, OpenAI's released `.pt` files among them, without running what they carry.
-"""
+"""Weights out of torch's zip archives, OpenAI's TorchScript among them: checked before they are unpacked, never run."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decompclip.models.errors import CheckpointError
+from decompclip.models.errors import CheckpointError, first_line
 
 MOST_MEMBERS = 1 << 20
 _PIECE = 1 << 20
@@ -73,8 +70,8 @@ def _check_sizes(members: list[zipfile.ZipInfo], whole: int) -> None:
                 f"its member {member.filename!r} is compressed, {member.compress_size:,} bytes that unpack to "
                 f"{member.file_size:,}; torch compresses no weights"
             )
-    if (told := sum(member.file_size for member in members)) > whole:
-        raise ValueError(f"its members are said to have {told:,} bytes, in a file of {whole:,}")
+    if (claimed := sum(member.file_size for member in members)) > whole:
+        raise ValueError(f"its members are said to have {claimed:,} bytes, in a file of {whole:,}")
     seen: set[str] = set()
     for member in members:
         if member.filename in seen:
@@ -192,7 +189,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     except DAMAGED as error:
         raise CheckpointError(
             f"the TorchScript archive {path} ({path.stat().st_size:,} bytes) is truncated or damaged: "
-            f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}; copy or download it again "
+            f"{first_line(error)}; copy or download it again "
             "and compare its size and SHA-256 with the source's"
         ) from error
 
@@ -305,7 +302,7 @@ def _call(name: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensors(shell: _Shell, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    # A module may know its parent; and one that hangs in two places is told once, or a few levels would never end.
+    # A module may know its parent; and one that hangs in two places is listed once, or a few levels would never end.
     seen.add(id(shell))
     for name, value in shell.holds.items():
         if isinstance(value, Tensor):

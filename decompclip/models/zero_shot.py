@@ -1,7 +1,4 @@
-"""Many prompts through a text tower: no further than they reach, and once for the same classes.
-
-Classifiers made of words: one text feature a class.
-"""
+"""Classifiers made of words: one text feature a class; prompts are encoded no further than they reach, and kept."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads, mlps
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.moved import renamed
-from decompclip.operators.parts import Part, Points, check_alike, grid, position
+from decompclip.operators.parts import Part, Points, grid, position
 from decompclip.results import Result
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _mmd(
             f"block={block}"
         )
     one, two = Points.of(a, components), Points.of(b, components)
-    check_alike(one.maps, one.normalized, two.maps, two.normalized)
+    check_alike(one, two)
     n, m = len(one), len(two)
     if min(n, m) < 2:
         raise ValueError(f"expected at least two images a side; received {n} and {m}; add images")

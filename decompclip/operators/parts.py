@@ -18,7 +18,7 @@ from decompclip.decomposition.components import (
     mlps,
     resolve,
 )
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.decomposition.maps import TermMaps, one_thread
 from decompclip.decomposition.moments import check_finite
 
@@ -119,8 +119,7 @@ class Points:
             )
         if self._maps is None:
             self._begin(d)
-        assert self._maps is not None
-        check_alike(self._maps, self.normalized, d.maps, d.normalized)
+        check_alike(self, d)
         check_finite(d, first=len(self))
         for kept, part in zip(self._kept, self.parts, strict=True):
             kept.append(self._points(d, part))
@@ -165,20 +164,3 @@ class Points:
     def maps(self) -> TermMaps:
         assert self._maps is not None
         return self._maps
-
-
-def check_alike(maps: TermMaps, normalized: bool, other: TermMaps, other_normalized: bool) -> None:
-    """Raises ValueError unless terms under both are comparable: one model, one convention, one length."""
-    ours = {"convention": maps.convention, "normalize": normalized}
-    theirs = {"convention": other.convention, "normalize": other_normalized}
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise ValueError(
-                f"expected terms with {name}={value!r}, as those before; received {name}={theirs[name]!r}; "
-                "decompose all images with the same options"
-            )
-    if not maps.matches(other):
-        raise ValueError(
-            f"expected terms of one model; received those of another ({maps!r} and {other!r}, or other weights); "
-            "decompose all images with the same model"
-        )

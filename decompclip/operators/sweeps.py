@@ -21,11 +21,10 @@ from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps, resolve
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.intervals import Rate
 from decompclip.operators.ablation import check_moments
-from decompclip.operators.parts import check_alike
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
 from decompclip.results import Result
 from decompclip.tower.vit import HookedViT
@@ -222,7 +221,7 @@ def chunks(
             if moments is not None:
                 moments.check(d)
             first, shared = d[:0], Shared.of(d, moments, classifier)
-        check_alike(first.maps, first.normalized, d.maps, d.normalized)
+        check_alike(first, d)
         for start in range(0, max(1, len(d)), size):
             changes = Changes(d[start : start + size], shared)
             if not changes.before.isfinite().all():  # as any term that is not, at the cost of a few numbers

@@ -10,10 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components, heads
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.operators.ablation import Fill, Replacement, Rows, need_images, show_rows, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
-from decompclip.operators.parts import check_alike
 from decompclip.tower.vit import Hook, HookedViT
 
 SAME = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -41,7 +40,7 @@ class Patch(Replacement):
         _check_count(self.images, self.source)
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        check_alike(d.maps, d.normalized, self.source.maps, self.source.normalized)
+        check_alike(d, self.source)
         source = self.source
         if len(source) not in (1, len(d)):
             raise ValueError(
@@ -82,7 +81,7 @@ class ResampleAblate(Replacement):
         _check_count(self.images, self.source)
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        check_alike(d.maps, d.normalized, self.source.maps, self.source.normalized)
+        check_alike(d, self.source)
         of_heads, of_mlps, of_embed, of_pool = self._draws(len(d), mask, d.coords.device)
         layer, head = torch.arange(d.n_layers)[:, None], torch.arange(d.n_heads)
         source = self.source

@@ -21,7 +21,7 @@ from open_clip import factory
 from timm.models.vitamin import VitCfg
 from torch import Tensor, nn
 
-from decompclip.models.text import build_image_only
+from decompclip.models.spec import build_image_only
 
 DEPTH, HEADS, WIDTH = 2, 3, 48
 NARROW = 32

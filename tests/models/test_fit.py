@@ -11,8 +11,8 @@ from open_clip.model import CLIP
 
 from decompclip.models.errors import CheckpointError
 from decompclip.models.fit import check_fit, conform, models_like
-from decompclip.models.spec import build_open_clip
-from decompclip.models.text import build_image_only, image_side
+from decompclip.models.spec import build_image_only, build_open_clip
+from decompclip.models.text import image_side
 
 State = dict[str, torch.Tensor]
 

@@ -20,9 +20,9 @@ from decompclip.models.bundled import bundled
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError, UnsupportedTowerError
 from decompclip.models.fit import check_fit
 from decompclip.models.loading import load
-from decompclip.models.spec import build_open_clip
+from decompclip.models.spec import build_image_only, build_open_clip
 from decompclip.models.tags import preprocess_of
-from decompclip.models.text import MissingTextError, build_image_only, image_side
+from decompclip.models.text import MissingTextError, image_side
 
 
 @pytest.fixture

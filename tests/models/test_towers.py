@@ -14,7 +14,7 @@ from decompclip.decomposition.capture import TOLERANCE, decompose
 from decompclip.decomposition.maps import Convention
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.loading import load
-from decompclip.models.text import build_image_only
+from decompclip.models.spec import build_image_only
 from decompclip.tower.convert import WHY_NOT, Source, config_of, convert_open_clip
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT

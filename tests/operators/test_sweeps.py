@@ -297,9 +297,7 @@ def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -
 def test_sweep_errors_say_what_to_do(
     tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments, classifier: Tensor
 ) -> None:
-    with pytest.raises(
-        ValueError, match="normalize=False, as these moments have it; received normalize=True"
-    ):
+    with pytest.raises(ValueError, match="normalize=False, as those before; received normalize=True"):
         ablation_sweep(decompose(tower, images, normalize=True), moments, classifier)
     with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
         ablation_sweep(d, moments, classifier, kinds=("neurons",))  # pyright: ignore[reportArgumentType]
