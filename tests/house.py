@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-import torch
+from torch import Tensor
 
 import decompclip
-from decompclip.data.images import ShapesSource
-from decompclip.data.shapes import Shapes
+from decompclip import HookedCLIP, MeanAblate, Moments, evaluate, mlps
+from decompclip.data.shapes import Shapes, ShapesSource
+from decompclip.evaluation.evaluate import DecomposedImages
 from tests.test_architecture import ROOT, circles, import_graph, modules
 
 
@@ -43,18 +43,16 @@ def way() -> list[str]:
     for _ in range(2):
         model = decompclip.load("shapes")
         classifier = model.zero_shot_classifier()
-        images = next(iter(ShapesSource(shapes, model.normalize).batches(24))).images
+        batch = next(iter(ShapesSource(shapes, model.normalize).batches(24)))
         with _files_run() as found:
-            _go(model, images, shapes, classifier)
+            _go(model, batch.images, batch.labels, classifier)
     return sorted(found)
 
 
-def _go(model: Any, images: torch.Tensor, data: Any, classifier: torch.Tensor) -> None:
-    moments = decompclip.Moments.fit(model, [images])
-    edit = decompclip.MeanAblate(decompclip.mlps[-5:], moments)
-    edited = edit(model.decompose(images))
-    decompclip.evaluate(model, data, classifier, edit=edit).figure()
-    assert edited.features.isfinite().all()
+def _go(model: HookedCLIP, images: Tensor, labels: Tensor, classifier: Tensor) -> None:
+    edit = MeanAblate(mlps[-5:], Moments.fit(model, [images]))
+    data = DecomposedImages(model.decompose(images), labels)
+    evaluate(edit, data, classifier).figure()
 
 
 @contextmanager

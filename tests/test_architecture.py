@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "models": "tower decomposition",
     "data": "models",
     "operators": f"{BELOW} figures",  # default images and texts; results draw themselves
-    "evaluation": "decomposition models",
+    "evaluation": "decomposition models figures",
     "attacks": "models data figures",
     "training": "models data attacks evaluation figures",
     "defenses": f"{MEASURED} training",

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from decompclip.attacks.trigger import FIXED, Extent, Pixels, Trigger, check_pixels, stream
 from decompclip.files import atomic_folder, write_json
-from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError
+from decompclip.models.fit import check_fit
 
 
 @dataclass(frozen=True, kw_only=True)

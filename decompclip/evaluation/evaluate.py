@@ -26,6 +26,7 @@ from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 
 TriggerFunction = Callable[[Tensor, Any], Tensor]
@@ -132,6 +133,16 @@ class Evaluation(Result):
                     cells |= {key: rate.value, f"{key}_low": rate.low, f"{key}_high": rate.high}
             rows.append(cells)
         return pd.DataFrame(rows)
+
+    def figure(self) -> go.Figure:
+        """Accuracy of each class, and with a trigger what it and the clean images send to the target."""
+        from decompclip.figures.bars import bar_rows
+
+        kinds = ("accuracy",) if self.target is None else ("accuracy", "asr", "control")
+        rates = {kind: [getattr(row, kind) for row in self.per_class] for kind in kinds}
+        series = {kind: [rate and rate.value for rate in found] for kind, found in rates.items()}
+        rows = [row.name for row in self.per_class]
+        return bar_rows(rows, series, unit="share of images", percent=True, ends=(0, 1))
 
     def __repr__(self) -> str:
         return f"Evaluation({self})"

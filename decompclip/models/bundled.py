@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.files import atomic_folder, write_json
-from decompclip.models.checkpoint import check_fit, read_checkpoint, sha256
+from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import digest, read_difference, write_difference
 from decompclip.models.errors import CheckpointError
+from decompclip.models.fit import check_fit
 from decompclip.models.names import SUFFIX, WEIGHTS, bundled, card
 from decompclip.models.spec import ModelSpec, build_open_clip
 from decompclip.models.text import WordTokenizer

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from decompclip.models.architecture import check_sizes
-from decompclip.models.checkpoint import check_fit, read_checkpoint
+from decompclip.models.checkpoint import read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, ModelError, warn_caller
-from decompclip.models.fit import image_size_words, with_positions_of
+from decompclip.models.fit import check_fit, image_size_words, with_positions_of
 from decompclip.models.hf_architecture import (
     WHY,
     activation_of,

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from decompclip.models.architecture import check_sizes, out_of, towers_of
 from decompclip.models.bundled import bundled, card, load_bundled, spec_of
-from decompclip.models.checkpoint import bare, check_fit, digest, read_checkpoint, sha256, without_others
+from decompclip.models.checkpoint import bare, digest, read_checkpoint, sha256, without_others
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import ModelError, UnknownModelError, first_line, warn_caller
 from decompclip.models.fit import (
+    check_fit,
     conform,
     image_size_words,
     is_of_transformers,
