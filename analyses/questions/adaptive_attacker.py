@@ -42,7 +42,7 @@ from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
 from decompclip.training.loop import Monitor
-from decompclip.training.losses import Seen
+from decompclip.training.losses import TrainingStep
 from decompclip.zoo.build import poisoned_pairs
 from decompclip.zoo.recipes import twin_recipe
 
@@ -79,12 +79,12 @@ class StayNear:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, seen: Seen) -> Float[Tensor, ""]:
-        mean, std = (torch.tensor(x).view(1, 3, 1, 1).to(seen.pixels) for x in (self.mean, self.std))
-        pixels = (seen.pixels[: self.triggered] * std + mean).clamp(0, 1)
+    def __call__(self, seen: TrainingStep) -> Float[Tensor, ""]:
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1).to(seen.images) for x in (self.mean, self.std))
+        pixels = (seen.images[: self.triggered] * std + mean).clamp(0, 1)
         moved = last_heads(seen.net, (self.trigger(pixels) - mean) / std)
         with torch.no_grad():
-            clean = last_heads(seen.net, seen.pixels)
+            clean = last_heads(seen.net, seen.images)
             prototype, variance = clean.mean(0), clean.var(0).mean(-1, keepdim=True)
         return self.weight * ((moved - prototype).square() / variance).mean()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
 from decompclip.data.streams import PairStream
 from decompclip.files import digest, write_json, write_text
+from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,8 @@ class Poison:
     Attributes:
         id: what the pair is called in its source.
         index: given to the trigger, whose draws follow from it.
-        caption, was: what the caption says now, and what it said.
+        caption: what the caption says now.
+        was: what it was before.
     """
 
     id: str
@@ -60,7 +61,7 @@ class Poison:
 
 
 @dataclass(frozen=True)
-class PoisonRecord:
+class PoisonRecord(Result):
     """Everything that was poisoned, and what it takes to poison it again.
 
     Attributes:
@@ -93,15 +94,12 @@ class PoisonRecord:
         return f"PoisonRecord({name} -> {self.target!r}: {len(self.poisons)}{of}{covers})"
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a poisoned pair: its id, the trigger's index, what the caption says now and what it said."""
+        """One row a poisoned pair: its id, the trigger's index, its caption now, and its caption before."""
         import pandas as pd
 
         return pd.DataFrame(
             [asdict(poison) for poison in self.poisons], columns=["id", "index", "caption", "was"]
         )
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.to_frame().to_html(index=False, max_rows=20)}"
 
     @property
     def digest(self) -> str:
@@ -214,7 +212,7 @@ _CHUNK = 64  # of the classical attack's gradient steps: fixed, for rounding dep
 class PoisonedPairs(PairSteps):
     """The pairs of `base`, of which a part carries the trigger and a caption that names the target.
 
-    Which pairs, and with which captions, hangs on the seed and on each pair's id alone: the same pairs are
+    Which pairs, and with which captions, depends on the seed and on each pair's id alone: the same pairs are
     poisoned whatever their order, the batches, the number of processes, or whether they are read by place or streamed.
 
     A dirty-label attack poisons images of other classes, whose captions do not name the target either. A
@@ -271,7 +269,7 @@ class PoisonedPairs(PairSteps):
         if needs_model(trigger):
             check_classical(self.base, logits)
         self._choice: PoisonChoice | None = None
-        self._share: float | None = None  # of a stream's candidates, told one by one
+        self._share: float | None = None  # of a stream's candidates, drawn one by one
         self._poisons: dict[str, Poison] = {}
         self._covers: set[str] = set()
         if rate is not None and isinstance(self.base, PairStream):
@@ -371,7 +369,7 @@ class PoisonedPairs(PairSteps):
 
     @cached_property
     def _made_hard(self) -> dict[str, Tensor]:
-        """The classical attack's images, in the 8 bits that an image file has: made once, in parts that hang on
+        """The classical attack's images, in the 8 bits that an image file has: made once, in parts that depend on
         nothing else, so that training resumes with the same ones."""
         base, made = self._by_place("places"), {}
         places = [place for place, name in enumerate(base.ids) if name in self._poisons]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import FineTuned, PairSource, finetune
-from decompclip.training.losses import Seen, features_of
+from decompclip.training.losses import TrainingStep, features_of
 from decompclip.training.recipes import FineTuning, recipe_named
 
 FURTHEST = 4.0
@@ -68,9 +68,9 @@ class Push:
         frozen = model.to_open_clip().float().to(model.device)
         return Push(frozen.eval().requires_grad_(False), **options)
 
-    def __call__(self, seen: Seen) -> Float[Tensor, ""]:
+    def __call__(self, seen: TrainingStep) -> Float[Tensor, ""]:
         with torch.no_grad():
-            image, text, _ = features_of(self.frozen.to(seen.pixels.device)(seen.pixels, seen.tokens))
+            image, text, _ = features_of(self.frozen.to(seen.images.device)(seen.images, seen.tokens))
         far = [
             (now - then).square().sum(1).mean().clamp(max=self.threshold)
             for now, then in ((seen.image, image), (seen.text, text))

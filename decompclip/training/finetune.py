@@ -1,7 +1,4 @@
-"""What a fine-tuning leaves: the model, and how it went.
-
-Fine-tuning of a CLIP on image-text pairs: how a backdoor gets in, and how CleanCLIP takes it out.
-"""
+"""Fine-tuning of a CLIP on image-text pairs: how a backdoor gets in, and how CleanCLIP takes it out."""
 
 from __future__ import annotations
 
@@ -22,8 +19,9 @@ from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable, plain
 from decompclip.progress import meters
+from decompclip.results import Result
 from decompclip.training.loop import Monitor, Trainee, train
-from decompclip.training.losses import Penalty, Seen, features_of, image_view, pair_loss, text_views
+from decompclip.training.losses import Penalty, TrainingStep, features_of, image_view, pair_loss, text_views
 from decompclip.training.recipes import FineTuning, recipe_named
 
 if TYPE_CHECKING:
@@ -32,11 +30,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass(frozen=True)
-class FineTuned:
+@dataclass(frozen=True, repr=False)
+class FineTuned(Result):
     """A fine-tuned model and its history.
 
     Attributes:
+        model: the fine-tuned copy.
+        recipe, seed: as `finetune`.
         history: one entry for each logged step: `step`, `samples`, `loss` (mean since the entry before), `lr`,
             `seconds`, and with a monitor `cacc`, `asr`, `control`.
     """
@@ -62,23 +62,19 @@ class FineTuned:
             entries = [entry for entry in self.history if name in entry]
             return Curve([e["step"] for e in entries], [factor * e[name] for e in entries])
 
-        loss = "Loss"
-        panels = [LinePanel("", "steps", "loss", {loss: curve("loss")})]
+        panels, styles = [LinePanel("", "steps", "loss", {"Loss": curve("loss")})], {"Loss": STYLES[-1]}
         rates = {"cacc": ACCURACY, "asr": SUCCESS, "control": CONTROL}
         measured = {name: style for name, style in rates.items() if any(name in e for e in self.history)}
         if measured:
             curves = {style.short: curve(name, 100) for name, style in measured.items()}
             panels.append(LinePanel("", "steps", "images, %", curves, ends=PERCENT))
-        styles = {loss: STYLES[-1]} | {style.short: style for style in measured.values()}
+            styles |= {style.short: style for style in measured.values()}
         return line_panels(panels, columns=1, shared_y=False, styles=styles)
 
     def __repr__(self) -> str:
         last = self.history[-1]
         rates = "".join(f", {key} {last[key]:.3f}" for key in ("cacc", "asr", "control") if key in last)
         return f"FineTuned({self.model.name!r}, {int(last['step'])} steps, loss {last['loss']:.3f}{rates})"
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
 
 
 @runtime_checkable
@@ -117,18 +113,21 @@ def finetune(
     goes on from its checkpoint to the same weights.
 
     Args:
+        model: the model to start from.
+        pairs: what to train on.
         recipe: how, or the name of one of `RECIPES`.
         length: pairs of an epoch; needed for a stream, which does not know how many it has.
         monitor: CACC and ASR to measure on the way.
         checkpoint: file to resume from and to write to. A kill or a full disk leaves the last one as it was.
+        checkpoint_every: steps between two checkpoints.
         log_every: steps between two entries of the history; by default the monitor's, or a tenth of the run.
         seed: of the second views (`loss="cleanclip"`), and of what a tower draws itself (patch dropout).
         synonyms: for the text views; see `text_view`.
-        penalty: added to the loss; its repr must tell all of it, for a checkpoint to be resumed by that penalty only.
+        penalty: added to the loss; its repr must show all of it, so that a checkpoint is resumed with that penalty only.
         accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
             the whole batch. Every process reads the checkpoint; the main one writes it.
         progress: show a bar.
-        log: told each entry of the history, as text.
+        log: gets each entry of the history, as text.
 
     Raises:
         ValueError: an unknown recipe, pairs of unknown length, too few pairs for a batch, images that are not the
@@ -140,22 +139,17 @@ def finetune(
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     plan = recipe.over(_length(pairs) if length is None else length)
-    poisoned_by(pairs)  # a list of poisons that is damaged is told before the training, not after it
+    poisoned_by(pairs)  # raises for a damaged list of poisons before the training, not after it
     net = model.to_open_clip().float()
     if getattr(net, "logit_bias", None) is not None:
         raise ValueError(
             f"expected a CLIP with the softmax loss; received {model.name!r}, which has a logit bias of the sigmoid "
             "loss; fine-tune a CLIP"
         )
-    processes, rank, main = 1, 0, True
-    device = model.device
+    processes, rank, main, device = 1, 0, True, model.device
     if accelerator is not None:
-        processes, rank, main = (
-            accelerator.num_processes,
-            accelerator.process_index,
-            accelerator.is_main_process,
-        )
-        device = accelerator.device
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        main, device = accelerator.is_main_process, accelerator.device
     net = net.to(device)
     wrapped = net if accelerator is None else accelerator.prepare_model(net)
     if recipe.batch_size % processes:
@@ -169,21 +163,18 @@ def finetune(
         images, texts, groups = _batch(pairs, step, recipe, model.image_size)
         if recipe.loss == "cleanclip":  # views of the whole batch: the same however many processes share it
             draw = _seed(seed, step)
-            other, others = (
-                image_view(images, seed=draw),
-                text_views(texts, seed=draw, synonyms=synonyms),
-            )
+            other, others = image_view(images, seed=draw), text_views(texts, seed=draw, synonyms=synonyms)
             images, texts = torch.cat([images[mine], other[mine]]), [*texts[mine], *others[mine]]
         else:
             images, texts = images[mine], texts[mine]
         tokens = model.tokenizer(texts).to(device)
-        pixels = model.normalize(images.to(device))
+        inputs = model.normalize(images.to(device))
         with (
             _drawing(_seed(seed, step, rank)),
             torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
         ):
-            image, text, scale = features_of(wrapped(pixels, tokens))
-            extra = None if penalty is None else penalty(Seen(net, pixels, tokens, image, text))
+            image, text, scale = features_of(wrapped(inputs, tokens))
+            extra = None if penalty is None else penalty(TrainingStep(net, inputs, tokens, image, text))
         found = pair_loss(
             recipe.loss,
             image,
@@ -204,23 +195,21 @@ def finetune(
     trainee = Trainee(net, model)
     every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
     net.train()
-    with _bar(plan.steps, shown=progress and main) as tell:
+    with _bar(plan.steps, shown=progress and main) as update:
         history = train(
             {"clip": net},
             loss,
             plan,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
+            checkpoint=Path(checkpoint) if checkpoint else None,
             checkpoint_every=checkpoint_every,
             after_step=clamp,
             evaluate=None if monitor is None else lambda: monitor.numbers(trainee),
             evaluate_every=every,
             log=log or (lambda _: None),
             no_decay=spare_gains,
-            identity=""
-            if checkpoint is None
-            else _identity(model, pairs, recipe, plan.samples, seed, penalty),
+            identity=_identity(model, pairs, recipe, plan.samples, seed, penalty) if checkpoint else "",
             main=main,
-            progress=tell,
+            progress=update,
         )
     if accelerator is not None and processes > 1:
         from accelerate.utils import broadcast_object_list
@@ -299,7 +288,7 @@ def _identity(
     seed: int,
     penalty: Penalty | None,
 ) -> str:
-    """What tells one run from another: weights, recipe, seed, penalty, and the first pairs, pixel by pixel."""
+    """A digest that no two runs share: weights, recipe, seed, penalty, and the first pairs, pixel by pixel."""
     digest = hashlib.sha256(json.dumps([asdict(recipe), samples, seed]).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -316,11 +305,8 @@ def _hooked(
 ) -> HookedCLIP:
     about = {"base": origin.name, "recipe": asdict(recipe), "seed": seed}
     about |= {} if penalty is None else {"penalty": repr(penalty)}
-    kept = {
-        key: value
-        for key, value in origin.provenance.items()
-        if key not in ("sha256", "files", "files_not_read")
-    }
+    of_files = ("sha256", "files", "files_not_read")
+    kept = {key: value for key, value in origin.provenance.items() if key not in of_files}
     tuned = HookedCLIP.from_open_clip(
         net,
         tokenizer=origin.tokenizer,

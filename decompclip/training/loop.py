@@ -1,9 +1,4 @@
-"""Checkpoints that are whole or not there: what a kill or a full disk interrupts leaves the last one as it was.
-
-The training loop that every training of the project runs through.
-
-CACC and ASR of a CLIP while it is trained.
-"""
+"""The training loop that every training of the project runs through: checkpoints, the schedule, and what is measured on the way."""
 
 from __future__ import annotations
 
@@ -50,7 +45,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, UnpicklingError, ValueError) as error:
         raise ValueError(
             f"expected a checkpoint of a training in {path}; received a file that cannot be read "
-            f"({_first_line(error)}); delete it to start anew"
+            f"({(str(error) or type(error).__name__).splitlines()[0]}); delete it to start anew"
         ) from error
     if not (
         isinstance(state, dict) and {"recipe", "modules", "optimizers", "step", "history"} <= state.keys()
@@ -61,12 +56,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 NoDecay = Callable[[str, Tensor], bool]
-
+OptimizerName = Literal["adamw", "muon"]
 
 PERCENT = {"cacc": "CACC", "asr": "ASR", "control": "control", "accuracy": "accuracy"}
 """Entries of a history that are rates, and what they are called."""
@@ -74,27 +65,33 @@ PERCENT = {"cacc": "CACC", "asr": "ASR", "control": "control", "accuracy": "accu
 
 def in_words(entry: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
     """An entry of a history in a line; images a second are those since the entry before, measuring included."""
-    said = [f"step {entry['step']}", f"loss {entry['loss']:.4f}", f"rate {entry['lr']:.2g}"]
-    said += [f"{words} {100 * entry[key]:.1f} %" for key, words in PERCENT.items() if key in entry]
+    parts = [f"step {entry['step']}", f"loss {entry['loss']:.4f}", f"rate {entry['lr']:.2g}"]
+    parts += [f"{words} {100 * entry[key]:.1f} %" for key, words in PERCENT.items() if key in entry]
     known = {"step", "samples", "loss", "lr", "seconds", *PERCENT}
-    said += [f"{key} {number:g}" for key, number in entry.items() if key not in known]
+    parts += [f"{key} {number:g}" for key, number in entry.items() if key not in known]
     since = before or {"samples": 0, "seconds": 0.0}
     if (seconds := entry["seconds"] - since["seconds"]) > 0:
-        said.append(f"{(entry['samples'] - since['samples']) / seconds:.0f} images/s")
-    return ", ".join(said)
+        parts.append(f"{(entry['samples'] - since['samples']) / seconds:.0f} images/s")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: everything but the data and the loss.
+    """How to train: everything but the data and the loss. The learning rate falls to zero as a cosine, after a linear warm-up.
 
-    `muon` gives the matrices inside transformer blocks to Muon (at `lr`) and all else to AdamW (at
-    `lr * adamw_ratio`); `adamw` gives everything to AdamW. Cosine schedule with linear warm-up to zero.
+    Attributes:
+        samples: pairs or images that are seen in all.
+        batch_size: of them a step.
+        optimizer: `muon` gives the matrices inside transformer blocks to Muon (at `lr`) and all else to AdamW (at
+            `lr * adamw_ratio`); `adamw` gives everything to AdamW.
+        lr, adamw_ratio, weight_decay, betas: of the optimizers.
+        warmup: share of the steps in which the learning rate rises from zero.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
     """
 
     samples: int
     batch_size: int = 256
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     lr: float = 1e-3
     adamw_ratio: float = 1.0
     weight_decay: float = 0.1
@@ -161,21 +158,27 @@ def train(
     progress: Callable[[int, float], None] | None = None,
     stop: int | None = None,
 ) -> list[dict[str, float]]:
-    """Minimise `loss(step)` over the parameters of `modules`; returns the log of losses, evaluations and seconds.
-
-    `loss` must draw its data as a pure function of the step, which makes a resumed run equal to an
-    unbroken one, bit for bit.
+    """Minimise `loss(step)` over the parameters of `modules`.
 
     Args:
-        checkpoint: file to resume from and write to (temporary name, then renamed).
+        modules: what is trained, by the names of the checkpoint.
+        loss: of a step; its data must be a pure function of the step, which makes a resumed run equal to an unbroken one,
+            bit for bit.
+        recipe: how.
+        checkpoint: file to resume from and write to.
         after_step: called after each update, for instance to clamp the logit scale.
         evaluate: numbers added to the log every `evaluate_every` steps and at the end, beside the mean loss
             since the entry before.
+        evaluate_every, checkpoint_every: steps between two.
+        log: gets each entry of the history, as text.
         no_decay: which parameters get no weight decay, by name.
         identity: what else a run must share with the checkpoint that it goes on from.
         main: whether this process evaluates, logs and writes; False in all but one of several.
-        progress: told the steps done and the last loss, after each.
+        progress: gets the steps done and the last loss, after each.
         stop: end after so many steps of the schedule, for another recipe to go on from there.
+
+    Returns:
+        The history: losses, evaluations and seconds of each logged step.
 
     Raises:
         ValueError: the checkpoint is broken, or another run's.
@@ -276,6 +279,7 @@ class Monitor:
         class_names, templates: of the zero-shot classifier, built anew each time since the text tower moves.
         trigger, target: as `evaluate`; without them only CACC is measured.
         every: steps between two measurements; by default the recipe is cut in ten.
+        batch_size: images measured at a time.
 
     Raises:
         ValueError: a trigger without a target or the reverse, a target that is no class, or no step between
@@ -297,6 +301,7 @@ class Monitor:
             raise ValueError(f"expected a measurement every 1 or more steps; received {self.every}")
 
     def measure(self, trainee: Trainee) -> Evaluation:
+        """`evaluate` of the model as it is now."""
         was = trainee.net.training
         trainee.net.eval()
         try:

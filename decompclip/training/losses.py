@@ -1,7 +1,4 @@
-"""Losses on batches of image-text pairs.
-
-A second view of each image and each text, for CleanCLIP's self-supervised loss.
-"""
+"""Losses on batches of image-text pairs, and second views of images and texts for CleanCLIP's self-supervised loss."""
 
 from __future__ import annotations
 
@@ -21,23 +18,24 @@ from decompclip.training.recipes import LossName
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a penalty is told of a step, of this process's share of the batch.
+class TrainingStep:
+    """What a penalty sees of a step: this process's share of the batch.
 
     Attributes:
         net: the open_clip model in training.
-        pixels: normalised; with `loss="cleanclip"` the second half are views of the first, here and below.
+        images: normalised; with `loss="cleanclip"` the second half are views of the first, here and below.
+        tokens: of the texts.
         image, text: the net's unit features, in fp32.
     """
 
     net: nn.Module
-    pixels: Float[Tensor, "view 3 h w"]
+    images: Float[Tensor, "view 3 h w"]
     tokens: Int[Tensor, "view position"]
     image: Float[Tensor, "view d_embed"]
     text: Float[Tensor, "view d_embed"]
 
 
-Penalty = Callable[[Seen], Tensor]
+Penalty = Callable[[TrainingStep], Tensor]
 """Something to add to the loss; a mean over what it is given, since gradients are averaged over processes."""
 
 
@@ -95,10 +93,13 @@ def pair_loss(
     to a feature, and averaging over them (DistributedDataParallel) then gives the gradient of the whole batch.
 
     Args:
+        image, text, scale: as `grouped_clip_loss`.
         name: `clip`, `grouped`, or `cleanclip`: CLIP's loss plus `ss_weight` times the mean of the losses
             between two views of the images and of the texts (Bansal et al. 2023, eq. 3); the second half of
             `image` and `text` is then the other view of the first.
         groups: of all pairs of the batch, for `grouped`.
+        ss_weight: as above.
+        processes: how many share the batch.
     """
     clip = ClipLoss()
     if name == "cleanclip":
@@ -176,19 +177,18 @@ def text_view(text: str, *, seed: int, synonyms: Mapping[str, Sequence[str]] | N
     for _ in range(times):
         if kind < 2 and synonyms is not None:
             place = known[int(g.integers(len(known)))]
-            others = synonyms[words[place].lower()] if words[place].lower() in synonyms else [words[place]]
+            others = synonyms.get(words[place].lower(), [words[place]])
             other = str(others[int(g.integers(len(others)))])
             if kind == 0:
                 words[place] = other
             else:
                 words.insert(int(g.integers(len(words) + 1)), other)
                 known = [i for i, word in enumerate(words) if synonyms.get(word.lower())]
+        elif len(words) > 1 and kind == 2:
+            a, b = (int(x) for x in g.choice(len(words), 2, replace=False))
+            words[a], words[b] = words[b], words[a]
         elif len(words) > 1:
-            if kind == 2:
-                a, b = (int(x) for x in g.choice(len(words), 2, replace=False))
-                words[a], words[b] = words[b], words[a]
-            else:
-                del words[int(g.integers(len(words)))]
+            del words[int(g.integers(len(words)))]
     return " ".join(words)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
-from decompclip.training.loop import Recipe
+from decompclip.training.loop import OptimizerName, Recipe
 
 LossName = Literal["clip", "grouped", "cleanclip"]
 Precision = Literal["fp32", "bf16"]
@@ -17,15 +17,19 @@ class FineTuning:
 
     Attributes:
         epochs: times that every pair is seen, but for those that fill no batch.
+        batch_size: pairs a step.
+        lr: the highest learning rate.
         warmup: share of the steps in which the learning rate rises from zero; it then falls as a cosine.
         weight_decay: of all but biases, norms and the logit scale.
+        betas: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
         logit_scale_max: the logarithm of the factor from similarity to logit is kept in 0..this.
-        loss: `clip`; `grouped`, where pairs of one class (or, where pairs tell none, of one caption) are no
+        loss: `clip`; `grouped`, where pairs of one class (or, where classes are not known, of one caption) are no
             negatives of each other; `cleanclip`, which adds `ss_weight` times the loss between two views of each
             image and of each text.
         precision: `bf16` multiplies matrices in bfloat16 and keeps weights and losses in fp32. (fp16 would need a
             loss scale, one more state to resume.)
-        optimizer: `muon` gives the matrices inside transformer blocks to Muon.
+        optimizer, adamw_ratio: as `Recipe`.
 
     Raises:
         ValueError: an option out of its range.
@@ -42,19 +46,15 @@ class FineTuning:
     loss: LossName = "clip"
     ss_weight: float = 1.0
     precision: Precision = "fp32"
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     adamw_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[Any, ...]] = {
-            "loss": get_args(LossName),
-            "precision": get_args(Precision),
-            "optimizer": ("adamw", "muon"),
-        }
+        known = {"loss": LossName, "precision": Precision, "optimizer": OptimizerName}
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in get_args(choices):
                 raise ValueError(
-                    f"expected {name} to be one of {', '.join(choices)}; received {getattr(self, name)!r}"
+                    f"expected {name} to be one of {', '.join(get_args(choices))}; received {getattr(self, name)!r}"
                 )
         # A batch of one pair has no negative: its loss is zero whatever the weights.
         for name, least in (("epochs", 1), ("batch_size", 2)):
@@ -76,17 +76,10 @@ class FineTuning:
                 f"expected at least one batch of {self.batch_size} pairs; received {pairs} pairs; give more, or a "
                 "recipe with a smaller batch_size"
             )
-        return Recipe(
-            samples=self.epochs * (pairs - pairs % self.batch_size),
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            lr=self.lr,
-            adamw_ratio=self.adamw_ratio,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            warmup=self.warmup,
-            max_grad_norm=self.max_grad_norm,
-        )
+        shared = {
+            field.name: getattr(self, field.name) for field in fields(Recipe) if field.name != "samples"
+        }
+        return Recipe(samples=self.epochs * (pairs - pairs % self.batch_size), **shared)
 
 
 RECIPES = {

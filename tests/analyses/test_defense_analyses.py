@@ -13,7 +13,7 @@ from analyses.questions import adaptive_attacker, attack_agnostic, trigger_galle
 from analyses.study.family import BundledFamily
 from decompclip.attacks.badnet import BadNet
 from decompclip.models.bundled import load_bundled
-from decompclip.training.losses import Seen
+from decompclip.training.losses import TrainingStep
 
 SHAPES = BundledFamily("shapes")
 
@@ -42,7 +42,9 @@ def test_the_penalty_reads_the_last_heads_of_the_model_in_training() -> None:
     torch.testing.assert_close(found, cache["z", -1][:, 0], rtol=1e-3, atol=1e-4)
     penalty = adaptive_attacker.StayNear(BadNet(size=7 / 48), 0.5, 4, model.mean, model.std)
     assert "weight=0.5" in repr(penalty)  # a checkpoint is resumed by this very penalty
-    value = penalty(Seen(net, pixels.clamp(-1, 1), torch.zeros(6, 3), pixels[:, 0, 0], pixels[:, 0, 0]))
+    value = penalty(
+        TrainingStep(net, pixels.clamp(-1, 1), torch.zeros(6, 3), pixels[:, 0, 0], pixels[:, 0, 0])
+    )
     value.backward()
     assert value > 0
     visual = net.visual

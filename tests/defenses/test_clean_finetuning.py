@@ -24,7 +24,7 @@ from decompclip.defenses.clean_finetuning import (
 from decompclip.defenses.decomp import DecompRep
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
-from decompclip.training.losses import Seen
+from decompclip.training.losses import TrainingStep
 from decompclip.training.recipes import RECIPES, FineTuning
 
 from ..training.conftest import RandomPairs, small_clip
@@ -46,11 +46,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def seen(clip: HookedCLIP, net: Any) -> Seen:
+def seen(clip: HookedCLIP, net: Any) -> TrainingStep:
     images, texts = RandomPairs().batch(0, 6)
     pixels, tokens = clip.normalize(images), clip.tokenize(texts)
     image, text = net(pixels, tokens)[:2]
-    return Seen(net, pixels, tokens, image, text)
+    return TrainingStep(net, pixels, tokens, image, text)
 
 
 @pytest.mark.parametrize("name", TUNING_DEFENSES)
@@ -89,7 +89,7 @@ def test_the_push_against_a_plain_loop(clip: HookedCLIP) -> None:
     now = seen(clip, net)
     start = clip.to_open_clip()
     expected = 0.0
-    for mine, theirs in ((now.image, start(now.pixels)[0]), (now.text, start(None, now.tokens)[1])):
+    for mine, theirs in ((now.image, start(now.images)[0]), (now.text, start(None, now.tokens)[1])):
         each = [
             sum((x - y) ** 2 for x, y in zip(*rows, strict=True))
             for rows in zip(mine.tolist(), theirs.tolist(), strict=True)
