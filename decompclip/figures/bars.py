@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.figures.theme import INK, RULES, TEMPLATE, bars, escaped, figure
+from decompclip.figures.theme import INK, RULES, bars, escaped, figure, framed
 
 CLEAN, SUSPECT = "#0072B2", "#D55E00"
 
@@ -35,7 +35,7 @@ def bar_rows(
         rows: their names, shown as they are.
         series: by name, a length for each row; None where a series has no bar.
         unit: title of the axis.
-        notes: more of each row, told on hovering.
+        notes: more of each row, shown on hovering.
         errors: half-widths of the rows' intervals.
         texts: written behind each bar.
         largest: by name, a marker in each row beside its bars.
@@ -76,13 +76,7 @@ def bar_rows(
                 textposition="outside",
                 cliponaxis=False,
                 customdata=[[names[p], escaped(notes[p]) if notes else ""] for p in shown],
-                hovertemplate="%{customdata[0]}: %{x:"
-                + form
-                + "} %{customdata[1]}<extra>"
-                + name
-                + "</extra>"
-                if len(series) > 1
-                else "%{customdata[0]}: %{x:" + form + "} %{customdata[1]}<extra></extra>",
+                hovertemplate=f"%{{customdata[0]}}: %{{x:{form}}} %{{customdata[1]}}<extra>{name if len(series) > 1 else ''}</extra>",
             )
         )
     for style, (name, values) in zip(RULES[1:], (largest or {}).items(), strict=False):
@@ -94,7 +88,7 @@ def bar_rows(
                 marker=style.marker(size=6),
                 name=name,
                 customdata=names,
-                hovertemplate="%{customdata}: %{x:" + form + "}<extra>" + name + "</extra>",
+                hovertemplate=f"%{{customdata}}: %{{x:{form}}}<extra>{name}</extra>",
             )
         )
     plot.update_xaxes(title=unit, zeroline=True, tickformat=".0%" if percent else None, range=ends)
@@ -174,14 +168,16 @@ def histograms(
                 row=row,
                 col=column,
             )
-        said = {"text": panel.line_text, "xanchor": "left", "font": {"size": 11}} if panel.line_text else None
+        words = (
+            {"text": panel.line_text, "xanchor": "left", "font": {"size": 11}} if panel.line_text else None
+        )
         plot.add_vline(
             panel.line,
             row=row,  # pyright: ignore[reportArgumentType]
             col=column,  # pyright: ignore[reportArgumentType]
             line={"dash": "dot", "width": 1.5, "color": INK},  # pyright: ignore[reportArgumentType]
-            annotation=said,
-            annotation_position="top right" if said else None,
+            annotation=words,
+            annotation_position="top right" if words else None,
         )
     if not overlay:
         plot.update_xaxes(dtick=1 if len(panels[0].places) <= 13 else 2)
@@ -189,10 +185,9 @@ def histograms(
     plot.update_xaxes(title=x, row=rows)
     plot.update_yaxes(title="images, %", col=1)
     plot.update_annotations(font_size=12)
-    plot.update_layout(
-        template=TEMPLATE,
+    framed(
+        plot,
         height=height * rows,
-        autosize=True,
         barmode="overlay" if overlay else "group",
         bargap=0 if overlay else 0.25,
         margin={"l": 56, "r": 12, "t": 62 if any(p.title for p in panels) else 40, "b": 48},

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from decompclip.figures.scatter import PERCENT, Point, wrapped
-from decompclip.figures.theme import TEMPLATE, Style, band, lettered, styled
+from decompclip.figures.theme import Style, band, framed, lettered, styled, thin_line
 
 LINE = 15
 """Pixels of height a further line of a title takes."""
@@ -48,7 +48,6 @@ class LinePanel:
         y: title of the vertical one.
         curves: by series.
         log_x: whether x is drawn on a logarithmic axis.
-        log_y: likewise.
         ends: of the vertical axis.
         marks: where vertical lines stand, and what they say.
         levels: of series, where a dashed horizontal line of theirs stands, such as what was before.
@@ -62,7 +61,6 @@ class LinePanel:
     y: str
     curves: Mapping[str, Curve]
     log_x: bool = False
-    log_y: bool = False
     ends: tuple[float, float] | None = None
     marks: Mapping[float, str] | None = None
     levels: Mapping[str, float] | None = None
@@ -117,14 +115,13 @@ def line_panels(
         shown.update(panel.curves)
         drawn += [_level(name, look[name], y, panel) for name, y in (panel.levels or {}).items()]
         if panel.diagonal:
-            drawn.append(_diagonal(panel))
+            drawn.append(thin_line(panel.ends or (0, 1), panel.ends or (0, 1)))
         for trace in sorted(drawn, key=lambda trace: trace.fill != "toself"):  # no band over another's line
             plot.add_trace(trace, row=row, col=col)
         _axes(plot, panel, row, col, titled=col == 1 or not shared_y)
-    plot.update_layout(
-        template=TEMPLATE,
+    framed(
+        plot,
         height=height,
-        autosize=True,
         margin={"l": 60, "r": 16, "t": top, "b": 48},
         legend={"y": 1 + ((26 if titled else 4) + above) / (height - 48 - top)},
     )
@@ -174,9 +171,7 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
     plot.update_xaxes(title=panel.x, type="log" if panel.log_x else "linear", row=row, col=col)
     if panel.log_x:
         plot.update_xaxes(dtick=1, tickformat="~g", row=row, col=col)
-    plot.update_yaxes(
-        title=panel.y if titled else None, type="log" if panel.log_y else "linear", row=row, col=col
-    )
+    plot.update_yaxes(title=panel.y if titled else None, row=row, col=col)
     if panel.whole:
         n = max(len(found.x) for found in panel.curves.values())
         plot.update_xaxes(dtick=1 if n <= 12 else 2 if n <= 24 else 4, row=row, col=col)
@@ -200,13 +195,12 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
         )
     if curve.thin is not None:
         traces.append(
-            go.Scatter(
-                x=list(curve.x),
-                y=list(curve.thin),
-                mode="lines",
+            thin_line(
+                curve.x,
+                curve.thin,
                 line={"color": style.colour, "width": 1, "dash": "dot"},
                 legendgroup=name,
-                showlegend=False,
+                hoverinfo=None,
                 hovertemplate="%{x:.4g}: control %{y:.3g}<extra>" + name + "</extra>",
             )
         )
@@ -235,26 +229,13 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
 def _level(name: str, style: Style, y: float, panel: LinePanel) -> go.Scatter:
     """A dashed horizontal line in a series' colour."""
     places = [x for curve in panel.curves.values() for x in curve.x]
-    return go.Scatter(
-        x=[min(places), max(places)],
-        y=[y, y],
-        mode="lines",
+    return thin_line(
+        [min(places), max(places)],
+        [y, y],
         line={"color": style.colour, "width": 1, "dash": "longdash"},
         legendgroup=name,
-        showlegend=False,
+        hoverinfo=None,
         hovertemplate=f"before: {y:.3g}<extra>{name}</extra>",
-    )
-
-
-def _diagonal(panel: LinePanel) -> go.Scatter:
-    ends = list(panel.ends or (0.0, 1.0))
-    return go.Scatter(
-        x=ends,
-        y=ends,
-        mode="lines",
-        line={"width": 1, "dash": "dot", "color": "#808a94"},
-        hoverinfo="skip",
-        showlegend=False,
     )
 
 
@@ -262,14 +243,5 @@ def _mark(x: float, text: str, panel: LinePanel) -> go.Scatter:
     """A thin vertical line, named at its lower end."""
     values = [v for curve in panel.curves.values() for v in curve.y]
     low, high = panel.ends or (min(values), max(values))
-    return go.Scatter(
-        x=[x, x],
-        y=[low, high],
-        mode="lines+text",
-        text=[text, ""],
-        textposition="top right",
-        textfont={"size": 10},
-        line={"width": 1, "dash": "dot", "color": "#808a94"},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    words = {"text": [text, ""], "textposition": "top right", "textfont": {"size": 10}}
+    return thin_line([x, x], [low, high], mode="lines+text", **words)

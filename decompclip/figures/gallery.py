@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from decompclip.figures.heatmaps import picture, tint
-from decompclip.figures.theme import DIVERGING, INK, TEMPLATE, escaped
+from decompclip.figures.theme import DIVERGING, INK, TEMPLATE, escaped, framed, thin_line
 
 Scale = Literal["map", "shared"]
 
@@ -109,8 +109,9 @@ def gallery(
             plot.add_layout_image(_background(shown, panel, maps[0].image_size))
     for column in range(columns):
         plot.add_annotation(
-            _words(maps[0].names[column], room), x=0.5, y=1, xref=f"{_axis('x', column)} domain",
-            yref=f"{_axis('y', column)} domain", yanchor="bottom", yshift=4,
+            text=_short(maps[0].names[column], room), hovertext=escaped(maps[0].names[column]), x=0.5, y=1, yshift=4,
+            xref=f"{_axis('x', column)} domain", yref=f"{_axis('y', column)} domain", yanchor="bottom",
+            showarrow=False, font={"size": 11},
         )  # fmt: skip
     for axis in (plot.update_xaxes, plot.update_yaxes):
         axis(visible=False, showgrid=False, zeroline=False)
@@ -220,10 +221,6 @@ def _name_row(plot: go.Figure, row: int, columns: int, text: str) -> None:
     )  # fmt: skip
 
 
-def _words(name: str, room: int) -> dict[str, Any]:
-    return {"text": _short(name, room), "showarrow": False, "font": {"size": 11}, "hovertext": escaped(name)}
-
-
 def _short(text: str, width: int) -> str:
     return escaped(text if len(text) <= width else text[: width - 1] + "…")
 
@@ -258,17 +255,14 @@ def _grey(pixels: UInt8[Tensor, "h w 3"]) -> UInt8[Tensor, "h w 3"]:
 def _outline(mask: np.ndarray) -> tuple[go.Scatter, go.Scatter]:
     """The border of a mask along pixels' edges: dark on a lighter rim, to be seen on any picture."""
     padded = np.pad(mask, 1).astype(int)
-    x: list[float | None] = []
-    y: list[float | None] = []
+    x: list[Any] = []
+    y: list[Any] = []
     for row, column in np.argwhere(np.diff(padded, axis=0)).tolist():
         x, y = [*x, column - 1, column, None], [*y, row, row, None]
     for row, column in np.argwhere(np.diff(padded, axis=1)).tolist():
         x, y = [*x, column, column, None], [*y, row - 1, row, None]
-    lines = ({"color": "white", "width": 3}, {"color": INK, "width": 1.2})
-    rim, border = (
-        go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name="mask") for line in lines
-    )
-    return rim, border
+    rim, border = {"color": "white", "width": 3}, {"color": INK, "width": 1.2}
+    return thin_line(x, y, line=rim, name="mask"), thin_line(x, y, line=border, name="mask")
 
 
 Grid = Sequence[Sequence[float]]
@@ -327,36 +321,21 @@ def head_pairs(
                 col=column,
             )
         for y, x in marked:
-            plot.add_trace(_patch_border(y, x), row=2, col=column)
+            left, right, top_edge, bottom = x - 0.5, x + 0.5, y - 0.5, y + 0.5
+            around = [left, right, right, left, left], [top_edge, top_edge, bottom, bottom, top_edge]
+            plot.add_trace(thin_line(*around, line={"color": INK, "width": 1.5}), row=2, col=column)
     for row, source in enumerate(pictures or (), 1):
         plot.add_trace(go.Image(source=source, hoverinfo="skip"), row=row, col=1)
     plot.update_xaxes(visible=False, constrain="domain")
     plot.update_yaxes(visible=False, autorange="reversed", constrain="domain")
-    for number in range(1, 2 * columns + 1):  # square patches
-        plot.layout[f"yaxis{number if number > 1 else ''}"].scaleanchor = f"x{number if number > 1 else ''}"
+    for panel in range(2 * columns):  # square patches
+        plot.layout[_axis("yaxis", panel)].scaleanchor = _axis("x", panel)
     for row, name in enumerate(("clean", "triggered"), 1):
         plot.update_yaxes(
             visible=True, showticklabels=False, showgrid=False, ticks="", title=name, row=row, col=1
         )
-    plot.update_layout(
-        template=TEMPLATE,
-        height=2 * CELL + 96,
-        autosize=True,
-        margin={"l": 34, "r": 70, "t": 62, "b": 16},
-        showlegend=False,
-    )
     plot.update_annotations(font_size=10)
-    return plot
-
-
-def _patch_border(y: int, x: int) -> go.Scatter:
-    return go.Scatter(
-        x=[x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5],
-        y=[y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
-        mode="lines",
-        line={"color": "#333d47", "width": 1.5},
-        hoverinfo="skip",
-    )
+    return framed(plot, height=2 * CELL + 96, margin={"l": 34, "r": 70, "t": 62, "b": 16}, showlegend=False)
 
 
 TRIGGER_COLUMNS = ("clean", "triggered", "difference x 10, around grey")

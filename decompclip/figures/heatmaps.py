@@ -21,8 +21,8 @@ from plotly.colors import hex_to_rgb, sample_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.scatter import Point
-from decompclip.figures.theme import DIVERGING, INK, RULES, SEQUENTIAL, TEMPLATE, figure
+from decompclip.figures.scatter import Point, whiskers
+from decompclip.figures.theme import DIVERGING, INK, RULES, SEQUENTIAL, figure, framed
 
 Scale = Literal["diverging", "sequential"]
 
@@ -54,7 +54,7 @@ def component_map(
         mlps: numbers of the MLPs.
         unit: of the numbers, beside the colours.
         scale: "diverging" around zero, or "sequential" from zero.
-        heads_note: a second number of each head, told beside the first on hovering.
+        heads_note: a second number of each head, shown beside the first on hovering.
         mlps_note: likewise of the MLPs.
         note: the words between the two.
         top: end of the colour scale, for figures that are to be compared; by default the largest size in this one.
@@ -64,10 +64,7 @@ def component_map(
     """
     n_layers, n_heads = heads.shape
     values = np.concatenate([heads.numpy().ravel(), mlps.numpy()])
-    if top is None:
-        known = np.abs(values[~np.isnan(values)])
-        top = float(known.max()) if known.size else 1.0
-    top = top or 1.0
+    top = top or _largest(values)
     plot = make_subplots(
         1,
         2,
@@ -106,19 +103,17 @@ def component_map(
             layers, columns = where.nonzero(as_tuple=True)
             x = [names[place] for place in columns.tolist()]
             plot.add_trace(_dots(x, layers.tolist(), dots_name, legend=column == 1), row=1, col=column)
-    plot.update_xaxes(title="head", row=1, col=1, type="category", ticks="", showgrid=False)
-    plot.update_xaxes(type="category", ticks="", showgrid=False, row=1, col=2)
+    plot.update_xaxes(type="category", ticks="", showgrid=False)
+    plot.update_xaxes(title="head", row=1, col=1)
     plot.update_yaxes(dtick=1, ticks="", showgrid=False, zeroline=False)
     plot.update_yaxes(title="layer", row=1, col=1)
-    plot.update_layout(
-        template=TEMPLATE,
+    return framed(
+        plot,
         height=max(260, 34 * n_layers + 110) + above,
-        autosize=True,
         margin={"l": 52, "r": 8, "t": 12 + above, "b": 48},
         coloraxis=_colours(scale, top, unit),
         title={"text": title, "font": {"size": 13}} if title else None,
     )
-    return plot
 
 
 @dataclass(frozen=True)
@@ -167,14 +162,12 @@ def grid_maps(grids: Sequence[Grid], *, unit: str, top: float) -> go.Figure:
     plot.update_yaxes(dtick=1, ticks="", showgrid=False, zeroline=False)
     plot.update_yaxes(title="layer", col=1)
     plot.update_annotations(font_size=12)
-    plot.update_layout(
-        template=TEMPLATE,
+    return framed(
+        plot,
         height=rows * max(220, 24 * max(len(grid.values) for grid in grids) + 110),
-        autosize=True,
         margin={"l": 52, "r": 8, "t": 40, "b": 48},
         coloraxis=_colours("diverging", top or 1.0, unit),
     )
-    return plot
 
 
 def matrix(
@@ -202,7 +195,7 @@ def matrix(
         rows: their names.
         columns: their names.
         unit: of the numbers, beside the colours.
-        hover: plotly's template of what a cell tells.
+        hover: plotly's template for what a cell shows.
         scale: "diverging" around zero, or "sequential" from zero.
         top: end of the colours; by default the largest size.
         notes: more of each cell, for `hover`.
@@ -214,8 +207,7 @@ def matrix(
         numbers: whether cells carry their number.
         percent: whether the colours' ends are shares.
     """
-    known = np.abs(values[~np.isnan(values)])
-    top = top or (float(known.max()) if known.size else 0.0) or 1.0
+    top = top or _largest(values)
     plot = figure(
         height=max(220 if upward else 0, row_height * len(rows) + 110) + (30 if x and not upward else 0),
         margin={"l": 52 if upward else 90, "r": 8, "t": 34 if x_above else 14, "b": 16 if x_above else 52},
@@ -277,13 +269,7 @@ def text_cosines(
         go.Scatter(
             x=[p.value for p in points],
             y=list(measures),
-            error_x={
-                # Percentiles need not enclose the estimate.
-                "array": [max(0.0, (p.high if p.high is not None else p.value) - p.value) for p in points],
-                "arrayminus": [max(0.0, p.value - (p.low if p.low is not None else p.value)) for p in points],
-                "thickness": 1.5,
-                "width": 4,
-            },
+            error_x=whiskers(points, 4),
             mode="markers",
             marker=RULES[0].marker(),
             name="measured, 95 % interval",
@@ -328,10 +314,13 @@ def text_cosines(
     plot.update_yaxes(autorange="reversed", row=2, col=1)
     colours = _colours("diverging", 1.0, "cosine")
     colours["colorbar"] |= {"len": 0.5, "y": 0.25}
-    plot.update_layout(
-        template=TEMPLATE, height=high + low + 330, autosize=True, font={"color": INK}, coloraxis=colours
-    )
-    return plot
+    return framed(plot, height=high + low + 330, font={"color": INK}, coloraxis=colours)
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest size, which is the end of the colours; 1 where there is none."""
+    known = np.abs(values[~np.isnan(values)])
+    return (float(known.max()) if known.size else 0.0) or 1.0
 
 
 def _colours(scale: Scale, top: float, unit: str) -> dict[str, Any]:
@@ -370,17 +359,17 @@ OPACITY, FAINT = 0.78, 0.25
 
 def picture(pixels: UInt8[Tensor, "h w 3"]) -> str:
     """A data URI of a picture."""
-    return _uri(Image.fromarray(pixels.numpy()))
+    return _uri(pixels.numpy())
 
 
 def attention_overlay(weights: Float[Tensor, "rows columns"], top: float) -> str:
     """A data URI, one pixel a patch: dark and faint at zero, Cividis' yellow and opaque at `top`."""
-    return _overlay(weights, signed=False, top=top)
+    return _uri(tint(weights.numpy(), signed=False, top=top))
 
 
 def contribution_overlay(values: Float[Tensor, "rows columns"], top: float) -> str:
     """A data URI, one pixel a patch: clear at zero, vermillion at `top`, blue at `-top`."""
-    return _overlay(values, signed=True, top=top)
+    return _uri(tint(values.numpy(), signed=True, top=top))
 
 
 def lay_over(
@@ -413,11 +402,7 @@ def _colour_image(which: Literal["diverging", "sequential"]) -> np.ndarray:
     )
 
 
-def _overlay(values: Float[Tensor, "rows columns"], *, signed: bool, top: float) -> str:
-    return _uri(Image.fromarray(tint(values.numpy(), signed=signed, top=top).round().astype(np.uint8)))
-
-
-def _uri(image: Image.Image) -> str:
+def _uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    Image.fromarray(pixels.round().astype(np.uint8)).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.theme import INK, TEMPLATE, Style, figure, lettered, styled
+from decompclip.figures.theme import INK, Style, figure, framed, lettered, styled, thin_line
 
 ROW, FRAME = 36, 112
 """Pixels of height a row, and around them."""
@@ -103,7 +103,7 @@ def point_panels(
             shown.add(name)
             plot.add_trace(trace, row=row, col=column)
         if panel.line is not None:
-            plot.add_trace(_line(panel.line, len(rows)), row=row, col=column)
+            plot.add_trace(thin_line([panel.line] * 2, [-0.5, len(rows) - 0.5]), row=row, col=column)
         plot.update_xaxes(title=panel.unit, range=panel.ends, row=row, col=column)
     plot.update_yaxes(
         tickvals=list(range(len(rows))),
@@ -114,10 +114,9 @@ def point_panels(
         automargin=True,
     )
     titled = any(panel.title for panel in panels)
-    plot.update_layout(
-        template=TEMPLATE,
+    framed(
+        plot,
         height=height,
-        autosize=True,
         margin={"l": 10, "r": 16, "t": 64 if titled else 38, "b": 48},
         legend={"y": 1 + (26 if titled else 4) / (height - 112)},
     )
@@ -135,15 +134,14 @@ def wrapped(name: str, width: int = 24) -> str:
     return "<br>".join(lines)
 
 
-def _line(x: float, n_rows: int) -> go.Scatter:
-    return go.Scatter(
-        x=[x, x],
-        y=[-0.5, n_rows - 0.5],
-        mode="lines",
-        line={"width": 1, "dash": "dot", "color": "#808a94"},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+def whiskers(points: Sequence[Point], width: int = 3) -> dict[str, Any]:
+    """The intervals of points; an interval of percentiles need not enclose its estimate."""
+    return {
+        "array": [0 if p.high is None else max(0.0, p.high - p.value) for p in points],
+        "arrayminus": [0 if p.low is None else max(0.0, p.value - p.low) for p in points],
+        "thickness": 1.5,
+        "width": width,
+    }
 
 
 def _markers(
@@ -159,13 +157,7 @@ def _markers(
     return go.Scatter(
         x=[point.value for _, point in known],
         y=[row + offset for row, _ in known],
-        error_x={
-            # an interval of percentiles need not enclose its estimate
-            "array": [0 if p.high is None else max(0.0, p.high - p.value) for _, p in known],
-            "arrayminus": [0 if p.low is None else max(0.0, p.value - p.low) for _, p in known],
-            "thickness": 1.5,
-            "width": 3,
-        },
+        error_x=whiskers([point for _, point in known]),
         mode="markers",
         marker=style.marker(),
         name=name,
@@ -210,13 +202,8 @@ def scatter_panels(panels: Mapping[str, Mapping[str, Pairs]], *, x: str, y: str)
             title={"text": y if column == 1 else None, "standoff": 8}, automargin=True, row=1, col=column
         )
     height = 420
-    plot.update_layout(
-        template=TEMPLATE,
-        height=height,
-        autosize=True,
-        margin={"l": 10, "r": 16, "t": 64, "b": 48},
-        legend={"y": 1 + 26 / (height - 112)},
-    )
+    margin = {"l": 10, "r": 16, "t": 64, "b": 48}
+    framed(plot, height=height, margin=margin, legend={"y": 1 + 26 / (height - 112)})
     plot.update_annotations(font_size=12)
     return plot
 
@@ -271,16 +258,8 @@ def effect_scatter(found: Effect, *, x: str, y: str, equal: str) -> go.Figure:
 
 
 def _equal(ends: Sequence[float], name: str, *, legend: bool) -> go.Scatter:
-    return go.Scatter(
-        x=list(ends),
-        y=list(ends),
-        mode="lines",
-        line={"width": 1, "dash": "dot", "color": INK},
-        name=name,
-        legendgroup=name,
-        showlegend=legend,
-        hoverinfo="skip",
-    )
+    look = {"width": 1, "dash": "dot", "color": INK}
+    return thin_line(ends, ends, line=look, name=name, legendgroup=name, showlegend=legend)
 
 
 def _whiskers(errors: object) -> dict[str, object]:

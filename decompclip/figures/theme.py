@@ -34,6 +34,12 @@ DIVERGING = [[0.0, "#0072B2"], [0.25, "#7fb8d8"], [0.5, "#f5f5f2"], [0.75, "#eaa
 SEQUENTIAL = "Cividis"
 
 
+def faint(colour: str, opacity: float) -> str:
+    """A colour such as `#0072B2` with an opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
 @dataclass(frozen=True)
 class Style:
     """How one series is told from the others: by colour, dash and marker together."""
@@ -56,8 +62,7 @@ class Style:
 
     @property
     def band(self) -> str:
-        red, green, blue = (int(self.colour[i : i + 2], 16) for i in (1, 3, 5))
-        return f"rgba({red}, {green}, {blue}, {BAND})"
+        return faint(self.colour, BAND)
 
 
 SUCCESS = Style("Attack success (suspect images taken for the target)", "#D55E00", "solid", "circle")
@@ -125,14 +130,24 @@ def bars(colour: str, *, filled: bool) -> dict[str, Any]:
 
     Hatches would do as well, but a browser prints each as a picture of its own: a report then takes 50 MB.
     """
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    fill = colour if filled else f"rgba({red}, {green}, {blue}, 0.12)"
-    return {"color": fill, "line": {"color": colour, "width": 1.5}}
+    return {"color": colour if filled else faint(colour, 0.12), "line": {"color": colour, "width": 1.5}}
+
+
+def framed(plot: go.Figure, *, height: float, **layout: Any) -> go.Figure:
+    """The figure in the theme; its width is that of the page."""
+    return plot.update_layout(template=TEMPLATE, height=height, autosize=True, **layout)
 
 
 def figure(*, height: int, **layout: Any) -> go.Figure:
-    """An empty figure in the theme; its width is that of the page."""
-    return go.Figure(layout={"template": TEMPLATE, "height": height, "autosize": True} | layout)
+    """An empty figure in the theme."""
+    return framed(go.Figure(), height=height, **layout)
+
+
+def thin_line(x: Sequence[float], y: Sequence[float], **changes: Any) -> go.Scatter:
+    """A dotted line that is no series: it has no hover and, unless `changes` says so, no legend."""
+    look = {"width": 1, "dash": "dot", "color": "#808a94"}
+    options: dict[str, Any] = {"mode": "lines", "line": look, "hoverinfo": "skip", "showlegend": False}
+    return go.Scatter(x=list(x), y=list(y), **options | changes)
 
 
 def band(
