@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 MOVED = {
+    "decompclip": "even=average_over_tokens",
     "decompclip.attacks.poisoned": "PoisonRecord",
     "decompclip.attacks.registry": "Backdoor crossing=trigger_grid",
     "decompclip.audit": "AuditConfig AuditResult",
@@ -24,7 +25,6 @@ MOVED = {
     "decompclip.data.shapes": "ShapesSource",
     "decompclip.data.streams": "PairStream",
     "decompclip.data.texts": "load_texts",
-    "decompclip.defenses.bake": "even=average_over_tokens",
     "decompclip.defenses.distances": "ComponentDistances",
     "decompclip.defenses.guard": "load_guard",
     "decompclip.diagnosis": "Diagnosis",

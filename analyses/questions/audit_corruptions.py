@@ -42,7 +42,7 @@ from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, controls
 from decompclip.audit.pipeline import Held, weigh
-from decompclip.audit.verdict import EXPLAINED, Evidence, Reference, judged
+from decompclip.audit.verdict import EXPLAINED, Evidence, Reference
 from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
@@ -149,7 +149,7 @@ def cell(
         if beside:
             evidence = replace(evidence, reference=_reference(found["reference"], evidence, labelled, twins))
         key = f"{'labelled' if labelled else 'unlabelled'}, {'twins' if twins else 'not twins'}, "
-        verdict = judged(evidence)
+        verdict = evidence.verdict
         said[f"{key}{'reference' if beside else 'alone'}"] = f"{verdict.level}, {verdict.confidence}"
         if labelled and twins and beside is (reference is not None):
             record = _numbers(evidence)
