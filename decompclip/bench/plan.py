@@ -117,7 +117,8 @@ class Samples:
         fits: clean images that detectors (on the first) and repairs (on each in turn) are fitted on.
         clean: clean images that they are measured on.
         other: as many more, which take the place of triggered ones in the control.
-        labels, other_labels: classes of `clean` and of `other`.
+        labels: classes of `clean`.
+        other_labels: classes of `other`.
     """
 
     fits: tuple[Float[Tensor, "image 3 h w"], ...]
@@ -228,9 +229,9 @@ class Plan:
         models: names of bundled models, clean ones too.
         detectors: of `DETECTORS`.
         repairs: of `REPAIRS`.
-        images: to fit on, to measure on, and for the control: so many of each.
+        images: how many to fit on; as many to measure on, and for the control.
         slow_images: the same, for the detectors of `SLOW`.
-        draws: of the images that repairs are fitted on, which their intervals hold.
+        draws: sets of images that each repair is fitted on; the spread between them is in its intervals.
         seeds: of the images, and of what repairs draw.
 
     Raises:
@@ -257,7 +258,7 @@ class Plan:
             raise ValueError(f"expected each seed once; received {', '.join(map(str, self.seeds))}")
         if self.draws < 2:
             raise ValueError(
-                f"expected at least 2 draws of the images to fit on, whose difference intervals hold; received {self.draws}"
+                f"expected at least 2 draws of the images to fit on, for intervals show the spread between them; received {self.draws}"
             )
         for option, n in (("images", self.images), ("slow images", self.slow_images)):
             if n < LEAST_IMAGES:
