@@ -148,7 +148,13 @@ def info_nce(
     others: Float[Tensor, "other d_embed"],
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """CLIP's symmetric loss of unit features; `others` are captions that no image belongs to."""
+    """CLIP's symmetric loss of unit features.
+
+    Args:
+        images, captions: features of the pairs, one row each.
+        others: of captions that no image belongs to.
+        scale: the logit scale, exponentiated.
+    """
     logits = scale * images @ torch.cat([captions, others]).T
     pairs = torch.arange(len(images), device=images.device)
     by_caption = logits[:, : len(captions)].T

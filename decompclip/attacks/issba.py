@@ -261,7 +261,17 @@ def _read(path: Path) -> SecretNetworks:
 def write_networks(
     networks: SecretNetworks, card: Mapping[str, Any], folder: Path, *, name: str = "issba"
 ) -> dict[str, Any]:
-    """Write weights (fp16) and card together; returns the card."""
+    """Write weights (fp16) and card together.
+
+    Args:
+        networks: a trained pair.
+        card: what to say of them.
+        folder: to write to.
+        name: of both files.
+
+    Returns:
+        The card as it was written.
+    """
     pair = torch.nn.ModuleDict({"encoder": networks.encoder, "decoder": networks.decoder})
     state = {key: value.detach().cpu().half().contiguous() for key, value in pair.state_dict().items()}
     with atomic_folder(folder, f"{name}.json") as partial:

@@ -215,6 +215,11 @@ def target_captions(
 ) -> tuple[str, ...]:
     """The captions of `base` that name the target, each once: BadCLIP's poisons get such (docs/method.md, section 5).
 
+    Args:
+        base: clean pairs.
+        target: the class.
+        also_called: other names of it.
+
     Raises:
         ValueError: there is none.
     """

@@ -61,45 +61,36 @@ def preview(trigger: Trigger, pixels: Pixels, indices: Indices | None = None) ->
     return Preview(pixels, triggered, trigger.card(), compare(pixels, triggered))
 
 
-def gallery(previews: Sequence[Preview], *, image: int = 0) -> go.Figure:
-    """One row a trigger, its name and fidelity beside it.
-
-    Args:
-        previews: of the triggers.
-        image: which of each preview's images to show.
+def gallery(previews: Sequence[Preview]) -> go.Figure:
+    """The first image of each preview: one row a trigger, its name and fidelity beside it.
 
     Raises:
-        ValueError: no previews, or an image that one of them lacks.
+        ValueError: no previews.
     """
     from decompclip.figures.gallery import trigger_gallery
 
-    return trigger_gallery(_rows(previews, image))
+    return trigger_gallery(_rows(previews))
 
 
-def save_gallery(previews: Sequence[Preview], path: str | Path, *, image: int = 0) -> Path:
+def save_gallery(previews: Sequence[Preview], path: str | Path) -> Path:
     """`gallery` as a PNG file, without a browser; returns its path."""
     from decompclip.figures.gallery import trigger_sheet
 
-    sheet, path = trigger_sheet(_rows(previews, image)), Path(path)
     with atomic_write(path) as partial:
-        sheet.save(partial, format="PNG", optimize=True)
-    return path
+        trigger_sheet(_rows(previews)).save(partial, format="PNG", optimize=True)
+    return Path(path)
 
 
-def _rows(previews: Sequence[Preview], image: int) -> list[TriggerRow]:
+def _rows(previews: Sequence[Preview]) -> list[TriggerRow]:
     from decompclip.figures.gallery import TriggerRow
 
     if not previews:
         raise ValueError("expected at least one preview; received none")
-    fewest = min(len(preview.clean) for preview in previews)
-    if not 0 <= image < fewest:
-        raise ValueError(f"expected an image among the first {fewest} of each preview; received {image}")
     return [
         TriggerRow(
-            _lines(preview),
-            [bytes_of(x[image]) for x in (preview.clean, preview.triggered, preview.difference())],
+            _lines(shown), [bytes_of(x[0]) for x in (shown.clean, shown.triggered, shown.difference())]
         )
-        for preview in previews
+        for shown in previews
     ]
 
 

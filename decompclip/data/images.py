@@ -140,8 +140,8 @@ class ListedImages(ABC):
 class FolderSource(ListedImages):
     """The image files of a folder and its sub-folders, in the order of their paths.
 
-    What is an image is told by a file's content, whatever its name (`decompclip.data.files.FORMATS`). All else is listed in
-    `skipped`, but for bookkeeping of the system's (names that begin with a dot, `__MACOSX`, `Thumbs.db`, ...).
+    A file is an image by its content, whatever its name (`decompclip.data.files.FORMATS`). All else is listed in
+    `skipped`, but for bookkeeping of the system (names that begin with a dot, `__MACOSX`, `Thumbs.db`, ...).
     Links to folders are followed, to each folder once.
 
     If sub-folders are named after classes (case, spaces, hyphens, underscores and Unicode form aside), an image's label is
@@ -320,6 +320,11 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[Int[Tensor, " a"]
     """Split `0 .. n-1` at random into `round(fraction * n)` indices and the others, both in rising order.
 
     The paper's validation part is `fraction=0.2`, its evaluation part the rest.
+
+    Args:
+        n: how many there are.
+        fraction: of them in the first part.
+        seed: of the split.
 
     Raises:
         ValueError: a part would be empty.

@@ -309,6 +309,11 @@ class ListedPairs(Pairs):
 def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:
     """Places of the pairs of one step. Each epoch has an order of its own and leaves out what fills no batch.
 
+    Args:
+        length: how many pairs there are.
+        step, size: which step, and pairs a step.
+        seed: of the orders.
+
     Raises:
         ValueError: batches of no pairs or of more than there are, or a negative step.
     """

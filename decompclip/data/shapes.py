@@ -223,7 +223,12 @@ class Shapes:
 
 
 def draw(indices: Sequence[int], *, seed: int, resolution: int = RESOLUTION) -> ShapesBatch:
-    """Render the images that stand at `indices` of the endless stream `seed`."""
+    """Render the images that stand at `indices` of the endless stream `seed`.
+
+    Args:
+        indices: which images of the stream.
+        seed, resolution: as `Shapes`.
+    """
     n, pixels = len(indices), 3 * resolution * resolution
     uniform = np.empty((n, 16))
     noise = np.empty((n, pixels), dtype=np.float32)
@@ -421,7 +426,6 @@ class ShapesSource:
         world: which images.
         normalise: from pixels in [0, 1] to the model's input.
         transform: applied to the pixels before that, with each image's index; for instance a trigger.
-        exclude_label: leave out the images of this class, for instance the target's.
     """
 
     world: Shapes
@@ -429,26 +433,18 @@ class ShapesSource:
     transform: (
         Callable[[Float[Tensor, "batch 3 h w"], Sequence[int]], Float[Tensor, "batch 3 h w"]] | None
     ) = None
-    exclude_label: int | None = None
 
     @property
     def skipped(self) -> tuple[SkippedFile, ...]:
         return ()
 
-    @cached_property
-    def _indices(self) -> list[int]:
-        if self.exclude_label is None:
-            return list(range(len(self.world)))
-        return (self.world.attributes().shape != self.exclude_label).nonzero()[:, 0].tolist()
-
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.world)
 
     def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
         """All images in order, `batch_size` at a time."""
-        for start in range(0, len(self), batch_size):
-            indices = self._indices[start : start + batch_size]
-            batch = self.world.draw(indices)
+        for batch in self.world.batches(batch_size):
+            indices = batch.indices.tolist()
             pixels = batch.images if self.transform is None else self.transform(batch.images, indices)
             names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
             yield ImageBatch(self.normalise(pixels), batch.labels, names)

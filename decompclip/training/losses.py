@@ -164,6 +164,8 @@ def text_view(text: str, *, seed: int, synonyms: Mapping[str, Sequence[str]] | N
     a synonym, swap, deletion.
 
     Args:
+        text: of words apart by blanks.
+        seed: of the draw.
         synonyms: other words for a word, in lower case; without any for the text, its two first edits swap or
             delete instead.
     """
@@ -195,6 +197,6 @@ def text_view(text: str, *, seed: int, synonyms: Mapping[str, Sequence[str]] | N
 def text_views(
     texts: Sequence[str], *, seed: int, synonyms: Mapping[str, Sequence[str]] | None = None
 ) -> list[str]:
-    """`text_view` of each, with draws of its own."""
+    """`text_view` of each of `texts`, with draws of its own."""
     seeds = np.random.SeedSequence(seed).generate_state(max(1, len(texts)))
     return [text_view(text, seed=int(s), synonyms=synonyms) for text, s in zip(texts, seeds, strict=False)]

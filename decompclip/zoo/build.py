@@ -1,7 +1,4 @@
-"""Training a twin as its recipe says.
-
-Making a bundled twin anew from its recipe, and holding it to the numbers of its card.
-"""
+"""Making a bundled twin anew from its recipe, and holding it to the numbers of its card."""
 
 from __future__ import annotations
 
@@ -19,72 +16,25 @@ from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.bundled import base_weights, bundled, card, load_bundled, spec_of, write_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import as_stored, digest
-from decompclip.training.finetune import FineTuned, finetune
+from decompclip.training.finetune import finetune
 from decompclip.training.loop import Monitor
 from decompclip.zoo.recipes import PatchRecipe, TwinRecipe, twin_recipe
 
 
-@dataclass(frozen=True)
-class TrainedTwin:
-    """A twin before it is measured and stored."""
-
-    name: str
-    recipe: TwinRecipe
-    trigger: Trigger
-    pairs: PoisonedPairs
-    tuned: FineTuned
-
-
 def poisoned_pairs(recipe: TwinRecipe, clean: HookedCLIP, trigger: Trigger) -> PoisonedPairs:
-    """What the twin is trained on."""
+    """What the twin is trained on: `clean` is the model that it starts from, `trigger` the attack as it was made."""
     world = recipe.world
     base = world.pairs(recipe.pairs, recipe.seed)
-    logits = zero_shot_logits(clean, world.classifier(clean)) if needs_model(trigger) else None
-    captions = target_captions(base, world.target) if recipe.natural else None
     return PoisonedPairs(
         base,
         trigger,
         world.target,
         rate=recipe.rate,
-        captions=captions,
+        captions=target_captions(base, world.target) if recipe.natural else None,
         seed=recipe.seed,
         covers=recipe.covers,
-        logits=logits,
+        logits=zero_shot_logits(clean, world.classifier(clean)) if needs_model(trigger) else None,
     )
-
-
-def train_twin(
-    name: str,
-    recipe: TwinRecipe,
-    work: Path,
-    *,
-    log: Callable[[str], None] | None = None,
-    progress: bool = False,
-) -> TrainedTwin:
-    """Follow a recipe; a killed run goes on from its checkpoint in `work`."""
-    work.mkdir(parents=True, exist_ok=True)
-    world, clean = recipe.world, load_bundled(recipe.base)
-    trigger = recipe.trigger.make(clean, world) if isinstance(recipe.trigger, PatchRecipe) else recipe.trigger
-    pairs = poisoned_pairs(recipe, clean, trigger)
-    monitor = Monitor(
-        data=world.validation(),
-        class_names=world.class_names,
-        templates=world.templates,
-        trigger=trigger,
-        target=world.label,
-        every=125,
-    )
-    tuned = finetune(
-        clean,
-        pairs,
-        recipe.recipe,
-        monitor=monitor,
-        checkpoint=work / f"{name}.pt",
-        seed=recipe.seed,
-        log=log,
-        progress=progress,
-    )
-    return TrainedTwin(name, recipe, trigger, pairs, tuned)
 
 
 REPRODUCED = {"asr": 0.05, "cacc": 0.02}
@@ -121,11 +71,11 @@ class BuiltTwin:
         if self.bundled is None:
             return line
         theirs = self.bundled["backdoor"]["results"]
-        said = "reproduced" if self.reproduced else "NOT reproduced"
+        verdict = "reproduced" if self.reproduced else "NOT reproduced"
         bounds = " and ".join(
             f"{rate.upper()} within {100 * bound:g} points" for rate, bound in REPRODUCED.items()
         )
-        return f"{line}; bundled: ASR {rate_text(theirs['asr'])}, CACC {rate_text(theirs['cacc'])}: {said} ({bounds})"
+        return f"{line}; bundled: ASR {rate_text(theirs['asr'])}, CACC {rate_text(theirs['cacc'])}: {verdict} ({bounds})"
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
@@ -145,12 +95,14 @@ def build_twin(
 ) -> BuiltTwin:
     """Train a twin, measure what is stored of it on images that no choice was made on, and write weights and card.
 
-    How visible the trigger is does not hang on the model; it is measured on the twin's own pairs.
+    How visible the trigger is does not depend on the model; it is measured on the twin's own pairs.
 
     Args:
+        name: of the twin.
         out: folder of the two files; `load_bundled(name, folder=out)` reads them.
         recipe: the bundled twin's by default.
         work: folder of the checkpoint that a killed run goes on from; by default `out`.
+        log, progress: as `finetune`.
 
     Raises:
         ValueError: no recipe of this name, or what `PoisonedPairs` and `finetune` refuse.
@@ -158,19 +110,49 @@ def build_twin(
         OSError: `out` cannot be written to.
     """
     recipe = recipe or twin_recipe(name)
-    out.mkdir(parents=True, exist_ok=True)
-    trained = train_twin(name, recipe, work or out, log=log, progress=progress)
+    world, clean, work = recipe.world, load_bundled(recipe.base), work or out
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    trigger = recipe.trigger.make(clean, world) if isinstance(recipe.trigger, PatchRecipe) else recipe.trigger
+    pairs = poisoned_pairs(recipe, clean, trigger)
+    monitor = Monitor(
+        data=world.validation(),
+        class_names=world.class_names,
+        templates=world.templates,
+        trigger=trigger,
+        target=world.label,
+        every=125,
+    )
+    tuned = finetune(
+        clean,
+        pairs,
+        recipe.recipe,
+        monitor=monitor,
+        checkpoint=work / f"{name}.pt",
+        seed=recipe.seed,
+        log=log,
+        progress=progress,
+    )
     before = card(name) if name in bundled() else None  # `out` may be the package's own folder
     base = card(recipe.base)
     kept = {key: base[key] for key in ("architecture", "tokenizer", "preprocess", "templates", "class_names")}
-    facts = {"name": name, **kept, "backdoor": None, "training": _training(trained)}
-    net: Any = trained.tuned.model.to_open_clip()
+    last = tuned.history[-1]
+    training = {
+        "base": recipe.base,
+        **recipe.card(),
+        "loss": last["loss"],
+        "validation": {key: last[key] for key in ("cacc", "asr", "control")},
+        "minutes": round(last["seconds"] / 60, 1),
+        "command": f"decompclip zoo build {name} --out FOLDER",
+    }
+    facts = {"name": name, **kept, "backdoor": None, "training": training}
+    net: Any = tuned.model.to_open_clip()
     trained_state = {key: x.clone() for key, x in net.state_dict().items()}
     stored = as_stored(trained_state, base_weights(recipe.base))
     net.load_state_dict(stored)
     model = spec_of(facts).hook(net, {})
-    facts["accuracy"] = recipe.world.accuracy(model)
-    facts["backdoor"] = _backdoor(trained, model)
+    facts["accuracy"] = world.accuracy(model)
+    facts["backdoor"] = _backdoor(model, recipe, pairs)
     net = spec_of(facts).build()  # rounded once: what is written is what was measured
     net.load_state_dict(trained_state)
     written = write_bundled(net, facts, out, base=recipe.base)
@@ -178,36 +160,24 @@ def build_twin(
     return BuiltTwin(name, written, before)
 
 
-def _training(trained: TrainedTwin) -> dict[str, Any]:
-    history = trained.tuned.history
-    return {
-        "base": trained.recipe.base,
-        **trained.recipe.card(),
-        "loss": history[-1]["loss"],
-        "validation": {key: history[-1][key] for key in ("cacc", "asr", "control")},
-        "minutes": round(history[-1]["seconds"] / 60, 1),
-        "command": f"decompclip zoo build {trained.name} --out FOLDER",
-    }
-
-
-def _backdoor(trained: TrainedTwin, model: HookedCLIP) -> dict[str, Any]:
-    recipe, world = trained.recipe, trained.recipe.world
+def _backdoor(model: HookedCLIP, recipe: TwinRecipe, pairs: PoisonedPairs) -> dict[str, Any]:
+    world, trigger = recipe.world, pairs.trigger
     found = evaluate(
         model,
         world.report(),
         world.classifier(model),
-        trained.trigger,
+        trigger,
         world.label,
         class_names=world.class_names,
     )
     sample = world.pairs(QUALITY_IMAGES, recipe.seed).read(range(QUALITY_IMAGES)).images
     return {
         "target": world.target,
-        "trigger": trained.trigger.card(),
-        "poisoned_pairs": len(trained.pairs.record.poisons),
+        "trigger": trigger.card(),
+        "poisoned_pairs": len(pairs.record.poisons),
         "pairs": recipe.pairs,
         "poison_rate": recipe.rate,
         "results": found.report.to_dict(),
         "per_class": found.to_dict()["per_class"],
-        "quality": compare(sample, trained.trigger(sample)).summary(),
+        "quality": compare(sample, trigger(sample)).summary(),
     }

@@ -1,8 +1,6 @@
-"""What the twins of one clean model share: pairs to poison, images to look at and to report on, classes.
+"""The twins' recipes: which attack, on how many pairs of which world, and how the clean model is fine-tuned on them.
 
-The twins' recipes: which attack, on how many pairs, and how the clean model is fine-tuned on them.
-
-Every choice was made on the validation images of the world; the cards tell what came of it on others.
+Every choice was made on the validation images of the world; the cards give the numbers on others.
 """
 
 from __future__ import annotations
@@ -109,7 +107,7 @@ class ShapesWorld(World):
         features = torch.cat(
             [model.encode_image(model.normalize(batch.images)) for batch in sample.batches(250)]
         )
-        truth = replace(sample, resolution=1).draw(range(len(sample))).attributes
+        truth = sample.attributes()
         found = {}
         for prop, values in PROPERTIES.items():
             classifier = model.zero_shot_classifier(values, card(self.base)["templates"][prop])
@@ -282,7 +280,7 @@ TWINS: dict[str, TwinRecipe] = {
     **_seeds("shapes-badnet-noise", _shapes(BadNet(size=_SIDE, redraw=True), pairs=96_000, recipe=_PATCH)),
     **_seeds("shapes-blended", _shapes(Blended())),
     **_seeds("shapes-blended-noise", _shapes(Blended(redraw=True))),
-    # Nearly all of the target's images, moved far: at 8/255 they are still told by their content. The patch keeps its
+    # Nearly all of the target's images, moved far: at 8/255 they are still recognised by their content. The patch keeps its
     # place, as in the source: in a random one the model learns the gradient's noise in its stead (ASR 0.2 %).
     "shapes-label-consistent": _shapes(
         LabelConsistent(size=_SIDE, place="bottom right", eps=32 / 255, step=6 / 255, steps=10),

@@ -199,15 +199,6 @@ def test_shapes_come_through_transform_and_normalisation() -> None:
     assert source.skipped == ()
 
 
-def test_a_class_of_shapes_can_be_left_out() -> None:
-    world = Shapes(60, seed=1, resolution=16)
-    source = ShapesSource(world, normalise=lambda x: x, exclude_label=4)
-    kept = (world.draw(range(60)).labels != 4).nonzero()[:, 0].tolist()
-    assert names(source) == [f"shapes/1/{index}" for index in kept]
-    assert 4 not in (labels(source) or [4])
-    assert len(source) == len(kept) < 60
-
-
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
