@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def way() -> list[str]:
     return sorted(found)
 
 
-def _go(model: HookedCLIP, images: Tensor, labels: Tensor, classifier: Tensor) -> None:
+def _go(model: HookedCLIP, images: Tensor, labels: Any, classifier: Tensor) -> None:
     edit = MeanAblate(mlps[-5:], Moments.fit(model, [images]))
     data = DecomposedImages(model.decompose(images), labels)
     evaluate(edit, data, classifier).figure()

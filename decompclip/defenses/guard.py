@@ -12,13 +12,15 @@ serving the model unrepaired. `guard.json` is written last.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.components import heads
@@ -41,6 +43,7 @@ from decompclip.results import Result
 if TYPE_CHECKING:
     import pandas as pd
 
+P = ParamSpec("P")
 
 PASSED = (
     *("visual", "text", "cfg", "name", "provenance", "device", "dtype"),
@@ -286,25 +289,20 @@ def load_guard(folder: str | Path, **options: Any) -> Guard:
     return Guard(model, REPAIRS[about["repair"]].load(path, model))
 
 
-if TYPE_CHECKING:
-    from decompclip.models.loading import load
-else:
-    # A guard stands in a model's place, so that type checkers see what `load` of names and files gives, with its options.
-    def load(name: str | Path | nn.Module, **options: Any) -> HookedCLIP | Guard:
-        """A model by name, path or from memory, as `decompclip.models.loading.load`; or a folder of `save_guard`.
+def _or_guard(load: Callable[P, HookedCLIP]) -> Callable[P, HookedCLIP]:
+    """`load` that opens folders of `save_guard` too. A guard stands in a model's place, for type checkers as well."""
 
-        Such a folder gives a `Guard`; its `encode_image` is repaired.
+    @wraps(load)
+    def either(*args: P.args, **options: P.kwargs) -> HookedCLIP:
+        name = args[0] if args else options.get("name")
+        if isinstance(name, str | Path) and (Path(name) / GUARD).is_file():
+            return cast(HookedCLIP, load_guard(*args, **options))  # pyright: ignore[reportCallIssue]
+        return load(*args, **options)
 
-        Args:
-            name: also a folder that `save_guard` or `decompclip repair` wrote.
-            options: `pretrained`, `checkpoint`, `activation`, `text`, `tokenizer`, `device`, `dtype`, ... of that function.
+    return either
 
-        Raises:
-            As `decompclip.models.loading.load`; ValueError: a repair that was changed, or is another model's.
-        """
-        if isinstance(name, nn.Module) or not (Path(name) / GUARD).is_file():
-            return load_model(name, **options)
-        return load_guard(name, **options)
+
+load = _or_guard(load_model)
 
 
 class AtRandom:

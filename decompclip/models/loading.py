@@ -142,7 +142,7 @@ def load(
             the path of a folder with a `CLIPModel` or `SiglipModel` of Hugging Face transformers, their image
             towers alone, or a model of open_clip's; of a file of weights whose architecture its shapes tell; or a model of
             open_clip's or transformers' in memory, which is left as it is. Names are found whatever their case,
-            hyphens and underscores.
+            hyphens and underscores. `decompclip.load` takes folders of `save_guard` too, and gives a `Guard`.
         pretrained: one of open_clip's tags for that architecture, downloaded if need be; `"random"` for seeded
             random weights.
         checkpoint: local weights instead: safetensors, torch's format as open_clip, CleanCLIP, BadCLIP and RoCLIP

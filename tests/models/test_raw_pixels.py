@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 import decompclip
 from decompclip.data.shapes import Shapes
-from decompclip.models.clip import RawPixels
+from decompclip.models.preprocessing import RawPixels
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
