@@ -17,6 +17,8 @@ from typing import TypeGuard
 
 import pytest
 
+from tests.mutants import EQUIVALENT, ROOMS
+
 ROOT = Path(__file__).resolve().parent.parent
 BELOW = "tower decomposition models data"
 MEASURED = f"{BELOW} operators evaluation"
@@ -352,3 +354,10 @@ def test_a_room_has_at_most_two_circles_of_two() -> None:
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
     assert circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_what_mutants_are_made_of_is_there() -> None:
+    for room in ROOMS.values():
+        assert all(list(ROOT.glob(pattern)) for pattern in (*room.sources, *room.tests)), room
+    for path, before, _ in EQUIVALENT:
+        assert before in (ROOT / path).read_text(encoding="utf-8"), path
