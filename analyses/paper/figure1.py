@@ -58,7 +58,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def finding(record: Mapping[str, Any]) -> str:
-    """Falls of ASR minus control, by extent of the trigger: the claim is a crossing of the four."""
+    """Falls of ASR minus control, by extent of the trigger: the claim is an interaction of the four."""
     models, facts = record["found"]["models"], record["models"]
     falls = {}
     for extent in ("local", "global"):

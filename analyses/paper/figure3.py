@@ -72,7 +72,7 @@ def measure(case: Case, config: Config, *, keep_picture: bool) -> dict[str, Any]
 
 
 def maps(case: Case, config: Config, *, keep_picture: bool) -> dict[str, Any]:
-    """Of one image and its twin: contributions by patch, the patches that the trigger touches, and pictures.
+    """Of one image without and with the trigger: contributions by patch, the patches that the trigger touches, and pictures.
 
     Raises:
         ValueError: there is no such image.

@@ -7,8 +7,8 @@ Expected:  Decomp-Det 0.92 to 0.99, the three others 0.63 to 0.89.
 Measured:  mean AUROC: agnostic 0.996, STRIP 0.946, Decomp-Det 0.800 and 0.845.
 Writes:    analyses/results/FAMILY/table2.json, table2.png
 
-Clean images of other classes than the target, against their triggered twins; higher is more suspicious for every detector. The
-control puts other clean images in the place of the twins. `--detectors` takes any of `decompclip.DETECTORS`; all of them on
+Clean images of other classes than the target, against the same images with the trigger; higher is more suspicious for every detector. The
+control puts other clean images in the place of the triggered ones. `--detectors` takes any of `decompclip.DETECTORS`; all of them on
 the whole zoo are in the leaderboard (`python -m analyses.leaderboard`).
 """
 
@@ -25,7 +25,7 @@ from analyses.paper.published import SETTING, TABLE2
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, markdown, mean, over_seeds, said
+from analyses.study.summary import by_attack, interval_text, markdown, mean, over_seeds
 from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
 from decompclip.defenses.detectors import DETECTORS
@@ -93,7 +93,11 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         for d in _detectors(record)
     }
     panel = Panel(
-        "clean images against their triggered twins", "AUROC (0.5 is chance)", points, (-0.03, 1.03), 0.5
+        "clean images against the same images with the trigger",
+        "AUROC (0.5 is chance)",
+        points,
+        (-0.03, 1.03),
+        0.5,
     )
     return {"auroc": point_panels(rows, [panel])}
 
@@ -106,7 +110,7 @@ def table(record: Mapping[str, Any]) -> str:
         cells = [attack, record["models"][names[0]]["kind"]]
         for detector in detectors:
             theirs = TABLE2.get(attack, {}).get(detector)
-            ours = said(over_seeds([models[n][detector]["auroc"] for n in names], 1), 3)
+            ours = interval_text(over_seeds([models[n][detector]["auroc"] for n in names], 1), 3)
             cells.append(ours + (f"; paper {theirs:.3f}" if theirs else ""))
         rows.append(cells)
     for label, key in (("mean", "auroc"), ("control", "control")):

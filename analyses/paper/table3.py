@@ -9,7 +9,7 @@ Writes:    analyses/results/FAMILY/table3.json, table3.png
 
 The paper's groups of three of twelve heads stand at the start, middle and end of the last layer, here too. Every row
 replaces terms by their means; random heads are as many as are flagged in the image. In the row of Decomp-Reverse clean images
-carry the flagged terms of their twins: its ASR is of those, its CACC too. The paper's "fixed" CACC is not valid (docs/method.md, section 8).
+carry the flagged terms of the same images with the trigger: its ASR is of those, its CACC too. The paper's "fixed" CACC is not valid (docs/method.md, section 8).
 """
 
 from __future__ import annotations

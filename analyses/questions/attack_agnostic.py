@@ -12,7 +12,7 @@ the leaderboard's first seed sees); here they are measured on images that nothin
 
 Detection: each view of `AgnosticDet` alone; how odd an image is by the three distances together; that or how much was written
 (what was settled on); the largest of all four; and the distances of all heads and MLPs, one by one, combined by a Mahalanobis distance.
-Repair, all at a clean budget of 1 %: where the story changes (what was settled on); everything after the first half of the
+Repair, all at a clean budget of 1 %: where contributions turn from what the class lets expect (what was settled on); everything after the first half of the
 layers, in images that are flagged; and the heads and MLPs that are flagged themselves, replaced by their means.
 """
 
@@ -45,9 +45,11 @@ TITLE = "Without a hint: designs of detection and repair"
 
 SETTLED = "odd, or much written"
 DETECTION = (*VIEWS, "odd", SETTLED, "largest of the four", "components")
+TURN = "where the story changes"  # as stored results call it
+SHOWN = {TURN: "where contributions turn"}
 REPAIR = (
     "none",
-    "where the story changes",
+    TURN,
     "after the first half",
     "flagged components",
     "paper, right hint",
@@ -82,7 +84,7 @@ def repaired(
 ) -> Iterator[tuple[str, Decomposition]]:
     """Every design of repair on the same images."""
     yield "none", d
-    yield "where the story changes", repair(d)
+    yield TURN, repair(d)
     detector = repair.detector_
     flagged = detector.predict(d, fpr=BUDGET)
     cut = detector.expected_.cut
@@ -129,9 +131,13 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         values = [[models[n]["auroc"][design] for n in names] for names in attacks.values()]
         series[design] = [Point(mean(v), min(v), max(v)) if len(v) > 1 else Point(v[0]) for v in values]
     panel = Panel(
-        "clean images against their triggered twins", "AUROC (0.5 is chance)", series, (-0.03, 1.03), 0.5
+        "clean images against the same images with the trigger",
+        "AUROC (0.5 is chance)",
+        series,
+        (-0.03, 1.03),
+        0.5,
     )
-    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR)}
+    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR, SHOWN)}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -147,7 +153,7 @@ def table(record: Mapping[str, Any]) -> str:
         right = [100 * m["right"][design] for m in models if design in m["right"]]
         fixed.append(
             [
-                design,
+                SHOWN.get(design, design),
                 f"{mean(asr):.1f} ({max(asr):.1f})",
                 f"{mean(cacc):.1f} ({min(cacc):.1f})",
                 f"{mean(right):.1f}" if right else "",
@@ -161,10 +167,8 @@ def finding(record: Mapping[str, Any]) -> str:
     areas = {design: mean(m["auroc"][design] for m in models) for design in DETECTION}
     best = max(areas, key=areas.__getitem__)
     fpr = [100 * m["fpr_at_5"] for m in models]
-    ours, theirs = (mean(excess(m[row]) for m in models) for row in ("where the story changes", REPAIR[-1]))
-    cacc = [
-        mean(100 * m[row]["cacc"]["value"] for m in models) for row in ("where the story changes", REPAIR[-1])
-    ]
+    ours, theirs = (mean(excess(m[row]) for m in models) for row in (TURN, REPAIR[-1]))
+    cacc = [mean(100 * m[row]["cacc"]["value"] for m in models) for row in (TURN, REPAIR[-1])]
     return (
         f"{SETTLED[0].upper()}{SETTLED[1:]} finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models "
         f"{min(m['auroc'][SETTLED] for m in models):.3f}), the best design here is {best} ({areas[best]:.3f}); oddness alone {areas['odd']:.3f}. At a "

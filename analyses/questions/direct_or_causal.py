@@ -169,7 +169,7 @@ def finding(record: Mapping[str, Any]) -> str:
         f"Direct and causal effects of single components correlate at {whole} over all parts (mean and range over {len(models)} models), at "
         f"{late} over heads of the last third, and at {of_mlps} over MLPs: the direct effect {'can' if models and _mean_of(models) > 0.8 else 'cannot'} "
         f"stand for the causal one. Attack success over its control, in points, is left as follows: {'; '.join(gaps)}. Without all heads in a "
-        f"real forward pass {causal:.0f} % of clean images are told right: whole kinds ablated causally break the model rather than "
+        f"real forward pass {causal:.0f} % of clean images are classified right: whole kinds ablated causally break the model rather than "
         "its backdoor. Resampled in place of mean ablation would keep the stream on its manifold and could change that."
     )
 

@@ -7,7 +7,7 @@ Expected:  if a trigger keeps to heads or to MLPs, a mixed set does no better th
 Measured:  without the 16 strongest of 54 components 97.3 points become 6.0; without 16 others of their kinds 97.8.
 Writes:    analyses/results/FAMILY/infected_set.json, infected_set.png
 
-Components are ordered by how far their terms pull triggered images toward the target, measured on the images that means are fitted on;
+Components are ordered by what their terms contribute to the target on triggered images, measured on the images that means are fitted on;
 their terms are then replaced by clean means, the strongest 1, 2, 4, ... together, on the reported images (direct effect). Thin lines:
 as many components of the same kinds, drawn from the others, mean of five draws.
 """
@@ -56,7 +56,7 @@ class Config:
 
 @torch.no_grad()
 def ordered(case: Case) -> list[Part]:
-    """Components by their pull toward the target, the strongest first, on the images to fit on."""
+    """Components by their contribution to the target, the strongest first, on the images to fit on."""
     clean = case.terms("fit")
     triggered = case.member.trigger(case.fit, FRESH + torch.arange(len(case.fit)))
     terms = Decomposition.cat(
@@ -174,7 +174,7 @@ def finding(record: Mapping[str, Any]) -> str:
         else "no number tried"
     )
     return (
-        f"Without the {sizes[place]} components of {models[0]['components']} that pull most, attack success over its control goes from {before:.1f} to "
+        f"Without the {sizes[place]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before:.1f} to "
         f"{after:.1f} points at {lost:.1f} points of CACC, mean over {len(models)} models; without {sizes[place]} others of the same kinds {others:.1f} are left, at "
         f"{lost_others:.1f}. Half of it is gone in {len(halves)} of {len(models)} models, at {gone}. The set holds both heads and MLPs in {mixed} of them: a backdoor "
         "keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."

@@ -4,11 +4,11 @@ Paper:     He et al. (2025), Finding 1, of local *structured* patches against gl
 Command:   python -m analyses.local_or_structured --model-family shapes
 Run time:  about 3 minutes, one thread.
 Expected:  if the paper's reading is right, extent decides; structure alone could explain its data too.
-Measured:  extent +12.5 points of the push, structure -8.2: both count.
+Measured:  extent +12.5 points of the contribution, structure -8.2: both count.
 Writes:    analyses/results/FAMILY/local_or_structured.json, local_or_structured.png
 
 Four kinds of trigger (local or global, one fixed pattern or noise drawn anew for each image), three seeds of training each.
-Measured on each twin: the share of the push toward the target that heads write themselves (the rest is MLPs'), and how much more
+Measured on each twin: the share of the contribution toward the target that heads make themselves (the rest is MLPs'), and how much more
 of the attack is left without MLPs than without heads. Effects are differences of means over the 2 x 2, with 95 % intervals of
 Student's t over seeds (pooled variance).
 """
@@ -37,7 +37,7 @@ from decompclip.operators.ablation import MeanAblate
 TITLE = "Local or structured: what decides whether heads or MLPs carry a trigger?"
 
 MEASURES = {
-    "share": "share of the push toward the target that heads write, %",
+    "share": "share of the contribution toward the target that heads make, %",
     "gap": "attack left without MLPs less without heads, points",
 }
 EFFECTS = {"extent": "local less global", "structure": "structured less noise", "both": "interaction"}
@@ -50,12 +50,12 @@ class Config:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Push of heads and MLPs, layer by layer, and attack success without either."""
+    """Contribution of heads and MLPs, layer by layer, and attack success without either."""
     direction = case.classifier[case.target] - case.classifier[
         torch.arange(len(case.classifier)) != case.target
     ].mean(0)
     clean, triggered = (case.terms(part, "centred")[case.others] for part in ("clean", "triggered"))
-    pushed = {
+    contributions = {
         "heads": ((triggered.heads - clean.heads).sum(2) @ direction).mean(0),
         "mlps": ((triggered.mlps - clean.mlps) @ direction).mean(0),
     }
@@ -68,9 +68,9 @@ def measure(case: Case) -> dict[str, Any]:
             "mlps": MeanAblate(mlps, moments),
         }.items()
     }
-    total = {kind: float(values.sum()) for kind, values in pushed.items()}
+    total = {kind: float(values.sum()) for kind, values in contributions.items()}
     return {
-        "push": {kind: [round(x, 5) for x in values.tolist()] for kind, values in pushed.items()},
+        "push": {kind: [round(x, 5) for x in values.tolist()] for kind, values in contributions.items()},
         "left": left,
         "share": 100 * total["heads"] / (total["heads"] + total["mlps"]),
         "gap": left["mlps"] - left["heads"],
@@ -135,7 +135,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         panels.append(
             Panel(unit, "%" if key == "share" else "points", series, line=50.0 if key == "share" else 0.0)
         )
-    return {"crossing": point_panels(rows, panels)}
+    return {"kinds": point_panels(rows, panels)}
 
 
 def table(record: Mapping[str, Any]) -> str:

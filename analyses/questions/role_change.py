@@ -7,7 +7,7 @@ Expected:  texts of infected MLPs, the late ones, and of many infected heads cha
 Measured:  late MLPs and last heads lose 0.13 of similarity; of 152 heads 55 lose next to nothing, 56 more than 0.2.
 Writes:    analyses/results/FAMILY/role_change.json, role_change.png
 
-TEXTSPAN describes each last-layer head and each of the last five MLPs on clean images and on their triggered twins; measured is
+TEXTSPAN describes each last-layer head and each of the last five MLPs on images without and with the trigger; measured is
 how near the two sets of texts are (mean cosine to the nearest of the other set, pool's mean taken off), and what share of the
 triggered terms' variance the clean texts' span explains. Beside them, as a control, two halves of the clean images.
 """
@@ -46,14 +46,14 @@ class Config:
 
 
 def measure(case: Case, config: Config) -> list[dict[str, Any]]:
-    """One row a component: both measures for twins and for halves of clean images."""
+    """One row a component: both measures for paired images and for halves of clean images."""
     found = words(case, late(case.terms("clean", "centred").n_layers), n_texts=config.n_texts)
     rows = []
     for before, after, first, second in zip(
         found.clean, found.triggered, found.first, found.second, strict=True
     ):
         options = {"pool": found.pool.features, "draws": config.draws, "seed": config.seed}
-        twins, halves = role_change(before, after, **options), role_change(first, second, **options)
+        paired, halves = role_change(before, after, **options), role_change(first, second, **options)
         part = before.part
         terms = {
             name: d.heads[:, part.layer, part.head] if part.kind == "heads" else d.mlps[:, part.layer]
@@ -64,12 +64,12 @@ def measure(case: Case, config: Config) -> list[dict[str, Any]]:
                 "kind": part.kind,
                 "layer": part.layer,
                 "head": part.head,
-                "similarity": round(twins.similarity.value, 4),
-                "chance": twins.similarity.chance,
+                "similarity": round(paired.similarity.value, 4),
+                "chance": paired.similarity.chance,
                 "similarity_halves": round(halves.similarity.value, 4),
                 "explained": round(_share(before.directions, terms["triggered"]), 4),
                 "explained_halves": round(_share(first.directions, terms["second"]), 4),
-                "shared": len(twins.shared),
+                "shared": len(paired.shared),
             }
         )
     return rows
@@ -92,7 +92,7 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 
 def change(rows: list[dict[str, Any]], kind: str, key: str) -> float:
-    """By how much twins are less alike than halves of the clean images, mean over components."""
+    """By how much paired images are less alike than halves of the clean images, mean over components."""
     return mean(row[f"{key}_halves"] - row[key] for row in rows if row["kind"] == kind)
 
 
@@ -111,14 +111,20 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
                     Point(mean(values), min(values), max(values)) if len(values) > 1 else Point(values[0])
                 )
             series[label] = points
-        panels.append(Panel(title, "halves of clean images less twins", series, line=0.0))
+        panels.append(Panel(title, "halves of clean images less paired images", series, line=0.0))
     return {"change": point_panels(rows, panels)}
 
 
 def table(record: Mapping[str, Any]) -> str:
     head = ["attack", "trigger"]
     for label in KINDS.values():
-        head += [f"{label}: similarity, twins", "halves", "explained, twins", "halves", "texts shared"]
+        head += [
+            f"{label}: similarity, paired images",
+            "halves",
+            "explained, paired images",
+            "halves",
+            "texts shared",
+        ]
     rows = [head]
     models = record["found"]["models"]
     for attack, names in by_attack(record).items():
@@ -135,7 +141,7 @@ def table(record: Mapping[str, Any]) -> str:
 def finding(record: Mapping[str, Any]) -> str:
     models, facts = record["found"]["models"], record["models"]
 
-    def said(kind: str, key: str, extent: str = "") -> dict[str, Any]:
+    def interval_text(kind: str, key: str, extent: str = "") -> dict[str, Any]:
         return mean_interval(
             [
                 change(rows, kind, key)
@@ -148,7 +154,7 @@ def finding(record: Mapping[str, Any]) -> str:
         ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
         return f"{found['value']:.2f}{ends}"
 
-    of_heads, of_mlps = said("heads", "similarity"), said("mlps", "similarity")
+    of_heads, of_mlps = interval_text("heads", "similarity"), interval_text("mlps", "similarity")
     gaps = [change(r, "heads", "similarity") - change(r, "mlps", "similarity") for r in models.values()]
     gap = mean_interval(gaps)
     lost = [
@@ -165,7 +171,7 @@ def finding(record: Mapping[str, Any]) -> str:
         f"{words_of(gap)} more than MLPs. {kept} of {len(lost)} heads keep their role (lose {KEPT} at most), {changed} change it (lose more than "
         f"{CHANGED}). That late MLPs' texts change while some heads keep their roles and others do not, Finding 3, "
         f"{'shows' if shows else 'does not show'} in this measure. Explained variance falls by "
-        f"{words_of(said('heads', 'explained'))} and {words_of(said('mlps', 'explained'))}. The pool of texts, and how many are picked, could "
+        f"{words_of(interval_text('heads', 'explained'))} and {words_of(interval_text('mlps', 'explained'))}. The pool of texts, and how many are picked, could "
         "change the sizes; two halves of the same images show how far."
     )
 

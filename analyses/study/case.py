@@ -74,12 +74,12 @@ class Case:
 
     @property
     def others(self) -> Bool[Tensor, " image"]:
-        """Which of `clean` are not of the target's class: attack success is counted on their twins."""
+        """Which of `clean` are not of the target's class: attack success is counted on these with the trigger."""
         return self.labels != self.target
 
     @cached_property
     def triggered(self) -> Float[Tensor, "image 3 h w"]:
-        """Twins of `clean`, image by image."""
+        """`clean` with the trigger, image by image."""
         return self.member.trigger(self.clean, FRESH + torch.arange(len(self.clean)))
 
     def images(self, part: Part) -> Float[Tensor, "image 3 h w"]:

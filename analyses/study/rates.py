@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analyses.study.summary import by_attack, markdown, over_seeds, said
+from analyses.study.summary import by_attack, interval_text, markdown, over_seeds
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 
 RATES = {"asr": "attack success", "control": "control", "cacc": "clean accuracy"}
@@ -21,15 +21,20 @@ def points(record: Mapping[str, Any], names: Sequence[str], setting: str, rate: 
     return over_seeds(rates) if rates else None
 
 
-def rates_figure(record: Mapping[str, Any], settings: Sequence[str]) -> Any:
-    """A row an attack, a panel a rate, a series a setting."""
+def rates_figure(
+    record: Mapping[str, Any], settings: Sequence[str], labels: Mapping[str, str] | None = None
+) -> Any:
+    """A row an attack, a panel a rate, a series a setting; `labels` for those that are shown by another name."""
     attacks = by_attack(record)
     rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
     panels = [
         Panel(
             title,
             "images, %",
-            {s: [points(record, names, s, rate) for names in attacks.values()] for s in settings},
+            {
+                (labels or {}).get(s, s): [points(record, names, s, rate) for names in attacks.values()]
+                for s in settings
+            },
             PERCENT,
         )
         for rate, title in RATES.items()
@@ -48,7 +53,7 @@ def rates_table(
             found = [points(record, names, setting, rate) for rate in RATES]
             if all(point is None for point in found):
                 continue
-            cells = ["" if point is None else said(point) for point in found]
+            cells = ["" if point is None else interval_text(point) for point in found]
             row = [attack, record["models"][names[0]]["kind"], setting, *cells]
             if published:
                 theirs = published.get(attack, {}).get(setting)

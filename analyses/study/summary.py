@@ -39,7 +39,7 @@ def rate(value: Mapping[str, Any]) -> str:
     return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
-def said(point: Point, digits: int = 1) -> str:
+def interval_text(point: Point, digits: int = 1) -> str:
     """`94.8 (93.0..95.9)` over seeds, `94.8 [93.0, 95.9]` over images."""
     text = f"{point.value:.{digits}f}"
     if point.low is None or point.high is None:

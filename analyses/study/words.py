@@ -39,7 +39,7 @@ class Words:
     """Descriptions of the same components on several sets of images.
 
     Attributes:
-        clean, triggered: of twins, none of the target's class.
+        clean, triggered: of paired images, none of the target's class.
         first, second: of two halves of the clean images: what changes between them is chance.
         sets: the terms of the four, for what is to be explained.
     """

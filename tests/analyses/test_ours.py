@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""Our own questions: effects of a crossing by hand, direct beside causal, roles, activations, times."""
+"""Our own questions: effects of a trigger grid by hand, direct beside causal, roles, activations, times."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_effects_are_those_of_a_linear_model() -> None:
         assert found[name].high == pytest.approx(2 * (beta[k] + stats.t.ppf(0.975, 8) * error[k]))
 
 
-def test_the_crossing_needs_all_four_kinds() -> None:
+def test_the_grid_of_triggers_needs_all_four_kinds() -> None:
     with pytest.raises(ValueError, match=r"fewer of 'local, noise'.*--model-family shapes"):
         record(local_or_structured, ("BadNet", "Blended"))
 
 
-def test_pushes_and_what_is_left() -> None:
+def test_contributions_and_what_is_left() -> None:
     found = local_or_structured.measure(FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES))
     case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
     towards = case.classifier[case.target] - case.classifier[torch.arange(12) != case.target].mean(0)
@@ -131,17 +131,17 @@ def test_finding_3_has_two_ends() -> None:
             for kind, lost in (*(("heads", x) for x in heads), ("mlps", mlps))
         ]
 
-    def said(heads: tuple[float, ...], mlps: float) -> str:
+    def interval_text(heads: tuple[float, ...], mlps: float) -> str:
         models = {name: model(heads, mlps + 0.01 * i) for i, name in enumerate("abc")}
         facts = {name: {"kind": "local, noise"} for name in "abc"}
         return role_change.finding({"models": facts, "found": {"models": models}})
 
-    mixed = said((0.0, 0.04, 0.3), 0.3)
+    mixed = interval_text((0.0, 0.04, 0.3), 0.3)
     assert "6 of 9 heads keep their role" in mixed and "3 change it" in mixed
     assert "Finding 3, shows" in mixed
-    assert "Finding 3, does not show" in said((0.0, 0.0, 0.0), 0.3)
-    assert "Finding 3, does not show" in said((0.3, 0.3, 0.3), 0.3)
-    assert "Finding 3, does not show" in said((0.0, 0.04, 0.3), -0.01)
+    assert "Finding 3, does not show" in interval_text((0.0, 0.0, 0.0), 0.3)
+    assert "Finding 3, does not show" in interval_text((0.3, 0.3, 0.3), 0.3)
+    assert "Finding 3, does not show" in interval_text((0.0, 0.04, 0.3), -0.01)
 
 
 # The gap of Base-Decomp, and times
@@ -177,7 +177,7 @@ def test_times_are_ratios_to_a_plain_forward() -> None:
 # Infected set
 
 
-def test_the_strongest_pull_and_carry_the_backdoor() -> None:
+def test_the_strongest_contribute_and_carry_the_backdoor() -> None:
     found = record(infected_set, ("shapes-sig",), sizes=(0, 8, 54), draws=2)
     model = found["found"]["models"]["shapes-sig"]
     assert len(model["order"]) == len(set(model["order"])) == model["components"] == 54
@@ -191,7 +191,7 @@ def test_the_strongest_pull_and_carry_the_backdoor() -> None:
     assert "| SIG | global, structured |" in infected_set.table(found)
 
 
-def test_components_are_ordered_by_their_pull() -> None:
+def test_components_are_ordered_by_their_contribution() -> None:
     case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
     order = infected_set.ordered(case)
     others = torch.arange(12) != case.target

@@ -49,7 +49,7 @@ def test_a_family_has_its_twins_attack_by_attack() -> None:
         open_family("imagenet")
 
 
-def test_a_case_has_twins_that_differ_by_the_trigger_alone() -> None:
+def test_a_case_has_paired_images_that_differ_by_the_trigger_alone() -> None:
     case = FAMILY.case(TWO[0], images=40)
     changed = (case.triggered != case.clean).flatten(1).sum(1)
     assert (changed > 0).all()

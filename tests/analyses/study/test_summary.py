@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from analyses.study.rates import excess, rates_table
-from analyses.study.summary import by_attack, curve, groups, over_seeds, said
+from analyses.study.summary import by_attack, curve, groups, interval_text, over_seeds
 
 
 def rate(value: float, low: float = 0.0, high: float = 1.0) -> dict[str, float]:
@@ -19,8 +19,8 @@ def record(attacks: dict[str, tuple[str, str]]) -> dict:
 
 
 def test_one_model_has_its_interval_and_several_their_range() -> None:
-    assert said(over_seeds([rate(0.5, 0.4, 0.6)])) == "50.0 [40.0, 60.0]"
-    assert said(over_seeds([rate(0.5), rate(0.7)])) == "60.0 (50.0..70.0)"
+    assert interval_text(over_seeds([rate(0.5, 0.4, 0.6)])) == "50.0 [40.0, 60.0]"
+    assert interval_text(over_seeds([rate(0.5), rate(0.7)])) == "60.0 (50.0..70.0)"
 
 
 def test_curves_are_means_with_their_range() -> None:
