@@ -158,7 +158,7 @@ def threshold(record: Mapping[str, Any]) -> tuple[float, float, float]:
     return (clean + backdoored) / 2, clean, backdoored
 
 
-def interval_text(run: Mapping[str, Any], lead: float) -> str | None:
+def suspected(run: Mapping[str, Any], lead: float) -> str | None:
     """The class that a scan at this threshold suspects; None where it suspects none."""
     best = max(run["probes"].values(), key=lambda probe: probe["lead"][1])
     return best["classes"][0]["name"] if best["lead"][1] > lead else None
@@ -173,20 +173,20 @@ def table(record: Mapping[str, Any], lead: float) -> str:
             value, low, high = probe["lead"]
             first = probe["classes"][0]["name"]
             cells.append(f"{first} {value:.2f} [{low:.2f}, {high:.2f}]")
-        rows.append([f"`{name}`", run["target"] or "–", *cells, interval_text(run, lead) or "–"])
+        rows.append([f"`{name}`", run["target"] or "–", *cells, suspected(run, lead) or "–"])
     return markdown(rows)
 
 
 def finding(record: Mapping[str, Any], lead: float) -> str:
     runs = list(record["runs"]["reported"].values())
     bad, clean = ([r for r in runs if (r["target"] is not None) is wanted] for wanted in (True, False))
-    hits = Rate(sum(interval_text(r, lead) == r["target"] for r in bad), len(bad))
-    wrong = sum(interval_text(r, lead) not in (None, r["target"]) for r in bad)
-    alarms = Rate(sum(interval_text(r, lead) is not None for r in clean), len(clean))
+    hits = Rate(sum(suspected(r, lead) == r["target"] for r in bad), len(bad))
+    wrong = sum(suspected(r, lead) not in (None, r["target"]) for r in bad)
+    alarms = Rate(sum(suspected(r, lead) is not None for r in clean), len(clean))
     missed = [
         name
         for name, r in record["runs"]["reported"].items()
-        if r["target"] and interval_text(r, lead) != r["target"]
+        if r["target"] and suspected(r, lead) != r["target"]
     ]
     first = sum(any(p["rank"] == 1 for p in r["probes"].values()) for r in bad)
     return (

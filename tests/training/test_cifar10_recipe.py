@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from analyses.training.cifar10_recipe import (
+from analyses.training.train_cifar10 import (
     CLASSES,
     MEAN,
     PATCH,
