@@ -325,6 +325,7 @@ def test_no_gradient_no_hook_and_no_edit_is_left(tower: HookedViT, images: Tenso
     edited = d.edit(mlps=2 * d.mlps)
     assert edited.target is None
     assert edited.token_terms is d.token_terms
+    assert d.edit(coords=2 * d.coords).token_terms is None  # they would no longer sum to the heads
     torch.testing.assert_close(edited.features, d.features + d.mlps.sum(1))
 
 

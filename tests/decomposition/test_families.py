@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_terms_and_tokens_sum(
         assert torch.allclose(tokens.sum(1), d.heads[:, layer, head], atol=1e-12)
         assert torch.allclose(d.token_logits(texts, layer, head), tokens @ texts.T, atol=1e-12)
         assert torch.allclose(d.attention(layer, head).sum(1), torch.ones(5, dtype=torch.float64))
+
+
+class Shifts(torch.nn.Module):
+    """Stands in for timm's relative positions."""
+
+    def get_bias(self) -> Tensor:
+        return torch.randn(1, 4, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("chosen", [True, heads[:, 1] | heads[2, 3]])
+def test_relative_positions_count_where_attention_is_made_again(
+    make_tower: MakeTower, images: Tensor, chosen: Any
+) -> None:
+    visual = make_tower(dtype=torch.float64)
+    for block in visual.blocks:
+        block.attn.rel_pos = Shifts()  # pyright: ignore
+    d = decompose(visual, images.double(), tokens=chosen)
+    assert torch.allclose(d.tokens(1, 1).sum(1), d.heads[:, 1, 1], atol=1e-12)
+    _, cache = visual.run_with_cache(images.double())
+    assert torch.allclose(d.attention(1, 1), cache["pattern", 1][:, 1, 0], atol=1e-12)
 
 
 def test_conventions_differ_in_the_bookkeeping_alone(family: HookedViT, images: Tensor) -> None:

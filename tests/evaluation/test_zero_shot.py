@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jaxtyping
+import open_clip
 import pytest
 import torch
 from torch import Tensor, tensor
 from torch.nn import functional as F
 
-from decompclip.models.zero_shot import zero_shot_classifier
+from decompclip.models.zero_shot import causal, encode_prompts, zero_shot_classifier
 
 NAMES = ["cat", "dog", "teapot", "{}", "eel"]
 TEMPLATES = ["a {}", "{not} a photo of a {} or a drawing of a {}", lambda name: f"{name}!"]
@@ -90,3 +91,19 @@ def test_wrong_input_is_named(
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=words):
         zero_shot_classifier(encode, tokenize, names, templates)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", [{}, {"pool_type": "eos", "eos_id": 49}])
+def test_what_stands_behind_the_end_is_left_out(pooling: dict) -> None:
+    vision = {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16}
+    words = {"context_length": 40, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2, **pooling}
+    text = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=words).eval().double()  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in text.parameters():  # positions too, which open_clip starts near zero
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    tokens = torch.randint(1, 49, (3, 40), generator=generator)
+    for row, end in enumerate((4, 9, 6)):
+        tokens[row, end], tokens[row, end + 1 :] = 49, 0
+    assert causal(text)
+    torch.testing.assert_close(encode_prompts(text, tokens), text.encode_text(tokens))
