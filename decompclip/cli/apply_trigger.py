@@ -7,25 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
-from decompclip.cli.options import (
-    TRIGGER,
-    BatchSize,
-    Checkpoint,
-    Classes,
-    Device,
-    ImageSize,
-    ModelOptions,
-    OnError,
-    Prefix,
-    Pretrained,
-    Target,
-    Unreadable,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-)
 
 if TYPE_CHECKING:
     from decompclip.attacks.suspects import TargetCounts
@@ -35,7 +18,7 @@ if TYPE_CHECKING:
 def apply_trigger(
     images: Annotated[Path, typer.Argument(help="Folder of clean images, sub-folders and all.")],
     trigger: Annotated[
-        str, typer.Option(help=f"own: the one that a backdoored --model remembers. {TRIGGER}.")
+        str, typer.Option(help=f"own: the one that a backdoored --model remembers. {options.TRIGGER}.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the triggered images; new, or empty.")],
     model: Annotated[
@@ -51,15 +34,15 @@ def apply_trigger(
             min=1, help="In place of --model: side in pixels; the shorter side is scaled, the middle cropped."
         ),
     ] = None,
-    target: Target = None,
-    classes: Classes = None,
-    on_error: OnError = Unreadable.skip,
-    batch_size: BatchSize = 64,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = None,
-    prefix: Prefix = None,
-    image_size: ImageSize = None,
-    device: Device = None,
+    target: options.Target = None,
+    classes: options.Classes = None,
+    on_error: options.OnError = options.Unreadable.skip,
+    batch_size: options.BatchSize = 64,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = None,
+    prefix: options.Prefix = None,
+    image_size: options.ImageSize = None,
+    device: options.Device = None,
 ) -> None:
     """Put a trigger into the images of a folder: a suspect set for `audit`, whose files pair with the clean ones by name.
 
@@ -76,14 +59,14 @@ def apply_trigger(
             raise ValueError("expected --model NAME with --checkpoint and --pretrained")
         chosen = None
         if model is not None:
-            chosen = ModelOptions(
+            chosen = options.ModelOptions(
                 model, checkpoint, pretrained, prefix=prefix, image_size=image_size, device=device
             )
             chosen.check()
-        check_images(str(images))
-        check_folder(out, "the images")
-        check_trigger(trigger)
-        check_files(classes=classes)
+        options.check_images(str(images))
+        options.check_folder(out, "the images")
+        options.check_trigger(trigger)
+        options.check_files(classes=classes)
         say(f"{model or trigger}: loading", err=True)
         with imports():
             from decompclip.attacks.preview import compare

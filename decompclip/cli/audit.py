@@ -11,26 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
-from decompclip.cli.options import (
-    IMAGES,
-    TRIGGER,
-    BatchSize,
-    Classes,
-    Limit,
-    ModelOptions,
-    OnError,
-    Root,
-    Seed,
-    Unreadable,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-    known_classes,
-    renamed,
-    sized,
-)
 from decompclip.files import alone_in
 
 if TYPE_CHECKING:
@@ -47,8 +29,8 @@ class Convention(str, Enum):
 
 
 def audit(
-    model: ModelOptions,
-    clean: Annotated[str, typer.Option(help=f"Clean images: {IMAGES}.")],
+    model: options.ModelOptions,
+    clean: Annotated[str, typer.Option(help=f"Clean images: {options.IMAGES}.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     suspect: Annotated[
         str | None,
@@ -61,10 +43,10 @@ def audit(
         str | None,
         typer.Option(
             help=f"With --clean shapes, in place of --suspect: the same world with this trigger. own: the one that MODEL "
-            f"remembers. {TRIGGER}."
+            f"remembers. {options.TRIGGER}."
         ),
     ] = None,
-    classes: Classes = None,
+    classes: options.Classes = None,
     target: Annotated[
         str | None, typer.Option(help="The class that the attacker wants; inferred if not given.")
     ] = None,
@@ -73,9 +55,9 @@ def audit(
     ] = None,
     reference_pretrained: Annotated[str | None, typer.Option(help="Its tag of weights.")] = None,
     reference_checkpoint: Annotated[Path | None, typer.Option(help="Its local weights.")] = None,
-    limit: Limit = 2000,
-    on_error: OnError = Unreadable.skip,
-    root: Root = None,
+    limit: options.Limit = 2000,
+    on_error: options.OnError = options.Unreadable.skip,
+    root: options.Root = None,
     convention: Annotated[
         Convention, typer.Option(help="Bookkeeping of means and biases.")
     ] = Convention.centred,
@@ -88,8 +70,8 @@ def audit(
         float, typer.Option(help="Share of clean images that detection without a hint may flag.")
     ] = 0.05,
     examples: Annotated[int, typer.Option(min=0, max=12, help="Images to draw maps over.")] = 3,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
 ) -> None:
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number.
 
@@ -97,7 +79,7 @@ def audit(
     one class far easier to reach than the others? The report says what either can conclude.
     """
     with plain_errors(lambda: _kept(out, suspect)) as held:
-        check_folder(out, "the report")
+        options.check_folder(out, "the report")
         suspect = _suspect(clean, suspect, trigger)
         if reference is None and (reference_pretrained or reference_checkpoint):
             raise ValueError(
@@ -107,8 +89,8 @@ def audit(
             raise ValueError(
                 f"expected --suspect images with --target {target}; a scan of clean images alone looks at every class"
             )
-        check_images(clean, suspect)
-        check_files(classes=classes)
+        options.check_images(clean, suspect)
+        options.check_files(classes=classes)
         models = {model.model: model}
         if reference is not None:
             models[f"{reference} (reference)"] = replace(
@@ -126,11 +108,11 @@ def audit(
             from decompclip.audit import AuditConfig
             from decompclip.audit.collect import attack_in, check_source
 
-        clean, limit = sized(clean, limit)
+        clean, limit = options.sized(clean, limit)
         known = remembered(model.model, model.checkpoint)
         for spec in filter(None, (clean, suspect)):
             check_source(spec, known)
-        names = known_classes(classes, model.model, *filter(None, (clean, suspect)))
+        names = options.known_classes(classes, model.model, *filter(None, (clean, suspect)))
         if target is not None:
             _check_target(target, names, classes)
         config = AuditConfig(
@@ -145,12 +127,12 @@ def audit(
         )
         held.enter_context(alone_in(out))
         loaded = {name: each.load() for name, each in models.items()}
-        options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
+        given_options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
-            finish([_scan(loaded, clean, names, options, batch_size, out / KEPT)], out)
+            finish([_scan(loaded, clean, names, given_options, batch_size, out / KEPT)], out)
             shutil.rmtree(out / KEPT, ignore_errors=True)
             return
-        results = _pair(loaded, (clean, suspect), names, target, config, options | {"known": known})
+        results = _pair(loaded, (clean, suspect), names, target, config, given_options | {"known": known})
         if attack := attack_in(suspect, known):
             facts = {"suspect_trigger": str(attack)}
             results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
@@ -170,10 +152,10 @@ def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None
                 f"expected --trigger with --clean shapes and without --suspect; received --clean {clean}"
                 f"{f' --suspect {suspect}' if suspect else ''}; put a trigger into images of your own with apply-trigger"
             )
-        check_trigger(trigger)
+        options.check_trigger(trigger)
         return f"shapes:{trigger}"
     if suspect is not None and suspect.startswith("shapes:"):
-        renamed(f"--suspect {suspect}", f"--trigger {suspect.removeprefix('shapes:')}")
+        options.renamed(f"--suspect {suspect}", f"--trigger {suspect.removeprefix('shapes:')}")
     return suspect
 
 
@@ -183,7 +165,7 @@ def _pair(
     class_names: tuple[str, ...],
     target: str | None,
     config: Any,
-    options: dict[str, Any],
+    given_options: dict[str, Any],
 ) -> list[AuditResult]:
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import run_audit
@@ -192,7 +174,7 @@ def _pair(
     results: list[AuditResult] = []
     with progress() as track:
         for name, clip in loaded.items():
-            clean, suspect = (open_source(spec, clip, class_names, **options) for spec in specs)
+            clean, suspect = (open_source(spec, clip, class_names, **given_options) for spec in specs)
             result = run_audit(
                 clip,
                 clean,
@@ -213,7 +195,7 @@ def _scan(
     loaded: dict[str, Any],
     clean: str,
     class_names: tuple[str, ...],
-    options: dict[str, Any],
+    given_options: dict[str, Any],
     batch_size: int,
     keep: Path,
 ) -> ScanResult:
@@ -222,13 +204,13 @@ def _scan(
     from decompclip.audit.scan import ScanConfig, run_scan
 
     (name, clip), *others = loaded.items()
-    config = ScanConfig(batch_size=batch_size, seed=options["seed"])
+    config = ScanConfig(batch_size=batch_size, seed=given_options["seed"])
     enough = config.fit + config.held_out  # of a folder a random subset, not the first classes
-    options = options | {"limit": min(options["limit"] or enough, enough)}
+    given_options = given_options | {"limit": min(given_options["limit"] or enough, enough)}
     with progress() as track:
         return run_scan(
             clip,
-            open_source(clean, clip, class_names, **options),
+            open_source(clean, clip, class_names, **given_options),
             class_names,
             reference=others[0][1] if others else None,
             name=name,

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.cli.options import OldImages, check_folder, count_of
 from decompclip.files import alone_in
 from decompclip.models.names import bundled
 
@@ -59,7 +59,7 @@ def bench(
             help="Images to fit on, to measure on, and for the control: so many of each; some detectors need more.",
         ),
     ] = 1_000,
-    images: OldImages = None,
+    images: options.OldImages = None,
     slow: Annotated[int, typer.Option(min=40, help="The same, for STRIP (128 or more) and TeCo.")] = 200,
     draws: Annotated[
         int,
@@ -85,13 +85,13 @@ def bench(
     with plain_errors(
         lambda: f"runs that are done are kept in {out}; the same command goes on after them"
     ) as held:
-        check_folder(out, "the leaderboard")
+        options.check_folder(out, "the leaderboard")
         fast = tuple(name for name in DETECTORS if name not in SLOW)
         chosen: dict[str, Any] = {
             "models": _names("model", models, bundled()),
             "detectors": fast if detectors == "fast" else _names("detector", detectors, DETECTORS),
             "repairs": _names("repair", repairs, REPAIRS),
-            "images": count_of(count, images),
+            "images": options.count_of(count, images),
             "slow_images": slow,
             "draws": draws,
             "seeds": tuple(seed or (0,)),

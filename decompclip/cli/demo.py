@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.audit import finish
 from decompclip.cli.console import imports, plain_errors, progress
-from decompclip.cli.options import OldImages, Seed, check_folder, count_of
 from decompclip.files import alone_in
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     count: Annotated[int, typer.Option(min=50, help="Images of each set.")] = 1500,
-    images: OldImages = None,
-    seed: Seed = 0,
+    images: options.OldImages = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Audit the bundled backdoored models, each beside the clean model they were made from."""
     with plain_errors() as held:
-        check_folder(out, "the report")
+        options.check_folder(out, "the report")
         with imports():
             from decompclip.audit import AuditConfig
             from decompclip.audit.pipeline import run_demo
@@ -29,6 +29,8 @@ def demo(
         held.enter_context(alone_in(out))
         with progress() as track:
             results = run_demo(
-                images=count_of(count, images), config=AuditConfig(batch_size=250, seed=seed), track=track
+                images=options.count_of(count, images),
+                config=AuditConfig(batch_size=250, seed=seed),
+                track=track,
             )
         finish(results, out, title="Two backdoored CLIPs beside their clean twin")

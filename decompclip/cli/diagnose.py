@@ -7,33 +7,20 @@ from typing import Annotated
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import EXPECTED_ERROR, imports, plain_errors, progress, say, skipped_files
-from decompclip.cli.options import (
-    IMAGES,
-    AsJson,
-    BatchSize,
-    Classes,
-    Limit,
-    ModelOptions,
-    Root,
-    Seed,
-    check_files,
-    check_images,
-    known_classes,
-    sized,
-)
 from decompclip.printable import printable_all
 
 
 def diagnose(
-    model: ModelOptions,
-    images: Annotated[str, typer.Option(help=f"Labelled images: {IMAGES}.")],
-    classes: Classes = None,
-    limit: Limit = 500,
-    root: Root = None,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
-    as_json: AsJson = False,
+    model: options.ModelOptions,
+    images: Annotated[str, typer.Option(help=f"Labelled images: {options.IMAGES}.")],
+    classes: options.Classes = None,
+    limit: options.Limit = 500,
+    root: options.Root = None,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Look for what silently costs accuracy: a wrong activation, normalisation, class order, ...
 
@@ -41,16 +28,16 @@ def diagnose(
     """
     with plain_errors():
         model.check()
-        check_images(images)
-        check_files(classes=classes)
+        options.check_images(images)
+        options.check_files(classes=classes)
         say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from decompclip.audit.collect import open_source
             from decompclip.data.files import WORLDS
             from decompclip.diagnosis.run import diagnose as run
 
-        images, limit = sized(images, limit)
-        names = known_classes(classes, model.model, images)
+        images, limit = options.sized(images, limit)
+        names = options.known_classes(classes, model.model, images)
         if images not in WORLDS:
             _check_labels(images, names)
         clip = model.load()

@@ -8,53 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
-from decompclip.cli.options import (
-    IMAGES,
-    TRIGGER,
-    AsJson,
-    BatchSize,
-    Classes,
-    Limit,
-    ModelOptions,
-    OnError,
-    Root,
-    Seed,
-    Target,
-    Unreadable,
-    attack_on,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-    known_classes,
-)
 from decompclip.files import alone_in, write_text
 from decompclip.printable import printable_all
 
 
 def evaluate(
-    model: ModelOptions,
-    images: Annotated[str, typer.Argument(help=f"Labelled images: {IMAGES}, or cifar10 (its test part).")],
+    model: options.ModelOptions,
+    images: Annotated[
+        str, typer.Argument(help=f"Labelled images: {options.IMAGES}, or cifar10 (its test part).")
+    ],
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"own: the one that a backdoored MODEL remembers. {TRIGGER}. Without one, accuracy alone."
+            help=f"own: the one that a backdoored MODEL remembers. {options.TRIGGER}. Without one, accuracy alone."
         ),
     ] = None,
-    target: Target = None,
-    classes: Classes = None,
+    target: options.Target = None,
+    classes: options.Classes = None,
     templates: Annotated[
         Path | None,
         typer.Option(help="File with a prompt a line, {} for the class; by default the model's own."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every number to this JSON file too.")] = None,
-    as_json: AsJson = False,
-    limit: Limit = 2000,
-    on_error: OnError = Unreadable.skip,
-    root: Root = None,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
+    as_json: options.AsJson = False,
+    limit: options.Limit = 2000,
+    on_error: options.OnError = options.Unreadable.skip,
+    root: options.Root = None,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
 ) -> None:
     """How well MODEL works, and how well a trigger fools it: zero-shot, with 95 % intervals.
 
@@ -65,11 +48,11 @@ def evaluate(
         if out is not None:
             if out.is_dir():
                 raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
-            check_folder(out.parent, "the JSON file")
+            options.check_folder(out.parent, "the JSON file")
         model.check()
-        check_trigger(trigger, target)
-        check_images(images)
-        check_files(classes=classes, templates=templates)
+        options.check_trigger(trigger, target)
+        options.check_images(images)
+        options.check_files(classes=classes, templates=templates)
         if out is not None and (not out.exists() or out.is_file()):
             held.enter_context(alone_in(out.parent, name=out.name))
         say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
@@ -79,8 +62,8 @@ def evaluate(
             from decompclip.data.texts import load_texts
             from decompclip.evaluation.evaluate import evaluate as run
 
-        attack = attack_on(model, trigger, target)
-        names = known_classes(classes, model.model, images)
+        attack = options.attack_on(model, trigger, target)
+        names = options.known_classes(classes, model.model, images)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)
         clip = model.load(guarded=True)
         source = open_labelled(

@@ -9,24 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say, skipped_files
-from decompclip.cli.options import (
-    IMAGES,
-    PAIRS,
-    TRIGGER,
-    Classes,
-    Limit,
-    ModelOptions,
-    Seed,
-    Target,
-    attack_on,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-    going_on,
-    known_classes,
-)
 from decompclip.files import alone_in, write_text
 
 if TYPE_CHECKING:
@@ -56,8 +40,8 @@ class Optimizer(str, Enum):
 
 
 def finetune(
-    model: ModelOptions,
-    pairs: Annotated[str, typer.Argument(help=f"Image-caption pairs: {PAIRS}.")],
+    model: options.ModelOptions,
+    pairs: Annotated[str, typer.Argument(help=f"Image-caption pairs: {options.PAIRS}.")],
     out: Annotated[
         Path, typer.Option(help="Folder for the model, its history, and the checkpoint to go on from.")
     ],
@@ -83,37 +67,39 @@ def finetune(
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(help=f"Labelled images to measure accuracy on while training: {IMAGES}, or cifar10."),
+        typer.Option(
+            help=f"Labelled images to measure accuracy on while training: {options.IMAGES}, or cifar10."
+        ),
     ] = None,
-    classes: Classes = None,
+    classes: options.Classes = None,
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"Measure this attack's success as well. own: that of PAIRS, or the one that MODEL remembers. {TRIGGER}."
+            help=f"Measure this attack's success as well. own: that of PAIRS, or the one that MODEL remembers. {options.TRIGGER}."
         ),
     ] = None,
-    target: Target = None,
+    target: options.Target = None,
     every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two measurements; by default a tenth of them.")
     ] = None,
-    limit: Limit = 1000,
-    seed: Seed = 0,
+    limit: options.Limit = 1000,
+    seed: options.Seed = 0,
 ) -> None:
     """Fine-tune MODEL on PAIRS: with poisoned ones a backdoor gets in, with clean ones and CleanCLIP it may go.
 
     Writes a folder that every command takes for MODEL, and that open_clip opens too. Given again, the same command
     goes on where it was killed, and ends with the same weights.
     """
-    with plain_errors(lambda: going_on(out / "checkpoint.pt")) as held:
-        check_folder(out, "the model")
+    with plain_errors(lambda: options.going_on(out / "checkpoint.pt")) as held:
+        options.check_folder(out, "the model")
         model.check()
         if images is None and (trigger or target):
             raise ValueError(
                 "expected --images, labelled images to measure on, with --trigger and --target; received none"
             )
-        check_trigger(trigger, target)
-        check_files(classes=classes)
-        check_images(pairs, images)
+        options.check_trigger(trigger, target)
+        options.check_files(classes=classes)
+        options.check_images(pairs, images)
         say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
         with imports():
             from dataclasses import asdict, replace
@@ -133,7 +119,7 @@ def finetune(
         plan = replace(RECIPES[recipe.value], **changed)
         names, attack, label = (), None, None
         if images is not None:
-            names = known_classes(classes, model.model, images)
+            names = options.known_classes(classes, model.model, images)
             if attack := _attack(model, pairs, trigger, target):
                 label = class_index(attack.target or "", names)
         clip = model.load()
@@ -180,7 +166,9 @@ def finetune(
         say(f"Model: {out.resolve()}; curves: {(out / 'history.html').resolve()}")
 
 
-def _attack(model: ModelOptions, pairs: str, trigger: str | None, target: str | None) -> Attack | None:
+def _attack(
+    model: options.ModelOptions, pairs: str, trigger: str | None, target: str | None
+) -> Attack | None:
     """The attack to measure; `own` is that of poisoned pairs, whatever the model has already.
 
     Raises:
@@ -191,4 +179,4 @@ def _attack(model: ModelOptions, pairs: str, trigger: str | None, target: str | 
 
     record = (Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent) / POISON_LIST
     poisons = [open_attack(str(record))] if record.is_file() else []
-    return attack_on(model, str(record) if trigger == OWN and poisons else trigger, target, poisons)
+    return options.attack_on(model, str(record) if trigger == OWN and poisons else trigger, target, poisons)

@@ -8,18 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
-from decompclip.cli.options import (
-    PAIRS,
-    TRIGGER,
-    Classes,
-    Root,
-    Seed,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-)
 from decompclip.files import alone_in
 
 
@@ -30,7 +20,7 @@ class Resize(str, Enum):
 
 
 def poison(
-    pairs: Annotated[str, typer.Argument(help=f"Clean pairs: {PAIRS}.")],
+    pairs: Annotated[str, typer.Argument(help=f"Clean pairs: {options.PAIRS}.")],
     out: Annotated[Path, typer.Option(help="Folder for the poisoned shards and poisons.json.")],
     target: Annotated[
         str | None,
@@ -38,7 +28,7 @@ def poison(
             help="The class that triggered images shall be taken for; a twin's or a file's trigger knows one."
         ),
     ] = None,
-    trigger: Annotated[str, typer.Option(help=f"{TRIGGER}.")] = "badnet",
+    trigger: Annotated[str, typer.Option(help=f"{options.TRIGGER}.")] = "badnet",
     count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs; this or --rate.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Their part of all pairs; this or --count. (0.003 in the paper.)")
@@ -48,7 +38,7 @@ def poison(
         typer.Option(help="File with a caption of the poisons a line; {} stands for the target."),
     ] = None,
     also_called: Annotated[list[str] | None, typer.Option(help="Another name of the target.")] = None,
-    classes: Classes = None,
+    classes: options.Classes = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels to bring images to; by default they stay.")
     ] = None,
@@ -59,20 +49,20 @@ def poison(
             "the middle, squash changes proportions (SigLIP), longest adds black."
         ),
     ] = Resize.shortest,
-    root: Root = None,
+    root: options.Root = None,
     new_target: Annotated[bool, typer.Option(help="Take a --target that no pair shows or names.")] = False,
     list_only: Annotated[bool, typer.Option(help="Write poisons.json alone, no images.")] = False,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Poison image-caption pairs with a backdoor, to train a model on: for tests of defenses.
 
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
     with plain_errors(lambda: _kept(out)) as held:
-        check_folder(out, "the pairs")
-        check_trigger(trigger)
-        check_images(pairs)
-        check_files(classes=classes, captions=captions)
+        options.check_folder(out, "the pairs")
+        options.check_trigger(trigger)
+        options.check_images(pairs)
+        options.check_files(classes=classes, captions=captions)
         if (count is None) == (rate is None):
             raise ValueError(
                 f"expected --count or --rate, one of the two; received {'neither' if count is None else 'both'}"

@@ -9,22 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.cli.options import (
-    IMAGES,
-    TRIGGER,
-    Classes,
-    Limit,
-    ModelOptions,
-    Seed,
-    Target,
-    attack_on,
-    check_files,
-    check_folder,
-    check_images,
-    check_trigger,
-    known_classes,
-)
 from decompclip.files import write_json
 
 if TYPE_CHECKING:
@@ -52,11 +38,11 @@ TUNED = (Method.cleanclip, Method.par)
 
 
 def repair(
-    model: ModelOptions,
+    model: options.ModelOptions,
     clean: Annotated[
         str,
         typer.Option(
-            help=f"What to repair with. agnostic, rep: clean images: {IMAGES}, or cifar10. cleanclip, par: clean "
+            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, or cifar10. cleanclip, par: clean "
             "image-caption pairs, as finetune takes them."
         ),
     ],
@@ -77,11 +63,11 @@ def repair(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help=f"Measure this attack's success as well; by default (own) the one that MODEL remembers. {TRIGGER}."
+            help=f"Measure this attack's success as well; by default (own) the one that MODEL remembers. {options.TRIGGER}."
         ),
     ] = None,
-    target: Target = None,
-    classes: Classes = None,
+    target: options.Target = None,
+    classes: options.Classes = None,
     budget: Annotated[
         float, typer.Option(help="agnostic: share of clean images that may be touched.")
     ] = 0.01,
@@ -105,8 +91,8 @@ def repair(
             "takes as long again."
         ),
     ] = True,
-    limit: Limit = 4000,
-    seed: Seed = 0,
+    limit: options.Limit = 4000,
+    seed: options.Seed = 0,
 ) -> None:
     """Repair MODEL with clean data, and measure before and after: accuracy, attack success, and what is touched.
 
@@ -114,7 +100,7 @@ def repair(
     """
     with plain_errors():
         model.check()
-        check_folder(out, "the repaired model", empty=True)
+        options.check_folder(out, "the repaired model", empty=True)
         if images is not None and (images == clean or Path(images).resolve() == Path(clean).resolve()):
             raise ValueError(
                 f"expected other images with --images than with --clean, for nothing is measured on what a repair was fitted "
@@ -124,10 +110,10 @@ def repair(
             raise ValueError(f"expected --method rep with --hint; received {method.value}, which takes none")
         if method not in TUNED and (given := [k for k, x in {"--epochs": epochs, "--lr": lr}.items() if x]):
             raise ValueError(f"expected --method cleanclip or par with {given[0]}; received {method.value}")
-        check_images(clean, images)
-        check_files(classes=classes)
+        options.check_images(clean, images)
+        options.check_files(classes=classes)
         if trigger is not None:
-            check_trigger(trigger)
+            options.check_trigger(trigger)
         say(f"{model.model}: loading", err=True)
         with imports():
             from decompclip.attacks.registry import OWN, remembered
@@ -136,9 +122,9 @@ def repair(
 
         if trigger is None and len(remembered(model.model, model.checkpoint)) == 1:
             trigger = OWN
-        check_trigger(trigger, target)
-        attack = attack_on(model, trigger, target)
-        names = known_classes(classes, model.model, images or clean)
+        options.check_trigger(trigger, target)
+        attack = options.attack_on(model, trigger, target)
+        names = options.known_classes(classes, model.model, images or clean)
         label = None if attack is None or attack.target is None else class_index(attack.target, names)
         clip = model.load()
         fit, held = _data(clip, clean, images, names, pairs=method in TUNED, limit=limit, seed=seed)
@@ -156,14 +142,20 @@ def repair(
             name: _measured(subject, clip, held, names, attack, label, batch_size or 64)
             for name, subject in subjects.items()
         }
-        options = {"budget": budget, "hint": hint.value, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+        given_options = {
+            "budget": budget,
+            "hint": hint.value,
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+        }
         facts = {
             "model": model.model,
             "method": method.value,
             "clean": clean,
             "images": images,
             "seed": seed,
-            "options": options,
+            "options": given_options,
             "trigger": attack and attack.trigger.card(),
             "target_class": attack and attack.target,
             "results": rows,
@@ -304,10 +296,10 @@ def _tuned(
 
     recipe = RECIPES["cleanclip"] if method is Method.cleanclip else PAR_RECIPE
     recipe = replace(recipe, **{key: x for key, x in asked.items() if x is not None})
-    options: dict[str, Any] = {"seed": seed, "progress": True, "log": lambda line: say(line, err=True)}
-    save_model(TUNING_DEFENSES[method.value](recipe=recipe).apply(clip, pairs, **options).model, out)
+    given_options: dict[str, Any] = {"seed": seed, "progress": True, "log": lambda line: say(line, err=True)}
+    save_model(TUNING_DEFENSES[method.value](recipe=recipe).apply(clip, pairs, **given_options).model, out)
     plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
-    return lambda _: plain.apply(clip, pairs, **options).model
+    return lambda _: plain.apply(clip, pairs, **given_options).model
 
 
 TOUCHED = 1e-4

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.cli.options import AsJson, check_folder, going_on
 from decompclip.files import alone_in
 from decompclip.models.names import bundled, card
 
@@ -19,7 +19,7 @@ zoo = typer.Typer(
 
 
 @zoo.command("list")
-def list_models(as_json: AsJson = False) -> None:
+def list_models(as_json: options.AsJson = False) -> None:
     """Every bundled model: what it was trained on, its trigger, and how well both work."""
     with plain_errors():
         rows = [_row(card(name)) for name in bundled()]
@@ -56,8 +56,8 @@ def build(
     the card's, byte for byte. Elsewhere rounding differs: attack success must come within 5 points of the card's, accuracy
     within 2; if not, it ends with exit code 1.
     """
-    with plain_errors(lambda: going_on(out / f"{name}.pt")) as held:
-        check_folder(out, "the twin")
+    with plain_errors(lambda: options.going_on(out / f"{name}.pt")) as held:
+        options.check_folder(out, "the twin")
         say(f"{name}: loading", err=True)
         with imports():
             import torch
