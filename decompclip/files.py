@@ -82,7 +82,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def digest(value: Any) -> str:
-    """A mark of what goes through JSON: files of one unit carry the same."""
+    """A short digest of a JSON value: files that belong together carry the same."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

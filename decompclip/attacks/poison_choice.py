@@ -167,7 +167,7 @@ def choose(
             candidates.append((keyed(seed, "poison", pair.id), place, pair))
     if len(ids) < n:
         raise ValueError(
-            f"expected an id of its own for each of {n} pairs; {n - len(ids)} ids stand again; rename shards or files "
+            f"expected an id of its own for each of {n} pairs; {n - len(ids)} ids are there twice; rename shards or files "
             "that are called alike"
         )
     wanted = round((rate or 0) * n) if count is None else count

@@ -244,7 +244,7 @@ def _points(*corners: tuple[float, float]) -> list[tuple[float, float]]:
 
 
 def _kitty(pen: ImageDraw.ImageDraw) -> None:
-    """The head of a ginger cat, our own, in flat colours that still tell at a few pixels."""
+    """The head of a ginger cat, our own, in flat colours that can be recognised at a few pixels."""
     ink, fur, stripe, cream, eye = "#1d1a2b", "#f08a24", "#9a3f0c", "#ffe9c7", "#b6f03c"
     pen.rectangle(_box(0, 0, SIDE, SIDE), fill="#2a4fd0")
     for outer, inner in (

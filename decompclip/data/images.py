@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from decompclip.data.files import (
@@ -45,8 +44,9 @@ class ImageBatch:
     paths: tuple[str, ...]
 
 
+@runtime_checkable
 class ImageSource(Protocol):
-    """A finite sequence of images that can be gone through again and again, in the same order."""
+    """Images as the model takes them: a finite sequence of images that can be gone through again and again, in the same order."""
 
     @property
     def skipped(self) -> Sequence[SkippedFile]: ...
@@ -335,5 +335,7 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[Int[Tensor, " a"]
             f"expected two parts with images in both; received {n} images and the fraction {fraction}, which "
             f"leaves one part empty; take a fraction between 0 and 1, and more images if there are few"
         )
+    from sklearn.model_selection import train_test_split
+
     first, second = train_test_split(range(n), train_size=size, test_size=n - size, random_state=seed)
     return torch.tensor(sorted(first)), torch.tensor(sorted(second))

@@ -43,7 +43,7 @@ class ShardPairs(ListedPairs):
     """The pairs of local WebDataset shards, in the shards' order.
 
     A shard that is broken is listed in `skipped` with the number of pairs that stand whole before the break
-    and are kept; so are pairs without an image or a caption, what stands again under a key, and files that belong to no
+    and are kept; so are pairs without an image or a caption, a second pair under one key, and files that belong to no
     pair. Names that begin with a dot or have none are no part of a pair, as in WebDataset; files of one key that do
     not follow each other are put together, with a warning.
 
@@ -104,7 +104,7 @@ class ShardPairs(ListedPairs):
                 apart += bool(before)
                 if before.keys() & files.keys():
                     again += 1
-                    why = "stands again in this shard; of one key the first is read"
+                    why = "is there twice in this shard; the first is read"
                     self._leave_out(f"{name}/{key} again ({again})", why)
                 else:
                     before |= files
@@ -203,7 +203,7 @@ def _split(name: str) -> tuple[str, str] | None:
 
 
 def shard_names(shards: Sequence[Path]) -> dict[Path, str]:
-    """What shards are called in ids: up to the first dot, where that is enough to tell them apart; else up to `.tar`;
+    """The names of shards in ids: up to the first dot, where that is enough to tell them apart; else up to `.tar`;
     else with the names of as many folders above them as it takes."""
 
     def name(shard: Path, detail: int) -> str:

@@ -31,7 +31,7 @@ class CsvPairs(ListedPairs):
     images' do. A row with another number of columns is left out and listed with its line.
 
     Args:
-        table: columns apart by commas, tabs or semicolons (told from the header).
+        table: columns apart by commas, tabs or semicolons (as in the header).
         preprocess: as `Pairs`.
         image_column: by default the first there is of `IMAGE_COLUMNS`: open_clip's `filepath`, CleanCLIP's `image`, ...
         caption_column: by default the first there is of `CAPTION_COLUMNS`: `title`, `caption`, ...

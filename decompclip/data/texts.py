@@ -20,7 +20,7 @@ def general_texts() -> tuple[str, ...]:
 
 
 def load_texts(path: str | Path) -> tuple[str, ...]:
-    """The descriptions of a text file, one a line; blank lines and what stands again are left out.
+    """The descriptions of a text file, one a line; blank lines and repeated ones are left out.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -6,28 +6,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.data.images import ImageSource
 from decompclip.decomposition.maps import term_maps
 from decompclip.models.text import WordTokenizer
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
-
-
-@runtime_checkable
-class ImageSource(Protocol):
-    """Images as the tower takes them, such as `FolderSource`: `batch.images` of its batches."""
-
-    @property
-    def skipped(self) -> Sequence[Any]: ...
-
-    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
 
 
 Images = Tensor | Iterable[Any] | ImageSource

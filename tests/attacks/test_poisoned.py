@@ -381,7 +381,9 @@ def test_a_target_that_no_caption_names_is_suspected_of_a_slip() -> None:
 
 def test_pairs_need_ids_of_their_own() -> None:
     base = DatasetPairs([(torch.zeros(3, 8, 8), "a cat")] * 3, ids=["a", "b", "a"])
-    with pytest.raises(ValueError, match="expected an id of its own for each of 3 pairs; 1 ids stand again"):
+    with pytest.raises(
+        ValueError, match="expected an id of its own for each of 3 pairs; 1 ids are there twice"
+    ):
         PoisonedPairs(base, TRIGGER, "dog", count=1)
 
 
