@@ -1,6 +1,9 @@
-"""Shares with their uncertainty: Wilson's interval, with the draw of what was fitted on, and of a difference of two shares.
+"""Shares with their uncertainty, and differences of shares: 95 % intervals, the one confidence of the package.
 
-The difference of two accuracies on the same images, with an interval that knows they are the same.
+Rate, wilson           of a share
+Redrawn                of a share, over several draws of what was fitted on
+difference_interval    of the difference of two shares of different images
+Paired, mean_interval  of a difference on the same images
 """
 
 from __future__ import annotations
@@ -18,8 +21,22 @@ from torch import Tensor
 CONFIDENCE = 0.95
 """Of every interval of the package."""
 
-Z = float(ndtri((1 + CONFIDENCE) / 2))
-"""Half-width of such an interval in standard errors, where the estimate is close to normal."""
+
+def z_for(comparisons: int = 1) -> float:
+    """Half-width of an interval in standard errors, where the estimate is close to normal.
+
+    Args:
+        comparisons: how many such intervals shall hold all together (Bonferroni).
+    """
+    return float(-ndtri((1 - CONFIDENCE) / 2 / comparisons))
+
+
+Z = z_for()
+
+
+def t_for(count: int) -> float:
+    """The same for the mean of `count` numbers whose spread is known from them alone: Student's t."""
+    return float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
 
 
 def wilson(share: float, trials: int | float) -> tuple[float, float]:
@@ -77,7 +94,7 @@ class Rate:
     def __str__(self) -> str:
         if not self.total:
             return "no images"
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return _percent(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no nan: the value of a rate of nothing is None."""
@@ -89,8 +106,8 @@ class Rate:
 class Redrawn:
     """One rate on the same images, measured after each of several independent draws of what was fitted on.
 
-    `low` and `high`: between them lies, with 95 %, what one more draw gives on all images of the kind. Student's t over the
-    draws and Wilson's interval over the images, their half-widths added in quadrature.
+    With 95 %, one more draw gives a rate between `low` and `high`, on all images of the kind: Student's t over the draws
+    and Wilson's interval over the images, their half-widths added in quadrature.
     """
 
     rates: tuple[Rate, ...]
@@ -120,10 +137,10 @@ class Redrawn:
         if n < 2:
             return 1.0  # one draw does not tell how much they differ
         spread = stdev(rate.value for rate in self.rates) * math.sqrt(1 + 1 / n)
-        return math.hypot(float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread, end - self.value)
+        return math.hypot(t_for(n) * spread, end - self.value)
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return _percent(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the value of every draw."""
@@ -131,11 +148,15 @@ class Redrawn:
         return ends | {"total": self.rates[0].total, "draws": [rate.value for rate in self.rates]}
 
 
+def _percent(rate: Rate | Redrawn) -> str:
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
 def difference_interval(a: Rate, b: Rate) -> tuple[float, float]:
     """95 % interval of `a.value - b.value`: Newcombe's hybrid of the two Wilson intervals (his method 10).
 
-    The samples are taken as independent. For clean and triggered twins, whose outcomes tend to agree, the
-    interval is then too wide rather than too narrow. Without images on either side it is -1..1.
+    The samples are taken as independent. For paired images, whose outcomes tend to agree, the interval is then too wide
+    rather than too narrow. Without images on either side it is -1..1.
     """
     if not (a.total and b.total):
         return -1.0, 1.0
@@ -169,7 +190,7 @@ class Paired:
         Args:
             comparisons: how many such intervals shall hold all together (Bonferroni).
         """
-        z, n = _z(comparisons), self.total + 2
+        z, n = z_for(comparisons), self.total + 2
         up, down = (self.gained + 1) / n, (self.lost + 1) / n
         half = z * math.sqrt(max(0.0, up + down - (up - down) ** 2) / n)
         return max(-1.0, min(self.value, up - down - half)), min(1.0, max(self.value, up - down + half))
@@ -188,9 +209,5 @@ def mean_interval(differences: Tensor) -> tuple[float, float, float]:
     mean = float(differences.double().mean())
     if len(differences) < 2:
         return mean, -math.inf, math.inf
-    half = _z(1) * float(differences.double().std()) / math.sqrt(len(differences))
+    half = Z * float(differences.double().std()) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
-
-
-def _z(comparisons: int) -> float:
-    return float(-ndtri((1 - CONFIDENCE) / 2 / comparisons))

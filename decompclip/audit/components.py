@@ -9,7 +9,6 @@ from operator import or_
 
 import torch
 from jaxtyping import Float
-from scipy.special import ndtri
 from torch import Tensor
 
 from decompclip.audit.checks import Scorer, Setting
@@ -18,7 +17,7 @@ from decompclip.decomposition.components import Components, Part, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.evaluate import classify
-from decompclip.intervals import CONFIDENCE, Z
+from decompclip.intervals import Z, z_for
 from decompclip.operators.ablation import MeanAblate
 
 
@@ -173,7 +172,7 @@ def infected_parts(shift: Shift, *, affected: bool) -> tuple[InfectedPart, ...]:
         for name in ("contribution", "error", "distance", "floor")
     )
     n, whole = len(places), sum(value for value in contributions if value > 0) or 1.0
-    wider = float(-ndtri((1 - CONFIDENCE) / 2 / n)) / Z
+    wider = z_for(n) / Z
     found = [
         InfectedPart(
             part,

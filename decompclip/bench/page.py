@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
-from scipy.stats import t
 
 from decompclip.figures.theme import content_policy
 from decompclip.files import atomic_folder, digest, write_json, write_text
-from decompclip.intervals import CONFIDENCE
+from decompclip.intervals import t_for
 from decompclip.printable import printable_all, shown
 
 RATES = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
@@ -49,7 +48,7 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     if n < 2:
         return {"value": mean, "low": None, "high": None, "n": n}
     deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    half = t_for(n) * deviation / math.sqrt(n)
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
 
 

@@ -155,7 +155,7 @@ def _set_mlp(block: Block, out: Tensor) -> None:
 
 def _check_rows(step: MeanAblate | ZeroAblate, layer: int, cfg: ViTConfig) -> None:
     """Raises ValueError unless the edit reaches all tokens that count."""
-    tokens = token_mask(step.rows, cfg)
+    tokens = token_mask(step.rows, cfg.n_tokens, cfg)
     counted = tokens[..., cfg.pooled_rows] if _one_row(cfg) and layer == cfg.n_layers - 1 else tokens
     if not counted.all():
         raise ValueError(

@@ -1,8 +1,4 @@
-"""Replacement: what all edits share that put something in a component's place.
-
-Fills: what stands in for components, and how it is written into terms or into the stream.
-
-Ablation: components replaced by their mean over clean images, or by nothing.
+"""Ablation: components replaced by their mean over clean images, or by nothing; and what all replacements share.
 
 Source: docs/method.md, section 2; He et al. (ICML 2025), section 3.2 (mean) and their "w/ Abandon" (zero).
 """
@@ -21,18 +17,30 @@ from torch import Tensor
 from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
-from decompclip.decomposition.moments import Moments, StreamMeans
+from decompclip.decomposition.moments import Moments
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
 
+Named = Literal["all", "pooled", "patches"]
+TokenChoice = Named | tuple[int, ...] | Bool[Tensor, "*batch token"]
+"""Which tokens a causal edit reaches: by name, by number, or by a mask `[token]` or `[batch token]`."""
 
+POOL_OUT = "pool.hook_mlp_out"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Replacement(Intervention):
-    """Components replaced by something: what all ablations share."""
+    """Components replaced by something: what all ablations share.
+
+    Attributes:
+        components: which, e.g. `mlps[-5:]`.
+        rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
+    """
 
     components: Components
-    rows: Rows
+    rows: TokenChoice = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
@@ -55,6 +63,13 @@ class Replacement(Intervention):
             return []
         return edit_stream(visual, mask, self.stream_fill(visual, mask), rows=self.rows, where=where)
 
+    def _about(self) -> str:
+        """What stands in, as the repr says it."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.components!r}{self._about()}{show_rows(self.rows)})"
+
 
 def check_moments(moments: object) -> None:
     """Raises TypeError where something else stands in the place of moments."""
@@ -63,38 +78,6 @@ def check_moments(moments: object) -> None:
             f"expected Moments of clean images; received {type(moments).__name__}; fit them with "
             "Moments.fit(model, batches), on images that are not measured"
         )
-
-
-def stream_means(visual: HookedViT, moments: Moments, purpose: str) -> StreamMeans:
-    """The means that causal edits fill in.
-
-    Raises:
-        ValueError: moments of another model, or without stream means.
-    """
-    moments.check_model(term_maps(visual, moments.maps.convention))
-    if moments.streams is None:
-        raise ValueError(
-            f"expected moments with stream means, which {purpose} fills in; received moments of "
-            "terms alone; fit them with Moments.fit(model, batches, stream=True)"
-        )
-    return moments.streams
-
-
-def need_images(images: Tensor | None, name: str) -> Tensor:
-    """Raises ValueError where a causal edit lacks the images of its source."""
-    if images is None:
-        raise ValueError(
-            "expected the source's images, for a causal edit writes what they leave in the stream; received none; "
-            f"pass {name}(..., images=images)"
-        )
-    return images
-
-
-Named = Literal["all", "pooled", "patches"]
-Rows = Named | tuple[int, ...] | Bool[Tensor, "*batch token"]
-"""Which tokens a causal edit reaches: by name, by number, or by a mask `[token]` or `[batch token]`."""
-
-POOL_OUT = "pool.hook_mlp_out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +121,10 @@ def edit_terms(d: Decomposition, mask: ComponentMask, fill: Fill, where: Where |
 
 
 def edit_stream(
-    visual: HookedViT, mask: ComponentMask, fill: Fill, *, rows: Rows, where: Where | None
+    visual: HookedViT, mask: ComponentMask, fill: Fill, *, rows: TokenChoice, where: Where | None
 ) -> list[Hook]:
     """Hooks that replace z, MLP outputs, the input of block 0 and the pool's MLP at the chosen tokens."""
-    tokens = token_mask(rows, visual.cfg)
+    tokens = token_mask(rows, visual.cfg.n_tokens, visual.cfg)
     pooled = visual.cfg.pooled_rows
     hooks: list[Hook] = []
 
@@ -207,46 +190,47 @@ def fit_rows(x: Tensor, n: int, pooled: slice, *, axis: int) -> Tensor:
     return x.narrow(axis, numbers.start, len(numbers))
 
 
-def token_mask(rows: Rows, cfg: ViTConfig) -> Bool[Tensor, "*batch token"]:
-    """Which tokens of a tower are meant.
+def token_mask(
+    rows: TokenChoice, n_tokens: int, cfg: ViTConfig | None = None
+) -> Bool[Tensor, "*batch token"]:
+    """Which of `n_tokens` tokens are meant; names are those of a tower's tokens.
 
     Raises:
         ValueError: a mask over another number of tokens.
         IndexError: there is no such token.
     """
     if isinstance(rows, Tensor):
-        if rows.shape[-1] != cfg.n_tokens:
+        if rows.shape[-1] != n_tokens:
             raise ValueError(
-                f"expected rows as a mask over the tower's {cfg.n_tokens} tokens; received {list(rows.shape)}; a "
-                f"mask of patches lacks the first {cfg.n_prefix}"
+                f"expected a mask over {n_tokens} tokens; received {list(rows.shape)}; a mask of patches lacks the "
+                "class token and registers"
             )
         return rows
-    mask = torch.zeros(cfg.n_tokens, dtype=torch.bool)
+    mask = torch.zeros(n_tokens, dtype=torch.bool)
     if isinstance(rows, tuple):
         for row in rows:
-            if not -cfg.n_tokens <= row < cfg.n_tokens:
-                raise IndexError(f"expected a token in 0..{cfg.n_tokens - 1}; received {row} in rows={rows}")
+            if not -n_tokens <= row < n_tokens:
+                raise IndexError(f"expected tokens in 0..{n_tokens - 1}; received {row} in {rows}")
         mask[list(rows)] = True
-    else:
-        mask[{"all": slice(None), "pooled": cfg.pooled_rows, "patches": slice(cfg.n_prefix, None)}[rows]] = (
-            True
-        )
+        return mask
+    assert cfg is not None
+    mask[{"all": slice(None), "pooled": cfg.pooled_rows, "patches": slice(cfg.n_prefix, None)}[rows]] = True
     return mask
 
 
-def check_rows(rows: object) -> None:
+def check_rows(rows: object, name: str = "rows", named: tuple[str, ...] = get_args(Named)) -> None:
     """Raises ValueError unless `rows` is a known choice."""
-    named = isinstance(rows, str) and rows in get_args(Named)
-    numbers = isinstance(rows, tuple) and all(isinstance(row, int) for row in rows)
+    numbers = isinstance(rows, tuple) and bool(rows) and all(isinstance(row, int) for row in rows)
     masked = isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.ndim in (1, 2)
-    if not (named or numbers or masked):
+    if not (numbers or masked or (isinstance(rows, str) and rows in named)):
+        known = f" of {named}," if named else " as"
         raise ValueError(
-            f"expected rows of {get_args(Named)}, a tuple of token numbers or a boolean mask [token] or "
-            f"[batch token]; received {rows!r}"
+            f"expected {name}{known} a tuple of token numbers, at least one, or a boolean mask [token] or [batch "
+            f"token]; received {rows!r}"
         )
 
 
-def show_rows(rows: Rows) -> str:
+def show_rows(rows: TokenChoice) -> str:
     """As it stands in the repr of an intervention; nothing for the default."""
     if isinstance(rows, Tensor):
         return f", rows=mask of {int(rows.sum())} tokens"
@@ -261,46 +245,44 @@ class MeanAblate(Replacement):
     neurons have means of their own: `AblateNeurons(neurons[3], fill=mean_neurons(visual, batches, neurons[3]))`.
 
     Attributes:
-        components: which, e.g. `mlps[-5:]`.
+        components, rows: as in `Replacement`.
         moments: of clean images, under the same model, convention and normalization.
-        rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
     """
 
-    components: Components
     moments: Moments
-    rows: Rows = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_moments(self.moments)
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        moments = self.moments
-        moments.check(d)
-        return Fill(moments.coords, moments.mlps, moments.embed, moments.pool)
+        self.moments.check(d)
+        return Fill(self.moments.coords, self.moments.mlps, self.moments.embed, self.moments.pool)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        streams = stream_means(visual, self.moments, "causal mean-ablation")
+        self.moments.check_model(term_maps(visual, self.moments.maps.convention))
+        streams = self.moments.streams
+        if streams is None:
+            raise ValueError(
+                "expected moments with stream means, which causal mean-ablation fills in; received moments of terms "
+                "alone; fit them with Moments.fit(model, batches, stream=True)"
+            )
         return Fill(streams.z, streams.mlp_out, streams.embed, streams.pool)
 
-    def __repr__(self) -> str:
-        return f"MeanAblate({self.components!r}, {self.moments!r}{show_rows(self.rows)})"
+    def _about(self) -> str:
+        return f", {self.moments!r}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ZeroAblate(Replacement):
     """Components removed.
 
-    Direct: their terms are zero. Causal: MLPs write nothing, and heads their value bias alone (z = b_V), which
-    in the centred convention is no part of a head's term: so the two modes remove the same thing.
+    Direct: their terms are zero. Causal: MLPs add nothing, and heads their value bias alone (z = b_V), which in the
+    centred convention is no part of a head's term: so the two modes remove the same thing.
 
     Attributes:
-        components: which, e.g. `heads[-1]`.
-        rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
+        components, rows: as in `Replacement`.
     """
-
-    components: Components
-    rows: Rows = field(default="all", kw_only=True)
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
         none = d.embed.new_zeros(d.d_embed)
@@ -310,9 +292,6 @@ class ZeroAblate(Replacement):
         z = value_biases(visual)
         none = z.new_zeros(visual.cfg.n_layers, 1, visual.cfg.d_model)
         return Fill(z, none, none[0], z.new_zeros(1, visual.cfg.d_pool))
-
-    def __repr__(self) -> str:
-        return f"ZeroAblate({self.components!r}{show_rows(self.rows)})"
 
 
 def value_biases(visual: HookedViT) -> Float[Tensor, "layer 1 head d_head"]:

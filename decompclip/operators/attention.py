@@ -1,22 +1,21 @@
-"""Where heads look, and what they send on from there: maps over the patches of images (docs/method.md, section 4).
+"""Where heads look, and what they contribute from there: maps over the patches of images (docs/method.md, section 4).
 
-attention_maps(model, images, heads[-1])                    the pooled row's attention
-contribution_maps(model, images, "a star", heads[-1])       what each patch adds to the similarity to a text
-contribution_maps(model, images, "a star", against="a ring") ... to the difference of two similarities
+    attention_maps(model, images, heads[-1])                         the pooled row's attention
+    contribution_maps(model, images, "a star", heads[-1])            what each patch adds to the similarity to a text
+    contribution_maps(model, images, "a star", against="a ring")     ... to the difference of two similarities
+    rollout(model, images)                                           the attention of all layers, multiplied
 
-The second is the head-specific map toward a class text of He et al., Figure 3. Attention says where a head
-looks; only the contribution says what that does to the answer.
+Attention says where a head looks; only the contribution says what that does to the answer. Contribution maps are those
+of He et al., Figure 3.
 
-Attention rollout (Abnar and Zuidema, 2020): the baseline that knows of attention alone.
-
-The patterns of all layers are multiplied, each averaged over its heads and mixed with the identity for the
-residual stream. It cannot tell heads apart, nor what they write: beside it, contribution maps show what
-that costs.
+Attention rollout (Abnar and Zuidema, 2020) is the baseline that knows of attention alone: the patterns of all layers,
+each averaged over its heads and mixed with the identity for the residual stream. It cannot tell heads apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -53,17 +52,23 @@ def attention_maps(
     """The pooled row's attention over tokens, head by head; each map and its prefix tokens sum to one.
 
     Args:
+        model: a model, or its image tower.
+        images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
         components: heads, such as `heads[-1]` or `heads[11, [4, 10]]`; all by default.
         names: of the images, for figures and tables; their numbers by default.
         pictures: keep the images (8 bits a channel) for overlays; a bare tower's are not known.
         batch_size: of the forward passes.
+
+    Returns:
+        One map a head and image.
 
     Raises:
         ValueError: no images, names of another number, or components that are no heads.
         IndexError: the model has no such head.
     """
     parts = _read(model, images, components, lambda d, *head: d.attention(*head), {}, pictures, batch_size)
-    return _laid_out(model, components, parts, "attention", names)
+    cfg = tower(model).cfg
+    return lay_out(cfg, parts, "attention", names, heads=heads_of(cfg, components))
 
 
 def contribution_maps(
@@ -91,7 +96,10 @@ def contribution_maps(
         normalize: divide by the length of the image feature.
         convention: of the terms; in the paper's, each token also carries a share of the head's constants.
         label: name of the direction; by default the texts.
-        components, names, pictures, batch_size: as `attention_maps`.
+        model, images, components, names, pictures, batch_size: as `attention_maps`.
+
+    Returns:
+        One map a head and image.
 
     Raises:
         ValueError: as `attention_maps`; or a direction of another width, no text, a text for a bare tower.
@@ -105,10 +113,11 @@ def contribution_maps(
 
     options = {"normalize": normalize, "convention": convention}
     parts = _read(model, images, components, read, options, pictures, batch_size)
-    return _laid_out(model, components, parts, "contribution", names, label)
+    cfg = tower(model).cfg
+    return lay_out(cfg, parts, "contribution", names, heads=heads_of(cfg, components), toward=label)
 
 
-Part = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
+Read = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
 
 
 def pictures_of(
@@ -128,14 +137,12 @@ def _read(
     options: dict,
     pictures: bool,
     batch_size: int,
-) -> Iterator[Part]:
+) -> Iterator[Read]:
     """One forward pass a batch; of each, what `read` says of every chosen head."""
     chosen = heads_of(tower(model).cfg, components)
     for batch in image_batches(images, batch_size=batch_size):
-        if isinstance(model, HookedViT):
-            d = decompose(model, batch, tokens=components, **options)
-        else:
-            d = model.decompose(batch, tokens=components, **options)
+        take = partial(decompose, model) if isinstance(model, HookedViT) else model.decompose
+        d = take(batch, tokens=components, **options)
         values = torch.stack([read(d, layer, head).float().cpu() for layer, head in chosen])
         yield values, pictures_of(model, batch) if pictures else None
 
@@ -156,21 +163,9 @@ def heads_of(cfg: ViTConfig, components: Components) -> tuple[tuple[int, int], .
     return tuple((layer, head) for layer, head in mask.heads.nonzero().tolist())
 
 
-def _laid_out(
-    model: HookedViT | HookedCLIP,
-    components: Components,
-    parts: Iterable[Part],
-    kind: MapKind,
-    names: Sequence[str] | None,
-    toward: str = "",
-) -> TokenMaps:
-    cfg = tower(model).cfg
-    return lay_out(cfg, parts, kind, names, heads=heads_of(cfg, components), toward=toward)
-
-
 def lay_out(
     cfg: ViTConfig,
-    parts: Iterable[Part],
+    parts: Iterable[Read],
     kind: MapKind,
     names: Sequence[str] | None,
     *,
@@ -225,7 +220,10 @@ def rollout(
     Args:
         fuse: how the heads of a layer become one pattern; rows are normalised again.
         residual: share of a token that stays where it is, in [0, 1].
-        names, pictures, batch_size: as `attention_maps`.
+        model, images, names, pictures, batch_size: as `attention_maps`.
+
+    Returns:
+        One map an image.
 
     Raises:
         ValueError: an unknown `fuse`, a residual outside [0, 1], no images, or names of another number.
@@ -234,12 +232,11 @@ def rollout(
         raise ValueError(f"expected fuse of {get_args(Fuse)}; received {fuse!r}")
     if not 0 <= residual <= 1:
         raise ValueError(f"expected a residual in [0, 1], a share; received {residual}")
-    visual = tower(model)
     parts = (
         (_flow(model, batch, fuse, residual)[None], pictures_of(model, batch) if pictures else None)
         for batch in image_batches(images, batch_size=batch_size)
     )
-    return lay_out(visual.cfg, parts, "rollout", names)
+    return lay_out(tower(model).cfg, parts, "rollout", names)
 
 
 def _flow(

@@ -158,7 +158,12 @@ def score_masks(
     Prefix tokens lie nowhere, and count neither way. Of equal strongest patches the first in reading order counts.
 
     Args:
+        maps: of some heads and images.
+        masks: of the images, at the size that the tower takes.
         inside: "touched": a patch counts whole where the mask touches it; "covered": by the part that the mask covers.
+
+    Returns:
+        Share, hit and chance, map by map and image by image.
 
     Raises:
         ValueError: masks of another shape or not boolean, or an image whose mask touches no patch.

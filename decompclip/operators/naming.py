@@ -1,4 +1,4 @@
-"""Which property texts name, and whether it is the one that a probe finds: the check of TEXTSPAN against truth."""
+"""Which property texts name, and whether it is the one that a probe finds: TEXTSPAN checked against the truth."""
 
 from __future__ import annotations
 
@@ -94,6 +94,9 @@ def named_property(
         pool: the texts that they were picked from. What all texts name (captions nearly always name a shape)
             says nothing: counted is what exceeds the pool's share.
         weights: of the texts, for instance the variance that each explains; by default all count alike.
+
+    Returns:
+        The shares of texts that name each property.
 
     Raises:
         ValueError: no texts or no vocabulary, a single string for a list, or weights that are not one for each
@@ -216,6 +219,7 @@ def agreement(
     """Compare what probes find with what texts name, part by part.
 
     Args:
+        probes: of the components.
         texts: by part ("heads[5, 2]"), what TEXTSPAN picked for it, the most important first.
         vocabulary: values of the probed properties in words.
         pool: see `named_property`.
@@ -225,6 +229,9 @@ def agreement(
             "accuracy": the one that is predicted best, be its share of the variance ever so small.
         least: score (share of variance, or gain of accuracy) that a part must reach to count: what encodes
             nothing has no truth to name.
+
+    Returns:
+        The property found and the property named, component by component.
 
     Raises:
         KeyError: a part that was not probed, or has no weights.

@@ -1,7 +1,7 @@
 """Single neurons of MLPs: their terms, and their ablation, direct and causal (docs/method.md, section 1).
 
-A neuron writes `activation * W_out[neuron]`, so that its term is one number of the image times a direction of
-the model. All neurons of an MLP and its output bias sum to the MLP's term.
+A neuron adds `activation * W_out[neuron]` to the stream. Its term is one number of the image times a direction of the
+model. All neurons of an MLP and its output bias sum to the MLP's term.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from decompclip.decomposition.components import ComponentMask, Components, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, wide
-from decompclip.decomposition.terms import Rows as PooledRows
-from decompclip.operators.ablation import Rows, check_rows, fit_rows, show_rows, token_mask
+from decompclip.decomposition.terms import Rows
+from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.results import Result
 from decompclip.tower.layers import blocks
@@ -82,7 +82,7 @@ class NeuronTerms(Result):
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
     def figure(self) -> go.Figure:
-        """The neurons that write most."""
+        """The neurons with the longest terms."""
         from decompclip.figures.bars import bar_rows
 
         frame = self.to_frame().nlargest(SHOWN, "length")
@@ -118,6 +118,16 @@ def neuron_terms(
 ) -> NeuronTerms:
     """The terms of the neurons that an expression names, from one forward pass that keeps them alone.
 
+    Args:
+        visual: an image tower.
+        images: a batch as the tower takes it.
+        chosen: such as `neurons[3, [5, 7]]`.
+        convention: of the terms, as `decompose` has it.
+        normalize: whether they are those of unit features.
+
+    Returns:
+        The terms, neuron by neuron.
+
     Raises:
         IndexError: the expression names a layer or neuron that the tower does not have.
         ValueError: it names no neurons, or more than neurons; or the tower normalises what its MLPs put out.
@@ -136,7 +146,7 @@ def neuron_terms(
         layer = int(hook.name.split(".")[1])
         kept[hook.name] = wide(x[..., index[layers == layer].to(x.device)]).clone()
 
-    pooled = PooledRows(visual, with_mean=False)
+    pooled = Rows(visual, with_mean=False)
     ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
     with visual.hooks(fwd_hooks=[*ends, *((name, keep) for name in names)]):
         feature = wide(visual(images))
@@ -172,26 +182,29 @@ def mean_neurons(
 ) -> NeuronTerms:
     """The average of `neuron_terms` over a data set: what mean-ablation fills in.
 
+    Args:
+        visual, chosen, convention, normalize: as `neuron_terms`.
+        batches: of images as the tower takes them.
+
+    Returns:
+        The terms of the average image.
+
     Raises:
         ValueError: there are no images, or as `neuron_terms`.
     """
     total, mean = 0, None
     for images in batches:
         terms = neuron_terms(visual, images, chosen, convention=convention, normalize=normalize)
-        mean = _add(mean, terms, total)
         total += len(terms)
+        new, weight = terms.mean, len(terms) / total
+        if mean is not None:
+            pairs = ((mean.coords, new.coords), (mean.post, new.post))
+            coords, post = (a + weight * (b - a) for a, b in pairs)
+            new = replace(mean, coords=coords, post=post)
+        mean = new
     if mean is None:
         raise ValueError("expected batches of images; received none; check the image source")
     return mean
-
-
-def _add(mean: NeuronTerms | None, terms: NeuronTerms, seen: int) -> NeuronTerms:
-    new = terms.mean
-    if mean is None:
-        return new
-    weight = len(terms) / (seen + len(terms))
-    coords, post = (a + weight * (b - a) for a, b in ((mean.coords, new.coords), (mean.post, new.post)))
-    return replace(mean, coords=coords, post=post)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,7 +228,7 @@ class AblateNeurons(Intervention):
     components: Components
     fill: NeuronTerms | None = field(default=None, kw_only=True)
     terms: NeuronTerms | None = field(default=None, kw_only=True)
-    rows: Rows = field(default="all", kw_only=True)
+    rows: TokenChoice = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
@@ -259,7 +272,7 @@ class AblateNeurons(Intervention):
             )
         named = torch.zeros(visual.cfg.n_layers, dtype=torch.bool).index_fill(0, layers, True)
         mask = _as_mlps(named, visual)
-        tokens, pooled = token_mask(self.rows, visual.cfg), visual.cfg.pooled_rows
+        tokens, pooled = token_mask(self.rows, visual.cfg.n_tokens, visual.cfg), visual.cfg.pooled_rows
 
         def silence(x: Tensor, hook: Any, layer: int) -> Tensor:
             places = index[layers == layer].to(x.device)

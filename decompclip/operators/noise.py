@@ -1,6 +1,7 @@
-"""What noise written to the stream is as terms: one write, read at an image's own frozen scale.
+"""Components replaced by noise (docs/method.md, section 2; He et al.'s "w/ Random Prototypes").
 
-RandomAblate: components replaced by noise (docs/method.md, section 2; He et al.'s "w/ Random Prototypes").
+Noise is drawn as what a component adds to the stream. Its term is what reaches the feature of that, at the image's own
+frozen scale of the last LayerNorm.
 """
 
 from __future__ import annotations
@@ -14,16 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask, Components, resolve
+from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, frozen, term_maps, wide
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import (
     Fill,
     Replacement,
-    Rows,
     check_moments,
-    show_rows,
     value_biases,
 )
 from decompclip.operators.intervention import Where
@@ -35,9 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """How much of a write that is the same at every token reaches the feature (`Rows.weights`, summed over rows).
+    """How much reaches the feature of a vector that is added to the stream at every token alike.
 
-    In the centred convention the constant terms carry these sums as their scales.
+    These are `decompclip.decomposition.terms.Rows.weights`, summed over rows; in the centred convention the constant
+    terms have them as their scales.
 
     Attributes:
         heads: past a LayerNorm behind the heads, where there is one.
@@ -68,7 +68,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """One vector for each component, of z past the value bias for heads; None where the tower is not known."""
+    """What components add to the stream: a vector each (for heads of z, past the value bias); None for an unknown tower."""
 
     heads: Float[Tensor, "layer head d_head"]
     mlps: Float[Tensor, "layer d_model"] | None = None
@@ -97,7 +97,7 @@ class Writes:
             write, goal = getattr(self, name), getattr(moments, name)
             if write is not None and isinstance(term, Tensor) and goal.numel():
                 found = term.norm(dim=-1, keepdim=True)
-                # A head that writes nothing has no noise either.
+                # A head that adds nothing has no noise either.
                 length = torch.where(found > 0, goal.to(found).norm(dim=-1, keepdim=True) / found, 0)
                 changed[name] = write * length.to(write)
         return replace(self, **changed)
@@ -150,31 +150,30 @@ Scale = Literal["matched", "unit"]
 class RandomAblate(Replacement):
     """Components replaced by noise.
 
-    "matched" draws, once for all images, what a component writes to the stream, at every token alike (a head: z past its value bias), as
-    long as makes its mean term as long as the mean that it stands in for. Causal mode writes it; direct mode puts
-    in the term of that same write, at the image's own frozen scale. "unit" draws the terms themselves, standard
-    normal in every dimension of the joint space, anew for every image and component, as the paper's code does (for width
-    512 about 22 long, against terms shorter than 1). An image's draw depends on the seed and on the image alone, known
-    by the signs of its feature and of its last MLP's term: whatever batch it stands in, it is the same. Heads cannot write such terms, so that there is no causal edit of this kind, and
-    in what comes out heads' coordinates are their terms: in a composition it stands last.
+    scale="matched": one vector a component is drawn, for all images and all tokens alike, of what it adds to the stream (a
+    head: z past its value bias). Its length is such that its mean term is as long as the component's own mean term.
+    Causal mode adds the vector to the stream; direct mode puts in its term, at the image's own frozen scale.
+
+    scale="unit": terms are drawn, standard normal in every dimension of the joint space, anew for every image and
+    component, as the paper's code does (for width 512 about 22 long, against terms shorter than 1). The draw of an image
+    depends on the seed and on the image alone, known by the signs of its feature and of its last MLP's term: not on the
+    batch. Heads cannot make such terms: there is no causal edit of this kind, and heads' coordinates come out as their
+    terms, so that in a composition it stands last.
 
     The draw of a component does not depend on what else is replaced.
 
     Attributes:
-        components: which.
-        moments: of clean images, in the centred convention; needed for the scale "matched".
-        scale: "matched", or "unit", which is for direct mode alone.
+        components, rows: as in `Replacement`.
+        moments: of clean images, in the centred convention; needed for "matched".
+        scale: "matched", or "unit", for direct mode alone.
         seed: of the draw.
-        rows: which tokens a causal edit reaches.
-        model: needed for the scale "matched" in direct mode, where more than heads is replaced: what is written by
-            MLPs and the rest becomes a term through its weights.
+        model: needed for "matched" in direct mode, where more than heads is replaced: its weights turn what MLPs and the
+            rest add into terms.
     """
 
-    components: Components
     moments: Moments | None = None
     scale: Scale = field(default="matched", kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    rows: Rows = field(default="all", kw_only=True)
     model: HookedViT | HookedCLIP | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -239,10 +238,9 @@ class RandomAblate(Replacement):
     def _writes(self, visual: HookedViT | None) -> Writes:
         return Writes.draw(self.seed, self._means.maps, visual).matched(self._means, visual)
 
-    def __repr__(self) -> str:
+    def _about(self) -> str:
         moments = "" if self.moments is None else f", {self.moments!r}"
-        options = f", scale={self.scale!r}, seed={self.seed}{show_rows(self.rows)}"
-        return f"RandomAblate({self.components!r}{moments}{options})"
+        return f"{moments}, scale={self.scale!r}, seed={self.seed}"
 
 
 def _standard_normal(d: Decomposition, mask: ComponentMask, seed: int) -> Fill:

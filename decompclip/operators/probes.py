@@ -1,7 +1,7 @@
-"""Ground truth for descriptions: what a component encodes, by linear probes of its term.
+"""Linear probes: which property of an image a component's term encodes.
 
-In a world whose images carry their properties (`decompclip.data.shapes`), a component's role need not be
-guessed. Whether TEXTSPAN's words name the same property: `decompclip.operators.naming`.
+In a world whose images carry their properties (`decompclip.data.shapes`), a component's role need not be guessed.
+`decompclip.operators.naming` tells whether TEXTSPAN's words name the same property.
 """
 
 from __future__ import annotations
@@ -137,11 +137,15 @@ def probe(
         d: a decomposition, or a stream of batches.
         properties: the index of each property's value, one an image, in the order of `d`; for instance
             `vars(batch.attributes)` of the Shapes world.
+        components: which.
         held_out: share of images to score on, the same for all.
         estimator: an untrained scikit-learn classifier; by default logistic regression on scaled coordinates.
         groups: a number for each image; those of one number (crops of one photograph, say) are all trained on or all
             held out. Images whose features are the same are one group in any case: a copy would tell the answer.
         seed: of the split.
+
+    Returns:
+        Accuracy of every property on every component.
 
     Raises:
         IndexError: a component that the tower does not have.

@@ -1,9 +1,8 @@
-"""Change of role: how far two descriptions of a component are from one another (docs/method.md, section 4, last bullet but one).
+"""Change of role: how far two descriptions of a component are apart (docs/method.md, section 4, last bullet but one).
 
-The paper's second limitation is that it compares clean and triggered descriptions by eye. Here in numbers,
-each with a bootstrap interval. What is resampled is always the side that is described (texts, or images where
-terms are given), while the side that describes stays whole: resampled spans shrink, and the interval of two
-shrunken spans would miss the very value it is meant for.
+The paper compares clean and triggered descriptions by eye, its second limitation. Here are numbers, each with a bootstrap
+interval. Resampled is always the side that is described (texts, or images where terms are given); the side that describes
+stays whole, because resampled spans shrink, and the interval of two shrunken spans would miss the value it is meant for.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from scipy.linalg import subspace_angles
-from scipy.stats import norm, t
 from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.maps import one_thread
-from decompclip.intervals import CONFIDENCE
+from decompclip.intervals import CONFIDENCE, Z, t_for
 from decompclip.results import Result
 
 if TYPE_CHECKING:
@@ -137,12 +135,16 @@ def role_change(
     """Compare what describes a component on two sets of images.
 
     Args:
-        before, after: for instance its TEXTSPAN on clean and on triggered images.
+        before: texts and their features, for instance its TEXTSPAN on clean images.
+        after: the same on triggered images.
         pool: features of the texts that both were picked from. Their mean, which all of CLIP's text features
             share and which makes everything alike, is taken off; random sets of them give the level of chance.
         terms: the component's terms on the two sets of images; their variance is then what is explained.
         draws: of the bootstrap.
         seed: of the bootstrap, and of the random sets.
+
+    Returns:
+        How alike the two descriptions are, by several measures.
 
     Raises:
         ValueError: a description without texts, features that are not one for each text or of another width, a
@@ -302,7 +304,7 @@ def _estimate(name: str, value: Tensor, drawn: Tensor, count: int, chance: float
             float(value), least, 1.0, chance
         )  # one text, or image, does not tell how much they differ
     tail = (1 - CONFIDENCE) / 2
-    wider = float(t.ppf(1 - tail, count - 1) / norm.ppf(1 - tail)) * math.sqrt(count / (count - 1))
+    wider = t_for(count) / Z * math.sqrt(count / (count - 1))
     spread = value + wider * (drawn - value)
     low, high = torch.quantile(spread, spread.new_tensor([tail, 1 - tail])).clamp(least, 1).tolist()
     return Estimate(float(value), low, high, chance)

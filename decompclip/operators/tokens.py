@@ -1,7 +1,4 @@
-"""Tokens: what heads receive from some source tokens, removed; say, from the patches that a trigger covers.
-
-TokenMaps: one number a token, for some heads and images, laid out as the patches lie in the image.
-"""
+"""Tokens: heads that no longer read some tokens (`AblateTokens`), and numbers by token laid out as patches (`TokenMaps`)."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from torch.nn import functional as F
 
 from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.operators.ablation import check_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
@@ -32,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblateTokens(Intervention):
-    """Heads deaf to some source tokens; what they attend to stays as it is.
+    """Heads that no longer read some tokens, such as the patches that a trigger covers. Their attention stays as it is.
 
-    Direct: the tokens' shares are taken out of the heads' terms (decompose with `tokens=`). Causal: at these tokens
-    the heads' values are their bias alone, for every token that listens.
+    Direct: the tokens' shares are taken out of the heads' terms (decompose with `tokens=`). Causal: at these tokens the
+    heads' values are their bias alone.
 
     Attributes:
         components: which heads.
@@ -46,17 +44,7 @@ class AblateTokens(Intervention):
     tokens: tuple[int, ...] | Bool[Tensor, "*batch token"]
 
     def __post_init__(self) -> None:
-        tokens = self.tokens
-        numbers = (
-            isinstance(tokens, tuple) and bool(tokens) and all(isinstance(token, int) for token in tokens)
-        )
-        if not numbers and not (
-            isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim in (1, 2)
-        ):
-            raise ValueError(
-                "expected tokens as a tuple of numbers, at least one, or a boolean mask [token] or [batch token]; "
-                f"received {_show(tokens)}; e.g. AblateTokens(heads, (1, 2))"
-            )
+        check_rows(self.tokens, "tokens", ())
 
     def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         chosen = Chosen.of(self._heads(d), where, len(d)).heads
@@ -90,19 +78,7 @@ class AblateTokens(Intervention):
         return mask
 
     def _mask(self, n_tokens: int, batch: int) -> Bool[Tensor, "#batch token"]:
-        tokens = self.tokens
-        if isinstance(tokens, tuple):
-            outside = [token for token in tokens if not -n_tokens <= token < n_tokens]
-            if outside:
-                raise IndexError(f"expected tokens in 0..{n_tokens - 1}; received {outside[0]}")
-            return torch.zeros(1, n_tokens, dtype=torch.bool).index_fill(
-                1, torch.tensor(tokens) % n_tokens, True
-            )
-        if tokens.shape[-1] != n_tokens:
-            raise ValueError(
-                f"expected a boolean mask over {n_tokens} tokens; received {tokens.dtype} {list(tokens.shape)}; a mask "
-                "of patches lacks the class token"
-            )
+        tokens = token_mask(self.tokens, n_tokens)
         tokens = tokens if tokens.ndim == 2 else tokens[None]
         if len(tokens) not in (1, batch):
             raise ValueError(
@@ -114,10 +90,6 @@ class AblateTokens(Intervention):
     def __repr__(self) -> str:
         of = f"mask of {int(self.tokens.sum())}" if isinstance(self.tokens, Tensor) else repr(self.tokens)
         return f"AblateTokens({self.components!r}, {of})"
-
-
-def _show(tokens: object) -> str:
-    return f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
 
 
 def _shares(d: Decomposition, layer: int, head: int) -> Float[Tensor, "batch token coord"]:

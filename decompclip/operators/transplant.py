@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components, heads
 from decompclip.decomposition.decomposition import Decomposition, check_alike
-from decompclip.operators.ablation import Fill, Replacement, Rows, need_images, show_rows, stream_values
+from decompclip.operators.ablation import Fill, Replacement, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
 from decompclip.tower.vit import Hook, HookedViT
 
@@ -20,28 +20,68 @@ SAME = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Patch(Replacement):
-    """Components replaced by those of other images: image i receives from image i of the source.
+class FromImages(Replacement):
+    """Components replaced by those of other images: what `Patch` and `ResampleAblate` share.
 
     Attributes:
-        components: which.
-        source: the other images' terms, under the same model and options; one image serves for all.
+        source: the other images' terms, under the same model and options.
         images: the source's images, which causal mode needs.
-        rows: which tokens a causal edit reaches: "all", the "pooled" ones, "patches", numbers or a mask.
     """
 
-    components: Components
     source: Decomposition
     images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
-    rows: Rows = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count(self.images, self.source)
+        if self.images is not None and len(self.images) != len(self.source):
+            raise ValueError(
+                f"expected the {len(self.source)} images that the source was decomposed from; received "
+                f"{len(self.images)} images; pass those very images, in the same order"
+            )
+
+    def _stream(self, visual: HookedViT, mask: ComponentMask) -> Fill:
+        """The components' contributions to the stream, of the source's images.
+
+        Raises:
+            ValueError: no images, or the tower does not give them the source's features.
+        """
+        if self.images is None:
+            raise ValueError(
+                "expected the source's images, for a causal edit writes what they leave in the stream; received none; "
+                f"pass {type(self).__name__}(..., images=images)"
+            )
+        values, features = stream_values(visual, self.images, mask)
+        known = self.source.features if self.source.target is None else self.source.target
+        if known.shape == features.shape:
+            found = features / features.norm(dim=-1, keepdim=True) if self.source.normalized else features
+            misses = (found.to(known) - known).norm(dim=-1) / known.norm(dim=-1)
+            if float(misses.max()) <= SAME.get(features.dtype, 1e-3):
+                return values
+            what = f"whose features differ, by {float(misses.max()):.0%} in image {int(misses.argmax())}"
+        else:
+            what = f"whose features are {list(features.shape)}, not {list(known.shape)}"
+        raise ValueError(
+            f"expected the images that the source was decomposed from, and the same model; received images {what}; "
+            "pass those very images in the same order, and a source that was not edited"
+        )
+
+    def _about(self) -> str:
+        return f", {len(self.source)} images"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch(FromImages):
+    """Components replaced by those of other images: image i receives from image i of the source.
+
+    Attributes:
+        components, rows: as in `Replacement`.
+        source: the other images' terms; one image serves for all.
+        images: the source's images, which causal mode needs.
+    """
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        check_alike(d, self.source)
         source = self.source
+        check_alike(d, source)
         if len(source) not in (1, len(d)):
             raise ValueError(
                 f"expected a source of {len(d)} images, one for each that is edited (or of one for all); received "
@@ -50,35 +90,23 @@ class Patch(Replacement):
         return Fill(source.coords, source.mlps, source.embed, source.pool if mask.pool else None)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        return _written(visual, need_images(self.images, "Patch"), mask, self.source)
-
-    def __repr__(self) -> str:
-        return f"Patch({self.components!r}, {len(self.source)} images{show_rows(self.rows)})"
+        return self._stream(visual, mask)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ResampleAblate(Replacement):
+class ResampleAblate(FromImages):
     """Components replaced by the same component of another image, drawn anew for each component.
 
     Where the source is as long as the batch, an image never receives from the one at its own place.
 
     Attributes:
-        components: which.
-        source: decomposed images to draw from, under the same model and options.
+        components, rows: as in `Replacement`.
+        source: decomposed images to draw from.
         images: the source's images, which causal mode needs; as many as the batch that is run.
         seed: of the draws.
-        rows: which tokens a causal edit reaches.
     """
 
-    components: Components
-    source: Decomposition
-    images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    rows: Rows = field(default="all", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self.images, self.source)
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
         check_alike(d, self.source)
@@ -93,14 +121,14 @@ class ResampleAblate(Replacement):
         )
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
-        images = need_images(self.images, "ResampleAblate")
-        values = _written(visual, images, mask, self.source)
-        of_heads, of_mlps, of_embed, of_pool = self._draws(len(images), mask, images.device)
+        values = self._stream(visual, mask)
+        assert self.images is not None and isinstance(values.heads, dict) and isinstance(values.mlps, dict)
+        of_heads, of_mlps, of_embed, of_pool = self._draws(len(self.images), mask, self.images.device)
         head = torch.arange(visual.cfg.n_heads)
         return Fill(
             # [batch head token d_head], for the two indices stand apart
-            {i: z[of_heads[:, i], :, head].transpose(1, 2) for i, z in _layered(values.heads)},
-            {i: out[of_mlps[:, i]] for i, out in _layered(values.mlps)},
+            {i: z[of_heads[:, i], :, head].transpose(1, 2) for i, z in values.heads.items()},
+            {i: out[of_mlps[:, i]] for i, out in values.mlps.items()},
             values.embed[of_embed],
             None if values.pool is None else values.pool[of_pool],
         )
@@ -120,47 +148,8 @@ class ResampleAblate(Replacement):
             draws.append(((start + steps) % n).to(device))
         return draws
 
-    def __repr__(self) -> str:
-        return (
-            f"ResampleAblate({self.components!r}, {len(self.source)} images, seed={self.seed}"
-            f"{show_rows(self.rows)})"
-        )
-
-
-def _check_count(images: Tensor | None, source: Decomposition) -> None:
-    """Raises ValueError where images are given that cannot be the source's."""
-    if images is not None and len(images) != len(source):
-        raise ValueError(
-            f"expected the {len(source)} images that the source was decomposed from; received {len(images)} images; "
-            "pass those very images, in the same order"
-        )
-
-
-def _written(visual: HookedViT, images: Tensor, mask: ComponentMask, source: Decomposition) -> Fill:
-    """What the source's images write to the stream.
-
-    Raises:
-        ValueError: the tower does not give these images the source's features.
-    """
-    values, features = stream_values(visual, images, mask)
-    told = source.features if source.target is None else source.target
-    if told.shape == features.shape:
-        found = (features / features.norm(dim=-1, keepdim=True) if source.normalized else features).to(told)
-        misses = (found - told).norm(dim=-1) / told.norm(dim=-1)
-        if float(misses.max()) <= SAME.get(features.dtype, 1e-3):
-            return values
-        what = f"whose features differ, by {float(misses.max()):.0%} in image {int(misses.argmax())}"
-    else:
-        what = f"whose features are {list(features.shape)}, not {list(told.shape)}"
-    raise ValueError(
-        f"expected the images that the source was decomposed from, and the same model; received images {what}; pass "
-        "those very images in the same order, and a source that was not edited"
-    )
-
-
-def _layered(values: object) -> list[tuple[int, Tensor]]:
-    assert isinstance(values, dict)  # as `stream_values` makes them
-    return list(values.items())
+    def _about(self) -> str:
+        return f"{super()._about()}, seed={self.seed}"
 
 
 @runtime_checkable
@@ -217,13 +206,17 @@ def decomp_reverse(
     components: Components = heads,
     images: Float[Tensor, "batch 3 h w"] | None = None,
 ) -> Restricted:
-    """Decomp-Reverse: copies into each clean twin what the selector flags in the triggered one (paper, section 3.3).
+    """Decomp-Reverse: copies into each clean image what the selector flags in its triggered pair (paper, section 3.3).
 
     `decomp_reverse(triggered, selector)(clean)` answers with the target as far as the flagged heads carry the attack.
 
     Args:
-        triggered: of the triggered twins, in the order of the clean ones.
+        triggered: of the triggered images, in the order of the clean ones.
+        selector: what says which components of which images look infected.
         components: of which only the flagged are copied.
         images: the triggered images, which causal mode needs.
+
+    Returns:
+        An intervention for the clean images.
     """
     return Patch(components, triggered, images=images).on(selector.flags(triggered))

@@ -231,9 +231,7 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, d: Decompositio
         mean_neurons(tower, [], neurons[0])
     with pytest.raises(IndexError, match=r"tokens in 0\.\.6; received 9"):
         causal(tower, images, AblateTokens(heads, (0, 9)))
-    with pytest.raises(
-        ValueError, match=r"mask over 7 tokens; received torch.bool \[6\]; a mask of patches lacks"
-    ):
+    with pytest.raises(ValueError, match=r"mask over 7 tokens; received \[6\]; a mask of patches lacks"):
         causal(tower, images, AblateTokens(heads, torch.ones(6, dtype=torch.bool)))
     for use in (lambda edit: edit.fwd_hooks(tower), lambda edit: edit(decompose(tower, images, tokens=True))):
         with pytest.raises(ValueError, match=r"heads, for they alone read tokens; received layers\[0\]"):
@@ -250,7 +248,7 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, d: Decompositio
     nonsense: list[Any] = [(), [1, 2], "cls", torch.ones(7), masks[None]]
     for tokens in nonsense:
         with pytest.raises(
-            ValueError, match=r"tokens as a tuple of numbers, at least one, or a boolean mask"
+            ValueError, match=r"tokens as a tuple of token numbers, at least one, or a boolean mask"
         ):
             AblateTokens(heads, tokens)
     with pytest.raises(
