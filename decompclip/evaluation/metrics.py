@@ -75,21 +75,19 @@ def attack_success(
     labels: Int[Tensor, " batch"],
     target: int,
     *,
-    include_target: bool = False,
     n_classes: int | None = None,
 ) -> Rate:
     """ASR: the share of triggered images that are taken for the target.
 
     Args:
         labels: the images' true classes, not the attacker's.
-        include_target: count the images that are of the target class anyway, as some published code does.
         n_classes: number of classes, where known, to hold the target to.
 
     Raises:
         ValueError: no images, not one label for each prediction, or a target out of range.
     """
     _check(predictions, labels, target, n_classes)
-    return Rate.of((predictions if include_target else predictions[labels != target]) == target)
+    return Rate.of(predictions[labels != target] == target)
 
 
 def target_rate(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from plotly.colors import hex_to_rgb, sample_colorscale, unlabel_rgb
@@ -370,16 +369,6 @@ def attention_overlay(weights: Float[Tensor, "rows columns"], top: float) -> str
 def contribution_overlay(values: Float[Tensor, "rows columns"], top: float) -> str:
     """A data URI, one pixel a patch: clear at zero, vermillion at `top`, blue at `-top`."""
     return _uri(tint(values.numpy(), signed=True, top=top))
-
-
-def lay_over(
-    pixels: UInt8[Tensor, "h w 3"], values: Float[Tensor, "h w"], *, signed: bool, top: float
-) -> UInt8[Tensor, "h w 3"]:
-    """A picture under a map of its own size, in the colours of `contribution_overlay` (signed) or `attention_overlay`."""
-    over = tint(values.numpy(), signed=signed, top=top)
-    opacity = over[..., 3:] / 255
-    mixed = opacity * over[..., :3] + (1 - opacity) * pixels.numpy()
-    return torch.from_numpy(mixed.round().astype(np.uint8))
 
 
 def tint(values: np.ndarray, *, signed: bool, top: float) -> np.ndarray:

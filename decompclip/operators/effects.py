@@ -23,9 +23,8 @@ from decompclip.decomposition.maps import Convention
 from decompclip.intervals import Z
 from decompclip.moved import renamed
 from decompclip.operators.intervention import Intervention
-from decompclip.operators.parts import Part, grid, parts_of, position
+from decompclip.operators.parts import ByPart, Part, parts_of
 from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction, tower
-from decompclip.results import Result
 from decompclip.tower.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ KIND_NAMES = {"heads": "heads", "mlps": "MLPs", "embed": "embedding", "pool": "M
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Effects(Result):
+class Effects(ByPart):
     """Mean change of a score when each component is edited, both ways.
 
     Attributes:
@@ -87,7 +86,7 @@ class Effects(Result):
         Raises:
             ValueError: an unknown mode.
         """
-        return grid(self.parts, self._mode(mode), self.n_layers, self.n_heads)[0]
+        return self._grid(self._mode(mode))[0]
 
     def mlps(self, mode: Mode = "difference") -> Float[Tensor, " layer"]:
         """Effects of the MLPs; nan where not measured.
@@ -95,7 +94,7 @@ class Effects(Result):
         Raises:
             ValueError: an unknown mode.
         """
-        return grid(self.parts, self._mode(mode), self.n_layers, self.n_heads)[1]
+        return self._grid(self._mode(mode))[1]
 
     def _mode(self, mode: Mode) -> Tensor:
         if mode not in get_args(Mode):
@@ -108,23 +107,15 @@ class Effects(Result):
         Raises:
             KeyError: it was not measured.
         """
-        i = position(self.parts, part)
+        i = self._at(part)
         return {mode: float(self._mode(mode)[i]) for mode in get_args(Mode)}
 
     def to_frame(self) -> pd.DataFrame:
         """One row a part."""
-        import pandas as pd
-
-        columns: dict[str, Any] = {
-            "part": [str(part) for part in self.parts],
-            "kind": [part.kind for part in self.parts],
-            "layer": pd.array([part.layer for part in self.parts], dtype="Int64"),
-            "head": pd.array([part.head for part in self.parts], dtype="Int64"),
-        }
+        columns = {}
         for mode in get_args(Mode):
-            columns[mode] = self._mode(mode).numpy()
-            columns[f"{mode}_error"] = getattr(self, f"{mode}_error").numpy()
-        return pd.DataFrame(columns)
+            columns |= {mode: self._mode(mode), f"{mode}_error": getattr(self, f"{mode}_error")}
+        return self._frame(**columns)
 
     def figure(self, *, mode: Mode | None = None) -> go.Figure:
         """Causal over direct, one marker a part; with a mode, its heat map, layers by heads."""
@@ -169,7 +160,7 @@ def direct_and_causal(
     *,
     metric: Metric = "logit_difference",
     against: Classes | Text | None = None,
-    components: Components | None = None,
+    components: Components = heads | mlps,
     convention: Convention = "centred",
     normalize: bool = False,
 ) -> Effects:
@@ -201,7 +192,6 @@ def direct_and_causal(
         ValueError: as `ClassScore`; no images; or an intervention that does not fit the model.
     """
     visual, score = tower(model), _score(model, toward, target, metric, against)
-    components = heads | mlps if components is None else components
     parts: tuple[Part, ...] = ()
     scores: list[Tensor] = []
     words, start = "", 0

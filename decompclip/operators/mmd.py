@@ -19,8 +19,7 @@ from torch import Tensor
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.moved import renamed
-from decompclip.operators.parts import Part, Points, grid, position
-from decompclip.results import Result
+from decompclip.operators.parts import ByPart, Part, Points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +111,7 @@ FIRST, ENOUGH = 999, 100
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MMD(Result):
+class MMD(ByPart):
     """How far apart two sets of images are in the terms of each component.
 
     Attributes:
@@ -145,15 +144,12 @@ class MMD(Result):
     @property
     def heads(self) -> Float[Tensor, "layer head"]:
         """Values of single heads; nan where not measured."""
-        return grid(self.parts, self.values, self.n_layers, self.n_heads)[0]
+        return self._grid(self.values)[0]
 
     @property
     def mlps(self) -> Float[Tensor, " layer"]:
         """Values of the MLPs; nan where not measured."""
-        return grid(self.parts, self.values, self.n_layers, self.n_heads)[1]
-
-    def __len__(self) -> int:
-        return len(self.parts)
+        return self._grid(self.values)[1]
 
     def __getitem__(self, part: Part | str) -> float:
         """The value of a part, by its name: `mmd["heads[5, 2]"]`.
@@ -161,7 +157,7 @@ class MMD(Result):
         Raises:
             KeyError: it was not measured.
         """
-        return float(self.values[position(self.parts, part)])
+        return float(self.values[self._at(part)])
 
     @property
     def least_adjusted(self) -> float:
@@ -186,19 +182,10 @@ class MMD(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row a part."""
-        import pandas as pd
-
-        columns: dict[str, Any] = {
-            "part": [str(part) for part in self.parts],
-            "kind": [part.kind for part in self.parts],
-            "layer": [part.layer for part in self.parts],
-            "head": pd.array([part.head for part in self.parts], dtype="Int64"),
-            "mmd": self.values.numpy(),
-            "bandwidth": self.bandwidths.numpy(),
-        }
+        columns = {"mmd": self.values, "bandwidth": self.bandwidths}
         if self.p_values is not None and self.adjusted is not None:
-            columns |= {"p": self.p_values.numpy(), "p_adjusted": self.adjusted.numpy()}
-        return pd.DataFrame(columns)
+            columns |= {"p": self.p_values, "p_adjusted": self.adjusted}
+        return self._frame(**columns)
 
     def figure(self) -> go.Figure:
         """A heat map, layers by heads with the MLPs beside; of whole layers, two curves."""
@@ -206,9 +193,9 @@ class MMD(Result):
             return self._curves()
         from decompclip.figures.heatmaps import component_map
 
-        shown, shape = {}, (self.n_layers, self.n_heads)
+        shown: dict[str, Any] = {}
         if self.adjusted is not None:
-            heads_p, mlps_p = grid(self.parts, self.adjusted, *shape)
+            heads_p, mlps_p = self._grid(self.adjusted)
             dots = heads_p <= RATE, mlps_p <= RATE
             shown = {"heads_note": heads_p, "mlps_note": mlps_p, "note": "adjusted p", "dots": dots}
             shown["dots_name"] = f"beyond chance (false discovery rate {RATE:.0%})"
@@ -253,7 +240,7 @@ def head_mmd(
     a: Batches,
     b: Batches,
     *,
-    components: Components | None = None,
+    components: Components = heads | mlps,
     kernel: Kernel = "unbiased",
     permutations: int | None = None,
     paired: bool = False,
@@ -289,7 +276,6 @@ def head_mmd(
         ValueError: an unknown kernel, fewer than two images a side, paired images that are not as many, or terms that are
             not finite or of different models or options.
     """
-    components = heads | mlps if components is None else components
     return _mmd(a, b, components, kernel, permutations, paired, block, seed)
 
 

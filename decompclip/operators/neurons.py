@@ -100,8 +100,9 @@ class NeuronTerms(Result):
     def __len__(self) -> int:
         return len(self.coords)
 
-    def same_neurons(self, other: NeuronTerms) -> bool:
-        return torch.equal(self.layers, other.layers) and torch.equal(self.index, other.index)
+    def of(self, layers: Tensor, index: Tensor) -> bool:
+        """Whether these neurons are meant."""
+        return torch.equal(self.layers, layers) and torch.equal(self.index, index)
 
     def __repr__(self) -> str:
         return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
@@ -232,7 +233,11 @@ class AblateNeurons(Intervention):
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
-        if self.fill is not None and self.terms is not None and not self.fill.same_neurons(self.terms):
+        if (
+            self.fill is not None
+            and self.terms is not None
+            and not self.fill.of(self.terms.layers, self.terms.index)
+        ):
             raise ValueError(
                 f"expected a fill of the neurons of the terms, {self.terms!r}; received {self.fill!r}; make both "
                 "with one expression"
@@ -265,7 +270,7 @@ class AblateNeurons(Intervention):
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         layers, index = _places(self.components, visual)
         fill = self.fill
-        if fill is not None and not (torch.equal(fill.layers, layers) and torch.equal(fill.index, index)):
+        if fill is not None and not fill.of(layers, index):
             raise ValueError(
                 f"expected a fill of the neurons {self.components!r}; received {fill!r} of others; make it with the "
                 "same expression"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,11 @@ from decompclip.decomposition.components import (
 from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.decomposition.maps import TermMaps, one_thread
 from decompclip.decomposition.moments import check_finite
+from decompclip.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 Head = int | Literal["mlp"]
 """A head of a layer by its number, or the layer's MLP."""
@@ -48,20 +53,6 @@ def part_at(layer: int, head: Head) -> Components:
     return mlps[layer] if head == "mlp" else heads[layer, head]
 
 
-def grid(
-    parts: Sequence[Part], values: Float[Tensor, " part"], n_layers: int, n_heads: int
-) -> tuple[Float[Tensor, "layer head"], Float[Tensor, " layer"]]:
-    """The numbers of single heads and of MLPs by place; nan where a part is not among them."""
-    of_heads = values.new_full((n_layers, n_heads), torch.nan)
-    of_mlps = values.new_full((n_layers,), torch.nan)
-    for part, value in zip(parts, values, strict=True):
-        if part.kind == "mlps":
-            of_mlps[part.layer] = value
-        elif part.kind == "heads" and part.head is not None:
-            of_heads[part.layer, part.head] = value
-    return of_heads, of_mlps
-
-
 def position(parts: Sequence[Part], part: Part | str) -> int:
     """Where a part, or its name such as "heads[3, 1]", stands.
 
@@ -75,6 +66,43 @@ def position(parts: Sequence[Part], part: Part | str) -> int:
             "name it in components="
         )
     return names.index(str(part))
+
+
+class ByPart(Result):
+    """What results have in common that have numbers for each of some components."""
+
+    parts: tuple[Part, ...]
+    n_layers: int
+    n_heads: int
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def _at(self, part: Part | str) -> int:
+        return position(self.parts, part)
+
+    def _grid(self, values: Float[Tensor, " part"]) -> tuple[Tensor, Tensor]:
+        """The numbers of single heads [layer head] and of MLPs [layer]; nan where a part is not among them."""
+        heads = values.new_full((self.n_layers, self.n_heads), torch.nan)
+        mlps = values.new_full((self.n_layers,), torch.nan)
+        for part, value in zip(self.parts, values, strict=True):
+            if part.kind == "mlps":
+                mlps[part.layer] = value
+            elif part.kind == "heads" and part.head is not None:
+                heads[part.layer, part.head] = value
+        return heads, mlps
+
+    def _frame(self, **columns: Any) -> pd.DataFrame:
+        """One row a part: part, kind, layer, head, and these columns."""
+        import pandas as pd
+
+        own: dict[str, Any] = {
+            "part": [str(part) for part in self.parts],
+            "kind": [part.kind for part in self.parts],
+            "layer": pd.array([part.layer for part in self.parts], dtype="Int64"),
+            "head": pd.array([part.head for part in self.parts], dtype="Int64"),
+        }
+        return pd.DataFrame(own | {name: values.numpy() for name, values in columns.items()})
 
 
 class Points:

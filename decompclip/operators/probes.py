@@ -20,8 +20,7 @@ from torch import Tensor
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.intervals import wilson
-from decompclip.operators.parts import Part, Points, grid, position
-from decompclip.results import Result
+from decompclip.operators.parts import ByPart, Part, Points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +33,7 @@ COPY = 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Probes(Result):
+class Probes(ByPart):
     """How well each property can be read off each part, on images held out.
 
     Attributes:
@@ -64,14 +63,6 @@ class Probes(Result):
         """Accuracy between chance (0) and all (1)."""
         return (self.accuracy - self.chance) / (1 - self.chance).clamp_min(1e-9)
 
-    def best(self, part: Part | str) -> str:
-        """The property that the part encodes best: that of the largest gain.
-
-        Raises:
-            KeyError: the part was not probed.
-        """
-        return self.properties[int(self.gain[position(self.parts, part)].argmax())]
-
     def heads(self, name: str) -> Float[Tensor, "layer head"]:
         """Gain of single heads for one property; nan where not probed.
 
@@ -80,7 +71,7 @@ class Probes(Result):
         """
         if name not in self.properties:
             raise ValueError(f"expected a property of {self.properties}; received {name!r}")
-        return grid(self.parts, self.gain[:, self.properties.index(name)], self.n_layers, self.n_heads)[0]
+        return self._grid(self.gain[:, self.properties.index(name)])[0]
 
     def to_frame(self) -> pd.DataFrame:
         """One row a part and property, with Wilson's 95 % interval of the accuracy."""

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
@@ -179,44 +177,6 @@ class TokenMaps:
             names=tuple(self.names[i] for i in images),
             pictures=None if self.pictures is None else self.pictures[columns],
         )
-
-    def pixels(self, *, smooth: bool = False) -> Float[Tensor, "map batch h w"]:
-        """Every pixel with the number of its patch; zero in a margin that no patch sees.
-
-        Args:
-            smooth: interpolate between the middles of patches, for the eye; scores are those of patches.
-        """
-        (height, width), (rows, columns) = self.patch_size, self.patches.shape[2:]
-        if smooth:
-            size = (rows * height, columns * width)
-            large = F.interpolate(self.patches, size, mode="bilinear", align_corners=False)
-        else:
-            large = repeat(self.patches, "m b r c -> m b (r y) (c x)", y=height, x=width)
-        bottom, right = (size - seen for size, seen in zip(self.image_size, large.shape[2:], strict=True))
-        return F.pad(large, (0, right, 0, bottom))
-
-    def overlay(
-        self, index: int = 0, image: int = 0, *, smooth: bool = False, top: float | None = None
-    ) -> UInt8[Tensor, "h w 3"]:
-        """One map over its picture, at the image's resolution.
-
-        Args:
-            top: number of the strongest colour; by default the map's largest over all images.
-
-        Raises:
-            ValueError: the pictures are not known.
-            IndexError: there is no such map or image.
-        """
-        from decompclip.figures.heatmaps import lay_over
-
-        if self.pictures is None:
-            raise ValueError(
-                "expected maps that know their pictures; received maps without; make them with a HookedCLIP and "
-                "pictures=True"
-            )
-        one = self.select([index], [image])
-        top = float(self.top[index]) if top is None else top
-        return lay_over(self.pictures[image], one.pixels(smooth=smooth)[0, 0], signed=self.signed, top=top)
 
     @property
     def signed(self) -> bool:

@@ -133,7 +133,6 @@ def test_accuracy_by_hand() -> None:
 
 def test_attack_success_by_hand() -> None:
     assert attack_success(TRIGGERED, LABELS, 2) == Rate(3, 4)
-    assert attack_success(TRIGGERED, LABELS, 2, include_target=True) == Rate(4, 6)
     assert target_rate(CLEAN, LABELS, 2) == Rate(1, 4)
     assert attack_success(TRIGGERED[4:], LABELS[4:], 2) == Rate(0, 0)
 

@@ -18,7 +18,7 @@ def features(seed: int, n: int, width: int = 16) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def described(x: Tensor, first: int = 0) -> SimpleNamespace:
+def described(x: Tensor, first: int = 0) -> Any:
     return SimpleNamespace(texts=[f"text {first + i}" for i in range(len(x))], features=x)
 
 
