@@ -32,8 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.special import log_ndtr
 
-from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import TermMaps
+from decompclip.decomposition.decomposition import Decomposition, HasTerms, check_alike
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.distances import (
     ClassDistance,
@@ -47,7 +46,6 @@ from decompclip.defenses.distances import (
 from decompclip.defenses.fitted import (
     Calibrated,
     check_fitted,
-    check_maps,
     held_out,
     load_fitted,
     save_fitted,
@@ -152,6 +150,7 @@ class AgnosticDet(Calibrated):
         seed: of the folds.
 
     Attributes:
+        terms_: what tells the form of the clean images' terms.
         expected_: learnt from all clean images.
         mean_: of each view's logarithm over clean images.
         deviation_: the same, standard deviation.
@@ -164,7 +163,7 @@ class AgnosticDet(Calibrated):
     folds: int = 5
     seed: int = 0
     expected_: Expected = field(init=False)
-    maps_: TermMaps = field(init=False)
+    terms_: HasTerms = field(init=False)
     mean_: Float[Tensor, " view"] = field(init=False)
     deviation_: Float[Tensor, " view"] = field(init=False)
     spread_: Float[Tensor, ""] = field(init=False)
@@ -182,7 +181,7 @@ class AgnosticDet(Calibrated):
         seen = []
         for part in [clean] if isinstance(clean, Decomposition) else clean:
             if not seen:
-                self.maps_ = part.maps
+                self.terms_ = part[:0]
                 self._check_width(part)
             seen.append(self.look(part))
         if not seen:
@@ -216,7 +215,7 @@ class AgnosticDet(Calibrated):
             raise ValueError(
                 "expected terms that sum to unit features; received terms of raw ones; decompose with normalize=True"
             )
-        check_maps(self.maps_, d)
+        check_alike(self.terms_, d)
         terms = layer_terms(d)
         directions = class_directions(self.classifier).to(d.embed)
         classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
@@ -410,7 +409,7 @@ class AgnosticRep(Intervention):
         repair.moments_, repair.detector_ = moments, repair._detector()
         for name in LEARNT:
             setattr(repair.detector_, name, tensors[name])
-        repair.detector_.maps_ = moments.maps
+        repair.detector_.terms_ = moments
         repair.detector_.expected_ = Expected(
             {view: ClassDistance(**part(view, "means", "whitener")) for view in DISTANCES},
             Extrapolation(**part("extrapolation", "mean_in", "mean_out", "weights")),

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import TermMaps, full_precision, one_thread
-from decompclip.defenses.fitted import calibrated, check_fitted, check_maps, held_out
+from decompclip.decomposition.decomposition import Decomposition, check_alike
+from decompclip.decomposition.maps import full_precision, one_thread
+from decompclip.defenses.fitted import calibrated, check_fitted, held_out
 from decompclip.operators.intervention import Where
 
 PSEUDO_COUNT = 5.0
@@ -247,6 +247,7 @@ class ComponentDistances:
         seed: of the folds.
 
     Attributes:
+        terms_: of no image, in the form of the clean ones.
         heads_: the heads' distances, learnt from all clean images.
         mlps_: the MLPs'.
         logs_: logarithms of the clean images' distances, each by the other folds, `[image component]`; each component
@@ -257,8 +258,7 @@ class ComponentDistances:
     _: KW_ONLY
     folds: int = 5
     seed: int = 0
-    maps_: TermMaps = field(init=False)
-    normalized_: bool = field(init=False)
+    terms_: Decomposition = field(init=False)
     heads_: ClassDistance = field(init=False)
     mlps_: ClassDistance = field(init=False)
     logs_: Float[Tensor, "image component"] = field(init=False)
@@ -276,7 +276,7 @@ class ComponentDistances:
         n = sum(map(len, parts))
         if n < 10 * self.folds:
             raise ValueError(f"expected at least {10 * self.folds} clean images; received {n}")
-        self.maps_, self.normalized_ = parts[0].maps, parts[0].normalized
+        self.terms_ = parts[0][:0]
         *points, classes = (torch.cat(x) for x in zip(*map(self._points, parts), strict=True))
         k, logs = len(self.classifier), []
         whole = [ClassSums.of(x, classes, k) for x in points]
@@ -323,11 +323,7 @@ class ComponentDistances:
 
     def _points(self, d: Decomposition) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
         """Of heads, of MLPs, and classes."""
-        if d.normalized != self.normalized_:
-            raise ValueError(
-                f"expected terms with normalize={self.normalized_}, as the clean ones; received normalize={d.normalized}"
-            )
-        check_maps(self.maps_, d)
+        check_alike(self.terms_, d)
         return d.coords.flatten(1, 2), d.mlps, (d.features @ self.classifier.to(d.embed).T).argmax(1)
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import Decomposition, read_tensors, write_tensors
-from decompclip.decomposition.maps import TermMaps, same_model, term_maps
+from decompclip.decomposition.decomposition import read_tensors, write_tensors
+from decompclip.decomposition.maps import same_model, term_maps
 from decompclip.decomposition.moments import TERMS, Moments, StreamMeans
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.vit import HookedViT
@@ -92,15 +92,6 @@ def check_fitted(estimator: object, learned: str) -> None:
         name = type(estimator).__name__
         raise NotFittedError(
             f"expected a fitted {name}; received one that has seen no clean images; call {name}.fit(clean) first"
-        )
-
-
-def check_maps(maps: TermMaps, d: Decomposition) -> None:
-    """Raises ValueError where `d` is of another model or convention than the clean images."""
-    if not maps.matches(d.maps):
-        raise ValueError(
-            "expected terms of the model and convention that the clean images were decomposed with; received others; "
-            "fit on the model it is used with"
         )
 
 

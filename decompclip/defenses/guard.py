@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.components import heads
-from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, TermMaps
-from decompclip.decomposition.moments import Moments
+from decompclip.decomposition.decomposition import Decomposition, HasTerms
+from decompclip.decomposition.maps import Convention
 from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.decomp import DecompRep, random_heads
 from decompclip.defenses.fitted import DetectorLike
@@ -122,10 +121,8 @@ class Guard:
         self.defense = defense
         self.reject = reject
         fitted = [*_fitted(defense), *_fitted(reject)]
-        conventions = [x.maps.convention if isinstance(x, Moments) else x.convention for x in fitted]
-        self.convention: Convention = _agreed("convention", conventions, "centred")
-        normalized = [x.normalized for x in fitted if isinstance(x, Moments)]
-        self.normalized: bool = _agreed("normalization", normalized, True)
+        self.convention: Convention = _agreed("convention", [x.maps.convention for x in fitted], "centred")
+        self.normalized: bool = _agreed("normalization", [x.normalized for x in fitted], True)
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
@@ -205,13 +202,13 @@ def _over(d: Decomposition, length: Float[Tensor, " batch"]) -> Decomposition:
     return replace(d, **scaled, normalized=True)
 
 
-def _fitted(part: object) -> list[Moments | TermMaps]:
-    """What a defense or a detector was fitted on, and so knows the form of."""
-    if part is None or isinstance(part, Moments | TermMaps):
+def _fitted(part: object) -> list[HasTerms]:
+    """What in a defense or a detector knows the form of terms that it was fitted on."""
+    if part is None or isinstance(part, HasTerms):
         return [] if part is None else [part]
     if isinstance(part, Composition):
         return [found for step in part.steps for found in _fitted(step)]
-    names = ("edit", "moments", "moments_", "selector_", "detector_", "maps_")
+    names = ("edit", "moments", "moments_", "selector_", "detector_", "terms_")
     return [found for name in names for found in _fitted(getattr(part, name, None))]
 
 
