@@ -42,6 +42,8 @@ def decompose(
     Under active hooks (`visual.hooks(...)`) the edited run is decomposed. Terms are in fp32 at least.
 
     Args:
+        visual: the tower.
+        images: as the tower takes them.
         convention: "centred": each term past its own mean, constants apart; "paper": He et al.'s code, which
             shares mean and bias out among the terms.
         normalize: divide all terms by the length of the feature, so that they sum to the unit feature.

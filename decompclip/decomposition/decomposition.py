@@ -146,6 +146,10 @@ class Decomposition:
 
         Where several rows are pooled it is their mean, by the weight with which each of them is read.
 
+        Args:
+            layer: of the head; from the end where negative.
+            head: of that layer.
+
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
         """
@@ -158,6 +162,10 @@ class Decomposition:
 
         In the paper's convention the head's constants are shared equally among the tokens, as its code does.
 
+        Args:
+            layer: of the head; from the end where negative.
+            head: of that layer.
+
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
         """
@@ -167,6 +175,11 @@ class Decomposition:
         self, text: Float[Tensor, "text d_embed"], layer: int, head: int
     ) -> Float[Tensor, "batch token text"]:
         """Dot product of each token's contribution with text features, without forming the contributions.
+
+        Args:
+            text: features of texts by the model's own text tower.
+            layer: of the head; from the end where negative.
+            head: of that layer.
 
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
@@ -219,6 +232,9 @@ class Decomposition:
         pool: Float[Tensor, "batch pool d_embed"] | None = None,
     ) -> Decomposition:
         """The same images with other terms; itself where nothing is given.
+
+        Args:
+            coords, mlps, embed, pool: the new terms, of the shapes of the fields of the same name.
 
         Raises:
             ValueError: a shape differs.

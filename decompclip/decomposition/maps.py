@@ -12,18 +12,8 @@ the feature is affine in the last stream `x [row d_model]`. For pooling head q (
 `C` subtracts the mean over d_model. CoCa's second LayerNorm is frozen too: `a` is over its scale as well, and
 `B = W_O[q] C gamma' P`.
 
-A fingerprint of a tower: which model statistics belong to.
-
-Of each weight (and buffer): its products with fixed random pairs of vectors, over its own length, and the logarithm
-of that length; then the configuration, which decides what the weights compute (GELU or QuickGELU), and the
-precision. The numbers stay the same up to rounding when a model is moved or cast, and change with any training.
-
-Factorisations that do not depend on the number of threads.
-
-TermMaps: the fixed linear maps from a component's coordinates to the joint image-text space.
-
-A head's term is a few numbers of the image times a matrix of the model. With `a` the frozen weights of the
-pooled rows and `A` the map behind them (`decompclip.decomposition.maps`), a class token's or a mean's heads are
+A head's term is a few numbers of the image, its coordinates, times a matrix of the model (`TermMaps`). A class token's
+or a mean's heads are
 
     centred   sum_n a[n] (z[n] - b_V) / s[n]             @ W A                       A past C
     paper     sum_n a[n] [z[n] / s[n], 1, mean(x[n])], 1 @ [W A; b / H; -sum(A) / k; constants / k]
@@ -157,7 +147,15 @@ PAIRS = 8
 
 @torch.no_grad()
 def fingerprint(visual: HookedViT) -> Float[Tensor, " number"]:
-    """The numbers of a tower, on the CPU, in fp64."""
+    """Numbers by which a tower is known again: which model statistics belong to.
+
+    Of each weight (and buffer): its products with fixed random pairs of vectors, over its own length, and the logarithm
+    of that length; then the configuration, which decides what the weights compute (GELU or QuickGELU), and the
+    precision. They stay the same up to rounding when a model is moved or cast, and change with any training.
+
+    Returns:
+        The numbers, on the CPU, in fp64.
+    """
     weights = [x.detach() for x in (*visual.parameters(), *visual.buffers()) if x.is_floating_point()]
     matrices = [x.flatten(1) if x.ndim > 1 else x.reshape(-1, 1) for x in weights]
     draws = torch.Generator().manual_seed(0)

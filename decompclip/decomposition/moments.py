@@ -59,7 +59,11 @@ class Moments:
 
     @staticmethod
     def of(d: Decomposition, *, second: bool = True) -> Moments:
-        """The moments of one batch; the second ones where asked for.
+        """The moments of one batch.
+
+        Args:
+            d: the batch.
+            second: whether to keep second moments.
 
         Raises:
             ValueError: the batch is empty, or its terms are not finite.
@@ -126,7 +130,10 @@ class Moments:
         """The moments of a data set, one forward pass a batch.
 
         Args:
+            model: a tower, or a model with one.
             batches: images as the tower takes them (past the model's normalisation).
+            convention: as `model.decompose` takes it.
+            normalize: as `model.decompose` takes it.
             second: whether to keep second moments.
             stream: whether to keep stream means, which causal mean-ablation needs.
 

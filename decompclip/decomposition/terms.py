@@ -1,6 +1,4 @@
-"""Terms: what hooks saw of the pooled rows, times the fixed maps.
-
-TokenTerms: what each source token sends through a head, kept small and contracted late.
+"""Terms: what hooks saw of the pooled rows, times the fixed maps; and what each source token sends through a head.
 
 A head's term is a sum over tokens of `attention[n] * value[n]` times the head's map. Kept are the pooled
 row's attention and the values; a map toward texts contracts the head's map with the texts first, so that

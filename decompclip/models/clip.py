@@ -110,8 +110,14 @@ class HookedCLIP(nn.Module):
 
         Args:
             model: an `open_clip.model.CLIP` (or `CustomTextCLIP`); left as it is.
+            tokenizer: texts to token ids.
             preprocess: open_clip's `PreprocessCfg` fields; by default those that the model carries.
+            provenance: what the model is made of; see the class.
             copy: own the weights; `False` shares them with `model`, for callers who drop it.
+            options: `templates` and `class_names` of the class.
+
+        Returns:
+            The hooked model, in evaluation mode.
 
         Raises:
             UnsupportedTowerError: its image tower is none of those that `HookedViT` runs.
@@ -195,7 +201,14 @@ class HookedCLIP(nn.Module):
         return self.visual.dtype
 
     def normalize(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """Pixels in [0, 1] to the tower's input."""
+        """Pixels in [0, 1] to the tower's input.
+
+        Args:
+            pixels: in [0, 1].
+
+        Returns:
+            Images, past mean and deviation of the model's preprocessing.
+        """
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -208,7 +221,11 @@ class HookedCLIP(nn.Module):
     def encode_image(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "batch d_embed"]:
-        """Image features; images are moved to the model's device and dtype.
+        """Image features.
+
+        Args:
+            images: as the tower takes them (see `normalize`); moved to the model's device and dtype.
+            normalize: to length one.
 
         Raises:
             ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
@@ -222,7 +239,11 @@ class HookedCLIP(nn.Module):
     def encode_text(
         self, texts: str | Sequence[str] | Int[Tensor, "text position"], normalize: bool = False
     ) -> Float[Tensor, "text d_embed"]:
-        """Text features of texts or of token ids.
+        """Text features.
+
+        Args:
+            texts: one text, several, or token ids.
+            normalize: to length one.
 
         Raises:
             ValueError: token ids that are not integers `[text, context_length]`, or not in the vocabulary.
@@ -292,14 +313,35 @@ class HookedCLIP(nn.Module):
         normalize: bool = False,
         tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:
-        """Image features as a sum over heads, MLPs, embedding and biases; see `Decomposition`."""
+        """Image features as a sum over heads, MLPs, embedding and biases (docs/method.md, section 1).
+
+        Args:
+            images: as the tower takes them.
+            convention: "centred", or "paper" (the constants and the stream's mean shared out among the terms).
+            normalize: divide all terms by the length of the feature.
+            tokens: heads whose tokens to keep, for `Decomposition.tokens`; True for all.
+
+        Returns:
+            The terms, which sum to the features.
+
+        Raises:
+            DecompositionError: the terms miss the feature, because a hook writes past the components.
+        """
         images = self._input(images)
         return decompose(self.visual, images, convention=convention, normalize=normalize, tokens=tokens)
 
     def run_with_cache(
         self, images: Float[Tensor, "batch 3 h w"], **options: Any
     ) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
-        """Features and activations of the image tower (options as in TransformerLens)."""
+        """Features and activations of the image tower.
+
+        Args:
+            images: as the tower takes them.
+            options: `names_filter`, `device` and the like, as in TransformerLens.
+
+        Returns:
+            The features, and the activations by hook name.
+        """
         return self.visual.run_with_cache(self._input(images), **options)
 
     def run_with_hooks(
@@ -359,6 +401,11 @@ class HookedCLIP(nn.Module):
         """Run the image tower under interventions, from the first to the last, then under plain hooks.
 
         The hooks come off at the end, whatever happens inside.
+
+        Args:
+            interventions: edits of components (causal mode).
+            fwd_hooks: names of hook points and what to do there with the activation.
+            bwd_hooks: the same with the gradient.
 
         Raises:
             KeyError: a hook point that the tower does not have; the nearest names are offered.

@@ -210,6 +210,13 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
     class names. open_clip reads the folder too (`local-dir:FOLDER`), a vocabulary of the model's own included, with
     transformers' help; but not SigLIP models of transformers', image towers alone, or a processor's own steps.
 
+    Args:
+        model: the model to write.
+        folder: where to; made if need be.
+
+    Returns:
+        The folder.
+
     Raises:
         ValueError: no configuration of open_clip's builds the model again.
         OSError: the folder cannot be written to.

@@ -111,6 +111,10 @@ class HookedViT(HookedRootModule):
         computed when a hook in that block may want them; `pooled_rows=True` says that the hooks read
         token 0 alone.
 
+        Args:
+            images: normalised, of the tower's size.
+            pooled_rows: whether the last block may compute token 0 alone; by default where no hook there wants more.
+
         Raises:
             ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
         """
