@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.capture import TOLERANCE, decompose
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
@@ -425,3 +425,8 @@ def test_tokens_are_heads(ours_alone: None, tower: HookedViT, images: Tensor) ->
         TypeError, match=r"expected tokens=True, or heads such as heads\[-1\]; received 'last'"
     ):
         decompose(tower, images, tokens="last")  # pyright: ignore[reportArgumentType]
+
+
+def test_how_far_terms_may_miss_their_feature() -> None:
+    expected = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+    assert expected == TOLERANCE

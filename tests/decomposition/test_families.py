@@ -92,6 +92,7 @@ def test_parts_of_a_batch_are_the_batch(family: HookedViT, images: Tensor) -> No
     assert torch.allclose(joined.coords, whole.coords, atol=1e-12)
     assert torch.allclose(joined.tokens(2, 0), whole.tokens(2, 0), atol=1e-12)
     assert joined.sum_error < 1e-13
+    assert torch.equal(Decomposition.cat([whole]).tokens(2, 0), whole.tokens(2, 0))
 
 
 def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
@@ -245,3 +246,10 @@ def test_numbers_of_any_kind_choose_an_image(make_tower: MakeTower, images: Tens
         assert torch.equal(d[index].coords, d.coords[1:2])
     with pytest.raises(IndexError, match=r"0\.\.4; received 7"):
         d[torch.tensor(7)]
+
+
+def test_maps_of_a_single_layer_move(make_tower: MakeTower, images: Tensor) -> None:
+    maps = decompose(make_tower(n_layers=1, **FAMILIES["PE"]), images).maps
+    moved = maps.to(torch.float64)
+    assert maps.direct and (moved.heads.shape, moved.heads.dtype) == (maps.heads.shape, torch.float64)
+    assert maps.to(torch.float32) is maps
