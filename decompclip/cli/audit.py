@@ -146,16 +146,18 @@ def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None
     Raises:
         ValueError: a trigger together with suspect images, or with clean ones that are not the bundled world's.
     """
+    from decompclip.data.files import parse_source
+
     if trigger is not None:
-        if suspect is not None or clean.partition(":")[0] != "shapes":
+        if suspect is not None or parse_source(clean).kind != "shapes":
             raise ValueError(
                 f"expected --trigger with --clean shapes and without --suspect; received --clean {clean}"
                 f"{f' --suspect {suspect}' if suspect else ''}; put a trigger into images of your own with apply-trigger"
             )
         options.check_trigger(trigger)
         return f"shapes:{trigger}"
-    if suspect is not None and suspect.startswith("shapes:"):
-        options.renamed(f"--suspect {suspect}", f"--trigger {suspect.removeprefix('shapes:')}")
+    if suspect is not None and (source := parse_source(suspect)).kind == "shapes" and source.detail:
+        options.renamed(f"--suspect {suspect}", f"--trigger {source.detail}")
     return suspect
 
 
