@@ -1,7 +1,7 @@
-"""Names as people may see them: of files, classes and models that somebody else chose. Every room may import this.
+"""Names of files, classes and models that somebody else chose, safe to show. Every room may import this.
 
-A file name need not be UTF-8, may turn the direction of the text around it, or break out of its line. What cannot be seen is
-shown escaped, at one place, for the report, JSON, CSV and the console alike.
+A file name need not be UTF-8, may turn the direction of the text around it, or break its line. Characters that cannot be seen
+are escaped here, for the report, JSON, CSV and the console.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HIDDEN = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # controls, formats (bidi, no width), halves of characters, line separators
+# controls, formats (bidi, no width), halves of characters, line separators
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # spell words of some scripts, and emoji
 _BYTE = range(0xDC80, 0xDD00)  # how Python keeps a byte of a file name that is no UTF-8
 
 
 def printable(text: str) -> str:
-    r"""In one line, with what cannot be seen escaped: a byte that is no UTF-8 as `\xff`, a new line as `\n`, others by number."""
+    r"""The text in one line. Escaped are bytes that are no UTF-8 (`\xff`), new lines (`\n`) and what cannot be seen."""
     if text.isprintable():
         return text
     shown, before = [], ""
@@ -52,12 +47,12 @@ def _escaped(sign: str) -> str:
 
 
 def shown(value: Any) -> Any:
-    """What a page says of a value: texts printable; markup, which is ours, as it is. Jinja's `finalize`."""
+    """Jinja's `finalize`: texts printable; markup, which is ours, as it is."""
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def inert(text: str) -> str:
-    """`printable`, and no formula for a spreadsheet that opens it; a plain number stays one."""
+    """`printable`, and no formula in a spreadsheet; a plain number stays one."""
     text = printable(text)
     if re.match(r"\s*[=+\-@＝＋－＠]", text) and not _NUMBER.fullmatch(text):
         return f"'{text}"

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, on stderr: bars on a terminal, elsewhere a line now and then. Every room may import this."""
+"""Progress on stderr: bars on a terminal, elsewhere a line now and then. Every room may import this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST, MOST = 5.0, 60.0
 """Seconds until the first line where there is no terminal, and between two of the later ones."""
 
 Update = Callable[[int, str], None]
-"""Told how much is done, and what of."""
+"""Takes how much is done, and of what."""
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def span(seconds: float) -> str:
 
 @contextmanager
 def meters() -> Iterator[Callable[[str, int], Update]]:
-    """What begins a piece of work of so many steps, and gives what is told of them; time left is said along."""
+    """A function that begins a piece of work (description, steps) and returns its `Update`; shows the time left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
