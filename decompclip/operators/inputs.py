@@ -61,8 +61,8 @@ class TextFeatures:
     """Texts and their unit features under a model's text tower.
 
     Attributes:
-        model: fingerprint of the model's image tower (`decompclip.decomposition.maps`), by which terms of another
-            model are told; None where unknown.
+        model: fingerprint of the model's image tower (`decompclip.decomposition.maps`), which shows whether terms are of
+            the same model; None where unknown.
     """
 
     texts: tuple[str, ...]
@@ -105,8 +105,13 @@ def encode_texts(
     """Texts with their unit features, for any number of calls of `textspan`.
 
     Args:
+        model: whose text tower encodes them.
         texts: descriptions, or the path of a file with one a line; None: the default pool for this model. Features
             come back as they are.
+        batch_size: texts at a time.
+
+    Returns:
+        The texts and their features.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -364,7 +364,7 @@ def _p_value(found: Float[Tensor, " labelling"], size: Float[Tensor, ""]) -> Flo
     """Share of values as large as the first, which is the observed one.
 
     Args:
-        size: of an entry of the kernel matrix. Values that differ by a 10^12th of it are ties, told apart by rounding
+        size: of an entry of the kernel matrix. Values that differ by a 10^12th of it are ties, apart by rounding
             alone: all of them where both sets are the same images, and p is then one.
     """
     slack = 1e-12 * size

@@ -268,7 +268,7 @@ def attribution_patching(
 ) -> Patching:
     """`activation_patching`, estimated: one forward pass a run, and one backward pass, for all places at once.
 
-    How good the estimate is, `check` tells, or `exact.correlation(estimate)` with all exact runs.
+    `check` measures how good the estimate is; so does `exact.correlation(estimate)`, with all exact runs.
 
     Args:
         model, base, source, toward, against, sites, by_token: as `activation_patching`.
