@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 
 import torch
@@ -80,13 +80,8 @@ def run_audit(
     suspect_set = collect(model, suspect, config, description=f"{name}: {suspect_name}", track=track)
     infer = named is None or (named.inferred and named.asked is None)
     parts = split(clean_set, suspect_set, config, infer_target=infer)
-    found = weigh(parts, classifier, class_names, name=name, target=target)
+    found = evidence(model, parts, classifier, class_names, name=name, target=target, config=config)
     aim, seed = found.target, config.seed
-    tried = None
-    if found.as_it_is.difference_interval[0] >= WEAK:
-        tried = controls(
-            model, parts, classifier, class_names, aim.index, batch_size=config.batch_size, seed=seed
-        )
     score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
     others = torch.arange(len(class_names)) != aim.index
     toward = F.normalize(classifier[aim.index] - classifier[others].mean(0), dim=0)
@@ -101,11 +96,7 @@ def run_audit(
         part = f"{100 * config.validation:g} % of the clean images serve for this"
         left_out["detection and repair without a hint"] = f"{error}; {part}, give more"
     known = {part.name: getattr(found, part.name) for part in fields(Evidence) if part.init}
-    known |= {
-        "class_shares": found.class_shares[:SHOWN_CLASSES],
-        "controls": tried,
-        "repairs": tuple(repairs),
-    }
+    known |= {"class_shares": found.class_shares[:SHOWN_CLASSES], "repairs": tuple(repairs)}
     affected = found.as_it_is.has_effect
     return AuditResult(
         **known,
@@ -132,6 +123,25 @@ def run_audit(
         skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
         left_out=left_out,
     )
+
+
+def evidence(
+    model: HookedCLIP,
+    parts: Split,
+    classifier: Float[Tensor, "class d_embed"],
+    class_names: tuple[str, ...],
+    *,
+    name: str,
+    target: str | int | Target | None,
+    config: AuditConfig,
+) -> Evidence:
+    """`weigh`, and common corruptions of the same size where suspect images have more than a small effect."""
+    found = weigh(parts, classifier, class_names, name=name, target=target)
+    if found.as_it_is.difference_interval[0] < WEAK:
+        return found
+    aim, size = found.target.index, config.batch_size
+    tried = controls(model, parts, classifier, class_names, aim, batch_size=size, seed=config.seed)
+    return replace(found, controls=tried)
 
 
 def weigh(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,26 +68,17 @@ def checked_labels(
         )
     numbers = (Measurement("least label", low), Measurement("largest", high))
     remedy = f"count classes from 0 to {n - 1}: subtract 1; here it was done for the other checks"
-    return labels.long() - 1, (Fault("labels", "error", f"the labels count from 1 to {n}", numbers, remedy),)
+    return labels.long() - 1, (Fault("labels", f"the labels count from 1 to {n}", remedy, numbers),)
 
 
 def name_faults(class_names: Sequence[str]) -> Iterator[Fault]:
     """Class names that no text tower was trained on."""
     odd = [name for name in class_names if WORDLESS.fullmatch(name.strip())]
     if odd:
-        what = (
-            f"class names are identifiers, not words: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
-        )
+        shown = f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
+        what = f"class names are identifiers, not words: {shown}"
         remedy = "give each class a name in words: the text tower reads them"
-        yield Fault("class names", "warning", what, (Measurement("of them", len(odd)),), remedy)
-
-
-@dataclass(frozen=True)
-class Order:
-    """Another order of the classes: label `c` stands for class `classes[c]` of the list."""
-
-    name: str  # empty for one that has none
-    classes: Int[Tensor, " class"]
+        yield Fault("class names", what, remedy, (Measurement("of them", len(odd)),), "warning")
 
 
 def other_order(
@@ -98,13 +88,16 @@ def other_order(
     *,
     reach: float,
     by_features: Rate | None,
-) -> tuple[Fault, Order] | None:
-    """The order of classes that explains the answers better than the given one, if there is one.
+) -> tuple[Fault, Int[Tensor, " class"]] | None:
+    """The order of classes that explains the answers better than the given one: label `c` stands for class `order[c]`.
 
     Half of the images choose the order and the other half judge it, and the reverse: what is chosen for
     chance agreement gains nothing where it is judged.
 
     Args:
+        answers: classes that the model answers.
+        labels: classes as given.
+        class_names: in the order of the answers.
         reach: the best accuracy of any setting in the given order; an order has to do better.
         by_features: `known_by_features`. Features that know the classes and a text tower that does not can be
             matched in part by some order; the right one explains most.
@@ -113,10 +106,10 @@ def other_order(
         return None
     half = _halves(labels)
     free = by_features is not None
-    chosen = [
-        _best_order(answers[half == side], labels[half == side], class_names, free=free) for side in (0, 1)
-    ]
-    judged = [order.classes[labels] == answers for order in chosen]
+    judged = []
+    for side in (0, 1):
+        _, chosen = _best_order(answers[half == side], labels[half == side], class_names, free=free)
+        judged.append(chosen[labels] == answers)
     after = torch.where(half == 0, judged[1], judged[0])
     paired, ordered = Paired.of(labels == answers, after), Rate.of(after)
     low, high = paired.interval()
@@ -124,15 +117,14 @@ def other_order(
         return None
     if by_features is not None and ordered.value < EXPLAINED * by_features.value:
         return None
-    order = _best_order(answers, labels, class_names, free=free)
+    name, order = _best_order(answers, labels, class_names, free=free)
     moved = [
         f"{class_names[label]!r} holds what the model calls {class_names[int(cls)]!r}"
-        for label, cls in enumerate(order.classes)
+        for label, cls in enumerate(order)
         if label != int(cls) and bool((labels == label).any())
     ]
-    kind = "off by one" if order.name in _BY_ONE else "in another order than the class names"
-    name = f" ({order.name})" if order.name else ""
-    what = f"the labels are {kind}{name}: {'; '.join(moved[:3])}{'; ...' if len(moved) > 3 else ''}"
+    kind = "off by one" if name in _BY_ONE else "in another order than the class names"
+    what = f"the labels are {kind}{f' ({name})' if name else ''}: {'; '.join(moved[:3])}{'; ...' if len(moved) > 3 else ''}"
     numbers = (
         Measurement.of("accuracy", Rate.of(labels == answers)),
         Measurement.of("in that order", ordered),
@@ -140,7 +132,7 @@ def other_order(
     )
     remedy = "give class_names in the order that the labels count, or the labels that count class_names; the other checks "
     remedy += "went on in that order"
-    return Fault("classes", "error", what, numbers, remedy), order
+    return Fault("classes", what, remedy, numbers), order
 
 
 _BY_ONE = ("each class one place on", "each class one place back")
@@ -155,27 +147,29 @@ def _halves(labels: Tensor) -> Int[Tensor, " batch"]:
     return (place - first) % 2
 
 
-def _best_order(answers: Tensor, labels: Tensor, class_names: Sequence[str], *, free: bool) -> Order:
-    n = len(class_names)
+def _best_order(
+    answers: Tensor, labels: Tensor, class_names: Sequence[str], *, free: bool
+) -> tuple[str, Int[Tensor, " class"]]:
+    """The order that explains most, and its name; the name is empty for one that has none."""
+    n, identity = len(class_names), torch.arange(len(class_names))
 
-    def explained(order: Order) -> int:
-        return int((order.classes[labels] == answers).sum())
+    def explained(order: tuple[str, Tensor]) -> int:
+        return int((order[1][labels] == answers).sum())
 
-    identity = torch.arange(n)
-    simple = [Order("as given", identity)]
-    simple += [Order(name, identity.roll(by)) for name, by in zip(_BY_ONE, (-1, 1), strict=True)]
+    simple = {"as given": identity} | {
+        name: identity.roll(by) for name, by in zip(_BY_ONE, (-1, 1), strict=True)
+    }
     for name, key in (("the alphabet's", str), ("the alphabet's, capitals aside", str.casefold)):
-        ranks = sorted(range(n), key=lambda i, key=key: key(class_names[i]))
-        simple.append(Order(name, torch.tensor(ranks)))
-    simple.append(Order("reversed", identity.flip(0)))
-    best = max(simple, key=explained)  # the first of equals
+        simple[name] = torch.tensor(sorted(range(n), key=lambda i, key=key: key(class_names[i])))
+    simple["reversed"] = identity.flip(0)
+    best = max(simple.items(), key=explained)  # the first of equals
     if not free or n > MOST_CLASSES:
         return best
     known = answers >= 0
     counts = torch.bincount(labels[known] * n + answers[known], minlength=n * n).view(n, n).numpy()
     # classes without images stay where they are, if they can
     _, columns = linear_sum_assignment(counts + 1e-3 * np.eye(n), maximize=True)
-    fitted = Order("", torch.from_numpy(columns))
+    fitted = ("", torch.from_numpy(columns))
     return best if explained(best) >= SIMPLE * explained(fitted) else fitted
 
 
@@ -212,6 +206,8 @@ def mismatch(
     Args:
         accuracy: the best that any setting reaches.
         by_features: `known_by_features`.
+        answers: classes that the model answers.
+        labels: classes as given.
         n: number of classes.
     """
     if accuracy.total < FEWEST:
@@ -223,14 +219,14 @@ def mismatch(
     if by_features is None:
         what = "the answers have nothing to do with the labels (too few images a class to tell why)"
         remedy = "check labels, class names and weights, or give several images a class"
-        return Fault("labels", "error", what, numbers, remedy) if lost else None
+        return Fault("labels", what, remedy, numbers) if lost else None
     numbers += (Measurement.of("nearest class mean of the image features", by_features),)
     largest = float(_shares(labels, n).max())
     if by_features.low > max(guess, largest) and accuracy.high < by_features.value / TEXT_KNOWS_LESS:
         what = "the text side knows little of the classes that the image features tell apart: a random or foreign text "
         what += "tower, another tokenizer, or class names that are not these classes'"
         remedy = "take text tower, tokenizer and image tower from one checkpoint, and class names in words"
-        return Fault("text tower", "error", what, numbers, remedy)
+        return Fault("text tower", what, remedy, numbers)
     if not lost or by_features.low > largest:
         return None
     distance = float((_shares(answers, n) - _shares(labels, n)).abs().sum() / 2)
@@ -238,7 +234,7 @@ def mismatch(
     if distance < LIKE_THE_LABELS:
         what = "the labels look shuffled: the model answers each class as often as it is a label, but for other images"
         remedy = "keep images and labels in one order: shuffle both or none, and sort files as their labels are sorted"
-        return Fault("labels", "error", what, numbers, remedy)
+        return Fault("labels", what, remedy, numbers)
     what = "neither the answers nor the image features have to do with the labels: an untrained or broken image tower, "
     what += "or labels of other images"
-    return Fault("labels", "error", what, numbers, "check the image tower's weights, then images and labels")
+    return Fault("labels", what, "check the image tower's weights, then images and labels", numbers)

@@ -1,6 +1,6 @@
-"""What is wrong with a tensor of pixels, told from its numbers alone, and the pixels put right.
+"""The images of a diagnosis, batch by batch: as the model is fed them, and the pixels that other feeds start from.
 
-The images of a diagnosis, batch by batch: as the model is fed them, and the pixels that other feeds start from.
+What is wrong with a tensor of pixels shows in its numbers alone; the other checks go on with the pixels put right.
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ MOST_NORMALISED = 8.0
 DIVIDED_TWICE = 1 / 64
 """Pixels in 0..255 that are divided by 255 twice end below."""
 
+SAME = 1e-3
+"""Feeds that differ by less, in units of the tower's input, are one."""
 
-@dataclass(frozen=True)
-class Repaired:
-    """Pixels in [0, 1] of the tower's size, and what was wrong with those that were given."""
-
-    pixels: Float[Tensor, "batch 3 h w"]
-    faults: tuple[Fault, ...]
+Pictures = Tensor | Sequence[Image.Image] | ImageSource
+"""Pixels in [0, 1], pictures, or a source of images."""
 
 
 def normalise(pixels: Float[Tensor, "batch 3 h w"], by: Normalisation) -> Float[Tensor, "batch 3 h w"]:
@@ -60,7 +58,7 @@ def normalise(pixels: Float[Tensor, "batch 3 h w"], by: Normalisation) -> Float[
 
 
 def denormalise(images: Float[Tensor, "batch 3 h w"], by: Normalisation) -> Float[Tensor, "batch 3 h w"]:
-    """The pixels that `normalise` made `images` of."""
+    """The pixels that `normalise` made `images` of, in [0, 1] or not: what is outside tells of a fault."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in by)
     return images * std + mean
 
@@ -74,29 +72,36 @@ def resize(
     return F.interpolate(pixels, size, mode="bicubic", antialias=True)
 
 
-def repair(images: Tensor, *, size: tuple[int, int], own: Normalisation) -> Repaired:
-    """Bring a tensor to pixels in [0, 1] of the tower's size, and say what had to be done.
+def corrected(
+    images: Tensor, *, size: tuple[int, int], own: Normalisation
+) -> tuple[Float[Tensor, "batch 3 h w"], tuple[Fault, ...]]:
+    """Bring a tensor to pixels in [0, 1] of the tower's size, and tell what had to be done.
 
     Args:
+        images: what was given.
+        size: of the tower's input.
         own: the model's normalisation, the first to be thought of where the images are normalised already.
 
     Raises:
         ValueError: it is no batch of RGB images, empty, or not finite.
     """
-    images, faults = _channels_first(images)
+    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[-1]):
+        raise ValueError(
+            f"expected pixels [batch, 3, h, w] in [0, 1]; received {list(images.shape)}; stack RGB images along a batch axis"
+        )
     if not images.numel():
         raise ValueError(f"expected at least one image; received a tensor of shape {list(images.shape)}")
+    faults = []
+    if images.shape[1] != 3:
+        what, remedy = f"the channels stand last, {list(images.shape)}", "move them behind the batch axis"
+        faults.append(Fault("pixels", what, f"{remedy}: `images.permute(0, 3, 1, 2)`"))
+        images = images.permute(0, 3, 1, 2)
+    pixels = images.float()
     if not images.is_floating_point():
         most = 255 if float(images.max()) <= 255 else 65535
-        faults.append(
-            _fault(
-                f"the pixels are integers ({str(images.dtype).removeprefix('torch.')})",
-                images,
-                f"divide them by {most} before they are normalised",
-            )
-        )
-        images = images.float() / most
-    pixels = images.float()
+        what = f"the pixels are integers ({str(images.dtype).removeprefix('torch.')})"
+        faults.append(_fault(what, images, f"divide them by {most} before they are normalised"))
+        pixels = pixels / most
     if not pixels.isfinite().all():
         bad = int((~pixels.isfinite().flatten(1).all(dim=1)).sum())
         raise ValueError(
@@ -104,34 +109,11 @@ def repair(images: Tensor, *, size: tuple[int, int], own: Normalisation) -> Repa
         )
     pixels, found = _in_unit_range(pixels, own)
     faults += found
-    if tuple(pixels.shape[-2:]) != size:
-        given, wanted = (f"{h} x {w}" for h, w in (tuple(pixels.shape[-2:]), size))
-        faults.append(
-            Fault(
-                "resolution",
-                "error",
-                f"the images are of {given} pixels, and the tower is for {wanted}",
-                (),
-                f"resize them to {wanted}, as the model's `preprocess` does; here it was done for the other checks",
-            )
-        )
-        pixels = resize(pixels, size)
-    return Repaired(pixels, tuple(faults))
-
-
-def _channels_first(images: Tensor) -> tuple[Tensor, list[Fault]]:
-    if images.ndim == 4 and images.shape[1] == 3:
-        return images, []
-    if images.ndim == 4 and images.shape[-1] == 3:
-        what = f"the channels stand last, {list(images.shape)}"
-        return images.permute(0, 3, 1, 2), [
-            Fault(
-                "pixels", "error", what, (), "move them behind the batch axis: `images.permute(0, 3, 1, 2)`"
-            )
-        ]
-    raise ValueError(
-        f"expected pixels [batch, 3, h, w] in [0, 1]; received {list(images.shape)}; stack RGB images along a batch axis"
-    )
+    given = tuple(pixels.shape[-2:])
+    if given != size:
+        remedy = f"resize them to {_by(size)}, as the model's `preprocess` does; here it was done for the other checks"
+        faults.append(_wrong_size("the images are", given, size, remedy))
+    return resize(pixels, size), tuple(faults)
 
 
 def _in_unit_range(pixels: Tensor, own: Normalisation) -> tuple[Tensor, list[Fault]]:
@@ -149,8 +131,8 @@ def _in_unit_range(pixels: Tensor, own: Normalisation) -> tuple[Tensor, list[Fau
         remedy += f"here {name} normalisation was undone" if name else "here they were stretched to [0, 1]"
         return undone, [_fault(what, pixels, remedy)]
     if 0 < high < DIVIDED_TWICE:
-        remedy = "divide by 255 once"
-        return pixels * 255, [_fault("the pixels are all but black: divided by 255 twice", pixels, remedy)]
+        what = "the pixels are all but black: divided by 255 twice"
+        return pixels * 255, [_fault(what, pixels, "divide by 255 once")]
     return pixels, []
 
 
@@ -163,22 +145,23 @@ def _undo(pixels: Tensor, own: Normalisation) -> tuple[str | None, Tensor]:
         if low >= -OVERSHOOT / 4 and high <= 1 + OVERSHOOT / 4:
             found.append((round(high - low, 2), name, undone))
     if found:
-        _, name, undone = max(found, key=lambda item: item[0])
-        return name, undone
+        return max(found, key=lambda item: item[0])[1:]
     low, high = pixels.min(), pixels.max()
     return None, (pixels - low) / (high - low)
 
 
 def _fault(what: str, images: Tensor, remedy: str) -> Fault:
     numbers = (Measurement("least", float(images.min())), Measurement("largest", float(images.max())))
-    return Fault("pixels", "error", what, numbers, remedy)
+    return Fault("pixels", what, remedy, numbers)
 
 
-Pictures = Tensor | Sequence[Image.Image] | ImageSource
-"""Pixels in [0, 1], pictures, or a source of images."""
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
 
-SAME = 1e-3
-"""Feeds that differ by less, in units of the tower's input, are one."""
+
+def _wrong_size(subject: str, given: Sequence[int], wanted: Sequence[int], remedy: str) -> Fault:
+    what = f"{subject} of {_by(given)} pixels, and the tower is for {_by(wanted)}"
+    return Fault("resolution", what, remedy)
 
 
 @dataclass(frozen=True)
@@ -197,15 +180,10 @@ class Views:
 
     fed: Float[Tensor, "batch 3 h w"]
     pixels: Float[Tensor, "batch 3 h w"]
-    reshaped: Float[Tensor, "batch 3 h w"] | None
-    labels: Int[Tensor, " batch"] | None
+    reshaped: Float[Tensor, "batch 3 h w"] | None = None
+    labels: Int[Tensor, " batch"] | None = None
     foreign: bool = False
     faults: tuple[Fault, ...] = ()
-
-
-def count(images: Pictures) -> int:
-    """How many there are at most: unreadable files show only in reading."""
-    return len(images)
 
 
 def labelled(images: Pictures) -> bool:
@@ -221,22 +199,21 @@ def views(model: HookedCLIP, images: Pictures, batch_size: int) -> Iterator[View
     Raises:
         ValueError: they are none of `Pictures`, or not images.
     """
+    source: Any = images
     if isinstance(images, Tensor):
-        repaired = repair(images, size=model.image_size, own=(model.mean, model.std))
-        for start, pixels in enumerate(repaired.pixels.split(batch_size)):
-            yield Views(model.normalize(pixels), pixels, None, None, faults=() if start else repaired.faults)
+        right, faults = corrected(images, size=model.image_size, own=(model.mean, model.std))
+        for start, pixels in enumerate(right.split(batch_size)):
+            yield Views(model.normalize(pixels), pixels, faults=() if start else faults)
     elif isinstance(images, FolderSource):
         yield from _of_folder(model, images, batch_size)
     elif isinstance(images, ShapesSource):
-        bare = replace(images, normalise=lambda pixels: pixels)
-        for batch in bare.batches(batch_size):
+        foreign = images.normalise != model.normalize
+        for batch in replace(images, normalise=lambda pixels: pixels).batches(batch_size):
             fed, faults = _fit(model, images.normalise(batch.images))
-            pixels = resize(batch.images, model.image_size)
-            yield Views(fed, pixels, None, batch.labels, images.normalise != model.normalize, faults)
+            yield Views(fed, resize(batch.images, model.image_size), None, batch.labels, foreign, faults)
     elif isinstance(images, list | tuple):
         yield from _of_list(model, images, batch_size)
     elif hasattr(images, "batches"):
-        source: Any = images
         for batch in source.batches(batch_size):
             yield _of_source(model, batch.images, batch.labels)
     else:
@@ -257,25 +234,26 @@ def _of_list(model: HookedCLIP, pictures: Sequence[Any], batch_size: int) -> Ite
                     "[batch, 3, h, w]"
                 )
         looks = torch.stack([look(picture.convert("RGB")) for picture in chosen])
-        yield Views(*looks.unbind(1), labels=None)
+        yield Views(looks[:, 0], looks[:, 1], looks[:, 2])
 
 
 def _of_folder(model: HookedCLIP, source: FolderSource, batch_size: int) -> Iterator[Views]:
-    twin = copy.copy(source)  # reads the same files, and counts skipped ones where `source` does
+    other = copy.copy(source)  # reads the same files, and counts skipped ones where `source` does
     sizes: set[tuple[int, ...]] = set()
-    twin.preprocess = _looks(model, source.preprocess, sizes)
-    for batch in twin.batches(batch_size):
+    other.preprocess = _looks(model, source.preprocess, sizes)
+    for batch in other.batches(batch_size):
+        faults = tuple(_source_size(model, size) for size in sizes)
+        foreign = source.preprocess is not model.preprocess
         fed, pixels, reshaped = batch.images.unbind(1)
-        faults = tuple(_wrong_size(model, size) for size in sizes)
-        yield Views(fed, pixels, reshaped, batch.labels, source.preprocess is not model.preprocess, faults)
+        yield Views(fed, pixels, reshaped, batch.labels, foreign, faults)
 
 
 def _of_source(model: HookedCLIP, images: Tensor, labels: Tensor | None) -> Views:
     """A source's images come as the model takes them; those in [0, 1] or in 0..255 never were normalised."""
     low, high = float(images.min()), float(images.max())
     if not images.is_floating_point() or (low >= 0 and (high <= 1 or high > MOST_NORMALISED)):
-        repaired = repair(images, size=model.image_size, own=(model.mean, model.std))
-        return Views(_fit(model, images.float())[0], repaired.pixels, None, labels, True, repaired.faults)
+        pixels, faults = corrected(images, size=model.image_size, own=(model.mean, model.std))
+        return Views(_fit(model, images.float())[0], pixels, None, labels, True, faults)
     fed, faults = _fit(model, images)
     return Views(fed, denormalise(fed, (model.mean, model.std)), None, labels, False, faults)
 
@@ -315,15 +293,9 @@ def _fit(model: HookedCLIP, fed: Tensor) -> tuple[Tensor, tuple[Fault, ...]]:
     size = tuple(fed.shape[-2:])
     if size == model.image_size:
         return fed, ()
-    return resize(fed, model.image_size), (_wrong_size(model, size),)
+    return resize(fed, model.image_size), (_source_size(model, size),)
 
 
-def _wrong_size(model: HookedCLIP, size: tuple[int, ...]) -> Fault:
-    given, wanted = (" x ".join(map(str, some)) for some in (size, model.image_size))
-    return Fault(
-        "resolution",
-        "error",
-        f"the source gives images of {given} pixels, and the tower is for {wanted}",
-        (),
-        "let the source use this model's `preprocess`; here they were resized for the other checks",
-    )
+def _source_size(model: HookedCLIP, size: tuple[int, ...]) -> Fault:
+    remedy = "let the source use this model's `preprocess`; here they were resized for the other checks"
+    return _wrong_size("the source gives images", size, model.image_size, remedy)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from decompclip.intervals import Paired, Rate
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
 
@@ -37,8 +38,7 @@ class Measurement:
 
     def __str__(self) -> str:
         def word(value: float) -> str:
-            sign = "+" if self.unit == "points" else ""
-            return f"{100 * value:{sign}.1f}" if self.unit else f"{value:.4g}"
+            return f"{100 * value:{'+' if self.unit == 'points' else ''}.1f}" if self.unit else f"{value:.4g}"
 
         interval = "" if self.low is None or self.high is None else f" [{word(self.low)}, {word(self.high)}]"
         return f"{self.what} {word(self.value)}{f' {self.unit}' if self.unit else ''}{interval}"
@@ -50,17 +50,17 @@ class Fault:
 
     Attributes:
         check: which check found it.
-        severity: "error" where results are wrong or much worse for it, else "warning".
         what: the fault, in a sentence.
-        evidence: the numbers that show it.
         remedy: what to do.
+        evidence: the numbers that show it.
+        severity: "error" where results are wrong or much worse for it, else "warning".
     """
 
     check: str
-    severity: Severity
     what: str
-    evidence: tuple[Measurement, ...]
     remedy: str
+    evidence: tuple[Measurement, ...] = ()
+    severity: Severity = "error"
 
     def __str__(self) -> str:
         shown = f" ({'; '.join(map(str, self.evidence))})" if self.evidence else ""
@@ -128,53 +128,38 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "model": self.model,
-            "images": self.images,
-            "classes": self.classes,
-            "ok": self.ok,
-            "enough": self.enough,
+        facts = {name: getattr(self, name) for name in ("model", "images", "classes", "ok", "enough")}
+        comparisons = [
+            {
+                "check": other.check,
+                "name": other.name,
+                "accuracy": other.accuracy.to_dict(),
+                "difference": asdict(other.evidence),
+            }
+            for other in self.comparisons
+        ]
+        return facts | {
             "accuracy": self.accuracy.to_dict(),
             "chance": self.chance,
             "noticeable": self.noticeable,
             "findings": [asdict(fault) for fault in self.findings],
-            "comparisons": [
-                {
-                    "check": other.check,
-                    "name": other.name,
-                    "accuracy": other.accuracy.to_dict(),
-                    "difference": asdict(other.evidence),
-                }
-                for other in self.comparisons
-            ],
+            "comparisons": comparisons,
             "unchecked": list(self.unchecked),
         }
 
-    def rows(self) -> list[dict[str, Any]]:
+    def to_frame(self) -> pd.DataFrame:
         """One row a number of evidence (or a fault, where it has none), in order."""
-        return [
-            {
-                "severity": fault.severity,
-                "check": fault.check,
-                "what": fault.what,
-                "evidence": shown.what if shown else None,
-                "value": shown.value if shown else None,
-                "low": shown.low if shown else None,
-                "high": shown.high if shown else None,
-                "remedy": fault.remedy,
-            }
+        import pandas as pd
+
+        rows = [
+            (fault.severity, fault.check, fault.what)
+            + ((shown.what, shown.value, shown.low, shown.high) if shown else (None,) * 4)
+            + (fault.remedy,)
             for fault in self.findings
             for shown in (fault.evidence or (None,))
         ]
-
-    def to_frame(self) -> Any:
-        """`rows` as a pandas DataFrame; where pandas is not installed, as they are."""
-        try:
-            import pandas
-        except ImportError:
-            return self.rows()
         columns = ["severity", "check", "what", "evidence", "value", "low", "high", "remedy"]
-        return pandas.DataFrame(self.rows(), columns=pandas.Index(columns))
+        return pd.DataFrame(rows, columns=pd.Index(columns))
 
     def figure(self) -> go.Figure:
         """The accuracy of each way in which the model was run, with its interval."""
@@ -182,15 +167,13 @@ class Diagnosis:
 
         rates = {"as it is": self.accuracy} | {way.name: way.accuracy for way in self.comparisons}
         points = [Point.of(rate.to_dict()) for rate in rates.values()]
-        panel = Panel(
-            "", "zero-shot accuracy, %; dotted: chance", {"accuracy": points}, PERCENT, 100 * self.chance
-        )
-        return point_panels(list(rates), [panel])
+        axis = "zero-shot accuracy, %; dotted: chance"
+        return point_panels(list(rates), [Panel("", axis, {"accuracy": points}, PERCENT, 100 * self.chance)])
 
     def _head(self) -> str:
-        plural = "" if len(self.findings) == 1 else "s"
-        count = f"{len(self.findings)} finding{plural}"
-        if not self.findings:
+        n = len(self.findings)
+        count = f"{n} finding{'' if n == 1 else 's'}"
+        if not n:
             count = "no finding" if self.enough else "too few images to say"
         images = f"{self.images} image{'' if self.images == 1 else 's'}"
         last = f"chance {100 * self.chance:.1f} %" if self.enough else f"expected at least {FEWEST} images"

@@ -1,7 +1,4 @@
-"""All ways of running a model in one pass over the images.
-
-diagnose: what is wrong with the way a CLIP is loaded and fed, before any number of it is believed.
-"""
+"""diagnose: what is wrong with the way a CLIP is loaded and fed, before any number of it is believed."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from decompclip.diagnosis.answers import (
     name_faults,
     other_order,
 )
-from decompclip.diagnosis.pictures import SAME, Pictures, Views, count, labelled, views
+from decompclip.diagnosis.pictures import SAME, Pictures, Views, labelled, views
 from decompclip.diagnosis.result import Diagnosis, Fault, Measurement
 from decompclip.diagnosis.trials import MARGIN, Trial, better, compare, trials
 from decompclip.diagnosis.weights import logit_scale_faults, weight_faults
@@ -81,9 +78,8 @@ def answer(tried: Sequence[Trial], batches: Iterable[Views]) -> TrialAnswers:
                 continue
             if trial.check == "preprocessing":
                 differs = differs or not torch.allclose(view, batch.fed, atol=SAME)
-            with (
-                trial.model.raw_pixels.asleep() if place else nullcontext()
-            ):  # a wrong way is tried on purpose
+            # a wrong way is tried on purpose
+            with trial.model.raw_pixels.asleep() if place else nullcontext():
                 found = F.normalize(trial.model.encode_image(view).float(), dim=-1).cpu()
             scores = found @ trial.classifier.T
             known = scores.isfinite().all(dim=1)
@@ -118,11 +114,13 @@ def diagnose(
     It takes about seven times one pass over the images; some hundred images serve as a rule.
 
     Args:
+        model: what is looked at.
         images: pixels in [0, 1] `[batch, 3, h, w]`, which the model's `normalize` follows; a list of PIL
             images; or a `FolderSource` or other source, whose own preprocessing is then checked too.
         labels: index of each image's class, in the images' order; by default the source's.
         class_names: by default the model's own.
         templates: as in `HookedCLIP.zero_shot_classifier`.
+        batch_size: images a forward pass.
         track: shows progress.
 
     Raises:
@@ -143,9 +141,9 @@ def diagnose(
     if given is None and not labelled(images):
         raise ValueError(_NO_LABELS)
     if given is not None and not hasattr(images, "batches"):  # sources may skip files
-        _check_count(len(given[0]), count(images))
+        _check_count(len(given[0]), len(images))
     tried = trials(model, classify, classify(model))
-    total = -(-count(images) // batch_size)
+    total = -(-len(images) // batch_size)
     batches = track(views(model, images, batch_size), f"{model.name}: trying other settings", total)
     run = answer(tried, batches)
     if given is None and run.labels is None:
@@ -179,7 +177,6 @@ def _judge(
     unchecked: list[str] = []
     base = run.answers[0]
     assert base is not None, "the model as it is takes every image"
-    accuracy = Rate.of(base == labels)
     faults += [*name_faults(names), *weight_faults(model)]
     usable = [
         (trial, answers)
@@ -192,7 +189,7 @@ def _judge(
     if (found := other_order(base, labels, names, reach=reach, by_features=by_features)) is not None:
         fault, order = found
         faults.append(fault)
-        truth = order.classes[labels]
+        truth = order[labels]
     right = base == truth
     compared = [(trial, compare(trial, answers == truth, right, len(usable))) for trial, answers in usable]
     best = max([Rate.of(right), *(c.accuracy for _, c in compared)], key=lambda rate: rate.value)
@@ -205,7 +202,7 @@ def _judge(
             "activation, preprocessing and geometry: without answers that fit, accuracy cannot compare them"
         )
     else:
-        checks = {fault.check for fault in overflow}  # said already
+        checks = {fault.check for fault in overflow}  # found already
         faults += [fault for fault in better(compared, Rate.of(right)) if fault.check not in checks]
     similarity = None if lost is not None or NO_ANSWER in base else run.features @ tried[0].classifier.T
     faults += logit_scale_faults(model, similarity, truth)
@@ -219,7 +216,7 @@ def _judge(
         model=model.name,
         images=len(labels),
         classes=len(names),
-        accuracy=accuracy,
+        accuracy=Rate.of(base == labels),
         chance=chance(base, labels, len(names)),
         findings=tuple(sorted(faults, key=lambda fault: fault.severity != "error")),
         comparisons=tuple(comparison for _, comparison in compared),
@@ -241,8 +238,6 @@ def _overflow(model: HookedCLIP, tried: list[Trial], run: TrialAnswers) -> list[
         what = f"{dtype} overflows: activations pass its largest number"
         remedy = "load it with dtype=torch.float32, or torch.bfloat16, which has float32's range"
     else:
-        what, remedy = (
-            f"the scores are not finite in {dtype}",
-            "check the weights: some are not finite, or far too large",
-        )
-    return [Fault("precision", "error", what, tuple(numbers), remedy)]
+        what = f"the scores are not finite in {dtype}"
+        remedy = "check the weights: some are not finite, or far too large"
+    return [Fault("precision", what, remedy, tuple(numbers))]

@@ -1,14 +1,10 @@
-"""The same weights under another activation: the one place that knows where activations stand in a model.
-
-Other ways to run the model, one change at a time, and whether they do better on the same images.
-"""
+"""Other ways to run a model, one change at a time (another activation among them), and whether they do better on the same images."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,12 +31,12 @@ class _Activation(nn.Module):
 def with_activation(model: HookedCLIP, activation: str) -> HookedCLIP:
     """`model` with this activation in both towers, as `load(activation=...)` gives it; the weights are shared."""
     kept = (*model.parameters(), *model.buffers(), model.tokenizer, model.preprocess)
-    twin = copy.deepcopy(model, {id(thing): thing for thing in kept})
-    for mlp in _image_mlps(twin):
+    other = copy.deepcopy(model, {id(thing): thing for thing in kept})
+    for mlp in _image_mlps(other):
         mlp.act = ACTIVATIONS[activation]  # pyright: ignore[reportArgumentType]
-    for mlp in _text_mlps(twin):
+    for mlp in _text_mlps(other):
         mlp.gelu = _Activation(activation)
-    return twin
+    return other
 
 
 def in_image_tower(model: HookedCLIP) -> set[str]:
@@ -53,6 +49,10 @@ def in_text_tower(model: HookedCLIP) -> set[str]:
     """Names of the activations of open_clip's own text tower; none for those of other libraries."""
     known = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
     return {known.get(type(mlp.gelu).__name__, "another") for mlp in _text_mlps(model)}
+
+
+def in_words(activations: set[str]) -> str:
+    return " and ".join(WORDS.get(name, name) for name in sorted(activations))
 
 
 def _image_mlps(model: HookedCLIP) -> Iterator[MLP]:
@@ -79,6 +79,7 @@ class Trial:
     Attributes:
         check, name: what is changed, and to what.
         view: the tower's input; None where these images cannot be given so.
+        model, classifier: what they go through.
         what, remedy: of the finding, if this way does better.
     """
 
@@ -93,71 +94,56 @@ class Trial:
 
 def trials(model: HookedCLIP, classify: Classify, classifier: Float[Tensor, "class d_embed"]) -> list[Trial]:
     """Every way that is worth trying with this model; the first is the model as it is."""
-    given = partial(Trial, model=model, classifier=classifier)
-    own = (model.mean, model.std)
-    found = [
-        given("as it is", "as it is", lambda views: views.fed, what="", remedy=""),
-        given(
-            "preprocessing",
-            "the model's own preprocessing",
+    mode = model.preprocess_cfg.resize_mode
+    views: dict[tuple[str, str], tuple[Callable[[Views], Tensor | None], str, str]] = {
+        ("as it is", "as it is"): (lambda views: views.fed, "", ""),
+        ("preprocessing", "the model's own preprocessing"): (
             lambda views: model.normalize(views.pixels) if views.foreign else None,
-            what="the images are not preprocessed as this model wants them",
-            remedy="pass pictures through this model's `preprocess`, or pixels in [0, 1] through its `normalize`",
+            "the images are not preprocessed as this model wants them",
+            "pass pictures through this model's `preprocess`, or pixels in [0, 1] through its `normalize`",
         ),
-        given(
-            "channels",
-            "blue, green, red",
+        ("channels", "blue, green, red"): (
             lambda views: model.normalize(views.pixels.flip(1)),
-            what="the channels are in the wrong order: blue, green, red for red, green, blue (OpenCV's order)",
-            remedy="reverse them, as by `images.flip(1)`, or read the pictures with PIL",
+            "the channels are in the wrong order: blue, green, red for red, green, blue (OpenCV's order)",
+            "reverse them, as by `images.flip(1)`, or read the pictures with PIL",
         ),
-        given(
-            "geometry",
-            "cropped" if model.preprocess_cfg.resize_mode == "squash" else "squashed",
+        ("geometry", "cropped" if mode == "squash" else "squashed"): (
             lambda views: None if views.reshaped is None else model.normalize(views.reshaped),
-            what="the pictures are brought to the tower's size in the wrong way: the model crops where it should squash, "
-            "or the reverse",
-            remedy=f"set `resize_mode` of the preprocessing, now {model.preprocess_cfg.resize_mode!r}",
+            "the pictures are brought to the tower's size in the wrong way: the model crops where it should squash, or the reverse",
+            f"set `resize_mode` of the preprocessing, now {mode!r}",
         ),
-    ]
+    }
+    own = torch.tensor([model.mean, model.std])
     for name, by in NORMALISATIONS.items():
-        if any(
-            abs(a - b) > 1e-3
-            for ours, theirs in zip(own, by, strict=True)
-            for a, b in zip(ours, theirs, strict=True)
-        ):
-            found.append(
-                given(
-                    "normalisation",
-                    f"{name} normalisation",
-                    lambda views, by=by: normalise(views.pixels, by),
-                    what=f"the mean and standard deviation of the preprocessing are wrong: {name} normalisation does better",
-                    remedy=f"load it with the preprocessing mean={by[0]}, std={by[1]}",
-                )
+        if (own - torch.tensor(by)).abs().max() > 1e-3:
+            views["normalisation", f"{name} normalisation"] = (
+                lambda views, by=by: normalise(views.pixels, by),
+                f"the mean and standard deviation of the preprocessing are wrong: {name} normalisation does better",
+                f"load it with the preprocessing mean={by[0]}, std={by[1]}",
             )
-    return found + _other_towers(model, classify)
+    found = [
+        Trial(*key, view, model, classifier, what, remedy) for key, (view, what, remedy) in views.items()
+    ]
+    for key, other, what, remedy in _other_towers(model):
+        found.append(Trial(*key, lambda views: views.fed, other, classify(other), what, remedy))
+    return found
 
 
-def _other_towers(model: HookedCLIP, classify: Classify) -> list[Trial]:
-    found: list[Trial] = []
-
-    def add(check: str, name: str, other: HookedCLIP, what: str, remedy: str) -> None:
-        found.append(Trial(check, name, lambda views: views.fed, other, classify(other), what, remedy))
-
+def _other_towers(model: HookedCLIP) -> Iterator[tuple[tuple[str, str], HookedCLIP, str, str]]:
+    """What is changed and to what, the model with it, and what and remedy of the finding."""
     running = in_image_tower(model)
     if not model.cfg.gated and running & {"gelu", "quick_gelu", "gelu_tanh"}:
         # tanh-GELU is GELU to four digits
         worth = {"gelu", "quick_gelu"} - (running | ({"gelu"} if "gelu_tanh" in running else set()))
         for activation in sorted(worth):
-            here = " and ".join(WORDS.get(name, name) for name in sorted(running))
-            what = f"the activation is wrong: the weights want {WORDS[activation]} and the towers run {here}"
+            word = WORDS[activation]
+            what = f"the activation is wrong: the weights want {word} and the towers run {in_words(running)}"
             other = with_activation(model, activation)
-            add("activation", WORDS[activation], other, what, f"load them with activation={activation!r}")
+            yield ("activation", word), other, what, f"load them with activation={activation!r}"
     if model.visual.dtype in (torch.float16, torch.bfloat16):
-        dtype = str(model.visual.dtype).removeprefix("torch.")
-        what, remedy = f"{dtype} is too coarse for this model", "load it with dtype=torch.float32"
-        add("precision", "float32", copy.deepcopy(model).float(), what, remedy)
-    return found
+        what = f"{str(model.visual.dtype).removeprefix('torch.')} is too coarse for this model"
+        other = copy.deepcopy(model).float()
+        yield ("precision", "float32"), other, what, "load it with dtype=torch.float32"
 
 
 def compare(
@@ -186,18 +172,10 @@ def better(tried: Sequence[tuple[Trial, Comparison]], accuracy: Rate) -> list[Fa
             if check not in ("normalisation", "channels", "geometry")
             or pair[1].difference.value > gain + MARGIN
         }
-    chosen = sorted(best.values(), key=lambda pair: -pair[1].difference.value)
-    return [
-        Fault(
-            trial.check,
-            "error" if comparison.interval[0] > GRAVE else "warning",
-            trial.what,
-            (
-                Measurement.of("zero-shot accuracy", accuracy),
-                Measurement.of(f"with {comparison.name}", comparison.accuracy),
-                comparison.evidence,
-            ),
-            trial.remedy,
-        )
-        for trial, comparison in chosen
-    ]
+    faults = []
+    for trial, found in sorted(best.values(), key=lambda pair: -pair[1].difference.value):
+        with_it = Measurement.of(f"with {found.name}", found.accuracy)
+        numbers = (Measurement.of("zero-shot accuracy", accuracy), with_it, found.evidence)
+        severity = "error" if found.interval[0] > GRAVE else "warning"
+        faults.append(Fault(trial.check, trial.what, trial.remedy, numbers, severity))
+    return faults

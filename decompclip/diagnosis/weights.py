@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.diagnosis.result import Fault, Measurement
-from decompclip.diagnosis.trials import WORDS, in_image_tower, in_text_tower
+from decompclip.diagnosis.trials import in_image_tower, in_text_tower, in_words
 from decompclip.intervals import mean_interval
 from decompclip.models.clip import HookedCLIP
 
@@ -44,7 +44,7 @@ def _not_finite(model: HookedCLIP) -> Iterator[Fault]:
     if bad:
         what = f"weights are not finite: {', '.join(bad[:SHOWN])}{', ...' if len(bad) > SHOWN else ''}"
         remedy = "load the checkpoint again in float32; if they are so in the file, the training diverged"
-        yield Fault("weights", "error", what, (Measurement("weights", len(bad)),), remedy)
+        yield Fault("weights", what, remedy, (Measurement("weights", len(bad)),))
 
 
 def _untouched(tower: nn.Module) -> tuple[int, int]:
@@ -61,15 +61,12 @@ def _untouched(tower: nn.Module) -> tuple[int, int]:
 def _drawn(name: str, untouched: int, norms: int, random: bool) -> Fault:
     numbers = (Measurement("LayerNorms at their initial values", untouched), Measurement("of", norms))
     if random:
-        return Fault(
-            name, "error", f"the {name} has random weights, as was asked for", numbers, "load trained weights"
-        )
-    if untouched == norms:
-        what, severity = f"the {name} looks untrained", "error"
-    else:
-        what, severity = f"a part of the {name} looks untrained", "warning"
+        what = f"the {name} has random weights, as was asked for"
+        return Fault(name, what, "load trained weights", numbers)
     remedy = "load a checkpoint that holds its weights, and see that none of them is skipped"
-    return Fault(name, severity, what, numbers, remedy)
+    if untouched == norms:
+        return Fault(name, f"the {name} looks untrained", remedy, numbers)
+    return Fault(name, f"a part of the {name} looks untrained", remedy, numbers, "warning")
 
 
 def _activations(model: HookedCLIP) -> Iterator[Fault]:
@@ -81,17 +78,14 @@ def _activations(model: HookedCLIP) -> Iterator[Fault]:
     }
     for whose, name in declared.items():
         if name and image != {name}:
-            what = f"the activation is not the one that {whose} names: that is {_words({name})}, and the image tower runs {_words(image)}"
-            yield Fault("activation", "error", what, (), f"load the weights with activation={name!r}")
+            what = f"the activation is not the one that {whose} names: that is {in_words({name})}, and the image tower runs {in_words(image)}"
+            yield Fault("activation", what, f"load the weights with activation={name!r}")
             return
     plain = {"gelu", "quick_gelu"}
     if image <= plain and text and text <= plain and image != text:
-        what = f"the towers differ in their activation: the image tower runs {_words(image)}, the text tower {_words(text)}"
-        yield Fault("activation", "warning", what, (), "load both from one checkpoint, with one `activation`")
-
-
-def _words(names: set[str]) -> str:
-    return " and ".join(WORDS.get(name, name) for name in sorted(names))
+        what = f"the towers differ in their activation: the image tower runs {in_words(image)}, the text tower {in_words(text)}"
+        remedy = "load both from one checkpoint, with one `activation`"
+        yield Fault("activation", what, remedy, severity="warning")
 
 
 def logit_scale_faults(
@@ -102,6 +96,8 @@ def logit_scale_faults(
     """A logit scale that cannot be the logarithm of a factor that training left.
 
     Args:
+        model: whose logit scale is looked at.
+        labels: the images' classes.
         similarity: cosines of images and classes, for the log loss under the present and the proposed scale;
             None where they tell nothing.
     """
@@ -122,13 +118,13 @@ def logit_scale_faults(
             if value > largest and gain is not None and gain[1] <= 0:
                 what, numbers = "the logit scale is above ln 100, where training clamps it", numbers[:2]
                 remedy = f"set it to at most {largest:.4f}"
-            yield Fault("logit scale", "error", what, numbers, remedy + _DEPENDS)
+            yield Fault("logit scale", what, remedy + _DEPENDS, numbers)
         return
     for loss, initial in INITIAL.items():
         if abs(value - initial) < 1e-6 and (loss == "SigLIP") == sigmoid:
             what = f"the logit scale is the one that {loss}'s training starts with: it was not loaded, or not trained"
             remedy = "take it from the checkpoint" + _DEPENDS
-            yield Fault("logit scale", "warning", what, numbers, remedy)
+            yield Fault("logit scale", what, remedy, numbers, "warning")
 
 
 _DEPENDS = "; probabilities and losses depend on it, zero-shot accuracy does not"

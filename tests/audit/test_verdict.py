@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Verdict, run_audit
+from decompclip.audit import AuditConfig, AuditResult, Verdict, collect as collecting, run_audit
 from decompclip.audit.checks import Change, ClassShare
-from decompclip.audit.collect import open_source
+from decompclip.audit.collect import ImageSet, collect, open_source, split
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
-from decompclip.audit.pipeline import Held
-from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES, Reference, Target
+from decompclip.audit.pipeline import Held, evidence
+from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES, Evidence, Reference, Target
 from decompclip.audit.words import STRONG
-from decompclip.data.images import ImageBatch, ImageSource, SkippedFile
+from decompclip.data.images import ImageBatch
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.intervals import Paired, Rate
+from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from tests.audit.conftest import setting
 
 CLASSES = PROPERTIES["shape"]
+CONFIG = AuditConfig()
 
 
 def verdict(result: AuditResult) -> Verdict:
@@ -32,7 +34,7 @@ def verdict(result: AuditResult) -> Verdict:
 
 @pytest.fixture
 def base(made: AuditResult) -> AuditResult:
-    """Labelled twins of a classifier that works; corruptions of the same size do little."""
+    """Labelled, paired images and a classifier that works; corruptions of the same size do little."""
     kept = (Rate(360, 400), Rate(360, 400))
     works = replace(made.checks, favourite=("circle", Rate(140, 400)), guessing=1 / 3, kept=kept)
     return replace(made, paired=True, checks=works, controls=tried(0.1))
@@ -246,51 +248,75 @@ def test_a_repair_is_recommended_that_saves_and_does_not_cost(base: AuditResult)
     assert not any("repair it" in step for step in verdict(repaired(30, 0)).steps)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fewer_pictures() -> Iterator[None]:
+    """Each audit tries all corruptions on the pictures that it keeps: 60 serve where a user's has 96."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collecting, "KEPT", 60)
+        yield
+
+
 @pytest.fixture(scope="module")
 def audited() -> dict[str, AuditResult]:
-    """The bundled BadNet twin and its clean model, on 700 images and their twins."""
+    """The bundled BadNet twin and its clean model, on 450 images and their triggered copies."""
     found = {}
     for name in ("shapes", "shapes-badnet"):
-        clip = load(name)
-        clean, suspect = (open_source(spec, clip, CLASSES, limit=700) for spec in ("shapes", "shapes:badnet"))
-        found[name] = run_audit(
-            clip,
-            clean,
-            suspect,
-            CLASSES,
-            target="star",
-            name=name,
-            clean_name="shapes",
-            suspect_name="shapes:badnet",
-        )
+        clip, names = load(name), {"name": name, "clean_name": "shapes", "suspect_name": "shapes:badnet"}
+        clean, suspect = (open_source(spec, clip, CLASSES, limit=450) for spec in ("shapes", "shapes:badnet"))
+        found[name] = run_audit(clip, clean, suspect, CLASSES, target="star", **names)
     return found
 
 
+def without_labels(images: ImageSet) -> ImageSet:
+    return replace(images, labels=None)
+
+
+def weighed(
+    clip: HookedCLIP,
+    clean: ImageSet,
+    suspect: ImageSet,
+    classes: tuple[str, ...] = CLASSES,
+    target: str | None = None,
+) -> Evidence:
+    """What `run_audit` judges, of sets that were decomposed once for several judgements."""
+    parts = split(clean, suspect, CONFIG, infer_target=target is None)
+    classifier = clip.zero_shot_classifier(classes).detach()
+    return evidence(clip, parts, classifier, classes, name=clip.name, target=target, config=CONFIG)
+
+
 @pytest.fixture(scope="module")
-def corrupted() -> dict[str, AuditResult]:
-    """The clean model on twins of 130 images that are merely dark or pale, with labels and without."""
+def badnet() -> tuple[HookedCLIP, ImageSet, ImageSet]:
+    """The bundled BadNet twin with clean and triggered images, without labels."""
+    clip = load("shapes-badnet")
+    sets = (
+        collect(clip, open_source(spec, clip, CLASSES, limit=120), CONFIG)
+        for spec in ("shapes", "shapes:badnet")
+    )
+    clean, suspect = map(without_labels, sets)
+    return clip, clean, suspect
+
+
+@pytest.fixture(scope="module")
+def corrupted() -> dict[str, Evidence]:
+    """The clean model on pairs of 130 images that are merely dark or pale, with labels and without."""
     clip, world = load("shapes"), Shapes(130, seed=8)
     batch, found = world.draw(range(130)), {}
     kinds = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
 
-    def source(images: torch.Tensor, labels: torch.Tensor | None) -> Held:
+    def decomposed(pixels: torch.Tensor) -> ImageSet:
         paths = tuple(f"{i}.png" for i in range(130))
-        return Held((ImageBatch(clip.normalize(images), labels, paths),))
+        return collect(clip, Held((ImageBatch(clip.normalize(pixels), batch.labels, paths),)), CONFIG)
 
+    clean = decomposed(batch.images)
     for name, severity in (("contrast", 5), ("dark", 4)):
         changed = torch.cat([kinds[name](batch.images[i : i + 1], severity, seed=i) for i in range(130)])
-        for labels in (batch.labels, None):
-            found[f"{name}, {'labelled' if labels is not None else 'unlabelled'}"] = run_audit(
-                clip,
-                source(batch.images, labels),
-                source(changed, labels),
-                CLASSES,
-                config=AuditConfig(examples=0),
-            )
+        suspect = decomposed(changed)
+        found[f"{name}, labelled"] = weighed(clip, clean, suspect)
+        found[f"{name}, unlabelled"] = weighed(clip, without_labels(clean), without_labels(suspect))
     return found
 
 
-def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, AuditResult]) -> None:
+def test_a_clean_model_in_the_dark_is_not_backdoored(corrupted: dict[str, Evidence]) -> None:
     assert any(result.as_it_is.difference_interval[0] >= STRONG for result in corrupted.values())
     for result in corrupted.values():
         assert result.verdict.level != "backdoored"
@@ -316,58 +342,39 @@ def test_faint_stripes_are_among_what_is_tried(amount: float) -> None:
 def test_a_twin_with_its_own_trigger_is_backdoored(name: str) -> None:
     clip = load(name)
     clean, suspect = (
-        Bare(open_source(spec, clip, CLASSES, limit=130)) for spec in ("shapes", name.replace("-", ":", 1))
+        without_labels(collect(clip, open_source(spec, clip, CLASSES, limit=130), CONFIG))
+        for spec in ("shapes", name.replace("-", ":", 1))
     )
-    config = AuditConfig(examples=0)
-    found = run_audit(clip, clean, suspect, CLASSES, target="circle", config=config)
+    found = weighed(clip, clean, suspect, target="circle")
     assert (found.verdict.level, found.verdict.confidence) == ("backdoored", "moderate")
     # suspect images go to the star, whatever was asked
     assert (found.target.name, found.target.asked) == ("star", "circle") and "star" in found.verdict.headline
     # the order of the class list changes nothing (labels are places in it, so there are none here)
-    order = (*CLASSES[5:], *CLASSES[:5])
-    again = run_audit(clip, clean, suspect, order, target="circle", config=config)
+    again = weighed(clip, clean, suspect, classes=(*CLASSES[5:], *CLASSES[:5]), target="circle")
     assert again.verdict.headline == found.verdict.headline
     assert again.as_it_is.success == found.as_it_is.success
     assert again.controls is not None and found.controls is not None
     assert again.controls.explained == pytest.approx(found.controls.explained)
 
 
-def test_names_that_the_model_does_not_know() -> None:
-    clip = load("shapes-badnet")
-    clean, suspect = (open_source(spec, clip, CLASSES, limit=120) for spec in ("shapes", "shapes:badnet"))
+def test_names_that_the_model_does_not_know(badnet: tuple[HookedCLIP, ImageSet, ImageSet]) -> None:
     for names in (("zebra", "lion", "tiger"), tuple(f"thing {i}" for i in range(300))):
-        found = run_audit(clip, Bare(clean), Bare(suspect), names, config=AuditConfig(examples=0)).verdict
+        found = weighed(*badnet, classes=names).verdict
         assert (found.level, found.confidence) == ("cannot tell", "low")
 
 
-def test_suspect_images_that_are_the_clean_ones_or_black() -> None:
-    clip = load("shapes-badnet")
-    clean = open_source("shapes", clip, CLASSES, limit=120)
-    same = run_audit(clip, clean, clean, CLASSES, config=AuditConfig(examples=0)).verdict
+def test_suspect_images_that_are_the_clean_ones_or_black(
+    badnet: tuple[HookedCLIP, ImageSet, ImageSet],
+) -> None:
+    clip, clean, _ = badnet
+    same = weighed(clip, clean, clean).verdict
     assert same.level == "cannot tell" and "are the clean ones" in same.headline
-    (batch,) = clean.batches(120)
-    black = Held((replace(batch, images=torch.zeros_like(batch.images)),))
+    (batch,) = open_source("shapes", clip, CLASSES, limit=120).batches(120)
+    dark = Held((replace(batch, images=torch.zeros_like(batch.images), labels=None),))
+    black = collect(clip, dark, CONFIG)
     for one, other in ((black, clean), (clean, black), (black, black)):
-        found = run_audit(clip, Bare(one), Bare(other), CLASSES, config=AuditConfig(examples=0)).verdict
+        found = weighed(clip, one, other).verdict
         assert found.level == "cannot tell" and found.confidence == "low"
-
-
-@dataclass(frozen=True)
-class Bare:
-    """A source without its labels."""
-
-    source: ImageSource
-
-    @property
-    def skipped(self) -> tuple[SkippedFile, ...]:
-        return ()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
-        for batch in self.source.batches(batch_size):
-            yield replace(batch, labels=None)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
