@@ -75,7 +75,6 @@ def controls(
     *,
     batch_size: int,
     seed: int,
-    kinds: tuple[Corruption, ...] = KINDS,
 ) -> Controls | None:
     """Corrupt the clean halves of kept pairs; None of images that are not paired, or too few."""
     pairs = [
@@ -96,7 +95,7 @@ def controls(
 
     before = answers(clean)
     found = []
-    for kind in kinds:
+    for kind in KINDS:
         after = answers(of_size(kind, clean, size, seed=seed))
         found.append(SameSize(kind.name, most_over_predicted(class_shares(before, after, class_names))))
     own = ClassShare(class_names[target], Rate.of(before == target), Rate.of(answers(suspect) == target))

@@ -235,7 +235,7 @@ def _repair(result: AuditResult) -> Finding:
     text += f" (Picked as the best of {n}, so that its interval is too narrow.)"
     if not works:
         missing = [reason for what, reason in result.left_out.items() if "repair" in what]
-        if missing:  # the one that is told nothing about the attack, as a rule the best
+        if missing:  # the one that knows nothing of the attack, as a rule the best
             text += f" Repair without a hint could not be measured: {missing[0]}."
         return Finding(
             "unclear" if missing else "note", f"None of the {n} repairs measured helps this model", text

@@ -195,7 +195,7 @@ def _judged(result: ScanResult) -> Verdict:
         return broken
     doubts = [*CONCLUDES[1:3]]
     if result.counts["held_out"] < FEW:
-        doubts.append(f"Fewer than {FEW} images told how well a change works.")
+        doubts.append(f"Fewer than {FEW} images show how well a change works.")
     if (left_out := max(probe.left_out for probe in result.probes)) > 0:
         doubts.append(f"{left_out} classes were left out of each probe after a first step.")
     if result.suspects:

@@ -1,4 +1,4 @@
-"""Whether labels, class names and text tower fit the images, told from the model's answers."""
+"""Whether labels, class names and text tower fit the images, by the model's answers."""
 
 from __future__ import annotations
 

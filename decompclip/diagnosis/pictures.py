@@ -105,7 +105,7 @@ def corrected(
     if not pixels.isfinite().all():
         bad = int((~pixels.isfinite().flatten(1).all(dim=1)).sum())
         raise ValueError(
-            f"expected finite pixels; received nan or inf in {bad} of {len(pixels)} images; mend or leave them out"
+            f"expected finite pixels; received nan or inf in {bad} of {len(pixels)} images; correct them or leave them out"
         )
     pixels, found = _in_unit_range(pixels, own)
     faults += found
@@ -187,7 +187,7 @@ class Views:
 
 
 def labelled(images: Pictures) -> bool:
-    """Whether images by a path bring labels along, told from the first; other sources may be streams."""
+    """Whether images by a path bring labels along, as the first does; other sources may be streams."""
     if not isinstance(images, FolderSource | PairImages):
         return True
     return next(images.batches(1)).labels is not None

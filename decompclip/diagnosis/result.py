@@ -101,7 +101,7 @@ class Diagnosis:
             with one another.
         findings: what is wrong, the gravest first; empty for a model in order, and for images too few.
         comparisons: every other way in which the model was run.
-        noticeable: the least loss of accuracy that these images would show, if other settings would mend it;
+        noticeable: the least loss of accuracy that these images would show, if other settings would win it back;
             None if they are too few to show any.
         unchecked: what could not be checked, and why.
     """

@@ -164,7 +164,7 @@ def better(tried: Sequence[tuple[Trial, Comparison]], accuracy: Rate) -> list[Fa
         ):
             best[trial.check] = trial, comparison
     if "preprocessing" in best:
-        # what the model's own preprocessing mends is no fault of the model's: settings are its rivals only
+        # what the model's own preprocessing corrects is no fault of the model's: settings are its rivals only
         gain = best["preprocessing"][1].difference.value
         best = {
             check: pair

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -258,13 +260,29 @@ def fewer_pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def audited() -> dict[str, AuditResult]:
-    """The bundled BadNet twin and its clean model, on 450 images and their triggered copies."""
+    """The bundled BadNet twin and its clean model, on 700 images and their triggered copies."""
     found = {}
     for name in ("shapes", "shapes-badnet"):
-        clip, names = load(name), {"name": name, "clean_name": "shapes", "suspect_name": "shapes:badnet"}
-        clean, suspect = (open_source(spec, clip, CLASSES, limit=450) for spec in ("shapes", "shapes:badnet"))
+        names: dict[str, Any] = {"name": name, "clean_name": "shapes", "suspect_name": "shapes:badnet"}
+        clip = load(name)
+        clean, suspect = (open_source(spec, clip, CLASSES, limit=700) for spec in ("shapes", "shapes:badnet"))
         found[name] = run_audit(clip, clean, suspect, CLASSES, target="star", **names)
     return found
+
+
+def remembering(name: str) -> HookedCLIP:
+    """A bundled model that encodes the same images once: judgements of one pair of sets share most of them."""
+    clip, known = load(name), {}
+    encode = clip.encode_image
+
+    def encode_image(images: torch.Tensor) -> torch.Tensor:
+        key = sha256(images.contiguous().numpy().tobytes()).digest()
+        if key not in known:
+            known[key] = encode(images)
+        return known[key]
+
+    object.__setattr__(clip, "encode_image", encode_image)
+    return clip
 
 
 def without_labels(images: ImageSet) -> ImageSet:
@@ -299,7 +317,7 @@ def badnet() -> tuple[HookedCLIP, ImageSet, ImageSet]:
 @pytest.fixture(scope="module")
 def corrupted() -> dict[str, Evidence]:
     """The clean model on pairs of 130 images that are merely dark or pale, with labels and without."""
-    clip, world = load("shapes"), Shapes(130, seed=8)
+    clip, world = remembering("shapes"), Shapes(130, seed=8)
     batch, found = world.draw(range(130)), {}
     kinds = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
 
@@ -340,7 +358,7 @@ def test_faint_stripes_are_among_what_is_tried(amount: float) -> None:
 
 @pytest.mark.parametrize("name", ["shapes-blended", "shapes-issba"])
 def test_a_twin_with_its_own_trigger_is_backdoored(name: str) -> None:
-    clip = load(name)
+    clip = remembering(name)
     clean, suspect = (
         without_labels(collect(clip, open_source(spec, clip, CLASSES, limit=130), CONFIG))
         for spec in ("shapes", name.replace("-", ":", 1))
