@@ -106,7 +106,7 @@ def test_a_root_holds_for_folders_and_tables(everywhere: dict[str, Path], tmp_pa
         assert read(source) == {10: 1, 20: 0, 30: 1}
     (skip,) = open_images(everywhere["labels"], to_pixels(8), CLASSES).skipped or [None]
     assert skip is None
-    with pytest.raises(ValueError, match="none of 3 could be read, the last: lies outside"):
+    with pytest.raises(ValueError, match="none of its 3 images could be read, the last: lies outside"):
         read(open_images(everywhere["labels"], to_pixels(8), CLASSES, root=tmp_path / "cls"))
 
 
