@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from jaxtyping import Bool, Float
@@ -290,10 +290,10 @@ def _or_guard(load: Callable[P, HookedCLIP]) -> Callable[P, HookedCLIP]:
     """`load` that opens folders of `save_guard` too. A guard stands in a model's place, for type checkers as well."""
 
     @wraps(load)
-    def either(*args: P.args, **options: P.kwargs) -> HookedCLIP:
+    def either(*args: P.args, **options: P.kwargs) -> Any:
         name = args[0] if args else options.get("name")
         if isinstance(name, str | Path) and (Path(name) / GUARD).is_file():
-            return cast(HookedCLIP, load_guard(*args, **options))  # pyright: ignore[reportCallIssue]
+            return load_guard(*args, **options)  # pyright: ignore[reportCallIssue]
         return load(*args, **options)
 
     return either
