@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
 
 
-class Recipe(str, Enum):
+class RecipeName(str, Enum):
     paper = "paper"
     badclip = "badclip"
     cleanclip = "cleanclip"
@@ -46,12 +46,12 @@ def finetune(
         Path, typer.Option(help="Folder for the model, its history, and the checkpoint to go on from.")
     ],
     recipe: Annotated[
-        Recipe,
+        RecipeName,
         typer.Option(
             help="paper: as He et al. poison a CLIP, 5 epochs, batch 128, 1e-5; badclip: 10 epochs, 128, 1e-6; cleanclip: the "
             "defense, 10 epochs, 64, 5e-6. The options below change it; without them it stays as it is."
         ),
-    ] = Recipe.paper,
+    ] = RecipeName.paper,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times that every pair is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,

@@ -197,7 +197,7 @@ def _data(
     half = len(source) // 2
     if not pairs:
         first = np.isin(np.arange(len(source)), order[:half])
-        return Part(source, first), Part(source, ~first)
+        return KeptImages(source, first), KeptImages(source, ~first)
     if source.labels is None or tuple(source.class_names) != names:
         raise ValueError(
             f"expected --images, labelled images to measure on: the pairs of {clean} do not name the classes that they "
@@ -209,7 +209,7 @@ def _data(
     )
 
 
-class Part:
+class KeptImages:
     """The images of a source at the places where `kept` is true."""
 
     def __init__(self, source: Any, kept: Any) -> None:

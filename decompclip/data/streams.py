@@ -50,7 +50,7 @@ class PairStream(PairSteps):
         for place, item in enumerate(self.items):
             try:
                 yield item if isinstance(item, Pair) else self._pair(item)
-            except Unreadable as error:
+            except UnreadableItem as error:
                 name = error.name or f"item {place}"
                 self._left_out[name] = SkippedFile(name, str(error))
 
@@ -106,26 +106,26 @@ class PairStream(PairSteps):
         name = "/".join(part for part in (shard, str(sample.get("__key__", ""))) if part) or None
         kind = next((kind for kind in IMAGE_KINDS if kind in sample), None)
         if kind is None:
-            raise Unreadable(name, "has no image")
+            raise UnreadableItem(name, "has no image")
         label = sample.get("cls")
         try:
             label = None if label is None else int(label)
         except ValueError:
-            raise Unreadable(name, f"class {label!r} is no number") from None
+            raise UnreadableItem(name, f"class {label!r} is no number") from None
         return self._made(name, sample[kind], sample.get("txt"), label)
 
     def _made(self, name: Any, image: Any, caption: Any, label: int | None) -> Pair:
         name = None if name is None else str(name)
         text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
         if not isinstance(text, str) or not text.strip():
-            raise Unreadable(name, f"has no caption: {text!r}")
+            raise UnreadableItem(name, f"has no caption: {text!r}")
         pixels = read_image(image, self.preprocess)
         if isinstance(pixels, str):
-            raise Unreadable(name, pixels)
+            raise UnreadableItem(name, pixels)
         return Pair(content_name(pixels, text) if name is None else name, pixels, text.strip(), label)
 
 
-class Unreadable(ValueError):
+class UnreadableItem(ValueError):
     """An item that is left out."""
 
     def __init__(self, name: str | None, why: str) -> None:

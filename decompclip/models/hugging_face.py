@@ -53,7 +53,7 @@ _WEIGHTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ModelParts:
     """An open_clip model with what a `HookedCLIP` needs beside it."""
 
     model: nn.Module
@@ -84,7 +84,7 @@ def read_folder(
     activation: Choice = "auto",
     image_size: tuple[int, int] | None = None,
     prefix: str | None = None,
-) -> Source:
+) -> ModelParts:
     """The model of a folder that `save_pretrained` wrote, or that the hub's snapshot is.
 
     Args:
@@ -124,7 +124,7 @@ def read_folder(
         if "steps" in preprocess:
             factor = image_size[0] / own_size[0], image_size[1] / own_size[1]
             preprocess |= {"steps": preprocess["steps"].scaled(factor)}
-    return Source(
+    return ModelParts(
         model=model,
         tokenizer=NoTokenizer(why) if text is False else _tokenizer(folder, config["text_config"], text),
         preprocess=preprocess,
@@ -282,7 +282,7 @@ def from_transformers(
         "activation_source": "config.json",
         "versions": versions(),
     }
-    return Source(
+    return ModelParts(
         model=built,
         tokenizer=tokenizer,
         preprocess=found,

@@ -16,7 +16,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from decompclip.models.checkpoint import digest
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError
-from decompclip.models.hugging_face import Source, from_transformers, read_folder, weights_in
+from decompclip.models.hugging_face import ModelParts, from_transformers, read_folder, weights_in
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import preprocess_of
 from decompclip.models.text import HubTokenizer, MissingTextError
@@ -613,5 +613,5 @@ def test_a_missing_package_is_named(saved: Callable[..., Path], monkeypatch: pyt
     with pytest.raises(ModelError, match="transformers is needed to read the tokenizer in .*: pip install"):
         load(folder, text=True)
     with pytest.warns(UserWarning, match="loaded without a tokenizer"):
-        source: Source = read_folder(folder)
+        source: ModelParts = read_folder(folder)
     assert source.activation == "quick_gelu"
