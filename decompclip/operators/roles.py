@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EXACT = 1e-6
 """Relative size under which an axis of a span is rounding of the features."""
 
+SIDES = ("before", "after")
 SIMILARITY = "text similarity"
 
 CHANCE_DRAWS = 200
@@ -152,7 +153,7 @@ def role_change(
     """
     if draws < 1:
         raise ValueError(f"expected at least one bootstrap draw; received draws={draws}")
-    raw = [_features(side, name) for side, name in ((before, "before"), (after, "after"))]
+    raw = _features(before, "before"), _features(after, "after")
     for other, name in ((raw[1], "after"), (pool, "pool"), *((x, "terms") for x in terms or ())):
         if other is not None and (other.ndim != 2 or other.shape[1] != raw[0].shape[1]):
             raise ValueError(
@@ -162,8 +163,7 @@ def role_change(
     generator = torch.Generator().manual_seed(seed)
     wide = None if pool is None else pool.detach().cpu().double()
     mean = torch.zeros(()) if wide is None else F.normalize(wide, dim=-1).mean(0)
-    A, B = (_unit(x - mean) for x in raw)
-    cosines = A @ B.T
+    A, B = _unit(raw[0] - mean), _unit(raw[1] - mean)
     i, j = (torch.randint(len(x), (draws, len(x)), generator=generator) for x in (A, B))
 
     def of_texts(a: Float[Tensor, " before"], b: Float[Tensor, " after"]) -> tuple[Tensor, Tensor]:
@@ -171,34 +171,24 @@ def role_change(
         drawn = a[i].mean(1).sort().values + b[j].mean(1).sort().values
         return (a.mean() + b.mean()) / 2, drawn / 2
 
-    counts: dict[str, int] = {}  # of what is resampled
-    found = {
-        SIMILARITY: of_texts(*_nearest(cosines)),
-        "span overlap": of_texts(*_overlap(A, B)),
-    }
-    # Terms are explained by texts as they are, other texts past the pool's mean.
-    spans = {"before": raw[0], "after": raw[1]} if terms else {"before": A, "after": B}
-    samples = {"before": _centred(terms[0]), "after": _centred(terms[1])} if terms else spans
-    for side, x in samples.items():
-        for other, texts in spans.items():
-            if side != other or terms:
-                counts[f"{side} by {other}"] = len(x)
-                found[f"{side} by {other}"] = _explained(x, texts, draws, generator)
+    samples = terms and (_centred(terms[0]), _centred(terms[1]))
+    means, shares = _rows(raw, (A, B), samples)
+    found = {name: of_texts(*pair) for name, pair in means.items()}
+    found |= {name: _resampled(*pair, draws, generator) for name, pair in shares.items()}
+    # Of what is resampled.
+    counts = dict.fromkeys(means, min(len(A), len(B))) | {name: len(x) for name, (x, _) in shares.items()}
     chance: dict[str, float] = {}
     if wide is not None:
-        chance = _chance(
-            F.normalize(wide, dim=-1), mean, samples if terms else None, len(A), len(B), generator
-        )
+        chance = _chance(F.normalize(wide, dim=-1), mean, samples, (len(A), len(B)), generator)
     angles = torch.from_numpy(subspace_angles(A.T.numpy(), B.T.numpy()).copy()).flip(0).rad2deg()
     return RoleChange(
         before=tuple(before.texts),
         after=tuple(after.texts),
         measures={
-            name: _estimate(name, *pair, counts.get(name, min(len(A), len(B))), chance.get(name))
-            for name, pair in found.items()
+            name: _estimate(name, *pair, counts[name], chance.get(name)) for name, pair in found.items()
         },
         angles=angles,
-        cosines=cosines,
+        cosines=A @ B.T,
         centred=pool is not None,
     )
 
@@ -223,10 +213,35 @@ def _unit(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "text d_embed"]:
     return x / lengths
 
 
-def _nearest(
-    cosines: Float[Tensor, "before after"],
-) -> tuple[Float[Tensor, " before"], Float[Tensor, " after"]]:
-    return cosines.amax(1), cosines.amax(0)
+Pair = tuple[Tensor, Tensor]
+"""Of what is before, and of what is after."""
+
+
+def _rows(raw: Pair, texts: Pair, terms: Pair | None) -> tuple[dict[str, Pair], dict[str, Pair]]:
+    """What the measures are made of, row by row.
+
+    Args:
+        raw: unit features of the texts.
+        texts: the same past the pool's mean.
+        terms: about their means, where given.
+
+    Returns:
+        Numbers of the texts before and after, whose two means are averaged; and squares of rows in all directions and in
+        those of a span, whose sums are divided.
+    """
+    A, B = texts
+    bases = _basis(A), _basis(B)
+    cosines = A @ B.T
+    means = {SIMILARITY: (cosines.amax(1), cosines.amax(0)), "span overlap": _overlap(texts, bases)}
+    # Terms are explained by texts as they are, other texts past the pool's mean.
+    spans = (_basis(raw[0]), _basis(raw[1])) if terms else bases
+    shares: dict[str, Pair] = {}
+    for side, x in zip(SIDES, terms or texts, strict=True):
+        whole = x.square()
+        for other, basis in zip(SIDES, spans, strict=True):
+            if side != other or terms:
+                shares[f"{side} by {other}"] = whole, (x @ basis).square()
+    return means, shares
 
 
 def _basis(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "d_embed axis"]:
@@ -236,28 +251,30 @@ def _basis(x: Float[Tensor, "text d_embed"]) -> Float[Tensor, "d_embed axis"]:
     return U[:, S / S[0] > EXACT]
 
 
-def _overlap(A: Tensor, B: Tensor) -> tuple[Float[Tensor, " before"], Float[Tensor, " after"]]:
+def _overlap(texts: Pair, bases: Pair) -> Pair:
     """Mean squared cosine of the principal angles, text by text: either side's mean is that of the spans.
 
     `tr(P_A P_B) = sum_i (A P_B A^+)_ii`, a sum over the texts of A: their contributions can be resampled where
     resampled spans, of fewer texts, would overlap more.
     """
-    a, b = _basis(A), _basis(B)
+    (A, B), (a, b) = texts, bases
     with one_thread():
         inverse, other = (torch.linalg.pinv(x, rtol=EXACT).T for x in (A, B))
     shares, others = (A * (inverse @ b @ b.T)).sum(1), (B * (other @ a @ a.T)).sum(1)
     return shares * len(A) / a.shape[1], others * len(B) / b.shape[1]
 
 
-def _explained(
-    x: Float[Tensor, "row d_embed"], texts: Tensor, draws: int, generator: torch.Generator
+def _resampled(
+    whole: Float[Tensor, "row d_embed"],
+    inside: Float[Tensor, "row axis"],
+    draws: int,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " draw"]]:
-    """Share of the rows' squared length inside the span of the texts; and of resampled rows."""
-    whole, inside = x.square().sum(1), (x @ _basis(texts)).square().sum(1)
-    n = len(x)
-    weights = torch.stack(
-        [torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(draws)]
-    ).double()
+    """Share of the rows' squared length inside a span; and of resampled rows."""
+    whole, inside = whole.sum(1), inside.sum(1)
+    n = len(whole)
+    picks = torch.randint(n, (draws, n), generator=generator)
+    weights = whole.new_zeros(draws, n).scatter_add_(1, picks, whole.new_ones(draws, n))
     return inside.sum() / whole.sum(), (weights @ inside) / (weights @ whole)
 
 
@@ -271,22 +288,17 @@ def _centred(terms: Float[Tensor, "image d_embed"]) -> Float[Tensor, "image d_em
 def _chance(
     pool: Float[Tensor, "pool d_embed"],
     mean: Tensor,
-    terms: Mapping[str, Tensor] | None,
-    p: int,
-    q: int,
+    terms: Pair | None,
+    sizes: tuple[int, int],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Means over random sets of `p` and `q` texts."""
+    """Means over random sets of so many texts."""
     values: dict[str, list[Tensor]] = {}
     for _ in range(CHANCE_DRAWS):
-        raw = [pool[torch.randperm(len(pool), generator=generator)[:size]] for size in (p, q)]
-        a, b = (_unit(x - mean) for x in raw)
-        pairs = {SIMILARITY: _nearest(a @ b.T), "span overlap": _overlap(a, b)}
-        drawn = {name: (x.mean() + y.mean()) / 2 for name, (x, y) in pairs.items()}
-        spans = dict(zip(("before", "after"), raw if terms else (a, b), strict=True))
-        for side, x in (terms or spans).items():
-            for other, texts in spans.items():
-                drawn[f"{side} by {other}"] = (x @ _basis(texts)).square().sum() / x.square().sum()
+        p, q = (pool[torch.randperm(len(pool), generator=generator)[:size]] for size in sizes)
+        means, shares = _rows((p, q), (_unit(p - mean), _unit(q - mean)), terms)
+        drawn = {name: (x.mean() + y.mean()) / 2 for name, (x, y) in means.items()}
+        drawn |= {name: inside.sum() / whole.sum() for name, (whole, inside) in shares.items()}
         for name, value in drawn.items():
             values.setdefault(name, []).append(value)
     return {name: float(torch.stack(found).mean()) for name, found in values.items()}
@@ -300,9 +312,8 @@ def _estimate(name: str, value: Tensor, drawn: Tensor, count: int, chance: float
     """
     least = -1.0 if name == SIMILARITY else 0.0
     if count < 2:
-        return Estimate(
-            float(value), least, 1.0, chance
-        )  # one text, or image, does not tell how much they differ
+        # One text, or image, does not show how much they differ.
+        return Estimate(float(value), least, 1.0, chance)
     tail = (1 - CONFIDENCE) / 2
     wider = t_for(count) / Z * math.sqrt(count / (count - 1))
     spread = value + wider * (drawn - value)
