@@ -240,7 +240,7 @@ def head_mmd(
     a: Batches,
     b: Batches,
     *,
-    components: Components = heads | mlps,
+    components: Components | None = heads | mlps,
     kernel: Kernel = "unbiased",
     permutations: int | None = None,
     paired: bool = False,
@@ -255,7 +255,7 @@ def head_mmd(
     Args:
         a: a decomposition, or a stream of batches, for instance of clean images.
         b: the same of the others, for instance of triggered images.
-        components: which; by default all heads and all MLPs.
+        components: which; by default all heads and all MLPs. None: as `layer_mmd`.
         kernel: "unbiased": U-statistic, Gaussian kernel as wide as the median distance between images;
             "paper": V-statistic, bandwidth 10, times 1000, which on terms this small is ten times the squared
             distance of the means.
@@ -276,37 +276,6 @@ def head_mmd(
         ValueError: an unknown kernel, fewer than two images a side, paired images that are not as many, or terms that are
             not finite or of different models or options.
     """
-    return _mmd(a, b, components, kernel, permutations, paired, block, seed)
-
-
-@renamed(twins="paired")
-def layer_mmd(
-    a: Batches,
-    b: Batches,
-    *,
-    kernel: Kernel = "unbiased",
-    permutations: int | None = None,
-    paired: bool = False,
-    block: int = 1024,
-    seed: int = 0,
-) -> MMD:
-    """Squared MMD of the heads of each layer together, and of each layer's MLP (paper, figure 8d).
-
-    Arguments and errors as `head_mmd`.
-    """
-    return _mmd(a, b, None, kernel, permutations, paired, block, seed)
-
-
-def _mmd(
-    a: Batches,
-    b: Batches,
-    components: Components | None,
-    kernel: Kernel,
-    permutations: int | None,
-    paired: bool,
-    block: int,
-    seed: int,
-) -> MMD:
     if kernel not in get_args(Kernel):
         raise ValueError(f"expected a kernel of {get_args(Kernel)}; received {kernel!r}")
     if (permutations is not None and permutations < 0) or block < 1:
@@ -357,6 +326,26 @@ def _mmd(
         seed=seed,
         n_layers=one.maps.heads.shape[0],
         n_heads=one.maps.heads.shape[1],
+    )
+
+
+@renamed(twins="paired")
+def layer_mmd(
+    a: Batches,
+    b: Batches,
+    *,
+    kernel: Kernel = "unbiased",
+    permutations: int | None = None,
+    paired: bool = False,
+    block: int = 1024,
+    seed: int = 0,
+) -> MMD:
+    """Squared MMD of the heads of each layer together, and of each layer's MLP (paper, figure 8d).
+
+    Arguments and errors as `head_mmd`.
+    """
+    return head_mmd(
+        a, b, components=None, kernel=kernel, permutations=permutations, paired=paired, block=block, seed=seed
     )
 
 
