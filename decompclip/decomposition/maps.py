@@ -37,7 +37,7 @@ from zlib import crc32
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
@@ -313,10 +313,7 @@ def frozen(visual: HookedViT, convention: Convention) -> Frozen:
         ValueError: an unknown convention.
     """
     check_convention(convention)
-    # An optimizer's step raises a parameter's version; moves and casts change its address; and a sample of the
-    # numbers shows what is written past autograd (`.data`), unless that spares every one of them.
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in visual.parameters()]
-    sample = torch.cat([_sample(p) for p in visual.parameters()])
+    state, sample = weights_state(visual)
     kept = _CACHE.setdefault(visual, {})
     if convention not in kept or kept[convention][0] != state or not torch.equal(kept[convention][1], sample):
         # Plain tensors, whatever mode the caller is in: they serve later calls.
@@ -325,9 +322,16 @@ def frozen(visual: HookedViT, convention: Convention) -> Frozen:
     return kept[convention][2]
 
 
-def _sample(p: Tensor) -> Float[Tensor, " number"]:
-    flat = p.detach().view(-1) if p.is_contiguous() else p.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 16)].float()
+def weights_state(module: nn.Module) -> tuple[list[Any], Float[Tensor, " number"]]:
+    """Marks and a sample of a module's weights, equal while they stay as they are.
+
+    An optimizer's step raises a parameter's version; moves and casts change its address; and the sample of the numbers
+    shows what is written past autograd (`.data`), unless that spares every one of them.
+    """
+    weights = list(module.parameters())
+    marks = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
+    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // 16)].float() for p in weights]
+    return marks, torch.cat(samples) if samples else torch.zeros(0)
 
 
 def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:

@@ -274,16 +274,11 @@ class HookedCLIP(nn.Module):
         """
         names = self.class_names if class_names is None else class_names
         chosen = self._templates(templates)
-        key = (
-            None
-            if isinstance(names, str) or isinstance(chosen, str)
-            else key_of(names, chosen, self.tokenizer)
-        )
-        if key is not None and (found := kept(self.text, key)) is not None:
+        key = key_of(names, chosen, self.tokenizer)
+        if not isinstance(names, str) and (found := kept(self.text, key)) is not None:
             return found
         classifier = zero_shot_classifier(self._encode_prompts, self.tokenize, names, chosen, track=track)
-        if key is not None:
-            keep(self.text, key, classifier)
+        keep(self.text, key, classifier)
         return classifier
 
     def _encode_prompts(self, tokens: Int[Tensor, "text position"]) -> Float[Tensor, "text d_embed"]:

@@ -14,6 +14,8 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompclip.decomposition.maps import weights_state
+
 KEPT = 4
 """Classifiers that are kept of a model."""
 
@@ -46,21 +48,10 @@ def encode_prompts(text: nn.Module, tokens: Int[Tensor, "text position"]) -> Flo
     x = source.token_embedding(tokens).to(dtype) + source.positional_embedding[:length].to(dtype)
     x = source.ln_final(source.transformer(x, attn_mask=source.attn_mask[:length, :length]))
     x = text_global_pool(x, tokens, source.text_pool_type, eos_token_id=source.text_eos_id)
-    if source.text_projection is None:
+    projection = source.text_projection
+    if projection is None:
         return x
-    return (
-        source.text_projection(x)
-        if isinstance(source.text_projection, nn.Linear)
-        else x @ source.text_projection
-    )
-
-
-def _state(text: nn.Module) -> tuple[list[Any], Tensor]:
-    """Changes with every step of an optimizer, every move and cast, and nearly all that is written past autograd."""
-    weights = list(text.parameters())
-    marks = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
-    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // 16)].float() for p in weights]
-    return marks, torch.cat(samples) if samples else torch.zeros(0)
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def kept(text: nn.Module, key: object) -> Tensor | None:
@@ -68,7 +59,7 @@ def kept(text: nn.Module, key: object) -> Tensor | None:
     found = _CACHE.get(text, {}).get(key)
     if found is None:
         return None
-    marks, sample = _state(text)
+    marks, sample = weights_state(text)
     return found[2].clone() if found[0] == marks and torch.equal(found[1], sample) else None
 
 
@@ -76,7 +67,7 @@ def keep(text: nn.Module, key: object, classifier: Tensor) -> None:
     """Keep a classifier, and the last few with it."""
     held = _CACHE.setdefault(text, {})
     held.pop(key, None)
-    held[key] = (*_state(text), classifier.clone())
+    held[key] = (*weights_state(text), classifier.clone())
     for old in list(held)[:-KEPT]:
         del held[old]
 
