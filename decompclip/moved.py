@@ -54,8 +54,8 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old, new in names.items():
                 if old in kwargs:
-                    said = f"{function.__name__}({old}=...) is now {new}=; the old name goes with the next release"
-                    warnings.warn(said, DeprecationWarning, stacklevel=2)
+                    message = f"{function.__name__}({old}=...) is now {new}=; the old name goes with the next release"
+                    warnings.warn(message, DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

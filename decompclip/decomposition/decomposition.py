@@ -26,7 +26,7 @@ from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
 
 FORMAT = "decompclip.decomposition/2"
-_TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
+TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +311,7 @@ class Decomposition:
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
         tensors: dict[str, Tensor | None] = {
-            **{name: getattr(self, name) for name in (*_TERMS, "target")},
+            **{name: getattr(self, name) for name in (*TERMS, "target")},
             # Behind an attention pool the maps of heads are views of one identity.
             "maps.heads": self.maps.heads[:1, :1] if self.maps.direct else self.maps.heads,
             **{f"maps.{name}": getattr(self.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
@@ -381,7 +381,7 @@ class Decomposition:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> Path:
-    """Write tensors and what is to be said about them, whole or not at all, with a digest of both."""
+    """Write tensors and facts about them, whole or not at all, with a digest of both."""
     stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     text = json.dumps(about)
     metadata = {"format": form, "about": text, "sha256": _digest(stored, text)}
@@ -391,7 +391,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: M
 
 
 def _digest(tensors: Mapping[str, Tensor], about: str) -> str:
-    """SHA-256 of names, types, shapes and numbers, and of what is said about them."""
+    """SHA-256 of names, types, shapes and numbers, and of the facts about them."""
     found = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         x = tensors[name]

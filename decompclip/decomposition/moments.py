@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.decomposition import Decomposition, check_options
+from decompclip.decomposition.decomposition import TERMS, Decomposition, check_options
 from decompclip.decomposition.maps import Convention, TermMaps
-from decompclip.tower.vit import HasTower, Hook, HookedViT
+from decompclip.tower.vit import HasTower, Hook, HookedViT, tower
 
-TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
 SCATTERED = TERMS[:4]
 
 
@@ -140,7 +139,7 @@ class Moments:
         Raises:
             ValueError: there are no images.
         """
-        visual = model if isinstance(model, HookedViT) else model.visual
+        visual = tower(model)
         if isinstance(batches, Tensor):
             raise ValueError(
                 f"expected batches of images, one after another; received one tensor {list(batches.shape)}; a single "

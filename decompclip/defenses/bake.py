@@ -26,7 +26,7 @@ from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.models.clip import HookedCLIP
 from decompclip.moved import still_found
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, token_mask
-from decompclip.operators.intervention import Composition, Intervention
+from decompclip.operators.intervention import Composition, Intervention, steps_of
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.layers import Block, blocks
 from decompclip.tower.vit import HookedViT, hooked
@@ -47,7 +47,7 @@ def average_over_tokens(edit: Intervention, model: HookedCLIP) -> Intervention:
     Raises:
         ValueError: an edit that depends on the image, or moments without stream means.
     """
-    return Composition(tuple(_averaged(step, model.cfg) for step in _steps(edit)))
+    return Composition(tuple(_averaged(step, model.cfg) for step in steps_of(edit)))
 
 
 def _averaged(step: Intervention, cfg: ViTConfig) -> Intervention:
@@ -67,10 +67,6 @@ def _averaged(step: Intervention, cfg: ViTConfig) -> Intervention:
     if _one_row(cfg):
         z[-1], out[-1] = streams.z[-1], streams.mlp_out[-1]
     return replace(step, moments=replace(moments, streams=replace(streams, z=z, mlp_out=out)))
-
-
-def _steps(edit: Intervention) -> tuple[Intervention, ...]:
-    return edit.steps if isinstance(edit, Composition) else (edit,)
 
 
 @torch.no_grad()
@@ -96,7 +92,7 @@ def bake(model: HookedCLIP, edit: Intervention) -> HookedCLIP:
             "outside of model.hooks(...)"
         )
     baked = copy.deepcopy(model)
-    for step in _steps(edit):
+    for step in steps_of(edit):
         _fold(step, model.visual, baked.visual)
     own = ("sha256", "files", "files_not_read")
     baked.provenance = {

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import read_tensors, write_tensors
+from decompclip.decomposition.decomposition import TERMS, read_tensors, write_tensors
 from decompclip.decomposition.maps import same_model, term_maps
-from decompclip.decomposition.moments import TERMS, Moments, StreamMeans
+from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.models.clip import HookedCLIP
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 X_contra = TypeVar("X_contra", contravariant=True)
 
@@ -144,7 +144,7 @@ def load_fitted(
     tensors, about = read_tensors(path, form, f"a saved {kind}", f"{kind}.save")
     if about.get("kind", kind) != kind:
         raise ValueError(f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one")
-    maps = term_maps(model if isinstance(model, HookedViT) else model.visual, about["convention"])
+    maps = term_maps(tower(model), about["convention"])
     if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
         raise ValueError(
             f"expected the model that the {kind} in {path} was fitted on; received another one; fit anew on clean "

@@ -186,10 +186,10 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
 
 def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.Scatter]:
     traces: list[Any] = []
-    said, ends = "%{y:.3g}", None
+    shown, ends = "%{y:.3g}", None
     if curve.low is not None and curve.high is not None:
         traces.append(band(curve.x, curve.low, curve.high, style, legendgroup=name))
-        said, ends = (
+        shown, ends = (
             "%{y:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]",
             list(zip(curve.low, curve.high, strict=True)),
         )
@@ -221,7 +221,7 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
             legendgroup=name,
             showlegend=legend,
             customdata=ends,
-            hovertemplate="%{x:.4g}: " + said + "<extra>" + name + "</extra>",
+            hovertemplate="%{x:.4g}: " + shown + "<extra>" + name + "</extra>",
         ),
     ]
 

@@ -28,10 +28,10 @@ from decompclip.decomposition.components import Components, heads as all_heads, 
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.operators.inputs import Images, image_batches
-from decompclip.operators.scores import Text, direction, label as label_of, tower
+from decompclip.operators.scores import Text, direction, label as label_of
 from decompclip.operators.tokens import MapKind, TokenMaps
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.vit import Hook, HookedViT
+from decompclip.tower.vit import Hook, HookedViT, tower
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP

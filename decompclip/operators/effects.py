@@ -24,8 +24,8 @@ from decompclip.intervals import Z
 from decompclip.moved import renamed
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import ByPart, Part, parts_of
-from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction, tower
-from decompclip.tower.vit import HookedViT
+from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -68,7 +68,7 @@ class Intervention(ABC):
 
     def __or__(self, other: Intervention) -> Composition:
         return (
-            Composition((*_steps(self), *_steps(other)))
+            Composition((*steps_of(self), *steps_of(other)))
             if isinstance(other, Intervention)
             else NotImplemented
         )
@@ -125,7 +125,8 @@ def both(ours: Where, where: Tensor | None) -> Where:
     return ours & where.to(ours.device)
 
 
-def _steps(intervention: Intervention) -> tuple[Intervention, ...]:
+def steps_of(intervention: Intervention) -> tuple[Intervention, ...]:
+    """The steps of a composition; an intervention alone is one."""
     return intervention.steps if isinstance(intervention, Composition) else (intervention,)
 
 

@@ -154,9 +154,14 @@ class Agreement(Result):
     by: By
 
     @property
+    def agree(self) -> list[bool]:
+        """Whether both name one property, part by part."""
+        return [a == b for a, b in zip(self.probed, self.named, strict=True)]
+
+    @property
     def count(self) -> int:
         """Parts where both agree."""
-        return sum(a == b for a, b in zip(self.probed, self.named, strict=True))
+        return sum(self.agree)
 
     @property
     def share(self) -> float:
@@ -172,9 +177,8 @@ class Agreement(Result):
         """One row a part."""
         import pandas as pd
 
-        agree = [a == b for a, b in zip(self.probed, self.named, strict=True)]
         names = [str(part) for part in self.parts]
-        return pd.DataFrame({"part": names, "probed": self.probed, "named": self.named, "agree": agree})
+        return pd.DataFrame({"part": names, "probed": self.probed, "named": self.named, "agree": self.agree})
 
     def figure(self) -> go.Figure:
         """How often each probed property goes with each named one."""
@@ -247,27 +251,26 @@ def agreement(
             "probe all of them, or leave out the rest"
         )
     scores = probes.explained if by == "explained" else probes.gain
-    rows = [position(probes.parts, name) for name in texts]
-    kept = [(i, name) for i, name in zip(rows, texts, strict=True) if scores[i].max() >= least]
+    places = {name: position(probes.parts, name) for name in texts}
+    kept = {name: i for name, i in places.items() if scores[i].max() >= least}
     if not kept:
         raise ValueError(
-            f"expected a part that encodes some property with a score of {least}; received {len(rows)} parts with "
+            f"expected a part that encodes some property with a score of {least}; received {len(places)} parts with "
             "less; lower least="
         )
-    probed = [probes.properties[int(scores[i].argmax())] for i, _ in kept]
+    probed = [probes.properties[int(scores[i].argmax())] for i in kept.values()]
     named = [
         named_property(
             texts[name], vocabulary, pool=pool, weights=None if weights is None else weights[name]
         ).property
-        for _, name in kept
+        for name in kept
     ]
     varied = len({*probed, *named}) > 1
-    known = {i for i, _ in kept}
     return Agreement(
-        parts=tuple(probes.parts[i] for i, _ in kept),
+        parts=tuple(probes.parts[i] for i in kept.values()),
         probed=tuple(probed),
         named=tuple(named),
         kappa=float(cohen_kappa_score(probed, named)) if varied else float("nan"),
-        left_out=tuple(probes.parts[i] for i in rows if i not in known),
+        left_out=tuple(probes.parts[i] for name, i in places.items() if name not in kept),
         by=by,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -284,16 +285,14 @@ class AblateNeurons(Intervention):
             at = Chosen.of(mask, where, len(x)).mlps[:, layer, None, None].to(x.device)
             here = fit_rows(tokens, x.shape[1], pooled, axis=-1).to(x.device)
             at = at & here.view(-1, here.shape[-1], 1)
-            new = x.new_zeros(1) if fill is None else fit_rows(fill.post, x.shape[1], pooled, axis=1)
-            new = new if fill is None else new[..., layers == layer].to(x)
+            new = x.new_zeros(1)
+            if fill is not None:
+                new = fit_rows(fill.post, x.shape[1], pooled, axis=1)[..., layers == layer].to(x)
             return x.index_copy(-1, places, torch.where(at, new, x[..., places]))
 
         return [
-            (
-                f"blocks.{layer}.mlp.hook_post",
-                lambda x, hook, layer=int(layer): silence(x, hook, layer),
-            )
-            for layer in layers.unique()
+            (f"blocks.{layer}.mlp.hook_post", partial(silence, layer=layer))
+            for layer in layers.unique().tolist()
         ]
 
     def __repr__(self) -> str:

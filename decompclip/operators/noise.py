@@ -26,7 +26,7 @@ from decompclip.operators.ablation import (
     value_biases,
 )
 from decompclip.operators.intervention import Where
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -213,7 +213,7 @@ class RandomAblate(Replacement):
                     f"expected the model, through whose weights the noise of {self.components!r} becomes terms; "
                     "received none; pass RandomAblate(..., model=model)"
                 )
-            visual = self.model if isinstance(self.model, HookedViT) else self.model.visual
+            visual = tower(self.model)
             moments.check_model(term_maps(visual, "centred"))
         return self._writes(visual).terms(Weights.of(d), d.maps, visual)
 
@@ -247,12 +247,8 @@ def _standard_normal(d: Decomposition, mask: ComponentMask, seed: int) -> Fill:
     """Terms of every image, drawn for the components in the mask alone."""
     signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() > 0
     heads = torch.zeros(len(d), d.n_layers, d.n_heads, d.d_embed)
-    mlps, embed, pool = (
-        torch.zeros(len(d), d.n_layers, d.d_embed),
-        torch.zeros(len(d), d.d_embed),
-        d.pool.cpu(),
-    )
-    pool = torch.zeros_like(pool)
+    mlps, embed = torch.zeros(len(d), d.n_layers, d.d_embed), torch.zeros(len(d), d.d_embed)
+    pool = torch.zeros_like(d.pool, device="cpu")
     chosen: list[tuple[str, Tensor]] = [
         *((f"heads {i}", heads[:, i]) for i in range(d.n_layers) if mask.heads[i].any()),
         *((f"mlp {i}", mlps[:, i]) for i in range(d.n_layers) if mask.mlps[i]),

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from decompclip.models.gradients import differentiable
 from decompclip.moved import renamed
-from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
+from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
 from decompclip.results import Result
-from decompclip.tower.vit import Hook, HookedViT
+from decompclip.tower.vit import Hook, HookedViT, tower
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,9 +18,9 @@ from torch import Tensor
 from decompclip.decomposition.components import Components, Part, everything, resolve
 from decompclip.moved import renamed
 from decompclip.operators.patching import ImageBatches, TwoRuns, over_batches, record, writing
-from decompclip.operators.scores import ImageScore, Text, Toward, score_toward, tower
+from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     import pandas as pd

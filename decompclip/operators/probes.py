@@ -84,8 +84,8 @@ class Probes(ByPart):
                 accuracy = float(self.accuracy[i, j])
                 low, high = wilson(accuracy, held_out)
                 row = {"part": str(part), "property": name, "accuracy": accuracy, "low": low, "high": high}
-                row |= {"chance": float(self.chance[j])}
-                rows.append(row | {"gain": float(self.gain[i, j]), "explained": float(self.explained[i, j])})
+                row |= {"chance": float(self.chance[j]), "gain": float(self.gain[i, j])}
+                rows.append(row | {"explained": float(self.explained[i, j])})
         return pd.DataFrame(rows)
 
     def figure(self) -> go.Figure:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -32,11 +32,6 @@ Toward = Text | ImageScore
 Metric = Literal["logit", "logit_difference", "accuracy"]
 
 Classes = int | Int[Tensor, " image"]
-
-
-def tower(model: HookedViT | HookedCLIP) -> HookedViT:
-    """The image tower of a model, or the tower itself."""
-    return model if isinstance(model, HookedViT) else model.visual
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ class SweepResult(Result):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(SweepResult):
-    """Predictions under ablation of ever other layers.
+    """Predictions of a sweep: each setting ablates other layers.
 
     Attributes:
         predictions: by setting, one for each layer.

@@ -27,7 +27,7 @@ from decompclip.intervals import Rate
 from decompclip.operators.ablation import check_moments
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
 from decompclip.results import Result
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -234,7 +234,9 @@ def chunks(
         seen += len(d)
 
 
-def _decompositions(data: object, moments: Moments | None, model: object) -> Iterator[Decomposition]:
+def _decompositions(
+    data: object, moments: Moments | None, model: HookedViT | HookedCLIP | None
+) -> Iterator[Decomposition]:
     if isinstance(data, Tensor):
         raise ValueError(
             f"expected batches of images, one after another; received one tensor {list(data.shape)}; a single batch "
@@ -245,13 +247,13 @@ def _decompositions(data: object, moments: Moments | None, model: object) -> Ite
         options = {"convention": moments.maps.convention, "normalize": moments.normalized}
     known = [data] if isinstance(data, Decomposition) or not isinstance(data, Iterable) else data
     for part in known:
-        if isinstance(part, Tensor) and model is None:
-            raise TypeError(
-                "expected decompositions, or images and a model; received images alone; pass model=, or decompose them"
-            )
         if isinstance(part, Tensor):
-            visual = model if isinstance(model, HookedViT) else getattr(model, "visual")  # noqa: B009
-            yield decompose(visual, part, **options)
+            if model is None:
+                raise TypeError(
+                    "expected decompositions, or images and a model; received images alone; pass model=, or decompose "
+                    "them"
+                )
+            yield decompose(tower(model), part, **options)
         elif isinstance(part, Decomposition):
             yield part
         else:

@@ -35,7 +35,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, one_thread, same_model, term_maps
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.inputs import (
-    Images as Pictures,
+    Images,
     TextFeatures,
     default_images,
     encode_texts,
@@ -208,7 +208,7 @@ def _without(
 
 
 Rank = int | Literal["auto", "paper"]
-Images = Moments | Decomposition | Pictures
+Data = Moments | Decomposition | Images
 Texts = TextFeatures | Sequence[str] | Path
 
 PAPER_RANK = 80
@@ -221,7 +221,7 @@ def textspan(
     layer: int,
     head: Head,
     *,
-    images: Images | None = None,
+    images: Data | None = None,
     texts: Texts | None = None,
     n_texts: int = 20,
     rank: Rank = "auto",
@@ -269,7 +269,7 @@ def textspans(
     model: HookedCLIP,
     components: Components = heads | mlps,
     *,
-    images: Images | None = None,
+    images: Data | None = None,
     texts: Texts | None = None,
     n_texts: int = 20,
     rank: Rank = "auto",

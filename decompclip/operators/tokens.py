@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,7 +65,7 @@ class AblateTokens(Intervention):
             return torch.where(silenced[..., None], blocks(visual)[layer].attn.b_V.detach().to(v), v)
 
         return [
-            (f"blocks.{layer}.attn.hook_v", lambda v, hook, layer=layer: silence(v, hook, layer))
+            (f"blocks.{layer}.attn.hook_v", partial(silence, layer=layer))
             for layer in mask.heads.any(1).nonzero().flatten().tolist()
         ]
 

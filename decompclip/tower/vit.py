@@ -35,6 +35,11 @@ class HasTower(Protocol):
     def visual(self) -> HookedViT: ...
 
 
+def tower(model: HookedViT | HasTower) -> HookedViT:
+    """The image tower of a model, or the tower itself."""
+    return model if isinstance(model, HookedViT) else model.visual
+
+
 class Causal(Protocol):
     """Anything that can say which hooks carry it out."""
 
