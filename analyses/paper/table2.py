@@ -26,8 +26,8 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, interval_text, markdown, mean, over_seeds
-from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
+from decompclip.bench.run import Remembering, area
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.figures.scatter import Panel, point_panels
 

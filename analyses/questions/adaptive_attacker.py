@@ -32,8 +32,8 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import markdown, rate
 from decompclip.attacks.trigger import Trigger
-from decompclip.bench.measure import Remembering, area
 from decompclip.bench.plan import SLOW
+from decompclip.bench.run import Remembering, area
 from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.decomp import DecompRep
 from decompclip.defenses.detectors import DETECTORS

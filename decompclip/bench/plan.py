@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.attacks.trigger import Extent, Trigger
-from decompclip.data.pairs import Pairs
+from decompclip.data.pairs import Pairs, permuted
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
@@ -172,7 +171,8 @@ def _photographs(world: World, images: int, seed: int, draws: int) -> Samples:
     """To fit on: the training photographs that no twin was trained on, then what is left of the test part."""
     known, report = world.validation(), world.report()
     assert isinstance(known, Pairs) and isinstance(report, Pairs)
-    order, own = _order(report, EVALUATION + seed), _order(known, FIT + seed)
+    order = permuted(len(report), EVALUATION + seed).tolist()
+    own = permuted(len(known), FIT + seed).tolist()
     left = len(known) + max(0, len(report) - 2 * images)
     if 2 * images > len(report) or draws * images > left:
         raise ValueError(
@@ -183,10 +183,6 @@ def _photographs(world: World, images: int, seed: int, draws: int) -> Samples:
     if draws * images > len(known):
         parts.append(_read(report, order[2 * images : (2 + draws) * images - len(known)])[0])
     return _halves(torch.cat(parts).split(images), *_read(report, order[: 2 * images]))
-
-
-def _order(source: Pairs, seed: int) -> list[int]:
-    return np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(source)).tolist()
 
 
 def _read(source: Pairs, places: list[int]) -> tuple[Tensor, Tensor]:
@@ -297,9 +293,9 @@ class Plan:
         }
 
 
-def default_models(base: str = "shapes") -> tuple[str, ...]:
-    """The clean model and all of its twins."""
-    return tuple(name for name in bundled() if base_of(name) == base)
+def default_models() -> tuple[str, ...]:
+    """The clean model `shapes` and all of its twins."""
+    return tuple(name for name in bundled() if base_of(name) == "shapes")
 
 
 def base_of(model: str) -> str:

@@ -1,23 +1,305 @@
-"""Runs of a plan, each in a file of its own: a killed leaderboard goes on where it was."""
+"""Runs of a plan, each in a file of its own: every detector and repair on one model of the zoo. A killed leaderboard goes on where it was."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from decompclip import __version__
-from decompclip.bench.measure import Log, measure
-from decompclip.bench.plan import Plan, base_of
+from decompclip.attacks.registry import from_card
+from decompclip.attacks.trigger import Trigger
+from decompclip.bench.page import REPAIR_RATES
+from decompclip.bench.plan import (
+    FPR,
+    MOST_SEEDS,
+    REPAIRS,
+    SLOW,
+    FitInputs,
+    Plan,
+    RepairRecipe,
+    Samples,
+    base_of,
+    draw_samples,
+)
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
+from decompclip.defenses.detectors import DETECTORS
+from decompclip.defenses.detectors.detector import measure_cost
+from decompclip.evaluation.evaluate import DecomposedImages, evaluate
+from decompclip.evaluation.metrics import (
+    auroc,
+    auroc_interval,
+    clean_accuracy,
+    target_rate,
+)
 from decompclip.files import write_json
-from decompclip.models.bundled import card
+from decompclip.intervals import Rate, Redrawn
+from decompclip.models.bundled import card, load_bundled
+from decompclip.models.clip import HookedCLIP
 from decompclip.progress import span
+from decompclip.zoo.recipes import WORLDS
 
 RUNS = "runs"
 LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "open_clip_torch")
+
+
+class Remembering:
+    """`model`, which recalls features and terms of the images in its memory; others go through the tower.
+
+    So detectors and repairs share every forward pass of a run, and need not know of each other. All else is the model's.
+
+    Args:
+        model: a CLIP.
+        batch_size: images a forward pass.
+
+    Attributes:
+        looks: images that went through the tower.
+    """
+
+    def __init__(self, model: HookedCLIP, *, batch_size: int = 64) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.looks = 0
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._sets: list[Tensor] = []
+        self._seen: dict[tuple[int, str], Any] = {}
+        self._awake = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+    def remember(self, pixels: Float[Tensor, "image 3 h w"]) -> None:
+        """Put images into the memory; they go through the tower when they are first asked for."""
+        images = self.normalize(pixels)
+        for row, key in enumerate(_keys(images)):
+            self._places.setdefault(key, (len(self._sets), row))
+        self._sets.append(images)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return self.model.normalize(pixels)
+
+    def terms(self, pixels: Float[Tensor, "image 3 h w"], convention: Convention) -> Decomposition:
+        """Terms of unit features."""
+        return self.decompose(self.normalize(pixels), convention=convention, normalize=True)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        recalled = self._recall(images, "features")
+        if recalled is None:
+            self.looks += len(images)
+            return self.model.encode_image(images, normalize)
+        return nn.functional.normalize(recalled, dim=-1) if normalize else recalled
+
+    @torch.no_grad()
+    def decompose(
+        self, images: Tensor, *, convention: Convention = "centred", normalize: bool = False
+    ) -> Decomposition:
+        recalled = self._recall(images, convention) if normalize else None
+        if recalled is None:
+            self.looks += len(images)
+            return self.model.decompose(images, convention=convention, normalize=normalize)
+        return recalled
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Nothing is recalled: for measurements of time."""
+        self._awake = False
+        try:
+            yield
+        finally:
+            self._awake = True
+
+    def _recall(self, images: Tensor, kind: str) -> Any:
+        """What was seen of these images; None unless they are all of one set."""
+        if not (self._awake and len(images)):
+            return None
+        places = [self._places.get(key, (-1, 0)) for key in _keys(images)]
+        which = places[0][0]
+        if which < 0 or any(place[0] != which for place in places):
+            return None
+        return self._whole(which, kind)[[row for _, row in places]]
+
+    def _whole(self, which: int, kind: str) -> Any:
+        """All that was seen of a set."""
+        if (which, kind) not in self._seen:
+            parts = self._sets[which].split(self.batch_size)
+            self.looks += len(self._sets[which])
+            if kind == "features":
+                seen: Any = torch.cat([self.model.encode_image(part) for part in parts])
+            else:
+                options: Any = {"convention": kind, "normalize": True}
+                seen = Decomposition.cat([self.model.decompose(part, **options) for part in parts])
+            self._seen[which, kind] = seen
+        return self._seen[which, kind]
+
+
+def _keys(images: Tensor) -> Iterator[bytes]:
+    for image in images.detach().cpu().contiguous().numpy():
+        yield blake2b(image.tobytes(), digest_size=16).digest()
+
+
+Log = Callable[[str], None]
+
+COST_IMAGES = {False: 64, True: 8}
+"""Images that time is taken on: of the other detectors, and of the slow ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, its trigger (None for a clean one), and the images of one run."""
+
+    model: Remembering
+    classifier: Float[Tensor, "class d_embed"]
+    trigger: Trigger | None
+    target: int
+    samples: Samples
+    triggered: Float[Tensor, "triggered 3 h w"] | None
+
+    @staticmethod
+    def of(name: str, *, images: int, seed: int, draws: int = 1) -> Subject:
+        """Raises ValueError or FileNotFoundError as `draw_samples`."""
+        world, backdoor = WORLDS[base_of(name)], card(name)["backdoor"]
+        clip = load_bundled(name)
+        model = Remembering(clip)
+        samples = draw_samples(world, images=images, seed=seed, draws=draws)
+        trigger = None if backdoor is None else from_card(backdoor["trigger"])
+        target = world.label if backdoor is None else world.class_names.index(backdoor["target"])
+        triggered = None if trigger is None else samples.triggered(trigger, target)
+        for pixels in (
+            *samples.fits,
+            samples.clean,
+            samples.other,
+            *([] if triggered is None else [triggered]),
+        ):
+            model.remember(pixels)
+        with torch.no_grad():
+            classifier = world.classifier(clip)
+        return Subject(model, classifier, trigger, target, samples, triggered)
+
+    def shared(self, n: int) -> tuple[Samples, Tensor | None]:
+        """The first `n` images of each kind, and the triggered copies of those."""
+        samples = self.samples.first(n)
+        own = int((samples.labels != self.target).sum())
+        return samples, None if self.triggered is None else self.triggered[:own]
+
+
+def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -> dict[str, Any]:
+    """Every detector and repair of the plan on one model, ready for JSON.
+
+    Raises:
+        ValueError: too few images for a detector or a repair (which is named), or more than there are.
+        FileNotFoundError: the photographs of a model of `cifar10` are not there.
+    """
+    subject = Subject.of(name, images=plan.images, seed=seed, draws=plan.draws)
+    detectors, repairs = {}, {}
+    for detector in plan.detectors:
+        log(f"{name}, seed {seed}: {detector}")
+        with _named(f"{name}, {detector}"):
+            detectors[detector] = detection(subject, detector, images=plan.images_of(detector))
+    if plan.repairs:
+        log(f"{name}, seed {seed}: {len(plan.repairs)} repairs")
+    for repair in plan.repairs:
+        with _named(f"{name}, {repair}"):
+            repairs[repair] = evaluate_repair(subject, repair, seed=seed)
+    counts = {kind: len(getattr(subject.samples, kind)) for kind in ("fit", "clean", "other")}
+    return {
+        "images": counts | {"twins": 0 if subject.triggered is None else len(subject.triggered)},
+        "detectors": detectors,
+        "repairs": repairs,
+    }
+
+
+def detection(subject: Subject, name: str, *, images: int) -> dict[str, Any]:
+    """AUROC of clean and triggered images, none of the target's class, and rates at the detector's own threshold.
+
+    The control puts other clean images in the place of the triggered ones: 0.5, but for chance.
+    """
+    samples, triggered = subject.shared(images)
+    detector = DETECTORS[name](subject.model, subject.classifier)
+    detector.fit(samples.fit)
+    threshold = detector.threshold_at(FPR)
+    clean, other = detector.score(samples.clean), detector.score(samples.other)
+    own = clean[samples.labels != subject.target]
+    few = COST_IMAGES[name in SLOW]
+    with subject.model.asleep():
+        cost = measure_cost(detector, samples.clean[:few])
+    found: dict[str, Any] = {
+        "images": images,
+        "auroc": None,
+        "tpr": None,
+        "fpr": Rate.of(torch.cat([clean, other]) > threshold).to_dict(),
+        "control": area(own, other[samples.other_labels != subject.target]),
+        "threshold": threshold,
+        "forwards": detector.forwards,
+        "cost": round(cost, 3),
+    }
+    if triggered is not None:
+        suspect = detector.score(triggered)
+        found |= {"auroc": area(own, suspect), "tpr": Rate.of(suspect > threshold).to_dict()}
+    return found
+
+
+def evaluate_repair(subject: Subject, name: str, *, seed: int) -> dict[str, Any]:
+    """Rates over clean and triggered images that went through the same repair, fitted on each draw in turn."""
+    rates: dict[str, list[Rate]] = {}
+    for draw, fit in enumerate(subject.samples.fits):
+        for key, rate in _one_draw(subject, REPAIRS[name], fit, seed=seed + MOST_SEEDS * draw).items():
+            rates.setdefault(key, []).append(rate)
+    return {key: Redrawn(tuple(rates[key])).to_dict() if key in rates else None for key in REPAIR_RATES}
+
+
+def _one_draw(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: int) -> dict[str, Rate]:
+    """After one draw."""
+    samples, target = subject.samples, subject.target
+    extent = None if subject.trigger is None else subject.trigger.extent
+    fit = subject.model.terms(images, repair.convention)
+    edit = repair.fit(FitInputs(fit, subject.classifier, extent, seed))
+
+    def seen(images: Tensor, labels: Tensor) -> DecomposedImages:
+        return DecomposedImages(subject.model.terms(images, repair.convention), labels)
+
+    truth = samples.labels[samples.labels != target]
+    triggered = None if subject.triggered is None else seen(subject.triggered, truth)
+    found = evaluate(
+        edit,
+        seen(samples.clean, samples.labels),
+        subject.classifier,
+        triggered,
+        None if triggered is None else target,
+        batch_size=len(samples.labels),
+    )
+    rates = {"cacc": found.cacc, "control": target_rate(found.predictions, samples.labels, target)}
+    if found.asr is not None and found.triggered_predictions is not None:
+        rates["asr"] = found.asr
+        rates["triggered_accuracy"] = clean_accuracy(found.triggered_predictions, truth)
+    return rates
+
+
+def area(clean: Tensor, suspect: Tensor) -> dict[str, float]:
+    """AUROC with its 95 % interval, for JSON."""
+    low, high = auroc_interval(clean, suspect)
+    return {"value": auroc(clean, suspect), "low": low, "high": high}
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says whose error it was."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def run(plan: Plan, out: Path, *, log: Log = lambda line: None) -> list[dict[str, Any]]:

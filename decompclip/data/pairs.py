@@ -322,11 +322,12 @@ def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:
     if step < 0:
         raise ValueError(f"expected a step that is not negative; received {step}")
     epoch, start = divmod(step * size, length - length % size)
-    return _order(length, seed, epoch)[start : start + size].tolist()
+    return permuted(length, seed, epoch)[start : start + size].tolist()
 
 
 @lru_cache(maxsize=2)
-def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+def permuted(length: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """`0 .. length-1` in an order that seed and epoch give."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from decompclip.bench.measure import Subject, measure
 from decompclip.bench.plan import Plan
+from decompclip.bench.run import Subject, measure
 
 TWIN, IMAGES = "shapes-blended", 120
 

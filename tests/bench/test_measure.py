@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from decompclip.bench import measure as measuring
-from decompclip.bench.measure import Remembering, Subject, detection, evaluate_repair, measure
+from decompclip.bench import run as running
 from decompclip.bench.plan import REPAIRS, FitInputs, Plan
+from decompclip.bench.run import Remembering, Subject, detection, evaluate_repair, measure
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.density import Mahalanobis
@@ -168,8 +168,8 @@ def test_too_few_images_for_what_is_named(options: dict[str, Any], message: str)
 
 
 def test_progress_names_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "detection", lambda *a, **k: {})
-    monkeypatch.setattr(measuring, "evaluate_repair", lambda *a, **k: {})
+    monkeypatch.setattr(running, "detection", lambda *a, **k: {})
+    monkeypatch.setattr(running, "evaluate_repair", lambda *a, **k: {})
     lines: list[str] = []
     plan = Plan(models=("shapes",), detectors=("LID",), repairs=("none",), images=40)
     measure("shapes", plan, seed=1, log=lines.append)
