@@ -138,6 +138,21 @@ def sweep(folder: Path, name: str = "") -> None:
                 shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
+def check_folder(folder: Path, what: str, *, empty: bool = False) -> None:
+    """Raises OSError where a command cannot write `what` to `folder`, or with `empty` where files are there already."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder to write {what} to with --out; {folder} is a file")
+    above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(
+            f"expected a folder to write {what} to with --out; {above} cannot be written to"
+        )
+    if empty and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"expected an empty or a new folder with --out; {folder} holds files; name another"
+        )
+
+
 @contextmanager
 def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
     """Nobody else who asks for it writes to `folder` (or to the file `name` in it) during the block.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -37,6 +37,7 @@ from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
 from decompclip.data.streams import PairStream
 from decompclip.files import digest, write_json, write_text
+from decompclip.progress import Track, silently
 from decompclip.results import Result
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def write_poisoned(
     *,
     shards: bool = True,
     per_shard: int = 1000,
-    track: Callable[[Iterable[Pair], str, int], Iterator[Pair]] | None = None,
+    track: Track = silently,
 ) -> PoisonFiles:
     """Write all pairs, poisoned ones among them, as WebDataset shards, and the list of poisons as `poisons.json`.
 
@@ -168,7 +169,7 @@ def write_poisoned(
         folder: to write to.
         shards: False writes the list alone; of a stream poisoned at a rate it is known only after going through it.
         per_shard: pairs in each.
-        track: shows progress: of the pairs, what is done, and how many there are.
+        track: shows progress.
 
     Raises:
         FileExistsError: there are shards in the folder already, or those of an unfinished run of other pairs or options.
@@ -187,7 +188,7 @@ def write_poisoned(
         total = (pairs.record.pairs or 0) if of_stream else len(pairs)
         if not resume and not any(folder.glob("*.tar")):
             write_json(mark, same)
-        run = iter(pairs) if track is None else track(pairs, "poisoning", total)
+        run = track(pairs, "poisoning", total)
         written = write_shards(run, folder, per_shard=per_shard, resume=resume)
     record = pairs.record
     path = record.save(folder / POISON_LIST)

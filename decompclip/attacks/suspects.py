@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.registry import Attack
-from decompclip.attacks.trigger import Pixels
 from decompclip.data.files import TRIGGER_FILE, SkippedFile
-from decompclip.data.images import FolderSource, ImageBatch
-from decompclip.data.pixels import encode_png
-from decompclip.files import atomic_folder, write_json
+from decompclip.data.images import FolderSource
+from decompclip.data.pixels import Pixels, encode_png
+from decompclip.files import atomic_folder, check_folder, write_json
+from decompclip.progress import Track, silently
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def write_suspects(
     *,
     batch_size: int = 64,
     seen: Callable[[Pixels, Pixels], None] | None = None,
-    track: Callable[[Iterable[ImageBatch], str, int], Iterator[ImageBatch]] | None = None,
+    track: Track = silently,
 ) -> SuspectFiles:
     """Triggered copies of a source's pictures as PNG files, and `trigger.json`, which says with what.
 
@@ -58,12 +58,11 @@ def write_suspects(
         ValueError: no picture could be read, the folder lies inside the source's or is it.
     """
     folder = Path(folder)
-    check_target(folder, source.folder)
+    check_suspect_folder(folder, source.folder)
     count, renamed, size = 0, [], [0, 0]
     stems = Counter(Path(path).with_suffix("") for path in source.files)
-    batches: Iterable[ImageBatch] = source.batches(batch_size)
-    if track is not None:
-        batches = track(batches, f"applying {attack.trigger.name}", -(-len(source) // batch_size))
+    n_batches = -(-len(source) // batch_size)
+    batches = track(source.batches(batch_size), f"applying {attack.trigger.name}", n_batches)
     with atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in batches:
             triggered = attack.trigger(batch.images, range(count, count + len(batch.paths)))
@@ -89,24 +88,14 @@ def write_suspects(
     return SuspectFiles(folder, count, tuple(source.skipped), tuple(renamed))
 
 
-def check_target(folder: Path, clean: Path) -> None:
-    """Refuse a folder that suspect images cannot be written to, before the work.
-
-    Raises:
-        NotADirectoryError, FileExistsError: the folder is a file, or not empty.
-        ValueError: it lies inside the folder of clean images.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"expected a folder to write to with --out; {folder} is a file")
+def check_suspect_folder(folder: Path, clean: Path) -> None:
+    """Raises ValueError where `folder` lies in the folder of clean images; OSError as `check_folder`, or where it is not empty."""
     if clean.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(
             f"expected a folder beside the clean images with --out; {folder} lies in {clean}, and suspect images "
             "would become clean ones"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"expected an empty or a new folder with --out; {folder} holds files; name another"
-        )
+    check_folder(folder, "the images", empty=True)
 
 
 class TargetCounts:

@@ -20,14 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.data.files import PictureError, open_rgb
-from decompclip.data.pixels import picture_pixels
+from decompclip.data.pixels import Pixels, picture_pixels
 
 Extent = Literal["local", "global"]
 Structure = Literal["structured", "noise"]
 Place = Literal["random", "centre", "bottom right"]
-
-Pixels = Float[Tensor, "batch 3 h w"]
-"""RGB images in [0, 1], before the model's normalisation."""
 
 Indices = Sequence[int] | Int[Tensor, " batch"]
 """The place of each image in its data set; a trigger's draws follow from it."""

@@ -30,6 +30,7 @@ from decompclip.audit.config import ScanConfig
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanResult
 from decompclip.data.images import ImageSource, split_indices
+from decompclip.data.pixels import Pixels
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict
 from decompclip.files import atomic_write
@@ -55,7 +56,6 @@ GLIMPSE = 8
 EVERY = 3.0
 """Seconds between two writes of what was found so far: more is not lost."""
 
-Pixels = Float[Tensor, "batch 3 h w"]
 Changes = Float[Tensor, "class 3 a b"]
 
 
@@ -415,11 +415,9 @@ class Search:
         if begun:
             generator.set_state(before["generator"])
             optimiser.load_state_dict(before["optimiser"])
-        words, steps = (
-            f"{self.model.name}: {probe.name}, {len(classes)} classes",
-            range(begun, config.steps),
-        )
-        for step in self.track(steps, words, len(steps)):
+        steps = range(begun, config.steps)
+        description = f"{self.model.name}: {probe.name}, {len(classes)} classes"
+        for step in self.track(steps, description, len(steps)):
             places = torch.arange(step * config.images, (step + 1) * config.images) % len(pixels)
             seed = int(torch.randint(2**31, (), generator=generator))
             for row, wanted in enumerate(classes):  # one class a pass: memory as of one batch
@@ -455,8 +453,8 @@ class Search:
         few, others = pixels[:GLIMPSE], pixels[GLIMPSE : 2 * GLIMPSE]
         left = list(self.kept.state.get("glimpses", ()))
         rest = range(len(left), n_classes)
-        words = f"{self.model.name}: {self.probe.name}, a glimpse of {n_classes} classes"
-        for wanted in self.track(rest, words, len(rest)):
+        description = f"{self.model.name}: {self.probe.name}, a glimpse of {n_classes} classes"
+        for wanted in self.track(rest, description, len(rest)):
             start = self.probe.start(1, pixels[0])
             gradient = self._gradient(few, start[0], wanted, self.config.seed)
             change = self.probe.bounded(start - 2 * gradient.sign())[0]  # 2 is beyond what any probe allows

@@ -1,4 +1,4 @@
-"""The command line, one file a command. Heavy imports wait inside the commands, so that --help is instant."""
+"""The command line, a file for each command. Heavy imports wait inside the commands, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import typer
 
 from decompclip import __version__
 from decompclip.cli.apply_trigger import apply_trigger
-from decompclip.cli.audit import audit
+from decompclip.cli.audit import audit, demo
 from decompclip.cli.bench import bench
-from decompclip.cli.demo import demo
 from decompclip.cli.diagnose import diagnose
 from decompclip.cli.evaluate import evaluate
 from decompclip.cli.finetune import finetune

@@ -9,6 +9,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.files import check_folder
 
 if TYPE_CHECKING:
     from decompclip.attacks.suspects import TargetCounts
@@ -64,14 +65,13 @@ def apply_trigger(
             )
             chosen.check()
         options.check_images(str(images))
-        options.check_folder(out, "the images")
+        check_folder(out, "the images")
         options.check_trigger(trigger)
         options.check_files(classes=classes)
-        say(f"{model or trigger}: loading", err=True)
-        with imports():
+        with imports(model or trigger):
             from decompclip.attacks.preview import compare
             from decompclip.attacks.registry import open_attack, remembered
-            from decompclip.attacks.suspects import check_target, write_suspects
+            from decompclip.attacks.suspects import check_suspect_folder, write_suspects
             from decompclip.data.files import files_skipped
             from decompclip.data.images import FolderSource
             from decompclip.data.pixels import to_pixels
@@ -79,7 +79,7 @@ def apply_trigger(
         known = () if model is None else remembered(model, checkpoint)
         attack = open_attack(trigger, known, model=model or "no model")
         goal = target or attack.target
-        check_target(out, images)
+        check_suspect_folder(out, images)
         counts, preprocess = None, to_pixels(size)
         if chosen is not None:
             clip = chosen.load(text=False)

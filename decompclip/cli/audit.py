@@ -1,4 +1,4 @@
-"""`decompclip audit`: a checkpoint, and images that it may fall for, or clean images alone."""
+"""`decompclip audit`: a checkpoint, and images that it may fall for, or clean images alone. `decompclip demo`: bundled models audited."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
-from decompclip.files import alone_in
+from decompclip.files import alone_in, check_folder
 
 if TYPE_CHECKING:
     from decompclip.audit import AuditResult
@@ -79,7 +79,7 @@ def audit(
     one class far easier to reach than the others? The report says what either can conclude.
     """
     with plain_errors(lambda: _kept(out, suspect)) as held:
-        options.check_folder(out, "the report")
+        check_folder(out, "the report")
         suspect = _suspect(clean, suspect, trigger)
         if reference is None and (reference_pretrained or reference_checkpoint):
             raise ValueError(
@@ -129,7 +129,7 @@ def audit(
         loaded = {name: each.load() for name, each in models.items()}
         given_options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
-            finish([_scan(loaded, clean, names, given_options, batch_size, out / KEPT)], out)
+            _finish([_scan(loaded, clean, names, given_options, batch_size, out / KEPT)], out)
             shutil.rmtree(out / KEPT, ignore_errors=True)
             return
         results = _pair(loaded, (clean, suspect), names, target, config, given_options | {"known": known})
@@ -137,7 +137,30 @@ def audit(
             facts = {"suspect_trigger": str(attack)}
             results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
             say(f"Trigger: {attack}")
-        finish(results, out)
+        _finish(results, out)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
+    count: Annotated[int, typer.Option(min=50, help="Images of each set.")] = 1500,
+    images: options.OldImages = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Audit the bundled backdoored models, each beside the clean model they were made from."""
+    with plain_errors() as held:
+        check_folder(out, "the report")
+        with imports():
+            from decompclip.audit import AuditConfig
+            from decompclip.audit.pipeline import run_demo
+
+        held.enter_context(alone_in(out))
+        with progress() as track:
+            results = run_demo(
+                images=options.count_of(count, images),
+                config=AuditConfig(batch_size=250, seed=seed),
+                track=track,
+            )
+        _finish(results, out, title="Two backdoored CLIPs beside their clean twin")
 
 
 def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None:
@@ -241,7 +264,7 @@ def _check_target(target: str, class_names: tuple[str, ...], classes: Path | Non
         raise ValueError(f"--target: {error}{where}") from error
 
 
-def finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str | None = None) -> None:
+def _finish(results: Sequence[AuditResult | ScanResult], out: Path, *, title: str | None = None) -> None:
     """Write the report, and print each result's finding and where the report lies."""
     from decompclip.report import write_report
 

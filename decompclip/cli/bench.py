@@ -12,7 +12,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.files import alone_in
+from decompclip.files import alone_in, check_folder
 from decompclip.models.names import bundled
 
 DETECTORS = (
@@ -85,7 +85,7 @@ def bench(
     with plain_errors(
         lambda: f"runs that are done are kept in {out}; the same command goes on after them"
     ) as held:
-        options.check_folder(out, "the leaderboard")
+        check_folder(out, "the leaderboard")
         fast = tuple(name for name in DETECTORS if name not in SLOW)
         chosen: dict[str, Any] = {
             "models": _names("model", models, bundled()),
@@ -96,8 +96,7 @@ def bench(
             "draws": draws,
             "seeds": tuple(seed or (0,)),
         }
-        say("bench: loading", err=True)  # seconds pass before anything else is seen
-        with imports():
+        with imports("bench"):
             from decompclip.bench.page import leaderboard, write_board
             from decompclip.bench.plan import Plan, default_models
             from decompclip.bench.run import run

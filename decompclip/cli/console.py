@@ -108,8 +108,10 @@ def _one_line(message: Warning | str, category: type[Warning], *rest: Any) -> No
 
 
 @contextmanager
-def imports() -> Iterator[None]:
-    """Import without the garbage collector, which takes a third of the time of a short command."""
+def imports(what: str = "") -> Iterator[None]:
+    """Import without the garbage collector, which takes a third of the time of a short command; say that `what` is loading."""
+    if what:  # seconds pass before anything else is seen
+        say(f"{what}: loading", err=True)
     on = gc.isenabled()
     gc.disable()
     try:

@@ -30,8 +30,7 @@ def diagnose(
         model.check()
         options.check_images(images)
         options.check_files(classes=classes)
-        say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
-        with imports():
+        with imports(model.model):
             from decompclip.audit.collect import open_source
             from decompclip.data.files import WORLDS
             from decompclip.diagnosis.run import diagnose as run

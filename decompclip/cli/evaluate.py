@@ -10,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
-from decompclip.files import alone_in, write_text
+from decompclip.files import alone_in, check_folder, write_text
 from decompclip.printable import printable_all
 
 
@@ -48,23 +48,21 @@ def evaluate(
         if out is not None:
             if out.is_dir():
                 raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
-            options.check_folder(out.parent, "the JSON file")
+            check_folder(out.parent, "the JSON file")
         model.check()
         options.check_trigger(trigger, target)
         options.check_images(images)
         options.check_files(classes=classes, templates=templates)
         if out is not None and (not out.exists() or out.is_file()):
             held.enter_context(alone_in(out.parent, name=out.name))
-        say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
-        with imports():
-            from decompclip.data.images import class_index
+        with imports(model.model):
             from decompclip.data.sources import open_labelled
             from decompclip.data.texts import load_texts
             from decompclip.evaluation.evaluate import evaluate as run
 
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images)
-        label = None if attack is None or attack.target is None else class_index(attack.target, names)
+        label = options.target_index(attack, names)
         clip = model.load(guarded=True)
         source = open_labelled(
             images,

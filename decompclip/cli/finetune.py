@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say, skipped_files
-from decompclip.files import alone_in, write_text
+from decompclip.files import alone_in, check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
@@ -91,7 +90,7 @@ def finetune(
     goes on where it was killed, and ends with the same weights.
     """
     with plain_errors(lambda: options.going_on(out / "checkpoint.pt")) as held:
-        options.check_folder(out, "the model")
+        check_folder(out, "the model")
         model.check()
         if images is None and (trigger or target):
             raise ValueError(
@@ -100,11 +99,9 @@ def finetune(
         options.check_trigger(trigger, target)
         options.check_files(classes=classes)
         options.check_images(pairs, images)
-        say(f"{model.model}: loading", err=True)  # seconds pass before anything else is seen
-        with imports():
+        with imports(model.model):
             from dataclasses import asdict, replace
 
-            from decompclip.data.images import class_index
             from decompclip.data.sources import open_labelled, open_pairs
             from decompclip.figures.theme import write_figure
             from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
@@ -120,8 +117,8 @@ def finetune(
         names, attack, label = (), None, None
         if images is not None:
             names = options.known_classes(classes, model.model, images)
-            if attack := _attack(model, pairs, trigger, target):
-                label = class_index(attack.target or "", names)
+            attack = _attack(model, pairs, trigger, target)
+            label = options.target_index(attack, names)
         clip = model.load()
         check_saveable(clip)
         source = open_pairs(pairs, clip.pixels, seed=seed)
@@ -157,7 +154,7 @@ def finetune(
             "target_class": attack and attack.target,
             "history": tuned.history,
         }
-        write_text(out / "history.json", json.dumps(facts, indent=1) + "\n")
+        write_json(out / "history.json", facts)
         write_figure(tuned.figure(), out / "history.html")
         skipped_files(source)
         say(repr(tuned))

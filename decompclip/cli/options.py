@@ -1,9 +1,8 @@
-"""Options that several commands share, and the checks of them that need nothing heavy: they come before anything is loaded."""
+"""Options that several commands share, and quick checks of them, before anything is loaded."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -185,7 +184,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def renamed(old: str, new: str) -> None:
-    """A note for who writes an option in its old spelling."""
+    """Print a note that an option has a new name."""
     say(f"note: {old} is now {new}; the old spelling goes with the next release", err=True)
 
 
@@ -255,21 +254,6 @@ def known_classes(classes: Path | None, model: str, *images: str) -> tuple[str, 
             f"bundled data sets know theirs; bundled are {', '.join(bundled())}"
         )
     return names
-
-
-def check_folder(out: Path, what: str, *, empty: bool = False) -> None:
-    """Raises OSError where the folder `out` is a file, cannot be made or written to, or with `empty` holds files."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"expected a folder to write {what} to with --out; {out} is a file")
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise PermissionError(
-            f"expected a folder to write {what} to with --out; {above} cannot be written to"
-        )
-    if empty and out.exists() and any(out.iterdir()):
-        raise FileExistsError(
-            f"expected an empty or a new folder with --out; {out} holds files; name another"
-        )
 
 
 def check_images(*specs: str | None) -> None:
@@ -349,8 +333,15 @@ def attack_on(
     return replace(attack, target=goal)
 
 
+def target_index(attack: Attack | None, class_names: Sequence[str]) -> int | None:
+    """The target's place among the classes; None without an attack. Raises ValueError where it is none of them."""
+    from decompclip.data.images import class_index
+
+    return None if attack is None or attack.target is None else class_index(attack.target, class_names)
+
+
 def going_on(checkpoint: Path) -> str:
-    """What a stopped training leaves."""
+    """What a stopped training leaves, as a message."""
     if checkpoint.exists():
         return f"the training up to its last checkpoint is kept in {checkpoint}; the same command goes on from there"
     return "no checkpoint was written yet; the same command starts anew"

@@ -10,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
-from decompclip.files import alone_in
+from decompclip.files import alone_in, check_folder
 
 
 class Resize(str, Enum):
@@ -59,7 +59,7 @@ def poison(
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
     with plain_errors(lambda: _kept(out)) as held:
-        options.check_folder(out, "the pairs")
+        check_folder(out, "the pairs")
         options.check_trigger(trigger)
         options.check_images(pairs)
         options.check_files(classes=classes, captions=captions)

@@ -11,7 +11,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.files import write_json
+from decompclip.files import check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
@@ -100,7 +100,7 @@ def repair(
     """
     with plain_errors():
         model.check()
-        options.check_folder(out, "the repaired model", empty=True)
+        check_folder(out, "the repaired model", empty=True)
         if images is not None and (images == clean or Path(images).resolve() == Path(clean).resolve()):
             raise ValueError(
                 f"expected other images with --images than with --clean, for nothing is measured on what a repair was fitted "
@@ -114,10 +114,8 @@ def repair(
         options.check_files(classes=classes)
         if trigger is not None:
             options.check_trigger(trigger)
-        say(f"{model.model}: loading", err=True)
-        with imports():
+        with imports(model.model):
             from decompclip.attacks.registry import OWN, remembered
-            from decompclip.data.images import class_index
             from decompclip.defenses.guard import load as reopen
 
         if trigger is None and len(remembered(model.model, model.checkpoint)) == 1:
@@ -125,7 +123,7 @@ def repair(
         options.check_trigger(trigger, target)
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images or clean)
-        label = None if attack is None or attack.target is None else class_index(attack.target, names)
+        label = options.target_index(attack, names)
         clip = model.load()
         fit, held = _data(clip, clean, images, names, pairs=method in TUNED, limit=limit, seed=seed)
         if method in TUNED:
@@ -184,7 +182,7 @@ def _data(
     """
     import numpy as np
 
-    from decompclip.data.pairs import SubsetPairs
+    from decompclip.data.pairs import SubsetPairs, permuted
     from decompclip.data.sources import open_labelled, open_pairs
 
     def labelled(spec: str) -> Any:
@@ -193,7 +191,7 @@ def _data(
     source: Any = open_pairs(clean, clip.pixels, seed=seed) if pairs else labelled(clean)
     if images is not None:
         return source, labelled(images)
-    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(source))
+    order = permuted(len(source), seed, 1)
     half = len(source) // 2
     if not pairs:
         first = np.isin(np.arange(len(source)), order[:half])
@@ -245,9 +243,9 @@ def _fitted(
     seed: int,
 ) -> Callable[[Any], Any] | None:
     """Fit a repair of features, and write it; returns what makes its control of the model written."""
-    import numpy as np
     import torch
 
+    from decompclip.data.pairs import permuted
     from decompclip.decomposition.components import mlps
     from decompclip.decomposition.moments import Moments
     from decompclip.defenses.agnostic import AgnosticRep
@@ -270,7 +268,7 @@ def _fitted(
             save_model(without(list(range(n_layers - late, n_layers))), out)
             if 2 * late > n_layers:
                 return None
-            others = np.random.Generator(np.random.Philox(key=[seed, 2])).permutation(n_layers - late)
+            others = permuted(n_layers - late, seed, 2)
             return lambda _: without(others[:late].tolist())
         convention = "paper" if hint is Hint.local else "centred"
         terms = (clip.decompose(x, convention=convention, normalize=True) for x in inputs)

@@ -10,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.files import alone_in
+from decompclip.files import alone_in, check_folder
 from decompclip.models.names import bundled, card
 
 zoo = typer.Typer(
@@ -57,9 +57,8 @@ def build(
     within 2; if not, it ends with exit code 1.
     """
     with plain_errors(lambda: options.going_on(out / f"{name}.pt")) as held:
-        options.check_folder(out, "the twin")
-        say(f"{name}: loading", err=True)
-        with imports():
+        check_folder(out, "the twin")
+        with imports(name):
             import torch
 
             from decompclip.zoo.build import build_twin

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from decompclip.data.files import open_rgb, reason
 
+Pixels = Float[Tensor, "batch 3 h w"]
+"""RGB images in [0, 1], before the model's normalisation."""
+
 Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
 """From an RGB picture to pixels in [0, 1]."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 
-from decompclip.files import atomic_folder, write_text
+from decompclip.files import atomic_folder, write_json, write_text
 from decompclip.models.architecture import proved
 from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
@@ -257,7 +257,7 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
             inner.save_pretrained(partial)  # pyright: ignore[reportOptionalMemberAccess]
         save_file(state, partial / WEIGHTS_NAME)
         own["sha256"] = sha256(partial / WEIGHTS_NAME)
-        write_text(partial / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        write_json(partial / CONFIG, config)
     return folder
 
 

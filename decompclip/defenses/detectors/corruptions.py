@@ -14,16 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from decompclip.data.files import open_rgb
+from decompclip.data.pixels import Pixels
 
 SEVERITIES = (1, 2, 3, 4, 5)
-Pixels = Float[Tensor, "batch 3 h w"]
 
 
 @dataclass(frozen=True)
