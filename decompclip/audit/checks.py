@@ -1,4 +1,4 @@
-"""The scores of an audit's clean and suspect images, what an intervention changes in them, and whether they mean anything."""
+"""Scores of an audit's clean and suspect images, how interventions change them, and checks that they mean anything."""
 
 from __future__ import annotations
 
@@ -165,6 +165,9 @@ class Change:
 ALIKE = 1e-5
 """Squared distance of unit texts below which two names are one to the model."""
 
+BLOCK = 1_024
+"""Texts that are compared with all others at a time."""
+
 
 @dataclass(frozen=True)
 class Checks:
@@ -227,17 +230,15 @@ def guessing(labels: Int[Tensor, " image"] | None, n_classes: int) -> float:
     return max(1 / n_classes, int(torch.bincount(labels).max()) / len(labels))
 
 
-def coinciding(
-    classifier: Float[Tensor, "class d_embed"], class_names: Sequence[str], block: int = 1_024
-) -> tuple[str, ...]:
+def coinciding(classifier: Float[Tensor, "class d_embed"], class_names: Sequence[str]) -> tuple[str, ...]:
     """Names that are one text to the model with another: unknown words, or the same name again."""
     texts = F.normalize(classifier.double(), dim=-1)
     found = torch.zeros(len(texts), dtype=torch.bool)
-    for start in range(0, len(texts), block):
-        part = texts[start : start + block]
+    for start in range(0, len(texts), BLOCK):
+        part = texts[start : start + BLOCK]
         near = 2 - 2 * part @ texts.T < ALIKE
         near[torch.arange(len(part)), torch.arange(start, start + len(part))] = False
-        found[start : start + block] = near.any(1)
+        found[start : start + BLOCK] = near.any(1)
     return tuple(name for name, one in zip(class_names, found.tolist(), strict=True) if one)
 
 

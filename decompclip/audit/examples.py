@@ -15,7 +15,7 @@ from decompclip.audit.components import Shift
 from decompclip.audit.result import Examples, HeadMaps
 from decompclip.audit.verdict import Target
 from decompclip.decomposition.components import heads
-from decompclip.evaluation.metrics import predict
+from decompclip.evaluation.evaluate import classify
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.attention import pictures_of
 
@@ -51,7 +51,7 @@ def examples(
     chosen = affected_heads(shift)
     components = reduce(or_, (heads[layer, head] for layer, head, _ in chosen))
     d = model.decompose(images, convention="centred", normalize=True, tokens=components)
-    answers = predict(d.features, classifier.to(d.embed.device)).tolist()
+    answers = classify(None, d, classifier).tolist()
     grid = model.cfg.grid
     maps = []
     for layer, head, end in chosen:
@@ -69,11 +69,12 @@ def examples(
     return Examples(pictures, captions, tuple(side for side, *_ in shown), tuple(maps))
 
 
-def affected_heads(shift: Shift, per_end: int = PER_END) -> list[tuple[int, int, str]]:
+def affected_heads(shift: Shift) -> list[tuple[int, int, str]]:
     """The heads whose mean moves most, and those whose mean moves least, as (layer, head, end)."""
     n_heads = shift.heads_distance.shape[1]
     order = shift.heads_distance.flatten().argsort(descending=True).tolist()
-    most, least = order[:per_end], [flat for flat in order[::-1][:per_end] if flat not in order[:per_end]]
+    most = order[:PER_END]
+    least = [flat for flat in order[::-1][:PER_END] if flat not in most]
     ends = [(most, "most"), (least, "least")]
     return [(flat // n_heads, flat % n_heads, end) for flats, end in ends for flat in flats]
 
@@ -81,7 +82,7 @@ def affected_heads(shift: Shift, per_end: int = PER_END) -> list[tuple[int, int,
 def _choose(suspect: ImageSet, classifier: Tensor, target: int, count: int) -> list[str]:
     """Kept suspect images, those first that the model takes for the target without their being of it."""
     places = [i for i, path in enumerate(suspect.paths) if path in suspect.kept]
-    hits = (predict(suspect.decomposition.features, classifier) == target).tolist()
+    hits = (classify(None, suspect.decomposition, classifier) == target).tolist()
     labels = [None] * len(suspect) if suspect.labels is None else suspect.labels.tolist()
     places.sort(key=lambda i: (not (hits[i] and labels[i] != target), i))
     return [suspect.paths[i] for i in places[:count]]

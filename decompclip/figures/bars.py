@@ -124,19 +124,16 @@ class Histogram:
     line_text: str = ""
 
 
-def histograms(
-    panels: Sequence[Histogram], *, x: str, columns: int = 2, overlay: bool = False, height: int = 190
-) -> go.Figure:
+def histograms(panels: Sequence[Histogram], *, x: str, overlay: bool = False, height: int = 190) -> go.Figure:
     """Shares of images a bin, clean ones filled and suspect ones in outline, with the threshold as a dotted line.
 
     Args:
-        panels: row by row.
+        panels: row by row, two in a line.
         x: title of the axis.
-        columns: panels in a line.
         overlay: bars of both sets in one place, for many bins; else side by side.
         height: pixels of a line of panels.
     """
-    columns = min(columns, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     plot = make_subplots(
         rows,

@@ -1,7 +1,4 @@
-"""Values with intervals, rows downward: rates of settings, attacks under defenses, detectors over attacks.
-
-Points against points, with the line on which both are equal.
-"""
+"""Points: values with their intervals row by row, and pairs of values with the line on which both are equal."""
 
 from __future__ import annotations
 
@@ -61,7 +58,6 @@ def point_panels(
     rows: Sequence[str],
     panels: Sequence[Panel],
     *,
-    columns: int | None = None,
     styles: Mapping[str, Style] | None = None,
 ) -> go.Figure:
     """Rows downward, values to the right; series differ by colour, marker and place within the row.
@@ -69,27 +65,22 @@ def point_panels(
     Args:
         rows: their names.
         panels: side by side, with letters where there are several.
-        columns: panels in a line; by default all of them.
         styles: of the series; by default one after the other of the theme's.
 
     Raises:
         ValueError: more series than styles, or a series that is not as long as the rows.
     """
     look = styled([name for panel in panels for name in panel.points], styles)
-    columns = columns or len(panels)
-    n_rows = -(-len(panels) // columns)
-    height = FRAME + n_rows * (ROW * len(rows) + 40)
+    height = FRAME + ROW * len(rows) + 40
     plot = make_subplots(
-        n_rows,
-        columns,
+        1,
+        len(panels),
         subplot_titles=lettered([panel.title for panel in panels]),
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        vertical_spacing=0.16 if n_rows > 1 else 0,
     )
     shown: set[str] = set()
-    for place, panel in enumerate(panels):
-        row, column = place // columns + 1, place % columns + 1
+    for column, panel in enumerate(panels, 1):
         for number, (name, points) in enumerate(
             (name, panel.points[name]) for name in look if name in panel.points
         ):
@@ -101,10 +92,10 @@ def point_panels(
             named = len(look) > 1 and name not in shown
             trace = _markers(name, look[name], points, rows, offset, legend=named)
             shown.add(name)
-            plot.add_trace(trace, row=row, col=column)
+            plot.add_trace(trace, row=1, col=column)
         if panel.line is not None:
-            plot.add_trace(thin_line([panel.line] * 2, [-0.5, len(rows) - 0.5]), row=row, col=column)
-        plot.update_xaxes(title=panel.unit, range=panel.ends, row=row, col=column)
+            plot.add_trace(thin_line([panel.line] * 2, [-0.5, len(rows) - 0.5]), row=1, col=column)
+        plot.update_xaxes(title=panel.unit, range=panel.ends, row=1, col=column)
     plot.update_yaxes(
         tickvals=list(range(len(rows))),
         ticktext=list(rows),
