@@ -1,4 +1,4 @@
-"""Which pairs are poisoned: a draw for each that depends on the seed and its id alone; and the options of poisoning, checked."""
+"""Which pairs are poisoned, by draws that depend on the seed and each pair's id alone; and checks of poisoning's options."""
 
 from __future__ import annotations
 

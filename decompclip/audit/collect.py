@@ -1,4 +1,4 @@
-"""An audit's images: opened by the words of the command line, decomposed in one pass, and split into what is fitted on and reported."""
+"""An audit's images: opened by name or path, decomposed in one pass, and split into those fitted on and those reported."""
 
 from __future__ import annotations
 

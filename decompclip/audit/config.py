@@ -1,4 +1,4 @@
-"""What an audit, and a scan with clean images alone, can be asked to do otherwise."""
+"""Options of an audit, and of a scan with clean images alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scan with clean images alone found, and what it allows to be said: never more than "suspicious"."""
+"""The result of a scan with clean images alone, and its verdict: never more than "suspicious"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict: one of four levels, with its confidence, in words that can be filed; every word follows from a number."""
+"""The verdict: one of four levels and a confidence, with reasons, doubts and next steps; each follows from a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers with their intervals in the report's words, and the sizes from which it calls an effect by a name."""
+"""Numbers with their intervals as the report's text, and the sizes by which it names an effect."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def cost(change: Change) -> str:
 
 
 def outcome(change: Change) -> str:
-    """What becomes of the images that a trigger sends to the target: no longer there, and back where they belong, beside each other."""
+    """Of the images sent to the target: the share that no longer is, and the share that gets its own class back."""
     back = "not known without labels" if change.restored is None else share(change.restored)
     return f"Of the images sent to the target, no longer the target: {share(change.saved)}; own class back: {back}"

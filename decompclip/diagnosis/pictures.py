@@ -1,6 +1,6 @@
 """The images of a diagnosis, batch by batch: as the model is fed them, and the pixels that other feeds start from.
 
-What is wrong with a tensor of pixels shows in its numbers alone; the other checks go on with the pixels put right.
+Faults of a tensor of pixels show in its numbers alone; the other checks go on with corrected pixels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def normalise(pixels: Float[Tensor, "batch 3 h w"], by: Normalisation) -> Float[
 
 
 def denormalise(images: Float[Tensor, "batch 3 h w"], by: Normalisation) -> Float[Tensor, "batch 3 h w"]:
-    """The pixels that `normalise` made `images` of, in [0, 1] or not: what is outside tells of a fault."""
+    """The pixels that `normalise` made `images` of; values outside [0, 1] show a fault."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in by)
     return images * std + mean
 
@@ -75,7 +75,7 @@ def resize(
 def corrected(
     images: Tensor, *, size: tuple[int, int], own: Normalisation
 ) -> tuple[Float[Tensor, "batch 3 h w"], tuple[Fault, ...]]:
-    """Bring a tensor to pixels in [0, 1] of the tower's size, and tell what had to be done.
+    """Pixels in [0, 1] of the tower's size, and the faults that were corrected to get them.
 
     Args:
         images: what was given.
@@ -187,7 +187,7 @@ class Views:
 
 
 def labelled(images: Pictures) -> bool:
-    """Whether images by a path bring labels along, as the first does; other sources may be streams."""
+    """Whether the first image of a folder or table has a label; True for other sources, which may be streams."""
     if not isinstance(images, FolderSource | PairImages):
         return True
     return next(images.batches(1)).labels is not None

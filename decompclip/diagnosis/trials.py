@@ -1,4 +1,4 @@
-"""Other ways to run a model, one change at a time (another activation among them), and whether they do better on the same images."""
+"""Other ways to run a model, one change at a time, and whether they do better on the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a model that its weights and its provenance tell: no image is looked at."""
+"""Faults that a model's weights and provenance show, without any image."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def logit_scale_faults(
 
     Args:
         model: whose logit scale is looked at.
-        labels: the images' classes.
         similarity: cosines of images and classes, for the log loss under the present and the proposed scale;
-            None where they tell nothing.
+            None where they show nothing.
+        labels: the images' classes.
     """
     value = float(model.logit_scale.detach())
     sigmoid = getattr(model.text, "logit_bias", None) is not None

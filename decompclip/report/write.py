@@ -1,4 +1,4 @@
-"""Results to one self-contained page, and to files: page and numbers come together, and carry one mark."""
+"""Results as one self-contained page; page and numbers are written together, and carry the same digest."""
 
 from __future__ import annotations
 

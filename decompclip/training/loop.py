@@ -1,4 +1,4 @@
-"""The training loop that every training of the project runs through: checkpoints, the schedule, and what is measured on the way."""
+"""The one training loop of the project: checkpoints, the schedule, and measurements on the way."""
 
 from __future__ import annotations
 
