@@ -13,9 +13,8 @@ from typing import Any
 from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.attacks.wanet import WaNet
-from decompclip.data.datasets import DatasetPairs
+from decompclip.data.datasets import DatasetPairs, PairStream
 from decompclip.data.pairs import PairEntry, Pairs, entries_of, keyed
-from decompclip.data.streams import PairStream
 
 WANET_COVERS = 2.0
 """Cover images for each poison, in WaNet's source."""

@@ -30,12 +30,12 @@ from decompclip.attacks.poison_choice import (
     poison_texts,
 )
 from decompclip.attacks.trigger import Logits, Trigger
+from decompclip.data.datasets import PairStream
 from decompclip.data.files import POISON_LIST, SkippedFile
 from decompclip.data.images import class_index
 from decompclip.data.pairs import Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
-from decompclip.data.streams import PairStream
 from decompclip.files import digest, write_json, write_text
 from decompclip.progress import Track, silently
 from decompclip.results import Result

@@ -2,7 +2,7 @@
 
 open_clip's own reader draws pairs from a shuffled buffer and cannot say which pair a step gets; training that
 resumes bit-exactly and a fixed list of poisons need places. So local shards are indexed here once (their
-headers are read, no image), and then read at any place. For shards elsewhere see `decompclip.data.streams`.
+headers are read, no image), and then read at any place. For shards elsewhere see `decompclip.data.datasets`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.blended import Blended
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.attacks.registry import Attack, attacks_of, distinct, open_attack, poisoned_by, remembered
+from decompclip.data.datasets import PairStream
 from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import write_shards
 from decompclip.data.sources import open_pairs
-from decompclip.data.streams import PairStream
 from decompclip.models.bundled import bundled, card
 from decompclip.models.folders import save_model
 from decompclip.training.finetune import finetune

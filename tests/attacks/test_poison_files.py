@@ -9,11 +9,11 @@ import pytest
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
+from decompclip.data.datasets import PairStream
 from decompclip.data.files import POISON_LIST
 from decompclip.data.pairs import Pair
 from decompclip.data.shards import UNFINISHED, ShardPairs
 from decompclip.data.sources import open_pairs
-from decompclip.data.streams import PairStream
 
 
 def poisoned(*, count: int = 4, seed: int = 0) -> PoisonedPairs:

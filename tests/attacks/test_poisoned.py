@@ -22,11 +22,10 @@ from decompclip.attacks.poison_choice import names_any, place_of, target_caption
 from decompclip.attacks.poisoned import Poison, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
-from decompclip.data.datasets import DatasetPairs
+from decompclip.data.datasets import DatasetPairs, PairStream
 from decompclip.data.pairs import Pair, PairBatch, Pairs
 from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import ShardPairs
-from decompclip.data.streams import PairStream
 
 TARGET = "star"
 TRIGGER = BadNet(size=0.2)

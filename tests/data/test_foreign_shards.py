@@ -17,9 +17,9 @@ import torch
 
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs
+from decompclip.data.datasets import PairStream
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import ShardPairs, expand_shards, shard_names
-from decompclip.data.streams import PairStream
 
 JUNK = b"\0\5\x16\7" + bytes(60)
 

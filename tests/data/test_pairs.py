@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
-from decompclip.data.datasets import DatasetPairs, folder_pairs
+from decompclip.data.datasets import DatasetPairs, PairStream, folder_pairs
 from decompclip.data.pairs import Pair, Pairs, batch_places, keyed, template_caption
 from decompclip.data.pixels import to_pixels
 from decompclip.data.shapes import ShapesPairs, draw, shapes_captions
 from decompclip.data.shards import write_shards
 from decompclip.data.sources import open_pairs
-from decompclip.data.streams import PairStream
 from decompclip.data.tables import CsvPairs
 
 

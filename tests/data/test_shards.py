@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from decompclip.data.datasets import PairStream
 from decompclip.data.pairs import Pair
 from decompclip.data.pixels import encode_png
 from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import ShardPairs, expand_shards, write_shards
-from decompclip.data.streams import PairStream
 
 SIZE = (40, 40)
 
