@@ -21,11 +21,10 @@ another class, and replaces the contributions of all later layers by what was to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import reduce
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,12 +44,11 @@ from decompclip.defenses.distances import (
 )
 from decompclip.defenses.fitted import (
     Calibrated,
+    Saved,
     check_fitted,
     held_out,
-    load_fitted,
-    save_fitted,
+    under,
 )
-from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Intervention, Where
 from decompclip.tower.vit import Hook, HookedViT
 
@@ -280,7 +278,7 @@ class AgnosticDet(Calibrated):
 
 
 @dataclass(eq=False, repr=False)
-class AgnosticRep(Intervention):
+class AgnosticRep(Saved, Intervention):
     """Replaces, in suspicious images, what the layers contribute after the class has changed.
 
         repair = AgnosticRep(model.zero_shot_classifier(class_names)).fit(clean)
@@ -302,6 +300,8 @@ class AgnosticRep(Intervention):
     budget: float = 0.01
     folds: int = 5
     seed: int = 0
+    form: ClassVar[str] = "decompclip.agnostic/1"
+    learned: ClassVar[str] = "detector_"
     detector_: AgnosticDet = field(init=False)
     moments_: Moments = field(init=False)
 
@@ -371,48 +371,27 @@ class AgnosticRep(Intervention):
             "`Guard` runs it inside encode_image"
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
-
-        Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: the terms that it was fitted on do not know their model.
-        """
-        check_fitted(self, "detector_")
+    def _stored(self) -> tuple[Moments, Mapping[str, Tensor | None], Mapping[str, Any]]:
         detector, expected = self.detector_, self.detector_.expected_
         tensors = {"classifier": self.classifier} | {name: getattr(detector, name) for name in LEARNT}
         tensors |= {f"extrapolation.{name}": x for name, x in vars(expected.extrapolation).items()}
         for view, distance in expected.distances.items():
             tensors |= {f"{view}.{name}": x for name, x in vars(distance).items()}
         options = {name: getattr(self, name) for name in OPTIONS}
-        about = {"options": options, "cut": expected.cut}
-        return save_fitted(Path(path), FORMAT, self.moments_, tensors, about)
+        return self.moments_, tensors, {"options": options, "cut": expected.cut}
 
     @classmethod
-    def load(cls, path: str | Path, model: HookedCLIP | HookedViT) -> AgnosticRep:
-        """Read what `save` wrote.
-
-        Args:
-            path: of the file.
-            model: the one that it was fitted on.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is broken, holds something else, or belongs to another model.
-        """
-        moments, tensors, about = load_fitted(Path(path), FORMAT, cls.__name__, model)
-
-        def part(kind: str, *names: str) -> dict[str, Tensor]:
-            return {name: tensors[f"{kind}.{name}"] for name in names}
-
+    def _restored(
+        cls, moments: Moments, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> AgnosticRep:
         repair = cls(tensors["classifier"], **{name: about["options"][name] for name in OPTIONS})
         repair.moments_, repair.detector_ = moments, repair._detector()
         for name in LEARNT:
             setattr(repair.detector_, name, tensors[name])
         repair.detector_.terms_ = moments
         repair.detector_.expected_ = Expected(
-            {view: ClassDistance(**part(view, "means", "whitener")) for view in DISTANCES},
-            Extrapolation(**part("extrapolation", "mean_in", "mean_out", "weights")),
+            {view: ClassDistance(**under(f"{view}.", tensors)) for view in DISTANCES},
+            Extrapolation(**under("extrapolation.", tensors)),
             about["cut"],
         )
         return repair
@@ -438,7 +417,6 @@ class AgnosticRep(Intervention):
         return f"AgnosticRep(budget={self.budget})"
 
 
-FORMAT = "decompclip.agnostic/1"
 OPTIONS = ("budget", "folds", "seed")
 LEARNT = ("mean_", "deviation_", "spread_", "scores_")
 """What of the detector stands in a file by its own name."""

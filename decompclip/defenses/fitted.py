@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +20,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.tower.vit import HookedViT, tower
 
 X_contra = TypeVar("X_contra", contravariant=True)
+S = TypeVar("S", bound="Saved")
 
 
 @runtime_checkable
@@ -107,62 +108,94 @@ def held_out(n: int, folds: int, seed: int, device: torch.device) -> Iterator[Bo
     return (fold == held for held in range(folds))
 
 
-def save_fitted(
-    path: Path, form: str, moments: Moments, tensors: Mapping[str, Tensor | None], about: Mapping[str, Any]
-) -> Path:
-    """Write means and what was learnt beside them, whole or not at all. Second moments are left out.
+class Saved(ABC):
+    """A fitted defense that is kept in one safetensors file: means, what was learnt beside them, and options.
 
-    Raises:
-        ValueError: the terms that the moments are of do not know their model.
+    Attributes:
+        form: the format of the file.
+        learned: what `fit` sets.
     """
-    if moments.maps.fingerprint is None:
-        raise ValueError(
-            "expected moments that know their model; received some without a fingerprint; fit on terms of decompose"
+
+    form: ClassVar[str]
+    learned: ClassVar[str]
+
+    @abstractmethod
+    def _stored(self) -> tuple[Moments, Mapping[str, Tensor | None], Mapping[str, Any]]:
+        """Means, tensors, and facts for JSON. Of the means, second moments are left out."""
+
+    @classmethod
+    @abstractmethod
+    def _restored(
+        cls: type[S], moments: Moments, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> S:
+        """The defense that gave these."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the model's fingerprint, as one safetensors file.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: the terms that it was fitted on do not know their model.
+        """
+        check_fitted(self, self.learned)
+        moments, tensors, about = self._stored()
+        if moments.maps.fingerprint is None:
+            raise ValueError(
+                "expected moments that know their model; received some without a fingerprint; fit on terms of decompose"
+            )
+        streams = vars(moments.streams) if moments.streams else {}
+        stored = {
+            **tensors,
+            **{f"moments.{name}": getattr(moments, name) for name in TERMS},
+            **{f"streams.{name}": x for name, x in streams.items()},
+            "fingerprint": moments.maps.fingerprint,
+        }
+        facts = {
+            "count": moments.count,
+            "normalized": moments.normalized,
+            "convention": moments.maps.convention,
+        }
+        given = {name: x for name, x in stored.items() if x is not None}
+        return write_tensors(Path(path), given, self.form, {**about, **facts})
+
+    @classmethod
+    def load(cls: type[S], path: str | Path, model: HookedCLIP | HookedViT) -> S:
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            model: the one that it was fitted on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or was fitted on another model.
+        """
+        kind = cls.__name__
+        tensors, about = read_tensors(Path(path), cls.form, f"a saved {kind}", f"{kind}.save")
+        if about.get("kind", kind) != kind:
+            raise ValueError(
+                f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one"
+            )
+        maps = term_maps(tower(model), about["convention"])
+        if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
+            raise ValueError(
+                f"expected the model that the {kind} in {path} was fitted on; received another one; fit anew on clean "
+                "images of this model"
+            )
+        device = maps.heads.device
+        if device.type != "mps":  # which has no fp64
+            tensors = {name: x.to(device) for name, x in tensors.items()}
+        streams = under("streams.", tensors)
+        moments = Moments(
+            about["count"],
+            **under("moments.", tensors),
+            maps=maps,
+            normalized=about["normalized"],
+            streams=StreamMeans(**streams) if streams else None,
         )
-    streams = vars(moments.streams) if moments.streams else {}
-    stored = {
-        **tensors,
-        **{f"moments.{name}": getattr(moments, name) for name in TERMS},
-        **{f"streams.{name}": x for name, x in streams.items()},
-        "fingerprint": moments.maps.fingerprint,
-    }
-    facts = {"count": moments.count, "normalized": moments.normalized, "convention": moments.maps.convention}
-    return write_tensors(
-        path, {name: x for name, x in stored.items() if x is not None}, form, {**about, **facts}
-    )
+        return cls._restored(moments, tensors, about)
 
 
-def load_fitted(
-    path: Path, form: str, kind: str, model: HookedCLIP | HookedViT
-) -> tuple[Moments, dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_fitted` wrote, for the model that it was fitted on: moments, tensors, and facts.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is broken, holds something else, or belongs to another model.
-    """
-    tensors, about = read_tensors(path, form, f"a saved {kind}", f"{kind}.save")
-    if about.get("kind", kind) != kind:
-        raise ValueError(f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one")
-    maps = term_maps(tower(model), about["convention"])
-    if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
-        raise ValueError(
-            f"expected the model that the {kind} in {path} was fitted on; received another one; fit anew on clean "
-            "images of this model"
-        )
-    device = maps.heads.device
-    if device.type != "mps":  # which has no fp64
-        tensors = {name: x.to(device) for name, x in tensors.items()}
-
-    def part(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-    streams = part("streams.")
-    moments = Moments(
-        about["count"],
-        **part("moments."),
-        maps=maps,
-        normalized=about["normalized"],
-        streams=StreamMeans(**streams) if streams else None,
-    )
-    return moments, tensors, about
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors whose names begin so, by what follows."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

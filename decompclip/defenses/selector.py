@@ -7,14 +7,13 @@ Terms are compared in head coordinates, by the Gram matrix of the head's map: ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import reduce
 from math import ceil
 from operator import or_
-from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,9 +23,7 @@ from decompclip.decomposition.components import Components, heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.fitted import check_fitted, load_fitted, save_fitted
-from decompclip.models.clip import HookedCLIP
-from decompclip.tower.vit import HookedViT
+from decompclip.defenses.fitted import Saved, check_fitted
 
 Similarity = Literal["dot", "cosine"]
 Threshold = Literal["epsilon", "quantile"]
@@ -224,22 +221,24 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"expected a {name} of {get_args(choices)}; received {value!r}")
 
 
-FORMAT = "decompclip.selector/2"
 LEARNT = ("mask_", "prototypes_", "thresholds_", "deviations_")
 OPTIONS = ("similarity", "threshold", "epsilon", "quantile", "convention")
-
 
 J = TypeVar("J", bound="Judge")
 
 
-class Judge:
+class Judge(Saved):
     """What `DecompRep` and `DecompDet` share: a selector that is fitted, and the file that both are saved to.
+
+    From a file judged heads come back by their numbers.
 
     Attributes:
         selector: with the options given, not fitted.
         selector_: the fitted one, with `prototypes_` and `thresholds_`.
     """
 
+    form: ClassVar[str] = "decompclip.selector/2"
+    learned: ClassVar[str] = "selector_"
     selector: Selector
     selector_: Selector
 
@@ -250,33 +249,16 @@ class Judge:
     def _fit(self, clean: Clean, *, deviations: bool = False) -> Selector:
         return copy(self.selector).fit(clean, deviations=deviations)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the options and what was learnt, with the fingerprint of the model, as one safetensors file.
-
-        Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: the terms that it was fitted on do not know their model.
-        """
-        check_fitted(self, "selector_")
+    def _stored(self) -> tuple[Moments, Mapping[str, Tensor | None], Mapping[str, Any]]:
         selector = self.selector_
         options = {name: getattr(selector, name) for name in OPTIONS}
         about = {"kind": type(self).__name__, "own": self._own(), "options": options}
-        learnt = {name: getattr(selector, name) for name in LEARNT}
-        return save_fitted(Path(path), FORMAT, selector.moments_, learnt, about)
+        return selector.moments_, {name: getattr(selector, name) for name in LEARNT}, about
 
     @classmethod
-    def load(cls: type[J], path: str | Path, model: HookedCLIP | HookedViT) -> J:
-        """Read what `save` wrote; judged heads come back by their numbers.
-
-        Args:
-            path: of the file.
-            model: the one that it was fitted on.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is broken, holds something else, or was fitted on another model.
-        """
-        moments, tensors, about = load_fitted(Path(path), FORMAT, cls.__name__, model)
+    def _restored(
+        cls: type[J], moments: Moments, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> J:
         mask = tensors["mask_"].to(torch.bool)
         each = [heads[layer, row.nonzero()[:, 0].tolist()] for layer, row in enumerate(mask) if row.any()]
         selector = Selector(**about["options"], components=reduce(or_, each) if each else None)
