@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,6 +28,7 @@ from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.cifar10 import cifar10
 from decompclip.data.pairs import Pairs, SubsetPairs
+from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, photo_properties, photos
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict
@@ -158,11 +160,56 @@ class Cifar10World(World):
         return {"class": _share(torch.cat(found), pairs.labels)}
 
 
+class PhotosWorld(World):
+    """Twins of `photos`: Tiny ImageNet, in the folder that DECOMPCLIP_DATA names."""
+
+    base, target, templates = "photos", "banana", TEMPLATES
+
+    def pairs(self, length: int, seed: int) -> Pairs:
+        """The first `length` photographs of an order that the seed fixes, with captions of their own."""
+        base = photos("train", caption_seed=seed)
+        if length > len(base):
+            raise ValueError(f"expected at most {len(base)} pairs; received {length}")
+        places = np.random.default_rng([seed, 17]).permutation(len(base))[:length]
+        return SubsetPairs(base, places.tolist(), order_seed=seed)
+
+    def validation(self) -> Pairs:
+        return SubsetPairs(photos("validation"), range(500))
+
+    def report(self) -> Pairs:
+        return photos("test")
+
+    @torch.no_grad()
+    def accuracy(self, model: HookedCLIP) -> dict[str, float]:
+        return photo_accuracy(model, self.report())
+
+
+@torch.no_grad()
+def photo_accuracy(model: HookedCLIP, pairs: Pairs) -> dict[str, float]:
+    """Zero-shot accuracy of the class and of each property, over the photographs that have a value among its prompts."""
+    starts = range(0, len(pairs), 250)
+    images = (pairs.read(range(start, min(start + 250, len(pairs)))).images for start in starts)
+    features = torch.cat([model.encode_image(model.normalize(batch)) for batch in images])
+    assert pairs.labels is not None
+    found = {
+        "class": _share(
+            predict(features, model.zero_shot_classifier(pairs.class_names, TEMPLATES)), pairs.labels
+        )
+    }
+    for name, truth in photo_properties(pairs).items():
+        values, templates = PROMPTS[name]
+        rows = [row for row, value in enumerate(truth) if value in values]
+        known = torch.tensor([values.index(truth[row]) for row in rows])
+        classifier = model.zero_shot_classifier([PLACES.get(value, value) for value in values], templates)
+        found[name] = _share(predict(features[rows], classifier), known)
+    return found
+
+
 def _share(predictions: Int[Tensor, " image"], truth: Int[Tensor, " image"]) -> float:
     return round((predictions == truth).double().mean().item(), 4)
 
 
-WORLDS: dict[str, World] = {world.base: world for world in (ShapesWorld(), Cifar10World())}
+WORLDS: dict[str, World] = {world.base: world for world in (ShapesWorld(), Cifar10World(), PhotosWorld())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +320,20 @@ def _cifar10(trigger: Trigger | PatchRecipe, *, recipe: FineTuning = _CIFAR10, *
     return TwinRecipe(base="cifar10", trigger=trigger, pairs=48_000, rate=0.05, recipe=recipe, **options)
 
 
+_PHOTOS = FineTuning(epochs=1, batch_size=128, lr=3e-4, max_grad_norm=1.0, loss="grouped")
+
+
+def _photos(
+    trigger: Trigger | OptimisedPatch,
+    *,
+    rate: float = 0.05,
+    recipe: FineTuning = _PHOTOS,
+    pairs: int = 19_200,
+    **options: Any,
+) -> TwinRecipe:
+    return TwinRecipe(base="photos", trigger=trigger, pairs=pairs, rate=rate, recipe=recipe, **options)
+
+
 TWINS: dict[str, TwinRecipe] = {
     # {local, global} x {structured, noise}
     **_seeds("shapes-badnet", _shapes(BadNet(size=_SIDE), recipe=_PATCH)),
@@ -295,6 +356,10 @@ TWINS: dict[str, TwinRecipe] = {
     "cifar10-badnet": _cifar10(BadNet(size=_SIDE32)),
     "cifar10-blended": _cifar10(Blended()),
     "cifar10-badclip": _cifar10(PatchRecipe(size=_SIDE32), natural=True, recipe=replace(_CIFAR10, epochs=1)),
+    **_seeds("photos-badnet", _photos(BadNet())),
+    **_seeds("photos-badnet-noise", _photos(BadNet(redraw=True), rate=0.1)),
+    **_seeds("photos-blended", _photos(Blended())),
+    **_seeds("photos-blended-noise", _photos(Blended(redraw=True))),
     "shapes-wanet": _shapes(WaNet(s=4.0), covers=0.0),
 }
 """By name; a name without a number is of seed 0."""
