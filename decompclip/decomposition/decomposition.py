@@ -192,6 +192,37 @@ class Decomposition:
             )
         return self._contract(layer, head, text)
 
+    def token_sums(self, directions: Float[Tensor, "batch d_embed"]) -> Float[Tensor, "batch token"]:
+        """What each source token contributes, through all kept heads together, to its image's own direction.
+
+        The sum over heads of `tokens(layer, head) @ direction`, without forming the contributions.
+
+        Raises:
+            LookupError: no tokens were kept.
+            ValueError: not one direction for each image.
+        """
+        if directions.shape != self.embed.shape:
+            raise ValueError(
+                f"expected one direction for each image, {list(self.embed.shape)}; received {list(directions.shape)}"
+            )
+        if self.token_terms is None:
+            raise LookupError(
+                "expected a decomposition that kept its tokens; ask for them: decompose(images, tokens=True)"
+            )
+        with full_precision(self.embed):
+            terms, maps = self.token_terms, self.maps
+            kept, towards = terms.kept, directions.to(self.coords.dtype)
+            if maps.tokens is not None and maps.out is not None:
+                read = torch.einsum("kqem,bm->bkqe", maps.tokens[kept], towards @ maps.out.T)
+            else:
+                read = torch.einsum("kcd,bd->bkc", maps.heads[kept][:, : maps.d_head], towards)[:, :, None]
+            values = torch.einsum("bkne,bkqe->bkqn", terms.values, read)
+            sums = torch.einsum("bkqn,bkqn,bkq->bn", terms.attention, values, terms.scale)
+            if self.convention == "centred":
+                return sums
+            whole = torch.einsum("bkc,kcd,bd->b", self.coords[:, kept], maps.heads[kept], towards)
+            return sums + (whole - sums.sum(1))[:, None] / sums.shape[1]  # constants: shared equally
+
     def _contract(self, layer: int, head: int, text: Tensor | None) -> Tensor:
         with full_precision(self.embed):
             terms, position, layer, head = self._kept(layer, head)

@@ -324,7 +324,7 @@ _PHOTOS = FineTuning(epochs=1, batch_size=128, lr=3e-4, max_grad_norm=1.0, loss=
 
 
 def _photos(
-    trigger: Trigger | OptimisedPatch,
+    trigger: Trigger | PatchRecipe,
     *,
     rate: float = 0.05,
     recipe: FineTuning = _PHOTOS,

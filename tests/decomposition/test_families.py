@@ -57,6 +57,13 @@ def test_terms_and_tokens_sum(
         assert torch.allclose(tokens.sum(1), d.heads[:, layer, head], atol=1e-12)
         assert torch.allclose(d.token_logits(texts, layer, head), tokens @ texts.T, atol=1e-12)
         assert torch.allclose(d.attention(layer, head).sum(1), torch.ones(5, dtype=torch.float64))
+    toward = torch.randn(5, d.d_embed, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    every = sum(d.tokens(layer, head) for layer in range(d.n_layers) for head in range(d.n_heads))
+    assert isinstance(every, Tensor)
+    assert torch.allclose(d.token_sums(toward), torch.einsum("bnd,bd->bn", every, toward), atol=1e-12)
+    last = decompose(family, images.double(), convention=convention, normalize=normalize, tokens=heads[-1])
+    own = sum(last.tokens(d.n_layers - 1, head) for head in range(d.n_heads))
+    assert torch.allclose(last.token_sums(toward), torch.einsum("bnd,bd->bn", own, toward), atol=1e-12)
 
 
 class Shifts(torch.nn.Module):

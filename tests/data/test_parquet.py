@@ -1,0 +1,143 @@
+"""Parquet files of images: the forms they come in, damage that is named, and photographs of a world."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from decompclip.data import parquet
+from decompclip.data.parquet import parquet_pairs
+from decompclip.data.photos import PROMPTS, photo_properties, photos
+
+TEMPLATES = ("a photo of a {}",)
+NAMES = ["cat", "dog", "bird"]
+
+
+def encoded(value: int, kind: str = "PNG") -> bytes:
+    held = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(held, kind)
+    return held.getvalue()
+
+
+def write(path: Path, columns: dict[str, pa.Array | list], *, metadata: dict | None = None) -> Path:
+    table = pa.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pq.write_table(table, path, row_group_size=2, compression="none")
+    return path
+
+
+def structs(n: int) -> pa.Array:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": encoded(40 * i), "path": None} for i in range(n)], kind)
+
+
+def test_a_struct_of_bytes_with_the_files_own_class_names(tmp_path: Path) -> None:
+    about = {"info": {"features": {"label": {"names": NAMES, "_type": "ClassLabel"}}}}
+    write(tmp_path / "b.parquet", {"image": structs(3), "label": [2, 0, 1]}, metadata=about)
+    write(tmp_path / "a.parquet", {"image": structs(2), "label": [1, 1]}, metadata=about)
+    pairs = parquet_pairs(tmp_path, templates=TEMPLATES)
+    assert pairs.class_names == tuple(NAMES)
+    assert pairs.ids == ["a.parquet#0", "a.parquet#1", "b.parquet#0", "b.parquet#1", "b.parquet#2"]
+    assert pairs.labels is not None and pairs.labels.tolist() == [1, 1, 2, 0, 1]
+    assert pairs.captions[2] == "a photo of a bird"
+    batch = pairs.read([4, 0, 3])
+    assert [round(float(x.mean() * 255)) for x in batch.images] == [80, 0, 40]
+
+
+@pytest.mark.parametrize(
+    "kind, column", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "image")]
+)
+def test_bytes_with_captions(tmp_path: Path, kind: str, column: str) -> None:
+    images = pa.array([encoded(200, kind)] * 2, pa.binary())
+    pairs = parquet_pairs(write(tmp_path / "x.parquet", {column: images, "caption": ["one", "two"]}))
+    assert list(pairs.captions) == ["one", "two"] and pairs.labels is None
+    assert pairs[1].image.mean() == pytest.approx(200 / 255, abs=0.01)
+
+
+def test_labels_that_are_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"image": structs(3), "cls": ["dog", "cat", "dog"]})
+    pairs = parquet_pairs(path, templates=TEMPLATES)
+    assert pairs.class_names == ("cat", "dog") and pairs.labels is not None
+    assert pairs.labels.tolist() == [1, 0, 1]
+    with pytest.raises(
+        ValueError, match="expected labels among the 2 class names; .* has 'dog'; pass class_names"
+    ):
+        parquet_pairs(path, templates=TEMPLATES, class_names=["cat", "cow"])
+
+
+def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a parquet file"):
+        parquet_pairs(tmp_path)
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"text\.parquet is no parquet file that can be read"):
+        parquet_pairs(tmp_path / "text.parquet")
+    bare = write(tmp_path / "bare.parquet", {"image": ["a.png", "b.png"], "label": [0, 1]})
+    with pytest.raises(
+        ValueError, match=r"expected a column of image bytes called .*; .* has image \(string\), label"
+    ):
+        parquet_pairs(bare)
+    odd = write(tmp_path / "odd.parquet", {"image": structs(2), "label": [0.5, 1.0]})
+    with pytest.raises(ValueError, match="expected labels that are whole numbers or names; .* has float"):
+        parquet_pairs(odd, templates=TEMPLATES)
+    missing = write(tmp_path / "missing.parquet", {"image": structs(2), "label": pa.array([0, None])})
+    with pytest.raises(ValueError, match="has NoneType, int; every row needs one"):
+        parquet_pairs(missing, templates=TEMPLATES)
+    plain = write(tmp_path / "plain.parquet", {"image": structs(2)})
+    with pytest.raises(ValueError, match="expected a column of labels .* or captions"):
+        _ = parquet_pairs(plain).labels
+
+
+def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"image": structs(6), "label": [0, 1, 2, 0, 1, 2]})
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(bytes(content))
+    pairs = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES)
+    assert [pair.id for pair in pairs] == [f"x.parquet#{row}" for row in (0, 1, 4, 5)]
+    assert [skip.path for skip in pairs.skipped] == ["x.parquet#2", "x.parquet#3"]
+    assert all("row group 1 of x.parquet cannot be read" in skip.reason for skip in pairs.skipped)
+
+
+def test_a_damaged_or_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
+    images = pa.array([encoded(1), b"no picture", None], pa.binary())
+    pairs = parquet_pairs(write(tmp_path / "x.parquet", {"png": images, "text": ["a", "b", "c"]}))
+    assert [pair.caption for pair in pairs] == ["a"]
+    assert [skip.path for skip in pairs.skipped] == ["x.parquet#1", "x.parquet#2"]
+
+
+def test_row_groups_beyond_the_bound_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.parquet", {"image": structs(6), "label": [0] * 6})
+    whole = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES).read(range(6)).images
+    monkeypatch.setattr(parquet, "HELD", 1)
+    pairs = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES)
+    assert torch.equal(pairs.read([5, 0, 3, 1, 4, 2]).images, whole[[5, 0, 3, 1, 4, 2]])
+
+
+@pytest.mark.data
+@pytest.mark.skipif(
+    "DECOMPCLIP_DATA" not in os.environ, reason="needs Tiny ImageNet: DECOMPCLIP_DATA is not set"
+)
+def test_photographs_tell_what_their_captions_say() -> None:
+    pairs = photos("test")
+    assert len(pairs) == 5_000 and len(pairs.class_names) == 200
+    known = photo_properties(pairs)
+    assert set(PROMPTS["kind"][0]) == set(known["kind"])
+    said = {"colour": "mostly {}", "brightness": "{} ", "size": "{} "}
+    for name, words in said.items():
+        other = set(known[name]) - {"mixed", "even", "medium"}
+        for caption, value in zip(pairs.captions[:500], known[name], strict=False):
+            wrong = [each for each in other - {value} if words.format(each) in f"{caption} "]
+            assert not wrong or name != "colour", (caption, value)
+    again = photos("test", caption_seed=1)
+    assert list(photos("test").captions) == list(pairs.captions) != list(again.captions)
