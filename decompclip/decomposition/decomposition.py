@@ -213,7 +213,7 @@ class Decomposition:
             terms, maps = self.token_terms, self.maps
             kept, towards = terms.kept, directions.to(self.coords.dtype)
             if maps.tokens is not None and maps.out is not None:
-                read = torch.einsum("kqem,bm->bkqe", maps.tokens[kept], towards @ maps.out.T)
+                read = torch.einsum("kqem,qmd,bd->bkqe", maps.tokens[kept], maps.out, towards)
             else:
                 read = torch.einsum("kcd,bd->bkc", maps.heads[kept][:, : maps.d_head], towards)[:, :, None]
             values = torch.einsum("bkne,bkqe->bkqn", terms.values, read)
