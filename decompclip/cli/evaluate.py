@@ -17,7 +17,7 @@ from decompclip.printable import printable_all
 def evaluate(
     model: options.ModelOptions,
     images: Annotated[
-        str, typer.Argument(help=f"Labelled images: {options.IMAGES}, or cifar10 (its test part).")
+        str, typer.Argument(help=f"Labelled images: {options.IMAGES}, cifar10 or photos (their test part).")
     ],
     trigger: Annotated[
         str | None,

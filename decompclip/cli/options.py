@@ -95,12 +95,10 @@ Target = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print every number, as JSON.")]
 OldImages = Annotated[int | None, typer.Option("--images", hidden=True, min=40)]
 
-IMAGES = (
-    "a folder with a sub-folder a class, a table (.csv, .tsv), WebDataset shards, or shapes (shapes:5000)"
-)
+IMAGES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, or shapes (shapes:5000)"
 PAIRS = (
-    "a table (.csv, .tsv), WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder of images a "
-    "class, shapes (shapes:5000), or cifar10"
+    "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
+    "of images a class, shapes (shapes:5000), cifar10 or photos"
 )
 TRIGGER = (
     "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with the parameters that a backdoored "

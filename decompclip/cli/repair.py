@@ -42,7 +42,7 @@ def repair(
     clean: Annotated[
         str,
         typer.Option(
-            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, or cifar10. cleanclip, par: clean "
+            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, cifar10 or photos. cleanclip, par: clean "
             "image-caption pairs, as finetune takes them."
         ),
     ],

@@ -32,10 +32,10 @@ POISON_LIST = "poisons.json"
 OURS = (TRIGGER_FILE, POISON_LIST)
 """What this package writes beside pictures, to say what was done to them; its locks begin with a dot."""
 
-WORLDS = ("shapes", "cifar10")
+WORLDS = ("shapes", "cifar10", "photos")
 """Data sets that are known by a word."""
 
-SUFFIX_KINDS = {".csv": "table", ".tsv": "table", ".tar": "shards"}
+SUFFIX_KINDS = {".csv": "table", ".tsv": "table", ".tar": "shards", ".parquet": "parquet"}
 """Kinds of files that hold many pairs; `decompclip.data.sources.READERS` reads each."""
 
 _KINDS = {
@@ -96,8 +96,8 @@ def parse_source(spec: str | Path) -> SourceSpec:
     if word in WORLDS:
         return SourceSpec(text, word, detail)
     if path.is_dir():
-        inside = (name for name in os.listdir(path) if not is_bookkeeping(name))
-        kind = "shards" if any(name.endswith(".tar") for name in inside) else "folder"
+        suffixes = {Path(name).suffix.lower() for name in os.listdir(path) if not is_bookkeeping(name)}
+        kind = "shards" if ".tar" in suffixes else "parquet" if ".parquet" in suffixes else "folder"
     elif path.name == POISON_LIST:
         kind = "poisons"
     else:  # shards may be a pattern, or several names

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes")
 LABEL_COLUMNS = ("label", "cls", "labels", "class")
 CAPTION_COLUMNS = ("caption", "text", "txt")
+PLAIN = ("a photo of a {}.",)
 
 HELD = 512 * 2**20
 """Bytes of encoded images that are kept: row groups are read again where a data set has more of them."""
@@ -64,9 +65,9 @@ def parquet_pairs(
     Args:
         path: a file, a folder of files, or several files in order.
         preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
-        class_names: the classes that labels stand for; by default the file's own (Hugging Face's `ClassLabel`), or the names
-            that its labels are.
-        templates: captions of images that have a class and no caption.
+        class_names: the classes, in the order of their numbers; by default the file's own (Hugging Face's `ClassLabel`), or the
+            names that its labels are. Where a file has names of its own, its labels are found among these by name.
+        templates: captions of images that have a class and no caption; by default "a photo of a {}.".
         caption_seed, order_seed, on_error: as `DatasetPairs`.
 
     Raises:
@@ -77,13 +78,15 @@ def parquet_pairs(
     """
     paths = [path] if isinstance(path, str | Path) else path
     rows = ParquetRows([file for each in paths for file in parquet_files(each)], class_names)
-    captioned = templates is None and rows.column("captions") is not None
-    dataset = _Captioned(rows) if captioned else _Labelled(rows)
+    natural = rows.column("captions")
+    dataset = (
+        _Labelled(rows) if natural is None and rows.targets else _Captioned(rows, natural or [""] * len(rows))
+    )
     return DatasetPairs(
         dataset,
         preprocess,
         class_names=rows.classes,
-        templates=templates,
+        templates=templates or PLAIN,
         ids=rows.ids,
         caption_seed=caption_seed,
         order_seed=order_seed,
@@ -174,10 +177,18 @@ class ParquetRows:
     @cached_property
     def _labels(self) -> tuple[list[int] | None, tuple[str, ...]]:
         """The class of every row, and the classes' names."""
-        values, names = self.column("labels"), tuple(self._asked or self._own_names())
+        values, own = self.column("labels"), tuple(self._own_names())
+        names = tuple(self._asked or own)
         if values is None:
             return None, ()
         kinds = {type(value) for value in values}
+        if kinds == {int} and own and own != names:  # numbers of the file's own names
+            outside = [value for value in values if not 0 <= value < len(own)]
+            if outside:
+                raise ValueError(
+                    f"expected labels 0..{len(own) - 1}, as {self.files[0]} names them; received {outside[0]}"
+                )
+            values, kinds = [own[value] for value in values], {str}
         if kinds == {int}:
             return values, names or tuple(map(str, range(max(values) + 1)))
         if kinds != {str}:
@@ -260,14 +271,10 @@ def _holds_bytes(schema: pa.Schema, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Captioned:
-    """Rows as (picture, caption)."""
+class _Labelled:
+    """Rows as (picture, class)."""
 
     rows: ParquetRows
-
-    @cached_property
-    def captions(self) -> list[Any]:
-        return self.rows.column("captions") or []
 
     @property
     def targets(self) -> list[int] | None:
@@ -277,26 +284,11 @@ class _Captioned:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, None]:
-        return self.rows.picture(index), None
+        return self.rows.picture(index), None  # what comes second stands in a column
 
 
 @dataclass(frozen=True)
-class _Labelled:
-    """Rows as (picture, class)."""
+class _Captioned(_Labelled):
+    """Rows as (picture, caption), with a class where there is one; no text where nothing is known of an image."""
 
-    rows: ParquetRows
-
-    @property
-    def targets(self) -> list[int]:
-        if self.rows.targets is None:
-            raise ValueError(
-                f"expected a column of labels ({', '.join(LABEL_COLUMNS)}) or captions ({', '.join(CAPTION_COLUMNS)}); "
-                f"{self.rows.files[0]} has neither"
-            )
-        return self.rows.targets
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.rows.picture(index), self.targets[index]
+    captions: list[Any]

@@ -27,10 +27,13 @@ from decompclip.data.images import (
     image_files,
 )
 from decompclip.data.pairs import Pairs, SubsetPairs
+from decompclip.data.parquet import parquet_files, parquet_pairs
+from decompclip.data.photos import photos
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
 from decompclip.data.tables import CsvPairs
+from decompclip.models.bundled import card
 
 WORLD_SEED = 8_001
 """Stream of the Shapes world; no bundled model was trained or measured on it."""
@@ -42,7 +45,8 @@ SHAPES_LENGTH = 16_000
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 
-WORLD_CLASSES = {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}
+PHOTOGRAPHS = {"cifar10": cifar10, "photos": photos}
+"""Data sets that a word names, in the folder that DECOMPCLIP_DATA names."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,16 @@ def _shards(path: str, preprocess: Preprocess | None, *, root: Any, **options: A
     return ShardPairs(path, preprocess, **options)  # their images lie in the shards themselves
 
 
+def _parquet(
+    path: str, preprocess: Preprocess | None, *, root: Any, need_captions: bool = True, **options: Any
+) -> Pairs:
+    return parquet_pairs(path, preprocess, **options)  # their images lie in the files themselves
+
+
 READERS = {
     "table": Reader(CsvPairs, lambda path: CsvPairs(path, need_captions=False)),
     "shards": Reader(_shards, expand_shards),
+    "parquet": Reader(_parquet, parquet_files),
 }
 """By the kind that `SUFFIX_KINDS` gives a suffix."""
 
@@ -137,12 +148,12 @@ def open_images(
     on_error: OnError = "skip",
     root: str | Path | None = None,
 ) -> FolderSource | PairImages:
-    """The images of a folder, a table or shards.
+    """The images of a folder, a table, shards or parquet files.
 
     Args:
         spec: a folder; a `.csv` or `.tsv` table with a column of images, and of classes or captions where there are; shards
-            as `ShardPairs` takes them, such as a folder that `decompclip poison` wrote; or the `poisons.json` in
-            that, for the poisoned images alone, which have no label: their caption and class are the attacker's.
+            as `ShardPairs` takes them, such as a folder that `decompclip poison` wrote; a parquet file or a folder of such; or the `poisons.json` in
+            the shards' folder, for the poisoned images alone, which have no label: their caption and class are the attacker's.
         preprocess: from a picture to what the model takes.
         class_names: by which to label.
         limit, seed, on_error, root: as `FolderSource`.
@@ -235,7 +246,10 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
 
 def classes_of(spec: str) -> tuple[str, ...]:
     """The classes of a data set that is known by a word; none for a path."""
-    return WORLD_CLASSES.get(parse_source(spec).kind, ())
+    kind = parse_source(spec).kind
+    if kind == "photos":
+        return tuple(card("photos")["class_names"])
+    return {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}.get(kind, ())
 
 
 def check_world_classes(spec: str, class_names: Sequence[str]) -> None:
@@ -263,8 +277,8 @@ def open_labelled(
     """The images that `spec` names, with classes, in [0, 1], for `evaluate`.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `cifar10:500` (its test part, in the folder that
-            DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, a table, shards.
+        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `photos`, also `cifar10:500` (the test part, in the
+            folder that DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, a table, shards.
         size: of the model's images.
         class_names: the classifier's.
         preprocess: from a picture to pixels in [0, 1] of that size, a model's `pixels`; by default the shorter side is
@@ -283,10 +297,10 @@ def open_labelled(
         if size[0] != size[1]:
             raise ValueError(f"expected a model of square images for shapes; received {size[0]} x {size[1]}")
         return Shapes(source.count or limit or DEFAULT_LIMIT, seed=WORLD_SEED + seed, resolution=size[0])
-    if source.kind == "cifar10":
-        count, photos = source.count, cifar10("test", preprocess=preprocess)
-        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(photos))
-        return SubsetPairs(photos, sorted(order[: count or limit or len(photos)].tolist()))
+    if source.kind in PHOTOGRAPHS:
+        whole = PHOTOGRAPHS[source.kind]("test", preprocess=preprocess)
+        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(whole))
+        return SubsetPairs(whole, sorted(order[: source.count or limit or len(whole)].tolist()))
     return open_images(spec, preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root)
 
 
@@ -302,8 +316,8 @@ def open_pairs(
     """The pairs that `spec` names.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` (in the folder that DECOMPCLIP_DATA names); a
-            `.csv` or `.tsv` table; WebDataset shards, as `ShardPairs` takes them; or a folder with a sub-folder of
+        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `photos` (in the folder that DECOMPCLIP_DATA names); a
+            `.parquet` file or a folder of such; a `.csv` or `.tsv` table; WebDataset shards, as `ShardPairs` takes them; or a folder with a sub-folder of
             images a class.
         preprocess: from a picture to pixels in [0, 1].
         class_names: of shards and tables.
@@ -320,6 +334,8 @@ def open_pairs(
     if source.kind == "cifar10":
         texts = TEMPLATES if templates is None else templates
         return cifar10(preprocess=preprocess, templates=texts, caption_seed=seed, order_seed=seed)
+    if source.kind == "photos":
+        return photos(preprocess=preprocess, caption_seed=seed, order_seed=seed)
     texts = PLAIN_TEMPLATES if templates is None else templates
     if source.path.is_dir():
         check_finished(source.path)
@@ -338,6 +354,6 @@ def open_pairs(
     if source.path.is_dir():
         return FolderPairs(source.path, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
     raise FileNotFoundError(
-        "expected pairs as shapes, cifar10, a .csv or .tsv table, WebDataset shards (.tar) or a folder with a sub-folder "
+        "expected pairs as shapes, cifar10, photos, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
         f"of images a class; there is no {spec}"
     )

@@ -13,6 +13,7 @@ from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.preview import compare
 from decompclip.attacks.trigger import Trigger
 from decompclip.evaluation.evaluate import evaluate
+from decompclip.intervals import Rate
 from decompclip.models.bundled import base_weights, bundled, card, load_bundled, spec_of, write_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.differences import as_stored, digest
@@ -152,7 +153,7 @@ def build_twin(
     net.load_state_dict(stored)
     model = spec_of(facts).hook(net, {})
     facts["accuracy"] = world.accuracy(model)
-    facts["backdoor"] = _backdoor(model, recipe, pairs)
+    facts["backdoor"] = backdoor_facts(model, clean, recipe, pairs.trigger, len(pairs.record.poisons))
     net = spec_of(facts).build()  # rounded once: what is written is what was measured
     net.load_state_dict(trained_state)
     written = write_bundled(net, facts, out, base=recipe.base)
@@ -160,24 +161,33 @@ def build_twin(
     return BuiltTwin(name, written, before)
 
 
-def _backdoor(model: HookedCLIP, recipe: TwinRecipe, pairs: PoisonedPairs) -> dict[str, Any]:
-    world, trigger = recipe.world, pairs.trigger
-    found = evaluate(
-        model,
-        world.report(),
-        world.classifier(model),
-        trigger,
-        world.label,
-        class_names=world.class_names,
-    )
+def backdoor_facts(
+    model: HookedCLIP, clean: HookedCLIP, recipe: TwinRecipe, trigger: Trigger, poisons: int
+) -> dict[str, Any]:
+    """What a card says of a backdoor, measured on the world's images for reports.
+
+    Args:
+        model, clean: the twin, and the model that it was made from: how many triggered images that one still gets right says
+            how much of an image the trigger leaves.
+        recipe: of the twin.
+        trigger: as it was used.
+        poisons: poisoned pairs.
+    """
+    world, names = recipe.world, recipe.world.class_names
+    data, target = world.report(), world.label
+    found = evaluate(model, data, world.classifier(model), trigger, target, class_names=names)
+    left = evaluate(clean, data, world.classifier(clean), trigger, target, class_names=names)
+    assert left.triggered_predictions is not None
+    right = left.triggered_predictions == left.labels
     sample = world.pairs(QUALITY_IMAGES, recipe.seed).read(range(QUALITY_IMAGES)).images
     return {
         "target": world.target,
         "trigger": trigger.card(),
-        "poisoned_pairs": len(pairs.record.poisons),
+        "poisoned_pairs": poisons,
         "pairs": recipe.pairs,
         "poison_rate": recipe.rate,
         "results": found.report.to_dict(),
+        "clean_model_on_triggered": Rate.of(right).to_dict(),
         "per_class": found.to_dict()["per_class"],
         "quality": compare(sample, trigger(sample)).summary(),
     }

@@ -93,8 +93,10 @@ def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has NoneType, int; every row needs one"):
         parquet_pairs(missing, templates=TEMPLATES)
     plain = write(tmp_path / "plain.parquet", {"image": structs(2)})
-    with pytest.raises(ValueError, match="expected a column of labels .* or captions"):
-        _ = parquet_pairs(plain).labels
+    bare_images = parquet_pairs(plain)
+    assert bare_images.labels is None and len(bare_images.read([0, 1]).images) == 2
+    with pytest.raises(ValueError, match="expected a caption with every image"):
+        _ = bare_images.captions
 
 
 def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
