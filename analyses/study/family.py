@@ -1,6 +1,6 @@
 """Families: models that one clean CLIP and one set of attacks gave, and the images that they are looked at with.
 
-`shapes` and `cifar10` are bundled; a JSON file describes any other (`analyses.study.files`, `analyses/families/`).
+`shapes`, `cifar10` and `photos` are bundled; a JSON file describes any other (`analyses.study.files`, `analyses/families/`).
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class BundledFamily(Family):
         self.title = {
             "shapes": "twins of shapes (procedural images, 48 px, 1.7 M parameters)",
             "cifar10": "twins of cifar10 (photographs, 32 px, 1.7 M parameters)",
+            "photos": "twins of photos (photographs of 200 classes, 64 px, 7.3 M parameters)",
         }[name]
 
     @property

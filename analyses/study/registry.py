@@ -10,7 +10,7 @@ from analyses.study.command import Analysis
 IN_ORDER = {
     "paper": "figure1 figure2 figure3 figure4 figure5 figure6 table1 table2 table3 table4 table5",
     "questions": "local_or_structured infected_set direct_or_causal role_change base_decomp_gap "
-    "attack_agnostic adaptive_attacker",
+    "attack_agnostic token_rep adaptive_attacker",
     "benchmarks": "throughput",
 }
 ANALYSES = {name: folder for folder, names in IN_ORDER.items() for name in names.split()}

@@ -198,7 +198,11 @@ def _halves(fits: tuple[Tensor, ...], images: Tensor, labels: Tensor) -> Samples
     )
 
 
-SPLITS: dict[str, Callable[[World, int, int, int], Samples]] = {"shapes": _drawn, "cifar10": _photographs}
+SPLITS: dict[str, Callable[[World, int, int, int], Samples]] = {
+    "shapes": _drawn,
+    "cifar10": _photographs,
+    "photos": _photographs,
+}
 """By the clean model's name."""
 
 

@@ -174,7 +174,7 @@ class PhotosWorld(World):
         return SubsetPairs(base, places.tolist(), order_seed=seed)
 
     def validation(self) -> Pairs:
-        return SubsetPairs(photos("validation"), range(500))
+        return photos("validation")
 
     def report(self) -> Pairs:
         return photos("test")
