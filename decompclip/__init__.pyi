@@ -41,6 +41,7 @@ from .defenses.decomp import DecompDet as DecompDet, DecompRep as DecompRep
 from .defenses.detectors import DETECTORS as DETECTORS
 from .defenses.detectors.detector import Detector as Detector
 from .defenses.guard import Guard as Guard, load as load, save_guard as save_guard
+from .defenses.token_rep import TokenRep as TokenRep
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import attack_report as attack_report, auroc as auroc

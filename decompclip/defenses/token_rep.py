@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.detectors.detector import Detector, need, registered
+from decompclip.defenses.detectors.detector import Detector, need
 from decompclip.defenses.fitted import check_fitted
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Intervention
@@ -54,7 +54,6 @@ class TokenRepaired:
         return self.filled.any(1)
 
 
-@registered("token")
 class TokenRep(Detector):
     """Repair and detector for triggers that cover few patches, from clean images alone.
 
