@@ -60,8 +60,21 @@ def attack_table() -> str:
     return markdown(rows)
 
 
+def photo_table() -> str:
+    """Zero-shot accuracy of every property of `photos`, and what it makes of its twins' triggers."""
+    facts = {name: card(name) for name in bundled() if name.startswith("photos")}
+    accuracy = facts["photos"]["accuracy"]
+    own = [["model", *accuracy], ["`photos`", *(f"{100 * accuracy[p]:.1f}" for p in accuracy)]]
+    left = [["trigger of", "clean images told right by the clean model", "triggered ones"]]
+    for name, about in facts.items():
+        if about["backdoor"]:
+            triggered = rate(about["backdoor"]["clean_model_on_triggered"])
+            left.append([f"`{name}`", f"{100 * accuracy['class']:.1f}", triggered])
+    return f"{markdown(own)}\n\n{markdown(left)}"
+
+
 def table() -> str:
-    return f"{clean_table()}\n\n{attack_table()}"
+    return f"{clean_table()}\n\n{attack_table()}\n\n{photo_table()}"
 
 
 if __name__ == "__main__":

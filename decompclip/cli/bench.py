@@ -40,8 +40,8 @@ def bench(
     models: Annotated[
         str | None,
         typer.Option(
-            help="Bundled models, with commas between; by default shapes and all of its twins. cifar10's need the "
-            "photographs in the folder that DECOMPCLIP_DATA names."
+            help="Bundled models, with commas between; by default shapes and all of its twins. Those of cifar10 and photos need "
+            "the photographs in the folder that DECOMPCLIP_DATA names."
         ),
     ] = None,
     detectors: Annotated[
