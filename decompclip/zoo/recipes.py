@@ -163,7 +163,11 @@ class Cifar10World(World):
 class PhotosWorld(World):
     """Twins of `photos`: Tiny ImageNet, in the folder that DECOMPCLIP_DATA names."""
 
-    base, target, templates = "photos", "banana", TEMPLATES
+    base, target = "photos", "banana"
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return TEMPLATES
 
     def pairs(self, length: int, seed: int) -> Pairs:
         """The first `length` photographs of an order that the seed fixes, with captions of their own."""
