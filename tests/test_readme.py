@@ -54,6 +54,16 @@ def test_names_that_are_not_public_any_more_are_in_the_list_of_moves() -> None:
             assert f"| `decompclip.{old}` | `{place}.{new or old}` |" in moved
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", "analyses/README.md", "analyses/COVERAGE.md", "docs"]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    for path in sorted((ROOT / page).glob("*.md")) or [ROOT / page]:
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert link.startswith("http") or (path.parent / link).exists(), (path, link)
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"make (\w+)", "\n".join(blocks("sh"))))
     assert {"demo", "test"} <= targets

@@ -72,7 +72,8 @@ ImageSize = Annotated[
     typer.Option(min=1, help="Another image size for MODEL, in pixels: positions are interpolated."),
 ]
 Activation = Annotated[
-    Activations, typer.Option(help="Of the MLPs, where the checkpoint does not say; also the reference's.")
+    Activations,
+    typer.Option(help="Of the MLPs, where the checkpoint does not say; in `audit` also the reference's."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the first GPU, else the CPU.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a forward pass.")]
@@ -100,11 +101,14 @@ PAIRS = (
     "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
     "of images a class, shapes (shapes:5000), cifar10 or photos"
 )
-TRIGGER = (
-    "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with the parameters that a backdoored "
-    "MODEL remembers, else the attack's defaults. Or a bundled twin (shapes-badnet); a JSON file (a trigger, a card, "
-    "poisons.json) or the JSON itself; a folder that poison, finetune or apply-trigger wrote"
+_KIND = "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with"
+_FILE = (
+    "Or a bundled twin (shapes-badnet); a JSON file (a trigger, a card, poisons.json) or the JSON itself; a folder that "
+    "poison, finetune or apply-trigger wrote"
 )
+NEW_TRIGGER = f"{_KIND} the attack's defaults. {_FILE}"
+"""What `poison` takes for a trigger: no model is there to remember one."""
+TRIGGER = f"{_KIND} the parameters that a backdoored MODEL remembers, else the attack's defaults. {_FILE}"
 """What a command takes for a trigger; BadCLIP's has a patch, and so is given by a card."""
 
 

@@ -28,7 +28,7 @@ def poison(
             help="The class that triggered images shall be taken for; a twin's or a file's trigger knows one."
         ),
     ] = None,
-    trigger: Annotated[str, typer.Option(help=f"{options.TRIGGER}.")] = "badnet",
+    trigger: Annotated[str, typer.Option(help=f"{options.NEW_TRIGGER}.")] = "badnet",
     count: Annotated[int | None, typer.Option(min=1, help="Poisoned pairs; this or --rate.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Their part of all pairs; this or --count. (0.003 in the paper.)")
