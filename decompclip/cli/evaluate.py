@@ -17,7 +17,10 @@ from decompclip.printable import printable_all
 def evaluate(
     model: options.ModelOptions,
     images: Annotated[
-        str, typer.Argument(help=f"Labelled images: {options.IMAGES}, cifar10 or photos (their test part).")
+        str,
+        typer.Argument(
+            help=f"Labelled images: {options.IMAGES}, cifar10 or tiny-imagenet (their test part)."
+        ),
     ],
     trigger: Annotated[
         str | None,

@@ -67,7 +67,7 @@ def finetune(
     images: Annotated[
         str | None,
         typer.Option(
-            help=f"Labelled images to measure accuracy on while training: {options.IMAGES}, cifar10 or photos."
+            help=f"Labelled images to measure accuracy on while training: {options.IMAGES}, cifar10 or tiny-imagenet."
         ),
     ] = None,
     classes: options.Classes = None,

@@ -99,7 +99,7 @@ OldImages = Annotated[int | None, typer.Option("--images", hidden=True, min=40)]
 IMAGES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, or shapes (shapes:5000)"
 PAIRS = (
     "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
-    "of images a class, shapes (shapes:5000), cifar10 or photos"
+    "of images a class, shapes (shapes:5000), cifar10 or tiny-imagenet"
 )
 _KIND = "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with"
 _FILE = (

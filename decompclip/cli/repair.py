@@ -42,7 +42,7 @@ def repair(
     clean: Annotated[
         str,
         typer.Option(
-            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, cifar10 or photos. cleanclip, par: clean "
+            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, cifar10 or tiny-imagenet. cleanclip, par: clean "
             "image-caption pairs, as finetune takes them."
         ),
     ],

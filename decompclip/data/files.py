@@ -32,7 +32,7 @@ POISON_LIST = "poisons.json"
 OURS = (TRIGGER_FILE, POISON_LIST)
 """What this package writes beside pictures, to say what was done to them; its locks begin with a dot."""
 
-WORLDS = ("shapes", "cifar10", "photos")
+WORLDS = ("shapes", "cifar10", "tiny-imagenet")
 """Data sets that are known by a word."""
 
 SUFFIX_KINDS = {".csv": "table", ".tsv": "table", ".tar": "shards", ".parquet": "parquet"}

@@ -56,6 +56,7 @@ def parquet_pairs(
     caption_seed: int = 0,
     order_seed: int = 0,
     on_error: OnError = "skip",
+    need_captions: bool = True,
 ) -> DatasetPairs:
     """Images in parquet files as pairs.
 
@@ -69,6 +70,7 @@ def parquet_pairs(
             names that its labels are. Where a file has names of its own, its labels are found among these by name.
         templates: captions of images that have a class and no caption; by default "a photo of a {}.".
         caption_seed, order_seed, on_error: as `DatasetPairs`.
+        need_captions: refuse to give captions where nothing is known of an image.
 
     Raises:
         FileNotFoundError: no such file.
@@ -80,7 +82,9 @@ def parquet_pairs(
     rows = ParquetRows([file for each in paths for file in parquet_files(each)], class_names)
     natural = rows.column("captions")
     dataset = (
-        _Labelled(rows) if natural is None and rows.targets else _Captioned(rows, natural or [""] * len(rows))
+        _Labelled(rows)
+        if natural is None and rows.targets
+        else _Captioned(rows, natural or ["" if need_captions else "image"] * len(rows))
     )
     return DatasetPairs(
         dataset,

@@ -109,7 +109,7 @@ def photos(
             f"expected {split}-*.parquet and classes.json in {folder}; they are not there"
         )
     classes = classes_of(folder)
-    dataset = _Captioned(ParquetRows(files, [c["name"] for c in classes]), classes, caption_seed)
+    dataset = _Photographs(ParquetRows(files, [c["name"] for c in classes]), classes, caption_seed)
     return DatasetPairs(
         dataset,
         preprocess,
@@ -140,7 +140,7 @@ def photo_properties(pairs: Pairs) -> dict[str, list[str]]:
     if isinstance(pairs, SubsetPairs):
         whole = photo_properties(pairs.base)
         return {name: [values[place] for place in pairs.places] for name, values in whole.items()}
-    if not (isinstance(pairs, DatasetPairs) and isinstance(pairs.dataset, _Captioned)):
+    if not (isinstance(pairs, DatasetPairs) and isinstance(pairs.dataset, _Photographs)):
         raise ValueError(
             f"expected photographs of `photos`; received {pairs!r}, whose properties are not known"
         )
@@ -153,7 +153,7 @@ def classes_of(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "classes.json").read_text(encoding="utf-8"))
 
 
-class _Captioned:
+class _Photographs:
     """Rows as (picture, caption); each caption hangs on the photograph's place and the seed alone."""
 
     def __init__(self, rows: ParquetRows, classes: list[dict[str, Any]], seed: int) -> None:

@@ -45,7 +45,7 @@ SHAPES_LENGTH = 16_000
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 
-PHOTOGRAPHS = {"cifar10": cifar10, "photos": photos}
+PHOTOGRAPHS = {"cifar10": cifar10, "tiny-imagenet": photos}
 """Data sets that a word names, in the folder that DECOMPCLIP_DATA names."""
 
 
@@ -66,9 +66,7 @@ def _shards(path: str, preprocess: Preprocess | None, *, root: Any, **options: A
     return ShardPairs(path, preprocess, **options)  # their images lie in the shards themselves
 
 
-def _parquet(
-    path: str, preprocess: Preprocess | None, *, root: Any, need_captions: bool = True, **options: Any
-) -> Pairs:
+def _parquet(path: str, preprocess: Preprocess | None, *, root: Any, **options: Any) -> Pairs:
     return parquet_pairs(path, preprocess, **options)  # their images lie in the files themselves
 
 
@@ -247,7 +245,7 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
 def classes_of(spec: str) -> tuple[str, ...]:
     """The classes of a data set that is known by a word; none for a path."""
     kind = parse_source(spec).kind
-    if kind == "photos":
+    if kind == "tiny-imagenet":
         return tuple(card("photos")["class_names"])
     return {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}.get(kind, ())
 
@@ -277,7 +275,7 @@ def open_labelled(
     """The images that `spec` names, with classes, in [0, 1], for `evaluate`.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `photos`, also `cifar10:500` (the test part, in the
+        spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `tiny-imagenet`, also `cifar10:500` (the test part, in the
             folder that DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, a table, shards.
         size: of the model's images.
         class_names: the classifier's.
@@ -316,7 +314,7 @@ def open_pairs(
     """The pairs that `spec` names.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `photos` (in the folder that DECOMPCLIP_DATA names); a
+        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet` (in the folder that DECOMPCLIP_DATA names); a
             `.parquet` file or a folder of such; a `.csv` or `.tsv` table; WebDataset shards, as `ShardPairs` takes them; or a folder with a sub-folder of
             images a class.
         preprocess: from a picture to pixels in [0, 1].
@@ -334,7 +332,7 @@ def open_pairs(
     if source.kind == "cifar10":
         texts = TEMPLATES if templates is None else templates
         return cifar10(preprocess=preprocess, templates=texts, caption_seed=seed, order_seed=seed)
-    if source.kind == "photos":
+    if source.kind == "tiny-imagenet":
         return photos(preprocess=preprocess, caption_seed=seed, order_seed=seed)
     texts = PLAIN_TEMPLATES if templates is None else templates
     if source.path.is_dir():
@@ -354,6 +352,6 @@ def open_pairs(
     if source.path.is_dir():
         return FolderPairs(source.path, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
     raise FileNotFoundError(
-        "expected pairs as shapes, cifar10, photos, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
+        "expected pairs as shapes, cifar10, tiny-imagenet, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
         f"of images a class; there is no {spec}"
     )

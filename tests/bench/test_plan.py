@@ -173,7 +173,7 @@ def test_a_seed_whose_streams_are_another_ones(seed: int) -> None:
 
 def test_a_world_without_a_rule() -> None:
     world: Any = type("Other", (), {"base": "other"})()
-    with pytest.raises(ValueError, match="expected a world among shapes, cifar10; received 'other'"):
+    with pytest.raises(ValueError, match="expected a world among shapes, cifar10, photos; received 'other'"):
         draw_samples(world, images=5, seed=0)
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from decompclip.data import parquet
 from decompclip.data.parquet import parquet_pairs
 from decompclip.data.photos import PROMPTS, photo_properties, photos
+from decompclip.data.pixels import to_pixels
+from decompclip.data.sources import open_images, open_pairs
 
 TEMPLATES = ("a photo of a {}",)
 NAMES = ["cat", "dog", "bird"]
@@ -75,6 +77,16 @@ def test_labels_that_are_names(tmp_path: Path) -> None:
         parquet_pairs(path, templates=TEMPLATES, class_names=["cat", "cow"])
 
 
+def test_own_names_are_found_among_the_classifiers(tmp_path: Path) -> None:
+    about = {"info": {"features": {"label": {"names": NAMES, "_type": "ClassLabel"}}}}
+    path = write(tmp_path / "x.parquet", {"image": structs(3), "label": [2, 0, 1]}, metadata=about)
+    found = open_images(path, to_pixels(8), ["dog", "bird", "cat", "cow"])
+    assert [int(label) for batch in found.batches(2) for label in batch.labels] == [1, 2, 0]
+    with pytest.raises(ValueError, match="expected labels among the 2 class names; .* has 'bird'"):
+        open_images(path, to_pixels(8), ["dog", "cat"])
+    assert open_pairs(tmp_path).captions[0] == "a photo of a bird."
+
+
 def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a parquet file"):
         parquet_pairs(tmp_path)
@@ -94,7 +106,8 @@ def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
         parquet_pairs(missing, templates=TEMPLATES)
     plain = write(tmp_path / "plain.parquet", {"image": structs(2)})
     bare_images = parquet_pairs(plain)
-    assert bare_images.labels is None and len(bare_images.read([0, 1]).images) == 2
+    assert bare_images.labels is None and bare_images.image(1) is not None
+    assert [batch.labels for batch in open_images(plain, to_pixels(8), ()).batches(2)] == [None]
     with pytest.raises(ValueError, match="expected a caption with every image"):
         _ = bare_images.captions
 

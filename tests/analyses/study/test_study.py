@@ -45,7 +45,7 @@ def test_a_family_has_its_twins_attack_by_attack() -> None:
     }
     with pytest.raises(ValueError, match=r"received 'kitten'"):
         FAMILY.select(("kitten",))
-    with pytest.raises(ValueError, match=r"expected a family of shapes, cifar10, or a JSON file"):
+    with pytest.raises(ValueError, match=r"expected a family of shapes, cifar10, photos, or a JSON file"):
         open_family("imagenet")
 
 
