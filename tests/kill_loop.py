@@ -27,7 +27,7 @@ import torch
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.poisoned import PoisonedPairs, PoisonRecord, write_poisoned
+from decompclip.attacks.poisoned import UNFINISHED, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source
 from decompclip.audit.scan import ScanConfig, run_scan
@@ -49,7 +49,9 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 def poison(folder: Path) -> None:
     with alone_in(folder):
         pairs = PoisonedPairs(open_pairs("shapes:240"), BadNet(), "star", count=8)
-        write_poisoned(pairs, folder, per_shard=40)
+        # a kill may come after the last write: all is there
+        if not (folder / POISON_LIST).exists() or (folder / UNFINISHED).exists():
+            write_poisoned(pairs, folder, per_shard=40)
 
 
 def poison_whole(folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_stopped_one_is_refused_and_goes_on(tmp_path: Path, after: int) -> Non
     write_poisoned(poisoned(), tmp_path / "whole", per_shard=10)
     half = tmp_path / "half"
     with pytest.raises(KeyboardInterrupt):
-        write_poisoned(poisoned(), half, per_shard=10, track=stopped_after(after))
+        write_poisoned(poisoned(), half, per_shard=10, track=stopped_after(after))  # pyright: ignore[reportArgumentType]
     assert len(list(half.glob("*.tar"))) == after // 10
     assert not (half / POISON_LIST).exists()
     for spec in (half, half / "*.tar") if after >= 10 else (half,):
@@ -69,6 +69,6 @@ def test_a_stream_poisoned_at_a_rate_goes_on_too(tmp_path: Path) -> None:
 
     write_poisoned(stream(), tmp_path / "whole", per_shard=10)
     with pytest.raises(KeyboardInterrupt):
-        write_poisoned(stream(), tmp_path / "half", per_shard=10, track=stopped_after(35))
+        write_poisoned(stream(), tmp_path / "half", per_shard=10, track=stopped_after(35))  # pyright: ignore[reportArgumentType]
     write_poisoned(stream(), tmp_path / "half", per_shard=10)
     assert files(tmp_path / "half") == files(tmp_path / "whole")

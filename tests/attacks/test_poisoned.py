@@ -455,7 +455,7 @@ def test_of_a_stream_the_list_is_written_once_it_was_gone_through(
         yield from items
 
     pairs = PoisonedPairs(stream, TRIGGER, TARGET, rate=0.1)
-    files = write_poisoned(pairs, tmp_path, track=track)
+    files = write_poisoned(pairs, tmp_path, track=track)  # pyright: ignore[reportArgumentType]
     assert len(files.record.poisons) > 10
     assert told == [("poisoning", 0)]
     assert len(ShardPairs(tmp_path)) == 300
