@@ -81,7 +81,8 @@ def test_own_names_are_found_among_the_classifiers(tmp_path: Path) -> None:
     about = {"info": {"features": {"label": {"names": NAMES, "_type": "ClassLabel"}}}}
     path = write(tmp_path / "x.parquet", {"image": structs(3), "label": [2, 0, 1]}, metadata=about)
     found = open_images(path, to_pixels(8), ["dog", "bird", "cat", "cow"])
-    assert [int(label) for batch in found.batches(2) for label in batch.labels.tolist()]  # pyright: ignore[reportOptionalMemberAccess] == [1, 2, 0]
+    labels = [label for batch in found.batches(2) for label in batch.labels.tolist()]  # pyright: ignore[reportOptionalMemberAccess]
+    assert labels == [1, 2, 0]
     with pytest.raises(ValueError, match="expected labels among the 2 class names; .* has 'bird'"):
         open_images(path, to_pixels(8), ["dog", "cat"])
     assert open_pairs(tmp_path).captions[0] == "a photo of a bird."
