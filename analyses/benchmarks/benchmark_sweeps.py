@@ -11,15 +11,15 @@ one: each of the 72 settings reads the store, ablates, sums up the features and 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from decompclip.files import write_json
+from analyses.study.command import benchmark
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,20 +168,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the result to this file too")
-    config = Config()
-    for key, value in asdict(config).items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    result = run(replace(config, **{key: given[key] for key in asdict(config)}))
-    print(table(result))
-    if given["json"]:
-        write_json(given["json"], result)
-
-
 if __name__ == "__main__":
-    main()
+    benchmark(sys.modules[__name__])

@@ -13,14 +13,13 @@ all: heads do not differ in cost. Both make the same picks.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import reduce
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decompclip.files import write_json
+from analyses.study.command import benchmark
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,21 +139,5 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the result to this file too")
-    config = Config()
-    for key, value in asdict(config).items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    config = replace(config, **{key: given[key] for key in asdict(config)})
-    result = run(config)
-    print(table(result))
-    if given["json"]:
-        write_json(given["json"], result)
-
-
 if __name__ == "__main__":
-    main()
+    benchmark(sys.modules[__name__])

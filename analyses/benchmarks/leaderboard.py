@@ -11,7 +11,6 @@ It is `decompclip bench` on every bundled model, with one seed of images; three 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
@@ -37,13 +37,8 @@ def measure(work: Path = WORK, folder: Path = RESULTS) -> None:
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:
-    """Raises FileNotFoundError: nothing was measured yet; the message says what does."""
-    path = folder / "leaderboard.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected {path}; it is not there; run: python -m analyses.leaderboard --measure"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+    """As `read_measured`."""
+    return read_measured("leaderboard", folder)
 
 
 def of_base(board: Mapping[str, Any], base: str) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.questions.audit_scan import WORK as TUNED, base_of, path_of
+from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.collect import ImageSet, Split, collect, split
@@ -256,13 +257,8 @@ def measure(parts: Sequence[str], work: Path = WORK, folder: Path = RESULTS, tun
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:
-    """Raises FileNotFoundError: nothing was measured yet; the message says what does."""
-    path = folder / "audit_corruptions.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected {path}; it is not there; run: python -m analyses.audit_corruptions --measure"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+    """As `read_measured`."""
+    return read_measured("audit_corruptions", folder)
 
 
 def table(runs: Mapping[str, Any]) -> str:

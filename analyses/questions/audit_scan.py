@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.audit.pipeline import Held
 from decompclip.audit.scan import ScanConfig, run_scan
@@ -139,13 +140,8 @@ def measure(work: Path = WORK, folder: Path = RESULTS, *, share: tuple[int, int]
 
 
 def read(folder: Path = RESULTS) -> dict[str, Any]:
-    """Raises FileNotFoundError: nothing was measured yet; the message says what does."""
-    path = folder / "audit_scan.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"expected {path}; it is not there; run: python -m analyses.audit_scan --measure"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+    """As `read_measured`."""
+    return read_measured("audit_scan", folder)
 
 
 def threshold(record: Mapping[str, Any]) -> tuple[float, float, float]:

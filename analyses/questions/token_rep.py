@@ -28,8 +28,9 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, markdown, mean
+from decompclip.bench.run import area
 from decompclip.defenses.token_rep import TokenRep, TokenRepaired
-from decompclip.evaluation.metrics import auroc, auroc_interval
+from decompclip.evaluation.evaluate import classify
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP
@@ -69,16 +70,10 @@ def measure(
     }
 
 
-def area(clean: Tensor, hit: Tensor) -> dict[str, float]:
-    low, high = auroc_interval(clean, hit)
-    return {"value": auroc(clean, hit), "low": low, "high": high}
-
-
 def _answers(
     model: HookedCLIP, classifier: Float[Tensor, "class d_embed"], pixels: Float[Tensor, "image 3 h w"]
 ) -> Int[Tensor, " image"]:
-    features = [model.encode_image(model.normalize(part)) for part in pixels.split(100)]
-    return (torch.cat(features) @ classifier.T).argmax(1)
+    return torch.cat([classify(model, part, classifier) for part in pixels.split(100)])
 
 
 def _filled(found: TokenRepaired) -> float:

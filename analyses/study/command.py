@@ -18,6 +18,7 @@ from analyses.study.case import Member
 from analyses.study.drawing import draw
 from analyses.study.family import Family, open_family
 from analyses.study.results import RESULTS, MissingResult, is_current, read, save
+from decompclip.files import write_json
 
 
 class Analysis(Protocol):
@@ -136,3 +137,19 @@ def show(analysis: Analysis, record: Mapping[str, Any]) -> None:
     if text := analysis.table(record):
         print(text + "\n")
     print(analysis.finding(record))
+
+
+def benchmark(module: ModuleType) -> None:
+    """The command line of a benchmark: a module with `Config`, `run(config)` and `table(result)`."""
+    parser = argparse.ArgumentParser(
+        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the result to this file too")
+    for field in fields(module.Config):
+        add_option(parser, field.name, field.default)
+    given = vars(parser.parse_args())
+    path = given.pop("json")
+    result = module.run(module.Config(**given))
+    print(module.table(result))
+    if path:
+        write_json(path, result)

@@ -96,3 +96,15 @@ def model_facts(member: Member) -> dict[str, Any]:
         "weights": member.weights,
         "trigger": hashlib.sha256(trigger.encode()).hexdigest()[:16],
     }
+
+
+def read_measured(name: str, folder: Path) -> dict[str, Any]:
+    """The result of an analysis that measures on demand, over no family.
+
+    Raises:
+        FileNotFoundError: nothing was measured yet; the message says what does.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"expected {path}; it is not there; run: python -m analyses.{name} --measure")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, get_args
 
 from typing_extensions import Unpack
 
 from decompclip.data.datasets import DatasetPairs
+from decompclip.data.files import data_folder
 from decompclip.data.pairs import PairOptions, Pairs
 from decompclip.data.pixels import Preprocess
 from decompclip.data.shards import ShardPairs
@@ -55,14 +55,9 @@ def cifar10(
     """
     if split not in get_args(Split):
         raise ValueError(f"split {split!r} is not one of {get_args(Split)}")
-    if folder is None:
-        if "DECOMPCLIP_DATA" not in os.environ:
-            raise FileNotFoundError(
-                "expected a folder with CIFAR-10; received none, and DECOMPCLIP_DATA is not set; pass folder="
-            )
-        folder = Path(os.environ["DECOMPCLIP_DATA"], "cifar-10")
+    folder = data_folder("cifar-10", "CIFAR-10", folder)
     options = {"templates": TEMPLATES, "class_names": CLASSES, **options}
-    if shards := sorted(Path(folder).glob(f"{split}-*.tar")):
+    if shards := sorted(folder.glob(f"{split}-*.tar")):
         return ShardPairs(shards, preprocess, **options)
     from torchvision.datasets import CIFAR10
 

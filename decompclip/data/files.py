@@ -105,6 +105,21 @@ def parse_source(spec: str | Path) -> SourceSpec:
     return SourceSpec(text, kind)
 
 
+def data_folder(name: str, what: str, folder: str | Path | None) -> Path:
+    """`folder`, or by default `name` in the folder that DECOMPCLIP_DATA names.
+
+    Raises:
+        FileNotFoundError: neither is given.
+    """
+    if folder is not None:
+        return Path(folder)
+    if "DECOMPCLIP_DATA" not in os.environ:
+        raise FileNotFoundError(
+            f"expected a folder with {what}; received none, and DECOMPCLIP_DATA is not set; pass folder="
+        )
+    return Path(os.environ["DECOMPCLIP_DATA"], name)
+
+
 def files_skipped(n: int) -> str:
     """In words; nothing where there is none."""
     return f"{n} file{'s' if n > 1 else ''} skipped" if n else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+from torch import Tensor
+from typing_extensions import Unpack
 
-from decompclip.data.datasets import DatasetPairs
-from decompclip.data.files import open_rgb, reason
-from decompclip.data.images import OnError
-from decompclip.data.pixels import Preprocess
+from decompclip.data.files import reason
+from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions
+from decompclip.data.pixels import Preprocess, read_image
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +29,9 @@ PLAIN = ("a photo of a {}.",)
 
 HELD = 512 * 2**20
 """Bytes of encoded images that are kept: row groups are read again where a data set has more of them."""
+
+MOST_CLASSES = 100_000
+"""Classes that labels may count where nothing names them: larger numbers are ids of something else."""
 
 
 def parquet_files(path: str | Path) -> list[Path]:
@@ -47,17 +49,7 @@ def parquet_files(path: str | Path) -> list[Path]:
     return files
 
 
-def parquet_pairs(
-    path: str | Path | Sequence[str | Path],
-    preprocess: Preprocess | None = None,
-    *,
-    class_names: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
-    caption_seed: int = 0,
-    order_seed: int = 0,
-    on_error: OnError = "skip",
-    need_captions: bool = True,
-) -> DatasetPairs:
+class ParquetPairs(ListedPairs):
     """Images in parquet files as pairs.
 
     An image is a column of bytes (`jpg`, `png`, `webp`, `image`) or a struct of `bytes` and `path` (`image`, as Hugging
@@ -65,65 +57,84 @@ def parquet_pairs(
 
     Args:
         path: a file, a folder of files, or several files in order.
-        preprocess: from a picture to pixels in [0, 1]; see `to_pixels`.
-        class_names: the classes, in the order of their numbers; by default the file's own (Hugging Face's `ClassLabel`), or the
-            names that its labels are. Where a file has names of its own, its labels are found among these by name.
-        templates: captions of images that have a class and no caption; by default "a photo of a {}.".
-        caption_seed, order_seed, on_error: as `DatasetPairs`.
-        need_captions: refuse to give captions where nothing is known of an image.
+        preprocess: as `Pairs`.
+        need_captions: False keeps rows without one, for their images.
+        options: as `Pairs`. `class_names` are by default the file's own (Hugging Face's `ClassLabel`), or the names that its
+            labels are; where a file has names of its own, its labels are found among those given by name. `templates` are by
+            default "a photo of a {}.".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no parquet, no column of images, labels that are neither whole numbers nor known names, or a damaged part
-            among the labels or captions. A damaged part among the images is left out and listed, or raises, as `on_error`
-            says.
+        ValueError: no parquet, no rows, no column of images, labels that are neither whole numbers nor known names, or a
+            damaged part among the labels or captions. A damaged part among the images is left out and listed, or raises, as
+            `on_error` says.
     """
-    paths = [path] if isinstance(path, str | Path) else path
-    rows = ParquetRows([file for each in paths for file in parquet_files(each)], class_names)
-    natural = rows.column("captions")
-    dataset = (
-        _Labelled(rows)
-        if natural is None and rows.targets
-        else _Captioned(rows, natural or ["" if need_captions else "image"] * len(rows))
-    )
-    return DatasetPairs(
-        dataset,
-        preprocess,
-        class_names=rows.classes,
-        templates=templates or PLAIN,
-        ids=rows.ids,
-        caption_seed=caption_seed,
-        order_seed=order_seed,
-        on_error=on_error,
-    )
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        preprocess: Preprocess | None = None,
+        *,
+        need_captions: bool = True,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        paths = [path] if isinstance(path, str | Path) else path
+        self.rows = ParquetRows([file for each in paths for file in parquet_files(each)])
+        labels, names = self.rows.labels(options.get("class_names", ()))
+        templates = options.get("templates") or PLAIN
+        super().__init__(preprocess, **{**options, "class_names": names, "templates": templates})
+        entries = []
+        for place, (name, label, text) in enumerate(
+            zip(self.rows.ids, labels, self._texts(labels), strict=True)
+        ):
+            caption = self._caption(text, label, name)
+            if need_captions and not caption:
+                self._leave_out(name, "has no caption")
+                continue
+            entries.append(PairEntry(name, caption, label, place))
+        self._list(entries, f"rows with an image and a caption in {self.rows.files[0]}")
+
+    def _texts(self, labels: Sequence[int | None]) -> Sequence[str]:
+        """The caption of each row; empty where there is none."""
+        found = self.rows.column(*CAPTION_COLUMNS) or [""] * len(self.rows)
+        return [text.strip() if isinstance(text, str) else "" for text in found]
+
+    def _image(self, image: int) -> Tensor | str:
+        content = self.rows.content(image)
+        return content if isinstance(content, str) else read_image(content, self.preprocess)
 
 
 @dataclass(frozen=True)
 class _Group:
+    """A row group: its file and its place there, its first row there and among all, and how many."""
+
     file: int
-    place: int  # in the file
-    start: int  # its first row among all
+    place: int
+    within: int
+    start: int
     rows: int
 
 
 class ParquetRows:
     """Rows of parquet files by their place; image bytes are read a row group at a time.
 
-    Attributes:
+    Args:
         files: in order.
-        classes: names that labels stand for; empty where there are none.
+
+    Attributes:
         ids: `file#row` of each.
 
     Raises:
-        ValueError: as `parquet_pairs`.
+        ValueError: as `ParquetPairs`.
     """
 
-    def __init__(self, files: Sequence[Path], class_names: Sequence[str] | None = None) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow.parquet as pq
 
         self.files = list(files)
         self._readers: list[pq.ParquetFile] = []
         self._groups: list[_Group] = []
+        total = 0
         for number, file in enumerate(self.files):
             try:
                 reader = pq.ParquetFile(file, memory_map=True)
@@ -132,23 +143,28 @@ class ParquetRows:
                     f"{file} is no parquet file that can be read: {reason(error)}; get it again"
                 ) from error
             self._readers.append(reader)
+            within = 0
             for place in range(reader.num_row_groups):
                 rows = reader.metadata.row_group(place).num_rows
-                self._groups.append(_Group(number, place, len(self), rows))
+                self._groups.append(_Group(number, place, within, total, rows))
+                within, total = within + rows, total + rows
+        if not total:
+            raise ValueError(f"expected rows with images; {self.files[0]} has none; get it again")
+        self._starts = [group.start for group in self._groups]
+        self._total = total
         schema = self._schema
-        self._image = next(
-            (name for name in IMAGE_COLUMNS if name in schema.names and _holds_bytes(schema, name)), None
-        )
-        if self._image is None:
+        held = [name for name in IMAGE_COLUMNS if name in schema.names and _holds_bytes(schema, name)]
+        if not held:
             raise ValueError(
                 f"expected a column of image bytes called {', '.join(IMAGE_COLUMNS)}; {self.files[0]} has "
                 f"{', '.join(f'{field.name} ({field.type})' for field in schema) or 'no column'}"
             )
+        self._image = held[0]
         self._held: OrderedDict[int, list[bytes | None] | str] = OrderedDict()
-        self._asked = class_names
+        self._bytes = 0
 
     def __len__(self) -> int:
-        return self._groups[-1].start + self._groups[-1].rows if self._groups else 0
+        return self._total
 
     @property
     def _schema(self) -> pa.Schema:
@@ -156,16 +172,19 @@ class ParquetRows:
 
     @cached_property
     def ids(self) -> list[str]:
-        return [f"{self.files[g.file].name}#{row}" for g in self._groups for row in self._within(g)]
+        return [
+            f"{self.files[group.file].name}#{group.within + row}"
+            for group in self._groups
+            for row in range(group.rows)
+        ]
 
-    def _within(self, group: _Group) -> range:
-        first = next(g.start for g in self._groups if g.file == group.file)
-        return range(group.start - first, group.start - first + group.rows)
+    def column(self, *names: str) -> list[Any] | None:
+        """The first of these columns that there is, of all files; None where there is none.
 
-    def column(self, name: str) -> list[Any] | None:
-        """A column of all files; `"labels"` and `"captions"` under any of their names; None where there is none."""
-        known = {"labels": LABEL_COLUMNS, "captions": CAPTION_COLUMNS}.get(name, (name,))
-        found = next((each for each in known if each in self._schema.names), None)
+        Raises:
+            ValueError: it cannot be read.
+        """
+        found = next((name for name in names if name in self._schema.names), None)
         if found is None:
             return None
         values: list[Any] = []
@@ -178,13 +197,19 @@ class ParquetRows:
                 ) from error
         return values
 
-    @cached_property
-    def _labels(self) -> tuple[list[int] | None, tuple[str, ...]]:
-        """The class of every row, and the classes' names."""
-        values, own = self.column("labels"), tuple(self._own_names())
-        names = tuple(self._asked or own)
+    def labels(self, class_names: Sequence[str]) -> tuple[list[int] | list[None], tuple[str, ...]]:
+        """The class of every row, or None for all, and the classes' names.
+
+        Args:
+            class_names: in the order of their numbers; none for the file's own.
+
+        Raises:
+            ValueError: labels that are neither whole numbers nor known names.
+        """
+        values, own = self.column(*LABEL_COLUMNS), tuple(self._own_names())
+        names = tuple(class_names) or own
         if values is None:
-            return None, ()
+            return [None] * len(self), names
         kinds = {type(value) for value in values}
         if kinds == {int} and own and own != names:  # numbers of the file's own names
             outside = [value for value in values if not 0 <= value < len(own)]
@@ -194,7 +219,13 @@ class ParquetRows:
                 )
             values, kinds = [own[value] for value in values], {str}
         if kinds == {int}:
-            return values, names or tuple(map(str, range(max(values) + 1)))
+            least, most = min(values), max(values)
+            if least < 0 or most >= (len(names) or MOST_CLASSES):
+                raise ValueError(
+                    f"expected labels 0..{(len(names) or MOST_CLASSES) - 1}, the places of class_names; {self.files[0]} has "
+                    f"{least}..{most}; pass class_names"
+                )
+            return values, names or tuple(map(str, range(most + 1)))
         if kinds != {str}:
             raise ValueError(
                 f"expected labels that are whole numbers or names; {self.files[0]} has "
@@ -209,14 +240,6 @@ class ParquetRows:
         places = {name: place for place, name in enumerate(names)}
         return [places[value] for value in values], names
 
-    @property
-    def targets(self) -> list[int] | None:
-        return self._labels[0]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._labels[1]
-
     def _own_names(self) -> Sequence[str]:
         """Hugging Face's `ClassLabel` names, which stand in the file's metadata."""
         try:
@@ -228,18 +251,16 @@ class ParquetRows:
         except (KeyError, TypeError, ValueError, StopIteration):
             return ()
 
-    def picture(self, index: int) -> Image.Image:
-        """Raises ValueError or OSError where there is no image that can be read."""
-        number = int(np.searchsorted([g.start for g in self._groups], index, side="right")) - 1
-        group, held = self._groups[number], self._bytes(number)
+    def content(self, index: int) -> bytes | str:
+        """The encoded image of a row, or why there is none."""
+        number = bisect_right(self._starts, index) - 1
+        held = self._group(number)
         if isinstance(held, str):
-            raise ValueError(held)
-        content = held[index - group.start]
-        if content is None:
-            raise ValueError("has no image bytes")
-        return open_rgb(io.BytesIO(content))
+            return held
+        content = held[index - self._starts[number]]
+        return "has no image bytes" if content is None else content
 
-    def _bytes(self, number: int) -> list[bytes | None] | str:
+    def _group(self, number: int) -> list[bytes | None] | str:
         """Encoded images of a row group, or why they cannot be read."""
         if number in self._held:
             self._held.move_to_end(number)
@@ -247,17 +268,19 @@ class ParquetRows:
         group = self._groups[number]
         try:
             column = self._readers[group.file].read_row_group(group.place, columns=[self._image]).column(0)
-            found: list[Any] | str = column.to_pylist()
+            values: list[Any] = column.to_pylist()
         except Exception as error:
             found = (
                 f"row group {group.place} of {self.files[group.file].name} cannot be read: {reason(error)}"
             )
-        if not isinstance(found, str):
-            found = [value.get("bytes") if isinstance(value, dict) else value for value in found]
-        self._held[number] = found
-        while len(self._held) > 1 and sum(map(_size, self._held.values())) > HELD:
-            self._held.popitem(last=False)
-        return found
+            self._held[number] = found
+            return found
+        images = [value.get("bytes") if isinstance(value, dict) else value for value in values]
+        self._held[number] = images
+        self._bytes += _size(images)
+        while len(self._held) > 1 and self._bytes > HELD:
+            self._bytes -= _size(self._held.popitem(last=False)[1])
+        return images
 
 
 def _size(held: list[bytes | None] | str) -> int:
@@ -272,27 +295,3 @@ def _holds_bytes(schema: pa.Schema, name: str) -> bool:
         places = [place for place in range(kind.num_fields) if kind.field(place).name == "bytes"]
         kind = kind.field(places[0]).type if places else kind
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """Rows as (picture, class)."""
-
-    rows: ParquetRows
-
-    @property
-    def targets(self) -> list[int] | None:
-        return self.rows.targets
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, None]:
-        return self.rows.picture(index), None  # what comes second stands in a column
-
-
-@dataclass(frozen=True)
-class _Captioned(_Labelled):
-    """Rows as (picture, caption), with a class where there is one; no text where nothing is known of an image."""
-
-    captions: list[Any]

@@ -7,18 +7,17 @@ Each photograph has properties beside its class, as measured from its pixels and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
+from typing_extensions import Unpack
 
-from decompclip.data.datasets import DatasetPairs
-from decompclip.data.pairs import Pairs, SubsetPairs, keyed
-from decompclip.data.parquet import ParquetRows
+from decompclip.data.files import data_folder
+from decompclip.data.pairs import PairOptions, Pairs, SubsetPairs, keyed
+from decompclip.data.parquet import ParquetPairs
 from decompclip.data.pixels import Preprocess
 
 Split = Literal["train", "validation", "test"]
@@ -78,110 +77,74 @@ PROMPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Values of each property that a classifier is asked for, and the prompts; other values (even, medium, mixed) tell nothing."""
 
 
-def photos(
-    split: Split = "train",
-    folder: str | Path | None = None,
-    *,
-    preprocess: Preprocess | None = None,
-    caption_seed: int = 0,
-    order_seed: int = 0,
-) -> Pairs:
+class PhotoPairs(ParquetPairs):
     """The photographs of one split, with natural captions.
 
     Args:
         split: `"train"` has 100,000; `"validation"`, for choices, 2,500; `"test"`, for reports, 5,000.
         folder: holds `train-*.parquet`, `validation-*.parquet`, `test-*.parquet` and `classes.json`. By default `tiny-imagenet`
             in the folder that the environment variable DECOMPCLIP_DATA names.
-        preprocess: from a picture to pixels in [0, 1].
-        caption_seed: of the captions.
-        order_seed: as `Pairs`.
+        preprocess: as `Pairs`.
+        options: as `Pairs`; `templates` take the natural captions' place.
+
+    Attributes:
+        properties: `colour`, `brightness`, `position`, `size` and `kind` of each photograph.
 
     Raises:
         FileNotFoundError: they are not there.
         ValueError: an unknown split.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split {split!r} is not one of {get_args(Split)}")
-    folder = photos_folder(folder)
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files or not (folder / "classes.json").is_file():
-        raise FileNotFoundError(
-            f"expected {split}-*.parquet and classes.json in {folder}; they are not there"
-        )
-    classes = classes_of(folder)
-    dataset = _Photographs(ParquetRows(files, [c["name"] for c in classes]), classes, caption_seed)
-    return DatasetPairs(
-        dataset,
-        preprocess,
-        class_names=[c["name"] for c in classes],
-        templates=TEMPLATES,
-        ids=dataset.rows.ids,
-        order_seed=order_seed,
-    )
 
-
-def photos_folder(folder: str | Path | None = None) -> Path:
-    """Raises FileNotFoundError where none is given and DECOMPCLIP_DATA is not set."""
-    if folder is not None:
-        return Path(folder)
-    if "DECOMPCLIP_DATA" not in os.environ:
-        raise FileNotFoundError(
-            "expected a folder with Tiny ImageNet; received none, and DECOMPCLIP_DATA is not set; pass folder="
-        )
-    return Path(os.environ["DECOMPCLIP_DATA"], "tiny-imagenet")
-
-
-def photo_properties(pairs: Pairs) -> dict[str, list[str]]:
-    """`colour`, `brightness`, `position`, `size` and `kind` of each of the photographs; of a part of them too.
-
-    Raises:
-        ValueError: pairs that are none of `photos`.
-    """
-    if isinstance(pairs, SubsetPairs):
-        whole = photo_properties(pairs.base)
-        return {name: [values[place] for place in pairs.places] for name, values in whole.items()}
-    if not (isinstance(pairs, DatasetPairs) and isinstance(pairs.dataset, _Photographs)):
-        raise ValueError(
-            f"expected photographs of `photos`; received {pairs!r}, whose properties are not known"
-        )
-    return pairs.dataset.properties
-
-
-@lru_cache(maxsize=2)
-def classes_of(folder: Path) -> list[dict[str, Any]]:
-    """`wnid`, `name`, `synonyms` and `kind` of each class, in the order of labels."""
-    return json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-
-
-class _Photographs:
-    """Rows as (picture, caption); each caption hangs on the photograph's place and the seed alone."""
-
-    def __init__(self, rows: ParquetRows, classes: list[dict[str, Any]], seed: int) -> None:
-        self.rows, self.kinds, self.seed = rows, classes, seed
-
-    @cached_property
-    def targets(self) -> list[int]:
-        return self.rows.targets or []
+    def __init__(
+        self,
+        split: Split = "train",
+        folder: str | Path | None = None,
+        *,
+        preprocess: Preprocess | None = None,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"split {split!r} is not one of {get_args(Split)}")
+        folder = data_folder("tiny-imagenet", "Tiny ImageNet", folder)
+        files, classes = sorted(folder.glob(f"{split}-*.parquet")), folder / "classes.json"
+        if not files or not classes.is_file():
+            raise FileNotFoundError(
+                f"expected {split}-*.parquet and classes.json in {folder}; they are not there"
+            )
+        self._classes: list[dict[str, Any]] = json.loads(classes.read_text(encoding="utf-8"))
+        templates, self._seed = options.get("templates"), options.get("caption_seed", 0)
+        self._natural = templates is None
+        names = [about["name"] for about in self._classes]
+        own = {"templates": templates or TEMPLATES, "class_names": names}
+        super().__init__(files, preprocess, **{**options, **own})
 
     @cached_property
     def properties(self) -> dict[str, list[str]]:
-        """What is known of each photograph beside its class."""
         found = {name: self.rows.column(name) or [] for name in PROPERTIES}
-        return found | {"kind": [self.kinds[label]["kind"] for label in self.targets]}
+        return found | {"kind": [self._classes[label or 0]["kind"] for label in self.known_labels]}
 
-    @cached_property
-    def captions(self) -> list[str]:
-        own = [self.properties[name] for name in PROPERTIES]
+    def _texts(self, labels: Sequence[int | None]) -> Sequence[str]:
+        if not self._natural:
+            return [""] * len(labels)
+        own = [self.rows.column(name) or [] for name in PROPERTIES]
         return [
-            caption(self.kinds[label], *facts, seed=self.seed, name=name)
-            for name, label, *facts in zip(self.rows.ids, self.targets, *own, strict=True)
+            caption(self._classes[label or 0], *facts, seed=self._seed, name=name)
+            for name, label, *facts in zip(self.rows.ids, labels, *own, strict=True)
         ]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        return self.rows.picture(index), self.captions[index]
+def properties_of(pairs: Pairs) -> dict[str, list[str]]:
+    """`PhotoPairs.properties`, of a part of them too.
+
+    Raises:
+        ValueError: pairs that are none of `PhotoPairs`.
+    """
+    if isinstance(pairs, SubsetPairs):
+        whole = properties_of(pairs.base)
+        return {name: [values[place] for place in pairs.places] for name, values in whole.items()}
+    if not isinstance(pairs, PhotoPairs):
+        raise ValueError(f"expected PhotoPairs; received {pairs!r}, whose properties are not known")
+    return pairs.properties
 
 
 def caption(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
+from decompclip.data.cifar10 import CLASSES, cifar10
 from decompclip.data.datasets import FolderPairs
 from decompclip.data.files import POISON_LIST, SkippedFile, parse_source
 from decompclip.data.images import (
@@ -27,8 +27,8 @@ from decompclip.data.images import (
     image_files,
 )
 from decompclip.data.pairs import Pairs, SubsetPairs
-from decompclip.data.parquet import parquet_files, parquet_pairs
-from decompclip.data.photos import photos
+from decompclip.data.parquet import ParquetPairs, parquet_files
+from decompclip.data.photos import PhotoPairs
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
@@ -45,7 +45,7 @@ SHAPES_LENGTH = 16_000
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 
-PHOTOGRAPHS = {"cifar10": cifar10, "tiny-imagenet": photos}
+PHOTOGRAPHS: dict[str, Callable[..., Pairs]] = {"cifar10": cifar10, "tiny-imagenet": PhotoPairs}
 """Data sets that a word names, in the folder that DECOMPCLIP_DATA names."""
 
 
@@ -62,18 +62,19 @@ class Reader:
     check: Callable[[str], object]
 
 
-def _shards(path: str, preprocess: Preprocess | None, *, root: Any, **options: Any) -> ShardPairs:
-    return ShardPairs(path, preprocess, **options)  # their images lie in the shards themselves
+def _whole(kind: type[ShardPairs | ParquetPairs]) -> Callable[..., Pairs]:
+    """Files that hold their images themselves have no use for a root."""
 
+    def read(path: str, preprocess: Preprocess | None, *, root: Any, **options: Any) -> Pairs:
+        return kind(path, preprocess, **options)
 
-def _parquet(path: str, preprocess: Preprocess | None, *, root: Any, **options: Any) -> Pairs:
-    return parquet_pairs(path, preprocess, **options)  # their images lie in the files themselves
+    return read
 
 
 READERS = {
     "table": Reader(CsvPairs, lambda path: CsvPairs(path, need_captions=False)),
-    "shards": Reader(_shards, expand_shards),
-    "parquet": Reader(_parquet, parquet_files),
+    "shards": Reader(_whole(ShardPairs), expand_shards),
+    "parquet": Reader(_whole(ParquetPairs), parquet_files),
 }
 """By the kind that `SUFFIX_KINDS` gives a suffix."""
 
@@ -329,11 +330,9 @@ def open_pairs(
     source = parse_source(spec)
     if source.kind == "shapes":
         return ShapesPairs(source.count or SHAPES_LENGTH, seed=seed, order_seed=seed)
-    if source.kind == "cifar10":
-        texts = TEMPLATES if templates is None else templates
-        return cifar10(preprocess=preprocess, templates=texts, caption_seed=seed, order_seed=seed)
-    if source.kind == "tiny-imagenet":
-        return photos(preprocess=preprocess, caption_seed=seed, order_seed=seed)
+    if source.kind in PHOTOGRAPHS:
+        given = {} if templates is None else {"templates": templates}
+        return PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed, **given)
     texts = PLAIN_TEMPLATES if templates is None else templates
     if source.path.is_dir():
         check_finished(source.path)

@@ -15,6 +15,7 @@ A trigger that is spread over the whole image has no such patch: `then` is for t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.detectors.detector import Detector, need
 from decompclip.defenses.fitted import check_fitted
+from decompclip.defenses.guard import Guard
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.intervention import Intervention
 from decompclip.tower.vit import Hook, HookedViT
@@ -66,7 +68,8 @@ class TokenRep(Detector):
         fpr: share of clean images that may be flagged.
         most: patches that may be filled in an image, one a forward pass; beyond them the image stays flagged.
         shrinkage: images that the median over all classes counts for.
-        then: an edit of the terms of every image afterwards, say a fitted `AgnosticRep` for triggers without a place.
+        then: an edit of the terms of every image afterwards, say a fitted `AgnosticRep` for triggers without a place. It takes
+            another forward pass for each.
         batch_size: images a forward pass.
 
     Attributes:
@@ -101,13 +104,9 @@ class TokenRep(Detector):
                 f"expected fpr in (0, 1), most of at least 1 and shrinkage above 0; received {fpr}, {most}, {shrinkage}"
             )
         self.model: HookedCLIP = model
-        self.classifier, self.fpr, self.most, self.shrinkage, self.then = (
-            classifier,
-            fpr,
-            most,
-            shrinkage,
-            then,
-        )
+        self.classifier, self.fpr, self.most, self.shrinkage = classifier, fpr, most, shrinkage
+        self.then = then
+        self._guard = None if then is None else Guard(model, then)
 
     @torch.no_grad()
     def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
@@ -124,6 +123,11 @@ class TokenRep(Detector):
             own = strongest[answers == label]
             median = own.median() if len(own) else overall
             typical[label] = (len(own) * median + self.shrinkage * overall) / (len(own) + self.shrinkage)
+        if not typical.min() > 0:
+            raise ValueError(
+                f"expected patches that contribute to the answers of clean images; the strongest ones of answer "
+                f"{int(typical.argmin())} contribute {typical.min():.3g}; this model's answers do not come from its patches"
+            )
         self.typical_: Float[Tensor, " class"] = typical.to(strongest)
 
     def _score(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
@@ -169,20 +173,27 @@ class TokenRep(Detector):
         shares, answers, d = self._read(images)
         relative = self._relative(shares, answers)
         scores, filled, passes = relative.amax(1), torch.zeros_like(shares, dtype=torch.bool), len(images)
-        features = self._feature(d)
+        features = self._features_of(d, images)
         for _ in range(min(self.most, shares.shape[1] - 1)):
             rows = (relative.amax(1) > threshold).nonzero().flatten()
             if not len(rows):
                 break
             filled[rows, relative[rows].argmax(1)] = True
             shares, answers, d = self._read(images[rows], filled[rows])
-            relative[rows], features[rows] = self._relative(shares, answers), self._feature(d)
+            relative[rows] = self._relative(shares, answers)
+            features[rows] = self._features_of(d, images[rows], filled[rows])
             passes += len(rows)
-        return features, scores, filled, passes
+        return features, scores, filled, passes if self._guard is None else 2 * passes
 
-    def _feature(self, d: Decomposition) -> Float[Tensor, "batch d_embed"]:
-        assert d.target is not None
-        return d.target.clone() if self.then is None else self.then(d).features
+    def _features_of(
+        self, d: Decomposition, images: Tensor, filled: Tensor | None = None
+    ) -> Float[Tensor, "batch d_embed"]:
+        """The model's own, or behind `then`, which has terms of its own convention."""
+        if self._guard is None:
+            assert d.target is not None
+            return d.target.clone()
+        with self._without(filled):
+            return self._guard.encode_image(images)
 
     def _relative(
         self, shares: Float[Tensor, "batch patch"], answers: Int[Tensor, " batch"]
@@ -193,8 +204,7 @@ class TokenRep(Detector):
         self, images: Float[Tensor, "batch 3 h w"], filled: Bool[Tensor, "batch patch"] | None = None
     ) -> tuple[Float[Tensor, "batch patch"], Int[Tensor, " batch"], Decomposition]:
         """Each patch's contribution to the answer (none of a filled one), the answers, and the terms."""
-        hooks = [] if filled is None else fill_patches(self.model.visual, filled)
-        with self.model.hooks(fwd_hooks=hooks):
+        with self._without(filled):
             d = self.model.decompose(images, tokens=True)
         classifier = self.classifier.to(d.embed)
         unit = torch.nn.functional.normalize(d.features, dim=1)
@@ -202,6 +212,9 @@ class TokenRep(Detector):
         directions = (classifier[answers] - classifier.mean(0)) / d.features.norm(dim=1, keepdim=True)
         shares = d.token_sums(directions)[:, self.model.cfg.n_prefix :]
         return shares if filled is None else shares.masked_fill(filled, -torch.inf), answers, d
+
+    def _without(self, filled: Tensor | None) -> AbstractContextManager[object]:
+        return self.model.hooks(fwd_hooks=[] if filled is None else fill_patches(self.model.visual, filled))
 
     def __repr__(self) -> str:
         return f"TokenRep(fpr={self.fpr}, most={self.most}, then={self.then!r})"

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,8 +26,8 @@ from decompclip.attacks.sig import SIG
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.cifar10 import cifar10
-from decompclip.data.pairs import Pairs, SubsetPairs
-from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, photo_properties, photos
+from decompclip.data.pairs import Pairs, SubsetPairs, permuted
+from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, PhotoPairs, properties_of
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict
@@ -152,12 +151,7 @@ class Cifar10World(World):
 
     @torch.no_grad()
     def accuracy(self, model: HookedCLIP) -> dict[str, float]:
-        pairs, found = self.report(), []
-        assert pairs.labels is not None
-        for start in range(0, len(pairs), 250):
-            images = pairs.read(range(start, min(start + 250, len(pairs)))).images
-            found.append(predict(model.encode_image(model.normalize(images)), self.classifier(model)))
-        return {"class": _share(torch.cat(found), pairs.labels)}
+        return _class_accuracy(model, self.report(), self.classifier(model))[0]
 
 
 class PhotosWorld(World):
@@ -171,42 +165,40 @@ class PhotosWorld(World):
 
     def pairs(self, length: int, seed: int) -> Pairs:
         """The first `length` photographs of an order that the seed fixes, with captions of their own."""
-        base = photos("train", caption_seed=seed)
+        base = PhotoPairs("train", caption_seed=seed)
         if length > len(base):
             raise ValueError(f"expected at most {len(base)} pairs; received {length}")
-        places = np.random.default_rng([seed, 17]).permutation(len(base))[:length]
-        return SubsetPairs(base, places.tolist(), order_seed=seed)
+        return SubsetPairs(base, permuted(len(base), seed)[:length].tolist(), order_seed=seed)
 
     def validation(self) -> Pairs:
-        return photos("validation")
+        return PhotoPairs("validation")
 
     def report(self) -> Pairs:
-        return photos("test")
+        return PhotoPairs("test")
 
     @torch.no_grad()
     def accuracy(self, model: HookedCLIP) -> dict[str, float]:
-        return photo_accuracy(model, self.report())
+        """Of a property: over the photographs that have a value among its prompts."""
+        pairs = self.report()
+        found, features = _class_accuracy(model, pairs, self.classifier(model))
+        for name, truth in properties_of(pairs).items():
+            values, templates = PROMPTS[name]
+            rows = [row for row, value in enumerate(truth) if value in values]
+            known = torch.tensor([values.index(truth[row]) for row in rows])
+            classifier = model.zero_shot_classifier([PLACES.get(value, value) for value in values], templates)
+            found[name] = _share(predict(features[rows], classifier), known)
+        return found
 
 
-@torch.no_grad()
-def photo_accuracy(model: HookedCLIP, pairs: Pairs) -> dict[str, float]:
-    """Zero-shot accuracy of the class and of each property, over the photographs that have a value among its prompts."""
+def _class_accuracy(
+    model: HookedCLIP, pairs: Pairs, classifier: Float[Tensor, "class d_embed"]
+) -> tuple[dict[str, float], Float[Tensor, "image d_embed"]]:
+    """Zero-shot accuracy of the class, and the features behind it."""
+    assert pairs.labels is not None
     starts = range(0, len(pairs), 250)
     images = (pairs.read(range(start, min(start + 250, len(pairs)))).images for start in starts)
     features = torch.cat([model.encode_image(model.normalize(batch)) for batch in images])
-    assert pairs.labels is not None
-    found = {
-        "class": _share(
-            predict(features, model.zero_shot_classifier(pairs.class_names, TEMPLATES)), pairs.labels
-        )
-    }
-    for name, truth in photo_properties(pairs).items():
-        values, templates = PROMPTS[name]
-        rows = [row for row, value in enumerate(truth) if value in values]
-        known = torch.tensor([values.index(truth[row]) for row in rows])
-        classifier = model.zero_shot_classifier([PLACES.get(value, value) for value in values], templates)
-        found[name] = _share(predict(features[rows], classifier), known)
-    return found
+    return {"class": _share(predict(features, classifier), pairs.labels)}, features
 
 
 def _share(predictions: Int[Tensor, " image"], truth: Int[Tensor, " image"]) -> float:

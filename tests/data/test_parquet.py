@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 
 from decompclip.data import parquet
-from decompclip.data.parquet import parquet_pairs
-from decompclip.data.photos import PROMPTS, photo_properties, photos
+from decompclip.data.pairs import SubsetPairs
+from decompclip.data.parquet import ParquetPairs
+from decompclip.data.photos import PROMPTS, PhotoPairs, properties_of
 from decompclip.data.pixels import to_pixels
 from decompclip.data.sources import open_images, open_pairs
 
@@ -47,7 +49,7 @@ def test_a_struct_of_bytes_with_the_files_own_class_names(tmp_path: Path) -> Non
     about = {"info": {"features": {"label": {"names": NAMES, "_type": "ClassLabel"}}}}
     write(tmp_path / "b.parquet", {"image": structs(3), "label": [2, 0, 1]}, metadata=about)
     write(tmp_path / "a.parquet", {"image": structs(2), "label": [1, 1]}, metadata=about)
-    pairs = parquet_pairs(tmp_path, templates=TEMPLATES)
+    pairs = ParquetPairs(tmp_path, templates=TEMPLATES)
     assert pairs.class_names == tuple(NAMES)
     assert pairs.ids == ["a.parquet#0", "a.parquet#1", "b.parquet#0", "b.parquet#1", "b.parquet#2"]
     assert pairs.labels is not None and pairs.labels.tolist() == [1, 1, 2, 0, 1]
@@ -61,20 +63,20 @@ def test_a_struct_of_bytes_with_the_files_own_class_names(tmp_path: Path) -> Non
 )
 def test_bytes_with_captions(tmp_path: Path, kind: str, column: str) -> None:
     images = pa.array([encoded(200, kind)] * 2, pa.binary())
-    pairs = parquet_pairs(write(tmp_path / "x.parquet", {column: images, "caption": ["one", "two"]}))
+    pairs = ParquetPairs(write(tmp_path / "x.parquet", {column: images, "caption": ["one", "two"]}))
     assert list(pairs.captions) == ["one", "two"] and pairs.labels is None
     assert pairs[1].image.mean() == pytest.approx(200 / 255, abs=0.01)
 
 
 def test_labels_that_are_names(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"image": structs(3), "cls": ["dog", "cat", "dog"]})
-    pairs = parquet_pairs(path, templates=TEMPLATES)
+    pairs = ParquetPairs(path, templates=TEMPLATES)
     assert pairs.class_names == ("cat", "dog") and pairs.labels is not None
     assert pairs.labels.tolist() == [1, 0, 1]
     with pytest.raises(
         ValueError, match="expected labels among the 2 class names; .* has 'dog'; pass class_names"
     ):
-        parquet_pairs(path, templates=TEMPLATES, class_names=["cat", "cow"])
+        ParquetPairs(path, templates=TEMPLATES, class_names=["cat", "cow"])
 
 
 def test_own_names_are_found_among_the_classifiers(tmp_path: Path) -> None:
@@ -90,27 +92,37 @@ def test_own_names_are_found_among_the_classifiers(tmp_path: Path) -> None:
 
 def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a parquet file"):
-        parquet_pairs(tmp_path)
+        ParquetPairs(tmp_path)
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"text\.parquet is no parquet file that can be read"):
-        parquet_pairs(tmp_path / "text.parquet")
+        ParquetPairs(tmp_path / "text.parquet")
     bare = write(tmp_path / "bare.parquet", {"image": ["a.png", "b.png"], "label": [0, 1]})
     with pytest.raises(
         ValueError, match=r"expected a column of image bytes called .*; .* has image \(string\), label"
     ):
-        parquet_pairs(bare)
+        ParquetPairs(bare)
     odd = write(tmp_path / "odd.parquet", {"image": structs(2), "label": [0.5, 1.0]})
     with pytest.raises(ValueError, match="expected labels that are whole numbers or names; .* has float"):
-        parquet_pairs(odd, templates=TEMPLATES)
+        ParquetPairs(odd, templates=TEMPLATES)
     missing = write(tmp_path / "missing.parquet", {"image": structs(2), "label": pa.array([0, None])})
     with pytest.raises(ValueError, match="has NoneType, int; every row needs one"):
-        parquet_pairs(missing, templates=TEMPLATES)
+        ParquetPairs(missing, templates=TEMPLATES)
     plain = write(tmp_path / "plain.parquet", {"image": structs(2)})
-    bare_images = parquet_pairs(plain)
+    bare_images = ParquetPairs(plain, need_captions=False)
     assert bare_images.labels is None and bare_images.image(1) is not None
     assert [batch.labels for batch in open_images(plain, to_pixels(8), ()).batches(2)] == [None]
-    with pytest.raises(ValueError, match="expected a caption with every image"):
-        _ = bare_images.captions
+    with pytest.raises(
+        ValueError, match=r"expected rows with an image and a caption in .*#0: has no caption"
+    ):
+        ParquetPairs(plain)
+    large = write(tmp_path / "large.parquet", {"image": structs(2), "label": [0, 10**12]})
+    with pytest.raises(
+        ValueError, match=r"expected labels 0\.\.99999, .* has 0\.\.1000000000000; pass class_names"
+    ):
+        ParquetPairs(large)
+    none = write(tmp_path / "none.parquet", {"image": structs(0), "label": pa.array([], pa.int32())})
+    with pytest.raises(ValueError, match="expected rows with images; .* has none"):
+        ParquetPairs(none)
 
 
 def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
@@ -119,7 +131,7 @@ def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[start : start + 40] = b"\xff" * 40
     path.write_bytes(bytes(content))
-    pairs = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES)
+    pairs = ParquetPairs(path, class_names=NAMES, templates=TEMPLATES)
     assert [pair.id for pair in pairs] == [f"x.parquet#{row}" for row in (0, 1, 4, 5)]
     assert [skip.path for skip in pairs.skipped] == ["x.parquet#2", "x.parquet#3"]
     assert all("row group 1 of x.parquet cannot be read" in skip.reason for skip in pairs.skipped)
@@ -127,16 +139,16 @@ def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
 
 def test_a_damaged_or_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
     images = pa.array([encoded(1), b"no picture", None], pa.binary())
-    pairs = parquet_pairs(write(tmp_path / "x.parquet", {"png": images, "text": ["a", "b", "c"]}))
+    pairs = ParquetPairs(write(tmp_path / "x.parquet", {"png": images, "text": ["a", "b", "c"]}))
     assert [pair.caption for pair in pairs] == ["a"]
     assert [skip.path for skip in pairs.skipped] == ["x.parquet#1", "x.parquet#2"]
 
 
 def test_row_groups_beyond_the_bound_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "x.parquet", {"image": structs(6), "label": [0] * 6})
-    whole = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES).read(range(6)).images
+    whole = ParquetPairs(path, class_names=NAMES, templates=TEMPLATES).read(range(6)).images
     monkeypatch.setattr(parquet, "HELD", 1)
-    pairs = parquet_pairs(path, class_names=NAMES, templates=TEMPLATES)
+    pairs = ParquetPairs(path, class_names=NAMES, templates=TEMPLATES)
     assert torch.equal(pairs.read([5, 0, 3, 1, 4, 2]).images, whole[[5, 0, 3, 1, 4, 2]])
 
 
@@ -145,15 +157,32 @@ def test_row_groups_beyond_the_bound_are_read_again(tmp_path: Path, monkeypatch:
     "DECOMPCLIP_DATA" not in os.environ, reason="needs Tiny ImageNet: DECOMPCLIP_DATA is not set"
 )
 def test_photographs_tell_what_their_captions_say() -> None:
-    pairs = photos("test")
+    pairs = PhotoPairs("test")
     assert len(pairs) == 5_000 and len(pairs.class_names) == 200
-    known = photo_properties(pairs)
+    known = pairs.properties
     assert set(PROMPTS["kind"][0]) == set(known["kind"])
-    said = {"colour": "mostly {}", "brightness": "{} ", "size": "{} "}
-    for name, words in said.items():
-        other = set(known[name]) - {"mixed", "even", "medium"}
-        for caption, value in zip(pairs.captions[:500], known[name], strict=False):
-            wrong = [each for each in other - {value} if words.format(each) in f"{caption} "]
-            assert not wrong or name != "colour", (caption, value)
-    again = photos("test", caption_seed=1)
-    assert list(photos("test").captions) == list(pairs.captions) != list(again.captions)
+    tells = {"colour": r"mostly (\w+)$", "brightness": r"^an? (dark|bright) ", "size": r" an? (small|large) "}
+    for name, pattern in tells.items():
+        told = [
+            (re.search(pattern, text), value) for text, value in zip(pairs.captions, known[name], strict=True)
+        ]
+        found = [(match[1], value) for match, value in told if match]
+        assert len(found) > 500 and all(word == value for word, value in found), name
+    again = PhotoPairs("test", caption_seed=1)
+    assert list(PhotoPairs("test").captions) == list(pairs.captions) != list(again.captions)
+    plain = PhotoPairs("test", templates=("a {}!",))
+    assert plain.captions[0] == f"a {plain.class_names[int(plain.known_labels[0] or 0)]}!"
+    part = SubsetPairs(pairs, [7, 3])
+    assert properties_of(part)["colour"] == [known["colour"][7], known["colour"][3]]
+
+
+def test_photographs_that_are_not_there_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected test-\*\.parquet and classes\.json in"):
+        PhotoPairs("test", tmp_path)
+    with pytest.raises(ValueError, match="split 'all' is not one of"):
+        PhotoPairs("all", tmp_path)  # pyright: ignore[reportArgumentType]
+    monkeypatch.delenv("DECOMPCLIP_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="DECOMPCLIP_DATA is not set"):
+        open_pairs("tiny-imagenet")

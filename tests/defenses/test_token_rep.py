@@ -10,6 +10,8 @@ from torch import Tensor
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
+from decompclip.defenses.agnostic import AgnosticRep
+from decompclip.defenses.guard import Guard
 from decompclip.defenses.token_rep import TokenRep, fill_patches
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.bundled import card, load_bundled
@@ -52,6 +54,10 @@ def test_the_trigger_goes_and_the_class_comes_back(
 
 def answers_of(model: HookedCLIP, classifier: Tensor, pixels: Tensor) -> Tensor:
     return (model.encode_image(model.normalize(pixels)) @ classifier.T).argmax(1)
+
+
+def images_of(n: int, seed: int, model: HookedCLIP) -> Tensor:
+    return model.normalize(next(iter(Shapes(n, seed=seed).batches(n))).images)
 
 
 @torch.no_grad()
@@ -121,5 +127,8 @@ def test_a_trigger_without_a_place_is_for_what_comes_then(twin: HookedCLIP, clas
     plain = TokenRep(twin, classifier).fit(Shapes(N, seed=61))
     both = TokenRep(twin, classifier, then=ZeroAblate(mlps[-1])).fit(Shapes(N, seed=61))
     calm = ~plain.repair(images).flagged
+    unit = AgnosticRep(classifier, budget=0.05).fit(twin.decompose(images_of(200, 67, twin), normalize=True))
+    behind = TokenRep(twin, classifier, then=unit).fit(Shapes(N, seed=61)).repair(images).features
+    assert torch.allclose(behind[calm], Guard(twin, unit).encode_image(images)[calm], atol=1e-5)
     edited = ZeroAblate(mlps[-1])(twin.decompose(images)).features
     assert torch.allclose(both.repair(images).features[calm], edited[calm], atol=1e-5)
