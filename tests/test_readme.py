@@ -142,6 +142,14 @@ def test_findings_are_what_the_committed_results_say(family: str) -> None:
             )
 
 
+def test_token_repair_on_photographs_is_what_was_measured() -> None:
+    analysis, record = load("token_rep"), read("token_rep", "photos")
+    for text in (analysis.table(record), analysis.finding(record)):
+        assert text in RESULTS, (
+            "run `python -m analyses.token_rep --model-family photos --redraw` and paste what it prints"
+        )
+
+
 # A number in its own right: no part of a longer one, of a name (ViT-B/32) or of code.
 NUMBER = r"(?<![\w.,/-])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\d)"
 

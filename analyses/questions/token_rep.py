@@ -5,7 +5,9 @@ Command:   python -m analyses.token_rep --model-family shapes
 Run time:  about 5 minutes for shapes, 1 for cifar10, 4 for photos, one thread.
 Expected:  of a local trigger, ASR <= 3 %, the own class >= 90 % of clean accuracy, CACC loss <= 0.5 points, AUROC >= 0.98; of a
            global one nothing, for no few patches carry it.
-Measured:  see the table; the target's share, own classes and AUROC of every model stand in it.
+Measured:  local: ASR 0.0 to 2.5 % and own class 94 to 99 % on 8 of 9 drawings, 0.2 and 39.1 % (clean images 41.4) on photos-badnet, 4.0 and
+           67.7 % (76.6) on cifar10-badnet; BadCLIP stays at 37.6 % on cifar10 and 100 % on drawings. CACC loses 0.2 to 1.2 points.
+           Global: most stay; two seeds of Blended on drawings fall to 5 and 17 %.
 Writes:    analyses/results/FAMILY/token_rep.json, token_rep.png
 
 `TokenRep` is fitted on clean images alone; its options were chosen on validation images of shapes-badnet, cifar10-badnet and
@@ -168,13 +170,13 @@ def finding(record: Mapping[str, Any]) -> str:
         lost = [100 * (m["as it is"]["cacc"]["value"] - m["repaired"]["cacc"]["value"]) for m in own]
         areas = [m["auroc"]["value"] for m in own]
         parts.append(
-            f"{words} ({len(own)} models) {mean(left):.1f} % ({min(left):.1f} to {max(left):.1f}) of triggered images still go to the target, and "
+            f"{words} ({len(own)} model{'s' if len(own) > 1 else ''}) {mean(left):.1f} % ({min(left):.1f} to {max(left):.1f}) of triggered images still go to the target, and "
             f"{mean(right):.1f} % ({min(right):.1f} to {max(right):.1f}) are told right, where clean images are at {mean(before):.1f}; clean accuracy "
             f"loses {mean(lost):.1f} points (at most {max(lost):.1f}), AUROC {mean(areas):.3f} (worst {min(areas):.3f})."
         )
     return (
         " ".join(parts)
-        + " A trigger of many weak patches, or one that the class token alone reads, would change the first."
+        + " What no single patch carries is not found: triggers spread over the image, and BadCLIP's patch on drawings."
     )
 
 

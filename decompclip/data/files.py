@@ -113,11 +113,11 @@ def data_folder(name: str, what: str, folder: str | Path | None) -> Path:
     """
     if folder is not None:
         return Path(folder)
-    if "DECOMPCLIP_DATA" not in os.environ:
+    if not (data := os.environ.get("DECOMPCLIP_DATA")):
         raise FileNotFoundError(
             f"expected a folder with {what}; received none, and DECOMPCLIP_DATA is not set; pass folder="
         )
-    return Path(os.environ["DECOMPCLIP_DATA"], name)
+    return Path(data, name)
 
 
 def files_skipped(n: int) -> str:
