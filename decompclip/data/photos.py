@@ -112,11 +112,12 @@ class PhotoPairs(ParquetPairs):
                 f"expected {split}-*.parquet and classes.json in {folder}; they are not there"
             )
         self._classes: list[dict[str, Any]] = json.loads(classes.read_text(encoding="utf-8"))
-        templates, self._seed = options.get("templates"), options.get("caption_seed", 0)
+        templates = options.get("templates")
         self._natural = templates is None
         names = [about["name"] for about in self._classes]
-        own = {"templates": templates or TEMPLATES, "class_names": names}
-        super().__init__(files, preprocess, **{**options, **own})
+        super().__init__(
+            files, preprocess, **{**options, "templates": templates or TEMPLATES, "class_names": names}
+        )
 
     @cached_property
     def properties(self) -> dict[str, list[str]]:
@@ -128,7 +129,7 @@ class PhotoPairs(ParquetPairs):
             return [""] * len(labels)
         own = [self.rows.column(name) or [] for name in PROPERTIES]
         return [
-            caption(self._classes[label or 0], *facts, seed=self._seed, name=name)
+            caption(self._classes[label or 0], *facts, seed=self.caption_seed, name=name)
             for name, label, *facts in zip(self.rows.ids, labels, *own, strict=True)
         ]
 
