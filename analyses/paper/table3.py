@@ -77,12 +77,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
-    return {
-        "models": {
-            member.name: measure(family.case(member, images=config.images, seed=config.seed), config)
-            for member in members
-        }
-    }
+    return family.measured(members, config, measure)
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:

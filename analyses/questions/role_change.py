@@ -83,12 +83,7 @@ def _share(directions: Any, terms: Any) -> float:
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
-    return {
-        "models": {
-            member.name: measure(family.case(member, images=config.images, seed=config.seed), config)
-            for member in members
-        }
-    }
+    return family.measured(members, config, measure)
 
 
 def change(rows: list[dict[str, Any]], kind: str, key: str) -> float:

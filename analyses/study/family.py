@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,6 +69,21 @@ class Family(ABC):
             ValueError: more images than there are.
             FileNotFoundError: weights or images are not where the family says.
         """
+
+    def measured(
+        self, members: tuple[Member, ...], config: Any, measure: Callable[[Case, Any], Any]
+    ) -> dict[str, Any]:
+        """What `measure(case, config)` says of each member, with `config.images` images and `config.seed`; one is held at a time.
+
+        Raises:
+            ValueError, FileNotFoundError: as `case`.
+        """
+        return {
+            "models": {
+                member.name: measure(self.case(member, images=config.images, seed=config.seed), config)
+                for member in members
+            }
+        }
 
     def select(self, names: tuple[str, ...] = ()) -> tuple[Member, ...]:
         """Members by model or by attack; all without names.
