@@ -21,9 +21,10 @@ another class, and replaces the contributions of all later layers by what was to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
+from operator import add, sub
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -37,6 +38,7 @@ from decompclip.defenses.distances import (
     ClassDistance,
     ClassSums,
     Extrapolation,
+    PrefixSums,
     class_directions,
     layer_terms,
     prefixes,
@@ -45,6 +47,7 @@ from decompclip.defenses.distances import (
 from decompclip.defenses.fitted import (
     Calibrated,
     Saved,
+    blocks,
     check_fitted,
     held_out,
     under,
@@ -63,7 +66,7 @@ class Observed:
 
     Attributes:
         layers: contributions of heads and MLPs, along the directions that tell classes apart.
-        before: the feature's partial sums after each layer.
+        before: the feature's partial sums after each layer, or after one.
         written: one over the length of the part of the feature that is there before the first block.
         classes: that the images are taken for.
     """
@@ -80,18 +83,22 @@ class Observed:
     def __getitem__(self, rows: Tensor) -> Observed:
         return Observed(*(x[rows] for x in vars(self).values()))
 
-    def sums(self, n_classes: int, about: Sums | None = None) -> Sums:
-        """Of images with the prefix of one layer. `about`: sums whose origins to take, so that the two subtract."""
-        joint = torch.cat([self.before[:, 0], self.features], 1)
-        first, second = (
-            ClassSums.of(x[:, None], self.classes, n_classes, origin=near and near.origin)
-            for x, near in zip((joint, self.layers), about or (None, None), strict=True)
-        )
-        return first, second
+    def after(self, layer: int) -> Observed:
+        """With the partial sums after one layer alone."""
+        return replace(self, before=self.before[:, layer : layer + 1].clone())
 
-
-Sums = tuple[ClassSums, ClassSums]
-"""Of the prefix and the feature side by side, and of `Observed.layers`."""
+    def folds(
+        self, n_classes: int, held: list[Bool[Tensor, " image"]]
+    ) -> Iterator[tuple[ClassSums, ClassSums]]:
+        """Of the images of each fold: sums of the prefix of one layer and the feature side by side, and of `layers`."""
+        origins = [x.mean(0, dtype=torch.float64) for x in (self.before[:, 0], self.features, self.layers)]
+        for out in held:
+            joint = torch.cat([self.before[out, 0], self.features[out]], 1)
+            near, layers = torch.cat(origins[:2])[None], origins[2][None]
+            yield (
+                ClassSums.of(joint[:, None], self.classes[out], n_classes, origin=near),
+                ClassSums.of(self.layers[out][:, None], self.classes[out], n_classes, origin=layers),
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,36 +174,41 @@ class AgnosticDet(Calibrated):
     spread_: Float[Tensor, ""] = field(init=False)
 
     def fit(self, clean: Decomposition | Iterable[Decomposition]) -> AgnosticDet:
-        """Learn from clean images of all classes.
+        """Learn from clean images, best of all classes: a class of few stays close to what all have in common.
+
+        Batches are seen once. Kept of an image are its feature, one partial sum and its contributions along the
+        directions that tell classes apart: 7 kB in a ViT-B/32.
 
         Args:
             clean: terms of unit features, at once or batch by batch.
 
         Raises:
-            ValueError: too few images, images of a single class, terms that do not sum to unit features, terms
-                of another width than the classifier, or an unusable option.
+            ValueError: fewer images than classes, images of a single class, terms that do not sum to unit features,
+                terms of another width than the classifier, or an unusable option.
         """
-        seen = []
-        for part in [clean] if isinstance(clean, Decomposition) else clean:
-            if not seen:
-                self.terms_ = part[:0]
+        kept: list[Observed] = []
+        cut, sums = 0, None
+        for part in blocks(clean):
+            if sums is None:
+                self.terms_ = part[[]]  # a copy: a view would keep the block
                 self._check_width(part)
-            seen.append(self.look(part))
-        if not seen:
+                cut = max(0, part.n_layers // 2 - 1)
+            seen = self.look(part)
+            sums = sums or PrefixSums(seen.before, seen.features)
+            sums.add(seen.before, seen.features)
+            kept.append(seen.after(cut))
+        if sums is None:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
-        looked = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in seen), strict=True)))
-        self._check_images(looked)
-        n_classes = len(self.classifier)
-        cut = max(0, looked.before.shape[1] // 2 - 1)
-        near = replace(looked, before=looked.before[:, cut : cut + 1])
-        logs = torch.zeros(len(looked), len(VIEWS), dtype=torch.float64, device=looked.features.device)
-        whole = near.sums(n_classes)
-        for out in held_out(len(looked), self.folds, self.seed, looked.classes.device):
-            own = near[out]
-            rest = (a - b for a, b in zip(whole, own.sums(n_classes, whole), strict=True))
-            logs[out] = Expected.of(*rest).logs(own)
-        future = Extrapolation.fit(looked.before, looked.features)
-        self.expected_ = replace(Expected.of(*whole), extrapolation=future, cut=cut)
+        near = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in kept), strict=True)))
+        del kept
+        self._check_images(near)
+        logs = torch.zeros(len(near), len(VIEWS), dtype=torch.float64, device=near.features.device)
+        held = [*held_out(len(near), self.folds, self.seed, near.classes.device)]
+        folds = [*near.folds(len(self.classifier), held)]
+        whole = [reduce(add, of_folds) for of_folds in zip(*folds, strict=True)]
+        for out, own in zip(held, folds, strict=True):
+            logs[out] = Expected.of(*map(sub, whole, own)).logs(near[out])
+        self.expected_ = replace(Expected.of(*whole), extrapolation=sums.extrapolation(), cut=cut)
         self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
         views = self._standard(logs)
         self.spread_ = views[:, :-1].sum(1).std().clamp_min(1e-9)
@@ -215,7 +227,7 @@ class AgnosticDet(Calibrated):
             )
         check_alike(self.terms_, d)
         terms = layer_terms(d)
-        directions = class_directions(self.classifier).to(d.embed)
+        directions = self._directions.to(d.embed)
         classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
         written = 1 / (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
         return Observed(d.features, (terms @ directions.T).flatten(1), prefixes(d, terms), written, classes)
@@ -246,6 +258,10 @@ class AgnosticDet(Calibrated):
         """
         return self.expected_.extrapolation(self.look(d).before)
 
+    @cached_property
+    def _directions(self) -> Float[Tensor, "direction d_embed"]:
+        return class_directions(self.classifier)
+
     def _views(self, seen: Observed) -> Float[Tensor, "image view"]:
         return self._standard(self.expected_.logs(seen))
 
@@ -271,9 +287,10 @@ class AgnosticDet(Calibrated):
                 f"expected clean images of at least 2 classes; all {len(clean)} were taken for one; give images of "
                 "every class"
             )
-        if len(clean) < (needed := max(10 * known, 10 * self.folds)):
+        if len(clean) < (needed := max(len(self.classifier), 10 * self.folds)):
             raise ValueError(
-                f"expected at least {needed} clean images, ten for each of {known} classes seen; received {len(clean)}"
+                f"expected at least {needed} clean images, as many as the classifier has classes ({len(self.classifier)}) "
+                f"and ten a fold; received {len(clean)}; fit on more, or with a classifier of fewer classes"
             )
 
 
@@ -317,7 +334,7 @@ class AgnosticRep(Saved, Intervention):
         moments: list[Moments] = []
 
         def counted() -> Iterable[Decomposition]:
-            for part in [clean] if isinstance(clean, Decomposition) else clean:
+            for part in blocks(clean):
                 moments[:] = [reduce(Moments.merge, [*moments, Moments.of(part, second=False)])]
                 yield part
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import heappush, heapreplace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import TERMS, read_tensors, write_tensors
+from decompclip.decomposition.decomposition import TERMS, Decomposition, read_tensors, write_tensors
 from decompclip.decomposition.maps import same_model, term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.models.clip import HookedCLIP
@@ -106,6 +107,55 @@ def held_out(n: int, folds: int, seed: int, device: torch.device) -> Iterator[Bo
         raise ValueError(f"expected at least 2 folds; received {folds}")
     fold = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device) % folds
     return (fold == held for held in range(folds))
+
+
+BLOCK = 1000
+"""Images that are looked at together: sums over fewer cost as much."""
+
+
+def blocks(clean: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposition]:
+    """Decompositions of about `BLOCK` images each, whatever the batches that they come in."""
+    waiting: list[Decomposition] = []
+    for part in [clean] if isinstance(clean, Decomposition) else clean:
+        for start in range(0, len(part), BLOCK):
+            waiting.append(part[start : start + BLOCK])
+            if sum(map(len, waiting)) >= BLOCK:
+                yield Decomposition.cat(waiting)
+                waiting.clear()
+    if waiting:
+        yield Decomposition.cat(waiting)
+
+
+class Sample:
+    """Rows of a stream, drawn alike from all: those of the lowest draws, in the order that they came.
+
+    Args:
+        most: rows that are kept.
+        seed: of the draws.
+
+    Attributes:
+        seen: rows that came.
+    """
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.most, self.seen = most, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[tuple[float, int, list[Tensor]]] = []  # the highest draw first
+
+    def add(self, *columns: Shaped[Tensor, "row ..."]) -> None:
+        """Rows of one batch: a row has an entry in each column."""
+        for place, draw in enumerate(torch.rand(len(columns[0]), generator=self._generator).tolist()):
+            full = len(self._kept) >= self.most
+            if not full or -draw > self._kept[0][0]:
+                # copies: a view of a row would keep its batch alive
+                row = (-draw, self.seen, [x[place].clone() for x in columns])
+                (heapreplace if full else heappush)(self._kept, row)
+            self.seen += 1
+
+    def columns(self) -> list[Shaped[Tensor, "row ..."]]:
+        """What was kept, column by column; a row's entries stand at one place."""
+        rows = [row for _, _, row in sorted(self._kept, key=lambda kept: kept[1])]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 class Saved(ABC):

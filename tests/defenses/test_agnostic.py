@@ -15,6 +15,7 @@ from decompclip.defenses.distances import (
     ClassDistance,
     ComponentDistances,
     Extrapolation,
+    PrefixSums,
     class_directions,
     layer_terms,
     prefixes,
@@ -82,6 +83,10 @@ def test_an_extrapolation_is_a_ridge_regression_for_each_layer() -> None:
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 3, 6, generator=g).double(), torch.randn(50, 6, generator=g).double()
     found = Extrapolation.fit(x, y)(x)
+    sums = PrefixSums(x[:7], y[:7])
+    for start in range(0, 50, 7):
+        sums.add(x[start : start + 7], y[start : start + 7])
+    assert torch.allclose(sums.extrapolation()(x), found, atol=1e-10)
     for layer in range(3):
         own = x[:, layer] - x[:, layer].mean(0)
         penalty = 3e-3 * own.square().sum(0).mean().item()
@@ -195,6 +200,23 @@ def test_features_that_were_written_by_the_blocks_alone_are_suspicious(
     assert (detector.views(less)[:, -1] > detector.views(fresh)[:, -1])[larger].all()
 
 
+def test_one_clean_image_a_class_is_enough(many: Decomposition) -> None:
+    """Classes are held to what they share: false positives do not rise."""
+    classifier = torch.nn.functional.normalize(many.features[:60] - many.features.mean(0), dim=1)
+    with pytest.raises(
+        ValueError,
+        match=r"at least 60 clean images, as many as the classifier has classes \(60\).*received 59",
+    ):
+        AgnosticDet(classifier).fit(many[N : N + 59])
+    rates = []
+    for start in range(N, 11 * N, N):
+        detector = AgnosticDet(classifier).fit(many[start : start + 60])
+        assert detector.scores_.isfinite().all()
+        rates.append(detector.predict(many[-5 * N :], fpr=0.1).double().mean().item())
+    assert np.mean(rates) < 0.12
+    assert detector.score(hijacked(many[-N:], classifier[0])).min() > detector.threshold_at(0.05)
+
+
 def test_too_fine_a_rate_says_how_many_images_it_takes(
     clean: Decomposition, classifier: torch.Tensor
 ) -> None:
@@ -219,7 +241,8 @@ def test_bad_input_is_refused(
     with pytest.raises(ValueError, match=r"received none"):
         AgnosticDet(classifier).fit([])
     with pytest.raises(
-        ValueError, match=r"at least 50 clean images, ten for each of \d classes seen; received 20"
+        ValueError,
+        match=r"at least 50 clean images, as many as the classifier has classes \(4\) and ten a fold; received 20",
     ):
         AgnosticDet(classifier).fit(clean[:20])
     with pytest.raises(ValueError, match=r"all 240 were taken for one"):
@@ -347,6 +370,28 @@ def test_each_component_has_its_own_calibrated_distance(
     assert torch.allclose(
         distances.score(odd)[classes][:, others], distances.score(fresh)[classes][:, others]
     )
+
+
+def test_components_are_learnt_from_all_images_and_calibrated_on_a_sample(
+    clean: Decomposition, classifier: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain way: of each fold of the sample, all images but its own teach."""
+    monkeypatch.setattr("decompclip.defenses.distances.CALIBRATION", 100)
+    found = ComponentDistances(classifier, seed=3).fit(clean[i : i + 33] for i in range(0, N, 33))
+    sample = torch.rand(N, generator=torch.Generator().manual_seed(3)).argsort()[:100].sort().values
+    fold = torch.randperm(100, generator=torch.Generator().manual_seed(3)) % 5
+    classes = (clean.features @ classifier.T).argmax(1)
+    columns = []
+    for x in (clean.coords.flatten(1, 2), clean.mlps):
+        logs = torch.zeros(100, x.shape[1]).double()
+        for held in range(5):
+            own = sample[fold == held]
+            rest = torch.ones(N, dtype=torch.bool)
+            rest[own] = False
+            distance = ClassDistance.fit(x[rest], classes[rest], len(classifier))
+            logs[fold == held] = distance(x[own], classes[own]).log()
+        columns.append(logs)
+    assert torch.allclose(found.logs_, torch.cat(columns, 1).sort(0).values, rtol=1e-6)
 
 
 def test_component_flags_restrict_an_intervention(clean: Decomposition, classifier: torch.Tensor) -> None:

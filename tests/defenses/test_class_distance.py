@@ -97,6 +97,18 @@ def test_sums_less_a_fold_s_are_those_of_the_others() -> None:
     assert torch.allclose(found.whitener, whitener(spread, len(rest)), rtol=1e-8)
 
 
+def test_sums_of_parts_are_those_of_all() -> None:
+    x, classes = points(90, 6, components=2) + 100, torch.arange(90) ** 2 % 7
+    whole = ClassSums.of(x, classes, 7)
+    first, *others = (
+        ClassSums.of(x[i : i + 40], classes[i : i + 40], 7, origin=whole.origin) for i in range(0, 90, 40)
+    )
+    for part in others:
+        first += part
+    for name, expected in vars(whole).items():
+        assert torch.allclose(getattr(first, name), expected, rtol=1e-10, atol=1e-9), name
+
+
 def test_sums_of_mapped_points() -> None:
     x, classes = points(40, 5), torch.arange(40) % 3
     map_ = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decompclip.defenses.detectors.corruptions import CORRUPTIONS, SEVERITIES
 from decompclip.defenses.detectors.detector import Detector, need, registered
+from decompclip.defenses.fitted import Sample
 from decompclip.evaluation.evaluate import Encoder
 
 
@@ -79,17 +80,11 @@ class STRIP(LabelDetector):
         return self.n
 
     def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
-        # the n images of the lowest draws: a sample of all, whatever their order and number
-        generator = torch.Generator().manual_seed(self.seed)
-        kept, draws = None, torch.zeros(0)
-        for part in batches:
-            pixels = part if kept is None else torch.cat([kept, part])
-            draws = torch.cat([draws, torch.rand(len(pixels) - len(draws), generator=generator)])
-            best = draws.argsort()[: self.n].sort().values
-            kept, draws = pixels[best], draws[best]
-        need(len(draws), self.n, "to lay over others")
-        assert kept is not None
-        self.overlays_ = kept
+        sample = Sample(self.n, self.seed)
+        for pixels in batches:
+            sample.add(pixels)
+        need(sample.seen, self.n, "to lay over others")
+        (self.overlays_,) = sample.columns()
 
     def _score(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
         overlays = self.overlays_.to(pixels)

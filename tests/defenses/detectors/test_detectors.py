@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor
 
 import decompclip
 from decompclip.data.shapes import Shapes
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic import AgnosticDet
 from decompclip.defenses.decomp import DecompDet
 from decompclip.defenses.detectors import DETECTORS
@@ -336,6 +340,43 @@ def test_every_registered_detector_runs_and_tells_clean_from_clean_by_chance() -
         area = auroc(detector.score(one), detector.score(other))
         assert abs(area - 0.5) < 4 * math.sqrt(161 / (12 * 80 * 80)), name
         assert detector.forwards >= 1 and detector.threshold_at(0.1) <= detector.scores_.max()
+
+
+def test_a_detector_of_several_passes_calibrates_on_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all images alike, whatever the batches; one of a single pass on all."""
+    monkeypatch.setattr("decompclip.defenses.detectors.detector.CALIBRATION", 50)
+    whole, parts = (TeCo(Means(), CLASSIFIER).fit(x) for x in (CLEAN, CLEAN.split(7)))
+    drawn = torch.rand(len(CLEAN), generator=torch.Generator().manual_seed(0)).argsort()[:50]
+    assert torch.equal(whole.scores_, whole.score(CLEAN[drawn]).sort().values)
+    assert torch.equal(whole.scores_, parts.scores_)
+    single = BDetCLIP(Means(), CLASSIFIER, CLASSIFIER, torch.tensor([1.0, 0.0, 0.0])).fit(CLEAN)
+    assert len(single.scores_) == len(CLEAN)
+
+
+def test_terms_are_handed_on_batch_by_batch() -> None:
+    """No more than one batch is held: earlier ones are gone when the next is asked for."""
+    alive: list[int] = []
+
+    class Streaming:
+        def fit(self, clean: Iterable[Decomposition]) -> None:
+            seen = []
+            for d in clean:
+                seen.append(weakref.ref(d))
+                del d
+                gc.collect()
+                alive.append(sum(ref() is not None for ref in seen[:-1]))
+
+        def score(self, d: Decomposition) -> Tensor:
+            return d.features[:, 0]
+
+        def predict(self, d: Decomposition) -> Tensor:
+            return self.score(d) > 0
+
+    model = decompclip.load("shapes")
+    OnTerms(model, Streaming(), batch_size=16).fit(Shapes(80, seed=71))
+    assert alive == [0] * 5
+    with pytest.raises(ValueError, match=r"at least 20 clean images.*were left to learn from"):
+        OnTerms(model, Streaming()).fit(Shapes(12, seed=71))
 
 
 def test_a_detector_of_terms_scores_what_it_scores_on_terms() -> None:
