@@ -82,12 +82,69 @@ ROOMS = {
     "verdict": Room(("decompclip/audit/verdict.py",), ("tests/audit/test_verdict.py",)),
 }
 
+ROWS = "the default is dim=1, the last of a matrix"
+
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "decompclip/models/zero_shot.py",
         "return F.normalize(sums / len(templates), dim=-1)",
         "return F.normalize(sums / len(templates))",
-    ): "the default is dim=1, the last of a matrix",
+    ): ROWS,
+    (
+        "decompclip/models/zero_shot.py",
+        "features = F.normalize(encode_text(tokenize(batch)), dim=-1)",
+        "features = F.normalize(encode_text(tokenize(batch)))",
+    ): ROWS,
+    (
+        "decompclip/models/clip.py",
+        "return F.normalize(features, dim=-1) if normalize else features",
+        "return F.normalize(features) if normalize else features",
+    ): ROWS,
+    (
+        "decompclip/operators/inputs.py",
+        "F.normalize(model.encode_text(texts[start : start + batch_size]).float(), dim=-1)",
+        "F.normalize(model.encode_text(texts[start:start + batch_size]).float())",
+    ): ROWS,
+    (
+        "decompclip/operators/roles.py",
+        "mean = torch.zeros(()) if wide is None else F.normalize(wide, dim=-1).mean(0)",
+        "mean = torch.zeros(()) if wide is None else F.normalize(wide).mean(0)",
+    ): ROWS,
+    (
+        "decompclip/operators/roles.py",
+        "chance = _chance(F.normalize(wide, dim=-1), mean, samples, (len(A), len(B)), generator)",
+        "chance = _chance(F.normalize(wide), mean, samples, (len(A), len(B)), generator)",
+    ): ROWS,
+    (
+        "decompclip/operators/scores.py",
+        "return F.normalize(F.normalize(model.encode_text(texts), dim=-1).mean(0), dim=-1)",
+        "return F.normalize(F.normalize(model.encode_text(texts)).mean(0), dim=-1)",
+    ): ROWS,
+    (
+        "decompclip/operators/scores.py",
+        "return lambda features: F.normalize(features, dim=-1) @ along.to(features)",
+        "return lambda features: F.normalize(features) @ along.to(features)",
+    ): ROWS,
+    (
+        "decompclip/defenses/guard.py",
+        "features = F.normalize(features, dim=-1) if normalize else features * length",
+        "features = F.normalize(features) if normalize else features * length",
+    ): ROWS,
+    (
+        "decompclip/operators/noise.py",
+        "signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() > 0",
+        "signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() >= 0",
+    ): "a key of the image, drawn from its numbers: one that is exactly zero may count on either side",
+    (
+        "decompclip/operators/sweeps.py",
+        "first, shared = d[:0], Shared.of(d, moments, classifier)",
+        "first, shared = d[:1], Shared.of(d, moments, classifier)",
+    ): "of what is held, the form alone is read",
+    (
+        "decompclip/operators/sweeps.py",
+        "return predictions(torch.add(before, change, out=spare))",
+        "return predictions(torch.add(before, change))",
+    ): "the same sum, in memory of its own",
 }
 """Mutants that mean the same: file, line before, line after, and why."""
 
@@ -142,9 +199,16 @@ SYMMETRIC = {
     "torch.minimum",
     "math.hypot",
     "torch.promote_types",
+    "torch.add",
+    "transpose",
+    "same_model",
+    "cohen_kappa_score",
+    "subspace_angles",
 }
 GUARDS = {"device", "strict"}
 """Arguments without effect on the CPU, and on lists of one length."""
+SIZES = {"batch_size", "block", "BATCH", "CHUNK"}
+"""How many are worked on at a time: one more by default, or twice as many, changes no number."""
 
 Edit = tuple[int, int, str]
 """From and to which byte of the file, and what stands there instead."""
@@ -176,14 +240,20 @@ class Sites:
             return
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
+        if isinstance(node, ast.keyword) and node.arg in GUARDS:
+            return
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in SIZES:
+            return
         if isinstance(node, ast.FunctionDef):
             if node.name in WORDS:
                 return
-            below: Sequence[ast.AST] = [
-                *node.args.defaults,
-                *(d for d in node.args.kw_defaults if d),
-                *node.body,
+            taken = [*node.args.posonlyargs, *node.args.args]
+            given = [
+                *zip(taken[len(taken) - len(node.args.defaults) :], node.args.defaults, strict=True),
+                *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
             ]
+            defaults = [value for argument, value in given if value and argument.arg not in SIZES]
+            below: Sequence[ast.AST] = [*defaults, *node.body]
             top = False
         elif isinstance(node, ast.AnnAssign):
             below = [node.value] if node.value else []
@@ -238,7 +308,8 @@ class Sites:
                     *self.span(node),
                     f"{function}({', '.join([*args, *keywords[:i], *keywords[i + 1 :]])})",
                 )
-        apart = not any(isinstance(x, ast.Starred) for x in node.args[:2]) and function not in SYMMETRIC
+        symmetric = {function, function.rpartition(".")[2]} & SYMMETRIC
+        apart = not any(isinstance(x, ast.Starred) for x in node.args[:2]) and not symmetric
         if len(args) > 1 and args[0] != args[1] and apart:
             yield (*self.span(node), f"{function}({', '.join([args[1], args[0], *args[2:], *keywords])})")
 
@@ -268,7 +339,7 @@ def test_files(room: Room, path: str | None = None) -> list[str]:
     """The room's test files, those first that import what is changed."""
     found = [
         str(file.relative_to(ROOT))
-        for name in room.tests
+        for name in (*room.tests, "tests/test_defaults.py")
         for file in (sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name])
     ]
     module = (path or "").removesuffix(".py").replace("/", ".")

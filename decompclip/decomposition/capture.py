@@ -8,7 +8,6 @@ pool). Such a tower is run in parts of the batch, so that what is kept stays sma
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -61,12 +60,9 @@ def decompose(
         tolerance = TOLERANCE[_dtype(visual)]
     # Others' hooks may hold something for each image of the batch: it must stay whole.
     free = not any(hooked(module) for module in visual.modules())
-    size = _part(visual, len(images)) if free and images.ndim == 4 else max(len(images), 1)
-    parts = [
-        _decompose(visual, part, convention, normalize, kept, tolerance)
-        for part in (images.split(size) if len(images) > size else [images])
-    ]
-    return Decomposition.cat(parts)
+    size = _part(visual, len(images)) if free and images.ndim == 4 else len(images)
+    parts = images.split(max(size, 1))
+    return Decomposition.cat([_decompose(visual, x, convention, normalize, kept, tolerance) for x in parts])
 
 
 def _decompose(
@@ -129,11 +125,11 @@ def _part(visual: HookedViT, batch: int) -> int:
     """Images a run, such that what is kept of them is made up for by the smaller run."""
     cfg = visual.cfg
     if not Rows.all_rows(cfg):
-        return max(batch, 1)
+        return batch
     run = (
         5 * cfg.d_model + 2 * (1 + cfg.gated) * cfg.d_mlp
     )  # as measured: the stream, and both sides of an MLP
-    return max(1, math.floor(batch * run / (run + (2 * cfg.n_layers + 1) * cfg.d_model)))
+    return batch * run // (run + (2 * cfg.n_layers + 1) * cfg.d_model)
 
 
 def _dtype(visual: HookedViT) -> torch.dtype:

@@ -212,7 +212,8 @@ class Decomposition:
         with full_precision(self.embed):
             terms, maps = self.token_terms, self.maps
             kept, towards = terms.kept, directions.to(self.coords.dtype)
-            if maps.tokens is not None and maps.out is not None:
+            if maps.tokens is not None:
+                assert maps.out is not None
                 read = torch.einsum("kqem,qmd,bd->bkqe", maps.tokens[kept], maps.out, towards)
             else:
                 read = torch.einsum("kcd,bd->bkc", maps.heads[kept][:, : maps.d_head], towards)[:, :, None]
@@ -227,7 +228,8 @@ class Decomposition:
         with full_precision(self.embed):
             terms, position, layer, head = self._kept(layer, head)
             weighted, maps = terms.weighted(position), self.maps
-            if maps.tokens is not None and maps.out is not None:
+            if maps.tokens is not None:
+                assert maps.out is not None
                 out = maps.out if text is None else maps.out @ text.to(maps.out).T
                 # one product over pooling heads and coordinates; einsum would copy both sides first
                 shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)

@@ -241,10 +241,11 @@ def evaluate(
         raise ValueError("expected images; received none; check the image source")
     truth, before = torch.cat(labels), torch.cat(clean)
     accuracies = per_class_accuracy(before, truth, n)
-    if trigger is None or target is None:
+    if target is None:
         report = AttackReport(clean_accuracy(before, truth), None, None, None)
         rows = [ClassRates(name, rate, None, None) for name, rate in zip(names, accuracies, strict=True)]
         return Evaluation(report, tuple(rows), None, truth, before, None)
+    assert trigger is not None
     theirs = truth
     if isinstance(trigger, DecomposedImages):
         theirs = trigger.labels.cpu()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,7 +40,8 @@ class Replacement(Intervention):
     """
 
     components: Components
-    rows: TokenChoice = field(default="all", kw_only=True)
+    _: KW_ONLY
+    rows: TokenChoice = "all"
 
     def __post_init__(self) -> None:
         check_rows(self.rows)

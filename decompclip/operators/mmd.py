@@ -183,7 +183,8 @@ class MMD(ByPart):
     def to_frame(self) -> pd.DataFrame:
         """One row a part."""
         columns = {"mmd": self.values, "bandwidth": self.bandwidths}
-        if self.p_values is not None and self.adjusted is not None:
+        if self.p_values is not None:
+            assert self.adjusted is not None
             columns |= {"p": self.p_values, "p_adjusted": self.adjusted}
         return self._frame(**columns)
 

@@ -7,7 +7,7 @@ model. All neurons of an MLP and its output bias sum to the MLP's term.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -228,9 +228,10 @@ class AblateNeurons(Intervention):
     """
 
     components: Components
-    fill: NeuronTerms | None = field(default=None, kw_only=True)
-    terms: NeuronTerms | None = field(default=None, kw_only=True)
-    rows: TokenChoice = field(default="all", kw_only=True)
+    _: KW_ONLY
+    fill: NeuronTerms | None = None
+    terms: NeuronTerms | None = None
+    rows: TokenChoice = "all"
 
     def __post_init__(self) -> None:
         check_rows(self.rows)

@@ -6,7 +6,7 @@ frozen scale of the last LayerNorm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -107,16 +107,18 @@ class Writes:
         like = maps.heads
         of_heads, of_stream, of_pool = (weights[kind].to(like) for kind in ("heads", "stream", "pool"))
         z = self.heads.to(like)
-        if maps.tokens is None or maps.out is None:
+        if maps.tokens is None:
             coords = of_heads[..., None] * z  # of the one pooling head
         else:
+            assert maps.out is not None
             per = torch.einsum("lhe,lhqep->lhqp", z, maps.tokens)
             coords = torch.einsum(
                 "...lq,lhqd->...lhd", of_heads, torch.einsum("lhqp,qpd->lhqd", per, maps.out)
             )
         none = coords.new_zeros(())
-        if visual is None or self.mlps is None or self.embed is None or self.pool is None:
+        if visual is None:
             return Fill(coords, none, none)
+        assert self.mlps is not None and self.embed is not None and self.pool is not None
         fixed = frozen(visual, "centred")
 
         def read(stream: Tensor) -> Tensor:
@@ -172,9 +174,10 @@ class RandomAblate(Replacement):
     """
 
     moments: Moments | None = None
-    scale: Scale = field(default="matched", kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    model: HookedViT | HookedCLIP | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    scale: Scale = "matched"
+    seed: int = 0
+    model: HookedViT | HookedCLIP | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -315,7 +315,7 @@ def _attribute(
         kept: dict[str, Tensor] = {}
         hooks: list[Hook] = [(name, lambda x, hook: kept.__setitem__(hook.name, x)) for name in names]
         with visual.hooks(fwd_hooks=hooks):
-            before = judge(visual(images, pooled_rows=False))
+            before = judge(visual(images))
         gradients = torch.autograd.grad(before.sum(), [kept[name] for name in names], allow_unused=True)
     estimates = {}
     for name, gradient in zip(names, gradients, strict=True):
@@ -335,7 +335,7 @@ def _attribute(
         at = (slice(None), rest[0] if by_token else slice(None), *unit)
         name = f"blocks.{layer}.{POINTS[site]}"
         with torch.no_grad(), visual.hooks(fwd_hooks=[(name, writing(donor[name], at))]):
-            checks.append((site, place, float((judge(visual(base, pooled_rows=False)) - before).mean())))
+            checks.append((site, place, float((judge(visual(base)) - before).mean())))
     return Patching(effects, before, after, by_token, "attribution", tuple(checks))
 
 
@@ -415,12 +415,12 @@ def _known(sites: Sequence[Site]) -> Sequence[Site]:
 
 
 def record(visual: HookedViT, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Activations of one run, with their graph where gradients are on; all tokens of the last block too."""
+    """Activations of one run, with their graph where gradients are on; a hook in the last block sees all tokens."""
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
         kept[hook.name] = x
 
     with visual.hooks(fwd_hooks=[(name, keep) for name in names]):
-        visual(images, pooled_rows=False)
+        visual(images)
     return kept

@@ -136,7 +136,7 @@ def _patch_paths(
 
     def effect(name: str, given: Tensor, *place: Any) -> float:
         with visual.hooks(fwd_hooks=[(name, writing(given, place))]):
-            return float((judge(visual(base, pooled_rows=False)) - before).mean())
+            return float((judge(visual(base)) - before).mean())
 
     of_heads = torch.full((cfg.n_layers, cfg.n_heads), torch.nan)
     of_mlps = torch.full((cfg.n_layers,), torch.nan)

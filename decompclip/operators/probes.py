@@ -218,13 +218,13 @@ def _groups(features: Float[Tensor, "image d_embed"], given: Tensor | None) -> n
         )
     # Copies have one place on any line, but for the rounding of other batches: neighbours on it are compared whole.
     along = x @ np.random.default_rng(0).standard_normal(x.shape[1])
-    order = np.argsort(along, kind="stable")
+    order = np.argsort(along)
     steps = np.linalg.norm(np.diff(x[order], axis=0), axis=1)
     same = steps <= COPY * np.linalg.norm(x[order[1:]], axis=1)
     links = [(order[:-1][same], order[1:][same])]
     if given is not None:
         values = given.cpu().numpy()
-        by_value = np.argsort(values, kind="stable")
+        by_value = np.argsort(values)
         alike = np.diff(values[by_value]) == 0
         links.append((by_value[:-1][alike], by_value[1:][alike]))
     rows, columns = (np.concatenate(ends) for ends in zip(*links, strict=True))

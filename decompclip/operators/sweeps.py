@@ -175,9 +175,7 @@ def ablation_sweep(
             if value not in known:
                 raise ValueError(f"expected a {name} of {known}; received {value!r}")
     found: dict[tuple[Kind, Scheme] | Literal["before", "heads"], list[Tensor]] = {}
-    n_heads = 0
     for changes in chunks(data, moments, classifier, model=model):
-        n_heads = changes.d.n_heads
         for key, answers in _settings(changes, kinds, schemes, each_head, entry):
             found.setdefault(key, []).append(answers)
     if "before" not in found:
@@ -190,7 +188,7 @@ def ablation_sweep(
         for key, answers in joined.items()
         if isinstance(key, tuple)
     }
-    each = None if alone is None else HeadSweep(alone.unflatten(0, (-1, n_heads)), fill, before)
+    each = None if alone is None else HeadSweep(alone, fill, before)
     return SweepTable(before, sweeps, each, fill)
 
 
@@ -211,7 +209,7 @@ def chunks(
     first, shared, seen = None, None, 0
     size = max(1, CHUNK // max(1, len(classifier)))
     for d in _decompositions(data, moments, model):
-        if first is None or shared is None:
+        if first is None:
             if classifier.ndim != 2 or not len(classifier) or classifier.shape[1] != d.d_embed:
                 raise ValueError(
                     f"expected a classifier [class, {d.d_embed}] of at least one class; received "
@@ -221,6 +219,7 @@ def chunks(
             if moments is not None:
                 moments.check(d)
             first, shared = d[:0], Shared.of(d, moments, classifier)
+        assert shared is not None
         check_alike(first, d)
         for start in range(0, max(1, len(d)), size):
             changes = Changes(d[start : start + size], shared)
@@ -272,8 +271,10 @@ def _settings(
         return predictions(torch.add(before, change, out=spare))
 
     if each_head:
-        places = ((layer, head) for layer in range(d.n_layers) for head in range(d.n_heads))
-        yield "heads", torch.stack([added(changes.of_head(*place)) for place in places])
+        heads = [
+            [added(changes.of_head(layer, head)) for head in range(d.n_heads)] for layer in range(d.n_layers)
+        ]
+        yield "heads", torch.stack([torch.stack(row) for row in heads])
     for kind in kinds:
         of_layers = changes.of_layers(kind)
         if entry and kind == "mlps":

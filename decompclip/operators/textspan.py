@@ -172,7 +172,7 @@ def pick(frame: Frame, texts: Float[Tensor, "text d_embed"], n_texts: int) -> Pi
     spread = frame.covariance
     scores = ((projected @ spread) * projected).sum(-1)  # component text
     first = scores.amax(1, keepdim=True)
-    components, width = torch.arange(len(scores), device=scores.device), spread.shape[-1]
+    components, width = torch.arange(len(scores), device=scores.device), frame.basis.shape[1]
     found = torch.full((len(scores), n_texts), -1, device=scores.device)
     chain = projected.new_zeros(len(scores), n_texts, width)
     explained = projected.new_zeros(len(scores), n_texts)
@@ -187,8 +187,8 @@ def pick(frame: Frame, texts: Float[Tensor, "text d_embed"], n_texts: int) -> Pi
         direction = _without(
             _without(projected[components, chosen], past), past
         )  # twice: orthogonal to rounding
-        length = direction.norm(dim=1, keepdim=True)
-        direction = torch.where(going[:, None] & (length > 0), direction / length, 0.0)
+        length = direction.norm(dim=1, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+        direction = torch.where(going[:, None], direction / length, 0.0)
         chain[:, step] = direction
         swayed = torch.einsum("cfg,cg->cf", spread, direction)
         variance = (direction * swayed).sum(1)

@@ -95,8 +95,9 @@ def _shares(d: Decomposition, layer: int, head: int) -> Float[Tensor, "batch tok
     """The tokens' shares of a head's coordinates, constants aside."""
     terms, position, _, _ = d._kept(layer, head)
     weighted, maps = terms.weighted(position), d.maps
-    if maps.tokens is None or maps.out is None:
+    if maps.tokens is None:
         return weighted[:, :, 0]
+    assert maps.out is not None
     return torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ maps.out)
 
 
@@ -190,7 +191,7 @@ class TokenMaps:
 
         n_prefix, columns = self.prefix.shape[2], self.patches.shape[3]
         values = torch.cat([self.prefix, self.patches.flatten(2)], dim=2)
-        which, image, token = np.indices(tuple(values.shape)).reshape(3, -1)
+        which, image, token = (x.ravel() for x in np.indices(tuple(values.shape)))
         patch = token - n_prefix
         heads = np.array(self.heads or [(-1, -1)])
 
@@ -203,7 +204,7 @@ class TokenMaps:
                 "layer": known(heads[which, 0], of_head),
                 "head": known(heads[which, 1], of_head),
                 "image": image,
-                "name": np.array(self.names, dtype=object)[image],
+                "name": np.array(self.names)[image],
                 "token": token,
                 "row": known(patch // columns, patch >= 0),
                 "column": known(patch % columns, patch >= 0),

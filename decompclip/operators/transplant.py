@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,7 +29,8 @@ class FromImages(Replacement):
     """
 
     source: Decomposition
-    images: Float[Tensor, "batch 3 h w"] | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    images: Float[Tensor, "batch 3 h w"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +107,8 @@ class ResampleAblate(FromImages):
         seed: of the draws.
     """
 
-    seed: int = field(default=0, kw_only=True)
+    _: KW_ONLY
+    seed: int = 0
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
         check_alike(d, self.source)

@@ -221,6 +221,35 @@ def test_few_images_and_a_guessed_target_lower_the_confidence(base: AuditResult)
     assert any("No class is predicted more often" in why for why in nothing.why)
 
 
+def test_each_doubt_is_said_where_it_holds_and_nowhere_else(base: AuditResult) -> None:
+    words = (
+        "not paired",
+        "Labels are missing",
+        "inferred within chance",
+        "Fewer than",
+        "one text",
+        "stays unseen",
+    )
+    strong, nothing = (replace(base, as_it_is=setting(success, 0.02)) for success in (0.95, 0.02))
+    guess = Target(3, "star", True, (0.02, -0.05, 0.09), 40)
+    same = replace(base.checks, coinciding=("ring", "circle"))
+    cases: list[tuple[AuditResult, set[str]]] = [
+        (strong, set()),
+        (nothing, {"stays unseen"}),
+        (replace(strong, paired=False), {"not paired"}),
+        (replace(nothing, paired=False), {"stays unseen"}),
+        (replace(strong, as_it_is=setting(0.95, 0.02, labelled=False)), {"Labels are missing"}),
+        (replace(strong, target=guess), {"inferred within chance"}),
+        (replace(nothing, target=guess), {"stays unseen"}),
+        (replace(strong, counts=base.counts | {"clean": 99}), {"Fewer than"}),
+        (replace(strong, counts=base.counts | {"suspect": 100}), set()),
+        (replace(strong, checks=same), {"one text"}),
+    ]
+    for result, expected in cases:
+        doubts = verdict(result).doubts
+        assert {word for word in words if any(word in doubt for doubt in doubts)} == expected
+
+
 def test_a_wider_bound_is_said_with_less_confidence(base: AuditResult) -> None:
     found = verdict(replace(base, as_it_is=setting(0.04, 0.02, images=150)))
     assert (found.level, found.confidence) == ("no sign", "moderate")

@@ -206,6 +206,11 @@ def test_indices_are_pythons() -> None:
     assert resolve(heads).heads.dtype == torch.bool
 
 
+def test_a_single_layer_and_head_are_numbers() -> None:
+    assert (heads[2, 3].layer, heads[2, 3].head, mlps[-1].layer) == (2, 3, -1)
+    assert (heads[1:, [0, 2]].layer, heads[1:, [0, 2]].head, heads[1].head, mlps.layer) == (None,) * 4
+
+
 def test_it_reads_as_it_is_written() -> None:
     assert repr(heads[4, 2] | mlps[-5:]) == "heads[4, 2] | mlps[-5:]"
     assert repr(everything - (heads[:, 0] | embed)) == "everything - (heads[:, 0] | embed)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,13 @@ def test_a_half_precision_tower_has_terms_in_fp32(
     visual = make_tower(dtype=dtype)
     d = decompose(visual, images.to(dtype))
     assert d.coords.dtype == d.mlps.dtype == torch.float32
+
+
+def test_a_pool_need_not_be_given(tower: HookedViT, images: Tensor) -> None:
+    d = decompose(tower, images)
+    plain = Decomposition(**{f.name: getattr(d, f.name) for f in fields(d) if f.name != "pool"})
+    assert plain.pool.shape == d.pool.shape == (5, 0, 20) and not plain.has_pool
+    assert torch.equal(plain.features, d.features)
 
 
 def test_named_constants(tower: HookedViT, images: Tensor) -> None:

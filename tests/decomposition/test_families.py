@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.decomposition.capture import decompose
+from decompclip.decomposition import capture
+from decompclip.decomposition.capture import _decompose, _part, decompose
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, fingerprint, same_model, term_maps
+from decompclip.decomposition.maps import Convention, fingerprint, one_thread, same_model, term_maps
 from decompclip.decomposition.moments import Moments
+from decompclip.decomposition.terms import Rows
 from decompclip.tower.vit import HookedViT
 
 MakeTower = Callable[..., HookedViT]
@@ -100,6 +102,30 @@ def test_parts_of_a_batch_are_the_batch(family: HookedViT, images: Tensor) -> No
     assert torch.allclose(joined.tokens(2, 0), whole.tokens(2, 0), atol=1e-12)
     assert joined.sum_error < 1e-13
     assert torch.equal(Decomposition.cat([whole]).tokens(2, 0), whole.tokens(2, 0))
+
+
+def test_a_part_of_a_batch_needs_no_more_than_a_plain_run_of_it(
+    family: HookedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the activations of its run, it keeps every layer's two terms and the embedding, of every token."""
+    cfg, n = family.cfg, 60
+    size = _part(family, n)
+    if not Rows.all_rows(cfg):
+        assert size == n
+        return
+    seen: list[int] = []
+
+    def one(visual: HookedViT, part: Tensor, *options: Any) -> Decomposition:
+        seen.append(len(part))
+        return _decompose(visual, part, *options)
+
+    monkeypatch.setattr(capture, "_decompose", one)
+    batch = images[[0]].double().expand(n, -1, -1, -1)
+    assert len(decompose(family, batch)) == n and seen == [len(part) for part in batch.split(size)]
+    run = 5 * cfg.d_model + (4 if cfg.gated else 2) * cfg.d_mlp
+    kept = (2 * cfg.n_layers + 1) * cfg.d_model
+    assert size * (run + kept) <= n * run < (size + 1) * (run + kept)
+    assert len(decompose(family, images[:1].double())) == 1
 
 
 def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
@@ -191,6 +217,28 @@ def test_a_fingerprint_sees_the_activation(make_tower: MakeTower) -> None:
     assert not same_model(fingerprint(a), fingerprint(b))
 
 
+def test_a_fingerprint_is_that_of_earlier_releases(make_tower: MakeTower) -> None:
+    """Moments and repairs that were saved with it are of this model still."""
+    tower = make_tower()
+    with torch.no_grad():
+        tower.blocks[0].mlp.b_in.zero_()  # pyright: ignore
+    mark = fingerprint(tower)
+    assert mark.dtype == torch.float64 and len(mark) == 398
+    first = torch.tensor([2.56540465, -3.54206729, 1.71148479], dtype=torch.float64)
+    torch.testing.assert_close(mark[:3], first, rtol=1e-5, atol=0)
+    torch.testing.assert_close(mark[:-2].norm(), torch.tensor(35.2596).double(), rtol=1e-5, atol=0)
+
+
+def test_a_fingerprint_is_the_same_in_whatever_order_fields_stand(
+    make_tower: MakeTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what was fitted on a model is known again by a later release."""
+    tower = make_tower()
+    mark, fields = fingerprint(tower), list(tower.cfg.to_dict().items())
+    monkeypatch.setattr(type(tower.cfg), "to_dict", lambda cfg: dict(fields[::-1]))
+    assert torch.equal(fingerprint(tower), mark)
+
+
 def test_weights_written_past_autograd_are_noticed(family: HookedViT, images: Tensor) -> None:
     before = decompose(family, images.double())
     family.blocks[0].attn.W_QKV.data.mul_(1.5)  # pyright: ignore
@@ -223,6 +271,18 @@ def test_weights_that_lie_column_by_column_are_watched_too(make_tower: MakeTower
     torch.testing.assert_close(decompose(tower, images.double()).heads, plain.heads)
     tower.proj.data.mul_(2)
     assert decompose(tower, images.double()).sum_error < 1e-12
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_inside_one_thread_there_is_one(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_maps_are_made_once_for_weights_that_stay(make_tower: MakeTower) -> None:

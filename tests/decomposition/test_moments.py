@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ def test_merging_is_the_union_in_any_order(tower: HookedViT) -> None:
     assert_same(a.merge(b).merge(c), Moments.fit(tower, [many()]))
     d = decompose(tower, many()[3:17])
     assert_same(Moments.of(decompose(tower, many()[:3])).update(d), Moments.of(decompose(tower, many()[:17])))
+
+
+def test_what_one_side_lacks_the_union_lacks(tower: HookedViT) -> None:
+    images = many()
+    whole = Moments.fit(tower, [images[:9]])
+    plain = Moments.fit(tower, [images[9:]], second=False, stream=False)
+    for union in (whole.merge(plain), plain.merge(whole)):
+        assert union.count == 24 and union.scatter is None and union.streams is None
+        torch.testing.assert_close(union.features, Moments.fit(tower, [images]).features)
+
+
+def test_maps_of_unknown_origin_are_known_by_their_numbers(tower: HookedViT) -> None:
+    maps = Moments.fit(tower, [many()]).maps
+    unknown = replace(maps, fingerprint=None)
+    assert maps.matches(unknown) and unknown.matches(maps) and unknown.matches(replace(unknown))
+    assert not maps.matches(replace(unknown, heads=1.1 * maps.heads))
 
 
 def test_stream_means_are_the_hooks_means(tower: HookedViT) -> None:

@@ -101,6 +101,9 @@ def test_batches_teach_what_all_images_teach(clean: Decomposition, classifier: t
     whole = AgnosticDet(classifier).fit(clean)
     parts = AgnosticDet(classifier).fit(clean[i : i + 50] for i in range(0, N, 50))
     assert torch.allclose(whole.scores_, parts.scores_, atol=1e-4)
+    assert (
+        isinstance(whole.terms_, Decomposition) and len(whole.terms_) == 0
+    )  # no image is kept, only the form
     assert torch.allclose(
         whole.score(clean[:7]), torch.cat([whole.score(clean[i]) for i in range(7)]), atol=1e-4
     )
@@ -415,6 +418,8 @@ def test_component_distances_refuse_what_they_cannot_tell(
         ComponentDistances(classifier).flags(clean)
     with pytest.raises(ValueError, match=r"at least 50 clean images; received 20"):
         ComponentDistances(classifier).fit(clean[:20])
+    least = ComponentDistances(classifier).fit(clean[:50])
+    assert len(least.logs_) == 50 and len(least.terms_) == 0
     distances = ComponentDistances(classifier).fit(clean)
     with pytest.raises(ValueError, match=r"at least 999 clean images to calibrate .* 0.001; received 240"):
         distances.flags(clean, fpr=0.001)

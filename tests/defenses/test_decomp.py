@@ -19,6 +19,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp import DecompDet, DecompRep, fixed_heads, random_heads
 from decompclip.defenses.selector import Selector
 from decompclip.operators.ablation import MeanAblate
+from decompclip.operators.noise import RandomAblate
 from decompclip.operators.transplant import decomp_reverse
 from decompclip.tower.vit import HookedViT
 
@@ -248,6 +249,8 @@ def test_noise_fills_flagged_heads_alone(centred, scale) -> None:
     assert ((after - before)[flags].norm(dim=-1) > 1e-4).all()
     assert torch.equal(same(suspect).heads, after)
     assert not torch.allclose(other(suspect).heads, after)
+    noise = RandomAblate(heads, one.selector_.moments_, scale=scale, seed=3)(suspect).heads
+    torch.testing.assert_close(after[flags], noise[flags], rtol=1e-4, atol=1e-5)
 
 
 def test_excess_is_counted_in_clean_deviations(centred) -> None:

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, tensor
 
 from decompclip.evaluation.metrics import (
+    AttackReport,
     attack_report,
     attack_success,
     auroc,
@@ -169,6 +170,9 @@ def test_report_leaves_open_what_it_cannot_know() -> None:
     unlabelled = attack_report(CLEAN, None, TRIGGERED, None, 2)
     assert (unlabelled.cacc, unlabelled.asr, unlabelled.control) == (None, None, None)
     assert unlabelled.asr_with_target == Rate(4, 6)
+
+    for one in (AttackReport(None, Rate(3, 4), None, None), AttackReport(None, None, None, Rate(1, 4))):
+        assert one.excess is None and one.excess_interval is None
 
     only_target = attack_report(CLEAN, LABELS, TRIGGERED[4:], LABELS[4:], 2)
     assert only_target.to_dict()["excess"] is None

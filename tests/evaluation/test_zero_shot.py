@@ -6,10 +6,10 @@ import jaxtyping
 import open_clip
 import pytest
 import torch
-from torch import Tensor, tensor
+from torch import Tensor, nn, tensor
 from torch.nn import functional as F
 
-from decompclip.models.zero_shot import causal, encode_prompts, zero_shot_classifier
+from decompclip.models.zero_shot import KEPT, causal, encode_prompts, keep, kept, zero_shot_classifier
 
 NAMES = ["cat", "dog", "teapot", "{}", "eel"]
 TEMPLATES = ["a {}", "{not} a photo of a {} or a drawing of a {}", lambda name: f"{name}!"]
@@ -107,3 +107,20 @@ def test_what_stands_behind_the_end_is_left_out(pooling: dict) -> None:
         tokens[row, end], tokens[row, end + 1 :] = 49, 0
     assert causal(text)
     torch.testing.assert_close(encode_prompts(text, tokens), text.encode_text(tokens))
+    text.context_length = 32  # nothing much to leave out
+    assert not causal(text)
+
+
+def test_the_classifiers_kept_are_the_last() -> None:
+    """One that is kept anew is the newest; none is kept past a change of the weights."""
+    text = nn.Linear(3, 2)
+    for key in range(KEPT):
+        keep(text, key, torch.full((2, 3), float(key)))
+    keep(text, 0, torch.ones(2, 3))
+    keep(text, "newest", torch.zeros(2, 3))
+    found = {key: kept(text, key) for key in (*range(KEPT), "newest")}
+    assert [key for key, classifier in found.items() if classifier is None] == [1]
+    assert found[0] is not None and torch.equal(found[0], torch.ones(2, 3))
+    with torch.no_grad():
+        text.weight += 1
+    assert kept(text, 0) is None

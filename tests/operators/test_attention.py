@@ -191,6 +191,8 @@ def test_a_frame_has_a_row_for_each_token(tower: HookedViT, images: Tensor) -> N
     np.testing.assert_allclose(sums, np.ones(4), rtol=1e-5)
     whole = rollout(tower, images).to_frame()
     assert whole["layer"].isna().all() and whole["head"].isna().all()
+    assert {str(frame[name].dtype) for name in ("layer", "head", "row", "column")} == {"Int64"}
+    assert len(maps.select([], [0]).to_frame()) == 0
 
 
 def test_selecting_and_asking(tower: HookedViT, images: Tensor) -> None:

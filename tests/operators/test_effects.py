@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from decompclip.decomposition.components import Components, embed, everything, h
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.effects import Effects, direct_and_causal
+from decompclip.operators.effects import Effects, Mode, direct_and_causal
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.scores import ClassScore
 from decompclip.tower.vit import Hook, HookedViT
@@ -208,7 +208,13 @@ def test_the_result_speaks(effects: Effects) -> None:
     markers = [trace for trace in effects.figure().data if trace.mode == "markers+text"]  # type: ignore[union-attr]
     assert [len(trace.x) for trace in markers] == [12, 3, 1]  # type: ignore[union-attr]
     assert sum(bool(text.strip()) for trace in markers for text in trace.text) in range(5, 11)  # type: ignore[union-attr]
-    grid: Any = effects.figure(mode="causal").data[0]
+    modes = get_args(Mode)
+    plots: list[Any] = [effects.figure(mode=mode) for mode in modes]
+    (top,) = {plot.layout.coloraxis.cmax for plot in plots}  # one scale: they are to be compared
+    assert plots[1].layout.coloraxis.cmin == -top
+    cells = torch.cat([x.flatten() for m in modes for x in (effects.heads(m), effects.mlps(m))])
+    assert top == float(cells.abs().max())
+    grid = plots[modes.index("causal")].data[0]
     np.testing.assert_array_equal(grid.z, effects.heads("causal").numpy())
 
 

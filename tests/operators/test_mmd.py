@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -290,14 +291,23 @@ def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
 
 def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     found = head_mmd(a, b, permutations=39)
-    traces: Any = found.figure().data
+    plot: Any = found.figure()
+    traces = plot.data
+    assert plot.layout.coloraxis.cmin == 0 and found.bandwidths.dtype == torch.float64
+    assert plot.layout.coloraxis.cmax == pytest.approx(float(found.values.abs().max()))
+    np.testing.assert_array_equal(traces[0].customdata, replace(found, values=found.adjusted).heads.numpy())
+    assert "adjusted p" in traces[0].hovertemplate
     grids = [trace.z for trace in traces if trace.type == "heatmap"]
     np.testing.assert_array_equal(grids[0], found.heads.numpy())
     np.testing.assert_array_equal(grids[1][:, 0], found.mlps.numpy())
     marked = [trace for trace in traces if trace.type == "scatter"]
     assert sum(len(trace.x) for trace in marked) == len(found.significant())
     layers = layer_mmd(a, b, permutations=39)
-    curves: Any = layers.figure().data
+    plot = layers.figure()
+    curves = plot.data
+    low, high = plot.layout.yaxis.range
+    assert low <= min(float(layers.values.min()), 0) and float(layers.values.max()) < high
+    assert high < 1.5 * float(layers.values.max())
     assert [list(curve.y) for curve in curves] == [layers.values[:3].tolist(), layers.values[3:].tolist()]
     open_ = sum(str(symbol).endswith("-open") for curve in curves for symbol in curve.marker.symbol)
     assert open_ == 6 - len(layers.significant())

@@ -156,6 +156,8 @@ def test_neuron_terms_are_a_table_and_bars(make_tower: Callable[..., HookedViT],
         assert float(frame["activation"][2]) == pytest.approx(float(terms.post[..., 2].mean()), rel=1e-5)
         bars: Any = next(iter(terms.figure().data))
         assert sorted(bars.x) == pytest.approx(sorted(frame["length"]))
+        largest: Any = list(terms.figure().data)[1]
+        assert sorted(largest.x) == pytest.approx(sorted(frame["largest"]))
         assert "4 neurons, 5 images" in terms._repr_html_()
 
 

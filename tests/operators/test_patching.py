@@ -226,7 +226,9 @@ def test_results_are_tables_and_maps(
         assert "attribution" in repr(result) and "resid_pre" in result._repr_html_()
     path = path_patching(tower, images, source, direction, heads[1, 0])
     assert len(path.to_frame()) == 4 + 2
-    assert isinstance(path.figure(), go.Figure)
+    plot = path.figure()
+    assert isinstance(plot, go.Figure) and "heads[1, 0]" in str(plot.layout.title.text)  # pyright: ignore
+    assert plot.layout.coloraxis.cmin == -plot.layout.coloraxis.cmax  # pyright: ignore
     assert repr(path) == "PathPatching(heads[1, 0] to 6 receivers, 5 images)"
 
 

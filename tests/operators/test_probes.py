@@ -176,7 +176,11 @@ def test_a_naming_speaks() -> None:
     # Shape and size are named by as much more than usual: texts do not decide.
     assert repr(found).startswith("Naming(none: shape 50%, colour 100%")
     assert "colour" in found._repr_html_()
-    bars: Any = found.figure().data
+    plot: Any = found.figure()
+    bars = plot.data
+    assert plot.layout.xaxis.tickformat == ".0%" and ["colour", "red"] in [
+        list(row) for row in bars[0].customdata
+    ]
     assert list(bars[0].x) == list(found.shares.values()) and list(bars[1].x) == list(found.usual.values())
 
 
@@ -203,7 +207,10 @@ def test_agreement_counts_and_kappa(probes: Probes) -> None:
     assert low < found.share < high
     assert found.to_frame()["agree"].tolist() == [True, True, False]
     assert "2 of 3 parts, 67 %" in repr(found) and "heads[1, 2]" in found._repr_html_()
-    grid: Any = found.figure().data[0]
+    plot: Any = found.figure()
+    (grid,), layout = plot.data, plot.layout
+    assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("named by the texts", "found by the probe")
+    assert grid.texttemplate == "%{z}"
     assert grid.z.sum() == 3 and grid.z[list(grid.y).index("colour"), list(grid.x).index("shape")] == 1
     weights = {"heads[1, 0]": [1.0, 1.0, 9.0], "heads[1, 1]": [1.0, 1.0], "heads[1, 2]": [1.0, 1.0]}
     weighted = agreement(
@@ -222,7 +229,11 @@ def test_the_result_speaks(probes: Probes) -> None:
     assert row["explained"] == pytest.approx(float(probes.explained[1, 1]))
     assert repr(probes) == "Probes(5 parts, shape, colour, luck; trained on 84 images, scored on 36)"
     assert "heads[1, 1]" in probes._repr_html_()
-    heat: Any = probes.figure().data[0]
+    plot: Any = probes.figure()
+    (heat,), layout = plot.data, plot.layout
+    assert (layout.coloraxis.cmin, layout.coloraxis.cmax) == (0, 1) and layout.xaxis.side == "top"
+    np.testing.assert_array_equal(heat.customdata, torch.stack([probes.accuracy, probes.explained], -1))
+    assert probes.accuracy.dtype == probes.chance.dtype == torch.float64
     np.testing.assert_allclose(heat.z, probes.gain.clamp_min(0).numpy())
 
 

@@ -18,7 +18,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.sweeps import ablation_sweep, most_damaging
+from decompclip.operators.sweeps import Shared, ablation_sweep, most_damaging
 from decompclip.tower.vit import HookedViT
 
 
@@ -125,6 +125,12 @@ def test_heads_alone_and_many_classes(
             assert torch.equal(table.each_head[layer, head], expected)
         expected = (MeanAblate(heads[layer:], moments)(d).features @ classifier.T).argmax(1)
         assert torch.equal(table["heads", "backward"][layer], expected)
+
+
+def test_the_way_to_the_logits_is_the_cheaper_one(d: Decomposition) -> None:
+    """4 heads of 8 coordinates a layer: in one step 32 products a class, else 32 * 20 and 20 a class."""
+    assert Shared.of(d, None, noise(53, 20)).to_class is not None
+    assert Shared.of(d, None, noise(54, 20)).to_class is None
 
 
 def test_batches_and_chunks_change_nothing(
@@ -244,7 +250,12 @@ def test_single_sweeps_count_and_draw_as_their_table(
     assert "mlps[1:]" in one._repr_html_() and "<td>2</td>" in alone._repr_html_()
     lines: list[Any] = [t for t in list(one.figure(labels).data) if t.mode == "lines+markers"]  # pyright: ignore
     assert list(lines[0].y) == pytest.approx((100 * one.to_frame(labels)["accuracy"]).tolist())
-    drawn_map: Any = next(iter(alone.figure().data))
+    plot: Any = alone.figure()
+    assert plot.layout.yaxis.autorange is True and plot.layout.coloraxis.cmin == 0
+    assert (plot.layout.xaxis.title.text, plot.layout.yaxis.title.text) == ("head", "layer")
+    falls: Any = alone.figure(labels).layout.coloraxis
+    assert falls.cmin == -falls.cmax
+    drawn_map: Any = next(iter(plot.data))
     assert drawn_map.z.ravel().tolist() == pytest.approx((100 * frame["changed"]).tolist())
     drawn_map = next(iter(alone.figure(labels).data))
     assert drawn_map.z.ravel().tolist() == pytest.approx((80 - 100 * frame["accuracy"]).tolist())
@@ -284,6 +295,7 @@ def test_greedy_equals_trying_every_component_at_every_step(
     traces: list[Any] = list(found.figure().data)
     (line,) = [trace for trace in traces if trace.mode == "lines+markers"]
     assert list(line.y) == pytest.approx([100 * count / 40 for count in counts])
+    assert line.name == "Taken for their answer"  # which need not be the right one
 
 
 def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -> None:
@@ -291,6 +303,8 @@ def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -
     found = most_damaging(d, None, classifier, answers, candidates=mlps[:2], size=9)
     assert {*found.steps} == {mlps[0], mlps[1]} and len(found.hits) == 3
     assert repr(found).startswith("GreedySet(mlps[")
+    none = most_damaging(d, None, classifier, answers, size=0)
+    assert none.steps == () and none.hits == found.hits[:1]
 
 
 @pytest.mark.usefixtures("ours_alone")

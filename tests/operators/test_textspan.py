@@ -25,8 +25,18 @@ from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.inputs import TextFeatures, default_images, encode_texts, image_batches
+from decompclip.operators.parts import parts_of
 from decompclip.operators.roles import role_change
-from decompclip.operators.textspan import TermMoments, fit_textspans, frame, pick, textspan, textspans
+from decompclip.operators.textspan import (
+    Frame,
+    TermMoments,
+    _chunks,
+    fit_textspans,
+    frame,
+    pick,
+    textspan,
+    textspans,
+)
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 from decompclip.tower.vit import HookedViT
 
@@ -275,6 +285,36 @@ def test_work_in_chunks_is_the_same(
     assert [s.indices for s in again] == [s.indices for s in spans]
 
 
+def test_chunks_are_of_one_kind_and_of_what_may_be_at_work(
+    monkeypatch: pytest.MonkeyPatch, d: Decomposition
+) -> None:
+    moments = Moments.of(d)
+    parts, width = parts_of(everything, moments), d.coords.shape[-1]
+    monkeypatch.setattr("decompclip.operators.textspan.CHUNK", 5 * width * 40)
+    found = list(_chunks(parts, moments, 40))
+    assert [part for chunk in found for part in chunk] == list(parts)
+    assert [len(chunk) for chunk in found] == [
+        5,
+        5,
+        2,
+        2,
+        1,
+        1,
+    ]  # heads; MLPs, which are wider; the embedding
+    monkeypatch.setattr("decompclip.operators.textspan.CHUNK", 1)
+    assert [len(chunk) for chunk in _chunks(parts, moments, 40)] == [1] * 16
+
+
+def test_a_text_that_says_nothing_is_no_direction() -> None:
+    """Not even where what is left is as small as rounding, and all texts count as equal."""
+    left = 1e-13 * (1 + 5e-10)
+    covariance = torch.tensor([[[1.0, 0.0], [0.0, left]]]).double()
+    space = Frame(torch.eye(2)[None].double(), covariance, torch.tensor([2]), torch.tensor([1.0]).double())
+    picks = pick(space, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), 2)
+    assert picks.directions.isfinite().all() and picks.explained.isfinite().all()
+    assert picks.texts[0, 0] == 1
+
+
 def test_as_many_texts_as_the_rank_explain_everything(spans: TextSpans, drawn: Decomposition) -> None:
     span = spans[-1, 2]
     assert len(span) == span.rank == 16  # of 20 asked for
@@ -446,10 +486,18 @@ def test_figures_show_the_numbers(spans: TextSpans) -> None:
     span = spans[5, 3]
     bars, layout = shown(span.figure())
     assert list(layout.yaxis.ticktext) == list(span.texts)
+    so_far = span.variance_explained.tolist()
+    assert list(bars.text) == [f"{share:.0%}" for share in so_far]  # behind the bars: cumulative
+    assert [note.split()[-1] for _, note in bars.customdata] == [f"{share:.1%}" for share in so_far]
+    assert layout.xaxis.range[0] == 0 and max(bars.x) < layout.xaxis.range[1] < 1.3 * max(bars.x)
+    assert layout.xaxis.tickformat == ".0%" and layout.title.text == "heads[5, 3]"
     torch.testing.assert_close(
         torch.tensor(bars.x, dtype=span.variance_explained.dtype).cumsum(0), span.variance_explained
     )
-    cells, _ = shown(spans.figure())
+    cells, layout = shown(spans.figure())
+    assert layout.yaxis.autorange is True  # the first layer at the bottom
+    assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("head", "layer")
+    assert layout.coloraxis.colorbar.tickformat == ".0%"
     assert (cells.z.shape, list(cells.x)) == ((6, 9), [*map(str, range(8)), "MLP"])
     assert cells.z[5, 3] == span.share(3) == span.variance_explained[2]
     assert cells.customdata[5, 3] == "<br>".join(span.texts[:3])
@@ -601,7 +649,9 @@ def test_about_the_mean_one_image_more_is_needed(d: Decomposition) -> None:
 def test_accuracies_speak(model: HookedCLIP, spans: TextSpans, drawn: Decomposition) -> None:
     labels = WORLD.draw(range(len(drawn))).labels
     found = spans[heads[-1]].accuracy(drawn, model.zero_shot_classifier(WORLD.class_names), labels, 2)
-    bars: Any = found.figure().data[0]
+    bars, layout = shown(found.figure())
+    assert list(bars.text) == [f"{share:.1%}" for share in bars.x]
+    assert layout.xaxis.range[0] == 0 and 1 < layout.xaxis.range[1] < 1.5
     assert list(bars.x) == [found.plain, found.reconstructed, found.mean_ablated]
     assert f"{found.reconstructed:.1%} from 2 texts" in repr(found) and "700 images" in repr(found)
     assert "from texts" in found._repr_html_()

@@ -1,0 +1,98 @@
+"""What is done for a user who says nothing: a change of it changes numbers, so that it is made on purpose."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import pytest
+
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import Components, heads, mlps
+from decompclip.decomposition.moments import Moments
+from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
+from decompclip.defenses.decomp import DecompDet, DecompRep
+from decompclip.defenses.distances import ComponentDistances
+from decompclip.defenses.guard import Guard
+from decompclip.defenses.selector import Selector
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.zero_shot import zero_shot_classifier
+from decompclip.operators.attention import attention_maps, contribution_maps, rollout
+from decompclip.operators.effects import direct_and_causal
+from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
+from decompclip.operators.naming import agreement
+from decompclip.operators.neurons import mean_neurons, neuron_terms
+from decompclip.operators.noise import RandomAblate
+from decompclip.operators.patching import activation_patching, attribution_patching
+from decompclip.operators.probes import probe
+from decompclip.operators.roles import role_change
+from decompclip.operators.sweeps import ablation_sweep, most_damaging
+from decompclip.operators.textspan import fit_textspans, textspan, textspans
+from decompclip.operators.transplant import ResampleAblate, decomp_reverse
+from decompclip.tower.cache import ViTCache
+from decompclip.tower.convert import convert_open_clip
+
+BOTH = heads | mlps
+SPANS = {"n_texts": 20, "centred": False, "rank": "auto", "tolerance": None}
+
+LABELLED = {"apply_ln": False, "mlp_input": False, "return_labels": False}
+
+DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
+    (decompose, {"normalize": False, "convention": "centred"}),
+    (Moments.fit, {"normalize": False, "second": True, "stream": True}),
+    (Moments.of, {"second": True}),
+    (ViTCache.accumulated_resid, LABELLED | {"incl_mid": False}),
+    (ViTCache.decompose_resid, LABELLED | {"incl_embeds": True}),
+    (
+        ViTCache.stack_head_results,
+        {"layer": -1, "return_labels": False, "incl_remainder": False, "apply_ln": False},
+    ),
+    (ViTCache.apply_ln_to_stack, {"mlp_input": False, "has_batch_dim": True, "recompute_ln": False}),
+    (HookedCLIP.from_open_clip, {"copy": True}),
+    (convert_open_clip, {"copy": True}),
+    (HookedCLIP.encode_image, {"normalize": False}),
+    (HookedCLIP.encode_text, {"normalize": False}),
+    (HookedCLIP.decompose, {"normalize": False}),
+    (zero_shot_classifier, {"allow_duplicates": False}),
+    (attention_maps, {"components": heads, "pictures": True}),
+    (contribution_maps, {"components": heads, "normalize": True, "pictures": True}),
+    (rollout, {"residual": 0.5, "fuse": "mean", "pictures": True}),
+    (direct_and_causal, {"components": BOTH, "normalize": False}),
+    (head_mmd, {"components": BOTH, "kernel": "unbiased", "paired": False, "seed": 0}),
+    (layer_mmd, {"kernel": "unbiased", "paired": False, "seed": 0}),
+    (MMD.significant, {"rate": 0.05}),
+    (agreement, {"least": 0.2}),
+    (neuron_terms, {"normalize": False}),
+    (mean_neurons, {"normalize": False}),
+    (RandomAblate, {"scale": "matched", "seed": 0, "rows": "all"}),
+    (ResampleAblate, {"seed": 0, "rows": "all"}),
+    (decomp_reverse, {"components": heads}),
+    (activation_patching, {"by_token": False}),
+    (attribution_patching, {"by_token": False, "check": 0}),
+    (probe, {"components": heads, "held_out": 0.3, "seed": 0}),
+    (role_change, {"draws": 1000, "seed": 0}),
+    (ablation_sweep, {"each_head": False, "entry": False}),
+    (most_damaging, {"candidates": BOTH, "size": 5}),
+    (textspan, SPANS),
+    (textspans, SPANS | {"components": BOTH}),
+    (fit_textspans, SPANS | {"components": BOTH}),
+    (AgnosticDet, {"folds": 5, "seed": 0}),
+    (AgnosticRep, {"budget": 0.01, "folds": 5, "seed": 0}),
+    (AgnosticDet.predict, {"fpr": 0.05}),
+    (ComponentDistances, {"folds": 5, "seed": 0}),
+    (ComponentDistances.flags, {"fpr": 0.01}),
+    (DecompRep, {"seed": 0, "mlps": 0}),
+    (DecompDet, {"zeta": 5}),
+    (DecompRep.paper, {"epsilon": 0.002}),
+    (DecompDet.paper, {"epsilon": 0.002}),
+    (Guard.encode_image, {"normalize": False}),
+    (Selector, {"epsilon": 0.002, "quantile": 0.05, "components": heads[-1]}),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), DEFAULTS, ids=lambda x: getattr(x, "__qualname__", ""))
+def test_who_says_nothing_gets_what_is_documented(function: Any, expected: dict[str, Any]) -> None:
+    parameters = signature(function).parameters
+    for name, value in expected.items():
+        found = parameters[name].default
+        assert found == value and isinstance(found, Components) == isinstance(value, Components), name
