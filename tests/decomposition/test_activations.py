@@ -115,6 +115,23 @@ def test_a_normed_stack_projects_to_the_feature(
         close(summed.reshape_as(feature), feature, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ln_final", ["rows", "pooled"])
+def test_positions_of_a_stack_that_every_row_counts_in(
+    make_tower: Callable[..., HookedViT], images: Tensor, ln_final: str
+) -> None:
+    """Each row at its own scale, or all of them at that of their mean."""
+    visual = make_tower(pool="mean", ln_final=ln_final, n_prefix=0)
+    _, cache = visual.run_with_cache(images)
+    whole = cache.decompose_resid(apply_ln=True)
+    close(cache.decompose_resid(apply_ln=True, pos_slice=(2, 5)), whole[:, :, 2:5])
+    scale = cache["ln_final.hook_scale"]
+    assert scale.shape[1] == (6 if ln_final == "rows" else 1)
+    stack = cache.decompose_resid()
+    plain = (stack - stack.mean(-1, keepdim=True)) / scale * visual.ln_final.w
+    close(whole, plain)
+
+
 def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
     _, cache = run
     for layer, block in enumerate(visual.blocks):

@@ -20,6 +20,7 @@ from decompclip.defenses.distances import (
     layer_terms,
     prefixes,
 )
+from decompclip.defenses.fitted import Calibrated
 from decompclip.tower.vit import HookedViT
 
 N = 240
@@ -175,6 +176,25 @@ def test_false_positives_are_as_stated(many: Decomposition, classifier: torch.Te
     assert np.mean(rates[0.2]) == pytest.approx(0.2, abs=0.025)
 
 
+class Given(Calibrated):
+    """Whose scores are what it is given."""
+
+    def __init__(self, clean: int) -> None:
+        self.scores_ = torch.arange(1.0, clean + 1)
+
+    def score(self, x: torch.Tensor, /) -> torch.Tensor:
+        return x
+
+
+def test_suspicious_is_what_exceeds_the_clean_images() -> None:
+    """Of 19, a fresh one is above all with probability 1/20; a score as large as theirs is none above them."""
+    given = torch.tensor([18.0, 19.0, 20.0])
+    assert Given(19).predict(given, fpr=0.05).tolist() == [False, False, True]
+    assert Given(19).predict(given, fpr=0.1).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="at least 19 clean images .* received 18"):
+        Given(18).predict(given, fpr=0.05)
+
+
 def test_a_hijacked_feature_is_suspicious(
     clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
 ) -> None:
@@ -270,6 +290,7 @@ def test_what_does_not_look_suspicious_stays_as_it_is(
     clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
 ) -> None:
     repair = AgnosticRep(classifier, budget=0.05).fit(clean)
+    assert repair.moments_.scatter is None  # means are all that it holds
     last = repair.turn(fresh)
     touched = last < fresh.n_layers - 1
     assert touched.double().mean() <= repair.detector_.predict(fresh, fpr=0.05).double().mean()

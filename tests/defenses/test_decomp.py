@@ -122,13 +122,14 @@ def test_thresholds_at_the_ends(pair) -> None:
     assert none.score(suspect).tolist() == [0] * 12
     assert every.score(suspect).tolist() == [8] * 12
     assert every.predict(suspect).all()
-    assert not DecompDet(epsilon=1e9, zeta=4).fit(clean).predict(suspect).any()
+    assert not DecompDet(epsilon=1e9, zeta=4).fit(clean).predict(suspect).any()  # four, and not above four
 
 
 def test_moments_serve_as_well_as_the_terms(pair) -> None:
     clean, suspect = pair
     of_terms, of_moments = (DecompRep(epsilon=0.02).fit(x) for x in (clean, Moments.of(clean)))
     torch.testing.assert_close(of_terms(suspect).features, of_moments(suspect).features)
+    assert of_terms.selector_.moments_.scatter is None  # means are all that a repair holds
 
 
 def test_the_causal_repair_edits_the_flagged_heads(tower: HookedViT) -> None:
@@ -148,6 +149,8 @@ def test_the_causal_repair_edits_the_flagged_heads(tower: HookedViT) -> None:
 def test_the_paper_s_preset(tower: HookedViT, pair) -> None:
     assert DecompRep.paper().selector.epsilon == 0.002
     assert DecompDet.paper().zeta == 5
+    for preset in (DecompRep.paper, DecompDet.paper):
+        assert (preset(epsilon=0.01).selector.epsilon, preset().selector.convention) == (0.01, "paper")
     d = decompose(tower, drawn(4, 1), normalize=True)
     with pytest.raises(ValueError, match=r"in the 'paper' convention.*received convention='centred'"):
         DecompRep.paper().fit(d)
@@ -230,7 +233,8 @@ def test_the_last_mlps_of_every_image_are_means(centred) -> None:
 
 def test_the_paper_s_hint(ours_alone: None) -> None:
     told = DecompRep.paper(trigger="global")
-    assert (told.mlps, told.selector.components) == (5, None)
+    assert (told.mlps, told.selector.components, told.selector.convention) == (5, None, "paper")
+    assert DecompRep.paper(epsilon=0.01, trigger="global").selector.epsilon == 0.01
     assert DecompRep.paper(trigger="local").mlps == 0
     with pytest.raises(ValueError, match=r"a trigger of \('local', 'global'\); received 'patch'"):
         DecompRep.paper(trigger="patch")  # type: ignore[arg-type]

@@ -255,6 +255,8 @@ def test_the_cache_is_transformer_lens_s_and_typed(model: HookedCLIP, images: to
 @torch.no_grad()
 def test_a_decomposition_sums_to_the_feature(model: HookedCLIP, images: torch.Tensor) -> None:
     d = model.decompose(images)
+    asked = model.decompose(images, convention="paper", normalize=True, tokens=True)
+    assert (asked.convention, asked.normalized) == ("paper", True) and asked.token_terms is not None
     torch.testing.assert_close(d.features, model.encode_image(images), rtol=1e-5, atol=1e-5)
     with model.hooks(Scale("blocks.0.hook_mlp_out", 0.0)):  # the edited run is what is decomposed
         edited = model.encode_image(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,32 @@ def test_nothing_positive_has_no_share_and_no_hit(maps: TokenMaps, masks: Tensor
     assert frame["images_with_share"].tolist() == [5, 0] and frame["images"].tolist() == [6, 6]
     expected = float(scores.share[0, [0, 1, 3, 4, 5]].std() / math.sqrt(5))
     assert frame["share_error"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_figure_has_the_best_maps_with_intervals_and_the_control(maps: TokenMaps, masks: Tensor) -> None:
+    scores = score_masks(maps, masks)
+    control = score_masks(maps_of(maps.patches.flip(1)), masks)
+    plot: Any = scores.figure(control=control, control_name="turned", count=1)
+    shares, hits, others, other_hits, line = plot.data
+    best, frame = scores.order[0], scores.to_frame()
+    assert list(plot.layout.yaxis.ticktext) == [scores.labels[best]]
+    assert list(shares.x) == pytest.approx([100 * float(scores.mean_share[best])])
+    assert list(hits.x) == pytest.approx([100 * float(scores.hit_rate[best])])
+    assert list(others.x) == pytest.approx([100 * float(control.mean_share[best])])
+    assert list(other_hits.x) == pytest.approx([100 * float(control.hit_rate[best])])
+    chance = 100 * float(scores.chance.mean())
+    assert list(line.x) == pytest.approx([chance] * 2)
+    assert plot.layout.xaxis.title.text == (
+        f"% (not shown: 1 maps of lower share); dotted: chance, {chance:.1f} %"
+    )
+    half = 1.96 * frame["share_error"][best]
+    share = float(scores.mean_share[best])
+    assert shares.error_x.array[0] == pytest.approx(100 * (min(1, share + half) - share), rel=1e-3)
+    assert shares.error_x.arrayminus[0] == pytest.approx(100 * (share - max(0, share - half)), rel=1e-3)
+    whole: Any = scores.figure()
+    assert whole.layout.xaxis.title.text == f"%; dotted: chance, {chance:.1f} %" and len(whole.data) == 3
+    with pytest.raises(ValueError, match="a control of the same maps"):
+        scores.figure(control=score_masks(maps.select([0]), masks))
 
 
 def test_a_backdoored_models_heads_find_the_trigger() -> None:

@@ -289,6 +289,25 @@ def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
     assert "p" not in plain.to_frame() and "no p-values" in repr(plain)
 
 
+def test_small_p_values_alone_are_told_by_all_permutations(
+    a: Decomposition, b: Decomposition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, all_ = (head_mmd(a, b, permutations=n).p_values for n in (19, 99))
+    assert few is not None and all_ is not None
+    monkeypatch.setattr("decompclip.operators.mmd.FIRST", 19)
+    monkeypatch.setattr("decompclip.operators.mmd.ENOUGH", 2)
+    staged = head_mmd(a, b, permutations=99).p_values
+    assert staged is not None
+    torch.testing.assert_close(staged, torch.where(20 * few <= 2, all_, few))
+    assert (staged != all_).any() and (staged != few).any()
+
+
+def test_layers_are_measured_as_asked(a: Decomposition, b: Decomposition) -> None:
+    found = layer_mmd(a, b, kernel="paper", permutations=19, paired=True, seed=3)
+    assert (found.kernel, found.permutations, found.paired, found.seed) == ("paper", 19, True, 3)
+    assert head_mmd(a, b).permutations == 999
+
+
 def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     found = head_mmd(a, b, permutations=39)
     plot: Any = found.figure()

@@ -113,6 +113,8 @@ def test_a_neuron_of_the_last_mlp_is_the_same_in_both_modes(
     edit = AblateNeurons(chosen, terms=terms)
     torch.testing.assert_close(at_frozen_scale(tower, images, edit), edit(d).features, **CLOSE)
     mean = mean_neurons(tower, others.split(2), chosen)
+    asked = mean_neurons(tower, [others], chosen, convention="paper", normalize=True)
+    assert (asked.convention, asked.normalized) == ("paper", True)
     whole = neuron_terms(tower, others, chosen)
     torch.testing.assert_close(mean.post, whole.post.mean(0, keepdim=True))
     torch.testing.assert_close(mean.coords, whole.coords.mean(0, keepdim=True))

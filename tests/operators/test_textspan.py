@@ -394,6 +394,30 @@ def test_three_arguments_are_enough(model: HookedCLIP) -> None:
     assert span.n_images >= 1000
 
 
+def test_spans_are_fitted_as_asked(model: HookedCLIP) -> None:
+    """Whichever of the three functions is asked."""
+    images, texts = model.normalize(WORLD.draw(range(60)).images), encode_texts(model, shapes_texts()[:40])
+    options: dict[str, Any] = {"n_texts": 3, "rank": 5, "centred": True}
+    one = textspan(model, -1, 4, images=images, texts=texts, convention="paper", **options)
+    several = textspans(model, heads[-1], images=images, texts=texts, convention="paper", **options)
+    with torch.no_grad():
+        moments = Moments.of(model.decompose(images, convention="paper"))
+    expected = fit_textspans(moments, texts, heads[-1, 4], **options)
+    assert one.indices == several[-1, 4].indices == expected.spans[0].indices and len(one) <= 3
+    assert one.rank == several[-1, 4].rank == expected.spans[0].rank
+    torch.testing.assert_close(
+        one.variance_explained, expected.spans[0].variance_explained, rtol=1e-5, atol=1e-7
+    )
+    assert several.settings == {"rank": 5, "centred": True, "convention": "paper", "images": 60, "pool": 40}
+    for other in ({"rank": "auto"}, {"centred": False}, {"n_texts": 2}):
+        found = fit_textspans(moments, texts, heads[-1, 4], **(options | other)).spans[0]
+        assert (found.rank, found.explained) != (one.rank, one.explained), other
+    coarse = textspan(model, -1, 4, images=images, texts=texts, tolerance=0.2)
+    assert (
+        coarse.rank == textspans(model, heads[-1], images=images, texts=texts, tolerance=0.2)[-1, 4].rank < 5
+    )
+
+
 def test_all_sources_of_images_agree(model: HookedCLIP, described: TextFeatures) -> None:
     world = Shapes(140, seed=5)
     images = model.normalize(world.draw(range(140)).images)
