@@ -385,7 +385,7 @@ def _affected(evidence: Evidence, low: float) -> Verdict:
         sure = weak and held and evidence.paired and evidence.as_it_is.excludes_target
         if sure and reference is not None and reference.setting.difference_interval[1] <= WEAK:
             confidence = "high"
-    elif low >= STRONG or fallen:
+    elif fallen:
         confidence = "low"
     if fallen:
         doubts.insert(0, "The reference model does the same: the images may be the cause, not this model.")

@@ -284,7 +284,7 @@ class AttentionCapture:
 
     def _attention(self, layer: int) -> Float[Tensor, "batch head row token"]:
         if (layer, "pattern") in self.seen:
-            return self.seen[layer, "pattern"]
+            return self.seen.pop((layer, "pattern"))
         turned = "rot_" if self.visual.cfg.rope else ""
         q, k = self.seen.pop((layer, f"{turned}q")), self.seen.pop((layer, f"{turned}k"))
         scores = torch.einsum("bqhe,bnhe->bhqn", q, k) * q.shape[-1] ** -0.5
@@ -317,7 +317,6 @@ class AttentionCapture:
             totals.append(read.sum(-1)[:, None].expand(-1, int(self.kept[layer].sum()), -1))
             read = read / read.sum(-1, keepdim=True)
             attention, v = self._attention(layer), self.seen.pop((layer, "v"))
-            self.seen.pop((layer, "pattern"), None)
             mixed.append(torch.einsum("bqr,bhrn->bhqn", read, attention))
             values.append(v)
             z = torch.einsum("bqr,bhre->bhqe", read, self.seen.pop((layer, "z")))

@@ -140,7 +140,7 @@ class Evaluation(Result):
 
         kinds = ("accuracy",) if self.target is None else ("accuracy", "asr", "control")
         rates = {kind: [getattr(row, kind) for row in self.per_class] for kind in kinds}
-        series = {kind: [rate and rate.value for rate in found] for kind, found in rates.items()}
+        series = {kind: [rate.value for rate in found] for kind, found in rates.items()}
         rows = [row.name for row in self.per_class]
         return bar_rows(rows, series, unit="share of images", percent=True, ends=(0, 1))
 

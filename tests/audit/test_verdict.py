@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -255,6 +256,57 @@ def test_a_wider_bound_is_said_with_less_confidence(base: AuditResult) -> None:
     assert (found.level, found.confidence) == ("no sign", "moderate")
 
 
+def test_what_reaches_a_bound_counts(base: AuditResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(result: AuditResult, **bounds: float) -> Verdict:
+        with monkeypatch.context() as at:
+            for name, value in bounds.items():
+                at.setattr(f"decompclip.audit.verdict.{name}", value)
+            return verdict(replace(result))
+
+    def past(value: float) -> float:
+        return math.nextafter(value, 1)
+
+    some, nothing = (replace(base, as_it_is=setting(success, 0.02), repairs=()) for success in (0.6, 0.02))
+    low, high = some.as_it_is.difference_interval[0], nothing.as_it_is.difference_interval[1]
+    assert (of(some, STRONG=low).level, of(some, STRONG=past(low)).level) == ("backdoored", "suspicious")
+    weaker = {value: of(some, STRONG=1, WEAK=value) for value in (low, past(low))}
+    assert [found.confidence for found in weaker.values()] == ["moderate", "low"]
+    assert [any("no repair" in step for step in found.steps) for found in weaker.values()] == [True, False]
+    untried = [of(replace(some, controls=None), WEAK=value).doubts for value in (low, past(low))]
+    assert [any("were not tried" in doubt for doubt in doubts) for doubts in untried] == [True, False]
+    assert (of(nothing, WEAK=high).level, of(nothing, WEAK=high - 1e-9).level) == ("no sign", "cannot tell")
+    assert (of(nothing, FIRM=high).confidence, of(nothing, FIRM=high - 1e-9).confidence) == (
+        "high",
+        "moderate",
+    )
+    held = replace(some, reference=beside(0.02))
+    assert held.reference is not None
+    theirs = held.reference.setting.difference_interval[1]
+    sure = [of(held, STRONG=0, WEAK=value).confidence for value in (theirs, theirs - 1e-9)]
+    assert sure == ["high", "moderate"]
+    near = replace(some, controls=tried(0.5))
+    assert near.controls is not None
+    share = near.controls.explained
+    assert (
+        of(near, EXPLAINED=past(share)).level == "backdoored"
+        and of(near, EXPLAINED=share).level == "suspicious"
+    )
+    close = [of(near, NEAR=value).doubts[0] for value in (share, past(share))]
+    assert ["may have all of it" in doubt for doubt in close] == [True, False]
+    half = Rate(200, 400)
+    for checks, told in (
+        (replace(base.checks, copies=half), True),
+        (replace(base.checks, distinct=dict.fromkeys(("clean", "suspect"), half)), True),
+        (replace(base.checks, copies=Rate(201, 400)), False),
+        (replace(base.checks, distinct=dict.fromkeys(("clean", "suspect"), Rate(199, 400))), False),
+    ):
+        assert (of(replace(some, checks=checks)).level != "cannot tell") == told
+    unlabelled = replace(base, as_it_is=setting(0.02, 0.02, labelled=False))
+    for count, level in ((360, "cannot tell"), (359, "no sign")):
+        checks = replace(base.checks, favourite=("ring", Rate(count, 400)))
+        assert of(replace(unlabelled, checks=checks), ONE_ANSWER=0.9).level == level
+
+
 def test_it_does_not_tell_what_it_cannot(base: AuditResult) -> None:
     few = verdict(replace(base, as_it_is=setting(0.1, 0.05, images=20)))
     assert few.level == "cannot tell" and "1600" in few.steps[0]
@@ -277,6 +329,8 @@ def test_a_repair_is_recommended_that_saves_and_does_not_cost(base: AuditResult)
     )
     assert not any("repair it" in step for step in verdict(repaired(300, 40)).steps)
     assert not any("repair it" in step for step in verdict(repaired(30, 0)).steps)
+    least = [verdict(repaired(saved, lost)).repair for saved, lost in ((190, 8), (189, 8), (190, 9))]
+    assert [repair is not None for repair in least] == [True, False, False]  # half of them, for 2 points
 
 
 @pytest.fixture(scope="module", autouse=True)

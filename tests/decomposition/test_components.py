@@ -211,6 +211,14 @@ def test_a_single_layer_and_head_are_numbers() -> None:
     assert (heads[1:, [0, 2]].layer, heads[1:, [0, 2]].head, heads[1].head, mlps.layer) == (None,) * 4
 
 
+def test_a_slice_up_to_an_end_names_nothing() -> None:
+    for part in (mlps[:-3], mlps[:0], heads[:-3], heads[1, :-4]):
+        assert part.resolve(3, 4).empty
+    for part in (mlps[3:], mlps[:-4], heads[0, 4:]):
+        with pytest.raises(IndexError):
+            part.resolve(3, 4)
+
+
 def test_it_reads_as_it_is_written() -> None:
     assert repr(heads[4, 2] | mlps[-5:]) == "heads[4, 2] | mlps[-5:]"
     assert repr(everything - (heads[:, 0] | embed)) == "everything - (heads[:, 0] | embed)"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decompclip.decomposition.capture import TOLERANCE, decompose
+from decompclip.decomposition.capture import TOLERANCE, _dtype, decompose
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
@@ -354,6 +354,15 @@ def test_it_reads_well(tower: HookedViT, images: Tensor) -> None:
     assert repr(d.maps) == "TermMaps(centred: 3 layers x 4 heads, 8 -> 20)"
 
 
+def test_the_precision_is_that_of_the_weights_or_of_autocast(
+    make_tower: Callable[..., HookedViT], tower: HookedViT
+) -> None:
+    exact = make_tower(dtype=torch.float64)
+    assert (_dtype(tower), _dtype(exact)) == (torch.float32, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (_dtype(tower), _dtype(exact)) == (torch.bfloat16, torch.float64)
+
+
 @pytest.mark.usefixtures("ours_alone")
 def test_errors_say_what_to_do(tower: HookedViT, images: Tensor) -> None:
     d = decompose(tower, images)
@@ -435,6 +444,10 @@ def test_tokens_are_heads(ours_alone: None, tower: HookedViT, images: Tensor) ->
         decompose(tower, images, tokens="last")  # pyright: ignore[reportArgumentType]
 
 
-def test_how_far_terms_may_miss_their_feature() -> None:
+def test_how_far_terms_may_miss_their_feature(tower: HookedViT, images: Tensor) -> None:
+    miss = decompose(tower, images).sum_error
+    assert decompose(tower, images, tolerance=miss).sum_error == miss > 0
+    with pytest.raises(DecompositionError):
+        decompose(tower, images, tolerance=0.99 * miss)
     expected = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
     assert expected == TOLERANCE

@@ -203,6 +203,18 @@ def test_a_fingerprint_is_of_the_weights_whatever_their_precision(family: Hooked
     assert same_model(mark, fingerprint(copy.deepcopy(family)))
 
 
+@pytest.mark.parametrize(
+    ("precision", "allowed"), [(2.0**-23, 1e-5), (2.0**-10, 2.0**-8), (2.0**-7, 2.0**-5)]
+)
+def test_fingerprints_may_differ_by_what_rounding_leaves(precision: float, allowed: float) -> None:
+    mark = torch.tensor([0.0, 0.0, 7.0, precision], dtype=torch.float64)
+    full = torch.tensor([0.0, 0.0, 7.0, 2.0**-23], dtype=torch.float64)
+    moved = torch.tensor([0.0, allowed, 0.0, 0.0], dtype=torch.float64)
+    for ours, theirs in ((mark, full), (full, mark)):
+        assert same_model(ours + moved, theirs) and not same_model(ours - 1.01 * moved, theirs)
+    assert not same_model(mark, full + torch.tensor([0.0, 0, 1, 0]))
+
+
 def test_a_fingerprint_sees_one_neuron(family: HookedViT) -> None:
     mark = fingerprint(family)
     for neuron in range(0, 48, 5):
@@ -244,6 +256,8 @@ def test_weights_written_past_autograd_are_noticed(family: HookedViT, images: Te
     family.blocks[0].attn.W_QKV.data.mul_(1.5)  # pyright: ignore
     after = decompose(family, images.double())
     assert not before.maps.matches(after.maps) and after.sum_error < 1e-13
+    family.blocks[0].mlp.W_out.data.view(-1)[500:] *= 1.5  # pyright: ignore
+    assert decompose(family, images.double()).sum_error < 1e-13
 
 
 def test_one_number_that_an_optimizer_changes_is_noticed(make_tower: MakeTower, images: Tensor) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.moments import Moments
+from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.tower.vit import HookedViT
 
 
@@ -116,6 +116,15 @@ def test_errors_say_what_to_do(make_tower: Callable[..., HookedViT], tower: Hook
         moments.check(decompose(make_tower(n_layers=2), many()))
     with pytest.raises(ValueError, match="same shape with other weights"):
         moments.check(decompose(make_tower(seed=9, layer_scale=True), many()))
+
+
+def test_an_image_without_numbers_is_named(tower: HookedViT) -> None:
+    d = decompose(tower, many())
+    mlps = d.mlps.clone()
+    mlps[[7, 9], 1] = torch.inf
+    with pytest.raises(ValueError, match="those of 2 images, first of image 7; leave"):
+        check_finite(d.edit(mlps=mlps))
+    check_finite(d)
 
 
 def test_it_reads_well(tower: HookedViT) -> None:

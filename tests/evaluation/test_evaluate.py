@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,19 @@ def test_what_it_says() -> None:
     assert frame.loc["all", "asr"] == 5 / 8
     assert frame.loc["green", "control_high"] == Rate(1, 4).high
     assert "<table" in result._repr_html_()
+
+
+def test_a_figure_has_every_rate_of_every_class() -> None:
+    result = found()
+    plot: Any = result.figure()
+    assert [bars.name for bars in plot.data] == ["accuracy", "asr", "control"]
+    for bars in plot.data:
+        rates = [getattr(row, bars.name).value for row in result.per_class]
+        assert list(bars.x) == pytest.approx(rates, nan_ok=True)
+    assert list(plot.layout.yaxis.ticktext) == NAMES and list(plot.layout.xaxis.range) == [0, 1]
+    assert plot.layout.xaxis.tickformat == ".0%"
+    plain: Any = evaluate(CornerReader(), Coloured(), CLASSIFIER, class_names=NAMES).figure()
+    assert [list(bars.x) for bars in plain.data] == [[row.accuracy.value for row in result.per_class]]
 
 
 def test_scaling_the_features_changes_nothing() -> None:

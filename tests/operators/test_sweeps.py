@@ -298,6 +298,20 @@ def test_greedy_equals_trying_every_component_at_every_step(
     assert line.name == "Taken for their answer"  # which need not be the right one
 
 
+def test_an_image_without_numbers_is_named(
+    d: Decomposition, classifier: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its place in all the data, whatever the batches and the chunks."""
+    embed_ = d.embed.clone()
+    embed_[4] = torch.nan
+    broken = d.edit(embed=embed_)
+    for size in (2, 5):
+        monkeypatch.setattr(sweeps_module, "CHUNK", size * len(classifier))
+        for data in ([broken], [broken[:3], broken[3:]]):
+            with pytest.raises(ValueError, match="those of 1 images, first of image 4"):
+                ablation_sweep(data, None, classifier)
+
+
 def test_greedy_ends_with_its_candidates(d: Decomposition, classifier: Tensor) -> None:
     answers = torch.zeros(5, dtype=torch.long)
     found = most_damaging(d, None, classifier, answers, candidates=mlps[:2], size=9)

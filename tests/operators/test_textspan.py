@@ -409,7 +409,8 @@ def test_spans_are_fitted_as_asked(model: HookedCLIP) -> None:
         one.variance_explained, expected.spans[0].variance_explained, rtol=1e-5, atol=1e-7
     )
     assert several.settings == {"rank": 5, "centred": True, "convention": "paper", "images": 60, "pool": 40}
-    for other in ({"rank": "auto"}, {"centred": False}, {"n_texts": 2}):
+    others: list[dict[str, Any]] = [{"rank": "auto"}, {"centred": False}, {"n_texts": 2}]
+    for other in others:
         found = fit_textspans(moments, texts, heads[-1, 4], **(options | other)).spans[0]
         assert (found.rank, found.explained) != (one.rank, one.explained), other
     coarse = textspan(model, -1, 4, images=images, texts=texts, tolerance=0.2)
