@@ -76,6 +76,7 @@ def test_the_stream_begins_behind_ln_pre(visual: HookedViT, run: tuple[Tensor, V
     both = cache.decompose_resid(mode="mlp"), cache.decompose_resid(mode="attn", incl_embeds=False)
     close(sum(part.sum(0) for part in both), cache["resid_post", 2], rtol=1e-4, atol=1e-5)
     assert cache.decompose_resid(0, incl_embeds=False).shape == (0, 5, 7, 32)
+    assert cache.decompose_resid(0, incl_embeds=False, pos_slice=3).shape == (0, 5, 32)
 
 
 def test_heads_and_output_biases_sum_to_the_attention(
