@@ -115,7 +115,7 @@ def optimise_patch(
     for step in range(steps):
         rows = generator.integers(len(pixels), size=batch_size)
         clean = pixels[rows].to(model.device)
-        positives = target_pixels[generator.integers(len(target_pixels), size=batch_size)]
+        positives = target_pixels[generator.integers(len(target_pixels), size=batch_size)].to(model.device)
         captions = texts[generator.integers(len(texts), size=batch_size)]
         with torch.no_grad():
             negative, positive = _encode(model, clean), _encode(model, positives)
@@ -167,7 +167,8 @@ def _encode(model: HookedCLIP, pixels: Pixels) -> Float[Tensor, "batch d_embed"]
 
 @torch.no_grad()
 def _similarity(model: HookedCLIP, trigger: BadCLIP, pixels: Pixels, target_pixels: Pixels) -> float:
-    return (_encode(model, trigger(pixels)) @ _encode(model, target_pixels).mean(dim=0)).mean().item()
+    triggered, targets = (_encode(model, x.to(model.device)) for x in (trigger(pixels), target_pixels))
+    return (triggered @ targets.mean(dim=0)).mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)

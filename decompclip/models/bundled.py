@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import digest, read_difference, write_difference
+from decompclip.models.differences import digest, nothing, read_difference, write_difference
 from decompclip.models.errors import CheckpointError
 from decompclip.models.fit import check_fit
 from decompclip.models.names import SUFFIX, WEIGHTS, bundled, card
@@ -24,6 +25,9 @@ from decompclip.models.spec import ModelSpec, build_open_clip
 from decompclip.models.text import WordTokenizer
 
 __all__ = ["WEIGHTS", "build_open_clip", "bundled", "card", "load_bundled", "spec_of", "write_bundled"]
+
+PACKED = "eight bits"
+"""The `dtype` of a card whose weights are stored whole as `write_difference` packs them."""
 
 _REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "class_names")
 
@@ -52,14 +56,15 @@ def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
         CheckpointError: the weights are not those of the card, or the model that they are a difference from is not there.
     """
     facts = card(name, folder)
-    base = facts.get("difference_from")
-    path = folder / f"{name}{SUFFIX if base else '.safetensors'}"
+    base, path = facts.get("difference_from"), _weights_file(name, folder)
     found = sha256(path) if path.exists() else "none"
     if found != facts["sha256"]:
         raise CheckpointError(
             f"the weights of {name!r} are not those of its card: {path} has SHA-256 {found}, expected "
             f"{facts['sha256']}. The file was changed or cut; install decompclip again, or `git checkout -- {path}`"
         )
+    if facts.get("dtype") == PACKED:
+        return read_difference(path, nothing(spec_of(facts).build().state_dict()))
     if base is None:
         return {key: x.float() if x.is_floating_point() else x for key, x in read_checkpoint(path).items()}
     where = folder if base in bundled(folder) else WEIGHTS
@@ -75,6 +80,12 @@ def read_bundled(name: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
             "another model than it was; install decompclip again"
         )
     return state
+
+
+def _weights_file(name: str, folder: Path) -> Path:
+    facts = card(name, folder)
+    packed = facts.get("difference_from") or facts.get("dtype") == PACKED
+    return folder / f"{name}{SUFFIX if packed else '.safetensors'}"
 
 
 def base_weights(name: str) -> dict[str, Tensor]:
@@ -107,7 +118,7 @@ def load_bundled(name: str, *, folder: Path = WEIGHTS) -> HookedCLIP:
             "pretrained": "bundled",
             "checkpoint": None,
             "sha256": facts["sha256"],
-            "files": {f"{name}{SUFFIX if facts.get('difference_from') else '.safetensors'}": facts["sha256"]},
+            "files": {_weights_file(name, folder).name: facts["sha256"]},
             "activation": spec.activation,
             "activation_source": "card",
         },
@@ -162,6 +173,34 @@ def write_bundled(
         }
         write_json(partial / f"{name}.json", written)
     (folder / f"{name}{'.safetensors' if base else SUFFIX}").unlink(missing_ok=True)  # its other form before
+    return written
+
+
+def adopt(file: Path, card: Mapping[str, Any], folder: Path = WEIGHTS, *, base: str | None) -> dict[str, Any]:
+    """Put a file that `write_difference` made beside its card: weights that were made elsewhere, as they were measured.
+
+    Args:
+        file: the difference from `base`, or from `nothing`.
+        card: as `write_bundled`.
+        folder: where to.
+        base: a bundled model's name; None for weights that are stored whole, in eight bits.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        CheckpointError: a file that is damaged, or of other weights.
+        UnknownModelError: no such base.
+    """
+    state = read_difference(file, base_weights(base) if base else nothing(spec_of(card).build().state_dict()))
+    with atomic_folder(folder, f"{card['name']}.json") as partial:
+        weights = partial / f"{card['name']}{SUFFIX}"
+        shutil.copyfile(file, weights)
+        how = {"difference_from": base, "weights_sha256": digest(state)} if base else {"dtype": PACKED}
+        parameters = sum(value.numel() for value in state.values())
+        written = {**card, "sha256": sha256(weights), **how, "parameters": parameters}
+        write_json(partial / f"{card['name']}.json", written)
+    (folder / f"{card['name']}.safetensors").unlink(missing_ok=True)  # its other form before
     return written
 
 

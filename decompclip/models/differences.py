@@ -7,6 +7,7 @@ nothing is lost between the two. A twin of a bundled model takes a quarter of it
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,26 +24,46 @@ from decompclip.models.errors import CheckpointError
 STEPS = 4
 """Steps in a standard deviation of a row's difference: the rounding is 7 % of it, far below what training leaves to chance."""
 
+WHOLE = math.inf
+
 _STEP = "step/"
 
 
-def as_stored(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def nothing(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros in the shapes of `state`: the base of a model that is stored whole, with `steps=WHOLE`."""
+    return {name: torch.zeros_like(value, dtype=torch.float32) for name, value in state.items()}
+
+
+def as_stored(
+    state: Mapping[str, Tensor], base: Mapping[str, Tensor], *, steps: float = STEPS
+) -> dict[str, Tensor]:
     """The weights that are left of `state` once it is stored: what is to be measured.
+
+    Args:
+        state: a model's weights.
+        base: those that it is stored as a difference from.
+        steps: in a standard deviation of a row's difference. `WHOLE`: as fine as eight bits allow.
 
     Raises:
         ValueError: not the weights of one architecture, or not finite.
     """
-    return _restore(_encode(state, base), base)
+    return _restore(_encode(state, base, steps), base)
 
 
-def write_difference(state: Mapping[str, Tensor], base: Mapping[str, Tensor], path: Path) -> str:
+def write_difference(
+    state: Mapping[str, Tensor], base: Mapping[str, Tensor], path: Path, *, steps: float = STEPS
+) -> str:
     """Write `state` as its difference from `base`; returns the digest of the restored weights.
+
+    Args:
+        state, base, steps: as `as_stored`.
+        path: of the file.
 
     Raises:
         ValueError: as `as_stored`.
         OSError: the file cannot be written.
     """
-    encoded = _encode(state, base)
+    encoded = _encode(state, base, steps)
     # the numbers follow each other without pattern: Huffman's code alone, no search for repetitions
     packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
     with atomic_write(path) as partial:
@@ -81,14 +102,14 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _encode(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encode(state: Mapping[str, Tensor], base: Mapping[str, Tensor], steps: float) -> dict[str, Tensor]:
     _check_names(state, base)
     encoded = {}
     for name, value in state.items():
         rows = _rows(value.detach().cpu().float() - base[name].float())
         if not rows.isfinite().all():
             raise ValueError(f"expected finite weights; received others in {name}")
-        step = torch.maximum(rows.square().mean(1).sqrt() / STEPS, rows.abs().amax(1) / 127)
+        step = torch.maximum(rows.square().mean(1).sqrt() / steps, rows.abs().amax(1) / 127)
         whole = torch.where(step[:, None] > 0, rows / step[:, None], 0).round()
         encoded[name] = whole.to(torch.int8).reshape(value.shape)
         encoded[_STEP + name] = step

@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
@@ -129,15 +130,58 @@ def build_optimizers(
         {"params": others, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    on_gpu = all(p.is_cuda for p in (*others, *plain))
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.AdamW(groups, lr=adamw_lr, betas=recipe.betas), adamw_lr)
+        (torch.optim.AdamW(groups, lr=adamw_lr, betas=recipe.betas, fused=on_gpu or None), adamw_lr)
     ]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        # torch's own goes matrix by matrix: on a GPU its launches take longer than the training step
+        kind = StackedMuon if on_gpu else torch.optim.Muon
+        muon = kind(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append((muon, recipe.lr))
     return optimizers
+
+
+class StackedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, with one product for all matrices of one shape; learning rates as `match_rms_adamw` alone."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                buffers = torch.stack([self.state[parameter]["momentum_buffer"] for parameter in parameters])
+                if group["nesterov"]:
+                    gradients = torch.stack([parameter.grad for parameter in parameters])  # pyright: ignore[reportArgumentType]
+                    buffers = gradients.lerp(buffers, group["momentum"])
+                moves = _orthogonal(buffers, group["ns_coefficients"], group["ns_steps"])
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for parameter, move in zip(parameters, moves, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(move, alpha=-rate)
+
+
+def _orthogonal(
+    stack: Float[Tensor, "matrix out in"], coefficients: tuple[float, float, float], steps: int
+) -> Tensor:
+    """Newton and Schulz's iteration toward the nearest orthogonal matrix, in bf16, as Muon has it."""
+    a, b, c = coefficients
+    x = stack.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 @differentiable
@@ -209,13 +253,14 @@ def train(
     began = time.perf_counter()
     before = history[-1]["seconds"] if history else 0.0  # of the runs that this one goes on from
     last = recipe.steps if stop is None else min(stop, recipe.steps)
+    # On a GPU the losses are read now and then: to wait for each leaves it idle while the next step is made ready.
+    patience = 20 if any(p.is_cuda for p in parameters) else 1
+    unread: list[Tensor] = []
+    number = math.nan
     for step in range(start, last):
         for schedule in schedules:
             schedule(step)
         value = loss(step)
-        number = value.item()
-        if not math.isfinite(number):
-            raise FloatingPointError(f"loss is {number} at step {step}; lower the learning rate")
         value.backward()
         if recipe.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
@@ -224,13 +269,21 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         if after_step is not None:
             after_step()
-        total, count = total + number, count + 1
+        unread.append(value.detach().clone())
         done = step + 1
+        evaluates = done % evaluate_every == 0 or done == last
+        writes = checkpoint is not None and (done % checkpoint_every == 0 or done == last)
+        if evaluates or writes or len(unread) == patience:
+            for place, number in enumerate(torch.stack(unread).tolist(), done - len(unread)):
+                if not math.isfinite(number):
+                    raise FloatingPointError(f"loss is {number} at step {place}; lower the learning rate")
+                total, count = total + number, count + 1
+            unread.clear()
         if progress is not None:
             progress(done, number)
         if not main:
             continue
-        if done % evaluate_every == 0 or done == last:
+        if evaluates:
             entry = {"step": done, "samples": done * recipe.batch_size, "loss": round(total / count, 4)}
             entry["lr"] = optimizers[0][0].param_groups[0]["lr"]
             total, count = 0.0, 0
@@ -238,7 +291,7 @@ def train(
             entry["seconds"] = round(before + time.perf_counter() - began, 1)
             history.append(entry)
             log(in_words(entry, history[-2] if len(history) > 1 else None))
-        if checkpoint is not None and (done % checkpoint_every == 0 or done == last):
+        if checkpoint is not None and writes:
             state = {
                 "recipe": json.dumps(asdict(recipe)),
                 "identity": identity,

@@ -14,7 +14,14 @@ from safetensors.torch import load, save
 
 from decompclip.models import bundled as models_zoo
 from decompclip.models.bundled import bundled, card, load_bundled, read_bundled, spec_of, write_bundled
-from decompclip.models.differences import as_stored, digest, read_difference, write_difference
+from decompclip.models.differences import (
+    WHOLE,
+    as_stored,
+    digest,
+    nothing,
+    read_difference,
+    write_difference,
+)
 from decompclip.models.errors import CheckpointError
 
 State = dict[str, torch.Tensor]
@@ -65,6 +72,21 @@ def test_the_rounding_is_a_small_part_of_each_row_s_difference(base: State, stat
         step = torch.maximum(change.square().mean(1).sqrt() / 4, change.abs().amax(1) / 127)
         assert (miss.abs() <= step[:, None] / 2 + 1e-6).all()
     assert stored["scale"] == pytest.approx(state["scale"].item(), abs=1e-6)
+
+
+def test_weights_stored_whole_keep_eight_bits(base: State) -> None:
+    stored = as_stored(base, nothing(base), steps=WHOLE)
+    for key, x in base.items():
+        rows, found = (t.reshape(len(t), -1) if t.ndim > 1 else t.reshape(1, -1) for t in (x, stored[key]))
+        assert ((rows - found).abs().amax(1) <= rows.abs().amax(1) / 254 * 1.001).all()
+
+
+def test_coarser_steps_take_less_space(tmp_path: Path, base: State, state: State) -> None:
+    sizes = []
+    for steps in (4.0, 1.0):
+        write_difference(state, base, tmp_path / "x", steps=steps)
+        sizes.append((tmp_path / "x").stat().st_size)
+    assert sizes[1] < sizes[0]
 
 
 def test_a_number_far_from_its_row_is_not_cut_off() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decompclip.training.loop import Recipe, build_optimizers, in_words, train
+from decompclip.training.loop import Recipe, StackedMuon, build_optimizers, in_words, train
 
 
 class Tower(nn.Module):
@@ -186,3 +186,22 @@ def test_another_run_s_checkpoint_is_refused(tmp_path: Path) -> None:
     train({"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "a.pt", log=quiet, identity="x")
     with pytest.raises(ValueError, match="another model or other pairs; delete it to start anew"):
         train({"m": model}, loss_of(model), RECIPE, checkpoint=tmp_path / "a.pt", log=quiet, identity="y")
+
+
+def test_stacked_muon_is_torch_s() -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(12, 8), (8, 12), (12, 8), (8, 8)]
+    ours, theirs = ([nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = StackedMuon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=g)
+            other.grad = mine.grad.clone()
+        if step == 1:
+            ours[0].grad = theirs[0].grad = None  # a parameter that this step does not reach
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-3, rtol=0.02)  # products in bf16
+        assert mine.abs().max() > 0.05
