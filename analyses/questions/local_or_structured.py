@@ -5,11 +5,13 @@ Command:   python -m analyses.local_or_structured --model-family shapes
 Run time:  about 3 minutes, one thread.
 Expected:  if the paper's reading is right, extent decides; structure alone could explain its data too.
 Measured:  extent +12.5 points of the contribution, structure -8.2: both count.
-Writes:    analyses/results/FAMILY/local_or_structured.json, local_or_structured.png
+Writes:    analyses/results/FAMILY/local_or_structured.json, local_or_structured-kinds.png, local_or_structured-paths.png
 
 Four kinds of trigger (local or global, one fixed pattern or noise drawn anew for each image), three seeds of training each.
 Measured on each twin: the share of the contribution toward the target that heads make themselves (the rest is MLPs'), and how much more
-of the attack is left without MLPs than without heads. Effects are differences of means over the 2 x 2, with 95 % intervals of
+of the attack is left without MLPs than without heads: direct, causal, and direct at equal accuracy, since what an ablation does to the attack
+says little where it takes the classes with it. There all terms of one kind move toward their means until the accuracy is that of the milder
+of the two ablations. Effects are differences of means over the 2 x 2, with 95 % intervals of
 Student's t over seeds (pooled variance).
 """
 
@@ -31,7 +33,9 @@ from analyses.study.rates import excess
 from analyses.study.summary import markdown, mean
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.figures.scatter import Panel, Point, point_panels
+from decompclip.evaluation.metrics import attack_report
+from decompclip.figures.curves import Curve, LinePanel, line_panels
+from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Local or structured: what decides whether heads or MLPs carry a trigger?"
@@ -39,18 +43,27 @@ TITLE = "Local or structured: what decides whether heads or MLPs carry a trigger
 MEASURES = {
     "share": "share of the contribution toward the target that heads make, %",
     "gap": "attack left without MLPs less without heads, points",
+    "matched": "the same at equal clean accuracy, points",
+    "causal": "attack left without MLPs less without heads, causal, points",
 }
+PARTS = {"heads": heads, "mlps": mlps}
+STRENGTHS = 20
+"""Steps from the terms as they are to all of them at their means."""
 EFFECTS = {"extent": "local less global", "structure": "structured less noise", "both": "interaction"}
 
 
 @dataclass(frozen=True)
 class Config:
+    """`causal_images` of the images are run again without heads, and without MLPs."""
+
     images: int = 1_000
     seed: int = 0
+    causal_images: int = 300
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Contribution of heads and MLPs, layer by layer, and attack success without either."""
+@torch.no_grad()
+def measure(case: Case, config: Config) -> dict[str, Any]:
+    """Contribution of heads and MLPs, layer by layer, and attack success without either, by ever stronger ablation."""
     direction = case.classifier[case.target] - case.classifier[
         torch.arange(len(case.classifier)) != case.target
     ].mean(0)
@@ -60,21 +73,67 @@ def measure(case: Case) -> dict[str, Any]:
         "mlps": ((triggered.mlps - clean.mlps) @ direction).mean(0),
     }
     moments = Moments.of(case.terms("fit", "centred"), second=False)
-    left = {
-        name: excess(case.report_of(edit, "centred"))
-        for name, edit in {
-            "as it is": None,
-            "heads": MeanAblate(heads, moments),
-            "mlps": MeanAblate(mlps, moments),
-        }.items()
+    edits = {name: MeanAblate(parts, moments) for name, parts in PARTS.items()}
+    paths = {name: path(case, edit) for name, edit in edits.items()}
+    left = {"as it is": paths["heads"]["left"][0]} | {
+        name: found["left"][-1] for name, found in paths.items()
     }
+    causal = {name: _causal(case, edit, config.causal_images) for name, edit in edits.items()}
     total = {kind: float(values.sum()) for kind, values in contributions.items()}
     return {
         "push": {kind: [round(x, 5) for x in values.tolist()] for kind, values in contributions.items()},
         "left": left,
+        "paths": paths,
+        "causal_left": causal,
         "share": 100 * total["heads"] / (total["heads"] + total["mlps"]),
         "gap": left["mlps"] - left["heads"],
+        "matched": at_equal_accuracy(paths["mlps"], paths["heads"]),
+        "causal": causal["mlps"]["left"] - causal["heads"]["left"],
     }
+
+
+def path(case: Case, edit: MeanAblate) -> dict[str, list[float]]:
+    """CACC and ASR less its control, in points, while the ablated terms move from what they are to their means."""
+    ends = [
+        (d.features, edit(d).features)
+        for d in (case.terms("clean", "centred"), case.terms("triggered", "centred"))
+    ]
+    found: dict[str, list[float]] = {"cacc": [], "left": []}
+    for step in range(STRENGTHS + 1):
+        share = step / STRENGTHS
+        report = case.report(*(case.answers((1 - share) * a + share * b) for a, b in ends)).to_dict()
+        found["cacc"].append(round(100 * report["cacc"]["value"], 3))
+        found["left"].append(round(excess(report), 3))
+    return found
+
+
+def at_equal_accuracy(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> float:
+    """Attack left on one path less on the other, where both have come down to the accuracy that the milder one ends at."""
+    level = max(found["cacc"][-1] for found in (one, other))
+
+    def reached(found: Mapping[str, Sequence[float]]) -> float:
+        """Between the last two steps around the level."""
+        last = max(step for step, accuracy in enumerate(found["cacc"]) if accuracy >= level)
+        if last + 1 == len(found["cacc"]):
+            return found["left"][last]
+        (high, low), (before, after) = (found[key][last : last + 2] for key in ("cacc", "left"))
+        return before + (after - before) * (high - level) / (high - low)
+
+    return reached(one) - reached(other)
+
+
+def _causal(case: Case, edit: MeanAblate, images: int) -> dict[str, float]:
+    answers, model = [], case.model
+    with model.hooks(edit):
+        for pixels in (case.clean[:images], case.triggered[:images]):
+            features = [model.encode_image(model.normalize(x), normalize=True) for x in pixels.split(64)]
+            answers.append(case.answers(torch.cat(features)))
+    clean, triggered = answers
+    labels = case.labels[:images]
+    report = attack_report(
+        clean, labels, triggered, labels, case.target, n_classes=len(case.class_names)
+    ).to_dict()
+    return {"cacc": round(100 * report["cacc"]["value"], 3), "left": round(excess(report), 3)}
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
@@ -88,14 +147,12 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
                     f"expected BadNet and Blended twins of all four kinds, two seeds each; received fewer of {kind!r} in "
                     f"{family.name}; the family `shapes` has them: --model-family shapes"
                 )
-    return {
-        "models": {m.name: measure(family.case(m, images=config.images, seed=config.seed)) for m in crossed}
-    }
+    return family.measured(tuple(crossed), config, measure)
 
 
-def cells(record: Mapping[str, Any], key: str) -> dict[tuple[str, str], list[float]]:
+def cells(record: Mapping[str, Any], key: str) -> dict[tuple[str, str], list[Any]]:
     """Values by extent and structure."""
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[Any]] = {}
     for name, model in record["found"]["models"].items():
         extent, structure = record["models"][name]["kind"].split(", ")
         found.setdefault((extent, structure), []).append(model[key])
@@ -135,7 +192,30 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         panels.append(
             Panel(unit, "%" if key == "share" else "points", series, line=50.0 if key == "share" else 0.0)
         )
-    return {"kinds": point_panels(rows, panels)}
+    return {"kinds": point_panels(rows, panels), "paths": line_panels(_paths(record), columns=2)}
+
+
+def _paths(record: Mapping[str, Any]) -> list[LinePanel]:
+    """Of each kind of trigger: attack left against accuracy left, a curve a seed."""
+    panels = []
+    for (extent, structure), found in cells(record, "paths").items():
+        curves = {
+            f"{'MLPs' if part == 'mlps' else part} ablated, seed {seed}": Curve(
+                paths[part]["cacc"], paths[part]["left"]
+            )
+            for part in PARTS
+            for seed, paths in enumerate(found)
+        }
+        panels.append(
+            LinePanel(
+                f"{extent}, {structure}",
+                "clean accuracy, %",
+                "ASR less control, points",
+                curves,
+                ends=PERCENT,
+            )
+        )
+    return panels
 
 
 def table(record: Mapping[str, Any]) -> str:

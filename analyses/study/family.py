@@ -24,11 +24,14 @@ from decompclip.zoo.recipes import WORLDS
 
 LABELS = {
     "badnet": "BadNet",
+    "badnet-3percent": "BadNet, 3 %",
     "badnet-noise": "BadNet, noise",
     "blended": "Blended",
+    "blended-strong": "Blended, 0.2",
     "blended-noise": "Blended, noise",
     "label-consistent": "Label-Consistent",
     "issba": "ISSBA",
+    "issba-strong": "ISSBA, gain 2",
     "badclip": "BadCLIP",
     "kitty": "Kitty",
     "reflection": "Reflection",
