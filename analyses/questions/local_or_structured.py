@@ -72,7 +72,8 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         "heads": ((triggered.heads - clean.heads).sum(2) @ direction).mean(0),
         "mlps": ((triggered.mlps - clean.mlps) @ direction).mean(0),
     }
-    moments = Moments.of(case.terms("fit", "centred"), second=False)
+    batches = (case.model.normalize(x) for x in case.fit.split(64))
+    moments = Moments.fit(case.model, batches, normalize=True, second=False, stream=True)
     edits = {name: MeanAblate(parts, moments) for name, parts in PARTS.items()}
     paths = {name: path(case, edit) for name, edit in edits.items()}
     left = {"as it is": paths["heads"]["left"][0]} | {

@@ -19,7 +19,10 @@ from analyses.questions import (
     role_change,
 )
 from analyses.study.family import BundledFamily
+from analyses.study.rates import excess
+from decompclip.decomposition.moments import Moments
 from decompclip.models.bundled import load_bundled
+from decompclip.operators.ablation import MeanAblate
 
 FAMILY = BundledFamily("shapes")
 IMAGES = 120
@@ -62,7 +65,10 @@ def test_the_grid_of_triggers_needs_all_four_kinds() -> None:
 
 
 def test_contributions_and_what_is_left() -> None:
-    found = local_or_structured.measure(FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES))
+    config = local_or_structured.Config(images=IMAGES, causal_images=IMAGES)
+    found = local_or_structured.measure(
+        FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES), config
+    )
     case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
     towards = case.classifier[case.target] - case.classifier[torch.arange(12) != case.target].mean(0)
     moved = (case.terms("triggered", "centred").features - case.terms("clean", "centred").features)[
@@ -73,6 +79,22 @@ def test_contributions_and_what_is_left() -> None:
     # the embedding and the constants are the rest: divided by another length
     assert parts == pytest.approx(whole, abs=0.1 * abs(whole))
     assert found["gap"] == found["left"]["mlps"] - found["left"]["heads"]
+    moments = Moments.of(case.terms("fit", "centred"), second=False)
+    for kind, parts_of_kind in local_or_structured.PARTS.items():
+        report = case.report_of(MeanAblate(parts_of_kind, moments), "centred")
+        assert found["paths"][kind]["left"][-1] == pytest.approx(excess(report), abs=0.01)
+        assert found["paths"][kind]["cacc"][0] == pytest.approx(
+            100 * case.report_of(None, "centred")["cacc"]["value"]
+        )
+    assert found["causal"] == found["causal_left"]["mlps"]["left"] - found["causal_left"]["heads"]["left"]
+
+
+def test_attacks_are_compared_at_the_accuracy_that_the_milder_ablation_leaves() -> None:
+    mild = {"cacc": [80.0, 70.0, 60.0], "left": [90.0, 85.0, 82.0]}
+    hard = {"cacc": [80.0, 50.0, 10.0], "left": [90.0, 60.0, 0.0]}  # at 60: two thirds of the way to 60
+    assert local_or_structured.at_equal_accuracy(mild, hard) == pytest.approx(82 - 70)
+    assert local_or_structured.at_equal_accuracy(hard, mild) == pytest.approx(70 - 82)
+    assert local_or_structured.at_equal_accuracy(mild, mild) == 0
 
 
 # Direct or causal
