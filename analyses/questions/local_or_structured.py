@@ -46,6 +46,12 @@ MEASURES = {
     "matched": "the same at equal clean accuracy, points",
     "causal": "attack left without MLPs less without heads, causal, points",
 }
+PANELS = {
+    "share": "heads' share of contribution",
+    "gap": "left without MLPs<br>less without heads",
+    "matched": "the same,<br>at equal accuracy",
+    "causal": "the same,<br>causal",
+}
 PARTS = {"heads": heads, "mlps": mlps}
 STRENGTHS = 20
 """Steps from the terms as they are to all of them at their means."""
@@ -182,7 +188,7 @@ def effects(values: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, Poin
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     panels = []
-    for key, unit in MEASURES.items():
+    for key, title in PANELS.items():
         found = cells(record, key)
         rows = [", ".join(cell) for cell in found]
         n = max(len(x) for x in found.values())
@@ -191,7 +197,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             for i in range(n)
         }
         panels.append(
-            Panel(unit, "%" if key == "share" else "points", series, line=50.0 if key == "share" else 0.0)
+            Panel(title, "%" if key == "share" else "points", series, line=50.0 if key == "share" else 0.0)
         )
     return {"kinds": point_panels(rows, panels), "paths": line_panels(_paths(record), columns=2)}
 
@@ -250,8 +256,15 @@ def finding(record: Mapping[str, Any]) -> str:
         deciding = ", ".join(EFFECTS[name] for name in sure) or "nothing"
         words = ", ".join(f"{EFFECTS[name]} {_said(point)}" for name, point in found.items())
         parts.append(f"{unit}: {words} (beyond chance: {deciding})")
+    matched: dict[str, list[float]] = {}
+    for (extent, _), found in cells(record, "matched").items():
+        matched.setdefault(extent, []).extend(found)
+    where = " and ".join(
+        f"{mean(found):.1f} points more for {extent} triggers" for extent, found in matched.items()
+    )
     return (
-        f"{'; '.join(parts)}. {len(record['found']['models'])} models. The paper's reading is that extent alone "
+        f"{'; '.join(parts)}. {len(record['found']['models'])} models. At equal clean accuracy {where} are left without MLPs than without "
+        "heads: where both are far above zero, heads carry both kinds. The paper's reading is that extent alone "
         "decides, with both measures higher for local triggers. Triggers of other sizes and strengths, or a deeper tower, would change the answer."
     )
 
