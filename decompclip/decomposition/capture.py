@@ -3,7 +3,7 @@
 Hooks copy what the pooled rows receive (a head's z, an MLP's output, the embedding, the last scale): the tower
 runs as it does without them, and nothing of size [batch, token] is kept unless tokens are asked for, or the
 weights of the rows are known only at the end (a LayerNorm of every row before the pooling, or an attention
-pool). Such a tower is run in parts of the batch, so that what is kept stays small beside the run itself.
+pool). Of such a tower the batch is run in as few parts as the memory at hand allows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, frozen, full_precision, wide
+from decompclip.decomposition.maps import Convention, frozen, full, full_precision, wide
+from decompclip.decomposition.memory import pieces, room
 from decompclip.decomposition.terms import AttentionCapture, DecompositionError, Rows, terms_of
 from decompclip.tower.vit import Hook, HookedViT, hooked
 
@@ -60,9 +61,14 @@ def decompose(
         tolerance = TOLERANCE[_dtype(visual)]
     # Others' hooks may hold something for each image of the batch: it must stay whole.
     free = not any(hooked(module) for module in visual.modules())
-    size = _part(visual, len(images)) if free and images.ndim == 4 else len(images)
-    parts = images.split(max(size, 1))
-    return Decomposition.cat([_decompose(visual, x, convention, normalize, kept, tolerance) for x in parts])
+    held = _held(visual, images, kept) if free and images.ndim == 4 else 0
+    parts = [images]
+    if held and len(images) > 1:
+        slices = list(pieces(len(images), held, room(visual.device)))
+        parts = [images[piece] for piece in slices] if len(slices) > 1 else parts
+    return Decomposition.cat(
+        [_decompose(visual, part, convention, normalize, kept, tolerance) for part in parts]
+    )
 
 
 def _decompose(
@@ -80,11 +86,6 @@ def _decompose(
     hooks: list[Hook] = rows.hooks() + (attention.hooks() if attention else [])
     with visual.hooks(fwd_hooks=hooks):
         feature = wide(visual(images, pooled_rows=alone))
-    if not feature.isfinite().all():
-        raise DecompositionError(
-            "expected finite features; received infinite ones or nan from the tower; check the images, and run "
-            "the model in float32"
-        )
     with full_precision(feature):
         return _exact(visual, rows, attention, feature, convention, normalize, tolerance)
 
@@ -100,15 +101,17 @@ def _exact(
 ) -> Decomposition:
     """The decomposition of what was seen."""
     fixed = frozen(visual, convention)
-    length = feature.norm(dim=-1) if normalize else torch.ones_like(feature[:, 0])
-    terms: dict[str, Any] = terms_of(fixed, rows, length, convention)
-    d = Decomposition(
-        **terms,
-        maps=fixed.maps,
-        normalized=normalize,
-        target=feature / length[:, None],
-    )
+    rows.length = feature.norm(dim=-1) if normalize else None
+    terms = terms_of(fixed, rows, convention)
+    of_images: dict[str, Any] = terms.of_images
+    target = feature if rows.length is None else feature / rows.length[:, None]
+    d = Decomposition(**of_images, maps=fixed.maps, normalized=normalize, target=target)
     if not d.sum_error <= tolerance:
+        if not feature.isfinite().all():
+            raise DecompositionError(
+                "expected finite features; received infinite ones or nan from the tower; check the images, and run "
+                "the model in float32"
+            )
         raise DecompositionError(
             f"expected terms that sum to the feature within {tolerance:.1e} of its largest entry; received a miss "
             f"of {d.sum_error:.1e}: a hook edits the stream where no term records it (hook_result, "
@@ -117,19 +120,15 @@ def _exact(
         )
     if attention is None:
         return d
-    weights = rows.row_weights / length[:, None, None]
-    return replace(d, token_terms=attention.terms(weights, rows.scales, convention, tolerance))
+    return replace(d, token_terms=attention.terms(fixed, rows, terms.z, convention, tolerance))
 
 
-def _part(visual: HookedViT, batch: int) -> int:
-    """Images a run, such that what is kept of them is made up for by the smaller run."""
-    cfg = visual.cfg
-    if not Rows.all_rows(cfg):
-        return batch
-    run = (
-        5 * cfg.d_model + 2 * (1 + cfg.gated) * cfg.d_mlp
-    )  # as measured: the stream, and both sides of an MLP
-    return batch * run // (run + (2 * cfg.n_layers + 1) * cfg.d_model)
+def _held(visual: HookedViT, images: Tensor, kept: Bool[Tensor, "layer head"] | None) -> int:
+    """Bytes an image that are held until the run ends, beside what it returns."""
+    cfg, heads = visual.cfg, 0 if kept is None else sum(kept.flatten().tolist())
+    rows = len(range(cfg.n_tokens)[cfg.pooled_rows]) if Rows.all_rows(cfg) else 0
+    writes = (2 * cfg.n_layers + 1) * cfg.d_model * rows * _dtype(visual).itemsize
+    return writes + AttentionCapture.held(cfg, heads) * full(images.dtype).itemsize
 
 
 def _dtype(visual: HookedViT) -> torch.dtype:
@@ -147,4 +146,4 @@ def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "
     if not isinstance(chosen, Components):
         raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
     kept = resolve(chosen, visual).heads
-    return kept if kept.any() else None
+    return kept if any(kept.flatten().tolist()) else None

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from decompclip.decomposition.components import heads as all_heads, resolve
 from decompclip.decomposition.maps import Convention, TermMaps, full_precision
+from decompclip.decomposition.memory import pieces, temporary
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
 
 FORMAT = "decompclip.decomposition/2"
+SIZES = ("image_size", "patch_size")
 TERMS = ("coords", "mlps", "embed", "pool", "bias_coords")
 
 
@@ -141,21 +143,25 @@ class Decomposition:
 
     # Tokens
 
-    def attention(self, layer: int, head: int) -> Float[Tensor, "batch token"]:
+    def attention(
+        self, layer: int | None = None, head: int | None = None
+    ) -> Float[Tensor, "batch *kept_head token"]:
         """The pooled row's attention over source tokens (prefix tokens first, patches follow row by row).
 
         Where several rows are pooled it is their mean, by the weight with which each of them is read.
 
         Args:
-            layer: of the head; from the end where negative.
+            layer: of the head; from the end where negative. Without layer and head: all kept heads, in order.
             head: of that layer.
 
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
+            ValueError: a layer without a head.
         """
-        terms, position, _, _ = self._kept(layer, head)
-        weight = terms.scale[:, position]
-        return torch.einsum("bqn,bq->bn", terms.attention[:, position], weight / weight.sum(1, keepdim=True))
+        terms = self._asked(layer, head)
+        share = terms.scale / terms.scale.sum(2, keepdim=True)
+        attention = torch.einsum("bkqn,bkq->bkn", terms.attention, share)
+        return attention if layer is None else attention[:, 0]
 
     def tokens(self, layer: int, head: int) -> Float[Tensor, "batch token d_embed"]:
         """What each source token contributes to the head's term; the sum over tokens is the term.
@@ -172,18 +178,19 @@ class Decomposition:
         return self._contract(layer, head, None)
 
     def token_logits(
-        self, text: Float[Tensor, "text d_embed"], layer: int, head: int
-    ) -> Float[Tensor, "batch token text"]:
+        self, text: Float[Tensor, "text d_embed"], layer: int | None = None, head: int | None = None
+    ) -> Float[Tensor, "batch *kept_head token text"]:
         """Dot product of each token's contribution with text features, without forming the contributions.
 
         Args:
             text: features of texts by the model's own text tower.
-            layer: of the head; from the end where negative.
+            layer: of the head; from the end where negative. Without layer and head: all kept heads, in order, in one
+                product.
             head: of that layer.
 
         Raises:
             LookupError: the head's tokens were not kept (IndexError: there is no such head).
-            ValueError: the texts are of another width.
+            ValueError: the texts are of another width, or a layer without a head.
         """
         if text.ndim != 2 or text.shape[1] != self.d_embed:
             raise ValueError(
@@ -211,48 +218,77 @@ class Decomposition:
             )
         with full_precision(self.embed):
             terms, maps = self.token_terms, self.maps
-            kept, towards = terms.kept, directions.to(self.coords.dtype)
-            if maps.tokens is not None:
-                assert maps.out is not None
-                read = torch.einsum("kqem,qmd,bd->bkqe", maps.tokens[kept], maps.out, towards)
+            towards = directions.to(self.coords.dtype)
+            if maps.tokens is not None and maps.out is not None:
+                read = torch.einsum("kqem,qmd,bd->bkqe", terms.of_kept(maps.tokens), maps.out, towards)
             else:
-                read = torch.einsum("kcd,bd->bkc", maps.heads[kept][:, : maps.d_head], towards)[:, :, None]
+                heads = terms.of_kept(maps.heads)[:, : maps.d_head]
+                read = torch.einsum("kcd,bd->bkc", heads, towards)[:, :, None]
             values = torch.einsum("bkne,bkqe->bkqn", terms.values, read)
             sums = torch.einsum("bkqn,bkqn,bkq->bn", terms.attention, values, terms.scale)
             if self.convention == "centred":
                 return sums
-            whole = torch.einsum("bkc,kcd,bd->b", self.coords[:, kept], maps.heads[kept], towards)
+            coords = terms.of_kept(self.coords.permute(1, 2, 0, 3))
+            whole = torch.einsum("kbc,kcd,bd->b", coords, terms.of_kept(maps.heads), towards)
             return sums + (whole - sums.sum(1))[:, None] / sums.shape[1]  # constants: shared equally
 
-    def _contract(self, layer: int, head: int, text: Tensor | None) -> Tensor:
-        with full_precision(self.embed):
-            terms, position, layer, head = self._kept(layer, head)
-            weighted, maps = terms.weighted(position), self.maps
-            if maps.tokens is not None:
-                assert maps.out is not None
-                out = maps.out if text is None else maps.out @ text.to(maps.out).T
-                # one product over pooling heads and coordinates; einsum would copy both sides first
-                shares = weighted.flatten(2) @ (maps.tokens[layer, head] @ out).flatten(0, 1)
-                if self.convention == "centred":
-                    return shares
-                term = self.coords[:, layer, head]
-                rest = (term if text is None else term @ text.to(term).T) - shares.sum(1)
-                return shares + rest[:, None] / shares.shape[1]
-            written = maps.heads[layer, head]
-            written = written if text is None else written @ text.to(written).T
-            d_head = maps.d_head
-            rest = self.coords[:, layer, head, d_head:] @ written[d_head:] / weighted.shape[1]
-            return weighted[:, :, 0] @ written[:d_head] + rest[:, None]
-
-    def _kept(self, layer: int, head: int) -> tuple[TokenTerms, int, int, int]:
-        layer, head = resolve(all_heads[layer, head], self).heads.nonzero()[0].tolist()
+    def _asked(self, layer: int | None, head: int | None) -> TokenTerms:
+        """What was kept of all heads, or of one."""
+        if layer is None and head is None:
+            words, needed = "tokens=True)", None
+        elif layer is None or head is None:
+            raise ValueError(
+                f"expected a layer and a head, or neither for all kept heads; received {layer} and {head}"
+            )
+        else:
+            needed = resolve(all_heads[layer, head], self).heads.nonzero()[0].tolist()
+            words = f"tokens=heads[{needed[0]}, {needed[1]}]), or tokens=True for all heads"
         if self.token_terms is None:
             raise LookupError(
-                f"expected a decomposition that kept its tokens; received one without; ask for them: "
-                f"decompose(images, tokens=heads[{layer}, {head}]), or tokens=True for all heads (an edit of "
-                "heads drops them)"
+                "expected a decomposition that kept its tokens; received one without; ask for them: "
+                f"decompose(images, {words} (an edit of heads drops them)"
             )
-        return self.token_terms, self.token_terms.position(layer, head), layer, head
+        return self.token_terms if needed is None else self.token_terms.only(*needed)
+
+    def _contract(
+        self, layer: int | None, head: int | None, text: Float[Tensor, "text d_embed"] | None
+    ) -> Float[Tensor, "batch *kept_head token out"]:
+        """Tokens' contributions, or their products with texts: one product for as many heads as memory holds."""
+        terms, maps = self._asked(layer, head), self.maps
+        with full_precision(self.embed):
+            text = None if text is None else text.to(maps.heads).T
+            into = self._into(terms, text)
+            d_head = terms.values.shape[-1]
+            own = into if maps.direct else into[:, :d_head]
+            # head by head: so they lie, and each head has one product for all images
+            weights = (terms.attention * terms.scale[..., None]).permute(1, 0, 3, 2).contiguous()
+            values = terms.values.transpose(0, 1)
+            width = values[0].numel() * weights.shape[3] * values.element_size() if len(values) else 0
+            parts = []
+            for piece in pieces(len(values), width, temporary(values.device)):
+                x = weights[piece, ..., None] * values[piece, :, :, None]
+                parts.append(torch.bmm(x.flatten(3).flatten(1, 2), own[piece]))
+            shares = (torch.cat(parts) if len(parts) > 1 else parts[0]).unflatten(1, values.shape[1:3])
+            if self.convention == "paper":  # constants: shared equally
+                coords = terms.of_kept(self.coords.permute(1, 2, 0, 3))
+                if maps.direct:
+                    rest = (coords if text is None else coords @ text) - shares.sum(2)
+                else:
+                    rest = coords[..., d_head:] @ into[:, d_head:]
+                shares = shares + rest[:, :, None] / shares.shape[2]
+        shares = shares.transpose(0, 1)
+        return shares if layer is None else shares[:, 0]
+
+    def _into(
+        self, terms: TokenTerms, text: Float[Tensor, "d_embed text"] | None
+    ) -> Float[Tensor, "kept_head coord out"]:
+        """From what the pooling's heads read of a head's z to the joint space, or on to texts."""
+        maps = self.maps
+        if maps.tokens is not None and maps.out is not None:
+            out = maps.out if text is None else maps.out @ text
+            return (terms.of_kept(maps.tokens) @ out).flatten(1, 2)
+        written = terms.of_kept(maps.heads)
+        return written if text is None else written @ text
 
     # Derived decompositions
 
@@ -350,12 +386,15 @@ class Decomposition:
             **{f"maps.{name}": getattr(self.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
         }
         if self.token_terms is not None:
-            tensors |= {f"tokens.{name}": x for name, x in vars(self.token_terms).items()}
+            tensors |= {
+                f"tokens.{name}": x for name, x in vars(self.token_terms).items() if name not in SIZES
+            }
         about = {
             "convention": self.convention,
             "normalized": self.normalized,
             "bias_names": self.maps.bias_names,
             "extras": self.maps.extras,
+            **{name: getattr(self.token_terms, name, None) for name in SIZES},
         }
         known = {name: x for name, x in tensors.items() if x is not None}
         return write_tensors(Path(path), known, FORMAT, about)
@@ -379,13 +418,14 @@ class Decomposition:
             extras=about["extras"],
         )
         tokens = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("tokens.")}
+        sizes = {name: tuple(about[name]) if about.get(name) else None for name in SIZES}
         if tokens:
             tokens["kept"] = tokens["kept"].to(torch.bool)
         return Decomposition(
             **tensors,
             maps=maps,
             normalized=bool(about["normalized"]),
-            token_terms=TokenTerms(**tokens) if tokens else None,
+            token_terms=TokenTerms(**tokens, **sizes) if tokens else None,
         )
 
     # Words

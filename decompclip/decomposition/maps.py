@@ -43,9 +43,14 @@ from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
 
+def full(dtype: torch.dtype) -> torch.dtype:
+    """The type that terms of such numbers are in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
     """In fp32, or in fp64 where it is so already."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(full(x.dtype))
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -303,7 +308,7 @@ class Frozen:
 
 
 # A model's maps, while the model lives and its weights stay as they are.
-_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[object, Tensor, Frozen]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[Weights, Frozen]]] = WeakKeyDictionary()
 
 
 def frozen(visual: HookedViT, convention: Convention) -> Frozen:
@@ -313,25 +318,57 @@ def frozen(visual: HookedViT, convention: Convention) -> Frozen:
         ValueError: an unknown convention.
     """
     check_convention(convention)
-    state, sample = weights_state(visual)
     kept = _CACHE.setdefault(visual, {})
-    if convention not in kept or kept[convention][0] != state or not torch.equal(kept[convention][1], sample):
+    if convention not in kept or not kept[convention][0].are_those_of(visual):
         # Plain tensors, whatever mode the caller is in: they serve later calls.
         with torch.inference_mode(False), full_precision(visual.ln_final.w):
-            kept[convention] = (state, sample, _build(visual, convention))
-    return kept[convention][2]
+            kept[convention] = (Weights.of(visual), _build(visual, convention))
+    return kept[convention][1]
 
 
-def weights_state(module: nn.Module) -> tuple[list[Any], Float[Tensor, " number"]]:
-    """Marks and a sample of a module's weights, equal while they stay as they are.
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a module's weights were, to ask whether they are so still: two operations, whatever their number.
 
     An optimizer's step raises a parameter's version; moves and casts change its address; and the sample of the numbers
     shows what is written past autograd (`.data`), unless that spares every one of them.
+
+    Attributes:
+        marks: address, version and type of each weight.
+        views: some numbers of each, seen where they lie. They hold the weights' memory until they are asked again.
+        sample: what these numbers were.
     """
-    weights = list(module.parameters())
-    marks = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in weights]
-    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // 16)].float() for p in weights]
-    return marks, torch.cat(samples) if samples else torch.zeros(0)
+
+    marks: list[tuple[int, int, torch.dtype]]
+    views: list[Tensor]
+    sample: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(module: nn.Module) -> Weights:
+        """The present weights."""
+        views = [_spread(p.detach()) for p in module.parameters()]
+        return Weights(_marks(module), views, torch.cat(views) if views else torch.zeros(0))
+
+    @torch.no_grad()
+    def are_those_of(self, module: nn.Module) -> bool:
+        """Whether they stayed."""
+        if self.marks != _marks(module):
+            return False
+        return not self.views or torch.equal(torch.cat(self.views), self.sample)
+
+
+def _marks(module: nn.Module) -> list[tuple[int, int, torch.dtype]]:
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in module.parameters()]
+
+
+def _spread(x: Tensor) -> Float[Tensor, " number"]:
+    """Some 16 numbers between a tensor's first and last, as a view, in whatever order it lies."""
+    if not x.numel():
+        return x.reshape(0)
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    step = max(1, reach // 16)
+    return x.as_strided(((reach - 1) // step + 1,), (step,))
 
 
 def term_maps(visual: HookedViT, convention: Convention) -> TermMaps:

@@ -14,7 +14,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.decomposition.maps import weights_state
+from decompclip.decomposition.maps import Weights
 
 KEPT = 4
 """Classifiers that are kept of a model."""
@@ -22,7 +22,7 @@ KEPT = 4
 _SHORT = 32
 """Contexts up to so many tokens are not worth cutting."""
 
-_CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[list[Any], Tensor, Tensor]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[Weights, Tensor]]] = WeakKeyDictionary()
 
 
 def causal(text: nn.Module) -> bool:
@@ -59,15 +59,15 @@ def kept(text: nn.Module, key: object) -> Tensor | None:
     found = _CACHE.get(text, {}).get(key)
     if found is None:
         return None
-    marks, sample = weights_state(text)
-    return found[2].clone() if found[0] == marks and torch.equal(found[1], sample) else None
+    weights, classifier = found
+    return classifier.clone() if weights.are_those_of(text) else None
 
 
 def keep(text: nn.Module, key: object, classifier: Tensor) -> None:
     """Keep a classifier, and the last few with it."""
     held = _CACHE.setdefault(text, {})
     held.pop(key, None)
-    held[key] = (*weights_state(text), classifier.clone())
+    held[key] = (Weights.of(text), classifier.clone())
     for old in list(held)[:-KEPT]:
         del held[old]
 

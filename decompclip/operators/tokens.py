@@ -93,9 +93,10 @@ class AblateTokens(Intervention):
 
 def _shares(d: Decomposition, layer: int, head: int) -> Float[Tensor, "batch token coord"]:
     """The tokens' shares of a head's coordinates, constants aside."""
-    terms, position, _, _ = d._kept(layer, head)
-    weighted, maps = terms.weighted(position), d.maps
-    if maps.tokens is None:
+    terms, maps = d._asked(layer, head), d.maps
+    weights = (terms.attention * terms.scale[..., None])[:, 0]
+    weighted = weights.mT[..., None] * terms.values[:, 0, :, None]
+    if maps.tokens is None or maps.out is None:
         return weighted[:, :, 0]
     assert maps.out is not None
     return torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ maps.out)
