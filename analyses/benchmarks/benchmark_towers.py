@@ -8,6 +8,9 @@ Aim:       `encode_image` at most 1.05 times the source tower's time; `decompose
 
 Time: all four in turn, in one process, of the processor (on CUDA by the clock), so that what else a machine runs counts
 for little; ratios of medians. Memory: a fresh process for each, the highest resident size of some batches above the size before them (Linux; on CUDA the allocator's peak).
+Operations: what is dispatched to the device (views too), and arithmetic, with the tokens of all heads and all texts or without, over those of
+`encode_image`: what a GPU pays for, where none is at hand. `--count` counts them alone, in seconds.
+Towers whose rows are weighed only at the end (SigLIP) hold all of them in up to a quarter of the memory at hand.
 Sum error: the largest miss of the terms' sum over the largest entry, by dtype; beside it how far the feature itself
 is from that in fp32, which is the rounding of the tower's own arithmetic. Weights are random.
 """
@@ -32,6 +35,7 @@ from typing import Any
 from decompclip.files import write_json
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-SigLIP", "EVA02-B-16")
+COUNTED = ("ViT-B-32", "ViT-B-16-SigLIP", "ViT-L-14", "EVA02-B-16")
 WORK = ("source", "plain", "decompose", "token_logits")
 DTYPES = ("fp32", "bf16", "fp16", "bf16 autocast", "fp16 autocast")
 
@@ -60,16 +64,13 @@ def prepare(name: str, config: Config) -> dict[str, Callable[[], Any]]:
     if architecture is None:
         raise ValueError(f"open_clip has no configuration {name!r}")
     visual = build_image_only(architecture, why="an image tower alone").visual.eval().to(config.device)
-    tower = convert_open_clip(visual, copy=False)
+    tower = convert_open_clip(visual, copy=False).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(config.batch_size, 3, *tower.cfg.image_size, generator=generator).to(config.device)
     texts = torch.randn(config.texts, tower.cfg.d_embed, generator=generator).to(config.device)
 
     def token_logits() -> None:
-        d = decompose(tower, images, tokens=True)
-        for layer in range(d.n_layers):
-            for head in range(d.n_heads):
-                d.token_logits(texts, layer, head)
+        decompose(tower, images, tokens=True).token_logits(texts)
 
     return {
         "source": torch.no_grad()(lambda: visual(images)),
@@ -100,6 +101,43 @@ def _now(config: Config) -> float:
 
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+# Operations
+
+
+def counts(work: Callable[[], Any]) -> tuple[int, int]:
+    """Operations dispatched, and floating-point operations."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.total += 1
+            return func(*args, **(kwargs or {}))
+
+    work()  # what is made once is not counted
+    with Count() as count:
+        work()
+    with FlopCounterMode(display=False) as flops:
+        work()
+    return count.total, flops.get_total_flops()
+
+
+def count_table(names: list[str], config: Config) -> str:
+    """Markdown: operations and FLOPs of each tower, over those of `encode_image`."""
+    lines = [["over `encode_image`", *names], ["---"] * (len(names) + 1)]
+    found = []
+    for name in names:
+        work = prepare(name, replace(config, batch_size=2))
+        found.append({which: counts(work[which]) for which in WORK[1:]})
+    for which in WORK[2:]:
+        for place, what in enumerate(("operations", "FLOPs")):
+            ratios = [f"{one[which][place] / one['plain'][place]:.2f}" for one in found]
+            lines.append([f"{what} of `{which}`", *ratios])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # Memory
@@ -222,7 +260,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", metavar="NAME")
+    parser.add_argument(
+        "--count", action="store_true", help="count operations and FLOPs, and measure nothing"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--memory-of", choices=WORK, help=argparse.SUPPRESS)
     config = Config()
@@ -230,11 +271,14 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())
     config = replace(config, **{key: given[key] for key in asdict(config)})
+    if given["count"]:
+        print(count_table(given["models"] or list(COUNTED), config))
+        return
     if given["memory_of"]:
         print(growth(given["models"][0], given["memory_of"], config))
         return
     results = {}
-    for name in given["models"]:
+    for name in given["models"] or MODELS:
         results[name] = measure(name, config)
         print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
     print(table(results))

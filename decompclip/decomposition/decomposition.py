@@ -418,7 +418,7 @@ class Decomposition:
             extras=about["extras"],
         )
         tokens = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("tokens.")}
-        sizes = {name: tuple(about[name]) if about.get(name) else None for name in SIZES}
+        sizes: dict[str, Any] = {name: tuple(about[name]) if about.get(name) else None for name in SIZES}
         if tokens:
             tokens["kept"] = tokens["kept"].to(torch.bool)
         return Decomposition(

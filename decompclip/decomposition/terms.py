@@ -511,5 +511,5 @@ class AttentionCapture:
                 )
             values -= choose(fixed.write.b_V.flatten(0, 1), self.places)[:, None, None]
         scale = choose(totals.transpose(0, 1), layer_of)
-        found = (x.transpose(0, 1) for x in (mixed, values, scale))
-        return TokenTerms(self.kept, *found, self.cfg.image_size, self.cfg.patch_size)
+        attention, values, scale = (x.transpose(0, 1) for x in (mixed, values, scale))
+        return TokenTerms(self.kept, attention, values, scale, self.cfg.image_size, self.cfg.patch_size)

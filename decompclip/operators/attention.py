@@ -3,6 +3,7 @@
     attention_maps(model, images, heads[-1])                         the pooled row's attention
     contribution_maps(model, images, "a star", heads[-1])            what each patch adds to the similarity to a text
     contribution_maps(model, images, "a star", against="a ring")     ... to the difference of two similarities
+    contribution_maps(d, texts)                                      ... to many texts, of a decomposition with tokens
     rollout(model, images)                                           the attention of all layers, multiplied
 
 Attention says where a head looks; only the contribution says what that does to the answer. Contribution maps are those
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, overload
 
 import torch
 from einops import rearrange, reduce
@@ -27,6 +28,8 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
+from decompclip.decomposition.memory import pieces, room
+from decompclip.decomposition.terms import TokenTerms
 from decompclip.operators.inputs import Images, image_batches
 from decompclip.operators.scores import Text, direction, label as label_of
 from decompclip.operators.tokens import MapKind, TokenMaps
@@ -66,11 +69,12 @@ def attention_maps(
         ValueError: no images, names of another number, or components that are no heads.
         IndexError: the model has no such head.
     """
-    parts = _read(model, images, components, lambda d, *head: d.attention(*head), {}, pictures, batch_size)
+    parts = _read(model, images, components, lambda d: d.attention(), {}, pictures, batch_size)
     cfg = tower(model).cfg
     return lay_out(cfg, parts, "attention", names, heads=heads_of(cfg, components))
 
 
+@overload
 def contribution_maps(
     model: HookedViT | HookedCLIP,
     images: Images,
@@ -84,11 +88,39 @@ def contribution_maps(
     names: Sequence[str] | None = None,
     pictures: bool = True,
     batch_size: int = BATCH,
-) -> TokenMaps:
+) -> TokenMaps: ...
+@overload
+def contribution_maps(
+    d: Decomposition,
+    texts: Float[Tensor, "text d_embed"],
+    /,
+    *,
+    label: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> Iterator[TokenMaps]: ...
+def contribution_maps(
+    model: HookedViT | HookedCLIP | Decomposition,
+    images: Images,
+    toward: Text | None = None,
+    components: Components = all_heads,
+    *,
+    against: Text | None = None,
+    normalize: bool = True,
+    convention: Convention = "centred",
+    label: str | Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    pictures: bool = True,
+    batch_size: int = BATCH,
+) -> TokenMaps | Iterator[TokenMaps]:
     """What each token adds, through each head, to the similarity of image and text.
 
     The sum over the tokens of a head is its term's dot product with the text; over all components, the
     similarity itself (a cosine, unless `normalize` is off).
+
+    Toward many texts, `contribution_maps(d, texts)` takes a decomposition that kept its tokens
+    (`model.decompose(images, normalize=True, tokens=heads[-1])`) and text features `[text, d_embed]`. It gives the
+    maps of one text after another, of all kept heads; as many texts share one product as memory allows. There,
+    `label` is a name for each text, and of the options only `names` has a meaning.
 
     Args:
         toward: a text, several texts whose mean is taken, or a direction `[d_embed]`.
@@ -105,16 +137,79 @@ def contribution_maps(
         ValueError: as `attention_maps`; or a direction of another width, no text, a text for a bare tower.
         IndexError: the model has no such head.
     """
+    if isinstance(model, Decomposition):
+        if toward is not None or not isinstance(images, Tensor) or isinstance(label, str):
+            raise ValueError(
+                "expected text features [text, d_embed], and a label for each of them, beside a decomposition; received "
+                "something else; for texts or images in words pass the model: contribution_maps(model, images, text)"
+            )
+        return _toward_each(model, images, label, names)
+    if toward is None:
+        raise ValueError(
+            "expected something that images are mapped toward; received none; pass a text or a direction"
+        )
+    if label is not None and not isinstance(label, str):
+        raise ValueError(f"expected one label for one direction; received {label!r}; pass a string")
     along = direction(model, toward, against)
     label = label_of(toward, against) if label is None else label
 
-    def read(d: Decomposition, layer: int, head: int) -> Tensor:
-        return d.token_logits(along[None].to(d.embed), layer, head)[..., 0]
+    def read(d: Decomposition) -> Tensor:
+        return d.token_logits(along[None].to(d.embed))[..., 0]
 
     options = {"normalize": normalize, "convention": convention}
     parts = _read(model, images, components, read, options, pictures, batch_size)
     cfg = tower(model).cfg
     return lay_out(cfg, parts, "contribution", names, heads=heads_of(cfg, components), toward=label)
+
+
+def _toward_each(
+    d: Decomposition,
+    texts: Float[Tensor, "text d_embed"],
+    label: Sequence[str] | None,
+    names: Sequence[str] | None,
+) -> Iterator[TokenMaps]:
+    """Checked at once; the maps come as they are asked for."""
+    terms = d.token_terms
+    if terms is None or terms.image_size is None or terms.patch_size is None:
+        raise LookupError(
+            "expected a decomposition that kept its tokens, and knows where they lie; received one without; "
+            "decompose the images (again): decompose(images, tokens=heads[-1])"
+        )
+    if texts.ndim != 2 or texts.shape[1] != d.d_embed or not len(texts) or not len(d):
+        raise ValueError(
+            f"expected text features [text, {d.d_embed}] and images, one of each at least; received "
+            f"{list(texts.shape)} and {len(d)} images; encode the texts with the model's own text tower"
+        )
+    for what, given, count in (("label", label, len(texts)), ("name", names, len(d))):
+        if given is not None and len(given) != count:
+            raise ValueError(
+                f"expected a {what} for each of {count} {'texts' if what == 'label' else 'images'}; received "
+                f"{len(given)}; pass as many, or none"
+            )
+    return _each(d, terms, texts, label, names)
+
+
+def _each(
+    d: Decomposition,
+    terms: TokenTerms,
+    texts: Float[Tensor, "text d_embed"],
+    label: Sequence[str] | None,
+    names: Sequence[str] | None,
+) -> Iterator[TokenMaps]:
+    image_size, patch_size = cast(tuple[int, int], terms.image_size), cast(tuple[int, int], terms.patch_size)
+    rows, columns = (size // patch for size, patch in zip(image_size, patch_size, strict=True))
+    heads = tuple((layer, head) for layer, head in terms.kept.nonzero().tolist())
+    words = label or [f"text {number}" for number in range(len(texts))]
+    images = tuple(names or map(str, range(len(d))))
+    size = 3 * terms.attention[:, :, 0].numel() * 4  # the product, its copy, and the copy on the CPU
+    for piece in pieces(len(texts), size, room(d.embed.device)):
+        found = d.token_logits(texts[piece].to(d.embed)).float().permute(3, 1, 0, 2).cpu().contiguous()
+        prefix, patches = found.split([found.shape[-1] - rows * columns, rows * columns], dim=-1)
+        laid = patches.unflatten(-1, (rows, columns))
+        for word, of_patches, of_prefix in zip(words[piece], laid.unbind(0), prefix.unbind(0), strict=True):
+            yield TokenMaps(
+                of_patches, of_prefix, "contribution", heads, image_size, patch_size, images, toward=word
+            )
 
 
 Read = tuple[Float[Tensor, "map batch token"], UInt8[Tensor, "batch h w 3"] | None]
@@ -133,17 +228,17 @@ def _read(
     model: HookedViT | HookedCLIP,
     images: Images,
     components: Components,
-    read: Callable[[Decomposition, int, int], Tensor],
+    read: Callable[[Decomposition], Float[Tensor, "batch map token"]],
     options: dict,
     pictures: bool,
     batch_size: int,
 ) -> Iterator[Read]:
-    """One forward pass a batch; of each, what `read` says of every chosen head."""
-    chosen = heads_of(tower(model).cfg, components)
+    """One forward pass a batch; of each, what `read` says of all chosen heads."""
+    heads_of(tower(model).cfg, components)
     for batch in image_batches(images, batch_size=batch_size):
         take = partial(decompose, model) if isinstance(model, HookedViT) else model.decompose
         d = take(batch, tokens=components, **options)
-        values = torch.stack([read(d, layer, head).float().cpu() for layer, head in chosen])
+        values = read(d).float().transpose(0, 1).cpu()
         yield values, pictures_of(model, batch) if pictures else None
 
 

@@ -247,3 +247,41 @@ def test_errors_say_what_to_do(
         rollout(tower, images, fuse="sum")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"expected a residual in \[0, 1\], a share; received 2"):
         rollout(tower, images, residual=2)
+
+
+# Many texts
+
+
+def test_maps_toward_many_texts_are_those_toward_each(
+    tower: HookedViT, images: Tensor, direction: Tensor
+) -> None:
+    texts = torch.stack([direction, -2 * direction, direction.flip(0)])
+    chosen = heads[1:, [0, 2]]
+    d = decompose(tower, images, normalize=True, tokens=chosen)
+    names = [f"image {i}" for i in range(5)]
+    found = list(contribution_maps(d, texts, label=["a", "b", "c"], names=names))
+    assert [maps.toward for maps in found] == ["a", "b", "c"]
+    for maps, text in zip(found, texts, strict=True):
+        expected = contribution_maps(tower, images, text, chosen, names=names)
+        assert (maps.heads, maps.names) == (expected.heads, expected.names)
+        torch.testing.assert_close(maps.patches, expected.patches, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(maps.prefix, expected.prefix, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2].of(2, 2), expected.of(2, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_many_texts_need_tokens_and_features(tower: HookedViT, images: Tensor, direction: Tensor) -> None:
+    with pytest.raises(
+        LookupError, match=r"kept its tokens, and knows where they lie; .*decompose the images"
+    ):
+        contribution_maps(decompose(tower, images), direction[None])
+    d = decompose(tower, images, tokens=heads[2])
+    for texts in (direction[None, :4], direction, direction[None][:0]):
+        with pytest.raises(ValueError, match=r"expected text features \[text, 20\]"):
+            contribution_maps(d, texts)
+    with pytest.raises(ValueError, match="expected a label for each of 1 texts; received 2"):
+        contribution_maps(d, direction[None], label=["a", "b"])
+    with pytest.raises(ValueError, match="beside a decomposition"):
+        contribution_maps(d, "a star")  # pyright: ignore
+    with pytest.raises(ValueError, match="a layer and a head, or neither"):
+        d.attention(1)
