@@ -308,7 +308,7 @@ class Frozen:
 
 
 # A model's maps, while the model lives and its weights stay as they are.
-_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[Weights, Frozen]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[HookedViT, dict[Convention, tuple[WatchedWeights, Frozen]]] = WeakKeyDictionary()
 
 
 def frozen(visual: HookedViT, convention: Convention) -> Frozen:
@@ -322,12 +322,12 @@ def frozen(visual: HookedViT, convention: Convention) -> Frozen:
     if convention not in kept or not kept[convention][0].are_those_of(visual):
         # Plain tensors, whatever mode the caller is in: they serve later calls.
         with torch.inference_mode(False), full_precision(visual.ln_final.w):
-            kept[convention] = (Weights.of(visual), _build(visual, convention))
+            kept[convention] = (WatchedWeights.of(visual), _build(visual, convention))
     return kept[convention][1]
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class WatchedWeights:
     """What a module's weights were, to ask whether they are so still: two operations, whatever their number.
 
     An optimizer's step raises a parameter's version; moves and casts change its address; and the sample of the numbers
@@ -345,10 +345,10 @@ class Weights:
 
     @staticmethod
     @torch.no_grad()
-    def of(module: nn.Module) -> Weights:
+    def of(module: nn.Module) -> WatchedWeights:
         """The present weights."""
         views = [_spread(p.detach()) for p in module.parameters()]
-        return Weights(_marks(module), views, torch.cat(views) if views else torch.zeros(0))
+        return WatchedWeights(_marks(module), views, torch.cat(views) if views else torch.zeros(0))
 
     @torch.no_grad()
     def are_those_of(self, module: nn.Module) -> bool:

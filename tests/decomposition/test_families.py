@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from decompclip.decomposition import capture
-from decompclip.decomposition.capture import _decompose, _part, decompose
+from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, fingerprint, one_thread, same_model, term_maps
 from decompclip.decomposition.moments import Moments
-from decompclip.decomposition.terms import Rows
 from decompclip.tower.vit import HookedViT
 
 MakeTower = Callable[..., HookedViT]
@@ -102,30 +100,6 @@ def test_parts_of_a_batch_are_the_batch(family: HookedViT, images: Tensor) -> No
     assert torch.allclose(joined.tokens(2, 0), whole.tokens(2, 0), atol=1e-12)
     assert joined.sum_error < 1e-13
     assert torch.equal(Decomposition.cat([whole]).tokens(2, 0), whole.tokens(2, 0))
-
-
-def test_a_part_of_a_batch_needs_no_more_than_a_plain_run_of_it(
-    family: HookedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside the activations of its run, it keeps every layer's two terms and the embedding, of every token."""
-    cfg, n = family.cfg, 60
-    size = _part(family, n)
-    if not Rows.all_rows(cfg):
-        assert size == n
-        return
-    seen: list[int] = []
-
-    def one(visual: HookedViT, part: Tensor, *options: Any) -> Decomposition:
-        seen.append(len(part))
-        return _decompose(visual, part, *options)
-
-    monkeypatch.setattr(capture, "_decompose", one)
-    batch = images[[0]].double().expand(n, -1, -1, -1)
-    assert len(decompose(family, batch)) == n and seen == [len(part) for part in batch.split(size)]
-    run = 5 * cfg.d_model + (4 if cfg.gated else 2) * cfg.d_mlp
-    kept = (2 * cfg.n_layers + 1) * cfg.d_model
-    assert size * (run + kept) <= n * run < (size + 1) * (run + kept)
-    assert len(decompose(family, images[:1].double())) == 1
 
 
 def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
