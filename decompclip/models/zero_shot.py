@@ -14,7 +14,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.decomposition.maps import Weights
+from decompclip.decomposition.maps import WatchedWeights
 
 KEPT = 4
 """Classifiers that are kept of a model."""
@@ -22,7 +22,7 @@ KEPT = 4
 _SHORT = 32
 """Contexts up to so many tokens are not worth cutting."""
 
-_CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[Weights, Tensor]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[WatchedWeights, Tensor]]] = WeakKeyDictionary()
 
 
 def causal(text: nn.Module) -> bool:
@@ -67,7 +67,7 @@ def keep(text: nn.Module, key: object, classifier: Tensor) -> None:
     """Keep a classifier, and the last few with it."""
     held = _CACHE.setdefault(text, {})
     held.pop(key, None)
-    held[key] = (Weights.of(text), classifier.clone())
+    held[key] = (WatchedWeights.of(text), classifier.clone())
     for old in list(held)[:-KEPT]:
         del held[old]
 
