@@ -117,7 +117,7 @@ def test_out_is_a_file(tmp_path: Path) -> None:
 
 
 def test_too_few_images_for_a_detector_is_said_with_its_name(tmp_path: Path) -> None:
-    options = ("--models", "shapes", "--count", 60, "--detectors", "agnostic", "--repairs", "")
+    options = ("--models", "shapes", "--count", 45, "--detectors", "agnostic", "--repairs", "")
     said = refused("bench", "--out", tmp_path, *options)
     assert "error: shapes, agnostic: expected at least" in said
 

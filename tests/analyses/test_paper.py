@@ -73,7 +73,15 @@ def test_finding_1_has_two_ends() -> None:
     assert "Finding 1 does not hold" in figure1.finding({"models": facts, "found": same})
     for rows in crossing["models"].values():  # what does not carry the class says nothing, however it looks
         rows["without heads"]["cacc"]["value"] = 0.9
+    said = figure1.finding({"models": facts, "found": crossing})
+    assert "Finding 1 cannot be tested in its first half" in said
+    for rows in crossing["models"].values():
+        rows["without MLPs"]["cacc"]["value"] = 0.9
     assert "Finding 1 cannot be tested here" in figure1.finding({"models": facts, "found": crossing})
+    for rows in crossing["models"].values():
+        rows["without heads"]["cacc"]["value"] = 0.1
+    said = figure1.finding({"models": facts, "found": crossing})
+    assert "shows in its first half" in said and "cannot be tested in its second" in said
     alone = {"models": {"a": model(0.1, 1.0)}}
     assert "No global trigger" in figure1.finding({"models": facts, "found": alone})
 

@@ -164,7 +164,7 @@ def test_slow_detectors_see_fewer_images(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_too_few_images_for_what_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        measure(TWIN, Plan(models=(TWIN,), images=60, **options), seed=0)
+        measure(TWIN, Plan(models=(TWIN,), images=45, **options), seed=0)
 
 
 def test_progress_names_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,69 @@
+"""What a GPU pays for: operations and arithmetic of a decomposition, and of maps, beside those of a plain run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from analyses.benchmarks.benchmark_towers import counts
+from decompclip.decomposition import memory
+from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.operators.attention import contribution_maps
+from decompclip.tower.vit import HookedViT
+
+MakeTower = Callable[..., HookedViT]
+TOWERS = {
+    "ViT-B-32": {},
+    "SigLIP": {"pool": "attention", "pool_heads": 4, "pool_mlp": 40, "n_prefix": 0, "projection": False, "d_embed": 32},
+    "EVA02": {"rope": "half", "attn_norm": True, "gated": True, "mlp_norm": True},
+}  # fmt: skip
+
+
+@pytest.fixture(params=TOWERS)
+def visual(request: pytest.FixtureRequest, make_tower: MakeTower) -> HookedViT:
+    return make_tower(n_layers=12, **TOWERS[request.param]).requires_grad_(False)
+
+
+@torch.no_grad()
+def test_a_decomposition_takes_half_as_many_operations_again(visual: HookedViT, images: torch.Tensor) -> None:
+    plain, _ = counts(lambda: visual(images))
+    taken, _ = counts(lambda: decompose(visual, images))
+    assert taken <= 1.5 * plain
+
+
+@torch.no_grad()
+def test_maps_of_all_heads_toward_many_texts_take_twice_as_many(
+    visual: HookedViT, images: torch.Tensor
+) -> None:
+    texts = torch.randn(100, visual.cfg.d_embed, generator=torch.Generator().manual_seed(3))
+    plain, _ = counts(lambda: visual(images))
+    taken, _ = counts(lambda: list(contribution_maps(decompose(visual, images, tokens=True), texts)))
+    assert taken <= 2 * plain
+
+
+def test_little_memory_makes_parts_and_changes_nothing(
+    visual: HookedViT, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = torch.randn(7, visual.cfg.d_embed, generator=torch.Generator().manual_seed(3))
+
+    def found() -> tuple[Decomposition, torch.Tensor]:
+        d = decompose(visual, images, tokens=True)
+        return d, torch.stack([maps.patches for maps in contribution_maps(d, texts)])
+
+    whole, maps = found()
+    for where in ("capture.room", "decomposition.temporary"):
+        monkeypatch.setattr(f"decompclip.decomposition.{where}", lambda device: 1)
+    monkeypatch.setattr("decompclip.operators.attention.room", lambda device: 1)
+    parts, again = found()
+    torch.testing.assert_close(parts.coords, whole.coords)
+    torch.testing.assert_close(again, maps, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_are_few_alike_and_whole() -> None:
+    assert [*memory.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert [*memory.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert [*memory.pieces(4, 0, 8)] == [slice(0, 4)]
+    assert 0 < memory.temporary(torch.device("cpu")) <= memory.room(torch.device("cpu"))
