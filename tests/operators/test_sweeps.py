@@ -253,7 +253,8 @@ def test_single_sweeps_count_and_draw_as_their_table(
     plot: Any = alone.figure()
     assert plot.layout.yaxis.autorange is True and plot.layout.coloraxis.cmin == 0
     assert (plot.layout.xaxis.title.text, plot.layout.yaxis.title.text) == ("head", "layer")
-    falls: Any = alone.figure(labels).layout.coloraxis
+    of_accuracy: Any = alone.figure(labels)
+    falls = of_accuracy.layout.coloraxis
     assert falls.cmin == -falls.cmax
     drawn_map: Any = next(iter(plot.data))
     assert drawn_map.z.ravel().tolist() == pytest.approx((100 * frame["changed"]).tolist())
