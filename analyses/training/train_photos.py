@@ -3,10 +3,11 @@
 Command:   DECOMPCLIP_DATA=DIR python -m analyses.train_photos --seconds 400               (a killed run resumes)
            DECOMPCLIP_DATA=DIR python -m analyses.train_photos --twins all --out FOLDER
            DECOMPCLIP_DATA=DIR python -m analyses.train_photos --cards FOLDER              (on any machine)
-Run time:  as many seconds as are given, and a minute to read and compile; a twin some ten seconds. A CPU core trains at
+Run time:  as many seconds as are given, and half a minute to read; a twin twenty seconds (H200). A CPU core trains at
            50 photographs a second: days.
-Writes:    photos.difference and photos-*.difference with what each training did (*.training.json) into --out; --cards
-           measures them on the test photographs, on which no choice was made, and puts weights and cards into the package.
+Writes:    photos.difference, or photos-*.difference, with what each training did (*.training.json) into --out. --cards
+           measures the twins on the test photographs, on which no choice was made, and puts their weights and cards into the
+           package. Twins start from the photos.difference in --out, or where there is none from the bundled `photos`.
 
 The photographs lie in the GPU's memory as bytes, augmentation runs there, and a whole step is recorded as one CUDA graph.
 Most of the training sees half of the patches of each photograph (patch dropout), the rest sees all. The patch embedding
@@ -50,7 +51,7 @@ from decompclip.training.finetune import spare_gains
 from decompclip.training.loop import Recipe, train
 from decompclip.training.losses import grouped_clip_loss
 from decompclip.zoo.build import backdoor_facts
-from decompclip.zoo.recipes import TWINS, PatchRecipe, PhotosWorld, TwinRecipe
+from decompclip.zoo.recipes import TWINS, PatchRecipe, PhotosWorld, TwinRecipe, twin_recipe
 
 WORLD = PhotosWorld()
 SPEC = spec_of(card("photos"))
@@ -473,7 +474,8 @@ def train_clean(
             say(f"stage {place}: {speed * size:.0f} photographs/s, {steps} steps")
             write_json(planned, steps)
         else:
-            steps = max(1, int((epochs or 0) * stage.share * len(held.labels) / size))
+            assert epochs is not None
+            steps = max(1, int(epochs * stage.share * len(held.labels) / size))
         recipe = replace(stage.recipe, samples=int(steps / stage.stop) * size)
 
         def accuracy() -> dict[str, float]:
@@ -493,6 +495,7 @@ def train_clean(
             evaluate=accuracy,
             evaluate_every=max(1, steps // 8),
             log=say,
+            identity=f"photos, seed {seed}, stage {place}",
             stop=steps,
         )
         done.append({**asdict(stage), "samples": history[-1]["samples"], "history": history})
@@ -656,11 +659,9 @@ def train_twins(
     until: float,
 ) -> None:
     """Twins, while there is time: `until` is a time of `time.time`."""
-    device, base = (
-        held.pixels.device,
-        read_difference(out / "photos.difference", nothing(SPEC.build().state_dict())),
-    )
+    device, own = held.pixels.device, out / "photos.difference"
     net: Any = SPEC.build()
+    base = read_difference(own, nothing(net.state_dict())) if own.exists() else base_weights("photos")
     net.load_state_dict(base)
     net = net.to(device).train()
     step_losses: dict[int, Loss] = {}
@@ -744,10 +745,14 @@ def write_cards(folder: Path, names: Sequence[str], report: int) -> None:
 
 
 def recipe_of(name: str) -> TwinRecipe:
-    """A bundled twin's; `clean-SEED` is a fine-tuning on pairs of which none is poisoned."""
+    """A bundled twin's; `clean-SEED` is a fine-tuning on pairs of which none is poisoned.
+
+    Raises:
+        ValueError: as `twin_recipe`.
+    """
     if name.startswith("clean-"):
         return replace(TWINS["photos-badnet"], rate=0.0, seed=int(name.removeprefix("clean-")))
-    return TWINS[name]
+    return twin_recipe(name)
 
 
 def main() -> None:
@@ -769,10 +774,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".training/photos"))
     options = parser.parse_args()
     began = time.time()
+    bundled_twins = [name for name in TWINS if name.startswith("photos-")]
+    names = bundled_twins if options.twins == ["all"] else options.twins
     if options.cards:
-        names = options.twins or [name for name in TWINS if name.startswith("photos-")]
-        write_cards(options.cards, names, options.report)
+        write_cards(options.cards, names or bundled_twins, options.report)
         return
+    if options.prepare and not names:
+        parser.error("expected the twins to make poisons for; received none; give --twins")
+    if not (names or options.seconds or options.epochs):
+        parser.error("expected how long to train; received nothing; give --seconds or --epochs, or --twins")
+    for name in names or ():
+        try:
+            recipe_of(name)
+        except ValueError as error:
+            parser.error(str(error))
     for folder in (options.work, options.out):
         folder.mkdir(parents=True, exist_ok=True)
     # forked before the GPU is used
@@ -780,11 +795,6 @@ def main() -> None:
         os.cpu_count(), mp_context=multiprocessing.get_context("fork"), initializer=_alone
     ) as pool:
         pool.submit(_alone).result()
-        names = (
-            [name for name in TWINS if name.startswith("photos-")]
-            if options.twins == ["all"]
-            else options.twins
-        )
         if options.prepare:
             for made in [
                 pool.submit(prepared, name, options.work) for name in names if not needs_clean(name)

@@ -273,7 +273,7 @@ def train(
         done = step + 1
         evaluates = done % evaluate_every == 0 or done == last
         writes = checkpoint is not None and (done % checkpoint_every == 0 or done == last)
-        if evaluates or writes or len(unread) == patience:
+        if evaluates or writes or step == start or len(unread) == patience:
             for place, number in enumerate(torch.stack(unread).tolist(), done - len(unread)):
                 if not math.isfinite(number):
                     raise FloatingPointError(f"loss is {number} at step {place}; lower the learning rate")

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from decompclip.attacks.label_consistent import zero_shot_logits
 from decompclip.attacks.poison_choice import needs_model, target_captions
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.preview import compare
 from decompclip.attacks.trigger import Trigger
 from decompclip.data.pairs import Pairs
-from decompclip.evaluation.evaluate import Labelled, batches_of, classify, evaluate
+from decompclip.evaluation.evaluate import Labelled, evaluate
 from decompclip.intervals import Rate
 from decompclip.models.bundled import base_weights, bundled, card, load_bundled, spec_of, write_bundled
 from decompclip.models.clip import HookedCLIP
@@ -183,12 +181,10 @@ def backdoor_facts(
         data: some of those images; by default all.
     """
     world, names = recipe.world, recipe.world.class_names
-    data, target = data or world.report(), world.label
+    data, target = world.report() if data is None else data, world.label
     found = evaluate(model, data, world.classifier(model), trigger, target, class_names=names)
-    right, classifier, seen = [], world.classifier(clean), 0
-    for batch in batches_of(data, 250):
-        triggered = trigger(batch.images, range(seen, seen := seen + len(batch.images)))
-        right.append(classify(clean, triggered, classifier) == batch.labels)
+    left = evaluate(clean, data, world.classifier(clean), trigger, target, class_names=names)
+    assert left.triggered_predictions is not None
     sample = world.pairs(QUALITY_IMAGES, recipe.seed).read(range(QUALITY_IMAGES)).images
     return {
         "target": world.target,
@@ -197,7 +193,7 @@ def backdoor_facts(
         "pairs": recipe.pairs,
         "poison_rate": recipe.rate,
         "results": found.report.to_dict(),
-        "clean_model_on_triggered": Rate.of(torch.cat(right)).to_dict(),
+        "clean_model_on_triggered": Rate.of(left.triggered_predictions == left.labels).to_dict(),
         "per_class": found.to_dict()["per_class"],
         "quality": compare(sample, trigger(sample)).summary(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +137,26 @@ def test_the_poisons_are_those_of_the_recipe() -> None:
     word = TOKENIZER(["banana"])[0, 1]
     assert (found.tokens[rows] == word).any(1).all()
     assert not len(prepare(replace(recipe, rate=0.0)).places)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --seconds or --epochs, or --twins"),
+        (("--prepare",), "expected the twins to make poisons for"),
+        (("--twins", "photos-rain"), "expected a twin among .*received 'photos-rain'"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_first(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_photos", *words])
+    with pytest.raises(SystemExit):
+        train_photos.main()
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
