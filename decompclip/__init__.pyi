@@ -1,6 +1,6 @@
 """Every public name of the package, and the module that it stands in; docs/reference.md says what each is for."""
 
-from .attacks.badclip import BadCLIP as BadCLIP, optimise_patch as optimise_patch
+from .attacks.badclip import BadCLIP as BadCLIP
 from .attacks.badnet import BadNet as BadNet
 from .attacks.blended import Blended as Blended
 from .attacks.issba import ISSBA as ISSBA
@@ -14,12 +14,11 @@ from .attacks.sig import SIG as SIG
 from .attacks.trigger import Trigger as Trigger
 from .attacks.wanet import WaNet as WaNet
 from .audit import run_audit as run_audit
-from .audit.scan import ScanConfig as ScanConfig, run_scan as run_scan
+from .audit.scan import run_scan as run_scan
 from .data.cifar10 import cifar10 as cifar10
 from .data.datasets import folder_pairs as folder_pairs
-from .data.images import FolderSource as FolderSource
 from .data.pixels import to_pixels as to_pixels
-from .data.shapes import PROPERTIES as PROPERTIES, Shapes as Shapes, ShapesPairs as ShapesPairs
+from .data.shapes import Shapes as Shapes, ShapesPairs as ShapesPairs
 from .data.shards import ShardPairs as ShardPairs
 from .data.tables import CsvPairs as CsvPairs
 from .decomposition.components import (
@@ -36,7 +35,7 @@ from .decomposition.decomposition import Decomposition as Decomposition
 from .decomposition.moments import Moments as Moments
 from .defenses.agnostic import AgnosticDet as AgnosticDet, AgnosticRep as AgnosticRep
 from .defenses.bake import average_over_tokens as average_over_tokens, bake as bake
-from .defenses.clean_finetuning import PAR as PAR, CleanCLIP as CleanCLIP, CleanFineTuning as CleanFineTuning
+from .defenses.clean_finetuning import PAR as PAR, CleanCLIP as CleanCLIP
 from .defenses.decomp import DecompDet as DecompDet, DecompRep as DecompRep
 from .defenses.detectors import DETECTORS as DETECTORS
 from .defenses.detectors.detector import Detector as Detector
@@ -44,7 +43,7 @@ from .defenses.guard import Guard as Guard, load as load, save_guard as save_gua
 from .defenses.token_rep import TokenRep as TokenRep
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.metrics import attack_report as attack_report, auroc as auroc
+from .evaluation.metrics import auroc as auroc
 from .models.clip import HookedCLIP as HookedCLIP
 from .models.folders import save_model as save_model
 from .models.names import bundled as bundled
@@ -69,7 +68,7 @@ from .operators.patching import (
 from .operators.paths import path_patching as path_patching
 from .operators.probes import probe as probe
 from .operators.roles import role_change as role_change
-from .operators.sweeps import ablation_sweep as ablation_sweep, most_damaging as most_damaging
+from .operators.sweeps import ablation_sweep as ablation_sweep
 from .operators.textspan import textspan as textspan, textspans as textspans
 from .operators.tokens import AblateTokens as AblateTokens
 from .operators.transplant import (
@@ -80,7 +79,6 @@ from .operators.transplant import (
 from .report import write_report as write_report
 from .tower.vit import HookedViT as HookedViT
 from .training.finetune import finetune as finetune
-from .training.loop import Monitor as Monitor
 from .training.recipes import RECIPES as RECIPES
 
 MOVED: dict[str, str]

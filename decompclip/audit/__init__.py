@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from decompclip.audit.config import AuditConfig
+from decompclip.audit.config import AuditConfig, ScanConfig
 from decompclip.audit.findings import Finding, findings
 from decompclip.audit.pipeline import run_audit
 from decompclip.audit.result import AuditResult
 from decompclip.audit.verdict import Verdict
 
-__all__ = ["AuditConfig", "AuditResult", "Finding", "Verdict", "findings", "run_audit"]
+__all__ = ["AuditConfig", "AuditResult", "Finding", "ScanConfig", "Verdict", "findings", "run_audit"]
