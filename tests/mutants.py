@@ -218,8 +218,8 @@ SYMMETRIC = {
 }
 GUARDS = {"device", "strict"}
 """Arguments without effect on the CPU, and on lists of one length."""
-SIZES = {"batch_size", "block", "BATCH", "CHUNK"}
-"""How many are worked on at a time: one more by default, or twice as many, changes no number."""
+SIZES = {"batch_size", "block", "BATCH", "CHUNK", "KEPT"}
+"""How many are worked on, or kept, at a time: one more by default, or twice as many, changes no number."""
 
 Edit = tuple[int, int, str]
 """From and to which byte of the file, and what stands there instead."""

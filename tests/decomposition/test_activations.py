@@ -13,7 +13,12 @@ import decompclip
 from decompclip.tower.cache import ViTCache
 from decompclip.tower.vit import HookedViT
 
-TOWERS = {"plain": {}, "layer_scale": {"layer_scale": True}, "no_ln_pre": {"ln_pre": False}}
+TOWERS = {
+    "plain": {},
+    "layer_scale": {"layer_scale": True},
+    "no_ln_pre": {"ln_pre": False},
+    "post_norm": {"norm": "post"},
+}
 close = torch.testing.assert_close
 
 
@@ -90,7 +95,10 @@ def test_heads_and_output_biases_sum_to_the_attention(
         stack, labels = cache.stack_head_results(return_labels=True)
         assert labels[:5] == ["L0H0", "L0H1", "L0H2", "L0H3", "L1H0"]
         for layer, block in enumerate(visual.blocks):
-            bias = block.attn.b_O * (1 if block.ls1 is None else block.ls1)  # pyright: ignore
+            bias: Any = block.attn.b_O
+            if block.post_norm:
+                bias = (bias - bias.mean()) / cache["scale", layer, "ln1"] * block.ln1.w + block.ln1.b
+            bias = bias * (1 if block.ls1 is None else block.ls1)
             summed = stack[4 * layer : 4 * layer + 4].sum(0) + bias
             close(summed, cache["attn_out", layer], rtol=1e-4, atol=1e-5)
         for layer in range(4):
@@ -137,9 +145,15 @@ def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, 
     _, cache = run
     for layer, block in enumerate(visual.blocks):
         for mlp_input, norm, name in ((False, block.ln1, "ln1"), (True, block.ln2, "ln2")):
+            if visual.cfg.norm == "post":
+                with pytest.raises(NotImplementedError, match="read the stack as it is"):
+                    cache.decompose_resid(layer, mlp_input, apply_ln=True)
+                continue
             stack = cache.decompose_resid(layer, mlp_input, apply_ln=True)
             expected = cache["normalized", layer, name] * norm.w  # pyright: ignore
             close(stack.sum(0), expected, rtol=1e-4, atol=1e-5)
+    if visual.cfg.norm == "post":
+        return
     one = cache.apply_ln_to_stack(cache.decompose_resid(1)[:, 2], 1, batch_slice=2, has_batch_dim=False)
     close(one, cache.decompose_resid(1, apply_ln=True)[:, 2])
 

@@ -62,6 +62,21 @@ def test_little_memory_makes_parts_and_changes_nothing(
     torch.testing.assert_close(again, maps, rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_stays_whole_under_hooks_that_hold_something_of_each_image(
+    make_tower: MakeTower, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visual = make_tower().requires_grad_(False)
+    monkeypatch.setattr("decompclip.decomposition.capture.room", lambda device: 1)
+    sizes: list[int] = []
+
+    def seen(activation: torch.Tensor, hook: object) -> None:
+        sizes.append(len(activation))
+
+    with visual.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", seen)]):
+        decompose(visual, images, tokens=True)
+    assert sizes == [len(images)]
+
+
 def test_pieces_are_few_alike_and_whole() -> None:
     assert [*memory.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
     assert [*memory.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
