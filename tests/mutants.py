@@ -147,6 +147,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() >= 0",
     ): "a key of the image, drawn from its numbers: one that is exactly zero may count on either side",
     (
+        "decompclip/operators/noise.py",
+        "key = blake2b(np.packbits(known).tobytes(), digest_size=16, key=str(seed).encode()).digest()",
+        "key = blake2b(np.packbits(known).tobytes(), digest_size=17, key=str(seed).encode()).digest()",
+    ): "a key of the image: any length serves",
+    (
+        "decompclip/operators/sweeps.py",
+        "counts = torch.zeros(0, dtype=torch.long)",
+        "counts = torch.zeros(1, dtype=torch.long)",
+    ): "for the checker of types alone: it is made anew with the first batch",
+    (
         "decompclip/operators/sweeps.py",
         "first, shared = d[:0], Shared.of(d, moments, classifier)",
         "first, shared = d[:1], Shared.of(d, moments, classifier)",

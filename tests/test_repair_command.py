@@ -87,6 +87,38 @@ def test_what_folds_into_weights_is_an_ordinary_model(options: tuple[object, ...
     assert [backdoor["target"] for backdoor in again.backdoors] == ["star"]
 
 
+def test_a_killed_repair_goes_on_and_ends_with_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = ("--method", "par", "--clean", "shapes:64", "--epochs", 1, "--lr", 0.001, "--batch-size", 16)
+    repaired(tmp_path / "whole", *tuning)
+    out = tmp_path / "killed"
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("decompclip.models.folders.save_model", "decompclip.evaluation.evaluate.evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, killed)
+            code, _, stderr = run("repair", "shapes-badnet", "--out", out, *tuning)
+        assert code == 130 and "the same command goes on from there" in stderr
+        refused = run("repair", "shapes-badnet", "--out", out, *tuning, "--seed", 1)[2]
+        assert "holds an unfinished one with seed 0" in refused
+    found = repaired(out, *tuning)
+    assert found == json.loads((tmp_path / "whole" / "repair.json").read_text())["results"]
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in out.iterdir()} == names and ".repair" not in names
+    weights = [(folder / "open_clip_model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_repair_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path: Path) -> None:
+    code, _, stderr = run(
+        "repair", "shapes-badnet", "--out", tmp_path / "a", "--method", "agnostic", "--clean", "shapes:20"
+    )
+    assert code == 2 and "clean images" in stderr and not (tmp_path / "a").exists()
+
+
 def test_the_last_mlps_are_the_papers_share_of_the_towers_own() -> None:
     assert [late_mlps(n) for n in (12, 24, 6, 1)] == [5, 10, 2, 1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -11,13 +13,17 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, say
-from decompclip.files import check_folder, write_json
+from decompclip.files import alone_in, check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
+    from decompclip.defenses.clean_finetuning import TuningDefense
     from decompclip.models.clip import HookedCLIP
 
 NUMBERS = "repair.json"
+UNFINISHED = ".repair"
+"""Folder of an unfinished repair: what was asked for, and the checkpoints of its fine-tunings."""
+ASKED, CHECKPOINTS = "asked.json", ("repair.pt", "control.pt")
 
 
 class Method(str, Enum):
@@ -96,11 +102,30 @@ def repair(
 ) -> None:
     """Repair MODEL with clean data, and measure before and after: accuracy, attack success, and what is touched.
 
-    The numbers are of the folder as written, opened again, on images that nothing was fitted on.
+    The numbers are of the folder as written, opened again, on images that nothing was fitted on. Given again, the same
+    command goes on where it was killed.
     """
-    with plain_errors():
+    work = out / UNFINISHED
+    with plain_errors(lambda: _going_on(work)) as stack:
         model.check()
-        check_folder(out, "the repaired model", empty=True)
+        asked_for = {
+            "model": model.model,
+            "checkpoint": model.checkpoint and str(model.checkpoint),
+            "pretrained": model.pretrained,
+            "method": method.value,
+            "clean": clean,
+            "images": images,
+            "seed": seed,
+            "limit": limit,
+            "options": {
+                "budget": budget,
+                "hint": hint.value,
+                "epochs": epochs,
+                "lr": lr,
+                "batch_size": batch_size,
+            },
+        }
+        _check_unfinished(out, asked_for)
         if images is not None and (images == clean or Path(images).resolve() == Path(clean).resolve()):
             raise ValueError(
                 f"expected other images with --images than with --clean, for nothing is measured on what a repair was fitted "
@@ -126,6 +151,10 @@ def repair(
         label = options.target_index(attack, names)
         clip = model.load()
         fit, held = _data(clip, clean, images, names, pairs=method in TUNED, limit=limit, seed=seed)
+        stack.enter_context(alone_in(out))
+        work.mkdir(exist_ok=True)
+        write_json(work / ASKED, asked_for)
+        stack.callback(_drop_empty, work)
         if method in TUNED:
             asked = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
             other = _tuned(clip, fit, method, out, asked, seed=seed)
@@ -140,29 +169,43 @@ def repair(
             name: _measured(subject, clip, held, names, attack, label, batch_size or 64)
             for name, subject in subjects.items()
         }
-        given_options = {
-            "budget": budget,
-            "hint": hint.value,
-            "epochs": epochs,
-            "lr": lr,
-            "batch_size": batch_size,
-        }
-        facts = {
-            "model": model.model,
-            "method": method.value,
-            "clean": clean,
-            "images": images,
-            "seed": seed,
-            "options": given_options,
+        measured = {
             "trigger": attack and attack.trigger.card(),
             "target_class": attack and attack.target,
             "results": rows,
         }
-        write_json(out / NUMBERS, facts)
+        write_json(out / NUMBERS, asked_for | measured)
+        shutil.rmtree(work)
         _say_results(rows, attack, method, hint)
         say(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")
         if lost := costly(rows, method):
             say(lost, err=True)
+
+
+def _check_unfinished(out: Path, asked_for: dict[str, Any]) -> None:
+    """Raises OSError where `out` holds files, but for those of this same repair, which was killed."""
+    note = out / UNFINISHED / ASKED
+    if not note.is_file():
+        check_folder(out, "the repaired model", empty=True)
+    elif (before := json.loads(note.read_text(encoding="utf-8"))) != asked_for:
+        other = [f"{key} {before.get(key)}" for key, value in asked_for.items() if before.get(key) != value]
+        raise FileExistsError(
+            f"expected an empty or a new folder with --out, or one of this same repair; {out} holds an unfinished one "
+            f"with {', '.join(other)}; finish that with the options it had, or name another folder"
+        )
+
+
+def _drop_empty(work: Path) -> None:
+    """Remove the folder of a repair that failed before anything was written that it could go on from."""
+    others = [path for path in work.parent.iterdir() if not path.name.startswith(".")]
+    if not others and [path.name for path in work.iterdir()] == [ASKED]:
+        shutil.rmtree(work)
+
+
+def _going_on(work: Path) -> str:
+    """What a stopped repair leaves, as a message."""
+    kept = [path for name in CHECKPOINTS if (path := work / name).exists()]
+    return options.going_on(kept[-1] if kept else work / CHECKPOINTS[0])
 
 
 def _data(
@@ -294,10 +337,16 @@ def _tuned(
 
     recipe = RECIPES["cleanclip"] if method is Method.cleanclip else PAR_RECIPE
     recipe = replace(recipe, **{key: x for key, x in asked.items() if x is not None})
-    given_options: dict[str, Any] = {"seed": seed, "progress": True, "log": lambda line: say(line, err=True)}
-    save_model(TUNING_DEFENSES[method.value](recipe=recipe).apply(clip, pairs, **given_options).model, out)
+
+    def tuned(defense: TuningDefense, checkpoint: str) -> HookedCLIP:
+        path = out / UNFINISHED / checkpoint
+        return defense.apply(
+            clip, pairs, checkpoint=path, seed=seed, progress=True, log=lambda line: say(line, err=True)
+        ).model
+
+    save_model(tuned(TUNING_DEFENSES[method.value](recipe=recipe), CHECKPOINTS[0]), out)
     plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
-    return lambda _: plain.apply(clip, pairs, **given_options).model
+    return lambda _: tuned(plain, CHECKPOINTS[1])
 
 
 TOUCHED = 1e-4

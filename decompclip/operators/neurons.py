@@ -152,7 +152,7 @@ def neuron_terms(
     ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
     with visual.hooks(fwd_hooks=[*ends, *((name, keep) for name in names)]):
         feature = wide(visual(images))
-    length = feature.norm(dim=-1) if normalize else torch.ones_like(feature[:, 0])
+    length = feature.norm(dim=-1) if normalize else feature.new_ones(len(feature))
     post = torch.cat([kept[name] for name in names], dim=-1)
     rows = post[:, visual.cfg.pooled_rows]
     rows = rows if pooled.each or visual.cfg.pool == "cls" else rows.mean(1, keepdim=True)

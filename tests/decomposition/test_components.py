@@ -18,7 +18,9 @@ from decompclip.decomposition.components import (
     mlps,
     neurons,
     pool,
+    resolve as resolve_of,
 )
+from decompclip.tower.vit import HookedViT
 
 # beartype looks at a random element of a list; what the strategies draw does not depend on it.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -209,6 +211,23 @@ def test_indices_are_pythons() -> None:
 def test_a_single_layer_and_head_are_numbers() -> None:
     assert (heads[2, 3].layer, heads[2, 3].head, mlps[-1].layer) == (2, 3, -1)
     assert (heads[1:, [0, 2]].layer, heads[1:, [0, 2]].head, heads[1].head, mlps.layer) == (None,) * 4
+
+
+def test_where_a_single_component_stands_on_its_field() -> None:
+    found = {part: (part.field, part.place) for part in (heads[2, 3], mlps[-1], embed, pool)}
+    assert list(found.values()) == [("coords", (2, 3)), ("mlps", (-1,)), ("embed", ()), ("pool", (0,))]
+
+
+def test_neurons_are_named_of_a_tower_that_may_name_them(tower: HookedViT) -> None:
+    assert resolve_of(neurons[1, [0, 47]], tower, neurons=True).neurons.nonzero().tolist() == [
+        [1, 0],
+        [1, 47],
+    ]
+    with pytest.raises(IndexError, match=r"0\.\.47"):
+        resolve_of(neurons[1, 48], tower, neurons=True)
+    with pytest.raises(ValueError, match="which names neurons"):
+        resolve_of(neurons[1, 0], tower)
+    assert resolve_of(~heads, tower).flat.tolist() == [False] * 12 + [True] * 4
 
 
 def test_a_slice_up_to_an_end_names_nothing() -> None:

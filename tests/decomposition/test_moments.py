@@ -127,6 +127,12 @@ def test_an_image_without_numbers_is_named(tower: HookedViT) -> None:
     check_finite(d)
 
 
+def test_its_shape_is_the_towers(tower: HookedViT) -> None:
+    moments = Moments.fit(tower, [many()])
+    assert (moments.n_layers, moments.n_heads, moments.has_pool) == (3, 4, False)
+    assert moments.heads.shape == (3, 4, 20)
+
+
 def test_it_reads_well(tower: HookedViT) -> None:
     assert "24 images, 3 x 4 heads, centred; means and second and streams" in repr(
         Moments.fit(tower, [many()])

@@ -270,6 +270,7 @@ def test_bad_input_is_refused(
         AgnosticDet(classifier).fit(clean[:20])
     with pytest.raises(ValueError, match=r"all 240 were taken for one"):
         AgnosticDet(classifier[:1]).fit(clean)
+    AgnosticDet(classifier[:2]).fit(clean)  # two classes are enough
     with pytest.raises(ValueError, match=r"features' width 20; received 7"):
         AgnosticDet(classifier[:, :7]).fit(clean)
     with pytest.raises(ValueError, match=r"at least 2 folds; received 1"):

@@ -288,6 +288,16 @@ def test_composed_and_restricted(centred) -> None:
     torch.testing.assert_close(by_head.coords, half.coords)
 
 
+def test_a_choice_of_every_component_counts_the_pool(make_tower: Callable[..., HookedViT]) -> None:
+    siglip = make_tower(pool="attention", pool_heads=4, pool_mlp=40, n_prefix=0, projection=False, d_embed=32)
+    clean, suspect = (decompose(siglip, drawn(n, n), normalize=True) for n in (40, 12))
+    repair, n_layers, n_heads = DecompRep(epsilon=0.02, mlps=1).fit(clean), clean.n_layers, clean.n_heads
+    every = torch.ones(12, n_layers * (n_heads + 1) + 2, dtype=torch.bool)
+    torch.testing.assert_close(repair(suspect, where=every).features, repair(suspect).features)
+    with pytest.raises(ValueError, match="where"):
+        repair(suspect, where=every[:, :-2])
+
+
 def test_the_causal_repair_writes_mlps_too(tower: HookedViT) -> None:
     images = 1.5 * drawn(6, 2) + 0.7
     moments = Moments.fit(tower, [drawn(40, 1)], normalize=True)

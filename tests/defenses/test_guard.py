@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp import DecompDet, DecompRep
-from decompclip.defenses.guard import Guard
+from decompclip.defenses.guard import Guard, load, save_guard
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
@@ -121,6 +122,19 @@ def test_half_precision_gives_the_models_dtype() -> None:
     clip = small_clip().bfloat16()
     images = drawn(3, 1).bfloat16()
     assert Guard(clip, ZeroAblate(mlps[-1])).encode_image(images).dtype == torch.bfloat16
+
+
+def test_a_saved_guard_is_what_loading_its_folder_gives(tmp_path: Path) -> None:
+    model = load("shapes")
+    images = model.normalize(torch.rand(30, 3, *model.image_size, generator=torch.Generator().manual_seed(1)))
+    repair = DecompRep(**RULE).fit(model.decompose(images, normalize=True))
+    guard = Guard(model, repair)
+    save_guard(guard, tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert isinstance(again, Guard) and isinstance(load(str(tmp_path / "a")), Guard)
+    torch.testing.assert_close(again.encode_image(images[:4]), guard.encode_image(images[:4]))
+    assert not torch.allclose(again.encode_image(images[:4]), model.encode_image(images[:4]))
+    assert not isinstance(load(model.to_open_clip(), tokenizer=model.tokenizer), Guard)
 
 
 def test_bad_input_is_refused(clip: HookedCLIP) -> None:

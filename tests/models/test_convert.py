@@ -272,3 +272,9 @@ def test_a_configuration_is_taken_or_refused_before_anything_is_built() -> None:
     refuse("ViT-B-32", [])
     with pytest.raises(UnsupportedTowerError, match="'RN50' is not supported: it is a ResNet"):
         refuse("RN50", ["resnet"])
+
+
+def test_a_towers_type_is_that_of_its_matrices(make_source: Callable[..., CLIP]) -> None:
+    visual: Any = make_source().bfloat16().visual
+    visual.class_embedding.data = visual.class_embedding.data.float()
+    assert Source(visual).dtype == torch.bfloat16

@@ -257,6 +257,7 @@ def test_single_sweeps_count_and_draw_as_their_table(
     falls = of_accuracy.layout.coloraxis
     assert falls.cmin == -falls.cmax
     drawn_map: Any = next(iter(plot.data))
+    assert drawn_map.z.shape == (3, 4)
     assert drawn_map.z.ravel().tolist() == pytest.approx((100 * frame["changed"]).tolist())
     drawn_map = next(iter(alone.figure(labels).data))
     assert drawn_map.z.ravel().tolist() == pytest.approx((80 - 100 * frame["accuracy"]).tolist())
