@@ -4,6 +4,7 @@ Rate, wilson           of a share
 Redrawn                of a share, over several draws of what was fitted on
 difference_interval    of the difference of two shares of different images
 Paired, mean_interval  of a difference on the same images
+half_width             of many means at once
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy.special import ndtri
 from scipy.stats import t
 from torch import Tensor
@@ -211,3 +212,13 @@ def mean_interval(differences: Tensor) -> tuple[float, float, float]:
         return mean, -math.inf, math.inf
     half = Z * float(differences.double().std()) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
+
+
+def half_width(values: Float[Tensor, "image ..."]) -> Tensor:
+    """Half-widths of the intervals of means over the first axis, by Student's t; nan where there is one value."""
+    n = len(values)
+    return (
+        values.std(dim=0) * (t_for(n) / math.sqrt(n))
+        if n > 1
+        else values.new_full(values.shape[1:], math.nan)
+    )

@@ -208,7 +208,12 @@ class Part(Components):
     @property
     def head(self) -> int | None:
         """The head of the layer, where it is one."""
-        return self.index if isinstance(self.index, int) else None
+        return self.index if self.kind == "heads" and isinstance(self.index, int) else None
+
+    @property
+    def neuron(self) -> int | None:
+        """The neuron of the layer, where it is one."""
+        return self.index if self.kind == "neurons" and isinstance(self.index, int) else None
 
     @property
     def field(self) -> str:

@@ -20,10 +20,10 @@ from torch import Tensor
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.maps import Convention
-from decompclip.intervals import Z
+from decompclip.intervals import half_width
 from decompclip.moved import renamed
 from decompclip.operators.intervention import Intervention
-from decompclip.operators.parts import ByPart, Part, parts_of
+from decompclip.operators.parts import KIND_NAMES, ByPart, Part, parts_of
 from decompclip.operators.scores import Classes, ClassScore, Metric, Text, Toward, direction
 from decompclip.tower.vit import HookedViT, tower
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 
 Mode = Literal["direct", "causal", "difference"]
-
-KIND_NAMES = {"heads": "heads", "mlps": "MLPs", "embed": "embedding", "pool": "MLP of the pool"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -221,9 +219,9 @@ def direct_and_causal(
         parts=parts,
         direct=(direct - plain).mean(1),
         causal=(causal - plain).mean(1),
-        direct_error=_error(direct - plain),
-        causal_error=_error(causal - plain),
-        difference_error=_error(causal - direct),
+        direct_error=half_width((direct - plain).T),
+        causal_error=half_width((causal - plain).T),
+        difference_error=half_width((causal - direct).T),
         baseline=float(plain.mean()),
         metric=score.metric if isinstance(score, ClassScore) else "score",
         intervention=words,
@@ -261,9 +259,3 @@ def _intervention(intervene: Callable[[Components], Intervention], part: Part) -
 def _causal(visual: HookedViT, images: Tensor, edit: Intervention) -> Float[Tensor, "batch d_embed"]:
     with visual.hooks(fwd_hooks=edit.fwd_hooks(visual)):
         return visual(images)
-
-
-def _error(scores: Float[Tensor, "part image"]) -> Float[Tensor, " part"]:
-    """Half-width of a 95 % interval of each row's mean."""
-    n = scores.shape[1]
-    return Z * scores.std(dim=1) / n**0.5 if n > 1 else torch.full_like(scores[:, 0], torch.nan)

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 Head = int | Literal["mlp"]
 """A head of a layer by its number, or the layer's MLP."""
 
+KIND_NAMES = {
+    "heads": "heads",
+    "mlps": "MLPs",
+    "neurons": "neurons",
+    "embed": "embedding",
+    "pool": "MLP of the pool",
+}
+"""Kinds of components, in figures."""
+
 
 def parts_of(components: Components, of: HasComponents | HasConfig) -> tuple[Part, ...]:
     """Every single component that an expression names: heads, MLPs, the embedding, the pool's MLP.

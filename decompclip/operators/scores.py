@@ -8,13 +8,16 @@ ClassScore(classifier, target)  a score of classes; or any function of the featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import same_model, term_maps
+from decompclip.operators.inputs import TextFeatures
 from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
@@ -68,6 +71,70 @@ def direction(
     if not texts:
         raise ValueError("expected at least one text; received none; name what to score images by")
     return F.normalize(F.normalize(model.encode_text(texts), dim=-1).mean(0), dim=-1)
+
+
+@torch.no_grad()
+def directions(
+    d: Decomposition,
+    toward: Text | TextFeatures | Float[Tensor, "text d_embed"],
+    against: Text | None = None,
+    model: HookedCLIP | None = None,
+) -> tuple[Float[Tensor, "text d_embed"], tuple[str, ...]]:
+    """One direction, or many, for terms that are there already; with a name for each.
+
+    Args:
+        d: the terms, which know their width and model.
+        toward: as `direction` takes it; or features of many texts.
+        against: subtracted from each.
+        model: encodes texts in words.
+
+    Raises:
+        ValueError: as `direction`; a text without a model; texts or a model other than that of the terms; a function.
+    """
+    if isinstance(toward, Tensor) and toward.ndim == 2:
+        along, names = toward.detach(), tuple(f"text {i}" for i in range(len(toward)))
+    elif isinstance(toward, TextFeatures):
+        _check_model(toward.model, d.maps.fingerprint, f"{toward!r}", "encode_texts(model, texts)")
+        along, names = toward.features, toward.texts
+    else:
+        along, names = (
+            _direction(d, toward, model)[None],
+            (toward if isinstance(toward, str) else label(toward),),
+        )
+    if along.shape[1] != d.d_embed or not len(along):
+        raise ValueError(
+            f"expected text features [text, {d.d_embed}], as wide as the joint space; received {list(along.shape)}; "
+            "encode the texts with the text tower of the same model"
+        )
+    if against is None:
+        return along, names
+    other = against if isinstance(against, str) else label(against)
+    return along - _direction(d, against, model).to(along), tuple(f"{name} against {other}" for name in names)
+
+
+def _direction(d: Decomposition, toward: Any, model: HookedCLIP | None) -> Float[Tensor, " d_embed"]:
+    if isinstance(toward, Tensor) and toward.shape == (d.d_embed,):
+        return toward.detach()
+    if callable(toward) or isinstance(toward, Tensor):
+        shown = f"directions {list(toward.shape)}" if isinstance(toward, Tensor) else "a function of features"
+        raise ValueError(
+            f"expected a text, or a direction [{d.d_embed}], along which a score is a sum over components; received "
+            f"{shown}; take a row of a classifier, or the classifier with target="
+        )
+    if model is None:
+        raise ValueError(
+            f"expected a direction, or the model that encodes the text; received {toward!r} alone; pass model=model"
+        )
+    mark = term_maps(model.visual, d.convention).fingerprint
+    _check_model(mark, d.maps.fingerprint, repr(model), "decompose its own images")
+    return direction(model, toward)
+
+
+def _check_model(ours: Tensor | None, theirs: Tensor | None, received: str, remedy: str) -> None:
+    if ours is not None and theirs is not None and not same_model(ours, theirs):
+        raise ValueError(
+            f"expected texts by the model that was decomposed; received {received}, of other weights; {remedy}"
+        )
 
 
 def score_toward(model: HookedViT | HookedCLIP, toward: Toward, against: Text | None = None) -> ImageScore:
@@ -176,6 +243,46 @@ class ClassScore:
         other = self._of("against", self.against, rows, logits)
         return (own - logits.gather(1, other[:, None])[:, 0]).cpu()
 
+    @property
+    def label(self) -> str:
+        """A name for figures and tables."""
+
+        def name(classes: Classes | None) -> str:
+            if classes is None:
+                return "all others"
+            single = not isinstance(classes, Tensor) or not classes.ndim
+            return f"class {int(classes)}" if single else "each image's class"
+
+        return name(self.target) + (
+            f" against {name(self.against)}" if self.metric == "logit_difference" else ""
+        )
+
+    def directions(self, rows: slice) -> Float[Tensor, "#batch d_embed"]:
+        """What features are multiplied by: one direction for all images, or one for each of these.
+
+        Raises:
+            ValueError: accuracy, which is no product.
+        """
+        if self.metric == "accuracy":
+            raise ValueError(
+                "expected a logit or a difference of logits; received 'accuracy', which is no product"
+            )
+        weights = self.classifier.double()
+
+        def of(name: str, classes: Classes) -> Tensor:
+            if not isinstance(classes, Tensor) or not classes.ndim:
+                return weights[[int(classes)]]
+            if len(classes) < rows.stop:
+                raise ValueError(_count(name, len(classes), f"the {rows.stop} images so far"))
+            return weights[classes[rows].to(weights.device)]
+
+        own = of("target", self.target)
+        if self.metric == "logit":
+            return own
+        if self.against is None:
+            return own - (weights.sum(0) - own) / (len(weights) - 1)
+        return own - of("against", self.against)
+
     def _of(self, name: str, classes: Classes, rows: slice, logits: Tensor) -> Int[Tensor, " batch"]:
         """The classes of these images."""
         if not isinstance(classes, Tensor) or not classes.ndim:
@@ -190,6 +297,20 @@ class ClassScore:
         for name, classes in (("target", self.target), ("against", self.against)):
             if isinstance(classes, Tensor) and classes.ndim and len(classes) != count:
                 raise ValueError(_count(name, len(classes), f"{count} images"))
+
+
+def class_score(toward: object, target: Classes, metric: Metric, against: Any) -> ClassScore:
+    """The score of a target among classes.
+
+    Raises:
+        ValueError: `toward` is no classifier; or as `ClassScore`.
+    """
+    if not isinstance(toward, Tensor):
+        raise ValueError(
+            f"expected text features [class, d_embed] beside a target; received {toward!r}; make them with "
+            "model.zero_shot_classifier"
+        )
+    return ClassScore(toward, target, metric=metric, against=against)
 
 
 def _count(name: str, received: int, images: str) -> str:

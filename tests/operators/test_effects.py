@@ -80,7 +80,7 @@ def test_each_effect_is_that_of_its_component_alone(
             (effects.causal_error, through),
             (effects.difference_error, through - direct),
         ):
-            assert float(errors[i]) == pytest.approx(1.96 * float(scores.std()) / 5**0.5, rel=1e-2, abs=1e-5)
+            assert float(errors[i]) == pytest.approx(2.776 * float(scores.std()) / 5**0.5, rel=1e-3, abs=1e-5)
 
 
 @dataclass(frozen=True)
