@@ -53,6 +53,7 @@ from .operators.attention import (
     contribution_maps as contribution_maps,
     rollout as rollout,
 )
+from .operators.attribution import attribute as attribute
 from .operators.effects import direct_and_causal as direct_and_causal
 from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
