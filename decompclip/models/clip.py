@@ -6,6 +6,7 @@ import copy as copying
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -331,13 +332,13 @@ class HookedCLIP(nn.Module):
         """Features and activations of the image tower.
 
         Args:
-            images: as the tower takes them.
-            options: `names_filter`, `device` and the like, as in TransformerLens.
+            images: as the tower takes them; with `start_at_layer`, the stream.
+            options: `names_filter`, `device`, `stop_at_layer` and the like, as in TransformerLens.
 
         Returns:
             The features, and the activations by hook name.
         """
-        return self.visual.run_with_cache(self._input(images), **options)
+        return self.visual.run_with_cache(self._input(images, options), **options)
 
     def run_with_hooks(
         self, images: Float[Tensor, "batch 3 h w"], **options: Any
@@ -345,14 +346,13 @@ class HookedCLIP(nn.Module):
         """Features under hooks for this one run.
 
         Args:
-            images: as the tower takes them.
-            options: `fwd_hooks`, `bwd_hooks` and the like, as in TransformerLens.
+            images: as the tower takes them; with `start_at_layer`, the stream.
+            options: `fwd_hooks`, `bwd_hooks`, `stop_at_layer` and the like, as in TransformerLens.
 
         Raises:
             KeyError: a hook point that the tower does not have; the nearest names are offered.
         """
-        self.visual.check_hooks([*options.get("fwd_hooks", ()), *options.get("bwd_hooks", ())])
-        return self.visual.run_with_hooks(self._input(images), **options)
+        return self.visual.run_with_hooks(self._input(images, options), **options)
 
     @property
     def hook_dict(self) -> dict[str, Any]:
@@ -373,14 +373,15 @@ class HookedCLIP(nn.Module):
         Raises:
             KeyError: a hook point that the tower does not have; the nearest names are offered.
         """
-        self.visual.check_hooks([(name, hook)])
         self.visual.add_hook(name, hook, *args, **options)
 
     def reset_hooks(self, **options: Any) -> None:
         """Remove the image tower's hooks (options as in TransformerLens)."""
         self.visual.reset_hooks(**options)
 
-    def _input(self, images: Tensor) -> Tensor:
+    def _input(self, images: Tensor, options: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+        if options.get("start_at_layer") is not None:  # a stream, no images
+            return images.to(self.device, self.dtype)
         if not images.is_floating_point():
             raise ValueError(
                 f"expected floating-point images as `preprocess` or `normalize` gives them, got {images.dtype}; divide "
@@ -407,6 +408,5 @@ class HookedCLIP(nn.Module):
         """
         wanted = [hook for intervention in interventions for hook in intervention.fwd_hooks(self.visual)]
         wanted += fwd_hooks
-        self.visual.check_hooks([*wanted, *bwd_hooks])
         with self.visual.hooks(fwd_hooks=wanted, bwd_hooks=list(bwd_hooks)):
             yield self

@@ -13,6 +13,8 @@ Its helpers were written for language models. Here each either tells the truth a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -67,8 +69,9 @@ class ViTCache(ActivationCache):
         full = name if name in self.cache_dict and not rest else get_act_name(name, *rest)
         if full not in self.cache_dict:
             raise KeyError(
-                f"expected the name of a cached activation; received {key!r} ({full}); cached are "
-                f"{len(self)} activations (list them with cache.keys()): see run_with_cache's names_filter"
+                f"expected the name of a cached activation; received {key!r} ({full}); cached are {len(self)} activations, "
+                f"nearest {', '.join(nearest_names(full, self.cache_dict)) or 'none'} (list them with cache.keys()): see "
+                "run_with_cache's names_filter"
             )
         return self.cache_dict[full]
 
@@ -94,11 +97,12 @@ class ViTCache(ActivationCache):
         """The stream at the input of each block up to `layer`, and for the last also at the tower's end.
 
         Args:
-            apply_ln: the last LayerNorm, with bias, taken anew on each stream (`@ visual.proj` gives what
-                the tower would answer if it ended there); only for the whole tower.
+            apply_ln: the last LayerNorm, with bias, taken anew on each stream (with a class token, `@ visual.proj` gives
+                what the tower would answer if it ended there; other ways of pooling: `logit_lens`); only for the
+                whole tower.
 
         Raises:
-            NotImplementedError: `apply_ln` for less than the whole tower.
+            NotImplementedError: `apply_ln` for less than the whole tower, or where the last LayerNorm reads the mean row.
             IndexError: the tower has no such layer.
         """
         layer = self._layer(layer, mlp_input)
@@ -108,6 +112,11 @@ class ViTCache(ActivationCache):
                 f"expected layer=None with apply_ln: the stream's reading by the last LayerNorm; received layer="
                 f"{layer}, whose LayerNorm's cached scale fits its own input alone; apply visual.blocks[{layer}].ln1 "
                 "yourself"
+            )
+        if apply_ln and self._ln_of_mean:
+            raise NotImplementedError(
+                "expected a tower whose last LayerNorm reads rows; received one that reads their mean; take "
+                "logit_lens(model, images, texts), or visual.read(stream)"
             )
         names = []
         for number in range(min(layer + 1, n_layers)):
@@ -172,12 +181,159 @@ class ViTCache(ActivationCache):
         parts = [part for number in range(layer) for part in self._results(number)]
         labels = [f"L{number}H{head}" for number in range(layer) for head in range(self.model.cfg.n_heads)]
         if incl_remainder:
-            stream = self["resid_post", layer - 1] if layer else self["resid_pre", 0]
-            parts.append(stream - sum(parts))
+            parts.append(self._stream_before(layer) - sum(parts))
             labels.append("remainder")
         stack = self._stack(parts, pos_slice)
         stack = self.apply_ln_to_stack(stack, layer, False, pos_slice) if apply_ln else stack
         return (stack, labels) if return_labels else stack
+
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: Position = None,
+        pos_slice: Position = None,
+        project_output_onto: None = None,
+    ) -> Float[Tensor, "*batch_and_token neuron d_model"]:
+        """What each neuron of an MLP wrote to the stream, without the MLP's output bias. Large: choose neurons, positions.
+
+        Raises:
+            IndexError: the tower has no such layer, neuron or position.
+            NotImplementedError: `project_output_onto`.
+        """
+        _no_projection(project_output_onto)
+        post = self["post", layer]
+        block = blocks(self.model)[layer]
+        post = _cut(neuron_slice).apply(_cut(pos_slice).apply(self._rows(post, pos_slice), dim=-2), dim=-1)
+        written = _cut(neuron_slice).apply(block.mlp.W_out.T)
+        post, written = (post[..., None], written[None]) if written.ndim == 1 else (post, written)
+        result = post[..., None] * written
+        if block.post_norm:
+            scale = self._rows(self[f"blocks.{layer % self.model.cfg.n_layers}.ln2.hook_scale"], pos_slice)
+            centred = result - result.mean(-1, keepdim=True)
+            result = centred / _cut(pos_slice).apply(scale, dim=-2)[..., None] * block.ln2.w
+        return result if block.ls2 is None else result * block.ls2
+
+    def stack_neuron_results(
+        self,
+        layer: int | None = -1,
+        pos_slice: Position = None,
+        neuron_slice: Position = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: None = None,
+        mlp_input: bool = False,
+    ) -> Any:
+        """What each neuron before `layer` wrote to the stream. Large: choose neurons and positions.
+
+        Labels: "L0N0", ...; "remainder" (asked for by `incl_remainder`) is the rest of the stream at the block's input
+        (with `mlp_input`, at its MLP's).
+
+        Raises:
+            IndexError: the tower has no such layer, neuron or position.
+            NotImplementedError: `project_output_onto`.
+        """
+        _no_projection(project_output_onto)
+        layer = self._layer(layer, mlp_input)
+        found = [self.get_neuron_results(number, neuron_slice, pos_slice) for number in range(layer)]
+        kept = _cut(neuron_slice).apply(torch.arange(self.model.cfg.d_mlp)).reshape(-1).tolist()
+        labels = [f"L{number}N{neuron}" for number in range(layer) for neuron in kept]
+        empty = self._stack([], pos_slice)
+        stack = torch.cat([empty, *(rearrange(x, "... n d -> n ... d") for x in found)])
+        if incl_remainder:
+            rest = self._stack([self._stream_before(layer, mlp_input)], pos_slice) - stack.sum(0)
+            stack, labels = torch.cat([stack, rest]), [*labels, "remainder"]
+        stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice) if apply_ln else stack
+        return (stack, labels) if return_labels else stack
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Position = None,
+        return_labels: bool = False,
+        project_output_onto: None = None,
+    ) -> Any:
+        """The stream at the input of `layer` in full: heads, neurons (or MLPs), the embedding, and all biases together.
+
+        The rows sum to the stream. Labels: "L0H0", ..., "L0N0", ... (or "0_mlp_out", ...), "ln_pre" (or "embed",
+        "pos_embed"), "bias".
+
+        Args:
+            expand_neurons: a row a neuron, which is large, or a row an MLP (its output bias then is the MLP's).
+
+        Raises:
+            IndexError: the tower has no such layer or position.
+            NotImplementedError: `project_output_onto`.
+        """
+        _no_projection(project_output_onto)
+        layer = self._layer(layer, mlp_input)
+        attentions = layer + mlp_input
+        parts, labels = self.stack_head_results(attentions, return_labels=True, pos_slice=pos_slice)
+        writes, names = self.decompose_resid(
+            layer, mlp_input, incl_embeds=False, return_labels=True, pos_slice=pos_slice
+        )
+        embeds, of_embeds = self.decompose_resid(0, return_labels=True, pos_slice=pos_slice)
+        if expand_neurons:
+            neurons, more = self.stack_neuron_results(layer, pos_slice, return_labels=True)
+            bias = writes.sum(0) - parts.sum(0) - neurons.sum(0)
+        else:
+            of_mlps = [place for place, name in enumerate(names) if name.endswith("mlp_out")]
+            neurons, more = writes[of_mlps], [names[place] for place in of_mlps]
+            bias = writes.sum(0) - parts.sum(0) - neurons.sum(0)
+        stack = torch.cat([parts, neurons, embeds, bias[None]])
+        labels = [*labels, *more, *of_embeds, "bias"]
+        stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice) if apply_ln else stack
+        return (stack, labels) if return_labels else stack
+
+    def logit_attrs(
+        self,
+        residual_stack: Stack,
+        directions: Float[Tensor, " d_embed"] | Float[Tensor, "text d_embed"],
+        incorrect: Float[Tensor, " d_embed"] | Float[Tensor, "text d_embed"] | None = None,
+        pos_slice: Position = None,
+        batch_slice: Position = None,
+        has_batch_dim: bool = True,
+    ) -> Float[Tensor, "component ..."]:
+        """What each component of a stack adds to the image features' products with directions, less those with others.
+
+        Past the last LayerNorm at its cached scale, and the projection. With a class token the whole stream's components
+        (`decompose_resid(pos_slice=0)`) sum to the product, but for the tower's constants `(ln_final.b @ proj + b_proj)`;
+        with a mean of rows their mean over the pooled rows does. `attribute(d, toward)` does it for every way of pooling, with
+        names and intervals, constants apart, for unit features too.
+
+        Args:
+            residual_stack: components, as this class's other methods give them.
+            directions: text features (where TransformerLens takes tokens); one, or several, a last axis then.
+            incorrect: subtracted from them.
+            pos_slice, batch_slice: how the stack was sliced.
+            has_batch_dim: whether the stack has a batch axis.
+
+        Raises:
+            NotImplementedError: a tower that pools by attention.
+            ValueError: directions of another width; or as `apply_ln_to_stack`.
+        """
+        if self.model.pool is not None:
+            raise NotImplementedError(
+                "expected a tower that pools its class token, or a mean; received one that pools by attention, through "
+                "values of its own; take attribute(model.decompose(images), directions)"
+            )
+        width = self.model.cfg.d_embed
+        for given in (directions,) if incorrect is None else (directions, incorrect):
+            if not isinstance(given, Tensor) or given.ndim not in (1, 2) or given.shape[-1] != width:
+                shown = list(given.shape) if isinstance(given, Tensor) else repr(given)
+                raise ValueError(
+                    f"expected directions [text, {width}] or [{width}], features of texts; received {shown}; encode them "
+                    "with model.encode_text"
+                )
+        along = directions if incorrect is None else directions - incorrect
+        stack = self.apply_ln_to_stack(
+            residual_stack, None, False, pos_slice, batch_slice, has_batch_dim=has_batch_dim
+        )
+        proj = self.model.proj
+        return (stack if proj is None else stack @ proj) @ along.to(stack).movedim(-1, 0)
 
     def apply_ln_to_stack(
         self,
@@ -192,54 +348,76 @@ class ViTCache(ActivationCache):
         """The LayerNorm before `layer` (None: the last one), at its cached scale, on each component of a stack,
         with the gain, without the bias: the results sum to the LayerNorm's output less `ln.b`.
 
+        Args:
+            pos_slice, batch_slice: how the stack was sliced.
+            recompute_ln: each element of the stack is a whole stream, with a scale of its own (and the bias), as
+                `accumulated_resid` has them.
+
         Raises:
-            ValueError: the last LayerNorm, on more than the class token.
-            NotImplementedError: `recompute_ln`.
+            ValueError: the last LayerNorm, on rows that do not pass it: with a class token, all but that; with a mean or an
+                attention over patches, the prefix tokens.
+            NotImplementedError: the blocks of a post-norm tower, which read the stack as it is.
             IndexError: the tower has no such layer.
         """
-        if recompute_ln:
-            raise NotImplementedError("recompute_ln: apply visual.ln_final to the stack yourself")
         layer = self._layer(layer, mlp_input)
         final = layer == self.model.cfg.n_layers
-        name = "ln_final" if final else f"blocks.{layer}.ln{2 if mlp_input else 1}"
-        scale = self[f"{name}.hook_scale"]
-        if self.has_batch_dim:
-            scale = _cut(batch_slice).apply(scale, dim=0)
-        if has_batch_dim:
-            residual_stack = _cut(batch_slice).apply(residual_stack, dim=1)
-        if not final:
-            scale = _cut(pos_slice).apply(scale, dim=-2)
-        elif self.model.cfg.pool != "cls":
-            scale = _cut(pos_slice).apply(scale, dim=-2) if scale.shape[-2] > 1 else scale
-        elif scale.ndim == residual_stack.ndim:  # the stack's token axis went with pos_slice
-            self._only_class_token(pos_slice)
-            scale = scale[..., 0, :]
-        elif residual_stack.shape[-2] != 1 or _cut(pos_slice).mode != "identity":
-            self._only_class_token(pos_slice)
         if self.model.cfg.norm == "post" and not final:
             raise NotImplementedError("the blocks of a post-norm tower read the stack as it is")
-        norm = cast(LayerNorm, self.model.get_submodule(name))
+        name = "ln_final" if final else f"blocks.{layer}.ln{2 if mlp_input else 1}"
+        norm, scale = cast(LayerNorm, self.model.get_submodule(name)), self[f"{name}.hook_scale"]
+        batch = _cut(batch_slice)
+        if has_batch_dim:
+            residual_stack = batch.apply(residual_stack, dim=1)
+        if recompute_ln:
+            if final and self._ln_of_mean:
+                raise NotImplementedError(
+                    "expected a tower whose last LayerNorm reads rows; received one that reads their mean; take "
+                    "visual.read(stream)"
+                )
+            return norm(residual_stack)
+        if self.has_batch_dim:
+            scale = batch.apply(scale, dim=0)
+        if final:
+            scale = self._final_scale(scale, pos_slice, residual_stack)
+        elif scale.shape[-2] != self.model.cfg.n_tokens:
+            self._only_class_token(pos_slice)
+            scale = _cut(pos_slice).apply(scale, dim=-2)
+        else:
+            scale = _cut(pos_slice).apply(scale, dim=-2)
+        if residual_stack.ndim != scale.ndim + 1:
+            raise ValueError(
+                f"expected a stack [component, ..., d_model] beside a scale {list(scale.shape)}; received "
+                f"{list(residual_stack.shape)}; say how it was sliced: pos_slice= and batch_slice="
+            )
         return (residual_stack - residual_stack.mean(-1, keepdim=True)) / scale * norm.w
 
-    # What has no meaning here, or is not written
+    def _final_scale(self, scale: Tensor, pos_slice: Position, stack: Tensor) -> Tensor:
+        """The last LayerNorm's scales, row by row of a stack with these positions."""
+        cfg = self.model.cfg
+        one = _cut(pos_slice).mode == "int"
+        pooled = list(range(cfg.n_tokens)[cfg.pooled_rows])
+        chosen = _cut(pos_slice).apply(torch.arange(cfg.n_tokens)).reshape(-1).tolist()
+        if cfg.pool == "cls" and _cut(pos_slice).mode == "identity" and stack.shape[-2] == 1:
+            chosen = [0]  # the class token was kept alone
+        if not set(chosen) <= set(pooled):
+            if cfg.pool == "cls":
+                self._only_class_token(pos_slice)
+            raise ValueError(
+                f"expected rows that the tower pools, {pooled[0]}..{pooled[-1]}; received {chosen[:3]}..., among them prefix "
+                f"tokens, whose stream ends unread; pass pos_slice=({pooled[0]}, {pooled[-1] + 1})"
+            )
+        if scale.shape[-2] > 1:
+            rows = torch.tensor([row - pooled[0] for row in chosen], device=scale.device)
+            scale = scale.index_select(-2, rows)
+        return scale[..., 0, :] if one else scale
+
+    # What has no meaning here
 
     def logit_lens(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises NotImplementedError."""
-        _missing("logit_lens", "accumulated_resid(apply_ln=True) @ visual.proj @ text_features.T")
-
-    def logit_attrs(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises NotImplementedError."""
-        _missing("logit_attrs", "decompose_resid(apply_ln=True, pos_slice=0) @ visual.proj @ text_features.T")
-
-    def get_neuron_results(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises NotImplementedError."""
-        _missing("get_neuron_results", 'cache["post", layer] and visual.blocks[layer].mlp.W_out')
-
-    stack_neuron_results = get_neuron_results
-
-    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises NotImplementedError."""
-        _missing("get_full_resid_decomposition", "decompose_resid and stack_head_results")
+        raise NotImplementedError(
+            "logit_lens is written for language models; take decompclip.logit_lens(model, images, texts)"
+        )
 
     # Parts
 
@@ -253,6 +431,23 @@ class ViTCache(ActivationCache):
                 f"received {layer}; the tower has {n_layers} layers"
             )
         return layer
+
+    @property
+    def _ln_of_mean(self) -> bool:
+        """Whether the last LayerNorm reads the mean of rows."""
+        return self.model.cfg.pool == "mean" and self.model.cfg.ln_final == "pooled"
+
+    def _stream_before(self, layer: int, mlp_input: bool = False) -> Tensor:
+        """The stream at a block's input, or its MLP's; or at the tower's end."""
+        if mlp_input:
+            return self["resid_mid", layer]
+        return self["resid_post", layer - 1] if layer else self["resid_pre", 0]
+
+    def _rows(self, x: Tensor, pos_slice: Position) -> Tensor:
+        """Something with a row a token; raises where the last block kept the class token alone and another is asked for."""
+        if x.shape[-2] != self.model.cfg.n_tokens:
+            self._only_class_token(pos_slice)
+        return x
 
     def _embeds(self) -> list[tuple[str, str]]:
         if self.model.ln_pre is not None:
@@ -274,9 +469,9 @@ class ViTCache(ActivationCache):
         return rearrange(result if block.ls1 is None else result * block.ls1, "... head d -> head ... d")
 
     def _stack(self, parts: list[Tensor], pos_slice: Position) -> Stack:
-        if len({part.shape[-2] for part in parts}) > 1:
-            # The last block kept token 0 alone: any other slice would take it for another token.
-            self._only_class_token(pos_slice)
+        for part in parts:
+            # Where the last block kept token 0 alone, any other slice would take it for another token.
+            self._rows(part, pos_slice)
         if not parts:
             return _cut(pos_slice).apply(self["resid_pre", 0], dim=-2)[None][:0]
         return torch.stack([_cut(pos_slice).apply(part, dim=-2) for part in parts])
@@ -294,5 +489,16 @@ def _cut(position: Position) -> Slice:
     return position if isinstance(position, Slice) else Slice(position)  # pyright: ignore[reportArgumentType]
 
 
-def _missing(name: str, instead: str) -> NoReturn:
-    raise NotImplementedError(f"{name} is written for language models; use {instead}")
+def _no_projection(project_output_onto: object) -> None:
+    if project_output_onto is not None:
+        raise NotImplementedError(
+            "expected no project_output_onto; multiply the stack, or take attribute(d, toward, neurons=neuron_terms(...)), "
+            "which holds no neuron's write"
+        )
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names: those that have the given one as their end or inside them, or are spelt alike."""
+    names = list(known)
+    held = [other for other in names if other.endswith(name)] or [other for other in names if name in other]
+    return (held or get_close_matches(name, names, n=3))[:3]

@@ -7,8 +7,8 @@ scale) are computed only while somebody listens to their hook point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice
 
-from decompclip.tower.cache import ViTCache
+from decompclip.tower.cache import ViTCache, nearest_names
 from decompclip.tower.config import ViTConfig, tower_facts
 from decompclip.tower.layers import AttentionPool, Block, LayerNorm
 
@@ -108,8 +109,13 @@ class HookedViT(HookedRootModule):
         return self.ln_final.w.dtype
 
     def forward(
-        self, images: Float[Tensor, "batch 3 h w"], *, pooled_rows: bool | None = None
-    ) -> Float[Tensor, "batch d_embed"]:
+        self,
+        images: Float[Tensor, "batch 3 h w"] | Float[Tensor, "batch token d_model"],
+        *,
+        pooled_rows: bool | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Float[Tensor, "batch ..."]:
         """Image features, not normalised.
 
         With class-token pooling only token 0 of the last block reaches the feature. Its other rows are
@@ -117,22 +123,56 @@ class HookedViT(HookedRootModule):
         token 0 alone.
 
         Args:
-            images: normalised, of the tower's size.
+            images: normalised, of the tower's size; with `start_at_layer`, the stream at that block's input.
             pooled_rows: whether the last block may compute token 0 alone; by default where no hook there wants more.
+            start_at_layer: the first block to run, from the end where negative; as in TransformerLens.
+            stop_at_layer: the first block not to run: the stream at its input is returned (`n_layers`: at the last
+                block's end), `[batch token d_model]`.
 
         Raises:
-            ValueError: the images are not `[batch, 3, h, w]` of the tower's size.
+            IndexError: there is no such block, or none is left to run.
+            ValueError: the images are not `[batch, 3, h, w]` of the tower's size, or the stream not `[batch, token, d_model]`.
         """
-        x = self._embed(images)
+        first, end = self._span(start_at_layer, stop_at_layer)
+        x = self._embed(images) if start_at_layer is None else self._stream(images)
         if pooled_rows is None:
             pooled_rows = not self.last_block_hooked
-        pooled_rows = pooled_rows and self.cfg.pool == "cls"
-        for layer, block in enumerate(self.blocks):
+        pooled_rows = pooled_rows and self.cfg.pool == "cls" and stop_at_layer is None
+        for layer in range(first, end):
             last = layer == self.cfg.n_layers - 1
-            x = block(x, self.rope, pooled_row_only=pooled_rows and last)
-        pooled = self._pool(x[:, self.cfg.pooled_rows])
+            x = self.blocks[layer](x, self.rope, pooled_row_only=pooled_rows and last)
+        return x if stop_at_layer is not None else self.read(x)
+
+    def read(self, stream: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch d_embed"]:
+        """The feature of the stream at the tower's end: what is pooled of it, past the last LayerNorm and projection."""
+        return self.read_rows(stream[:, self.cfg.pooled_rows])
+
+    def read_rows(self, rows: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch d_embed"]:
+        """The feature, were these the pooled rows."""
+        pooled = self._pool(rows)
         features = pooled if self.proj is None else pooled @ self.proj
         return features if self.b_proj is None else features + self.b_proj
+
+    def _span(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        """The first block to run, and the first not to."""
+        n = self.cfg.n_layers
+        first, end = 0 if start is None else start, n if stop is None else stop
+        first, end = (layer + n if layer < 0 else layer for layer in (first, end))
+        if not 0 <= first <= end <= n or (start is not None and first == n):
+            raise IndexError(
+                f"expected start_at_layer in 0..{n - 1} and stop_at_layer from there to {n}, or -{n}..-1 from the end; "
+                f"received {start} and {stop}; the tower has {n} layers"
+            )
+        return first, end
+
+    def _stream(self, x: Tensor) -> Float[Tensor, "batch token d_model"]:
+        expected = [self.cfg.n_tokens, self.cfg.d_model]
+        if x.ndim != 3 or list(x.shape[1:]) != expected:
+            raise ValueError(
+                f"expected with start_at_layer the stream [batch, {expected[0]}, {expected[1]}]; received "
+                f'{list(x.shape)}; take cache["resid_pre", layer], or what stop_at_layer returned'
+            )
+        return x
 
     def _embed(self, images: Tensor) -> Float[Tensor, "batch token d_model"]:
         """The stream at the input of block 0."""
@@ -171,25 +211,58 @@ class HookedViT(HookedRootModule):
         Raises:
             KeyError: they are not; the nearest names are offered.
         """
-        for name, _ in hooks:
+        self._check_names([name for name, _ in hooks])
+
+    def _check_names(self, names: object) -> None:
+        """Raises KeyError where a name, or one of several, is no hook point's; a choice among names may choose none."""
+        for name in [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else ():
             if isinstance(name, str) and name not in self.hook_dict:
-                near = get_close_matches(name, self.hook_dict, n=3)
+                near = nearest_names(name, self.hook_dict)
                 raise KeyError(
                     f"no hook point {name!r} in this tower of {self.cfg.n_layers} layers; "
                     f"nearest: {', '.join(near) or 'none'}. `visual.hook_dict` lists all"
                 )
 
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "batch d_embed"], ViTCache]:
-        """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens).
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), *args: Any, **options: Any
+    ) -> Iterator[HookedViT]:
+        """Hooks that come off at the end, as in TransformerLens. Raises as `check_hooks`."""
+        self.check_hooks([*fwd_hooks, *bwd_hooks])
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **options):
+            yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Any, *args: Any, **options: Any) -> None:
+        """A hook that stays until `reset_hooks`, as in TransformerLens. Raises as `check_hooks`."""
+        self.check_hooks([(name, hook)])
+        super().add_hook(name, hook, *args, **options)
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **options: Any) -> Any:
+        """As in TransformerLens.
 
         Raises:
+            KeyError: a name that is no hook point's; the nearest are offered.
             ValueError: `pos_slice`, with which a cache would hold rows that the pooled row's scales do not belong to.
         """
-        if kwargs.pop("pos_slice", None) is not None:
+        self._check_names(names_filter)
+        if Slice.unwrap(options.get("pos_slice")).mode != "identity":
             raise ValueError(
                 "expected a cache of all positions; received pos_slice; leave it out, and choose positions when you read the "
                 "cache: `cache.decompose_resid(pos_slice=0)`, or `cache[name][:, position]`"
             )
+        return super().get_caching_hooks(names_filter, *args, **options)
+
+    def add_caching_hooks(self, names_filter: Any = None, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """As in TransformerLens. Raises KeyError as `check_hooks`."""
+        self._check_names(names_filter)
+        return super().add_caching_hooks(names_filter, *args, **options)
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "batch ..."], ViTCache]:
+        """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens).
+
+        Raises:
+            KeyError, ValueError: as `get_caching_hooks`.
+        """
         remove_batch_dim = kwargs.get("remove_batch_dim", False)
         features, cache = super().run_with_cache(*args, **kwargs)
         return features, ViTCache(cache, self, has_batch_dim=not remove_batch_dim)
