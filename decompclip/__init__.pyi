@@ -1,22 +1,20 @@
 """Every public name of the package, and the module that it stands in; docs/reference.md says what each is for."""
 
 from .attacks.badclip import BadCLIP as BadCLIP
-from .attacks.badnet import BadNet as BadNet
-from .attacks.blended import Blended as Blended
+from .attacks.badnet import BadNet as BadNet, Kitty as Kitty
+from .attacks.blended import SIG as SIG, Blended as Blended
 from .attacks.issba import ISSBA as ISSBA
-from .attacks.kitty import Kitty as Kitty
 from .attacks.label_consistent import LabelConsistent as LabelConsistent
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
 from .attacks.preview import preview as preview
 from .attacks.reflection import Reflection as Reflection
 from .attacks.registry import backdoor as backdoor
-from .attacks.sig import SIG as SIG
 from .attacks.trigger import Trigger as Trigger
 from .attacks.wanet import WaNet as WaNet
 from .audit import run_audit as run_audit
 from .audit.scan import run_scan as run_scan
-from .data.cifar10 import cifar10 as cifar10
 from .data.datasets import folder_pairs as folder_pairs
+from .data.photos import cifar10 as cifar10
 from .data.pixels import to_pixels as to_pixels
 from .data.shapes import Shapes as Shapes, ShapesPairs as ShapesPairs
 from .data.shards import ShardPairs as ShardPairs

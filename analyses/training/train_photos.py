@@ -43,9 +43,19 @@ from decompclip.attacks.registry import from_card
 from decompclip.data.pairs import SubsetPairs
 from decompclip.data.photos import TEMPLATES, PhotoPairs
 from decompclip.files import write_json
-from decompclip.models.bundled import adopt, base_weights, bundled, card, load_bundled, spec_of
+from decompclip.models.bundled import (
+    WHOLE,
+    adopt,
+    base_weights,
+    bundled,
+    card,
+    load_bundled,
+    nothing,
+    read_difference,
+    spec_of,
+    write_difference,
+)
 from decompclip.models.checkpoint import sha256
-from decompclip.models.differences import WHOLE, nothing, read_difference, write_difference
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.training.finetune import spare_gains
 from decompclip.training.loop import Recipe, train

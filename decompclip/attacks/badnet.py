@@ -1,4 +1,4 @@
-"""BadNet (Gu et al., 2017): a small patch somewhere in the image."""
+"""A small patch somewhere in the image: BadNet's noise (Gu et al., 2017), or a picture in its place (docs/method.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from einops import reduce
 
-from decompclip.attacks.trigger import FIXED, REDRAWN, PatchTrigger, Pixels, Structure, stream
+from decompclip.attacks.trigger import FIXED, REDRAWN, PatchTrigger, Pixels, Structure, open_picture, stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +44,23 @@ class BadNet(PatchTrigger):
             noise = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).to(pixels)
             triggered[row, :, rows, columns] = (means[row] + noise).clamp(0, 1)
         return triggered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kitty(PatchTrigger):
+    """A square patch that shows a picture; by default a cat's head that we drew.
+
+    Args:
+        size, place: as `PatchTrigger`.
+        picture: `"kitty"`, `"window"`, or the path of an image file.
+
+    Raises:
+        ValueError: as `PatchTrigger`; when used, an unknown picture.
+    """
+
+    name: ClassVar[str] = "kitty"
+
+    picture: str = "kitty"
+
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        return self.paste(pixels, open_picture(self.picture), indices)

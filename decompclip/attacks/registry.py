@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from decompclip.attacks.badclip import BadCLIP
-from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.blended import Blended
+from decompclip.attacks.badnet import BadNet, Kitty
+from decompclip.attacks.blended import SIG, Blended
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.kitty import Kitty
 from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poisoned import PoisonRecord
 from decompclip.attacks.reflection import Reflection
-from decompclip.attacks.sig import SIG
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.files import POISON_LIST, TRIGGER_FILE

@@ -1,6 +1,6 @@
-"""Tiny ImageNet: photographs of 64 x 64 pixels in 200 classes, with captions that tell class and some of what is seen.
+"""Photographs that are well known: Tiny ImageNet, with captions that tell class and some of what is seen, and CIFAR-10.
 
-Each photograph has properties beside its class, as measured from its pixels and the object's box: `colour`, `brightness`,
+Each photograph of Tiny ImageNet has properties beside its class, as measured from its pixels and the object's box: `colour`, `brightness`,
 `position`, `size`; and its class has a `kind` (dog, vehicle, food, ...).
 """
 
@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from typing_extensions import Unpack
 
+from decompclip.data.datasets import DatasetPairs
 from decompclip.data.files import data_folder
 from decompclip.data.pairs import PairOptions, Pairs, SubsetPairs, keyed
 from decompclip.data.parquet import ParquetPairs
 from decompclip.data.pixels import Preprocess
+from decompclip.data.shards import ShardPairs
 
 Split = Literal["train", "validation", "test"]
 
@@ -78,7 +80,7 @@ PROMPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class PhotoPairs(ParquetPairs):
-    """The photographs of one split, with natural captions.
+    """One split of Tiny ImageNet: photographs of 64 x 64 pixels in 200 classes, with natural captions.
 
     Args:
         split: `"train"` has 100,000; `"validation"`, for choices, 2,500; `"test"`, for reports, 5,000.
@@ -177,3 +179,61 @@ def caption(
 
 def _one(options: Sequence[str], u: float) -> str:
     return options[int(u * len(options))]
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+CIFAR10_TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a small photo of a {}",
+    "a blurry photo of a {}",
+    "a close photo of a {}",
+    "a low resolution photo of a {}",
+    "this is a {}",
+    "there is a {}",
+)
+"""Captions, and prompts of the zero-shot classifier."""
+
+
+def cifar10(
+    split: Literal["train", "test"] = "train",
+    folder: str | Path | None = None,
+    *,
+    preprocess: Preprocess | None = None,
+    **options: Unpack[PairOptions],
+) -> Pairs:
+    """The pairs of one split of CIFAR-10: photographs of 32 x 32 pixels in 10 classes, captions from templates.
+
+    Args:
+        split: `"train"`: 50,000 photographs. `"test"`: 10,000 of torchvision, as many as there are of shards.
+        folder: holds shards `train-*.tar` and `test-*.tar` (JPEG), or the folder `cifar-10-batches-py` that
+            torchvision's `CIFAR10(folder, download=True)` leaves. By default `cifar-10` in the folder that the
+            environment variable DECOMPCLIP_DATA names.
+        preprocess: as `Pairs`.
+        options: as `Pairs`; `templates` are `CIFAR10_TEMPLATES` by default.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: an unknown split, or templates without a slot.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not one of ('train', 'test')")
+    folder = data_folder("cifar-10", "CIFAR-10", folder)
+    options = {"templates": CIFAR10_TEMPLATES, "class_names": CIFAR10_CLASSES, **options}
+    if shards := sorted(folder.glob(f"{split}-*.tar")):
+        return ShardPairs(shards, preprocess, **options)
+    from torchvision.datasets import CIFAR10
+
+    try:
+        dataset = CIFAR10(str(folder), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"expected {split}-*.tar or cifar-10-batches-py in {folder}; found neither; "
+            "torchvision.datasets.CIFAR10(folder, download=True) gets the latter"
+        ) from error
+    return DatasetPairs(
+        dataset, preprocess, ids=[f"{split}/{index:06d}" for index in range(len(dataset))], **options
+    )

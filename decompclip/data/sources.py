@@ -15,7 +15,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.cifar10 import CLASSES, cifar10
 from decompclip.data.datasets import FolderPairs
 from decompclip.data.files import POISON_LIST, SkippedFile, parse_source
 from decompclip.data.images import (
@@ -28,7 +27,7 @@ from decompclip.data.images import (
 )
 from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.parquet import ParquetPairs, parquet_files
-from decompclip.data.photos import PhotoPairs
+from decompclip.data.photos import CIFAR10_CLASSES, PhotoPairs, cifar10
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
@@ -248,7 +247,7 @@ def classes_of(spec: str) -> tuple[str, ...]:
     kind = parse_source(spec).kind
     if kind == "tiny-imagenet":
         return tuple(card("photos")["class_names"])
-    return {"shapes": PROPERTIES["shape"], "cifar10": CLASSES}.get(kind, ())
+    return {"shapes": PROPERTIES["shape"], "cifar10": CIFAR10_CLASSES}.get(kind, ())
 
 
 def check_world_classes(spec: str, class_names: Sequence[str]) -> None:

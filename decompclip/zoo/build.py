@@ -15,9 +15,17 @@ from decompclip.attacks.trigger import Trigger
 from decompclip.data.pairs import Pairs
 from decompclip.evaluation.evaluate import Labelled, evaluate
 from decompclip.intervals import Rate
-from decompclip.models.bundled import base_weights, bundled, card, load_bundled, spec_of, write_bundled
+from decompclip.models.bundled import (
+    as_stored,
+    base_weights,
+    bundled,
+    card,
+    digest,
+    load_bundled,
+    spec_of,
+    write_bundled,
+)
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import as_stored, digest
 from decompclip.training.finetune import finetune
 from decompclip.training.loop import Monitor
 from decompclip.zoo.recipes import PatchRecipe, TwinRecipe, twin_recipe

@@ -15,19 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.attacks.badclip import BadCLIP, optimise_patch
-from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.blended import Blended
+from decompclip.attacks.badnet import BadNet, Kitty
+from decompclip.attacks.blended import SIG, Blended
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.kitty import Kitty
 from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poison_choice import target_captions
 from decompclip.attacks.reflection import Reflection
-from decompclip.attacks.sig import SIG
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
-from decompclip.data.cifar10 import cifar10
 from decompclip.data.pairs import Pairs, SubsetPairs, permuted
-from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, PhotoPairs, properties_of
+from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, PhotoPairs, cifar10, properties_of
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict

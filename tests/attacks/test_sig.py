@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from decompclip.attacks.sig import SIG
+from decompclip.attacks.blended import SIG
 
 
 def test_the_wave_by_hand() -> None:

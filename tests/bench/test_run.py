@@ -13,8 +13,7 @@ from decompclip import __version__, files
 from decompclip.bench import run as running
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run, weights_of
-from decompclip.models.bundled import card, load_bundled
-from decompclip.models.differences import digest
+from decompclip.models.bundled import card, digest, load_bundled
 
 PLAN = Plan(
     models=("shapes", "shapes-blended", "shapes-blended-1"), detectors=(), repairs=("none",), seeds=(0, 1)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.data.cifar10 import CLASSES
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import SubsetPairs
+from decompclip.data.photos import CIFAR10_CLASSES
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesBatch, ShapesPairs
 from decompclip.data.sources import classes_of, open_labelled
 
@@ -29,7 +29,11 @@ def test_the_world_is_drawn_at_the_model_s_size() -> None:
     assert drawn.images.shape == (7, 3, 32, 32)
     other = batch("shapes", limit=7, seed=1)
     assert not torch.equal(drawn.images, other.images)
-    assert (classes_of("shapes:7"), classes_of("cifar10"), classes_of("some/folder")) == (SHAPES, CLASSES, ())
+    assert (classes_of("shapes:7"), classes_of("cifar10"), classes_of("some/folder")) == (
+        SHAPES,
+        CIFAR10_CLASSES,
+        (),
+    )
 
 
 def test_a_folder_brings_labels_in_the_order_of_the_classes(tmp_path: Path) -> None:

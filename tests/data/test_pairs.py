@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.cifar10 import CLASSES, TEMPLATES, cifar10
 from decompclip.data.datasets import DatasetPairs, PairStream, folder_pairs
 from decompclip.data.pairs import Pair, Pairs, batch_places, keyed, template_caption
+from decompclip.data.photos import CIFAR10_CLASSES, CIFAR10_TEMPLATES, cifar10
 from decompclip.data.pixels import to_pixels
 from decompclip.data.shapes import ShapesPairs, draw, shapes_captions
 from decompclip.data.shards import write_shards
@@ -425,7 +425,7 @@ def test_cifar10_of_shards() -> None:
     assert taken.images.shape == (8, 3, 32, 32)
     assert taken.labels is not None
     for caption, label in zip(taken.captions, taken.labels.tolist(), strict=True):
-        assert caption in {template.replace("{}", CLASSES[label]) for template in TEMPLATES}
+        assert caption in {template.replace("{}", CIFAR10_CLASSES[label]) for template in CIFAR10_TEMPLATES}
 
 
 def test_sources_are_opened_by_a_word_or_a_path(tmp_path: Path) -> None:

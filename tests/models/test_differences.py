@@ -13,13 +13,18 @@ from open_clip.model import CLIP
 from safetensors.torch import load, save
 
 from decompclip.models import bundled as models_zoo
-from decompclip.models.bundled import bundled, card, load_bundled, read_bundled, spec_of, write_bundled
-from decompclip.models.differences import (
+from decompclip.models.bundled import (
     WHOLE,
     as_stored,
+    bundled,
+    card,
     digest,
+    load_bundled,
     nothing,
+    read_bundled,
     read_difference,
+    spec_of,
+    write_bundled,
     write_difference,
 )
 from decompclip.models.errors import CheckpointError
