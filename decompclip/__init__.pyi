@@ -42,6 +42,7 @@ from .defenses.token_rep import TokenRep as TokenRep
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import auroc as auroc
+from .explorer.explore import explore as explore
 from .models.clip import HookedCLIP as HookedCLIP
 from .models.folders import save_model as save_model
 from .models.names import bundled as bundled

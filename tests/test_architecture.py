@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "diagnosis": "tower models data evaluation figures public",
     "bench": f"{MEASURED} attacks defenses zoo figures public",
     "report": f"{MEASURED} audit figures public",
+    "explorer": f"{BELOW} operators figures",
     "cli": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures report public",
-    "__init__": f"{MEASURED} attacks training defenses audit diagnosis report",
+    "__init__": f"{MEASURED} attacks training defenses audit diagnosis report explorer",
     "analyses": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures public",
 }
 

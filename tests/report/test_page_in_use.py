@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="needs a browser to look at the report: none is installed"
 )
 
-KEYS = {"Tab": (9, None), "Enter": (13, "\r")}
+KEYS = {"Tab": (9, None), "Enter": (13, "\r"), "ArrowUp": (38, None), "ArrowRight": (39, None), "End": (35, None)}
 
 
 DRAWN = """document.readyState === 'complete' && document.getElementById('verdict') && document.querySelectorAll('.figure').length ===
@@ -60,14 +60,14 @@ class Page:
         )
 
 
-def use(path: Path, steps: Callable[[Page], Awaitable[None]]) -> None:
-    """Open the page, wait until its figures are drawn, and carry out the steps."""
+def use(path: Path, steps: Callable[[Page], Awaitable[None]], drawn: str = DRAWN) -> None:
+    """Open the page, wait until it is drawn (by default, all figures of a report), and carry out the steps."""
 
     async def run() -> None:
         async with choreographer.Browser(path=BROWSER, headless=True) as browser:
             page = Page(await browser.create_tab(path.as_uri()))
             for _ in range(100):
-                if await page.ask(DRAWN):  # before, the tab may still be blank
+                if await page.ask(drawn):  # before, the tab may still be blank
                     break
                 await asyncio.sleep(0.1)
             await steps(page)
