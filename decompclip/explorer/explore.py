@@ -139,7 +139,9 @@ class Explorer:
         count = len(self.decomposition)
         if names is not None and len(names) != count:
             raise ValueError(f"expected a name for each of {count} images; received {len(names)} names")
-        self.names = tuple(str(name) for name in names) if names else tuple(f"image {i}" for i in range(count))
+        self.names = (
+            tuple(str(name) for name in names) if names else tuple(f"image {i}" for i in range(count))
+        )
         self._own = moments is None
         self._moments = Moments.of(self.decomposition) if moments is None else moments
         self._moments.check(self.decomposition)
@@ -192,9 +194,10 @@ class Explorer:
             raise ValueError(f"expected a question of {kinds}; received {(kind, *about)!r}")
         asked, named = known[kind]
         checked = [self._checked(name, value) for name, value in zip(named, about, strict=True)]
-        if (kind, *checked) not in self._answers:
-            self._answers[kind, *checked] = asked(*checked)
-        return self._answers[kind, *checked]
+        question = (kind, *checked)
+        if question not in self._answers:
+            self._answers[question] = asked(*checked)
+        return self._answers[question]
 
     def _checked(self, name: str, value: Any) -> Any:
         if name == "text":
@@ -222,8 +225,14 @@ class Explorer:
             self._along[text] = along = encode_texts(self.model, [text]).features[0].to(d.embed)
         found = attribute(d, along, components=heads | mlps)
         of_heads, of_mlps = found.values[..., 0].split([d.n_layers * d.n_heads, d.n_layers], dim=1)
-        arrays = {"heads": of_heads.unflatten(1, (d.n_layers, -1)), "mlps": of_mlps, "score": found.score[:, 0]}
-        return Answer({"notes": [str(one.message) for one in said]}, {n: _numbers(x) for n, x in arrays.items()})
+        arrays = {
+            "heads": of_heads.unflatten(1, (d.n_layers, -1)),
+            "mlps": of_mlps,
+            "score": found.score[:, 0],
+        }
+        return Answer(
+            {"notes": [str(one.message) for one in said]}, {n: _numbers(x) for n, x in arrays.items()}
+        )
 
     def _direction(self, text: str) -> Float[Tensor, " d_embed"]:
         self.answer("text", text)
@@ -265,7 +274,9 @@ class Explorer:
         return textspans(self.model, heads, images=self._moments, texts=pool, n_texts=WORDS)
 
     def _nearest(self, layer: int, head: int) -> Answer:
-        terms = F.normalize(self.decomposition.coords[:, layer, head] @ self.decomposition.maps.heads[layer, head], dim=-1)
+        terms = F.normalize(
+            self.decomposition.coords[:, layer, head] @ self.decomposition.maps.heads[layer, head], dim=-1
+        )
         alike = terms @ terms.mT
         found = alike.fill_diagonal_(-torch.inf).topk(min(NEAREST, len(terms) - 1), dim=1)
         return Answer(
@@ -284,7 +295,9 @@ class Explorer:
         ablate = MeanAblate(heads[layer, head], self._stream_moments)
         with torch.no_grad(), self.model.hooks(ablate):
             batches = self._images.split(self._batch_size)
-            return torch.cat([self.model.encode_image(batch) for batch in batches]).to(self.decomposition.embed)
+            return torch.cat([self.model.encode_image(batch) for batch in batches]).to(
+                self.decomposition.embed
+            )
 
     @cached_property
     def _stream_moments(self) -> Moments:
@@ -343,7 +356,9 @@ class Explorer:
         try:
             from decompclip.explorer.widget import ExplorerWidget
         except ImportError as error:
-            raise ImportError(f"expected anywidget, which is not installed: {INSTALL}; or write a page: .save_html(path)") from error
+            raise ImportError(
+                f"expected anywidget, which is not installed: {INSTALL}; or write a page: .save_html(path)"
+            ) from error
         return ExplorerWidget(self)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
@@ -369,7 +384,10 @@ class Explorer:
         """What `save_html` writes, with a note above all else."""
         from decompclip.explorer.page import page
 
-        said = note or "A saved page: of texts, those below. For others run explore(model, images) in a notebook."
+        said = (
+            note
+            or "A saved page: of texts, those below. For others run explore(model, images) in a notebook."
+        )
         state = self.first() | {"about": self.about() | {"saved": said}}
         for question in self._asked_by_a_page():
             self.answer(*question)
@@ -395,7 +413,9 @@ def _decomposed(model: HookedCLIP, images: Images, batch_size: int) -> tuple[Ten
     with torch.no_grad():
         for batch in image_batches(images, batch_size=batch_size):
             seen = sum(map(len, given))
-            if parts and seen + len(batch) > fit or (isinstance(images, Tensor) and parts and len(images) > fit):
+            if (parts and seen + len(batch) > fit) or (
+                isinstance(images, Tensor) and parts and len(images) > fit
+            ):
                 raise ValueError(
                     f"expected at most {fit} images, whose tokens take {budget / 2**20:.0f} MiB, a quarter of the memory "
                     f"at hand; received {count}; pass fewer, images[:{fit}]"

@@ -23,7 +23,9 @@ def page(title: str, state: Mapping[str, Any], answers: Sequence[Sequence[Any]])
     from decompclip.figures.theme import content_policy
 
     script = f"{JS}\nopenSaved(document);\n"
-    data = json.dumps(printable_all({"state": state, "answers": answers}), separators=(",", ":"), allow_nan=False)
+    data = json.dumps(
+        printable_all({"state": state, "answers": answers}), separators=(",", ":"), allow_nan=False
+    )
     parts = {
         "policy": escape(content_policy(styles=[CSS], scripts=[script])),
         "title": escape(printable(title)),

@@ -20,4 +20,6 @@ def model() -> HookedCLIP:
 @pytest.fixture(scope="session")
 def explorer(model: HookedCLIP) -> Explorer:
     images = model.normalize(Shapes(20, seed=3).draw(range(20)).images)
-    return decompclip.explore(model, images, texts=["a star", "a red ring"], names=[EVIL, *map(str, range(1, 20))])
+    return decompclip.explore(
+        model, images, texts=["a star", "a red ring"], names=[EVIL, *map(str, range(1, 20))]
+    )

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -83,7 +83,10 @@ def test_ablations_are_those_of_mean_ablate(explorer: Explorer) -> None:
     along = model.encode_text(TEXT, normalize=True)[0].detach()
     terms = d.heads[:, LAYER, HEAD]
     direct = d.features - terms + terms.mean(0)
-    close(explorer.answer("ablate", TEXT, LAYER, HEAD, "direct").arrays["after"], F.normalize(direct, dim=1) @ along)
+    close(
+        explorer.answer("ablate", TEXT, LAYER, HEAD, "direct").arrays["after"],
+        F.normalize(direct, dim=1) @ along,
+    )
     with torch.no_grad(), model.hooks(MeanAblate(heads[LAYER, HEAD], Moments.fit(model, [explorer._images]))):
         causal = model.encode_image(explorer._images, normalize=True)
     close(explorer.answer("ablate", TEXT, LAYER, HEAD, "causal").arrays["after"], causal @ along)
@@ -153,7 +156,12 @@ def test_a_page_has_the_answers_and_nothing_else_runs_or_loads(explorer: Explore
     asked = {json.dumps(question): answer for question, answer in found["answers"]}
     n_heads = explorer.decomposition.coords[0, :, :, 0].numel()
     assert len(asked) >= 2 + 3 * 20 + 4 * n_heads
-    for question in (["text", TEXT], ["maps", TEXT, IMAGE], ["nearest", LAYER, HEAD], ["ablate", TEXT, LAYER, HEAD, "causal"]):
+    for question in (
+        ["text", TEXT],
+        ["maps", TEXT, IMAGE],
+        ["nearest", LAYER, HEAD],
+        ["ablate", TEXT, LAYER, HEAD, "causal"],
+    ):
         ours = written(asked[json.dumps(question)])
         for name, values in explorer.answer(*question).arrays.items():
             np.testing.assert_array_equal(ours[name], values)
@@ -172,7 +180,9 @@ def test_pictures_are_the_images(explorer: Explorer) -> None:
     uri = explorer.about()["pictures"][IMAGE]
     with open_rgb(BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
         pixels = np.asarray(picture)
-    expected = 255 * explorer.model.denormalize(explorer._images[IMAGE : IMAGE + 1])[0].permute(1, 2, 0).numpy()
+    expected = (
+        255 * explorer.model.denormalize(explorer._images[IMAGE : IMAGE + 1])[0].permute(1, 2, 0).numpy()
+    )
     assert np.abs(pixels - expected).max() <= 0.5 + 1e-3
 
 
@@ -218,7 +228,9 @@ def test_a_question_is_answered_in_buffers(explorer: Explorer) -> None:
         (("maps", TEXT), "expected a question of"),
     ],
 )
-def test_what_cannot_be_answered_is_said_in_the_view(explorer: Explorer, question: tuple[Any, ...], message: str) -> None:
+def test_what_cannot_be_answered_is_said_in_the_view(
+    explorer: Explorer, question: tuple[Any, ...], message: str
+) -> None:
     pytest.importorskip("anywidget", reason="needs anywidget: pip install 'decompclip[explore]'")
     content, buffers = asked(explorer, *question)
     assert message in content["error"] and buffers is None
@@ -248,7 +260,9 @@ def test_a_notebook_shows_the_widget(explorer: Explorer) -> None:
     assert "20 images" in repr(explorer) and ".save_html" in repr(explorer)
 
 
-def test_without_anywidget_a_page_says_what_to_install(model: HookedCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_anywidget_a_page_says_what_to_install(
+    model: HookedCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "anywidget", None)
     monkeypatch.delitem(sys.modules, "decompclip.explorer.widget", raising=False)
     found = explore(model, model.normalize(Shapes(2, seed=1).draw(range(2)).images), texts=[TEXT])
@@ -270,13 +284,29 @@ Make = Callable[[HookedCLIP, torch.Tensor], object]
         (lambda m, x: explore(m.visual, x), TypeError, "expected a HookedCLIP.*received HookedViT"),
         (lambda m, x: explore(m, x[:0]), ValueError, "expected at least one image; received none"),
         (lambda m, x: explore(m, []), ValueError, "expected at least one image; received none"),
-        (lambda m, x: explore(m, x[:, :, :32, :32]), ValueError, r"expected images .*48, 48\], got \[3, 3, 32, 32\]"),
+        (
+            lambda m, x: explore(m, x[:, :, :32, :32]),
+            ValueError,
+            r"expected images .*48, 48\], got \[3, 3, 32, 32\]",
+        ),
         (lambda m, x: explore(m, x[0]), ValueError, r"expected batches of images .*received \[3, 48, 48\]"),
         (lambda m, x: explore(m, x.byte()), ValueError, "expected floating-point images"),
-        (lambda m, x: explore(m, x, texts="a star"), TypeError, "expected a list of texts; received the single string"),
-        (lambda m, x: explore(m, x, texts=[3]), TypeError, "expected a text as a string; received 3"),
+        (
+            lambda m, x: explore(m, x, texts="a star"),
+            TypeError,
+            "expected a list of texts; received the single string",
+        ),
+        (
+            lambda m, x: explore(m, x, texts=cast(Any, [3])),
+            TypeError,
+            "expected a text as a string; received 3",
+        ),
         (lambda m, x: explore(m, x, texts=[""]), ValueError, "expected a text; received an empty one"),
-        (lambda m, x: explore(m, x, names=["one"]), ValueError, "expected a name for each of 3 images; received 1"),
+        (
+            lambda m, x: explore(m, x, names=["one"]),
+            ValueError,
+            "expected a name for each of 3 images; received 1",
+        ),
         (lambda m, x: explore(m, x, moments=Moments.fit(m, [x])), ValueError, "normalize=False"),
         (lambda m, x: explore(m, x, batch_size=0), ValueError, "expected a batch_size of at least 1"),
     ],
@@ -301,7 +331,9 @@ def test_pixels_that_were_not_normalised_are_warned_about() -> None:
         explore(decompclip.load("shapes"), Shapes(3, seed=1).draw(range(3)).images, texts=[TEXT])
 
 
-def test_more_images_than_fit_are_refused_with_their_number(model: HookedCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_fit_are_refused_with_their_number(
+    model: HookedCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = model.normalize(Shapes(12, seed=1).draw(range(12)).images)
     d = model.decompose(images[:4], normalize=True, tokens=True)
     size = home._bytes(d) // 4 + images[0].nbytes

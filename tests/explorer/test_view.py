@@ -19,7 +19,9 @@ from decompclip.explorer.page import CSS, JS
 from tests.report.test_browser import BROWSER, visit
 from tests.report.test_page_in_use import Page, use
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser to look at the explorer: none is installed")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="needs a browser to look at the explorer: none is installed"
+)
 
 DRAWN = "document.querySelector('.dcx')?.getAttribute('aria-busy') === 'false'"
 ALIVE = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
@@ -72,13 +74,19 @@ def test_a_click_on_a_cell_opens_that_head(path: Path, explorer: Explorer) -> No
         await click(page, cell(4, 3))
         assert await shown(page, ".head h3") == "Layer 4, head 3"
         answer = explorer.answer("text", TEXT).arrays
-        assert (await shown(page, ".sum")).startswith(f"{signed(answer['heads'][0, 4, 3])} of {answer['score'][0]:.3f}")
-        words = await page.ask("[...document.querySelectorAll('.words li > :first-child')].map(e => e.textContent)")
+        assert (await shown(page, ".sum")).startswith(
+            f"{signed(answer['heads'][0, 4, 3])} of {answer['score'][0]:.3f}"
+        )
+        words = await page.ask(
+            "[...document.querySelectorAll('.words li > :first-child')].map(e => e.textContent)"
+        )
         assert words == explorer.answer("words", 4, 3).facts["words"]
         near = await page.ask("[...document.querySelectorAll('.nearest button')].map(e => e.title)")
         assert near == [explorer.names[i] for i in explorer.answer("nearest", 4, 3).arrays["images"][0]]
         after = explorer.answer("ablate", TEXT, 4, 3, "direct").arrays["after"]
-        row = await page.ask("[...document.querySelectorAll('.effect tr:nth-child(3) td span:first-child')].map(e => e.textContent)")
+        row = await page.ask(
+            "[...document.querySelectorAll('.effect tr:nth-child(3) td span:first-child')].map(e => e.textContent)"
+        )
         assert [float(x) for x in row] == [float(f"{x:.3f}") for x in (after[0], after.mean())]
         alpha = await page.ask(
             "[...document.querySelector('.pair canvas').getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, i) => i % 4 === 3)"
@@ -97,10 +105,14 @@ def test_everything_that_is_chosen_changes_the_view(path: Path, explorer: Explor
         await click(page, ".chips label:nth-of-type(2) span")
         answer = explorer.answer("text", OTHER).arrays
         assert f"cosine {answer['score'][5]:.3f} to “a red ring”" in await shown(page, ".shown")
-        terms = {f"head {layer}.{head}": answer["heads"][5, layer, head] for layer in range(6) for head in range(8)}
+        terms = {
+            f"head {layer}.{head}": answer["heads"][5, layer, head] for layer in range(6) for head in range(8)
+        }
         terms |= {f"MLP {layer}": value for layer, value in enumerate(answer["mlps"][5])}
         top = sorted(terms, key=lambda name: -abs(terms[name]))[:12]
-        bars = await page.ask("[...document.querySelectorAll('.bars li')].map(e => [e.querySelector('span').textContent, e.querySelector('.number').textContent])")
+        bars = await page.ask(
+            "[...document.querySelectorAll('.bars li')].map(e => [e.querySelector('span').textContent, e.querySelector('.number').textContent])"
+        )
         assert bars == [[name, signed(terms[name])] for name in top]
         await click(page, ".model-map .switch label:nth-of-type(2) span")
         assert await page.ask(f"document.querySelector('{cell(2, 5)}').getAttribute('aria-label')") == (
@@ -152,7 +164,9 @@ def test_every_control_has_a_name(path: Path) -> None:
         nameless = [
             node["role"]["value"]
             for node in nodes
-            if not node.get("ignored") and node.get("role", {}).get("value") in roles and not node.get("name", {}).get("value")
+            if not node.get("ignored")
+            and node.get("role", {}).get("value") in roles
+            and not node.get("name", {}).get("value")
         ]
         assert nameless == []
 
@@ -165,10 +179,13 @@ def test_no_page_is_wider_than_its_screen(path: Path, width: int) -> None:
         await page.resize(width, 800)
         await asyncio.sleep(0.2)
         assert await page.ask("document.documentElement.scrollWidth") <= width
-        assert await page.ask(
-            f"[...document.querySelectorAll('.dcx *')].filter(e => e.checkVisibility() && !e.closest('.thumbs, .vocabulary') && "
-            f"e.getBoundingClientRect().right > {width} + 1).map(e => e.className || e.tagName)"
-        ) == []
+        assert (
+            await page.ask(
+                f"[...document.querySelectorAll('.dcx *')].filter(e => e.checkVisibility() && !e.closest('.thumbs, .vocabulary') && "
+                f"e.getBoundingClientRect().right > {width} + 1).map(e => e.className || e.tagName)"
+            )
+            == []
+        )
 
     use(path, steps, DRAWN)
 
@@ -190,7 +207,9 @@ window.stop = render({{ model, el: document.querySelector("main") }});
 </script>"""
 
 
-def live(explorer: Explorer, path: Path, steps: Callable[[Page, Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+def live(
+    explorer: Explorer, path: Path, steps: Callable[[Page, Callable[[], Awaitable[None]]], Awaitable[None]]
+) -> None:
     """The module in a page of its own, whose questions are carried to the widget's handler and back."""
     pytest.importorskip("anywidget", reason="needs anywidget: pip install 'decompclip[explore]'")
     widget = explorer.widget
@@ -226,7 +245,9 @@ async def typed(page: Page, text: str) -> None:
 def test_a_typed_text_is_answered(explorer: Explorer, tmp_path: Path) -> None:
     async def steps(page: Page, carry: Callable[[], Awaitable[None]]) -> None:
         assert await page.ask(DRAWN)
-        assert await page.ask("document.querySelector('.dcx').dataset.scheme") == "dark"  # as what lies behind
+        assert (
+            await page.ask("document.querySelector('.dcx').dataset.scheme") == "dark"
+        )  # as what lies behind
         await typed(page, "a blue square")
         await carry()
         score = explorer.answer("text", "a blue square").arrays["score"]
@@ -259,7 +280,9 @@ def test_a_causal_effect_comes_at_a_click(explorer: Explorer, tmp_path: Path) ->
     live(explorer, tmp_path / "live.html", steps)
 
 
-def test_what_python_sets_is_shown_and_what_fails_is_said(explorer: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_python_sets_is_shown_and_what_fails_is_said(
+    explorer: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("<i>out of memory</i>")
 

@@ -21,7 +21,13 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="needs a browser to look at the report: none is installed"
 )
 
-KEYS = {"Tab": (9, None), "Enter": (13, "\r"), "ArrowUp": (38, None), "ArrowRight": (39, None), "End": (35, None)}
+KEYS = {
+    "Tab": (9, None),
+    "Enter": (13, "\r"),
+    "ArrowUp": (38, None),
+    "ArrowRight": (39, None),
+    "End": (35, None),
+}
 
 
 DRAWN = """document.readyState === 'complete' && document.getElementById('verdict') && document.querySelectorAll('.figure').length ===
