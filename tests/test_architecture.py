@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "explorer": f"{BELOW} operators figures",
     "cli": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures report public",
     "__init__": f"{MEASURED} attacks training defenses audit diagnosis report explorer",
-    "analyses": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures public",
+    "analyses": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures explorer public",
 }
 
 # Of no room: what every room may import.
