@@ -38,6 +38,33 @@ def span(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Pace:
+    """How fast images go by, and what share of the time whoever uses them waits for them; `str` says so."""
+
+    def __init__(self) -> None:
+        self.images, self.waited, self._began = 0, 0.0, 0.0
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Passes the items through; batches are counted by their `images`."""
+        source, self._began = iter(items), self._began or time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - asked
+            self.images += len(getattr(item, "images", ()))
+            yield item
+
+    def __str__(self) -> str:
+        took = time.perf_counter() - self._began
+        if not self.images:
+            return ""
+        return f" ({self.images / took:.3g} images/s, {self.waited / took:.0%} of the time waiting for them)"
+
+
 @contextmanager
 def meters() -> Iterator[Callable[[str, int], Update]]:
     """A function that begins a piece of work (description, steps) and returns its `Update`; shows the time left."""

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "models": "tower decomposition",
     "data": "models",
     "operators": f"{BELOW} figures",  # default images and texts; results draw themselves
-    "evaluation": "decomposition models figures",
+    "evaluation": "decomposition models data figures",
     "attacks": "models data figures",
     "training": "models data attacks evaluation figures",
     "defenses": f"{MEASURED} training",

@@ -325,13 +325,13 @@ class PoisonedPairs(PairSteps):
         """Every pair once, poisoned where it is chosen."""
         return map(self._one, self.base)
 
-    def read(self, indices: Sequence[int]) -> PairBatch:
-        """The pairs at these places."""
-        return self._poison(self._by_place("read()").read(indices))
+    def read(self, indices: Sequence[int], *, device: torch.device | str | None = None) -> PairBatch:
+        """The pairs at these places; on a device the trigger is put in there."""
+        return self._poison(self._by_place("read()").read(indices, device=device))
 
-    def take(self, step: int, size: int) -> PairBatch:
+    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
         """The pairs of training step `step`, a pure function of the step; a poison's class is the target's."""
-        return self._poison(self.base.take(step, size))
+        return self._poison(self.base.take(step, size, device=device))
 
     def _by_place(self, what: str) -> Pairs:
         if isinstance(self.base, PairStream):

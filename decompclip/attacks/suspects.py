@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.attacks.registry import Attack
+from decompclip.data.feed import feed
 from decompclip.data.files import TRIGGER_FILE, SkippedFile
 from decompclip.data.images import FolderSource
 from decompclip.data.pixels import Pixels, encode_png
@@ -62,7 +63,7 @@ def write_suspects(
     count, renamed, size = 0, [], [0, 0]
     stems = Counter(Path(path).with_suffix("") for path in source.files)
     n_batches = -(-len(source) // batch_size)
-    batches = track(source.batches(batch_size), f"applying {attack.trigger.name}", n_batches)
+    batches = track(feed(source, batch_size), f"applying {attack.trigger.name}", n_batches)
     with atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in batches:
             triggered = attack.trigger(batch.images, range(count, count + len(batch.paths)))

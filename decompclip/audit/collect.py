@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
+from decompclip.data.feed import feed
 from decompclip.data.files import canonical, parse_source
 from decompclip.data.images import (
     ImageSource,
@@ -217,7 +218,7 @@ def collect(
     # The pictures kept are those of least checksum of the name: of paired images both.
     kept: list[tuple[int, str, Tensor]] = []
     n_batches = -(-len(source) // config.batch_size)
-    for batch in track(source.batches(config.batch_size), description, n_batches):
+    for batch in track(feed(source, config.batch_size), description, n_batches):
         d = model.decompose(batch.images.to(model.device), convention=config.convention, normalize=True).to(
             "cpu"
         )

@@ -29,6 +29,7 @@ from decompclip.audit.checks import coinciding, guessing
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanResult
+from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource, split_indices
 from decompclip.data.pixels import Pixels
 from decompclip.decomposition.decomposition import Decomposition
@@ -144,7 +145,7 @@ def _collect(model: HookedCLIP, clean: ImageSource, config: ScanConfig, track: T
     """The first images, as many as the scan can use."""
     enough, images, labels = config.fit + config.held_out, [], []
     n_batches = -(-min(enough, len(clean)) // config.batch_size)
-    for batch in track(clean.batches(config.batch_size), f"{model.name}: clean images", n_batches):
+    for batch in track(feed(clean, config.batch_size), f"{model.name}: clean images", n_batches):
         images.append((255 * model.denormalize(batch.images)).round().to(torch.uint8))
         labels.append(batch.labels)
         if sum(map(len, images)) >= enough:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import typer
 
 from decompclip.printable import printable
-from decompclip.progress import meters
+from decompclip.progress import Pace, meters
 
 T = TypeVar("T")
 EXPECTED_ERROR = 2
@@ -123,13 +123,13 @@ def imports(what: str = "") -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A `Track` that shows on stderr what is done, and how long the rest takes."""
+    """A `Track` that shows on stderr what is done, and how long the rest takes; of images also how fast they go by, and how long they were waited for."""
     with meters() as begin:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-            update = begin(description, total)
-            for done, item in enumerate(items, 1):
+            update, pace = begin(description, total), Pace()
+            for done, item in enumerate(pace.over(items), 1):
                 yield item
-                update(done, description)
+                update(done, f"{description}{pace}")
 
         yield track

@@ -261,10 +261,10 @@ class KeptImages:
 
         import torch
 
-        from decompclip.evaluation.evaluate import batches_of
+        from decompclip.data.feed import feed
 
         seen = 0
-        for batch in batches_of(self.source, batch_size):
+        for batch in feed(self.source, batch_size):
             places = torch.arange(seen, seen + len(batch.images))
             rows = torch.from_numpy(self.kept[seen : seen + len(batch.images)])
             seen += len(batch.images)
@@ -288,6 +288,7 @@ def _fitted(
     """Fit a repair of features, and write it; returns what makes its control of the model written."""
     import torch
 
+    from decompclip.data.feed import feed
     from decompclip.data.pairs import permuted
     from decompclip.decomposition.components import mlps
     from decompclip.decomposition.moments import Moments
@@ -295,11 +296,10 @@ def _fitted(
     from decompclip.defenses.bake import average_over_tokens, bake
     from decompclip.defenses.decomp import DecompRep, late_mlps
     from decompclip.defenses.guard import AtRandom, Guard, save_guard
-    from decompclip.evaluation.evaluate import batches_of
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
 
-    inputs = (clip.normalize(part.images) for part in batches_of(fit, batch))
+    inputs = (clip.normalize(part.images) for part in feed(fit, batch))
     with torch.no_grad():
         if hint is Hint.spread:
             moments = Moments.fit(clip, inputs, stream=True)
@@ -366,7 +366,8 @@ def _measured(
     import torch
     from torch.nn import functional as F
 
-    from decompclip.evaluation.evaluate import batches_of, evaluate
+    from decompclip.data.feed import feed
+    from decompclip.evaluation.evaluate import evaluate
     from decompclip.intervals import Rate
 
     # each model by its own texts: fine-tuning moves the text tower too
@@ -377,7 +378,7 @@ def _measured(
     )
     touched = []
     with torch.no_grad():
-        for part in batches_of(held, batch):
+        for part in feed(held, batch):
             images = clip.normalize(part.images)
             ours, theirs = (F.normalize(m.encode_image(images).float(), dim=-1) for m in (clip, subject))
             touched.append(((ours * theirs).sum(-1) < 1 - TOUCHED).cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from decompclip.data.feed import in_threads
 from decompclip.data.files import SkippedFile, is_bookkeeping, reason
 from decompclip.data.images import OnError, image_files
 from decompclip.data.pairs import (
@@ -25,7 +27,7 @@ from decompclip.data.pairs import (
     PairSteps,
     content_name,
 )
-from decompclip.data.pixels import Preprocess, read_image, to_pixels
+from decompclip.data.pixels import Preprocess, finished, onto, read_image, to_pixels
 from decompclip.data.shards import IMAGE_KINDS
 
 
@@ -122,14 +124,18 @@ class DatasetPairs(Pairs):
             ) from error
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        return [self._image(index) for index in indices]
+        # one after the other: a data set's own reader may be any, and need not stand several threads
+        items = [self._item(index) for index in indices]
+        return in_threads(self._image, items)
 
-    def _image(self, index: int) -> Tensor | str:
+    def _image(self, item: Any) -> Tensor | str:
+        return reason(item) if isinstance(item, Exception) else read_image(item, self.preprocess)
+
+    def _item(self, index: int) -> Any:
         try:
-            image = self.dataset[index][0]
-        except Exception as error:  # of the data set's own reader, which may be any
-            return reason(error)
-        return read_image(image, self.preprocess)
+            return self.dataset[index][0]
+        except Exception as error:
+            return error
 
 
 class PairStream(PairSteps):
@@ -174,7 +180,7 @@ class PairStream(PairSteps):
                 name = error.name or f"item {place}"
                 self._left_out[name] = SkippedFile(name, str(error))
 
-    def take(self, step: int, size: int) -> PairBatch:
+    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
         """The pairs `step * size` and on, the stream's passes one after the other.
 
         Steps in a row cost nothing more; to resume, the stream runs from its start to the step.
@@ -190,7 +196,8 @@ class PairStream(PairSteps):
             self._running, self._position = iter(()), 0
         while self._position < step * size:
             self._next()
-        return PairBatch.of([self._next() for _ in range(size)])
+        taken = PairBatch.of([self._next() for _ in range(size)])
+        return replace(taken, images=onto(taken.images, device))
 
     def _next(self) -> Pair:
         pair = next(self._running, None)
@@ -239,9 +246,10 @@ class PairStream(PairSteps):
         text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
         if not isinstance(text, str) or not text.strip():
             raise UnreadableItem(name, f"has no caption: {text!r}")
-        pixels = read_image(image, self.preprocess)
-        if isinstance(pixels, str):
-            raise UnreadableItem(name, pixels)
+        found = read_image(image, self.preprocess)
+        if isinstance(found, str):
+            raise UnreadableItem(name, found)
+        pixels = finished(found, self.preprocess)
         return Pair(content_name(pixels, text) if name is None else name, pixels, text.strip(), label)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import (
     OURS,
     SUFFIXES,
@@ -30,9 +30,10 @@ from decompclip.data.files import (
     reason,
     walk,
 )
-from decompclip.data.pixels import stack_images
+from decompclip.data.pixels import Preprocess, prepare, stack_images
 
 OnError = Literal["skip", "raise"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class ImageSource(Protocol):
     def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]: ...
 
 
-class ListedImages(ABC):
+class ListedImages(DeviceSource):
     """Base of sources whose images are read one by one; those that cannot be read are left out and listed.
 
     Args:
         items: what stands for each image, in order.
+        preprocess: from a picture to an image.
         labels: the class of each item. If any has one, items without are left out; if none has, labels are None.
         unlabelled: why such items are left out.
         where: the images' place, for errors.
@@ -75,6 +77,7 @@ class ListedImages(ABC):
         self,
         items: Sequence[Any],
         labels: Mapping[Any, int],
+        preprocess: Preprocess,
         *,
         unlabelled: str,
         where: str,
@@ -86,12 +89,13 @@ class ListedImages(ABC):
         if labels:
             for item in items:
                 if item not in labels:
-                    self._leave_out(item, unlabelled)
+                    self._without_label(item, unlabelled)
             items = [item for item in items if item in labels]
         if limit is not None and limit < len(items):
             chosen = np.random.default_rng(seed).choice(len(items), limit, replace=False)
             items = [items[i] for i in np.sort(chosen)]
         self._items, self._labels, self._where = items, labels, where
+        self.preprocess = preprocess
 
     @property
     @abstractmethod
@@ -102,11 +106,14 @@ class ListedImages(ABC):
     def _name(self, item: Any) -> str: ...
 
     @abstractmethod
-    def _pixels(self, item: Any) -> Tensor | None:
-        """What the model takes, or None for an image that cannot be read."""
+    def _images(self, items: Sequence[Any]) -> list[Tensor | str]:
+        """The image of each item as `preprocess` prepares it, or why there is none."""
 
     @abstractmethod
     def _leave_out(self, item: Any, reason: str) -> None: ...
+
+    def _without_label(self, item: Any, reason: str) -> None:
+        self._leave_out(item, reason)
 
     @property
     def labelled(self) -> bool:
@@ -117,24 +124,53 @@ class ListedImages(ABC):
         """Number of images to read, unreadable ones included: which those are shows only in reading."""
         return len(self._items)
 
-    def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
+    def batches(
+        self, batch_size: int = 64, *, device: torch.device | str | None = None
+    ) -> Iterator[ImageBatch]:
         """All readable images, `batch_size` at a time (the last batch may be smaller).
+
+        Args:
+            batch_size: images in a batch.
+            device: where the images go, in 8 bits where they come in 8 bits; None leaves them on the CPU.
 
         Raises:
             ValueError: not one image could be read, or one could not and `on_error="raise"`.
         """
-        readable = ((item, pixels) for item in self._items if (pixels := self._pixels(item)) is not None)
         found = False
-        while held := list(islice(readable, batch_size)):
-            items, pixels = zip(*held, strict=True)
+        for items, images in readable(self._items, batch_size, self._images, self._leave_out):
             labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
-            yield ImageBatch(stack_images(pixels), labels, tuple(map(self._name, items)))
+            stacked = stack_images(images, self.preprocess, device=device)
+            yield ImageBatch(stacked, labels, tuple(map(self._name, items)))
             found = True
         if not found:
             last = f", the last: {self.skipped[-1].reason}" if self.skipped else ""
             raise ValueError(
                 f"expected images in {self._where}; none of its {len(self)} images could be read{last}; check that they are pictures and complete"
             )
+
+
+def readable(
+    items: Sequence[T],
+    size: int,
+    read: Callable[[Sequence[T]], list[Tensor | str]],
+    leave_out: Callable[[T, str], object],
+) -> Iterator[tuple[list[T], list[Tensor]]]:
+    """Items with their images, `size` at a time, without those of which `read` says why there is no image."""
+    kept: list[T] = []
+    images: list[Tensor] = []
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        for item, image in zip(part, read(part), strict=True):
+            if isinstance(image, str):
+                leave_out(item, image)
+                continue
+            kept.append(item)
+            images.append(image)
+        if len(images) >= size:
+            yield kept[:size], images[:size]
+            kept, images = kept[size:], images[size:]
+    if images:
+        yield kept, images
 
 
 class FolderSource(ListedImages):
@@ -176,12 +212,13 @@ class FolderSource(ListedImages):
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
-        self.folder, self.preprocess, self.on_error, self.root = Path(folder), preprocess, on_error, root
+        self.folder, self.on_error, self.root = Path(folder), on_error, root
         files, left_out = image_files(self.folder)
         self._skipped = {skip.path: skip for skip in left_out}
         super().__init__(
             files,
             _folder_labels(files, class_names or ()),
+            preprocess,
             unlabelled="lies in no folder that is named after a class",
             where=str(folder),
             limit=limit,
@@ -200,17 +237,20 @@ class FolderSource(ListedImages):
     def _name(self, item: Path) -> str:
         return item.as_posix()
 
-    def _pixels(self, item: Path) -> Tensor | None:
+    def _images(self, items: Sequence[Path]) -> list[Tensor | str]:
+        return in_threads(self._image, items)
+
+    def _image(self, item: Path) -> Tensor | str:
         try:
             picture = open_rgb(self.folder / item, root=self.root)
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-            return self._leave_out(item, reason(error), error)
-        return self.preprocess(picture)
+            return reason(error)
+        return prepare(self.preprocess, picture)
 
-    def _leave_out(self, item: Path, reason: str, cause: Exception | None = None) -> None:
+    def _leave_out(self, item: Path, reason: str) -> None:
         if self.on_error == "raise":
             remedy = 'repair or remove it, or leave it out with on_error="skip"'
-            raise ValueError(f"{self.folder / item}: {reason}; {remedy}") from cause
+            raise ValueError(f"{self.folder / item}: {reason}; {remedy}")
         self._skipped[item.as_posix()] = SkippedFile(item.as_posix(), reason)
 
 

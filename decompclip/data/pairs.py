@@ -17,9 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import SkippedFile
-from decompclip.data.images import OnError
-from decompclip.data.pixels import Preprocess, stack_images, to_pixels
+from decompclip.data.images import OnError, readable
+from decompclip.data.pixels import Preprocess, finished, stack_images, to_pixels
+
+READ = 64
+"""Pairs whose images are read at a time where they are gone through one by one."""
 
 
 def keyed(seed: int, what: str, name: str) -> int:
@@ -100,8 +104,13 @@ class PairSteps(ABC):
     """Pairs that training takes in steps: the base of `Pairs`, `PairStream` and `PoisonedPairs`."""
 
     @abstractmethod
-    def take(self, step: int, size: int) -> PairBatch:
-        """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere."""
+    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
+        """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere.
+
+        Args:
+            step, size: which step, and pairs a step.
+            device: where the images go; None leaves them on the CPU.
+        """
 
     def batch(self, step: int, size: int) -> tuple[Float[Tensor, "batch 3 h w"], list[str]]:
         """Images in [0, 1] and captions of `take`."""
@@ -119,7 +128,7 @@ class PairOptions(TypedDict, total=False):
     on_error: OnError
 
 
-class Pairs(PairSteps):
+class Pairs(PairSteps, DeviceSource):
     """A finite set of pairs, read by place. A source of its own says what its pairs are and how to get images.
 
     Args:
@@ -177,7 +186,7 @@ class Pairs(PairSteps):
 
     @abstractmethod
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        """The image of each pair, or why there is none."""
+        """The image of each pair as `preprocess` prepares it, or why there is none."""
 
     @property
     def skipped(self) -> list[SkippedFile]:
@@ -194,10 +203,10 @@ class Pairs(PairSteps):
 
     def __iter__(self) -> Iterator[Pair]:
         """Every pair in order; those whose images cannot be read are left out."""
-        for index in range(len(self)):
-            if (image := self.image(index)) is not None:
+        for places, images in self._readable(READ):
+            for index, image in zip(places, images, strict=True):
                 label = None if self.labels is None else int(self.labels[index])
-                yield Pair(self.ids[index], image, self.captions[index], label)
+                yield Pair(self.ids[index], finished(image, self.preprocess), self.captions[index], label)
 
     def image(self, index: int) -> Tensor | None:
         """The image of a pair; None if it cannot be read, which is listed in `skipped`."""
@@ -205,10 +214,41 @@ class Pairs(PairSteps):
         if isinstance(image, str):
             self._leave_out(self.ids[index], image)
             return None
-        return image
+        return finished(image, self.preprocess)
 
-    def read(self, indices: Sequence[int]) -> PairBatch:
+    def batches(
+        self, batch_size: int = 64, *, device: torch.device | str | None = None
+    ) -> Iterator[PairBatch]:
+        """Every pair in order, `batch_size` at a time (the last batch may be smaller), as `__iter__` goes through them.
+
+        Args:
+            batch_size: pairs in a batch.
+            device: where the images go; None leaves them on the CPU.
+        """
+        for places, images in self._readable(batch_size):
+            yield self._batch(places, images, device)
+
+    def _readable(self, size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+        return readable(
+            range(len(self)), size, self._images, lambda place, why: self._leave_out(self.ids[place], why)
+        )
+
+    def _batch(
+        self, places: Sequence[int], images: Sequence[Tensor], device: torch.device | str | None
+    ) -> PairBatch:
+        return PairBatch(
+            stack_images(images, self.preprocess, device=device),
+            tuple(self.captions[place] for place in places),
+            None if self.labels is None else self.labels[list(places)],
+            tuple(self.ids[place] for place in places),
+        )
+
+    def read(self, indices: Sequence[int], *, device: torch.device | str | None = None) -> PairBatch:
         """The pairs at these places.
+
+        Args:
+            indices: the places.
+            device: where the images go; None leaves them on the CPU.
 
         Raises:
             ValueError: no image can be read, one cannot and `on_error="raise"`, or images of several sizes.
@@ -225,20 +265,15 @@ class Pairs(PairSteps):
                     )
                 places[row] = (place + tried) % len(self)
                 images[row] = self._images([places[row]])[0]
-        return PairBatch(
-            stack_images([image for image in images if not isinstance(image, str)]),
-            tuple(self.captions[place] for place in places),
-            None if self.labels is None else self.labels[places],
-            tuple(self.ids[place] for place in places),
-        )
+        return self._batch(places, [image for image in images if not isinstance(image, str)], device)
 
-    def take(self, step: int, size: int) -> PairBatch:
+    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
         """The pairs of training step `step`.
 
         Raises:
             ValueError: more pairs asked for than there are, a negative step; or as `read`.
         """
-        return self.read(batch_places(len(self), step, size, seed=self.order_seed))
+        return self.read(batch_places(len(self), step, size, seed=self.order_seed), device=device)
 
     def _caption(self, text: str, label: int | None, name: str) -> str:
         """`text`, or where there is none a template filled with the class; empty where neither is known."""
@@ -299,11 +334,11 @@ class ListedPairs(Pairs):
         return [entry.label for entry in self.entries]
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        return [self._image(self.entries[index].image) for index in indices]
+        return in_threads(self._image, [self.entries[index].image for index in indices])
 
     @abstractmethod
     def _image(self, image: Any) -> Tensor | str:
-        """The image that an entry names, or why there is none."""
+        """The image that an entry names, or why there is none; several threads ask at a time."""
 
 
 def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:

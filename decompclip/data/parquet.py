@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -160,6 +161,7 @@ class ParquetRows:
                 f"{', '.join(f'{field.name} ({field.type})' for field in schema) or 'no column'}"
             )
         self._image = held[0]
+        self._lock = threading.Lock()
         self._held: OrderedDict[int, list[bytes | None] | str] = OrderedDict()
         self._bytes = 0
 
@@ -254,7 +256,8 @@ class ParquetRows:
     def content(self, index: int) -> bytes | str:
         """The encoded image of a row, or why there is none."""
         number = bisect_right(self._starts, index) - 1
-        held = self._group(number)
+        with self._lock:  # readers and the row groups held are one for all threads
+            held = self._group(number)
         if isinstance(held, str):
             return held
         content = held[index - self._starts[number]]

@@ -45,14 +45,14 @@ def to_pixels(
         raise ValueError(f"resize_mode {resize_mode!r} is not one of {get_args(ResizeMode)}")
     if size is None:
         return picture_pixels
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from open_clip.transform import PreprocessCfg
 
-    from decompclip.models.preprocessing import without_extremes
+    from decompclip.models.preprocessing import open_clip_transform
 
     cfg = PreprocessCfg(
         size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=resize_mode
     )
-    return without_extremes(image_transform_v2(cfg, is_train=False), cfg)  # pyright: ignore[reportArgumentType]
+    return open_clip_transform(cfg)
 
 
 def picture_pixels(picture: Image.Image) -> Float[Tensor, "3 h w"]:
@@ -72,22 +72,52 @@ def encode_png(pixels: Float[Tensor, "3 h w"], *, optimize: bool = False) -> byt
     return buffer.getvalue()
 
 
-def stack_images(images: Sequence[Tensor]) -> Float[Tensor, "batch 3 h w"]:
-    """Raises ValueError if the images are of several sizes."""
-    if sizes := sorted({tuple(image.shape) for image in images}):
-        if len(sizes) > 1:
-            raise ValueError(
-                f"expected images of one size in a batch; received {sizes[0]} and {sizes[-1]}; pass "
-                "preprocess=to_pixels(size)"
-            )
-        return torch.stack(list(images))
-    return torch.zeros(0, 3, 0, 0)
+def stack_images(
+    images: Sequence[Tensor], preprocess: Any = None, *, device: torch.device | str | None = None
+) -> Float[Tensor, "batch 3 h w"]:
+    """Images as one tensor of floats on `device`; those that are in 8 bits go there so.
+
+    Args:
+        images: of one size: floats, or 8 bits as `prepare` leaves them.
+        preprocess: what prepared those in 8 bits.
+        device: None for where they are.
+
+    Raises:
+        ValueError: images of several sizes.
+    """
+    if not images:
+        return torch.zeros(0, 3, 0, 0, device=device)
+    if len(sizes := sorted({tuple(image.shape) for image in images})) > 1:
+        raise ValueError(
+            f"expected images of one size in a batch; received {sizes[0]} and {sizes[-1]}; pass "
+            "preprocess=to_pixels(size)"
+        )
+    if all(image.dtype == torch.uint8 for image in images):
+        return preprocess.finish(onto(torch.stack(list(images)), device))
+    return onto(torch.stack([finished(image, preprocess) for image in images]), device)
 
 
-def read_image(
-    image: Any, preprocess: Preprocess, *, root: str | Path | None = None
-) -> Float[Tensor, "3 h w"] | str:
-    """Pixels in [0, 1], or why there are none.
+def onto(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """A tensor on a device; a GPU gets it out of pinned memory, and nobody waits for it."""
+    if device is None or tensor.device == (device := torch.device(device)):
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def prepare(preprocess: Preprocess, picture: Image.Image) -> Tensor:
+    """What `preprocess` makes of a picture, still in 8 bits where it goes by way of them (`PictureTransform`)."""
+    return getattr(preprocess, "bytes", preprocess)(picture)
+
+
+def finished(image: Tensor, preprocess: Any) -> Float[Tensor, "3 h w"]:
+    """An image of `prepare` in floats."""
+    return preprocess.finish(image) if image.dtype == torch.uint8 else image
+
+
+def read_image(image: Any, preprocess: Preprocess, *, root: str | Path | None = None) -> Tensor | str:
+    """An image as `prepare` leaves it, or why there is none.
 
     Args:
         image: the path of an image file, a file's content, a picture, or a tensor in [0, 1].
@@ -99,7 +129,7 @@ def read_image(
             image = open_rgb(image, root=root)
         elif isinstance(image, bytes):
             image = open_rgb(io.BytesIO(image))
-        return preprocess(image) if isinstance(image, Image.Image) else check_image(image)
+        return prepare(preprocess, image) if isinstance(image, Image.Image) else check_image(image)
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
         return reason(error)
 

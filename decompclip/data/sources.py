@@ -107,6 +107,7 @@ class PairImages(ListedImages):
         super().__init__(
             places,
             _labels(pairs, places, class_names) if labelled else {},
+            pairs.preprocess,
             unlabelled="has no class, and no caption that is a class's name",
             where=f"{len(pairs)} pairs",
             limit=limit,
@@ -120,10 +121,13 @@ class PairImages(ListedImages):
     def _name(self, item: int) -> str:
         return self.pairs.ids[item]
 
-    def _pixels(self, item: int) -> Tensor | None:
-        return self.pairs.image(item)
+    def _images(self, items: Sequence[int]) -> list[Tensor | str]:
+        return self.pairs._images(items)
 
     def _leave_out(self, item: int, reason: str) -> None:
+        self.pairs._leave_out(self._name(item), reason)
+
+    def _without_label(self, item: int, reason: str) -> None:
         self._skipped.append(SkippedFile(self._name(item), reason))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.data.feed import Labelled, feed
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import (
     AttackReport,
@@ -43,16 +43,6 @@ class Encoder(Protocol):
     def normalize(self, pixels: Any) -> Any: ...
 
     def encode_image(self, images: Any) -> Any: ...
-
-
-@runtime_checkable
-class Labelled(Protocol):
-    """Images in [0, 1] with labels, in the same order each time; `Shapes` is such.
-
-    A batch has `images`, `labels` and may have `indices` (else images are counted from 0).
-    """
-
-    def batches(self, batch_size: int = ...) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +218,7 @@ def evaluate(
         raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
     labels, clean, triggered = [], [], []
     seen = 0
-    for batch in track(batches_of(data, batch_size)):
+    for batch in track(feed(data, batch_size, device=getattr(model, "device", None))):
         _check_batch(batch, seen)
         labels.append(batch.labels.cpu())
         clean.append(classify(model, batch.images, classifier))
@@ -262,18 +252,6 @@ def evaluate(
     ]
     report = attack_report(before, truth, after, theirs, target, n_classes=n)
     return Evaluation(report, tuple(rows), target, truth, before, after)
-
-
-def batches_of(data: Labelled | Iterable[Any], batch_size: int) -> Iterator[Any]:
-    """Batches of a source, or of pairs that are gone through one by one."""
-    if isinstance(data, Labelled):
-        yield from data.batches(batch_size)
-        return
-    pairs = iter(data)
-    while some := list(islice(pairs, batch_size)):
-        labels = [pair.label for pair in some]
-        known = None if None in labels else torch.tensor(labels)
-        yield SimpleNamespace(images=torch.stack([pair.image for pair in some]), labels=known)
 
 
 def check_attack(n_classes: int, trigger: object, target: int | None) -> None:

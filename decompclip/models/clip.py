@@ -20,7 +20,7 @@ from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.models.checkpoint import shell
-from decompclip.models.preprocessing import Preprocessing, RawPixels, Transform
+from decompclip.models.preprocessing import PictureTransform, Preprocessing, RawPixels
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
 from decompclip.models.zero_shot import (
     Template,
@@ -80,8 +80,8 @@ class HookedCLIP(nn.Module):
         self.text = text
         self.tokenizer = tokenizer
         self.preprocess_cfg = Preprocessing(**{**preprocess, "size": visual.cfg.image_size})
-        self.preprocess: Transform = self.preprocess_cfg.transform()
-        self.pixels: Transform = self.preprocess_cfg.pixels()
+        self.preprocess: PictureTransform = self.preprocess_cfg.transform()
+        self.pixels: PictureTransform = self.preprocess_cfg.pixels()
         self.templates = {name: tuple(values) for name, values in (templates or {}).items()}
         self.class_names = tuple(class_names)
         self.provenance = dict(provenance)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -95,13 +95,43 @@ def _kept(length: int, scale: float, size: tuple[int, int]) -> int:
     return min(range(first, min(first + 64, length), 2), key=lambda kept: (whole - scaled(kept * scale)) % 4)
 
 
-def without_extremes(transform: Any, cfg: Any) -> Callable[[Image.Image], Any]:
-    """open_clip's `transform`, which follows its `PreprocessCfg`, after `CutExtremes`."""
-    size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else tuple(cfg.size)
-    return Compose([CutExtremes(size, cfg.resize_mode, cfg.interpolation), transform])
+@dataclass(frozen=True)
+class PictureTransform:
+    """From an RGB picture to a float image, by way of 8 bits: what crosses to another device is a quarter as large.
+
+    Args:
+        geometry: scales and cuts the picture.
+        mean, std: of the normalisation; 0 and 1 leave pixels in [0, 1].
+    """
+
+    geometry: Callable[[Image.Image], Image.Image]
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __call__(self, picture: Image.Image) -> Float[Tensor, "3 h w"]:
+        return self.finish(self.bytes(picture))
+
+    def bytes(self, picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
+        """The picture scaled and cut."""
+        return torch.from_numpy(np.array(self.geometry(picture).convert("RGB"))).permute(2, 0, 1).contiguous()
+
+    def finish(self, images: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
+        """One or many images of `bytes`, wherever they lie, as floats: the same numbers on every device."""
+        pixels = images.float()
+        pixels /= pixels.new_full((), 255)  # CUDA would multiply by the reciprocal of a plain number
+        if any(self.mean):
+            pixels -= pixels.new_tensor(self.mean).view(3, 1, 1)
+        if any(value != 1 for value in self.std):
+            pixels /= pixels.new_tensor(self.std).view(3, 1, 1)
+        return pixels
 
 
-Transform = Callable[[Image.Image], Float[Tensor, "3 h w"]]
+def open_clip_transform(cfg: PreprocessCfg) -> PictureTransform:
+    """open_clip's evaluation transform of a `PreprocessCfg`, after `CutExtremes`."""
+    whole: Any = image_transform_v2(cfg, is_train=False)
+    *geometry, _, _ = whole.transforms  # to a tensor, normalise
+    cut = CutExtremes(pair(cfg.size), cfg.resize_mode, cfg.interpolation)
+    return PictureTransform(Compose([cut, *geometry]), tuple(cfg.mean), tuple(cfg.std))
 
 
 @dataclass(frozen=True)
@@ -183,18 +213,16 @@ class Preprocessing(PreprocessCfg):
             }
             self.steps = Steps(**given)
 
-    def pixels(self) -> Transform:
+    def pixels(self) -> PictureTransform:
         """From an RGB picture to pixels in [0, 1] of the tower's size, before any normalisation."""
-        plain = replace(self, mean=(0, 0, 0), std=(1, 1, 1))
-        if self.steps is None:
-            return without_extremes(image_transform_v2(plain, is_train=False), plain)
-        return _Stepped(self.steps, (int(self.input_size[1]), int(self.input_size[2])))
+        return replace(self, mean=(0, 0, 0), std=(1, 1, 1)).transform()
 
-    def transform(self) -> Transform:
+    def transform(self) -> PictureTransform:
         """From an RGB picture to the tower's input."""
         if self.steps is None:
-            return without_extremes(image_transform_v2(self, is_train=False), self)
-        return _Normalised(self.pixels(), tuple(self.mean), tuple(self.std))
+            return open_clip_transform(self)
+        geometry = _Stepped(self.steps, (int(self.input_size[1]), int(self.input_size[2])))
+        return PictureTransform(geometry, tuple(self.mean), tuple(self.std))
 
 
 @dataclass(frozen=True)
@@ -202,25 +230,14 @@ class _Stepped:
     steps: Steps
     size: tuple[int, int]
 
-    def __call__(self, picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    def __call__(self, picture: Image.Image) -> Image.Image:
         made = self.steps(picture.convert("RGB"))
         if (made.height, made.width) != self.size:
             raise ValueError(
                 f"expected a picture of {self.size[0]} x {self.size[1]} pixels, since this model's preprocessing scales "
                 f"none; received {made.height} x {made.width}; bring pictures to that size first"
             )
-        return torch.from_numpy(np.array(made)).permute(2, 0, 1).float() / 255
-
-
-@dataclass(frozen=True)
-class _Normalised:
-    pixels: Transform
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, picture: Image.Image) -> Float[Tensor, "3 h w"]:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (self.pixels(picture) - mean) / std
+        return made
 
 
 LOOKS = 8

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource
 from decompclip.decomposition.maps import term_maps
 from decompclip.models.text import WordTokenizer
@@ -35,7 +36,7 @@ def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, 
         raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
     if isinstance(images, ImageSource):
-        batches = (batch.images for batch in images.batches(batch_size))
+        batches = (batch.images for batch in feed(images, batch_size))
     elif not isinstance(images, Tensor):
         batches = images
     for batch in batches:

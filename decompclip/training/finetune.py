@@ -16,9 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
+from decompclip.data.feed import ahead
+from decompclip.data.pairs import PairSteps
+from decompclip.data.pixels import onto
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable, plain
-from decompclip.progress import meters
+from decompclip.progress import Pace, meters
 from decompclip.results import Result
 from decompclip.training.loop import Monitor, Trainee, train
 from decompclip.training.losses import Penalty, TrainingStep, features_of, image_view, pair_loss, text_views
@@ -159,8 +162,15 @@ def finetune(
     share = recipe.batch_size // processes
     mine = slice(rank * share, (rank + 1) * share)
 
+    pace, coming = Pace(), None
+
     def loss(step: int) -> Tensor:
-        images, texts, groups = _batch(pairs, step, recipe, model.image_size)
+        nonlocal coming
+        if coming is None:  # steps follow each other from the first one on
+            steps = range(step, plan.steps)
+            coming = pace.over(ahead(_batch(pairs, at, recipe, model.image_size, device) for at in steps))
+        batch = next(coming)
+        images, texts, groups = batch.images, batch.texts, batch.groups
         if recipe.loss == "cleanclip":  # views of the whole batch: the same however many processes share it
             draw = _seed(seed, step)
             other, others = image_view(images, seed=draw), text_views(texts, seed=draw, synonyms=synonyms)
@@ -168,7 +178,7 @@ def finetune(
         else:
             images, texts = images[mine], texts[mine]
         tokens = model.tokenizer(texts).to(device)
-        inputs = model.normalize(images.to(device))
+        inputs = model.normalize(images)
         with (
             _drawing(_seed(seed, step, rank)),
             torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
@@ -195,7 +205,7 @@ def finetune(
     trainee = Trainee(net, model)
     every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
     net.train()
-    with _bar(plan.steps, shown=progress and main) as update:
+    with _bar(plan.steps, pace, shown=progress and main) as update:
         history = train(
             {"clip": net},
             loss,
@@ -236,12 +246,23 @@ def spare_gains(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Images on the device, texts and, for the grouped loss, groups of the whole batch of one step."""
+
+    images: Tensor
+    texts: list[str]
+    groups: Tensor | None
+
+
 def _batch(
-    pairs: PairSource, step: int, recipe: FineTuning, size: tuple[int, int]
-) -> tuple[Tensor, list[str], Tensor | None]:
-    """Images, texts and, for the grouped loss, groups of the whole batch of one step."""
+    pairs: PairSource, step: int, recipe: FineTuning, size: tuple[int, int], device: torch.device
+) -> _Batch:
     labels, take = None, getattr(pairs, "take", None)
-    if recipe.loss == "grouped" and take is not None:
+    if isinstance(pairs, PairSteps):
+        taken = pairs.take(step, recipe.batch_size, device=device)
+        images, texts, labels = taken.images, list(taken.captions), taken.labels
+    elif recipe.loss == "grouped" and take is not None:
         taken = take(step, recipe.batch_size)
         images, texts, labels = taken.images, list(taken.captions), taken.labels
     else:
@@ -262,10 +283,12 @@ def _batch(
             f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f} at step {step}; leave the normalisation to "
             "the model"
         )
-    if recipe.loss == "grouped" and labels is None:
+    if recipe.loss != "grouped":
+        labels = None
+    elif labels is None:
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         labels = torch.tensor([places[text] for text in texts])
-    return plain(images), texts, labels
+    return _Batch(onto(plain(images), device), texts, labels)
 
 
 @contextmanager
@@ -321,10 +344,10 @@ def _hooked(
 
 
 @contextmanager
-def _bar(steps: int, *, shown: bool) -> Iterator[Callable[[int, float], None] | None]:
+def _bar(steps: int, pace: Pace, *, shown: bool) -> Iterator[Callable[[int, float], None] | None]:
     if not shown:
         yield None
         return
     with meters() as begin:
         update = begin("fine-tuning", steps)
-        yield lambda done, loss: update(done, f"fine-tuning, loss {loss:.3f}")
+        yield lambda done, loss: update(done, f"fine-tuning, loss {loss:.3f}{pace}")

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
-from decompclip.evaluation.evaluate import Evaluation, Labelled, TriggerFunction, check_attack, evaluate
+from decompclip.data.feed import Labelled
+from decompclip.evaluation.evaluate import Evaluation, TriggerFunction, check_attack, evaluate
 from decompclip.files import atomic_write
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable
@@ -311,6 +312,10 @@ class Trainee:
 
     net: nn.Module
     origin: HookedCLIP
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
 
     def normalize(self, pixels: Tensor) -> Tensor:
         return self.origin.normalize(pixels)

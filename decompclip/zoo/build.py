@@ -12,8 +12,9 @@ from decompclip.attacks.poison_choice import needs_model, target_captions
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.preview import compare
 from decompclip.attacks.trigger import Trigger
+from decompclip.data.feed import Labelled
 from decompclip.data.pairs import Pairs
-from decompclip.evaluation.evaluate import Labelled, evaluate
+from decompclip.evaluation.evaluate import evaluate
 from decompclip.intervals import Rate
 from decompclip.models.bundled import (
     as_stored,

@@ -23,10 +23,10 @@ from decompclip.attacks.poison_choice import target_captions
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
+from decompclip.data.feed import Labelled
 from decompclip.data.pairs import Pairs, SubsetPairs, permuted
 from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, PhotoPairs, cifar10, properties_of
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
-from decompclip.evaluation.evaluate import Labelled
 from decompclip.evaluation.metrics import predict
 from decompclip.models.bundled import card
 from decompclip.models.clip import HookedCLIP

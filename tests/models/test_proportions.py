@@ -14,7 +14,7 @@ from PIL import Image
 
 from decompclip.data.pixels import to_pixels
 from decompclip.models.loading import load
-from decompclip.models.preprocessing import Steps, without_extremes
+from decompclip.models.preprocessing import Steps, open_clip_transform
 
 MODES = ("shortest", "squash", "longest")
 SIZES = [(224, 224), (32, 32), (24, 16)]
@@ -23,7 +23,7 @@ SIZES = [(224, 224), (32, 32), (24, 16)]
 def both(mode: str, size: tuple[int, int], interpolation: str = "bicubic") -> tuple[Callable, Callable]:
     cfg = PreprocessCfg(size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation, resize_mode=mode)  # pyright: ignore[reportArgumentType]
     plain: Any = image_transform_v2(cfg, is_train=False)
-    return plain, without_extremes(plain, cfg)
+    return plain, open_clip_transform(cfg)
 
 
 def noise(width: int, height: int) -> Image.Image:

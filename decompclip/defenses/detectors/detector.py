@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from decompclip.data.feed import Labelled
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.fitted import Calibrated, DetectorLike, Sample, check_fitted
-from decompclip.evaluation.evaluate import Encoder, Labelled
+from decompclip.evaluation.evaluate import Encoder
 
 D = TypeVar("D", bound="Detector")
 M = TypeVar("M", bound="Callable[[Any, Tensor], Detector]")

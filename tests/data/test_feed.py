@@ -1,0 +1,193 @@
+"""Batches that are made ahead: the same as those read one by one, in order, and nothing runs on when nobody asks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from decompclip.data import feed as module, pixels
+from decompclip.data.feed import ahead, feed, in_threads
+from decompclip.data.images import FolderSource
+from decompclip.data.sources import open_images, open_pairs
+from decompclip.models.loading import load
+from decompclip.models.preprocessing import open_clip_transform
+from decompclip.progress import Pace
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eleven pictures of two classes; the sixth and the last are no pictures."""
+    draws = np.random.default_rng(0)
+    for number in range(11):
+        path = tmp_path / "photos" / CLASSES[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+        if number in (5, 10):
+            path.write_bytes(path.read_bytes()[:60])
+    return tmp_path / "photos"
+
+
+@pytest.fixture(params=[1, 3])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(module, "WORKERS", request.param)
+    return request.param
+
+
+def read_one_by_one(folder: Path, preprocess: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.rglob("*.png")):
+        try:
+            found[path.relative_to(folder).as_posix()] = preprocess(Image.open(path).convert("RGB"))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9, 64])
+def test_a_folder_is_read_as_one_by_one(photos: Path, workers: int, batch_size: int) -> None:
+    model = load("shapes")
+    source = FolderSource(photos, model.preprocess, class_names=CLASSES)
+    expected = read_one_by_one(photos, model.preprocess)
+    batches = list(feed(source, batch_size))
+    assert [path for batch in batches for path in batch.paths] == list(expected)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack([*expected.values()]))
+    assert [len(batch.paths) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    labels = [CLASSES[int(label)] for batch in batches for label in batch.labels]
+    assert labels == [Path(path).parts[0] for path in expected]
+    assert [skip.path for skip in source.skipped] == ["cat/10.png", "dog/05.png"]
+
+
+def test_pairs_are_read_alike_in_batches_one_by_one_and_by_place(photos: Path, workers: int) -> None:
+    pairs = open_pairs(str(photos), load("shapes").pixels)
+    single = list(pairs)
+    batches = list(feed(pairs, 4))
+    assert [name for batch in batches for name in batch.ids] == [pair.id for pair in single]
+    whole = torch.cat([batch.images for batch in batches])
+    assert torch.equal(whole, torch.stack([pair.image for pair in single]))
+    places = [pairs.ids.index(pair.id) for pair in single]
+    assert torch.equal(pairs.read(places).images, whole)
+
+
+def test_what_cannot_be_read_stops_the_run_where_it_shall(photos: Path, workers: int) -> None:
+    source = open_images(photos, load("shapes").pixels, CLASSES, on_error="raise")
+    with pytest.raises(ValueError, match=r"cat/10\.png: .*leave it out with on_error"):
+        list(feed(source, 4))
+
+
+def test_pictures_go_to_the_device_in_8_bits(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[torch.dtype, Any]] = []
+
+    def onto(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+        sent.append((tensor.dtype, device))
+        return tensor
+
+    monkeypatch.setattr(pixels, "onto", onto)
+    model = load("shapes")
+    for source in (FolderSource(photos, model.preprocess), open_pairs(str(photos), model.pixels)):
+        for batch in feed(source, 64, device="cpu"):
+            assert batch.images.dtype == torch.float32
+    assert sent == [(torch.uint8, "cpu")] * 2
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_the_way_by_8_bits_changes_no_bit_of_open_clips_transform(mode: str) -> None:
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    cfg = PreprocessCfg((32, 32), mean=mean, std=std, resize_mode=mode)  # pyright: ignore[reportArgumentType]
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 45, 3), dtype=np.uint8))
+    plain: Any = image_transform_v2(cfg, is_train=False)
+    ours = open_clip_transform(cfg)
+    assert torch.equal(plain(picture), ours(picture))
+    both = torch.stack([ours.bytes(picture)] * 2)
+    assert both.dtype == torch.uint8
+    assert torch.equal(ours.finish(both)[1], plain(picture))
+
+
+def test_threads_keep_the_order_and_raise_the_first_error(workers: int) -> None:
+    assert in_threads(lambda x: x * x, range(50)) == [x * x for x in range(50)]
+
+    def odd(x: int) -> int:
+        if x % 7 == 6:
+            raise ValueError(str(x))
+        return x
+
+    with pytest.raises(ValueError, match="^6$"):
+        in_threads(odd, range(50))
+
+
+def test_items_come_in_order_and_few_are_made_ahead() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for x in range(20):
+            made.append(x)
+            yield x
+
+    running = ahead(items(), depth=2)
+    taken = [next(running) for _ in range(5)]
+    time.sleep(0.1)
+    assert taken == [0, 1, 2, 3, 4]
+    assert len(made) <= 5 + 2 + 1  # two wait, and one wants to
+    assert list(running) == list(range(5, 20))
+
+
+def test_what_making_raises_comes_after_what_was_made() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("gone")
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for item in ahead(items()):
+            seen.append(item)
+    assert seen == [0, 1, 2]
+
+
+def test_no_thread_goes_on_when_nobody_asks_any_more() -> None:
+    def items() -> Iterator[int]:
+        while True:
+            yield 0
+
+    running = ahead(items())
+    next(running)
+    assert any(thread.name == "decompclip-feed" for thread in threading.enumerate())
+    running.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not any(thread.name == "decompclip-feed" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_batches_are_made_in_the_gradient_mode_of_who_asks(mode: Any) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    with mode():
+        expected, (found,) = weight * 2, list(ahead(weight * 2 for _ in range(1)))
+        assert (found.requires_grad, found.is_inference()) == (
+            expected.requires_grad,
+            expected.is_inference(),
+        )
+
+
+def test_the_pace_says_how_long_images_were_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("decompclip.progress.time.perf_counter", lambda: clock.now)
+
+    def batches() -> Iterator[Any]:
+        for _ in range(4):
+            clock.now += 1
+            yield SimpleNamespace(images=range(8))
+
+    pace = Pace()
+    assert str(pace) == ""
+    for _ in pace.over(batches()):
+        clock.now += 3
+    assert str(pace) == " (2 images/s, 25% of the time waiting for them)"
