@@ -56,6 +56,7 @@ from .operators.attribution import attribute as attribute
 from .operators.effects import direct_and_causal as direct_and_causal
 from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
+from .operators.lens import logit_lens as logit_lens
 from .operators.mask_scores import score_masks as score_masks
 from .operators.mmd import head_mmd as head_mmd, layer_mmd as layer_mmd
 from .operators.naming import agreement as agreement

@@ -67,6 +67,7 @@ def gallery(
     scale: Scale = "map",
     smooth: bool = False,
     notes: Sequence[str] = (),
+    what: str = "contribution",
 ) -> go.Figure:
     """One row a map under a row of the pictures themselves, one column an image.
 
@@ -77,6 +78,7 @@ def gallery(
             "shared": at the largest of its kind, so that strong heads stand out.
         smooth: interpolate between patches, for the eye.
         notes: a line under the name of each row.
+        what: signed numbers are.
 
     Raises:
         ValueError: no maps, maps of other images, masks of another shape, other numbers of notes, an unknown scale.
@@ -121,7 +123,7 @@ def gallery(
         template=TEMPLATE, height=round(high + TOP + bottom), width=round(broad + left + RIGHT), showlegend=False,
         margin={"l": left, "r": RIGHT, "t": TOP, "b": bottom},
     )  # fmt: skip
-    _legend(plot, maps, scale)
+    _legend(plot, maps, scale, what)
     if any(left_out):
         text = f"not shown: {left_out[0]} more maps, {left_out[1]} more images (see TokenMaps.select)"
         plot.add_annotation(
@@ -191,12 +193,12 @@ def _see_through(signed: bool) -> list[list[Any]]:
     ]
 
 
-def _legend(plot: go.Figure, maps: Sequence[Overlay], scale: Scale) -> None:
+def _legend(plot: go.Figure, maps: Sequence[Overlay], scale: Scale, kind: str) -> None:
     """One colour bar for all that is signed, one for the rest."""
     for place, signed in enumerate(sorted({of.signed for of in maps}, reverse=True)):
         of = next(of for of in maps if of.signed == signed)
         top = _end(maps, of, 0, scale)
-        what = f"contribution<br>toward {_short(of.toward, 34)}" if signed else "weight"
+        what = f"{kind}<br>toward {_short(of.toward, 34)}" if signed else "weight"
         largest, title = (f"{top:.2g}", what) if scale == "shared" else ("row's max", what)
         ends, words = [0, top], ["0", largest]
         if signed:

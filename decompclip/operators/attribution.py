@@ -25,7 +25,7 @@ from decompclip.decomposition.maps import full_precision
 from decompclip.intervals import half_width
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.neurons import NeuronTerms
-from decompclip.operators.parts import KIND_NAMES, ByPart, Part, parts_of
+from decompclip.operators.parts import KIND_NAMES, ByPart, Part, parts_of, place_of
 from decompclip.operators.scores import Classes, Text, class_score, directions
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ class Attribution(ByPart):
         Raises:
             LookupError: there is no such text or image.
         """
-        at = range(len(self.texts)) if texts is None else [_place(t, self.texts, "text") for t in texts]
-        rows = range(len(self.names)) if images is None else [_place(i, self.names, "image") for i in images]
+        at = range(len(self.texts)) if texts is None else [place_of(t, self.texts, "text") for t in texts]
+        rows = (
+            range(len(self.names)) if images is None else [place_of(i, self.names, "image") for i in images]
+        )
         return replace(
             self,
             values=self.values[list(rows)][:, :, list(at)],
@@ -200,7 +202,7 @@ class Attribution(ByPart):
             )
         one, several = self.select([text]), len(self.names) > 1
         of = f"mean of {len(self.names)} images" if several else "image " + "".join(self.names)
-        title = f"toward {one.texts[0]}, {of}"
+        title = f"{one.texts[0]}: {float(one.score.mean()):.3g} in all ({of})"
         if kind == "map":
             from decompclip.figures.heatmaps import component_map
 
@@ -233,7 +235,7 @@ class Attribution(ByPart):
             errors=errors if several else None,
             filled=len(series),
             row_height=20,
-            title=f"{title}: {float(one.score.mean()):.3g} in all",
+            title=title,
         )
 
     def _cells(self, values: Float[Tensor, "part text"], text: int | str) -> tuple[Tensor, Tensor]:
@@ -242,7 +244,7 @@ class Attribution(ByPart):
                 "expected whole heads; received heads split into tokens; attribute without tokens=, or draw "
                 "contribution_maps"
             )
-        return self._grid(values[:, _place(text, self.texts, "text")])
+        return self._grid(values[:, place_of(text, self.texts, "text")])
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -416,12 +418,3 @@ def _named(given: str | Sequence[str] | None, usual: tuple[str, ...], what: str,
     if len(found) != len(usual):
         raise ValueError(f"expected a {what} for each of {len(usual)} {of}; received {len(found)}")
     return found
-
-
-def _place(which: int | str, known: Sequence[str], what: str) -> int:
-    if isinstance(which, str) and which in known:
-        return list(known).index(which)
-    if isinstance(which, str) or not -len(known) <= which < len(known):
-        shown = ", ".join(map(repr, known[:6])) + (", ..." if len(known) > 6 else "")
-        raise LookupError(f"expected a {what} of {len(known)}: {shown}; received {which!r}")
-    return which % len(known)

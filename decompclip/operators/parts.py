@@ -77,6 +77,20 @@ def position(parts: Sequence[Part], part: Part | str) -> int:
     return names.index(str(part))
 
 
+def place_of(which: int | str, known: Sequence[str], what: str) -> int:
+    """Where one of the known stands, by its name or number.
+
+    Raises:
+        LookupError: it is not among them.
+    """
+    if isinstance(which, str) and which in known:
+        return list(known).index(which)
+    if isinstance(which, str) or not -len(known) <= which < len(known):
+        shown = ", ".join(map(repr, known[:6])) + (", ..." if len(known) > 6 else "")
+        raise LookupError(f"expected a {what} of {len(known)}: {shown}; received {which!r}")
+    return which % len(known)
+
+
 class ByPart(Result):
     """What results have in common that have numbers for each of some components."""
 
