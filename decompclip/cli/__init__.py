@@ -13,6 +13,7 @@ from decompclip.cli.audit import audit, demo
 from decompclip.cli.bench import bench
 from decompclip.cli.diagnose import diagnose
 from decompclip.cli.evaluate import evaluate
+from decompclip.cli.extract import extract
 from decompclip.cli.finetune import finetune
 from decompclip.cli.options import grouped
 from decompclip.cli.poison import poison
@@ -41,7 +42,7 @@ def root(
 
 for command in (demo, apply_trigger, poison, bench):
     app.command()(command)
-for command in (audit, diagnose, evaluate, finetune, repair):
+for command in (audit, diagnose, evaluate, extract, finetune, repair):
     app.command()(grouped(command))
 app.add_typer(zoo, name="zoo")
 

@@ -137,16 +137,33 @@ class ListedImages(DeviceSource):
             ValueError: not one image could be read, or one could not and `on_error="raise"`.
         """
         found = False
-        for items, images in readable(self._items, batch_size, self._images, self._leave_out):
-            labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
-            stacked = stack_images(images, self.preprocess, device=device)
-            yield ImageBatch(stacked, labels, tuple(map(self._name, items)))
+        for batch in self.part(range(len(self)), batch_size, device=device):
+            yield batch
             found = True
         if not found:
             last = f", the last: {self.skipped[-1].reason}" if self.skipped else ""
             raise ValueError(
                 f"expected images in {self._where}; none of its {len(self)} images could be read{last}; check that they are pictures and complete"
             )
+
+    def part(
+        self, places: range, batch_size: int = 64, *, device: torch.device | str | None = None
+    ) -> Iterator[ImageBatch]:
+        """The readable ones of the images at some places (0 is the first of all), as `batches` gives them; there may be none.
+
+        Raises:
+            ValueError: an image cannot be read and `on_error="raise"`.
+        """
+        some = self._items[places.start : places.stop]
+        for items, images in readable(some, batch_size, self._images, self._leave_out):
+            labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
+            stacked = stack_images(images, self.preprocess, device=device)
+            yield ImageBatch(stacked, labels, tuple(map(self._name, items)))
+
+    def listed(self, places: range) -> Iterator[tuple[str, int | None]]:
+        """Name and class of the images at some places, unread."""
+        for place in places:
+            yield self._name(self._items[place]), self._labels.get(self._items[place])
 
 
 def readable(

@@ -131,6 +131,24 @@ class PairImages(ListedImages):
         self._skipped.append(SkippedFile(self._name(item), reason))
 
 
+def listed_images(data: ListedImages | Pairs | Shapes) -> ListedImages:
+    """Images that are read by place, with their classes.
+
+    Raises:
+        TypeError: others.
+    """
+    if isinstance(data, Shapes):
+        data = ShapesPairs(data.length, seed=data.seed, resolution=data.resolution)
+    if isinstance(data, Pairs):
+        return PairImages(data, ())
+    if not isinstance(data, ListedImages):
+        raise TypeError(
+            "expected images that are read by place: a FolderSource, pairs, or Shapes; received "
+            f"{type(data).__name__}"
+        )
+    return data
+
+
 def _labels(pairs: Pairs, places: Sequence[int], class_names: Sequence[str]) -> dict[int, int]:
     known, named = pairs.known_labels, class_places(class_names)
     found = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -87,11 +87,11 @@ class Decomposition:
 
     @property
     def n_layers(self) -> int:
-        return self.coords.shape[1]
+        return self.maps.heads.shape[0]
 
     @property
     def n_heads(self) -> int:
-        return self.coords.shape[2]
+        return self.maps.heads.shape[1]
 
     @property
     def has_pool(self) -> bool:
@@ -100,7 +100,7 @@ class Decomposition:
 
     @property
     def d_embed(self) -> int:
-        return self.embed.shape[-1]
+        return self.maps.heads.shape[-1]
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -313,7 +313,16 @@ class Decomposition:
         if not changes:
             return self
         kept = self.token_terms if coords is None else None
-        return replace(self, **changes, target=None, token_terms=kept)
+        return self.with_fields(**changes, target=None, token_terms=kept)
+
+    def with_fields(self, **changes: Any) -> Decomposition:
+        """With other values of some fields, as `dataclasses.replace`; a plain decomposition, also of a `Store`."""
+        kept = {f.name: getattr(self, f.name) for f in fields(Decomposition) if f.name not in changes}
+        return Decomposition(**kept, **changes)
+
+    def batches(self) -> Iterator[Decomposition]:
+        """The images in as many parts as they are kept in: itself, where it is no `Store`."""
+        yield self
 
     @staticmethod
     def cat(parts: Sequence[Decomposition]) -> Decomposition:
@@ -349,7 +358,7 @@ class Decomposition:
             for f in fields(first)
             if all(isinstance(getattr(part, f.name), Tensor) for part in parts)
         }
-        return replace(first, **{"target": None, **whole}, token_terms=token_terms)
+        return first.with_fields(**{"target": None, **whole}, token_terms=token_terms)
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Decomposition:
         """Some of the images: a slice, a mask, indices, or a number (which keeps the batch axis).
@@ -370,10 +379,10 @@ class Decomposition:
         return self._map(lambda x: x.to(*args, **kwargs), self.maps.to(*args, **kwargs))
 
     def _map(self, function: Callable[[Tensor], Tensor], maps: TermMaps) -> Decomposition:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Decomposition)}
         changed = {name: function(x) for name, x in own.items() if isinstance(x, Tensor)}
         token_terms = self.token_terms and self.token_terms.map(function)
-        return replace(self, **changed, maps=maps, token_terms=token_terms)
+        return Decomposition(**own | changed | {"maps": maps, "token_terms": token_terms})
 
     # Files
 
@@ -381,19 +390,15 @@ class Decomposition:
         """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
         tensors: dict[str, Tensor | None] = {
             **{name: getattr(self, name) for name in (*TERMS, "target")},
-            # Behind an attention pool the maps of heads are views of one identity.
-            "maps.heads": self.maps.heads[:1, :1] if self.maps.direct else self.maps.heads,
-            **{f"maps.{name}": getattr(self.maps, name) for name in ("bias", "tokens", "out", "fingerprint")},
+            **maps_stored(self.maps),
         }
         if self.token_terms is not None:
             tensors |= {
                 f"tokens.{name}": x for name, x in vars(self.token_terms).items() if name not in SIZES
             }
         about = {
-            "convention": self.convention,
+            **maps_facts(self.maps),
             "normalized": self.normalized,
-            "bias_names": self.maps.bias_names,
-            "extras": self.maps.extras,
             **{name: getattr(self.token_terms, name, None) for name in SIZES},
         }
         known = {name: x for name, x in tensors.items() if x is not None}
@@ -408,15 +413,7 @@ class Decomposition:
             ValueError: the file is broken, or holds something else.
         """
         tensors, about = read_tensors(Path(path), FORMAT, "a saved decomposition", "Decomposition.save")
-        kept = {key[5:]: tensors.pop(key) for key in [*tensors] if key.startswith("maps.")}
-        if "tokens" in kept:
-            kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
-        maps = TermMaps(
-            **kept,
-            bias_names=tuple(about["bias_names"]),
-            convention=cast(Convention, about["convention"]),
-            extras=about["extras"],
-        )
+        maps = maps_restored(tensors, about)
         tokens = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("tokens.")}
         sizes: dict[str, Any] = {name: tuple(about[name]) if about.get(name) else None for name in SIZES}
         if tokens:
@@ -453,6 +450,38 @@ class Decomposition:
         return f"<table><caption>Decomposition</caption>{rows}</table>"
 
 
+def batches(data: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposition]:
+    """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard."""
+    for d in [data] if isinstance(data, Decomposition) else data:
+        yield from d.batches() if isinstance(d, Decomposition) else [d]
+
+
+def maps_stored(maps: TermMaps) -> dict[str, Tensor | None]:
+    """The tensors of maps, for a file."""
+    # Behind an attention pool the maps of heads are views of one identity.
+    heads = maps.heads[:1, :1] if maps.direct else maps.heads
+    others = {f"maps.{name}": getattr(maps, name) for name in ("bias", "tokens", "out", "fingerprint")}
+    return {"maps.heads": heads, **others}
+
+
+def maps_facts(maps: TermMaps) -> dict[str, Any]:
+    """What a file says about maps beside their tensors."""
+    return {"convention": maps.convention, "bias_names": maps.bias_names, "extras": maps.extras}
+
+
+def maps_restored(tensors: dict[str, Tensor], about: Mapping[str, Any]) -> TermMaps:
+    """The maps of a file, taken out of its tensors."""
+    kept = {key[5:]: tensors.pop(key) for key in [*tensors] if key.startswith("maps.")}
+    if "tokens" in kept:
+        kept["heads"] = kept["heads"].expand(*kept["tokens"].shape[:2], -1, -1)
+    return TermMaps(
+        **kept,
+        bias_names=tuple(about["bias_names"]),
+        convention=cast(Convention, about["convention"]),
+        extras=about["extras"],
+    )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: Mapping[str, Any]) -> Path:
     """Write tensors and facts about them, whole or not at all, with a digest of both."""
     stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
@@ -460,7 +489,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, about: M
     metadata = {"format": form, "about": text, "sha256": _digest(stored, text)}
     with atomic_write(path) as partial:
         save_file(stored, partial, metadata=metadata)
+        _in_order(partial)
     return path
+
+
+def _in_order(path: Path) -> None:
+    """Equal content gives equal bytes: safetensors writes metadata in another order each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, "the same header in another order"
+        file.seek(8)
+        file.write(text)
 
 
 def _digest(tensors: Mapping[str, Tensor], about: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.decomposition import TERMS, Decomposition, check_options
+from decompclip.decomposition.decomposition import (
+    TERMS,
+    Decomposition,
+    batches,
+    check_options,
+    maps_facts,
+    maps_restored,
+    maps_stored,
+    read_tensors,
+    write_tensors,
+)
 from decompclip.decomposition.maps import Convention, TermMaps
 from decompclip.tower.vit import HasTower, Hook, HookedViT, tower
 
+FORMAT = "decompclip.moments/1"
 SCATTERED = TERMS[:4]
 
 
@@ -57,16 +69,24 @@ class Moments:
     streams: StreamMeans | None = None
 
     @staticmethod
-    def of(d: Decomposition, *, second: bool = True) -> Moments:
-        """The moments of one batch.
+    def of(d: Decomposition | Iterable[Decomposition], *, second: bool = True) -> Moments:
+        """The moments of one batch; of several, and of a `Store`, those of all together.
 
         Args:
             d: the batch.
             second: whether to keep second moments.
 
         Raises:
-            ValueError: the batch is empty, or its terms are not finite.
+            ValueError: a batch is empty, its terms are not finite, or batches are of different models or options.
         """
+        parts = (Moments._of(part, second) for part in batches(d))
+        first = next(parts, None)
+        if first is None:
+            raise ValueError("expected decompositions; received none; check the image source")
+        return reduce(Moments.merge, parts, first)
+
+    @staticmethod
+    def _of(d: Decomposition, second: bool) -> Moments:
         if not len(d):
             raise ValueError(
                 "expected a decomposition of at least one image; received an empty one; check the image source"
@@ -158,6 +178,58 @@ class Moments:
         if first is None:
             raise ValueError("expected batches of images; received none; check the image source")
         return reduce(Moments.merge, parts, first)
+
+    def to(self, device: str | torch.device) -> Moments:
+        """On another device, all in fp64 but the maps."""
+
+        def moved(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: moved(part) for name, part in x.items()}
+            if isinstance(x, StreamMeans):
+                return StreamMeans(**moved(vars(x)))
+            return x.to(device) if isinstance(x, Tensor | TermMaps) else x
+
+        return Moments(**moved(vars(self)))
+
+    def save(self, path: str | Path, **about: Any) -> Path:
+        """Write to a safetensors file that stands alone: the maps are in it, and what was kept. Its size does not depend on the images.
+
+        Args:
+            path: of the file.
+            about: facts for JSON that `load` has no use for.
+        """
+        parts = {"scatter": self.scatter, "streams": self.streams and vars(self.streams)}
+        tensors: dict[str, Tensor | None] = {
+            "count": torch.tensor(self.count),
+            **{name: getattr(self, name) for name in TERMS},
+            **{f"{kind}.{name}": x for kind, part in parts.items() for name, x in (part or {}).items()},
+            **maps_stored(self.maps),
+        }
+        known = {name: x for name, x in tensors.items() if x is not None}
+        facts = {**maps_facts(self.maps), "normalized": self.normalized, **about}
+        return write_tensors(Path(path), known, FORMAT, facts)
+
+    @staticmethod
+    def load(path: str | Path) -> Moments:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, or holds something else.
+        """
+        tensors, about = read_tensors(Path(path), FORMAT, "saved moments", "Moments.save")
+        kinds: dict[str, dict[str, Tensor]] = {"scatter": {}, "streams": {}}
+        for kind, part in kinds.items():
+            for key in [key for key in tensors if key.startswith(f"{kind}.")]:
+                part[key.removeprefix(f"{kind}.")] = tensors.pop(key)
+        return Moments(
+            int(tensors.pop("count")),
+            maps=maps_restored(tensors, about),
+            **tensors,
+            normalized=bool(about["normalized"]),
+            scatter=kinds["scatter"] or None,
+            streams=StreamMeans(**kinds["streams"]) if kinds["streams"] else None,
+        )
 
     def check(self, other: Moments | Decomposition) -> None:
         """Hold others' terms to be comparable with these moments.

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import TERMS, Decomposition, read_tensors, write_tensors
+from decompclip.decomposition.decomposition import TERMS, Decomposition, batches, read_tensors, write_tensors
 from decompclip.decomposition.maps import same_model, term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.models.clip import HookedCLIP
@@ -116,7 +116,7 @@ BLOCK = 1000
 def blocks(clean: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposition]:
     """Decompositions of about `BLOCK` images each, whatever the batches that they come in."""
     waiting: list[Decomposition] = []
-    for part in [clean] if isinstance(clean, Decomposition) else clean:
+    for part in batches(clean):
         for start in range(0, len(part), BLOCK):
             waiting.append(part[start : start + BLOCK])
             if sum(map(len, waiting)) >= BLOCK:

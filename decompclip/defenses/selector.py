@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads, resolve
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, batches
 from decompclip.decomposition.maps import Convention
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.fitted import Saved, check_fitted
@@ -101,7 +101,7 @@ class Selector:
                 'their moments; fit on the decomposition, or take threshold="epsilon"'
             )
         parts, kept, mask = [], [], None
-        for part in [clean] if isinstance(clean, Decomposition | Moments) else clean:
+        for part in [clean] if isinstance(clean, Moments) else batches(clean):
             self._check_form(part.maps.convention, part.normalized)
             mask = self._judged(part) if mask is None else mask
             means = part if isinstance(part, Moments) else Moments.of(part, second=False)

@@ -239,7 +239,7 @@ def evaluate(
     theirs = truth
     if isinstance(trigger, DecomposedImages):
         theirs = trigger.labels.cpu()
-        triggered = [classify(model, trigger.decomposition, classifier)]
+        triggered = [classify(model, part.images, classifier) for part in trigger.batches(batch_size)]
     after = torch.cat(triggered)
     rows = [
         ClassRates(

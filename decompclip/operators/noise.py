@@ -142,7 +142,7 @@ def as_terms(d: Decomposition) -> Decomposition:
     # Token maps of no pooling head say that coordinates are terms; the tokens themselves go with the edit.
     tokens = maps.heads.new_empty(*maps.heads.shape[:2], 0, maps.d_head, 0)
     wide_maps = replace(maps, heads=eye, extras=0, tokens=tokens, out=None)
-    return replace(d, coords=d.heads, maps=wide_maps, token_terms=None)
+    return d.with_fields(coords=d.heads, maps=wide_maps, token_terms=None)
 
 
 Scale = Literal["matched", "unit"]

@@ -18,7 +18,7 @@ from decompclip.decomposition.components import (
     mlps,
     resolve,
 )
-from decompclip.decomposition.decomposition import Decomposition, check_alike
+from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
 from decompclip.decomposition.maps import TermMaps, one_thread
 from decompclip.decomposition.moments import check_finite
 from decompclip.results import Result
@@ -155,7 +155,7 @@ class Points:
             ValueError: no images, terms that are not finite, or batches of different models or options.
         """
         points = Points(components)
-        for batch in (d,) if isinstance(d, Decomposition) else d:
+        for batch in batches(d):
             points.add(batch)
         if not len(points):
             raise ValueError("expected at least one image; received none; check the image source")

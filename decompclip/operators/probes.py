@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads as all_heads
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, batches
 from decompclip.intervals import wilson
 from decompclip.operators.parts import ByPart, Part, Points
 
@@ -151,7 +151,7 @@ def probe(
     features: list[Tensor] = []
 
     def seen() -> Iterator[Decomposition]:
-        for part in [d] if isinstance(d, Decomposition) else d:
+        for part in batches(d):
             features.append(part.features.detach().cpu())
             yield part
 

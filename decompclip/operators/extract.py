@@ -1,0 +1,486 @@
+"""Extract: a data set decomposed once, into a store on disk (`decompclip.decomposition.store`) or into moments alone.
+
+Images are taken in shards of so many places in the data, and batches do not cross their ends: a shard's bytes hang on the
+model, the data and the options, not on how many processes there are, nor on how often the run was killed. Moments are merged in
+the order of the shards, and so come out the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from decompclip import __version__
+from decompclip.data.feed import ahead
+from decompclip.data.images import ImageBatch, ListedImages
+from decompclip.data.pairs import Pairs
+from decompclip.data.shapes import Shapes
+from decompclip.data.sources import listed_images
+from decompclip.decomposition.decomposition import TERMS, Decomposition
+from decompclip.decomposition.maps import Convention, term_maps
+from decompclip.decomposition.moments import Moments
+from decompclip.decomposition.store import (
+    MANIFEST,
+    MAPS,
+    MOMENTS,
+    NewerStoreError,
+    Store,
+    StoredType,
+    bytes_per_image,
+    facts_of,
+    read_manifest,
+    read_shard,
+    shard_name,
+    stored_type,
+    write_manifest,
+    write_shard,
+)
+from decompclip.files import alone_in, digest
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.differences import digest as weights_digest
+from decompclip.progress import Track, silently
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+SHARD_SIZE = 1024
+EVERY = 30.0
+"""Seconds between two times that moments are written down, for a run that is killed to go on from."""
+
+NAME = 64
+"""Bytes that the name of an image takes, about."""
+
+DECIDES = {
+    "holds": "terms or moments",
+    "model": "the model's weights",
+    "data": "the images, their classes or their preprocessing",
+    "images": "the number of images",
+    "convention": "the convention",
+    "normalized": "the length of features",
+    "dtype": "the dtype",
+    "shard_size": "the size of shards",
+}
+"""What decides a store's numbers: a run goes on from one that agrees in all of it."""
+
+
+@torch.no_grad()
+def extract(
+    model: HookedCLIP,
+    data: ListedImages | Pairs | Shapes,
+    out: str | Path,
+    *,
+    dtype: StoredType = "fp32",
+    moments_only: bool = False,
+    convention: Convention = "centred",
+    normalize: bool = False,
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = 64,
+    class_names: Sequence[str] = (),
+    source: str = "",
+    accelerator: Accelerator | None = None,
+    track: Track = silently,
+    log: Callable[[str], object] = lambda text: None,
+) -> Store | Moments:
+    """Decompose a data set into a folder, once. A run that was stopped goes on, and ends with the same bytes.
+
+    Args:
+        model: whose image tower is decomposed.
+        data: images in [0, 1] of the model's size (as `model.pixels` gives them), with classes where they are known.
+        out: the folder: a new one, or that of the same run.
+        dtype: of the stored terms; what it costs is measured and written down.
+        moments_only: keep means and second moments alone (means of the stream too, for causal mode), in fp64: as much on disk
+            and in memory whatever the number of images.
+        convention, normalize: as `model.decompose` takes them.
+        shard_size: images of the data in a shard; those that cannot be read are left out, and listed in the manifest.
+        batch_size: images in a forward pass. Another one changes numbers by rounding.
+        class_names, source: of the labels, and what the data are, for the manifest.
+        accelerator: of Hugging Face's accelerate, to spread the shards over its processes, which share the folder.
+        track: shows progress.
+        log: is told the size before the work begins.
+
+    Returns:
+        The store; with `moments_only` the moments.
+
+    Raises:
+        FileExistsError: the folder holds another run, or something else.
+        FolderInUse: another run writes there.
+        OSError: the disk is too small, or full.
+        TypeError: data that is not read by place.
+        ValueError: no image could be read, unusable options, fewer images than processes, or processes that disagree.
+        DecompositionError: a feature is not the sum of its terms.
+    """
+    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"expected {name} of at least 1; received {value}")
+    kept = "fp64" if moments_only else stored_type(dtype)
+    images, folder, group = listed_images(data), Path(out), Processes(accelerator)
+    listing = list(images.skipped)
+    if len(images) < group.count:
+        raise ValueError(
+            f"expected an image for each process at least; received {len(images)} images and {group.count} processes; "
+            "start fewer"
+        )
+    run = {
+        "holds": "moments" if moments_only else "terms",
+        "model": digest([weights_digest(model.visual.state_dict()), model.cfg.to_dict(), str(model.dtype)]),
+        "data": _digest(images),
+        "images": len(images),
+        "convention": convention,
+        "normalized": normalize,
+        "dtype": kept,
+        "shard_size": shard_size,
+    }
+    group.check_equal(run)
+    job = Job(model, images, folder, run, batch_size, group, track)
+    with alone_in(folder) if group.rank == 0 else nullcontext():
+        if group.rank == 0:
+            job.check_folder()
+            job.check_size(log)
+        group.wait()
+        job.moments() if moments_only else job.terms()
+        group.wait()
+        if group.rank == 0:
+            known = {name: model.provenance.get(name) for name in ("name", "pretrained", "sha256")}
+            about = {"model": known, "source": source, "class_names": list(class_names)}
+            job.finish(about, [[skip.path, skip.reason] for skip in listing])
+        group.wait()
+    return Moments.load(folder / MOMENTS) if moments_only else Store(folder)
+
+
+def _digest(images: ListedImages) -> str:
+    """Of names and classes of all images, and the pixels of the first that can be read."""
+    found = hashlib.sha256()
+    for name, label in images.listed(range(len(images))):
+        found.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))
+    for batch in images.part(range(len(images)), 1):
+        found.update(batch.images.float().contiguous().numpy().data)
+        break
+    return found.hexdigest()[:16]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What two runs differ in, in words."""
+    return ", ".join(words for key, words in DECIDES.items() if one.get(key) != other.get(key)) or "its form"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a run; one, where there is no accelerator."""
+
+    accelerator: Accelerator | None
+
+    @property
+    def count(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def to_first(self, own: T) -> list[T]:
+        """In the first process what each of them has, in order; in the others nothing."""
+        if self.count == 1:
+            return [own]
+        found: list[Any] = [None] * self.count
+        torch.distributed.gather_object(own, found if self.rank == 0 else None)
+        return found if self.rank == 0 else []
+
+    def check_equal(self, run: dict[str, Any]) -> None:
+        """Raises ValueError, in every process, unless all have the same run."""
+        if self.count == 1:
+            return
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, run)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(
+                    f"expected processes that agree; process {rank} differs from process 0 in {differences(other, found[0])}; "
+                    "start all of them with the same command on the same files"
+                )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as one of its processes sees it; `run` is what decides its numbers."""
+
+    model: HookedCLIP
+    images: ListedImages
+    folder: Path
+    run: dict[str, Any]
+    batch_size: int
+    group: Processes
+    track: Track
+
+    @property
+    def n_shards(self) -> int:
+        return -(-len(self.images) // self.run["shard_size"])
+
+    def places(self, shard: int) -> range:
+        """A shard's places in the data."""
+        size = self.run["shard_size"]
+        return range(shard * size, min((shard + 1) * size, len(self.images)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"convention": self.run["convention"], "normalize": self.run["normalized"]}
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What changes numbers by rounding."""
+        own = {"batch_size": self.batch_size, "device": self.model.device.type, "machine": platform.machine()}
+        return {**own, "decompclip": __version__, "torch": torch.__version__}
+
+    @cached_property
+    def none(self) -> Decomposition:
+        """The decomposition of no images: the maps, on the CPU."""
+        maps = term_maps(self.model.visual, self.run["convention"]).to("cpu")
+        layers, heads, coord, d_embed = maps.heads.shape
+        shapes = {
+            "coords": (layers, heads, coord),
+            "mlps": (layers, d_embed),
+            "embed": (d_embed,),
+            "bias_coords": (len(maps.bias),),
+            "pool": (int(self.model.cfg.pool_mlp > 0), d_embed),
+            "target": (d_embed,),
+        }
+        empty: dict[str, Any] = {name: torch.empty(0, *shape) for name, shape in shapes.items()}
+        return Decomposition(**empty, maps=maps, normalized=self.run["normalized"])
+
+    # Before the work
+
+    def check_folder(self) -> None:
+        """Raises FileExistsError where the folder holds another run, or something else. Numbers are not read."""
+        files = [file for file in self.folder.iterdir() if not file.name.startswith(".")]
+        numbers = [file for file in files if file.stem.isdecimal() and file.suffix == ".safetensors"]
+        for file in files:
+            if file not in numbers and file.name not in (MANIFEST, MAPS, MOMENTS):
+                raise FileExistsError(
+                    f"expected a new folder, or that of the same run; {self.folder} holds {file.name}; name another"
+                )
+        known: list[dict[str, Any]] = []
+        if self.folder / MANIFEST in files:
+            try:
+                known.append(read_manifest(self.folder)["run"])
+            except NewerStoreError:
+                raise
+            except ValueError as error:
+                warnings.warn(f"{error}; it is written anew", stacklevel=2)
+        for file in (*numbers, self.folder / MOMENTS):
+            with suppress(ValueError, KeyError):  # what is damaged is named later, and built anew
+                known.append(facts_of(file)["run"])
+        for run in known:
+            if run != self.run:
+                raise FileExistsError(
+                    f"expected a new folder, or that of the same run; {self.folder} holds one that differs in "
+                    f"{differences(run, self.run)}; name another folder, or delete it"
+                )
+
+    def check_size(self, log: Callable[[str], object]) -> None:
+        """Say what the run will take; raises OSError where the disk is too small."""
+        maps, cfg, count = self.none.maps, self.model.cfg, len(self.images)
+        fixed = sum(x.nbytes for x in vars(maps).values() if isinstance(x, Tensor))
+        n_pool = self.none.pool.shape[1]
+        if self.run["holds"] == "moments":
+            layers, heads, coord, d_embed = maps.heads.shape
+            second = layers * heads * coord**2 + (layers + 1 + n_pool) * d_embed**2
+            streams = cfg.n_tokens * (layers * (heads * cfg.d_head + cfg.d_model) + cfg.d_model)
+            # the new file stands beside the old one until it takes its place
+            needed, words = 2 * (fixed + 8 * (second + streams)), "whatever the number of images"
+        else:
+            each = bytes_per_image(maps, n_pool, self.run["dtype"]) + NAME
+            needed, words = fixed + count * each, f"{each:,} bytes an image"
+        there = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        free = shutil.disk_usage(self.folder).free
+        log(
+            f"{count:,} images take {_size(needed)} ({words}) in {self.n_shards:,} shards; {_size(free)} are free"
+        )
+        if needed - there > free:
+            raise OSError(
+                f"expected {_size(needed - there)} of free disk; {_size(free)} are free in {self.folder}; make room, name "
+                "another disk, store in fp16, or keep moments alone"
+            )
+
+    # The work
+
+    def terms(self) -> None:
+        """This process's shards: those that are not whole are built."""
+        mine = range(self.group.rank, self.n_shards, self.group.count)
+        begun = any((self.folder / shard_name(shard)).exists() for shard in mine)
+        looked = self.track(mine, "shards that are there", len(mine)) if begun else mine
+        todo = [shard for shard in looked if not self._is_whole(shard)]
+        self._begin(len(todo))
+        parts: list[dict[str, Tensor]] = []
+        labels: list[Tensor] = []
+        ids: list[str] = []
+        for shard, batch in self._steps(todo):
+            if batch is not None:
+                d = self.model.decompose(self._input(batch), **self.options)
+                parts.append({name: getattr(d, name).float().cpu() for name in (*TERMS, "target")})
+                labels += [] if batch.labels is None else [batch.labels]
+                ids += batch.paths
+                continue
+            joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+            about = {"run": self.run, "made": self.made, "skipped": self._left_out(shard, ids)}
+            write_shard(
+                self.folder / shard_name(shard),
+                self.none.with_fields(**joined),
+                torch.cat(labels) if labels else None,
+                ids,
+                self.run["dtype"],
+                about,
+            )
+            parts, labels, ids = [], [], []
+
+    def moments(self) -> None:
+        """Moments of all shards, which the first process merges in order."""
+        whole, done, skipped = self._so_far()
+        self.group.wait()  # until all have read it
+        self._begin(self.n_shards - done)
+        written = time.monotonic()
+        found = self._moments_of(range(done + self.group.rank, self.n_shards, self.group.count))
+        for start in range(done, self.n_shards, self.group.count):
+            nothing: tuple[Moments | None, list[list[str]]] = (None, [])
+            for moments, left_out in self.group.to_first(next(found, nothing)):
+                skipped += left_out
+                if moments is not None:
+                    part = replace(moments, maps=self.none.maps)
+                    whole = part if whole is None else whole.merge(part)
+            end = min(start + self.group.count, self.n_shards)
+            due = end == self.n_shards or time.monotonic() - written > EVERY
+            if self.group.rank == 0 and whole is not None and due:
+                facts = {"run": self.run, "made": self.made, "shards": end, "skipped": skipped}
+                whole.save(self.folder / MOMENTS, **facts)
+                written = time.monotonic()
+
+    def _so_far(self) -> tuple[Moments | None, int, list[list[str]]]:
+        """What a stopped run left: moments, of how many shards, and the images that could not be read."""
+        path = self.folder / MOMENTS
+        if not path.exists():
+            return None, 0, []
+        try:
+            moments, about = Moments.load(path), facts_of(path)
+        except ValueError as error:
+            warnings.warn(f"{path} is damaged and is built anew: {error}", stacklevel=2)
+            return None, 0, []
+        return replace(moments, maps=self.none.maps), about["shards"], about["skipped"]
+
+    def _moments_of(self, shards: range) -> Iterator[tuple[Moments | None, list[list[str]]]]:
+        """Of each shard, on the CPU; None where no image can be read. And those that cannot."""
+        whole: Moments | None = None
+        ids: list[str] = []
+        for shard, batch in self._steps(shards):
+            if batch is None:
+                if whole is not None and self.group.count > 1:  # maps need not go through the wire
+                    whole = replace(whole, maps=replace(whole.maps, heads=whole.maps.heads[:0]))
+                yield whole, self._left_out(shard, ids)
+                whole, ids = None, []
+                continue
+            part = Moments.fit(self.model, [self._input(batch)], **self.options).to("cpu")
+            part = replace(part, maps=self.none.maps)
+            whole, ids = part if whole is None else whole.merge(part), [*ids, *batch.paths]
+
+    def _begin(self, todo: int) -> None:
+        """What is not whole has no manifest."""
+        if todo:
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def _steps(self, shards: Sequence[int]) -> Iterator[tuple[int, ImageBatch | None]]:
+        """The batches of each shard, and None at its end."""
+
+        def steps() -> Iterator[tuple[int, ImageBatch | None]]:
+            for shard in shards:
+                for batch in self.images.part(self.places(shard), self.batch_size, device=self.model.device):
+                    yield shard, batch
+                yield shard, None
+
+        total = sum(1 + -(-len(self.places(shard)) // self.batch_size) for shard in shards)
+        return self.track(ahead(steps()), f"{self.model.name}: batches of {self.batch_size}", total)
+
+    def _input(self, batch: ImageBatch) -> Tensor:
+        return self.model.normalize(batch.images.to(self.model.device)).to(self.model.dtype)
+
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a shard is there as it was written; one that is not is named."""
+        path = self.folder / shard_name(shard)
+        if not path.exists():
+            if (self.folder / MANIFEST).exists():
+                warnings.warn(f"{path} is gone, and is built anew", stacklevel=2)
+            return False
+        try:
+            return read_shard(path)[1]["run"] == self.run
+        except (ValueError, KeyError) as error:
+            warnings.warn(f"{path} is damaged, and is built anew: {error}", stacklevel=2)
+            return False
+
+    def _left_out(self, shard: int, read: Sequence[str]) -> list[list[str]]:
+        """The images of a shard that could not be read, and why."""
+        missing = {name for name, _ in self.images.listed(self.places(shard))}.difference(read)
+        return [[skip.path, skip.reason] for skip in self.images.skipped if skip.path in missing]
+
+    # After the work
+
+    def finish(self, about: dict[str, Any], listing: list[list[str]]) -> None:
+        """Write the manifest; all processes are done.
+
+        Args:
+            about: facts for the manifest.
+            listing: what was left out before any image was read.
+
+        Raises:
+            ValueError: no image could be read.
+        """
+        if self.run["holds"] == "moments":
+            found = [facts_of(self.folder / MOMENTS)] if (self.folder / MOMENTS).exists() else []
+            count = Moments.load(self.folder / MOMENTS).count if found else 0
+            own: dict[str, Any] = {}
+        else:
+            self.none.save(self.folder / MAPS)
+            paths = [self.folder / shard_name(shard) for shard in range(self.n_shards)]
+            found = [facts_of(path) for path in paths]
+            count = sum(len(one["ids"]) for one in found)
+            shards = [
+                {
+                    "file": path.name,
+                    "images": len(one["ids"]),
+                    "bytes": path.stat().st_size,
+                    "sha256": one["sha256"],
+                }
+                for path, one in zip(paths, found, strict=True)
+            ]
+            errors = {key: max(one["errors"][key] for one in found) for key in found[0]["errors"]}
+            own = {"errors": errors, "shards": shards}
+        skipped = dict([*listing, *(left_out for one in found for left_out in one["skipped"])])
+        if not count:
+            last = f"; the last: {[*skipped.values()][-1]}" if skipped else ""
+            raise ValueError(
+                f"expected images; none of {len(self.images)} could be read{last}; check that they are pictures and complete"
+            )
+        made: list[Any] = []
+        for one in found:
+            made += [one["made"]] if one["made"] not in made else []
+        write_manifest(
+            self.folder, {"run": self.run, **about, "images": count, "made": made, "skipped": skipped, **own}
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
