@@ -31,6 +31,7 @@ from .decomposition.components import (
 )
 from .decomposition.decomposition import Decomposition as Decomposition
 from .decomposition.moments import Moments as Moments
+from .decomposition.store import Store as Store
 from .defenses.agnostic import AgnosticDet as AgnosticDet, AgnosticRep as AgnosticRep
 from .defenses.bake import average_over_tokens as average_over_tokens, bake as bake
 from .defenses.clean_finetuning import PAR as PAR, CleanCLIP as CleanCLIP
@@ -54,6 +55,7 @@ from .operators.attention import (
 )
 from .operators.attribution import attribute as attribute
 from .operators.effects import direct_and_causal as direct_and_causal
+from .operators.extract import extract as extract
 from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
 from .operators.lens import logit_lens as logit_lens

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from decompclip.printable import printable
 
@@ -19,6 +19,7 @@ Update = Callable[[int, str], None]
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Track(Protocol):
     """Shows progress: passes `items` through while it says what is being done and how many there are."""
 

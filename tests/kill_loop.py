@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import decompclip
+from decompclip import Moments, Shapes, Store, extract
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import UNFINISHED, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.audit import scan as kept
@@ -36,8 +37,10 @@ from decompclip.bench.plan import Plan
 from decompclip.bench.run import run
 from decompclip.data.files import POISON_LIST
 from decompclip.data.sources import open_pairs
+from decompclip.decomposition.store import MANIFEST, MOMENTS, read_shard
 from decompclip.files import alone_in
 from decompclip.models.folders import save_model
+from decompclip.operators import extract as extracting
 from decompclip.report import write_report
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
@@ -111,6 +114,32 @@ def pages_whole(folder: Path) -> None:
         json.loads(part.read_text(encoding="utf-8"))
 
 
+def store(folder: Path, *, moments_only: bool = False) -> None:
+    model = decompclip.load("shapes")
+    extract(model, Shapes(400, seed=3), folder, shard_size=40, batch_size=20, moments_only=moments_only)
+
+
+def moments(folder: Path) -> None:
+    store(folder, moments_only=True)
+
+
+def store_whole(folder: Path) -> None:
+    if (folder / MANIFEST).exists():
+        assert len(Store(folder)[:]) == 400
+    elif folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            Store(folder)
+            raise AssertionError(f"{folder} is not finished, and was read")
+    for shard in folder.glob("0*.safetensors"):
+        read_shard(shard)
+
+
+def moments_whole(folder: Path) -> None:
+    if (folder / MOMENTS).exists():
+        Moments.load(folder / MOMENTS)
+        assert not (folder / MANIFEST).exists() or Moments.load(folder / MOMENTS).count == 400
+
+
 @dataclass(frozen=True)
 class Work:
     """Something long, and what must hold of its folder whenever it is killed."""
@@ -124,6 +153,8 @@ WORKS = {
     "finetune": Work(tune, tune_whole),
     "scan": Work(scan, pages_whole),
     "bench": Work(bench, pages_whole),
+    "extract": Work(store, store_whole),
+    "moments": Work(moments, moments_whole),
 }
 
 
@@ -202,7 +233,7 @@ def main() -> None:
     parser.add_argument("--only", choices=WORKS, nargs="+", default=list(WORKS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    kept.EVERY = 0.1
+    kept.EVERY = extracting.EVERY = 0.1
     for name in given.only:
         with tempfile.TemporaryDirectory() as folder:
             print(loop(name, given.kills, given.seed, Path(folder)), flush=True)

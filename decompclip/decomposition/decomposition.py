@@ -10,9 +10,9 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,8 @@ from decompclip.decomposition.maps import Convention, TermMaps, full_precision
 from decompclip.decomposition.memory import pieces, temporary
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 FORMAT = "decompclip.decomposition/2"
 SIZES = ("image_size", "patch_size")
@@ -379,10 +381,10 @@ class Decomposition:
         return self._map(lambda x: x.to(*args, **kwargs), self.maps.to(*args, **kwargs))
 
     def _map(self, function: Callable[[Tensor], Tensor], maps: TermMaps) -> Decomposition:
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Decomposition)}
+        own = {f.name: getattr(self, f.name) for f in fields(Decomposition)}
         changed = {name: function(x) for name, x in own.items() if isinstance(x, Tensor)}
         token_terms = self.token_terms and self.token_terms.map(function)
-        return Decomposition(**own | changed | {"maps": maps, "token_terms": token_terms})
+        return self.with_fields(**changed, maps=maps, token_terms=token_terms)
 
     # Files
 
@@ -454,6 +456,17 @@ def batches(data: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposi
     """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard."""
     for d in [data] if isinstance(data, Decomposition) else data:
         yield from d.batches() if isinstance(d, Decomposition) else [d]
+
+
+def by_batches(method: F) -> F:
+    """A method that gives a row for each image of a decomposition: of a `Store`, shard by shard."""
+
+    @wraps(method)
+    def run(self: Any, d: Decomposition, *args: Any, **options: Any) -> Tensor:
+        parts = [method(self, part, *args, **options) for part in d.batches()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return cast(F, run)
 
 
 def maps_stored(maps: TermMaps) -> dict[str, Tensor | None]:

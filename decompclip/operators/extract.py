@@ -482,5 +482,5 @@ class Job:
         )
 
 
-def _size(count: float) -> str:
+def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

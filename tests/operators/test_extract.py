@@ -1,0 +1,628 @@
+"""Stores: what is read is what the tower gave; any kill, damage or number of processes ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import decompclip
+from decompclip import (
+    AgnosticDet,
+    AgnosticRep,
+    DecompDet,
+    Decomposition,
+    DecompRep,
+    HookedCLIP,
+    MeanAblate,
+    Moments,
+    RandomAblate,
+    Shapes,
+    Store,
+    ablation_sweep,
+    evaluate,
+    extract,
+    head_mmd,
+    heads,
+    mlps,
+    probe,
+    textspan,
+)
+from decompclip.data.images import FolderSource
+from decompclip.decomposition import store as module
+from decompclip.decomposition.decomposition import TERMS, write_tensors
+from decompclip.decomposition.store import (
+    MANIFEST,
+    MAPS,
+    MOMENTS,
+    TYPES,
+    bytes_per_image,
+    facts_of,
+    write_shard,
+)
+from decompclip.defenses.distances import ComponentDistances
+from decompclip.evaluation.evaluate import DecomposedImages
+from decompclip.files import FolderInUse, alone_in
+from decompclip.operators.extract import NAME
+from decompclip.operators.sweeps import most_damaging
+from tests.commands import refused, succeeds
+
+IMAGES = Shapes(150, seed=31)
+SIZES: dict[str, Any] = {"shard_size": 40, "batch_size": 16}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a store is made of."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedCLIP:
+    return decompclip.load("shapes")
+
+
+@pytest.fixture(scope="module")
+def classifier(model: HookedCLIP) -> Tensor:
+    return model.zero_shot_classifier(IMAGES.class_names)
+
+
+@pytest.fixture(scope="module")
+def normal(model: HookedCLIP) -> Tensor:
+    return model.normalize(torch.cat([batch.images for batch in IMAGES.batches()]))
+
+
+@pytest.fixture(scope="module")
+def built(model: HookedCLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of four shards, of unit features."""
+    folder = tmp_path_factory.mktemp("stores") / "built"
+    extract(model, IMAGES, folder, normalize=True, class_names=IMAGES.class_names, **SIZES)
+    return folder
+
+
+@pytest.fixture
+def again(model: HookedCLIP, built: Path, tmp_path: Path) -> Callable[..., Store | Moments]:
+    """The same run in a copy of the store, `tmp_path / "copy"`."""
+    shutil.copytree(built, tmp_path / "copy")
+
+    def run(**changes: Any) -> Store | Moments:
+        given = {"normalize": True, "class_names": IMAGES.class_names, **SIZES, **changes}
+        return extract(given.pop("model", model), given.pop("data", IMAGES), tmp_path / "copy", **given)
+
+    return run
+
+
+# What is read
+
+
+def test_a_store_holds_what_the_tower_gives(model: HookedCLIP, built: Path, normal: Tensor) -> None:
+    store, d = Store(built), model.decompose(normal, normalize=True)
+    assert len(store) == 150 and len(store.manifest["shards"]) == 4
+    assert d.target is not None and store.sum_error < 1e-5
+    torch.testing.assert_close(store.features, d.target, rtol=0, atol=1e-4 * float(d.target.abs().max()))
+    for name in TERMS:
+        torch.testing.assert_close(getattr(store, name), getattr(d, name), rtol=1e-4, atol=1e-5)
+    labels = torch.cat([batch.labels for batch in IMAGES.batches()])
+    assert store.labels is not None and torch.equal(store.labels, labels)
+    assert store.class_names == IMAGES.class_names
+    assert store.ids == tuple(f"shapes/31/{place}" for place in range(150))
+    assert store.maps.matches(d.maps) and store.normalized and store.convention == "centred"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        slice(0, 0),
+        slice(3, 9),
+        slice(30, 90),
+        slice(None, None, 7),
+        slice(-5, None),
+        4,
+        -1,
+        [149, 3, 3, 80, 0],
+        torch.arange(150) % 4 == 1,
+        torch.arange(149, -1, -1),
+    ],
+    ids=repr,
+)
+def test_some_of_the_images_are_those_of_all(built: Path, index: Any) -> None:
+    store = Store(built)
+    some, all_ = store[index], store[:]
+    assert type(some) is type(all_) is Decomposition
+    for name in (*TERMS, "target"):
+        assert torch.equal(getattr(some, name), getattr(all_[index], name))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of what is mapped")
+def test_a_slice_of_a_shard_is_mapped_not_read(built: Path) -> None:
+    coords = Store(built)[42:47].coords
+    regions = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    at = {}
+    for ends, _, _, _, _, *name in regions:
+        start, end = (int(x, 16) for x in ends.split("-"))
+        if start <= coords.data_ptr() < end:
+            at = {"file": name[-1], "whole": end - start}
+    assert at["file"] == str(built / "000001.safetensors") and len(coords) == 5
+    assert at["whole"] >= Path(at["file"]).stat().st_size
+
+
+def test_there_is_no_such_image(built: Path) -> None:
+    with pytest.raises(IndexError):
+        Store(built)[150]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_what_a_narrow_type_costs_is_measured(model: HookedCLIP, tmp_path: Path, dtype: Any) -> None:
+    whole = extract(model, IMAGES, tmp_path / "whole", **SIZES)
+    store = extract(model, IMAGES, tmp_path / dtype, dtype=dtype, **SIZES)
+    assert isinstance(store, Store) and isinstance(whole, Store)
+    errors = store.manifest["errors"]
+    for name in ("coords", "mlps", "embed", "bias_coords"):
+        x, y = getattr(whole, name), getattr(whole, name).to(TYPES[dtype]).float()
+        assert torch.equal(getattr(store, name), y)
+        parts = zip((x - y).split(40), x.split(40), strict=True)
+        assert errors[name] == pytest.approx(max(float(e.abs().max() / p.abs().max()) for e, p in parts))
+    d = store[:]
+    assert d.sum_error == pytest.approx(errors["features"]) and 1e-5 < d.sum_error < 1e-2
+    assert errors["features before"] < 1e-5 and whole.manifest["errors"]["coords"] == 0
+    ablation_sweep(store, Moments.of(store), torch.randn(3, store.d_embed))
+
+
+def test_a_type_that_cannot_hold_the_terms_is_refused(
+    model: HookedCLIP, normal: Tensor, tmp_path: Path
+) -> None:
+    d = model.decompose(normal[:2])
+    large = d.with_fields(coords=d.coords * 1e7)
+    with pytest.raises(ValueError, match="that fp16 can hold; received coords of up to .*; store in bf16"):
+        write_shard(tmp_path / "a.safetensors", large, None, ["a", "b"], "fp16", {})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_size_is_told_as_it_will_be(model: HookedCLIP, tmp_path: Path, dtype: Any) -> None:
+    said: list[str] = []
+    store = extract(model, IMAGES, tmp_path / "a", dtype=dtype, log=said.append, **SIZES)
+    assert isinstance(store, Store)
+    each = bytes_per_image(store.maps, 0, dtype)
+    with module.safe_open(tmp_path / "a" / "000000.safetensors", framework="pt") as file:
+        assert sum(file.get_tensor(name).nbytes for name in file.keys()) == 40 * each  # noqa: SIM118
+    assert (
+        said[0].startswith("150 images take ") and f"({each + NAME:,} bytes an image) in 4 shards" in said[0]
+    )
+    there = sum(len(x) for x in files(tmp_path / "a").values())
+    assert there == pytest.approx(150 * (each + NAME) + len(files(tmp_path / "a")[MAPS]), rel=0.05)
+
+
+# Who reads it
+
+USES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "moments": lambda d, c, m: Moments.of(d).mlps,
+    "sweep": lambda d, c, m: [x.predictions for x in ablation_sweep(d, Moments.of(d), c).sweeps.values()],
+    "greedy": lambda d, c, m: most_damaging(d, None, c, torch.zeros(150, dtype=torch.long), size=2).hits,
+    "mmd": lambda d, c, m: head_mmd(d, [d], permutations=0).values,
+    "probe": lambda d, c, m: probe(d, {"place": torch.arange(150) % 2}, components=heads[-1, :2]).accuracy,
+    "textspan": lambda d, c, m: textspan(m, -1, 0, images=d, texts=["a", "b", "c"], n_texts=2).texts,
+    "mean ablation": lambda d, c, m: MeanAblate(mlps[-2:], Moments.of(d))(d).features,
+    "noise": lambda d, c, m: RandomAblate(heads[-1], moments=Moments.of(d))(d).features,
+    "detector of terms": lambda d, c, m: AgnosticDet(c, folds=2).fit(d).score(d),
+    "repair of terms": lambda d, c, m: AgnosticRep(c, budget=0.1).fit(d)(d).features,
+    "distances": lambda d, c, m: ComponentDistances(c, folds=2).fit(d).score(d),
+    "prototypes": lambda d, c, m: DecompRep(convention="centred").fit(d)(d).features,
+    "prototype detector": lambda d, c, m: DecompDet(convention="centred").fit(d).score(d),
+    "evaluate": lambda d, c, m: (
+        evaluate(
+            None,
+            DecomposedImages(d, torch.zeros(150, dtype=torch.long)),
+            c,
+            DecomposedImages(d, torch.ones(150).long()),
+            0,
+        ).predictions
+    ),
+    "another type": lambda d, c, m: d.to(torch.float64).features,
+    "a file": lambda d, c, m: Decomposition.load(d.save(Path(os.environ["PYTEST_FILE"]))).coords,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_takes_a_decomposition_takes_a_store(
+    model: HookedCLIP,
+    built: Path,
+    classifier: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use: str,
+) -> None:
+    monkeypatch.setenv("PYTEST_FILE", str(tmp_path / "d.safetensors"))
+    store = Store(built)
+    with torch.no_grad():
+        ours, theirs = (USES[use](d, classifier, model) for d in (store, store[:]))
+    assert theirs is not None
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4) if not isinstance(ours, tuple) else None
+    if isinstance(ours, tuple):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "use", ["moments", "sweep", "greedy", "mmd", "probe", "textspan", "evaluate", "fit", "scores"]
+)
+def test_what_goes_batch_by_batch_reads_a_shard_at_a_time(
+    model: HookedCLIP, built: Path, classifier: Tensor, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    def refuse(self: Store, name: str) -> Tensor:
+        raise AssertionError(f"all {name} were read")
+
+    monkeypatch.setattr(Store, "_whole", refuse)
+    longest = 0
+    of_terms = Store._terms
+
+    def seen(self: Store, tensors: Any, at: Any) -> Decomposition:
+        nonlocal longest
+        d = of_terms(self, tensors, at)
+        longest = max(longest, len(d))
+        return d
+
+    monkeypatch.setattr(Store, "_terms", seen)
+    store = Store(built)
+    if use == "fit":
+        for defense in (AgnosticDet(classifier, folds=2), AgnosticRep(classifier, budget=0.1)):
+            defense.fit(store)
+        DecompRep(convention="centred").fit(store)
+        ComponentDistances(classifier, folds=2).fit(store)
+    elif use == "scores":
+        AgnosticDet(classifier, folds=2).fit(store).score(store)
+        DecompDet(convention="centred").fit(store).score(store)
+        ComponentDistances(classifier, folds=2).fit(store).score(store)
+        assert len(store.features) == 150
+    else:
+        USES[use](store, classifier, model)
+    assert 0 < longest <= 40
+
+
+def test_terms_that_do_not_fit_the_memory_are_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Little:
+        available = 1000
+
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Little)
+    with pytest.raises(MemoryError, match="all coords of .* take .* GB.*read a slice at a time"):
+        Store(built).coords
+
+
+# Moments alone
+
+
+def test_moments_alone_are_those_of_the_terms(
+    model: HookedCLIP, built: Path, tmp_path: Path, normal: Tensor
+) -> None:
+    moments = extract(model, IMAGES, tmp_path / "m", normalize=True, moments_only=True, **SIZES)
+    assert isinstance(moments, Moments)
+    store = Moments.of(Store(built))
+    assert moments.count == store.count == 150
+    for name in TERMS:
+        torch.testing.assert_close(getattr(moments, name), getattr(store, name), rtol=1e-5, atol=1e-7)
+    whole = Moments.fit(model, [*normal[:40].split(16), *normal[40:].split(16)], normalize=True)
+    assert moments.scatter is not None and whole.scatter is not None and store.scatter is not None
+    for name, x in whole.scatter.items():
+        torch.testing.assert_close(moments.scatter[name], x, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(moments.scatter[name], store.scatter[name], rtol=1e-5, atol=1e-7)
+    assert moments.streams is not None and whole.streams is not None
+    for name, x in vars(whole.streams).items():
+        assert x is None or torch.allclose(vars(moments.streams)[name], x, atol=1e-5)
+    again = Moments.load(tmp_path / "m" / MOMENTS)
+    assert torch.equal(again.scatter["mlps"], moments.scatter["mlps"]) if again.scatter else False
+    with pytest.raises(ValueError, match=r"holds moments alone; read them with Moments\.load"):
+        Store(tmp_path / "m")
+
+
+def test_moments_alone_take_as_much_whatever_the_number_of_images(model: HookedCLIP, tmp_path: Path) -> None:
+    sizes = []
+    for count in (50, 1000):
+        data = Shapes(count, seed=2)
+        extract(model, data, tmp_path / str(count), moments_only=True, shard_size=100, batch_size=100)
+        sizes.append({name: len(x) for name, x in files(tmp_path / str(count)).items()})
+    assert sizes[0][MOMENTS] == sizes[1][MOMENTS] and sizes[0].keys() == sizes[1].keys() == {
+        MANIFEST,
+        MOMENTS,
+    }
+    assert sizes[1][MANIFEST] - sizes[0][MANIFEST] < 10  # digits
+
+
+def test_moments_go_on_where_they_were(
+    model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decompclip.operators.extract.EVERY", 0.0)
+    options: dict[str, Any] = {"moments_only": True, **SIZES}
+    extract(model, IMAGES, tmp_path / "a", **options)
+    fit, calls = Moments.fit, []
+
+    def stops(*given: Any, **more: Any) -> Moments:
+        calls.append(1)
+        if len(calls) == 8:  # in the third shard
+            raise KeyboardInterrupt
+        return fit(*given, **more)
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(Moments, "fit", stops)
+        extract(model, IMAGES, tmp_path / "b", **options)
+    assert facts_of(tmp_path / "b" / MOMENTS)["shards"] == 2 and not (tmp_path / "b" / MANIFEST).exists()
+    extract(model, IMAGES, tmp_path / "b", **options)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    (tmp_path / "b" / MOMENTS).write_bytes(b"no such thing")
+    with pytest.warns(UserWarning, match=r"moments\.safetensors is damaged and is built anew"):
+        extract(model, IMAGES, tmp_path / "b", **options)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+# What befalls a store
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path) -> None:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**manifest, "images": 151}), encoding="utf-8")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
+    "flipped": ("000001.safetensors", flip, "000001.*other numbers than its digest", "000001.* is damaged"),
+    "cut": ("000002.safetensors", cut, "000002.* was cut or changed", "000002.* is damaged"),
+    "gone": (
+        "000003.safetensors",
+        Path.unlink,
+        "expected the shard .*000003.* not there",
+        "000003.* is gone",
+    ),
+    "manifest edited": (MANIFEST, edit, "changed by hand or damaged", "written anew"),
+    "manifest broken": (MANIFEST, cut, "expected a store's manifest; .* is none", "written anew"),
+    "manifest gone": (MANIFEST, Path.unlink, "was begun and not finished", ""),
+    "maps gone": (MAPS, Path.unlink, "expected a saved decomposition", ""),
+    "maps flipped": (MAPS, flip, "was changed or damaged", ""),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_and_built_anew(
+    built: Path, tmp_path: Path, again: Callable[..., Any], what: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    name, damage, refusal, warning = DAMAGE[what]
+    damage(tmp_path / "copy" / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=refusal):
+        Store(tmp_path / "copy").coords
+    again()
+    told = [str(one.message) for one in recwarn if issubclass(one.category, UserWarning)]
+    assert len(told) == bool(warning)
+    if warning:
+        assert re.search(warning, told[0])
+    assert files(tmp_path / "copy") == files(built)
+
+
+def test_a_shard_of_another_run_is_not_read(model: HookedCLIP, built: Path, tmp_path: Path) -> None:
+    other = extract(model, Shapes(150, seed=32), tmp_path / "other", normalize=True, **SIZES)
+    assert isinstance(other, Store)
+    shutil.copytree(built, tmp_path / "copy")
+    shutil.copy(tmp_path / "other" / "000001.safetensors", tmp_path / "copy")
+    with pytest.raises(
+        ValueError, match="expected the shard that .* lists; received .*000001.* of another run"
+    ):
+        Store(tmp_path / "copy")[50:60]
+
+
+def test_a_store_of_a_newer_version_is_left_alone(
+    built: Path, tmp_path: Path, again: Callable[..., Any]
+) -> None:
+    path = tmp_path / "copy" / MANIFEST
+    path.write_text(path.read_text(encoding="utf-8").replace("decompclip.store/1", "decompclip.store/2"))
+    before = files(tmp_path / "copy")
+    for use in (lambda: Store(tmp_path / "copy"), again):
+        with pytest.raises(ValueError, match="is of version 2; read it with a newer decompclip"):
+            use()
+    assert files(tmp_path / "copy") == before
+
+
+def test_there_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a store of `decompclip extract`; there is none in"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": Shapes(150, seed=32)}, "the images, their classes or their preprocessing"),
+        ({"data": Shapes(151, seed=31)}, "their preprocessing, the number of images"),
+        ({"dtype": "fp16"}, "the dtype"),
+        ({"normalize": False}, "the length of features"),
+        ({"convention": "paper"}, "the convention"),
+        ({"shard_size": 41}, "the size of shards"),
+        ({"moments_only": True}, "terms or moments, the dtype"),
+        ({"model": "shapes-badnet"}, "the model's weights"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_is_refused(
+    built: Path,
+    tmp_path: Path,
+    again: Callable[..., Any],
+    changes: dict[str, Any],
+    words: str,
+    finished: bool,
+) -> None:
+    if not finished:
+        (tmp_path / "copy" / MANIFEST).unlink()
+    before = files(tmp_path / "copy")
+    if "model" in changes:
+        changes = {"model": decompclip.load(changes["model"])}
+    with pytest.raises(FileExistsError, match=f"holds one that differs in .*{words}; name another folder"):
+        again(**changes)
+    assert files(tmp_path / "copy") == before
+
+
+def test_somebodys_folder_is_left_alone(model: HookedCLIP, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex; name another"):
+        extract(model, IMAGES, tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, again: Callable[..., Any]) -> None:
+    with alone_in(tmp_path / "copy"), pytest.raises(FolderInUse, match="expected to be alone in writing"):
+        again()
+
+
+def test_a_small_disk_is_refused_before_the_work(
+    model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OSError, match=r"expected 1\.5 MB of free disk; 0\.1 MB are free .* store in fp16"):
+        extract(model, IMAGES, tmp_path / "a", **SIZES)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_leaves_what_is_whole(model: HookedCLIP, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"000000\.safetensors"):
+        extract(model, IMAGES, tmp_path / "a", **SIZES)
+    assert not files(tmp_path / "a") if (tmp_path / "a").exists() else True
+
+
+def test_images_that_cannot_be_read_are_listed(model: HookedCLIP, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place in range(6):
+        Image.new("RGB", (60, 60), (40 * place, 10, 90)).save(folder / f"{place}.png")
+    for place in (0, 2, 3):
+        cut(folder / f"{place}.png")
+        (folder / f"{place}.png").write_bytes((folder / f"{place}.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no picture")
+
+    def run(out: str, **options: Any) -> Any:
+        return extract(model, FolderSource(folder, model.pixels), tmp_path / out, shard_size=2, **options)
+
+    store = run("a")
+    assert store.ids == ("1.png", "4.png", "5.png") and store.labels is None and len(store) == 3
+    assert set(store.manifest["skipped"]) == {"notes.txt", "0.png", "2.png", "3.png"}
+    assert [shard["images"] for shard in store.manifest["shards"]] == [1, 0, 2]
+    assert len(store[0:3]) == 3 and len(store.features) == 3
+    assert run("m", moments_only=True).count == 3
+    for path in folder.glob("[145].png"):
+        path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    for options in ({}, {"moments_only": True}):
+        with pytest.raises(ValueError, match="expected images; none of 6 could be read; the last: "):
+            run(f"none{len(options)}", **options)
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_bad_options(model: HookedCLIP, tmp_path: Path) -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"dtype": "int8"}, "expected a dtype of fp32, fp16, bf16; received 'int8'"),
+        ({"shard_size": 0}, "expected shard_size of at least 1; received 0"),
+        ({"batch_size": 0}, "expected batch_size of at least 1; received 0"),
+    )
+    for changes, words in cases:
+        with pytest.raises(ValueError, match=words):
+            extract(model, IMAGES, tmp_path / "a", **changes)
+    with pytest.raises(TypeError, match="expected images that are read by place: .* received list"):
+        extract(model, [torch.zeros(3, 48, 48)], tmp_path / "a")  # pyright: ignore[reportArgumentType]
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    """safetensors alone writes metadata in another order each time."""
+    for place in range(12):
+        write_tensors(tmp_path / f"{place}", {"a": torch.arange(3)}, "form", {"ü": '\ud800 "quoted" \n'})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+# Many processes
+
+SCRIPT = """
+import os, sys
+import decompclip
+from accelerate import Accelerator
+from decompclip import Shapes, extract
+
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+accelerator = Accelerator(cpu=True)
+model = decompclip.load("shapes")
+options = dict(accelerator=accelerator, shard_size=40, batch_size=16, normalize=True)
+for name, data, more in (
+    ("terms", Shapes(150, seed=31), dict(class_names=Shapes(1).class_names)),
+    ("moments", Shapes(150, seed=31), dict(moments_only=True)),
+    ("few", Shapes(accelerator.num_processes - 1, seed=1), {}),
+    ("other", Shapes(150, seed=rank), {}),
+):
+    try:
+        extract(model, data, f"{folder}/{name}", **options, **more)
+    except ValueError as error:
+        open(f"{folder}/{name}-{rank}.txt", "w").write(str(error))
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_write_what_one_would(
+    model: HookedCLIP, built: Path, tmp_path: Path, processes: int
+) -> None:
+    extract(model, IMAGES, tmp_path / "one", normalize=True, moments_only=True, **SIZES)
+    if processes == 3:  # go on from what another number of processes left
+        shutil.copytree(built, tmp_path / "terms")
+        for name in (MANIFEST, "000000.safetensors", "000003.safetensors"):
+            (tmp_path / "terms" / name).unlink()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "terms") == files(built)
+    assert files(tmp_path / "moments") == files(tmp_path / "one")
+    for rank in range(processes):
+        few = (tmp_path / f"few-{rank}.txt").read_text()
+        assert few.startswith(f"expected an image for each process at least; received {processes - 1} images")
+        other = (tmp_path / f"other-{rank}.txt").read_text()
+        assert "expected processes that agree; process 1 differs from process 0 in the images" in other
+    assert not (tmp_path / "few").exists() and not (tmp_path / "other").exists()
+
+
+# The command
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out, err = succeeds(
+        "extract", "shapes", "shapes:90", "--out", tmp_path / "s", "--dtype", "fp16", "--shard-size", 50
+    )
+    assert "Store('" in out and "stored in: fp16" in out
+    assert "90 images take" in err and "free" in err
+    store = Store(tmp_path / "s")
+    assert (
+        len(store) == 90
+        and store.class_names == IMAGES.class_names
+        and store.manifest["source"] == "shapes:90"
+    )
+    out, _ = succeeds("extract", "shapes", "shapes:90", "--out", tmp_path / "m", "--moments-only")
+    assert out.startswith("Moments(90 images")
+    error = refused(
+        "extract", "shapes", "shapes:91", "--out", tmp_path / "s", "--dtype", "fp16", "--shard-size", 50
+    )
+    assert "differs in the images" in error
+    assert "there is no folder" in refused("extract", "shapes", tmp_path / "nowhere", "--out", tmp_path / "x")
