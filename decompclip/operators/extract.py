@@ -17,7 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ from decompclip.decomposition.store import (
     write_shard,
 )
 from decompclip.files import alone_in, digest
+from decompclip.models.bundled import digest as weights_digest
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.differences import digest as weights_digest
 from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
@@ -216,6 +216,18 @@ class Processes:
                     f"expected processes that agree; process {rank} differs from process 0 in {differences(other, found[0])}; "
                     "start all of them with the same command on the same files"
                 )
+
+
+class Step(NamedTuple):
+    """A batch of a shard; None stands for its end."""
+
+    shard: int
+    batch: ImageBatch | None
+
+    @property
+    def images(self) -> Sequence[Any] | Tensor:
+        """What progress counts."""
+        return () if self.batch is None else self.batch.images
 
 
 @dataclass(frozen=True)
@@ -403,14 +415,14 @@ class Job:
         if todo:
             (self.folder / MANIFEST).unlink(missing_ok=True)
 
-    def _steps(self, shards: Sequence[int]) -> Iterator[tuple[int, ImageBatch | None]]:
+    def _steps(self, shards: Sequence[int]) -> Iterator[Step]:
         """The batches of each shard, and None at its end."""
 
-        def steps() -> Iterator[tuple[int, ImageBatch | None]]:
+        def steps() -> Iterator[Step]:
             for shard in shards:
                 for batch in self.images.part(self.places(shard), self.batch_size, device=self.model.device):
-                    yield shard, batch
-                yield shard, None
+                    yield Step(shard, batch)
+                yield Step(shard, None)
 
         total = sum(1 + -(-len(self.places(shard)) // self.batch_size) for shard in shards)
         return self.track(ahead(steps()), f"{self.model.name}: batches of {self.batch_size}", total)
