@@ -11,6 +11,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.files import check_folder
 
 
 class StoredAs(str, Enum):
@@ -68,6 +69,7 @@ def extract(
     first = rank == 0
     again = f"what is whole stays in {out}; the same command goes on from there"
     with plain_errors(lambda: again):
+        check_folder(out, "the store")
         model.check()
         options.check_images(images)
         options.check_files(classes=classes)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, everything, neurons as neurons_of, resolve
-from decompclip.decomposition.decomposition import Decomposition, check_alike
+from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
 from decompclip.decomposition.maps import full_precision
 from decompclip.intervals import half_width
 from decompclip.operators.inputs import TextFeatures
@@ -309,7 +309,7 @@ def attribute(
     first: Decomposition | None = None
     values, totals, start = [], [], 0
     along, labels = torch.empty(0), ("" if score is None else score.label,)
-    for batch in (d,) if isinstance(d, Decomposition) else d:
+    for batch in batches(d):
         rows = slice(start, start := start + len(batch))
         if not len(batch):
             continue
