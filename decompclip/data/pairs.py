@@ -384,6 +384,7 @@ class SubsetPairs(Pairs):
             if not 0 <= place < len(base):
                 raise IndexError(f"expected places in 0..{len(base) - 1}; received {place}")
         super().__init__(
+            base.preprocess,
             class_names=base.class_names,
             templates=base.templates or None,
             order_seed=order_seed,

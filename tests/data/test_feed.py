@@ -18,6 +18,7 @@ from PIL import Image
 from decompclip.data import feed as module, pixels
 from decompclip.data.feed import ahead, feed, in_threads
 from decompclip.data.images import FolderSource
+from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.sources import open_images, open_pairs
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import open_clip_transform
@@ -191,3 +192,13 @@ def test_the_pace_says_how_long_images_were_waited_for(monkeypatch: pytest.Monke
     for _ in pace.over(batches()):
         clock.now += 3
     assert str(pace) == " (2 images/s, 25% of the time waiting for them)"
+
+
+def test_a_part_of_pairs_is_finished_as_the_whole(photos: Path) -> None:
+    pairs = open_pairs(str(photos), load("shapes").pixels)
+    assert isinstance(pairs, Pairs)
+    part = SubsetPairs(pairs, [7, 3])
+    (batch,), whole = part.batches(8), pairs.read([7, 3])
+    assert batch.images.dtype == torch.float32 and torch.equal(batch.images, whole.images)
+    image = part.image(1)
+    assert image is not None and torch.equal(image, whole.images[1])
