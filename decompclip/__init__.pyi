@@ -70,6 +70,7 @@ from .operators.patching import (
 )
 from .operators.paths import path_patching as path_patching
 from .operators.probes import probe as probe
+from .operators.retrieval import heads_for as heads_for, nearest as nearest
 from .operators.roles import role_change as role_change
 from .operators.sweeps import ablation_sweep as ablation_sweep
 from .operators.textspan import textspan as textspan, textspans as textspans

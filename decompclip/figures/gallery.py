@@ -387,6 +387,58 @@ def trigger_sheet(rows: Sequence[TriggerRow]) -> Image.Image:
     return sheet
 
 
+@dataclass(frozen=True)
+class PictureRow:
+    """A row of pictures with a line under each, behind what they belong to.
+
+    Attributes:
+        name: of the row.
+        first: the picture that the others were found for, where there is one.
+        pictures, captions: the others.
+    """
+
+    name: str
+    first: UInt8[Tensor, "h w 3"] | None
+    pictures: Sequence[UInt8[Tensor, "h w 3"]]
+    captions: Sequence[str]
+
+
+def picture_rows(rows: Sequence[PictureRow], *, title: str) -> go.Figure:
+    """Rows of pictures: what was asked for, framed, then what was found."""
+    shown, lead = rows[:MAX_ROWS], int(any(row.first is not None for row in rows))
+    columns = lead + min(MAX_COLUMNS, max(len(row.pictures) for row in rows))
+    room = int((SIDE + GAP) / LETTER)
+    plot = make_subplots(
+        len(shown),
+        columns,
+        horizontal_spacing=GAP / (columns * (SIDE + GAP)),
+        vertical_spacing=26 / (len(shown) * (SIDE + 26)),
+    )
+    for number, row in enumerate(shown):
+        tiles = [*([row.first] if lead else []), *row.pictures][:columns]
+        lines = [*(["query"] if lead else []), *row.captions][:columns]
+        for column, (tile, line) in enumerate(zip(tiles, lines, strict=True)):
+            if tile is None:
+                continue
+            panel = number * columns + column
+            plot.add_trace(
+                go.Image(source=picture(_at_size(tile)), hoverinfo="skip"), row=number + 1, col=column + 1
+            )
+            plot.add_annotation(
+                text=f"<b>{line}</b>" if lead and not column else _short(line, room), hovertext=escaped(line), x=0.5, y=0,
+                xref=f"{_axis('x', panel)} domain", yref=f"{_axis('y', panel)} domain", yanchor="top", showarrow=False,
+                font={"size": 10},
+            )  # fmt: skip
+        _name_row(plot, number + 1, columns, f"<b>{_short(row.name, 22)}</b>")
+    plot.update_xaxes(visible=False).update_yaxes(visible=False)
+    left = 24 + round(LETTER * max(min(22, len(row.name)) for row in shown))
+    return plot.update_layout(
+        template=TEMPLATE, title={"text": escaped(title), "font": {"size": 13}}, showlegend=False,
+        height=len(shown) * (SIDE + 26) + 60, width=left + columns * (SIDE + GAP) + 12,
+        margin={"l": left, "r": 12, "t": 40, "b": 24},
+    )  # fmt: skip
+
+
 def _fitted(tile: Image.Image) -> Image.Image:
     """At most a tile wide and high; enlarged pixels stay squares."""
     larger = max(tile.size) > TILE
