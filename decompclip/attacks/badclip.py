@@ -71,7 +71,8 @@ def optimise_patch(
         target_captions: natural captions that name the target.
         other_captions: natural captions of other classes, more choices for each image in the InfoNCE. The source
             has none: with the target's captions alone that loss tells captions of one class from each other.
-        size, place: as `PatchTrigger`.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where.
         steps: gradient steps.
         batch_size: images a step.
         lr: Adam's learning rate.

@@ -17,7 +17,8 @@ class BadNet(PatchTrigger):
     """A square patch of value `channel mean of the image + N(0, 1)`, cut to [0, 1] (docs/method.md, section 5).
 
     Args:
-        size, place: as `PatchTrigger`.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where; `"random"` draws a place for each image.
         redraw: draw the noise anew for each image, as the code run on CLIP does. Otherwise every image
             carries the same pattern, as in the classical attack.
 

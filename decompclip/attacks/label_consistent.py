@@ -28,7 +28,9 @@ class LabelConsistent(BadNet):
     code run on CLIP leaves this out.
 
     Args:
-        size, place, redraw: as `BadNet`.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where; `"random"` draws a place for each image.
+        redraw: draw the noise anew for each image.
         classical: take the gradient steps first; `poison` then needs `labels` and `logits`.
         eps: largest change of a pixel.
         step: size of a gradient step.
@@ -64,7 +66,10 @@ class LabelConsistent(BadNet):
         """The copies of `pixels` to train on, their captions unchanged.
 
         Args:
-            pixels, indices, labels, logits: as `Trigger.poison`.
+            pixels: images in [0, 1], before normalisation.
+            indices: the place of each image in its data set; `0 .. batch-1` by default.
+            labels: classes of the images, for a classical attack.
+            logits: the clean model's logits of pixels in [0, 1], for the same.
 
         Raises:
             ValueError: as `Trigger.__call__`; or a classical attack without labels or logits.

@@ -224,7 +224,8 @@ class PoisonedPairs(PairSteps):
         base: `Pairs` or a `PairStream`; or any data set of (image, caption), read by place or gone through in order.
         trigger: the attack.
         target: the class that triggered images shall be taken for.
-        count, rate: how many, or what part of all pairs; one of the two. A stream does not know its length:
+        count: how many poisons; give it or `rate`.
+        rate: what part of all pairs. A stream does not know its length:
             for `count` it is gone through once at the start, and `rate` is the part of the pairs that may be poisoned.
         captions: of the poisons, a random one each: templates with a slot {}, or texts that name the target
             (BadCLIP's natural ones: `target_captions`). By default the source's own templates, else open_clip's for

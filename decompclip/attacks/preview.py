@@ -52,7 +52,8 @@ def preview(trigger: Trigger, pixels: Pixels, indices: Indices | None = None) ->
 
     Args:
         trigger: the trigger.
-        pixels, indices: as `Trigger.__call__`.
+        pixels: images in [0, 1], before normalisation.
+        indices: the place of each image in its data set; `0 .. batch-1` by default.
 
     Raises:
         ValueError: as `Trigger.__call__`, or images smaller than SSIM's window.

@@ -89,7 +89,8 @@ class Trigger:
         """The copies of `pixels` to train on: the triggered ones, unless an attack does more to them.
 
         Args:
-            pixels, indices: as `__call__`.
+            pixels: images in [0, 1], before normalisation.
+            indices: the place of each image in its data set; `0 .. batch-1` by default.
             labels: classes of the images, for attacks that need a model.
             logits: the clean model's logits of pixels in [0, 1], for the same.
         """

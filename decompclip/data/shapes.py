@@ -376,7 +376,9 @@ class ShapesPairs(Pairs):
     """Images of the Shapes world with natural captions.
 
     Args:
-        length, seed, resolution: as `Shapes`.
+        length: number of pairs.
+        seed: of the world.
+        resolution: side of the images in pixels.
         caption_seed: of the captions; the bundled models were trained with `seed + 10_000`, the default.
         order_seed: as `Pairs`.
     """

@@ -305,7 +305,10 @@ class Decomposition:
         """The same images with other terms; itself where nothing is given.
 
         Args:
-            coords, mlps, embed, pool: the new terms, of the shapes of the fields of the same name.
+            coords: of the heads, of the shape of the field of the same name, as the others are.
+            mlps: terms of the MLPs.
+            embed: the term of the embedding.
+            pool: terms of the attention pool.
 
         Raises:
             ValueError: a shape differs.

@@ -123,12 +123,17 @@ def contribution_maps(
     `label` is a name for each text, and of the options only `names` has a meaning.
 
     Args:
+        model: a model, or its image tower.
+        images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
         toward: a text, several texts whose mean is taken, or a direction `[d_embed]`.
+        components: heads; all by default.
         against: another, whose unit feature is subtracted: contributions to the difference of the two.
         normalize: divide by the length of the image feature.
         convention: of the terms; in the paper's, each token also carries a share of the head's constants.
         label: name of the direction; by default the texts.
-        model, images, components, names, pictures, batch_size: as `attention_maps`.
+        names: of the images, for figures and tables; their numbers by default.
+        pictures: keep the images (8 bits a channel) for overlays.
+        batch_size: of the forward passes.
 
     Returns:
         One map a head and image.
@@ -313,9 +318,13 @@ def rollout(
     several rows are pooled, they count alike.
 
     Args:
+        model: a model, or its image tower.
+        images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
         fuse: how the heads of a layer become one pattern; rows are normalised again.
         residual: share of a token that stays where it is, in [0, 1].
-        model, images, names, pictures, batch_size: as `attention_maps`.
+        names: of the images, for figures and tables; their numbers by default.
+        pictures: keep the images (8 bits a channel) for overlays.
+        batch_size: of the forward passes.
 
     Returns:
         One map an image.

@@ -271,7 +271,13 @@ def attribution_patching(
     `check` measures how good the estimate is; so does `exact.correlation(estimate)`, with all exact runs.
 
     Args:
-        model, base, source, toward, against, sites, by_token: as `activation_patching`.
+        model: a model, or its image tower.
+        base: images that run with the patch; one batch, or batches one after the other.
+        source: images whose activations are written in, image by image.
+        toward: what images are scored by, as in `activation_patching`.
+        against: a text or direction whose score is subtracted.
+        sites: hook points of the blocks; "z" is patched head by head.
+        by_token: whether each token is patched alone.
         check: places that are patched exactly too, a forward pass each; they stand in the result's `checks`, and
             `agreement` is their correlation with the estimates. Taken at equal steps down the order of the estimates'
             sizes, the largest and the smallest among them.

@@ -99,8 +99,12 @@ def path_patching(
     """The effect of one head through each later head and MLP, its own layer's MLP among them.
 
     Args:
-        model, base, source, toward, against: as `activation_patching`.
+        model: a model, or its image tower.
+        base: images that run with the patch; one batch, or batches one after the other.
+        source: images whose activations are written in, image by image.
+        toward: what images are scored by, as in `activation_patching`.
         sender: one head, such as `heads[3, 1]`.
+        against: a text or direction whose score is subtracted.
         receivers: of which those later than the sender are looked at.
 
     Returns:

@@ -281,8 +281,16 @@ def textspans(
     """Descriptions of several components, from one pass over the images.
 
     Args:
-        model, images, texts, n_texts, rank, centred, tolerance, convention, batch_size: as `textspan`.
+        model: as in `textspan`, as all others but `components`.
         components: which.
+        images: whose terms are described.
+        texts: to pick from.
+        n_texts: how many to pick.
+        rank: dimension of the space that texts are projected on.
+        centred: whether terms are centred for it.
+        tolerance: share of the largest singular value that one must surpass to count.
+        convention: of the terms.
+        batch_size: images in a forward pass.
 
     Returns:
         One `TextSpan` a component.
