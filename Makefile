@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 DEV       := $(VENV)/.installed-dev-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo paper test lint format typecheck house weights clean
+.PHONY: help venv demo paper docs test lint format typecheck house weights clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ demo: $(INSTALLED) ## audit the bundled backdoored models and say where the repo
 
 paper: $(INSTALLED) ## measure every figure and table again (half an hour on two cores) and write a page of them
 	$(BIN)/python -m analyses --all --model-family shapes --formats ""
+
+docs: $(DEV) ## write the documentation site: build/site/index.html opens in a browser
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One process of one thread for each core; a file's tests stay together, as they share its fixtures. Slow files come first
 # (tests/conftest.py), so that no process ends long after the others.

@@ -74,7 +74,6 @@ def test_messages_are_the_package_s() -> None:
 
 
 def test_every_public_name_stands_in_an_example_of_the_reference() -> None:
-    """`test_readme` runs them."""
     used = set(
         re.findall(r"\w+", "".join(text for language, text in blocks("reference") if language == "python"))
     )

@@ -52,7 +52,8 @@ class Kitty(PatchTrigger):
     """A square patch that shows a picture; by default a cat's head that we drew.
 
     Args:
-        size, place: as `PatchTrigger`.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where; `"random"` draws a place for each image.
         picture: `"kitty"`, `"window"`, or the path of an image file.
 
     Raises:
