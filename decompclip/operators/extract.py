@@ -104,10 +104,12 @@ def extract(
         dtype: of the stored terms; what it costs is measured and written down.
         moments_only: keep means and second moments alone (means of the stream too, for causal mode), in fp64: as much on disk
             and in memory whatever the number of images.
-        convention, normalize: as `model.decompose` takes them.
+        convention: as `model.decompose` takes it.
+        normalize: likewise.
         shard_size: images of the data in a shard; those that cannot be read are left out, and listed in the manifest.
         batch_size: images in a forward pass. Another one changes numbers by rounding.
-        class_names, source: of the labels, and what the data are, for the manifest.
+        class_names: of the labels, for the manifest.
+        source: what the data are, for the same.
         accelerator: of Hugging Face's accelerate, to spread the shards over its processes, which share the folder.
         track: shows progress.
         log: is told the size before the work begins.
