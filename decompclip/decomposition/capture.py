@@ -58,7 +58,7 @@ def decompose(
     """
     kept = _kept(visual, tokens)
     if tolerance is None:
-        tolerance = TOLERANCE[_dtype(visual)]
+        tolerance = TOLERANCE[dtype_of(visual)]
     # Others' hooks may hold something for each image of the batch: it must stay whole.
     free = not any(hooked(module) for module in visual.modules())
     held = _held(visual, images, kept) if free and images.ndim == 4 else 0
@@ -127,11 +127,11 @@ def _held(visual: HookedViT, images: Tensor, kept: Bool[Tensor, "layer head"] | 
     """Bytes an image that are held until the run ends, beside what it returns."""
     cfg, heads = visual.cfg, 0 if kept is None else sum(kept.flatten().tolist())
     rows = len(range(cfg.n_tokens)[cfg.pooled_rows]) if Rows.all_rows(cfg) else 0
-    writes = (2 * cfg.n_layers + 1) * cfg.d_model * rows * _dtype(visual).itemsize
+    writes = (2 * cfg.n_layers + 1) * cfg.d_model * rows * dtype_of(visual).itemsize
     return writes + AttentionCapture.held(cfg, heads) * full(images.dtype).itemsize
 
 
-def _dtype(visual: HookedViT) -> torch.dtype:
+def dtype_of(visual: HookedViT) -> torch.dtype:
     """What the tower computes in: its weights' type, or autocast's."""
     kind = visual.device.type
     if visual.dtype == torch.float32 and torch.is_autocast_enabled(kind):

@@ -19,6 +19,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
+from decompclip.decomposition.pooling import decompose_pool
 from decompclip.models.checkpoint import shell
 from decompclip.models.preprocessing import PictureTransform, Preprocessing, RawPixels
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
@@ -325,6 +326,24 @@ class HookedCLIP(nn.Module):
         """
         images = self._input(images)
         return decompose(self.visual, images, convention=convention, normalize=normalize, tokens=tokens)
+
+    def decompose_pool(
+        self, images: Float[Tensor, "batch 3 h w"], *, normalize: bool = False, tokens: bool = False
+    ) -> Decomposition:
+        """Image features as a sum over the heads of the attention pool, `heads[0, q]`, and its MLP, `mlps[0]` (SigLIP, PE, CoCa).
+
+        Args:
+            images: as the tower takes them.
+            normalize: divide all terms by the length of the feature.
+            tokens: keep what each token brings.
+
+        Returns:
+            The terms, which sum to the features; all that takes a decomposition takes them.
+
+        Raises:
+            ValueError: the tower pools otherwise.
+        """
+        return decompose_pool(self.visual, self._input(images), normalize=normalize, tokens=tokens)
 
     def run_with_cache(
         self, images: Float[Tensor, "batch 3 h w"], **options: Any

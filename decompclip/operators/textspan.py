@@ -299,7 +299,8 @@ def textspans(
         IndexError, ValueError: as `textspan`.
     """
     # What names nothing that is there fails before any work.
-    parts_of(components, model.cfg)
+    given = images if isinstance(images, Decomposition | Moments) else model.cfg
+    parts_of(components, given)
     _check_numbers(n_texts, rank, tolerance)
     if isinstance(images, Decomposition):
         images = Moments.of(images)
@@ -309,7 +310,9 @@ def textspans(
         batches = (batch.to(model.device, model.dtype) for batch in read)
         with torch.no_grad():
             images = Moments.fit(model, batches, convention=convention, stream=False)
-    images.check_model(term_maps(model.visual, images.maps.convention))
+    ours, theirs = term_maps(model.visual, images.maps.convention), images.maps.fingerprint
+    if theirs is None or ours.fingerprint is None or not same_model(ours.fingerprint, theirs):
+        images.check_model(ours)
     return fit_textspans(
         images,
         encode_texts(model, texts),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components, resolve
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import wide
+from decompclip.decomposition.terms import TokenTerms
 from decompclip.operators.ablation import check_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.layers import blocks
@@ -28,19 +30,74 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class TokenValues:
+    """What all heads read of each token, on average over images: what `AblateTokens` fills in.
+
+    Attributes:
+        values: their values, with the bias.
+        bias: the heads' value bias, which the centred convention counts apart.
+    """
+
+    values: Float[Tensor, "layer head token d_head"]
+    bias: Float[Tensor, "layer head d_head"]
+
+    def __repr__(self) -> str:
+        layers, heads, tokens, _ = self.values.shape
+        return f"TokenValues({layers} layers x {heads} heads, {tokens} tokens)"
+
+
+@torch.no_grad()
+def mean_values(visual: HookedViT, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> TokenValues:
+    """The heads' values of each token, averaged over a data set.
+
+    Args:
+        visual: an image tower.
+        batches: of images as the tower takes them.
+
+    Returns:
+        The means, in fp32 at least.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    layers = range(visual.cfg.n_layers)
+    names = [f"blocks.{layer}.attn.hook_v" for layer in layers]
+    sums: dict[str, Tensor] = {}
+    total = 0
+
+    def add(v: Tensor, hook: Any) -> None:
+        sums[hook.name] = sums.get(hook.name, 0) + wide(v).sum(0).transpose(0, 1)
+
+    for images in batches:
+        with visual.hooks(fwd_hooks=[(name, add) for name in names]):
+            visual(images)
+        total += len(images)
+    if not total:
+        raise ValueError("expected batches of images; received none; check the image source")
+    bias = torch.stack([wide(block.attn.b_V).detach() for block in blocks(visual)])
+    return TokenValues(torch.stack([sums[name] / total for name in names]), bias)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class AblateTokens(Intervention):
     """Heads that no longer read some tokens, such as the patches that a trigger covers. Their attention stays as it is.
 
-    Direct: the tokens' shares are taken out of the heads' terms (decompose with `tokens=`). Causal: at these tokens the
-    heads' values are their bias alone.
+        AblateTokens(heads[-1], (3, 4))                                        nothing in their place
+        AblateTokens(heads[-1], (3, 4), fill=mean_values(visual, batches))     what they are on average
+
+    Direct: the tokens' shares are taken out of the heads' terms, or are those of the fill (decompose with `tokens=`). Causal:
+    at these tokens the heads' values are their bias alone, or the fill's.
 
     Attributes:
         components: which heads.
         tokens: numbers (0 is the class token, where there is one), or a mask `[token]` or `[batch token]`.
+        fill: what the heads read there instead; None for nothing.
     """
 
     components: Components
     tokens: tuple[int, ...] | Bool[Tensor, "*batch token"]
+    _: KW_ONLY
+    fill: TokenValues | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.tokens, "tokens", ())
@@ -49,7 +106,13 @@ class AblateTokens(Intervention):
         chosen = Chosen.of(self._heads(d), where, len(d)).heads
         coords = d.coords.clone()
         for layer, head in chosen.any(0).nonzero().tolist():
-            shares = _shares(d, layer, head)
+            terms = d._asked(layer, head)
+            fill = None
+            if self.fill is not None:
+                shape = (d.n_layers, d.n_heads, *terms.values.shape[2:])
+                fill = self._filled(shape)[layer, head]
+                fill = (fill - self.fill.bias[layer, head] if d.convention == "centred" else fill).to(coords)
+            shares = _shares(d, layer, head, terms, fill)
             silenced = self._mask(shares.shape[1], len(d)).to(shares.device) & chosen[
                 :, layer, head, None
             ].to(shares.device)
@@ -57,17 +120,31 @@ class AblateTokens(Intervention):
         return d.edit(coords=coords) if chosen.any() else d
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
-        mask = self._heads(visual)
+        mask, cfg = self._heads(visual), visual.cfg
+        fill = None
+        if self.fill is not None:
+            fill = self._filled((cfg.n_layers, cfg.n_heads, cfg.n_tokens, cfg.d_head))
 
         def silence(v: Tensor, hook: Any, layer: int) -> Tensor:
             of_heads = Chosen.of(mask, where, len(v)).heads[:, None, layer].to(v.device)
             silenced = self._mask(v.shape[1], len(v)).to(v.device)[..., None] & of_heads
-            return torch.where(silenced[..., None], blocks(visual)[layer].attn.b_V.detach().to(v), v)
+            new = blocks(visual)[layer].attn.b_V.detach() if fill is None else fill[layer].transpose(0, 1)
+            return torch.where(silenced[..., None], new.to(v), v)
 
         return [
             (f"blocks.{layer}.attn.hook_v", partial(silence, layer=layer))
             for layer in mask.heads.any(1).nonzero().flatten().tolist()
         ]
+
+    def _filled(self, shape: tuple[int, ...]) -> Float[Tensor, "layer head token d_head"]:
+        """The fill's values; raises ValueError where they are of another tower."""
+        assert self.fill is not None
+        if tuple(self.fill.values.shape) != shape:
+            raise ValueError(
+                f"expected a fill [layer, head, token, d_head] = {list(shape)}; received {list(self.fill.values.shape)}; make "
+                "it with mean_values of the same tower"
+            )
+        return self.fill.values
 
     def _heads(self, of: Decomposition | HookedViT) -> ComponentMask:
         """Which are meant; raises ValueError where the expression names more than heads."""
@@ -88,17 +165,21 @@ class AblateTokens(Intervention):
 
     def __repr__(self) -> str:
         of = f"mask of {int(self.tokens.sum())}" if isinstance(self.tokens, Tensor) else repr(self.tokens)
-        return f"AblateTokens({self.components!r}, {of})"
+        return (
+            f"AblateTokens({self.components!r}, {of}{'' if self.fill is None else f', fill={self.fill!r}'})"
+        )
 
 
-def _shares(d: Decomposition, layer: int, head: int) -> Float[Tensor, "batch token coord"]:
-    """The tokens' shares of a head's coordinates, constants aside."""
-    terms, maps = d._asked(layer, head), d.maps
+def _shares(
+    d: Decomposition, layer: int, head: int, terms: TokenTerms, fill: Float[Tensor, "token d_head"] | None
+) -> Float[Tensor, "batch token coord"]:
+    """The tokens' shares of a head's coordinates, constants aside; beyond those of a fill."""
+    maps, values = d.maps, terms.values[:, 0]
+    values = values if fill is None else values - fill
     weights = (terms.attention * terms.scale[..., None])[:, 0]
-    weighted = weights.mT[..., None] * terms.values[:, 0, :, None]
+    weighted = weights.mT[..., None] * values[:, :, None]
     if maps.tokens is None or maps.out is None:
         return weighted[:, :, 0]
-    assert maps.out is not None
     return torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ maps.out)
 
 

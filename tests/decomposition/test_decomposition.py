@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decompclip.decomposition.capture import TOLERANCE, _dtype, decompose
+from decompclip.decomposition.capture import TOLERANCE, decompose, dtype_of
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
@@ -358,9 +358,9 @@ def test_the_precision_is_that_of_the_weights_or_of_autocast(
     make_tower: Callable[..., HookedViT], tower: HookedViT
 ) -> None:
     exact = make_tower(dtype=torch.float64)
-    assert (_dtype(tower), _dtype(exact)) == (torch.float32, torch.float64)
+    assert (dtype_of(tower), dtype_of(exact)) == (torch.float32, torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (_dtype(tower), _dtype(exact)) == (torch.bfloat16, torch.float64)
+        assert (dtype_of(tower), dtype_of(exact)) == (torch.bfloat16, torch.float64)
 
 
 @pytest.mark.usefixtures("ours_alone")

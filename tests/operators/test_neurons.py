@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.neurons import AblateNeurons, mean_neurons, neuron_terms
-from decompclip.operators.tokens import AblateTokens
+from decompclip.operators.tokens import AblateTokens, TokenValues, mean_values
 from decompclip.tower.vit import HookedViT
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -210,6 +211,62 @@ def test_a_head_deaf_to_all_tokens_is_ablated(tower: HookedViT, images: Tensor, 
     )
     with pytest.raises(LookupError, match="expected the tokens of heads"):
         AblateTokens(heads[2], (1,))(d)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+@pytest.mark.parametrize(
+    "pool", [{}, {"pool": "mean"}, {"pool": "attention", "pool_heads": 2, "pool_mlp": 8}]
+)
+def test_tokens_are_filled_with_their_means(
+    make_tower: Callable[..., HookedViT], images: Tensor, pool: dict[str, Any], convention: Any
+) -> None:
+    visual = make_tower(dtype=torch.float64, **pool)
+    images = images.double()
+    fill = mean_values(visual, [images[:2], images[2:]])
+    _, cache = visual.run_with_cache(images)
+    for layer in range(3):
+        torch.testing.assert_close(fill.values[layer], cache["v", layer].mean(0).transpose(0, 1))
+    tokens = torch.zeros(5, 7, dtype=torch.bool)
+    tokens[1, [2, 5]], tokens[3, :] = True, True
+    edit = AblateTokens(heads[-1, 1:3], tokens, fill=fill)
+    d = decompose(visual, images, tokens=True, convention=convention)
+    found = edit(d)
+    with visual.hooks(fwd_hooks=edit.fwd_hooks(visual)):
+        z = visual.run_with_cache(images, names_filter="blocks.2.attn.hook_z")[1]["z", 2]
+    pattern, v = cache["pattern", 2], cache["v", 2].clone()
+    for image in range(5):
+        for token in tokens[image].nonzero()[:, 0].tolist():
+            v[image, token, 1:3] = cache["v", 2][:, token, 1:3].mean(0)
+    torch.testing.assert_close(z, torch.einsum("bhqk,bkhe->bqhe", pattern, v))
+    assert torch.equal(found.coords[~tokens.any(1)], d.coords[~tokens.any(1)])
+    assert torch.equal(found.coords[:, :2], d.coords[:, :2]) and not torch.equal(found.coords, d.coords)
+    # The feature, were the last scale as it was, and no last MLP there to read the edit.
+    if "pool_mlp" not in pool and convention == "centred":
+        both = edit | ZeroAblate(mlps[-1])
+        torch.testing.assert_close(at_frozen_scale(visual, images, both), both(d).features)
+    if "pool_mlp" not in pool:  # constants apart, a head's coordinates are z in both conventions
+        plain = decompose(visual, images, tokens=True)
+        torch.testing.assert_close((found.coords - d.coords)[..., :8], edit(plain).coords - plain.coords)
+    terms = d.token_terms
+    assert terms is not None
+    mean = fill.values[-1] - (fill.bias[-1][:, None] if convention == "centred" else 0)
+    other = terms.values.clone()
+    other[:, -4:] = mean  # the last layer's heads
+    swapped = replace(d, token_terms=replace(terms, values=other))
+    for head in (1, 2) if convention == "centred" else ():
+        change = (swapped.tokens(2, head) - d.tokens(2, head)) * tokens[..., None]
+        torch.testing.assert_close(found.heads[:, 2, head], d.heads[:, 2, head] + change.sum(1))
+    same = TokenValues(torch.stack([cache["v", i][0].transpose(0, 1) for i in range(3)]), fill.bias)
+    kept = AblateTokens(heads, tuple(range(7)), fill=same)(d[:1])  # its own values: nothing changes
+    torch.testing.assert_close(kept.coords, d[:1].coords)
+    assert "fill=TokenValues(3 layers x 4 heads, 7 tokens)" in repr(edit)
+    fewer = make_tower(n_layers=2, dtype=torch.float64)
+    for use in (lambda: edit.fwd_hooks(fewer), lambda: edit(decompose(fewer, images, tokens=True))):
+        with pytest.raises(ValueError, match="mean_values of the same tower"):
+            use()
+    with pytest.raises(ValueError, match="expected batches of images"):
+        mean_values(visual, [])
 
 
 @pytest.mark.usefixtures("ours_alone")
