@@ -93,6 +93,8 @@ MISTAKES = [
     ("bench --detectors nobody --out x", "expected a detector among"),
     ("bench --repairs nobody --out x", "expected a repair among"),
     ("bench --count 3 --out x", "greater than or equal to 40"),
+    ("data check nowhere/", "there is no folder nowhere/"),
+    ("data check imagenet:nowhere/", "there is no folder nowhere/"),
     ("zoo card nobody", "no bundled model 'nobody'"),
     ("zoo build shapes-badnet --out FILE", "FILE is a file"),
 ]
@@ -129,7 +131,7 @@ def test_every_command_is_among_the_mistakes() -> None:
         command.name or str(command.callback and command.callback.__name__)
         for command in app.registered_commands
     }
-    assert {words.split()[0].replace("-", "_") for words, _ in MISTAKES} == named | {"zoo"}
+    assert {words.split()[0].replace("-", "_") for words, _ in MISTAKES} == named | {"zoo", "data"}
 
 
 def test_every_public_name_is_there() -> None:

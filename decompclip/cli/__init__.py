@@ -11,6 +11,7 @@ from decompclip import __version__
 from decompclip.cli.apply_trigger import apply_trigger
 from decompclip.cli.audit import audit, demo
 from decompclip.cli.bench import bench
+from decompclip.cli.data import data
 from decompclip.cli.diagnose import diagnose
 from decompclip.cli.evaluate import evaluate
 from decompclip.cli.extract import extract
@@ -45,6 +46,7 @@ for command in (demo, apply_trigger, poison, bench):
 for command in (audit, diagnose, evaluate, extract, finetune, repair):
     app.command()(grouped(command))
 app.add_typer(zoo, name="zoo")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -96,10 +96,10 @@ Target = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print every number, as JSON.")]
 OldImages = Annotated[int | None, typer.Option("--images", hidden=True, min=40)]
 
-IMAGES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, or shapes (shapes:5000)"
+IMAGES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, imagenet:PATH, caltech101:PATH, pets:PATH, or shapes (shapes:5000)"
 PAIRS = (
     "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
-    "of images a class, shapes (shapes:5000), cifar10 or tiny-imagenet"
+    "of images a class, imagenet:PATH, caltech101:PATH, pets:PATH, shapes (shapes:5000), cifar10 or tiny-imagenet"
 )
 _KIND = "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with"
 _FILE = (
@@ -260,14 +260,16 @@ def known_classes(classes: Path | None, model: str, *images: str) -> tuple[str, 
 
 def check_images(*specs: str | None) -> None:
     """Raises FileNotFoundError where a plain path to images leads nowhere; data sets and patterns of shards pass."""
-    from decompclip.data.files import WORLDS, parse_source
+    from decompclip.data.files import KNOWN, WORLDS, parse_source
 
     for spec in filter(None, specs):
-        known = parse_source(spec).kind in WORLDS or any(mark in spec for mark in "*?[{")
-        if not known and not Path(spec).exists():
-            kind = "file" if Path(spec).suffix else "folder"
+        source = parse_source(spec)
+        place = source.detail or "." if source.kind in KNOWN else source.text
+        known = source.kind in WORLDS or any(mark in spec for mark in "*?[{")
+        if not known and not Path(place).exists():
+            kind = "file" if Path(place).suffix else "folder"
             raise FileNotFoundError(
-                f"expected a folder with image files, a table or shards; there is no {kind} {spec}"
+                f"expected a folder with image files, a table or shards; there is no {kind} {place}"
             )
 
 

@@ -35,6 +35,12 @@ OURS = (TRIGGER_FILE, POISON_LIST)
 WORLDS = ("shapes", "cifar10", "tiny-imagenet")
 """Data sets that are known by a word."""
 
+KNOWN = ("imagenet", "caltech101", "pets")
+"""Words for data sets of others, in front of where they lie (`imagenet:PATH`); `decompclip.data.known` knows their facts."""
+
+PARTS = ("validation", "evaluation")
+"""Parts of such a data set, as `imagenet:PATH@validation`."""
+
 SUFFIX_KINDS = {".csv": "table", ".tsv": "table", ".tar": "shards", ".parquet": "parquet"}
 """Kinds of files that hold many pairs; `decompclip.data.sources.READERS` reads each."""
 
@@ -66,14 +72,16 @@ class SourceSpec:
 
     Attributes:
         text: as they were written.
-        kind: one of `WORLDS`; a kind of file of `SUFFIX_KINDS`; `"poisons"`, the images that a `poisons.json` lists; or
+        kind: one of `WORLDS` or of `KNOWN`; a kind of file of `SUFFIX_KINDS`; `"poisons"`, the images that a `poisons.json` lists; or
             `"folder"`.
-        detail: what follows the colon of a world: a number of images, or a trigger.
+        detail: what follows the colon: of a world a number of images, or a trigger; of the others the folder.
+        part: one of `PARTS`; empty for all of it.
     """
 
     text: str
     kind: str
     detail: str = ""
+    part: str = ""
 
     @property
     def path(self) -> Path:
@@ -92,9 +100,16 @@ class SourceSpec:
 def parse_source(spec: str | Path) -> SourceSpec:
     """A world by its word; a path by its name, and a folder by what lies in it. Nothing is opened."""
     text, path = str(spec), Path(spec)
-    word, _, detail = text.partition(":")
+    word, colon, detail = text.partition(":")
     if word in WORLDS:
         return SourceSpec(text, word, detail)
+    if word == "cc3m" and detail:  # shards or a table, and nothing to know of them
+        return parse_source(detail)
+    if word.partition("@")[0] in KNOWN and (colon or not path.exists()):
+        before, _, part = text.rpartition("@")
+        before, part = (before, part) if part in PARTS else (text, "")
+        word, _, detail = before.partition(":")
+        return SourceSpec(text, word, detail, part)
     if path.is_dir():
         suffixes = {Path(name).suffix.lower() for name in os.listdir(path) if not is_bookkeeping(name)}
         kind = "shards" if ".tar" in suffixes else "parquet" if ".parquet" in suffixes else "folder"

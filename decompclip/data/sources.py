@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from decompclip.data.datasets import FolderPairs
-from decompclip.data.files import POISON_LIST, SkippedFile, parse_source
+from decompclip.data.files import KNOWN, POISON_LIST, SkippedFile, SourceSpec, parse_source
 from decompclip.data.images import (
     FolderSource,
     ListedImages,
@@ -25,6 +26,7 @@ from decompclip.data.images import (
     find_class,
     image_files,
 )
+from decompclip.data.known import CC3M, CHECKED, DATASETS, DatasetCheck, check_known, known_pairs, recognise
 from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.parquet import ParquetPairs, parquet_files
 from decompclip.data.photos import CIFAR10_CLASSES, PhotoPairs, cifar10
@@ -33,6 +35,7 @@ from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
 from decompclip.data.tables import CsvPairs
 from decompclip.models.bundled import card
+from decompclip.progress import Track, silently
 
 WORLD_SEED = 8_001
 """Stream of the Shapes world; no bundled model was trained or measured on it."""
@@ -171,7 +174,7 @@ def open_images(
     """The images of a folder, a table, shards or parquet files.
 
     Args:
-        spec: a folder; a `.csv` or `.tsv` table with a column of images, and of classes or captions where there are; shards
+        spec: a folder; a data set of `decompclip.data.known`, as `imagenet:PATH`; a `.csv` or `.tsv` table with a column of images, and of classes or captions where there are; shards
             as `ShardPairs` takes them, such as a folder that `decompclip poison` wrote; a parquet file or a folder of such; or the `poisons.json` in
             the shards' folder, for the poisoned images alone, which have no label: their caption and class are the attacker's.
         preprocess: from a picture to what the model takes.
@@ -181,10 +184,14 @@ def open_images(
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such source, or it holds no images.
     """
-    kind, path = parse_source(spec).kind, Path(spec)
+    source = parse_source(spec)
+    kind, path = source.kind, source.path
     poisoned = kind == "poisons"
     if poisoned:
         kind, path = "shards", path.parent
+    if kind in KNOWN:
+        known = known_pairs(source, preprocess, class_names=class_names, root=root, on_error=on_error)
+        return PairImages(known, class_names, limit=limit, seed=seed)
     if kind not in READERS:
         return FolderSource(
             path, preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error, root=root
@@ -226,13 +233,54 @@ def check_images(spec: str | Path) -> None:
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_images`.
     """
-    kind, path = parse_source(spec).kind, Path(spec)
+    source = parse_source(spec)
+    kind, path = source.kind, source.path
     if kind == "poisons":
         kind, path = "shards", path.parent
-    if kind in READERS:
+    if kind in KNOWN:
+        known_pairs(source)
+    elif kind in READERS:
         READERS[kind].check(str(path))
     else:
         image_files(path)
+
+
+def check_data(spec: str | Path, *, decode: bool = True, track: Track = silently) -> DatasetCheck:
+    """What a data set on the disk holds, and what of it is missing or broken.
+
+    Args:
+        spec: `imagenet:PATH` and the others of `decompclip.data.known`; `cc3m:PATH`; or what `open_images` takes: the layout of a
+            folder shows whether it is one of the known ones.
+        decode: open every picture; False looks only whether it is there.
+        track: shows progress.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: there is no such data set, or nothing of it can be read.
+    """
+    source = known_source(spec)
+    if source.kind in KNOWN:
+        return check_known(source, decode=decode, track=track)
+    cc3m = str(spec).startswith("cc3m:")
+    opened = open_pairs(spec, _point) if cc3m else open_images(spec, _point, ())
+    images = len(opened)
+    if decode:
+        parts = track(opened.batches(CHECKED), source.text, -(-images // CHECKED))
+        images = sum(len(batch.images) for batch in parts)
+    facts = (CC3M.title, CC3M.images, CC3M.get) if cc3m else (source.text, None, "")
+    return DatasetCheck(facts[0], images, facts[1], (), tuple(opened.skipped), facts[2])
+
+
+def known_source(spec: str | Path) -> SourceSpec:
+    """As `parse_source`, and a folder laid out as one of the known data sets is that one."""
+    source = parse_source(spec)
+    word = recognise(source.path) if source.kind == "folder" else None
+    return SourceSpec(source.text, word, source.text) if word else source
+
+
+def _point(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    """Of pictures that are opened to see whether they can be."""
+    del picture
+    return torch.zeros(3, 1, 1)
 
 
 def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
@@ -267,14 +315,16 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
 def classes_of(spec: str) -> tuple[str, ...]:
     """The classes of a data set that is known by a word; none for a path."""
     kind = parse_source(spec).kind
+    if kind in KNOWN:
+        return DATASETS[kind].class_names()
     if kind == "tiny-imagenet":
         return tuple(card("photos")["class_names"])
     return {"shapes": PROPERTIES["shape"], "cifar10": CIFAR10_CLASSES}.get(kind, ())
 
 
 def check_world_classes(spec: str, class_names: Sequence[str]) -> None:
-    """Raises ValueError where a data set that is known by a word has other classes."""
-    known = classes_of(spec)
+    """Raises ValueError where a world, whose classes are numbers alone, has other classes."""
+    known = () if parse_source(spec).kind in KNOWN else classes_of(spec)
     if known and tuple(class_names) != known:
         few = f"{', '.join(class_names[:12])}{', ...' if len(class_names) > 12 else ''}"
         raise ValueError(
@@ -298,7 +348,7 @@ def open_labelled(
 
     Args:
         spec: `shapes` or `shapes:5000` (the bundled world), `cifar10` or `tiny-imagenet`, also `cifar10:500` (the test part, in the
-            folder that DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, a table, shards.
+            folder that DECOMPCLIP_DATA names), or what `open_images` takes: a folder with a sub-folder of images a class, `imagenet:PATH`, a table, shards.
         size: of the model's images.
         class_names: the classifier's.
         preprocess: from a picture to pixels in [0, 1] of that size, a model's `pixels`; by default the shorter side is
@@ -336,7 +386,8 @@ def open_pairs(
     """The pairs that `spec` names.
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet` (in the folder that DECOMPCLIP_DATA names); a
+        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet` (in the folder that DECOMPCLIP_DATA names);
+            `imagenet:PATH`, `caltech101:PATH` or `pets:PATH` (`decompclip.data.known`); a
             `.parquet` file or a folder of such; a `.csv` or `.tsv` table; WebDataset shards, as `ShardPairs` takes them; or a folder with a sub-folder of
             images a class.
         preprocess: from a picture to pixels in [0, 1].
@@ -354,6 +405,9 @@ def open_pairs(
     if source.kind in PHOTOGRAPHS:
         given = {} if templates is None else {"templates": templates}
         return PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed, **given)
+    if source.kind in KNOWN:
+        given = {"class_names": class_names, "templates": templates, "caption_seed": seed, "order_seed": seed}
+        return known_pairs(source, preprocess, split="train", root=root, **given)
     texts = PLAIN_TEMPLATES if templates is None else templates
     if source.path.is_dir():
         check_finished(source.path)
@@ -372,6 +426,6 @@ def open_pairs(
     if source.path.is_dir():
         return FolderPairs(source.path, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
     raise FileNotFoundError(
-        "expected pairs as shapes, cifar10, tiny-imagenet, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
+        "expected pairs as shapes, cifar10, tiny-imagenet, imagenet:PATH, caltech101:PATH, pets:PATH, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
         f"of images a class; there is no {spec}"
     )
