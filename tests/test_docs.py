@@ -47,6 +47,12 @@ def run_command(command: str) -> None:
         assert words[:4] == ["python", "-m", "pip", "install"], command
 
 
+def test_each_of_the_ten_tasks_takes_three_lines_at_most() -> None:
+    _, *tasks = [text for language, text in blocks("tasks") if language == "python"]
+    assert len(tasks) == PAGES["tasks"].count("\n## ") == 10
+    assert max(text.count("\n") for text in tasks) <= 3
+
+
 def test_names_of_extras_are_those_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = re.findall(

@@ -24,7 +24,7 @@ import torch
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, carries, curve, groups, markdown, mean
+from analyses.study.summary import RANGE, by_attack, carries, curve, groups, markdown, mean
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
@@ -108,7 +108,7 @@ def _sweep(record: Mapping[str, Any], rate: str) -> Any:
                     f"{title}, {layers}", "x, layer", unit, curves, ends=PERCENT, levels=before, whole=True
                 )
             )
-    return line_panels(panels, columns=3)
+    return line_panels(panels, columns=3, bands=RANGE, levels="before")
 
 
 def _mmd(record: Mapping[str, Any]) -> Any:
@@ -131,7 +131,7 @@ def _mmd(record: Mapping[str, Any]) -> Any:
         for kernel, unit in units.items()
         for kind, title in KINDS.items()
     ]
-    return line_panels(panels, columns=2, row_height=210, shared_y=False)
+    return line_panels(panels, columns=2, row_height=210, shared_y=False, bands=RANGE)
 
 
 SETTINGS: dict[str, tuple[str, str, int] | None] = {

@@ -129,7 +129,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             continue
         pairs = [
             HeadPair(
-                f"head {row['head']}<br>MMD {row['mmd']:.3g}<br>texts {row['similarity']:.2f}",
+                f"last layer<br>head {row['head']}<br>10³ MMD<br>{row['mmd']:.3g}<br>texts {row['similarity']:.2f}",
                 clean,
                 triggered,
             )
@@ -139,7 +139,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         pictures = tuple(found["pictures"]) if "pictures" in found else None
         figures[attack] = head_pairs(
             pairs,
-            unit=f"toward {record['models'][name]['target']}",
+            unit=f"cosine toward<br>“{record['models'][name]['target']}”, less others",
             pictures=pictures,  # pyright: ignore[reportArgumentType]
             marked=[(y, x) for y, x in found["marked"]],
         )

@@ -23,7 +23,7 @@ import torch
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import curve, groups, markdown, mean
+from analyses.study.summary import RANGE, curve, groups, markdown, mean
 from analyses.study.words import words
 from decompclip.decomposition.components import mlps
 from decompclip.figures.curves import LinePanel, line_panels
@@ -66,7 +66,10 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     models, panels = record["found"]["models"], []
-    for group, names in groups(record).items():
+    shown = groups(record)
+    if all(len(names) == 1 for names in shown.values()):  # a range needs several
+        shown = {", ".join(shown): [name for names in shown.values() for name in names]}
+    for group, names in shown.items():
         curves = {
             name: curve(range(len(models[names[0]])), [[row[key] for row in models[n]] for n in names])
             for name, key in {
@@ -75,7 +78,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             }.items()
         }
         panels.append(LinePanel(group, "layer", "similarity of texts", curves, ends=(0.0, 1.04), whole=True))
-    return {"mlps": line_panels(panels, columns=2, row_height=200)}
+    return {"mlps": line_panels(panels, columns=min(2, len(panels)), row_height=200, bands=RANGE)}
 
 
 def table(record: Mapping[str, Any]) -> str:

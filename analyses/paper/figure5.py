@@ -12,6 +12,7 @@ triggered images from clean ones, and the overlap of the two densities (1 where 
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import sys
@@ -102,22 +103,27 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-UNITS = {"cosine": ("cosine similarity", 1.0), "dot": ("dot product × 1000", 1000.0)}
+UNITS = {"cosine": ("cosine similarity", 1.0, 1.0), "dot": ("dot product × 1000", 1000.0, math.inf)}
+"""Unit, what it multiplies, and the largest value there is: an estimate of a density spreads past it."""
 
 
-def _panels(found: Mapping[str, Any], unit: str, scale: float) -> Any:
+def _panels(found: Mapping[str, Any], unit: str, scale: float, most: float) -> Any:
     panels = [
         LinePanel(
-            f"head {head}<br>AUROC {found['auroc'][head]:.2f}, overlap {found['overlap'][head]:.2f}",
+            f"last layer, head {head}<br>AUROC {found['auroc'][head]:.2f}, overlap {found['overlap'][head]:.2f}",
             unit if head >= len(found["densities"]) - 4 else "",
             "density" if head % 4 == 0 else "",
             {
-                part: Curve([scale * x for x in kde["x"]], [y / scale for y in kde[part]])
+                part: Curve(
+                    [scale * x for x in shown],
+                    [y / scale for x, y in zip(kde["x"], kde[part], strict=True) if x in shown],
+                )
                 for part in ("clean", "triggered")
             },
             ends=(0.0, 1.06 * max(*kde["clean"], *kde["triggered"], 1e-9) / scale),
         )
         for head, kde in enumerate(found["densities"])
+        for shown in [[x for x in kde["x"] if abs(x) <= most]]
     ]
     return line_panels(panels, columns=4, row_height=130, shared_y=False)
 

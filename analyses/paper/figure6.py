@@ -21,14 +21,14 @@ from typing import Any
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, curve, groups, markdown, mean
+from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean
 from decompclip.defenses.decomp import DecompRep
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
 
 TITLE = "Figure 6: the threshold epsilon"
 
-PAPER = {0.001: "", 0.002: "", 0.0025: "paper"}
+PAPER = dict.fromkeys((0.001, 0.002, 0.0025), "")
 FALL = 5.0
 """Points of CACC that an epsilon may cost."""
 
@@ -100,8 +100,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             )
             for group, names in groups(record).items()
         }
-        # Controls run where the word would stand.
-        marks = (dict.fromkeys(PAPER, "") if key == "asr" else PAPER) if sweep == "epsilon" else None
+        marks = PAPER if sweep == "epsilon" else None
         label = "epsilon" if sweep == "epsilon" else "quantile of clean dot products"
         levels = before.get(key)
         return LinePanel(title, label, unit, curves, log_x=True, ends=PERCENT, marks=marks, levels=levels)
@@ -115,7 +114,16 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             ("heads replaced in triggered images", "replaced_triggered", ""),
         )
     ]
-    return {"thresholds": line_panels(panels, columns=3, row_height=230)}
+    return {
+        "thresholds": line_panels(
+            panels,
+            columns=3,
+            row_height=230,
+            bands=RANGE,
+            levels="without repair",
+            marks="epsilons of the paper",
+        )
+    }
 
 
 def table(record: Mapping[str, Any]) -> str:

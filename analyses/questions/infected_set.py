@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, curve, groups, markdown, mean
+from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean
 from decompclip.audit.components import as_many, infected_parts, shift
 from decompclip.decomposition.components import Part
 from decompclip.decomposition.decomposition import Decomposition
@@ -112,7 +112,16 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
             values, thin = ([of(models[name], kind) for name in names] for kind in ("strongest", "others"))
             curves[group] = curve(record["config"]["sizes"][: len(values[0])], values, thin)
         panels.append(LinePanel(title, "components mean-ablated", unit, curves, ends=PERCENT))
-    return {"sizes": line_panels(panels, columns=2, row_height=260, shared_y=False)}
+    return {
+        "sizes": line_panels(
+            panels,
+            columns=2,
+            row_height=260,
+            shared_y=False,
+            bands=RANGE,
+            thin="as many others of the same kinds",
+        )
+    }
 
 
 def half(model: Mapping[str, Any], sizes: list[int]) -> int | None:

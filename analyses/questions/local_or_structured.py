@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -36,6 +36,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import attack_report
 from decompclip.figures.curves import Curve, LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
+from decompclip.figures.theme import STYLES, Style
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Local or structured: what decides whether heads or MLPs carry a trigger?"
@@ -53,6 +54,7 @@ PANELS = {
     "causal": "the same,<br>causal",
 }
 PARTS = {"heads": heads, "mlps": mlps}
+NAMES = {"heads": "heads", "mlps": "MLPs"}
 STRENGTHS = 20
 """Steps from the terms as they are to all of them at their means."""
 EFFECTS = {"extent": "local less global", "structure": "structured less noise", "both": "interaction"}
@@ -199,7 +201,20 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         panels.append(
             Panel(title, "%" if key == "share" else "points", series, line=50.0 if key == "share" else 0.0)
         )
-    return {"kinds": point_panels(rows, panels), "paths": line_panels(_paths(record), columns=2)}
+    return {
+        "kinds": point_panels(rows, panels),
+        "paths": line_panels(_paths(record), columns=2, styles=_styles(record)),
+    }
+
+
+def _styles(record: Mapping[str, Any]) -> dict[str, Style]:
+    """A colour a part, and a dash and a marker a seed."""
+    seeds = max(len(found) for found in cells(record, "paths").values())
+    return {
+        f"{NAMES[part]}, seed {seed}": replace(STYLES[seed], colour=STYLES[place].colour)
+        for place, part in enumerate(PARTS)
+        for seed in range(seeds)
+    }
 
 
 def _paths(record: Mapping[str, Any]) -> list[LinePanel]:
@@ -207,9 +222,7 @@ def _paths(record: Mapping[str, Any]) -> list[LinePanel]:
     panels = []
     for (extent, structure), found in cells(record, "paths").items():
         curves = {
-            f"{'MLPs' if part == 'mlps' else part} ablated, seed {seed}": Curve(
-                paths[part]["cacc"], paths[part]["left"]
-            )
+            f"{NAMES[part]}, seed {seed}": Curve(paths[part]["cacc"], paths[part]["left"])
             for part in PARTS
             for seed, paths in enumerate(found)
         }
@@ -217,7 +230,7 @@ def _paths(record: Mapping[str, Any]) -> list[LinePanel]:
             LinePanel(
                 f"{extent}, {structure}",
                 "clean accuracy, %",
-                "ASR less control, points",
+                "attack success less control, points",
                 curves,
                 ends=PERCENT,
             )

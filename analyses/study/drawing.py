@@ -28,6 +28,6 @@ def draw(analysis: Analysis, record: Mapping[str, Any], folder: Path, formats: t
         for suffix in formats:
             path = folder / record["family"]["name"] / f"{stem}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_figure(figure, path)
+            write_figure(figure, path, script="beside")
             written.append(path)
     return written

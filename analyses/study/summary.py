@@ -71,6 +71,10 @@ def groups(record: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
+RANGE = "range over models"
+"""What the bands of `curve` are."""
+
+
 def curve(
     x: Sequence[float], values: Sequence[Sequence[float]], thin: Sequence[Sequence[float]] = ()
 ) -> Curve:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from decompclip.figures.scatter import PERCENT, Point, wrapped
-from decompclip.figures.theme import Style, band, framed, lettered, styled, thin_line
+from decompclip.figures.theme import BAND, INK, Style, band, faint, framed, lettered, styled, thin_line
 
 LINE = 15
 """Pixels of height a further line of a title takes."""
@@ -76,8 +76,12 @@ def line_panels(
     row_height: int = 210,
     shared_y: bool = True,
     styles: Mapping[str, Style] | None = None,
+    bands: str = "95 % interval",
+    thin: str = "control",
+    levels: str = "as it is",
+    marks: str = "",
 ) -> go.Figure:
-    """Panels row by row, with letters; a series looks the same in all of them.
+    """Panels row by row, with letters; a series looks the same in all of them. What is drawn beside the series stands in the legend.
 
     Args:
         panels: in reading order.
@@ -85,6 +89,10 @@ def line_panels(
         row_height: pixels of a panel's height.
         shared_y: whether a line of panels has one vertical axis.
         styles: of the series; by default one after the other of the theme's.
+        bands: what the series' bands are.
+        thin: what their thin curves are.
+        levels: what the dashed horizontal lines are.
+        marks: what the vertical lines are, where these do not say it; by default they have no place in the legend.
 
     Raises:
         ValueError: more series than styles.
@@ -110,15 +118,24 @@ def line_panels(
         drawn = [
             trace
             for name, curve in panel.curves.items()
-            for trace in _traces(name, look[name], curve, legend=several and name not in shown)
+            for trace in _traces(name, look[name], curve, thin, legend=several and name not in shown)
         ]
         shown.update(panel.curves)
-        drawn += [_level(name, look[name], y, panel) for name, y in (panel.levels or {}).items()]
+        drawn += [_level(name, look[name], y, panel, levels) for name, y in (panel.levels or {}).items()]
         if panel.diagonal:
             drawn.append(thin_line(panel.ends or (0, 1), panel.ends or (0, 1)))
         for trace in sorted(drawn, key=lambda trace: trace.fill != "toself"):  # no band over another's line
             plot.add_trace(trace, row=row, col=col)
         _axes(plot, panel, row, col, titled=col == 1 or not shared_y)
+    curves = [curve for panel in panels for curve in panel.curves.values()]
+    for name, dash, there in (
+        (bands, "", any(curve.low is not None for curve in curves)),
+        (thin, "dot", any(curve.thin is not None for curve in curves)),
+        (levels, "longdash", any(panel.levels for panel in panels)),
+        (marks, "dot", any(panel.marks for panel in panels)),
+    ):
+        if name and there:
+            plot.add_trace(_explained(name, dash))
     framed(
         plot,
         height=height,
@@ -184,7 +201,7 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
         plot.add_trace(_mark(x, text, panel), row=row, col=col)
 
 
-def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.Scatter]:
+def _traces(name: str, style: Style, curve: Curve, what: str, *, legend: bool) -> list[go.Scatter]:
     traces: list[Any] = []
     shown, ends = "%{y:.3g}", None
     if curve.low is not None and curve.high is not None:
@@ -201,7 +218,7 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
                 line={"color": style.colour, "width": 1, "dash": "dot"},
                 legendgroup=name,
                 hoverinfo=None,
-                hovertemplate="%{x:.4g}: control %{y:.3g}<extra>" + name + "</extra>",
+                hovertemplate="%{x:.4g}: " + what + " %{y:.3g}<extra>" + name + "</extra>",
             )
         )
     marker = style.marker(size=6)
@@ -226,7 +243,7 @@ def _traces(name: str, style: Style, curve: Curve, *, legend: bool) -> list[go.S
     ]
 
 
-def _level(name: str, style: Style, y: float, panel: LinePanel) -> go.Scatter:
+def _level(name: str, style: Style, y: float, panel: LinePanel, what: str) -> go.Scatter:
     """A dashed horizontal line in a series' colour."""
     places = [x for curve in panel.curves.values() for x in curve.x]
     return thin_line(
@@ -235,8 +252,17 @@ def _level(name: str, style: Style, y: float, panel: LinePanel) -> go.Scatter:
         line={"color": style.colour, "width": 1, "dash": "longdash"},
         legendgroup=name,
         hoverinfo=None,
-        hovertemplate=f"before: {y:.3g}<extra>{name}</extra>",
+        hovertemplate=f"{what}: {y:.3g}<extra>{name}</extra>",
     )
+
+
+def _explained(name: str, dash: str) -> go.Scatter:
+    """An entry of the legend alone, in no series' colour: a line, or without a dash a band."""
+    if not dash:
+        square = {"symbol": "square", "size": 14, "color": faint(INK, BAND)}
+        return go.Scatter(x=[None], y=[None], mode="markers", marker=square, name=name, showlegend=True)
+    look = {"color": INK, "width": 1, "dash": dash}
+    return go.Scatter(x=[None], y=[None], mode="lines", line=look, name=name, showlegend=True)
 
 
 def _mark(x: float, text: str, panel: LinePanel) -> go.Scatter:

@@ -275,7 +275,7 @@ CELL = 96
 
 @dataclass(frozen=True)
 class HeadPair:
-    """Maps of one head on the clean and on the triggered image, and two short lines about it."""
+    """Maps of one head on the clean and on the triggered image, and a few short lines about it."""
 
     title: str
     clean: Grid
@@ -337,7 +337,9 @@ def head_pairs(
             visible=True, showticklabels=False, showgrid=False, ticks="", title=name, row=row, col=1
         )
     plot.update_annotations(font_size=10)
-    return framed(plot, height=2 * CELL + 96, margin={"l": 34, "r": 70, "t": 62, "b": 16}, showlegend=False)
+    above = 17 + 15 * max(head.title.count("<br>") + 1 for head in heads)
+    margin = {"l": 34, "r": 70, "t": above, "b": 16}
+    return framed(plot, height=2 * CELL + 34 + above, margin=margin, showlegend=False)
 
 
 TRIGGER_COLUMNS = ("clean", "triggered", "difference x 10, around grey")

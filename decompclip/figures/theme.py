@@ -173,11 +173,15 @@ SCALE = 2
 """Of PNG: pixels for each unit of the figure's width."""
 
 
-def write_figure(figure: go.Figure, path: str | Path, *, width: int = 960) -> Path:
+def write_figure(
+    figure: go.Figure, path: str | Path, *, width: int = 960, script: Literal["inside", "beside"] = "inside"
+) -> Path:
     """Write a figure in the format that the path's ending names.
 
     Args:
         width: of an image, in CSS pixels; its height is the figure's own.
+        script: where plotly.js, 5 MB, stands for .html: inside the file, which then needs nothing, or in `plotly.min.js`
+            beside it, once for all figures of the folder.
 
     Raises:
         ValueError: an unknown ending.
@@ -190,7 +194,10 @@ def write_figure(figure: go.Figure, path: str | Path, *, width: int = 960) -> Pa
             f"expected a file that ends in .{', .'.join(get_args(Format))}; received {path.name}"
         )
     if kind == "html":
-        return write_text(path, figure.to_html(include_plotlyjs=True, full_html=True, div_id="figure"))
+        if script == "beside" and not (own := path.with_name("plotly.min.js")).exists():
+            write_text(own, get_plotlyjs())
+        inside = True if script == "inside" else "directory"
+        return write_text(path, figure.to_html(include_plotlyjs=inside, full_html=True, div_id="figure"))
     try:
         data = on_white(figure).to_image(format=kind, width=width, scale=SCALE if kind == "png" else 1)
     except Exception as error:

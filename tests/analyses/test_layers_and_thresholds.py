@@ -114,3 +114,11 @@ def test_an_epsilon_that_costs_too_much_is_not_the_best() -> None:
     assert "leaves 0.0 points" in figure6.finding(record(a=(LOCAL, both([cheap, dear | {"cacc": 86.0}]))))
     low_first = [cheap | {"cacc": 40.0}, dear | {"cacc": 90.0}, dear | {"cacc": 36.0}]
     assert figure6._best(low_first) == 1
+
+
+def test_figure5_draws_no_cosine_past_one() -> None:
+    kde = {"x": [-1.1, 0.0, 1.0, 1.2], "clean": [0.1, 1.0, 2.0, 0.5], "triggered": [0.0, 2.0, 1.0, 0.2]}
+    found = {"auroc": [0.5], "overlap": [0.5], "densities": [kde]}
+    cosine, dot = (figure5._panels(found, *figure5.UNITS[of]) for of in ("cosine", "dot"))
+    assert [(tuple(t.x), tuple(t.y)) for t in cosine.data] == [((0, 1), (1, 2)), ((0, 1), (2, 1))]
+    assert [len(trace.x) for trace in dot.data] == [4, 4]

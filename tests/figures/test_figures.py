@@ -52,14 +52,15 @@ def test_curves_show_what_was_measured_with_its_bands(ablations: Ablations, wide
     assert len(series) == len(bands) == 6 * 3
     success = [trace for trace in series if trace.name == "Attack success"]
     assert [list(trace.y) for trace in success] == [[100, 75, 50, 25]] * 6
-    before = [trace for trace in traces(plot) if trace.line.dash == "longdash"]
+    before = [trace for trace in traces(plot) if trace.line.dash == "longdash" and trace.legendgroup]
     assert {(trace.legendgroup, tuple(trace.y)) for trace in before} == {
         (SUCCESS.short, (100, 100)), (CONTROL.short, (0, 0)), (ACCURACY.short, (100, 100))
     }  # fmt: skip
     rate = ablations.sweeps["heads"]["forward"][1].success
     band = next(trace for trace in bands if trace.legendgroup == SUCCESS.short)
     assert 100 * rate.high in band.y and 100 * rate.low in band.y
-    assert sum(bool(trace.showlegend) for trace in traces(plot)) == 3
+    named = [trace.name for trace in traces(plot) if trace.showlegend]
+    assert named == [SUCCESS.short, CONTROL.short, ACCURACY.short, "95 % interval", "as it is"]
     assert all(a.title.text for a in plot.select_yaxes(col=1))  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -46,11 +46,12 @@ def test_curves_have_bands_and_thin_companions() -> None:
         LinePanel("a", "layer", "%", {"x": curve}, whole=True),
         LinePanel("b", "e", "%", {"x": curve}, log_x=True, marks={0.5: "here"}),
     ]
-    plot = line_panels(panels, columns=2)
+    plot = line_panels(panels, columns=2, bands="range", marks="the paper's")
     band, thin, main = plot.data[:3]
     assert list(band.y) == [1.5, 2.5, 1.5, 0.5] and list(thin.y) == [0.0, 0.1] and list(main.y) == [1.0, 2.0]
     assert (plot.layout.xaxis.type, plot.layout.xaxis2.type) == ("linear", "log")
-    assert plot.data[-1].text[0] == "here"
+    assert [trace.text[0] for trace in plot.data if trace.text] == ["here"]
+    assert [trace.name for trace in plot.data if trace.showlegend] == ["range", "control", "the paper's"]
     assert plot.layout.yaxis.title.text == "%" and plot.layout.yaxis2.title.text is None
 
 
@@ -73,6 +74,12 @@ def test_html_needs_nothing_and_unknown_endings_are_refused(tmp_path: Path) -> N
     figure = go.Figure(go.Scatter(x=[1], y=[2]))
     page = write_figure(figure, tmp_path / "a.html").read_text(encoding="utf-8")
     assert "Plotly.newPlot" in page and 'src="http' not in page
+    beside = [write_figure(figure, tmp_path / name, script="beside") for name in ("b.html", "c.html")]
+    assert all(
+        path.stat().st_size < 50_000 and 'src="plotly.min.js"' in path.read_text(encoding="utf-8")
+        for path in beside
+    )
+    assert (tmp_path / "plotly.min.js").stat().st_size > 1_000_000
     with pytest.raises(
         ValueError, match=r"expected a file that ends in \.html, \.png, \.svg, \.pdf; received a\.bmp"
     ):
