@@ -46,7 +46,7 @@ class Pace:
         self.images, self.waited, self._began = 0, 0.0, 0.0
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """Passes the items through; batches are counted by their `images`."""
+        """Passes the items through; batches are counted by their `images`, pairs one by one."""
         source, self._began = iter(items), self._began or time.perf_counter()
         while True:
             asked = time.perf_counter()
@@ -56,7 +56,7 @@ class Pace:
                 return
             finally:
                 self.waited += time.perf_counter() - asked
-            self.images += len(getattr(item, "images", ()))
+            self.images += len(getattr(item, "images", ())) or hasattr(item, "image")
             yield item
 
     def __str__(self) -> str:

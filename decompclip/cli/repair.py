@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, say
+from decompclip.cli.console import imports, plain_errors, progress, say
 from decompclip.files import alone_in, check_folder, write_json
+from decompclip.progress import Track
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
@@ -159,16 +161,28 @@ def repair(
             asked = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
             other = _tuned(clip, fit, method, out, asked, seed=seed)
         else:
-            other = _fitted(
-                clip, fit, names, method, hint, out, budget=budget, batch=batch_size or 64, seed=seed
-            )
+            with progress() as track:
+                other = _fitted(
+                    clip,
+                    fit,
+                    names,
+                    method,
+                    hint,
+                    out,
+                    budget=budget,
+                    batch=batch_size or 64,
+                    seed=seed,
+                    track=track,
+                )
         subjects = {"before": clip, "after": reopen(out, device=clip.device)}
         if control and other is not None:
             subjects["control"] = other(subjects["after"])
-        rows = {
-            name: _measured(subject, clip, held, names, attack, label, batch_size or 64)
-            for name, subject in subjects.items()
-        }
+        with progress() as track:
+            shown = {name: partial(track, description=f"measuring {name}") for name in subjects}
+            rows = {
+                name: _measured(subject, clip, held, names, attack, label, batch_size or 64, shown[name])
+                for name, subject in subjects.items()
+            }
         measured = {
             "trigger": attack and attack.trigger.card(),
             "target_class": attack and attack.target,
@@ -256,6 +270,10 @@ class KeptImages:
     def __init__(self, source: Any, kept: Any) -> None:
         self.source, self.kept = source, kept
 
+    def __len__(self) -> int:
+        """How many there are, unreadable ones included."""
+        return int(self.kept.sum())
+
     def batches(self, batch_size: int = 64) -> Iterator[Any]:
         from types import SimpleNamespace
 
@@ -284,6 +302,7 @@ def _fitted(
     budget: float,
     batch: int,
     seed: int,
+    track: Track,
 ) -> Callable[[Any], Any] | None:
     """Fit a repair of features, and write it; returns what makes its control of the model written."""
     import torch
@@ -299,7 +318,8 @@ def _fitted(
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
 
-    inputs = (clip.normalize(part.images) for part in feed(fit, batch))
+    parts = track(feed(fit, batch), f"fitting {method.value}", -(-len(fit) // batch))
+    inputs = (clip.normalize(part.images) for part in parts)
     with torch.no_grad():
         if hint is Hint.spread:
             moments = Moments.fit(clip, inputs, stream=True)
@@ -361,6 +381,7 @@ def _measured(
     attack: Attack | None,
     label: int | None,
     batch: int,
+    track: Callable[..., Iterator[Any]],
 ) -> dict[str, Any]:
     """The rates of `LABELS`, as JSON has them."""
     import torch
@@ -373,12 +394,20 @@ def _measured(
     # each model by its own texts: fine-tuning moves the text tower too
     texts = subject if hasattr(subject, "zero_shot_classifier") else clip
     classifier = texts.zero_shot_classifier(names)
+    total = -(-len(held) // batch)
     found = evaluate(
-        subject, held, classifier, attack and attack.trigger, label, class_names=names, batch_size=batch
+        subject,
+        held,
+        classifier,
+        attack and attack.trigger,
+        label,
+        class_names=names,
+        batch_size=batch,
+        track=lambda batches: track(batches, total=total),
     )
     touched = []
     with torch.no_grad():
-        for part in feed(held, batch):
+        for part in track(feed(held, batch), total=total):
             images = clip.normalize(part.images)
             ours, theirs = (F.normalize(m.encode_image(images).float(), dim=-1) for m in (clip, subject))
             touched.append(((ours * theirs).sum(-1) < 1 - TOUCHED).cpu())
