@@ -278,11 +278,10 @@ class ViTCache(ActivationCache):
         embeds, of_embeds = self.decompose_resid(0, return_labels=True, pos_slice=pos_slice)
         if expand_neurons:
             neurons, more = self.stack_neuron_results(layer, pos_slice, return_labels=True)
-            bias = writes.sum(0) - parts.sum(0) - neurons.sum(0)
         else:
             of_mlps = [place for place, name in enumerate(names) if name.endswith("mlp_out")]
             neurons, more = writes[of_mlps], [names[place] for place in of_mlps]
-            bias = writes.sum(0) - parts.sum(0) - neurons.sum(0)
+        bias = writes.sum(0) - parts.sum(0) - neurons.sum(0)
         stack = torch.cat([parts, neurons, embeds, bias[None]])
         labels = [*labels, *more, *of_embeds, "bias"]
         stack = self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice) if apply_ln else stack
