@@ -153,6 +153,22 @@ def test_no_page_is_wider_than_its_screen(path: Path, width: int) -> None:
     use(path, steps)
 
 
+def test_on_paper_no_table_is_past_its_box(path: Path) -> None:
+    async def steps(page: Page) -> None:
+        await page.send("Emulation.setEmulatedMedia", media="print")
+        await page.resize(717, 1000)  # A4 less its margins
+        await page.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+        await asyncio.sleep(0.3)
+        outside = (
+            "[...document.querySelectorAll('table, .figure')].filter(e => e.getBoundingClientRect().right > "
+            "e.closest('section, main').getBoundingClientRect().right + 1).map(e => e.className)"
+        )
+        assert await page.ask("document.querySelectorAll('table').length") > 3
+        assert await page.ask(outside) == []
+
+    use(path, steps)
+
+
 def test_on_paper_all_is_unfolded_and_light(path: Path) -> None:
     async def steps(page: Page) -> None:
         await page.ask("document.getElementById('scheme').click()")
