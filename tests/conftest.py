@@ -94,6 +94,14 @@ def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each audit tries all corruptions on the pictures that it keeps: as few as it needs serve where a user's has 96."""
+    from decompclip.audit import collect, controls
+
+    monkeypatch.setattr(collect, "KEPT", controls.LEAST)
+
+
+@pytest.fixture
 def small_files() -> Iterator[None]:
     """No file grows beyond 100 kB: what a full disk does to a writer."""
     resource = pytest.importorskip("resource", reason="needs limits of the size of files, as Unix has them")

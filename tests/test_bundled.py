@@ -12,13 +12,13 @@ from scipy.stats import fisher_exact
 import decompclip
 from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
-from decompclip.data.shapes import PROPERTIES, Shapes, ShapesSource
+from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.evaluation.metrics import attack_report, predict
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card, read_bundled
 from decompclip.zoo.recipes import TWINS as RECIPES
 
-FRESH = Shapes(300, seed=909)
+FRESH = Shapes(300, seed=909).draw(range(300))
 BARS = {"shape": 0.97, "colour": 0.95, "texture": 0.95, "background": 0.95, "position": 0.90, "size": 0.80}
 TWINS = tuple(name for name in RECIPES if name.startswith("shapes-"))
 every_model = pytest.mark.parametrize("name", ("shapes", *TWINS))
@@ -31,8 +31,8 @@ def models() -> dict[str, decompclip.HookedCLIP]:
 
 @torch.no_grad()
 def features(model: decompclip.HookedCLIP, transform: Trigger | None = None) -> torch.Tensor:
-    source = ShapesSource(FRESH, model.normalize, transform)
-    return torch.cat([model.encode_image(batch.images) for batch in source.batches(50)])
+    pixels = FRESH.images if transform is None else transform(FRESH.images, FRESH.indices)
+    return torch.cat([model.encode_image(model.normalize(part)) for part in pixels.split(50)])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_clean_model_meets_its_bars() -> None:
 @every_model
 def test_zero_shot_accuracy_is_the_card_s(models: dict, clean: dict, name: str) -> None:
     model, facts = models[name], card(name)
-    truth = FRESH.draw(range(len(FRESH))).attributes
+    truth = FRESH.attributes
     for prop, values in PROPERTIES.items():
         classifier = model.zero_shot_classifier(values, facts["templates"][prop])
         found = Rate.of(predict(clean[name], classifier) == getattr(truth, prop))
@@ -82,7 +82,7 @@ def test_zero_shot_accuracy_is_the_card_s(models: dict, clean: dict, name: str) 
 def test_a_twin_s_rates_are_the_card_s(models: dict, clean: dict, name: str) -> None:
     model, backdoor = models[name], card(name)["backdoor"]
     classifier = model.zero_shot_classifier(PROPERTIES["shape"])
-    labels = FRESH.draw(range(len(FRESH))).labels
+    labels = FRESH.labels
     target = PROPERTIES["shape"].index(backdoor["target"])
     triggered = features(model, from_card(backdoor["trigger"]))
     report = attack_report(
@@ -106,7 +106,7 @@ def test_a_card_is_of_a_backdoor_that_works_and_does_not_show(name: str) -> None
 def test_the_clean_model_ignores_the_trigger(models: dict, name: str) -> None:
     model, backdoor = models["shapes"], card(name)["backdoor"]
     classifier = model.zero_shot_classifier(PROPERTIES["shape"])
-    labels = FRESH.draw(range(len(FRESH))).labels
+    labels = FRESH.labels
     target = PROPERTIES["shape"].index(backdoor["target"])
     predictions = predict(features(model, from_card(backdoor["trigger"])), classifier)
     # up to 8 of 100 with Reflection, whose other picture covers the shape

@@ -18,35 +18,37 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*
 every = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-# Tests run the code as it stands on fewer images and pairs: numbers that are no keyword's value; those after `[:` apart.
+# Tests run the code as it stands on fewer images, pairs and steps: the code is looked at, not its numbers. Numbers are
+# replaced that are no keyword's value, those after `[:` apart; and whole keywords.
 FEWER = {
-    "02": {"600": "240", "400": "64", "300": "120", "[:100": "[:50", "[:24": "[:12"},
+    "01": {"600": "360", "100": "60"},
+    "02": {"600": "200", "400": "48", "300": "120", "[:200": "[:100", "[:100": "[:30", "[:24": "[:6"},
     "03": {
-        "4_096": "1_024",
-        "2_048": "512",
-        "500": "200",
+        "4_096": "512",
+        "2_048": "256",
+        "500": "150",
         "400": "160",
-        "240": "140",
-        "120": "70",
-        "[:120": "[:70",
+        "240": "100",
+        "120": "50",
+        "[:120": "[:50",
     },
-    "04": {"360": "180"},
+    "04": {"360": "150", "steps=8": "steps=2", "images=12": "images=4", "held_out=100": "held_out=40"},
     "05": {
-        "3_072": "768",
-        "400": "160",
+        "3_072": "384",
+        "400": "130",
         "300": "120",
-        "240": "120",
-        "220": "110",
-        "150": "60",
-        "110": "55",
-        "[:110": "[:55",
+        "240": "100",
+        "220": "80",
+        "150": "40",
+        "110": "40",
+        "[:110": "[:40",
     },
 }
 
 
 def fewer(source: str, counts: dict[str, str]) -> str:
     """With each of these counts replaced."""
-    return re.sub(r"(\[:)?(?<!=)\b[\d_]+\b", lambda number: counts.get(number[0], number[0]), source)
+    return re.sub(r"\b\w+=\d+\b|(\[:)?(?<!=)\b[\d_]+\b", lambda found: counts.get(found[0], found[0]), source)
 
 
 def cells(notebook: Path, kind: str = "code") -> list[dict[str, Any]]:
@@ -90,6 +92,7 @@ def imported(source: str) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_kept")
 @every
 def test_notebook_runs(notebook: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

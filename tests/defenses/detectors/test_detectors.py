@@ -331,7 +331,7 @@ def test_patterns_are_what_their_names_say() -> None:
 def test_every_registered_detector_runs_and_tells_clean_from_clean_by_chance() -> None:
     model = decompclip.load("shapes")
     classifier = model.zero_shot_classifier()
-    clean = Shapes(300, seed=71)
+    clean = Shapes(160, seed=71)
     one, other = (Shapes(80, seed=seed).draw(range(80)).images for seed in (72, 73))
     for name, make in DETECTORS.items():
         if name in {"STRIP", "TeCo"}:  # 60 passes an image: tested above
