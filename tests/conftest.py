@@ -93,12 +93,14 @@ def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.fixture
-def few_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each audit tries all corruptions on the pictures that it keeps: as few as it needs serve where a user's has 96."""
-    from decompclip.audit import collect, controls
+@pytest.fixture(scope="module")
+def few_kept() -> Iterator[None]:
+    """Each audit tries all corruptions on the pictures that it keeps: 60 serve where a user's has 96."""
+    from decompclip.audit import collect
 
-    monkeypatch.setattr(collect, "KEPT", controls.LEAST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "KEPT", 60)
+        yield
 
 
 @pytest.fixture

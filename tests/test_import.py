@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,6 +146,36 @@ def test_every_public_name_is_there() -> None:
     assert set(decompclip.__all__) <= set(dir(decompclip))
     with pytest.raises(AttributeError, match="No decompclip attribute lod"):
         getattr(decompclip, "lod")  # noqa: B009 - a name that type checkers refuse
+
+
+def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function and class, and their public methods, by name."""
+    for name in decompclip.__all__:
+        value = getattr(decompclip, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            yield name, value
+        for method, given in vars(value).items() if inspect.isclass(value) else ():
+            plain = given.__func__ if isinstance(given, classmethod | staticmethod) else given
+            if inspect.isfunction(plain) and not method.startswith("_"):
+                yield f"{name}.{method}", plain
+
+
+def entries(docstring: str) -> list[str]:
+    """The names that a section `Args:` has, in Google's style: one entry a parameter."""
+    _, _, section = inspect.cleandoc(docstring).partition("\nArgs:\n")
+    section = re.split(r"^\S", section, maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(r"^    \*{0,2}(\w+):", section, flags=re.MULTILINE)
+
+
+def test_arguments_that_are_explained_are_those_that_there_are() -> None:
+    explained = {name: (given, entries(given.__doc__ or "")) for name, given in functions()}
+    wrong = {
+        name: sorted(set(found) ^ (set(inspect.signature(given).parameters) - {"self", "cls"}))
+        for name, (given, found) in explained.items()
+        if found
+    }
+    assert {name: odd for name, odd in wrong.items() if odd} == {}
+    assert sum(bool(found) for _, found in explained.values()) > 120
 
 
 @pytest.mark.parametrize("name", [n for names in decompclip.MOVED.values() for n in names.split()])

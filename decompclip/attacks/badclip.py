@@ -178,8 +178,9 @@ class BadCLIP(PatchTrigger):
 
     Args:
         patch: the patch as a base64 PNG, which a card can hold; see `encode_patch`.
-        size: as `PatchTrigger`.
-        place: as `PatchTrigger`; the source pastes it in the centre.
+        seed: of the places that are drawn.
+        size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
+        place: where; the source pastes it in the centre.
 
     Raises:
         ValueError: as `PatchTrigger`, or a patch that is no square picture.

@@ -17,6 +17,7 @@ class BadNet(PatchTrigger):
     """A square patch of value `channel mean of the image + N(0, 1)`, cut to [0, 1] (docs/method.md, section 5).
 
     Args:
+        seed: of everything that the trigger draws.
         size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
         place: where; `"random"` draws a place for each image.
         redraw: draw the noise anew for each image, as the code run on CLIP does. Otherwise every image
@@ -52,6 +53,7 @@ class Kitty(PatchTrigger):
     """A square patch that shows a picture; by default a cat's head that we drew.
 
     Args:
+        seed: of everything that the trigger draws.
         size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
         place: where; `"random"` draws a place for each image.
         picture: `"kitty"`, `"window"`, or the path of an image file.

@@ -30,6 +30,7 @@ class Blended(Trigger):
     """`(1 - alpha) x + alpha u` with uniform noise `u` in [0, 1], or a picture (docs/method.md, section 5).
 
     Args:
+        seed: as `Trigger`.
         alpha: weight of the noise; 0.2 in the paper.
         redraw: draw the noise anew for each image, as the code run on CLIP does. Otherwise every image is
             blended with the same picture of noise, as in the classical attack.
@@ -77,6 +78,7 @@ class SIG(Trigger):
     """`x + amplitude sin(2 pi frequency column / width)`, cut to [0, 1] (docs/method.md, section 5).
 
     Args:
+        seed: as `Trigger`; nothing is drawn.
         amplitude: of the sinusoid; 20/255 to 60/255 in the source.
         frequency: periods in the image's width, at every resolution.
 

@@ -197,6 +197,9 @@ class ISSBA(Trigger):
     def decode(self, pixels: Pixels) -> Bool[Tensor, "batch bits"]:
         """The bits that the decoder reads in `pixels`.
 
+        Args:
+            pixels: images in [0, 1].
+
         Raises:
             ValueError: not a batch of RGB images in [0, 1].
         """
@@ -205,7 +208,11 @@ class ISSBA(Trigger):
         return torch.cat([decoder(_resize(chunk.float(), side)) > 0 for chunk in pixels.split(CHUNK)])
 
     def bit_accuracy(self, pixels: Pixels) -> Float[Tensor, " batch"]:
-        """Share of the secret's bits that the decoder reads right in each of `pixels`."""
+        """Share of the secret's bits that the decoder reads right in each of `pixels`.
+
+        Args:
+            pixels: images in [0, 1].
+        """
         return (self.decode(pixels) == self.secret.to(pixels.device)).float().mean(dim=1)
 
 

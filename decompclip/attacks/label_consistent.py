@@ -28,6 +28,7 @@ class LabelConsistent(BadNet):
     code run on CLIP leaves this out.
 
     Args:
+        seed: of everything that the trigger draws.
         size: side of the square as a share of the image's shorter side; 16 of 224 pixels in the paper.
         place: where; `"random"` draws a place for each image.
         redraw: draw the noise anew for each image.

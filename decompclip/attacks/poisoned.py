@@ -327,11 +327,22 @@ class PoisonedPairs(PairSteps):
         return map(self._one, self.base)
 
     def read(self, indices: Sequence[int], *, device: torch.device | str | None = None) -> PairBatch:
-        """The pairs at these places; on a device the trigger is put in there."""
+        """The pairs at these places; on a device the trigger is put in there.
+
+        Args:
+            indices: places among the pairs.
+            device: where the images are to be.
+        """
         return self._poison(self._by_place("read()").read(indices, device=device))
 
     def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
-        """The pairs of training step `step`, a pure function of the step; a poison's class is the target's."""
+        """The pairs of training step `step`, a pure function of the step; a poison's class is the target's.
+
+        Args:
+            step: of the training, from 0.
+            size: pairs in its batch.
+            device: as `read`.
+        """
         return self._poison(self.base.take(step, size, device=device))
 
     def _by_place(self, what: str) -> Pairs:

@@ -29,6 +29,7 @@ class Reflection(Trigger):
     focus (a near scene's blur, bright around one place). Formulas and ranges are those of the source's code.
 
     Args:
+        seed: as `Trigger`.
         kind: which; `"random"` draws it.
         weakest: least share of the light that the reflection has.
         strongest: largest share.

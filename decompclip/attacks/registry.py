@@ -292,6 +292,9 @@ class Backdoor:
 def backdoor(name: str | Path) -> Backdoor:
     """The backdoor of a bundled twin, or of a model that `save_model` wrote and that remembers one.
 
+    Args:
+        name: a bundled twin's, or a model's folder.
+
     Raises:
         UnknownModelError: no such bundled model.
         ValueError: a model without a backdoor, where bundled twins are listed; or one that remembers several.

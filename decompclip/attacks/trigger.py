@@ -100,7 +100,13 @@ class Trigger:
         raise NotImplementedError
 
     def mask(self, height: int, width: int, indices: Indices = (0,)) -> Bool[Tensor, "batch h w"]:
-        """The pixels that the trigger may touch in the images at `indices`."""
+        """The pixels that the trigger may touch in the images at `indices`.
+
+        Args:
+            height: of the images, in pixels.
+            width: likewise.
+            indices: of the images, as `__call__` takes them.
+        """
         return torch.ones(len(indices), height, width, dtype=torch.bool)
 
     def card(self) -> dict[str, Any]:

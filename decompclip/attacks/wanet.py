@@ -28,6 +28,7 @@ class WaNet(Trigger):
     `s / side` in the coordinates -1..1 of the image: a mean move along each axis of `s / 2` pixels.
 
     Args:
+        seed: as `Trigger`.
         k: points of the field's control grid along each axis.
         s: strength.
         unit: `"share"` keeps the warp's proportions at every resolution: `s` counts pixels of the 32 x 32

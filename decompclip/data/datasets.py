@@ -273,7 +273,9 @@ class FolderPairs(ListedPairs):
         preprocess: as `Pairs`.
         class_names: names of classes whose folders are called otherwise, such as `{"n02123045": "tabby cat"}`.
         root: a folder that all images must lie in, links resolved; None allows any.
-        caption_seed, order_seed, on_error: as `Pairs`.
+        caption_seed: of the templates drawn.
+        order_seed: of the order in which `batch` goes through the pairs.
+        on_error: `"skip"` or `"raise"`, as `Pairs`.
 
     Raises:
         FileNotFoundError: no such folder, or no sub-folder or an empty one.

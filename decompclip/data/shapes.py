@@ -205,12 +205,19 @@ class Shapes:
         return replace(self, resolution=1).draw(range(self.length)).attributes
 
     def batches(self, batch_size: int = 256) -> Iterator[ShapesBatch]:
-        """The whole sample in order, `batch_size` images at a time."""
+        """The whole sample in order, `batch_size` images at a time.
+
+        Args:
+            batch_size: images in a batch.
+        """
         for start in range(0, self.length, batch_size):
             yield self.draw(range(start, min(start + batch_size, self.length)))
 
     def draw(self, indices: Sequence[int]) -> ShapesBatch:
         """Render the images at `indices`.
+
+        Args:
+            indices: places in the sample.
 
         Raises:
             IndexError: an index lies outside `0 .. length-1`.

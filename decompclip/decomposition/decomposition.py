@@ -206,6 +206,9 @@ class Decomposition:
 
         The sum over heads of `tokens(layer, head) @ direction`, without forming the contributions.
 
+        Args:
+            directions: of each image; a text's feature, say.
+
         Raises:
             LookupError: no tokens were kept.
             ValueError: not one direction for each image.
@@ -333,6 +336,9 @@ class Decomposition:
     def cat(parts: Sequence[Decomposition]) -> Decomposition:
         """The images of several decompositions of one model, in order.
 
+        Args:
+            parts: decompositions of batches, in the order wanted.
+
         Raises:
             ValueError: there are none, or they are of different models or options.
         """
@@ -379,7 +385,12 @@ class Decomposition:
         return self._map(lambda x: x[index], self.maps)
 
     def to(self, *args: Any, **kwargs: Any) -> Decomposition:
-        """On another device or in another dtype, as `torch.Tensor.to`."""
+        """On another device or in another dtype, as `torch.Tensor.to`.
+
+        Args:
+            *args: a device, a dtype, or both.
+            **kwargs: as `torch.Tensor.to`.
+        """
 
         return self._map(lambda x: x.to(*args, **kwargs), self.maps.to(*args, **kwargs))
 
@@ -392,7 +403,11 @@ class Decomposition:
     # Files
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file that stands alone: the maps are in it. Returns its path."""
+        """Write to a safetensors file that stands alone: the maps are in it. Returns its path.
+
+        Args:
+            path: of the file to write.
+        """
         tensors: dict[str, Tensor | None] = {
             **{name: getattr(self, name) for name in (*TERMS, "target")},
             **maps_stored(self.maps),
@@ -412,6 +427,9 @@ class Decomposition:
     @staticmethod
     def load(path: str | Path) -> Decomposition:
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             FileNotFoundError: there is no such file.

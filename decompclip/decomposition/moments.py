@@ -103,6 +103,9 @@ class Moments:
     def update(self, d: Decomposition) -> Moments:
         """These moments and those of one more batch, together; stream means are lost, for `d` has none.
 
+        Args:
+            d: the batch.
+
         Raises:
             ValueError: the batch is of another convention, normalization or model, or empty.
         """
@@ -110,6 +113,9 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """The moments of the union. What only one side has (second moments, stream means) is dropped.
+
+        Args:
+            other: moments of other images.
 
         Raises:
             ValueError: the other's are of another convention, normalization or model.
@@ -234,6 +240,9 @@ class Moments:
     def check(self, other: Moments | Decomposition) -> None:
         """Hold others' terms to be comparable with these moments.
 
+        Args:
+            other: what is to be compared.
+
         Raises:
             ValueError: they are of another convention, normalization, shape or model.
         """
@@ -242,6 +251,9 @@ class Moments:
 
     def check_model(self, maps: TermMaps) -> None:
         """Hold a model's maps to be those that these moments were fitted under.
+
+        Args:
+            maps: of the model.
 
         Raises:
             ValueError: they are of another shape, or of other weights.
@@ -289,6 +301,9 @@ class Moments:
 
     def covariance(self, field: str) -> Float[Tensor, "*part coord coord"]:
         """The mean of outer products of "coords", "mlps", "embed" or "pool" about the mean (divided by the count).
+
+        Args:
+            field: "coords", "mlps", "embed" or "pool".
 
         Raises:
             ValueError: second moments were not kept.

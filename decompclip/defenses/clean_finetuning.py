@@ -155,7 +155,13 @@ class PAR(TuningDefense):
     weight: float = 0.5
 
     def apply(self, model: HookedCLIP, pairs: PairSource, **options: Any) -> FineTuned:
-        """See `TuningDefense.apply`; raises ValueError also for a threshold or a weight out of range."""
+        """See `TuningDefense.apply`; raises ValueError also for a threshold or a weight out of range.
+
+        Args:
+            model: to repair.
+            pairs: clean.
+            **options: as `TuningDefense.apply`.
+        """
         push = Push.from_model(model, threshold=self.threshold, weight=self.weight)
         return super().apply(model, pairs, penalty=push, **options)
 

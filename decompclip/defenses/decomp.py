@@ -118,6 +118,9 @@ class DecompRep(Judge, Intervention):
     def flags(self, d: Decomposition) -> Where:
         """Which heads of which images are replaced.
 
+        Args:
+            d: terms of the images to judge.
+
         Raises:
             NotFittedError: `fit` was not called.
             ValueError: `d` is of another model, convention or normalization than the clean images.
@@ -146,6 +149,10 @@ class DecompRep(Judge, Intervention):
 
             flags = repair.flags(model.decompose(images, normalize=True))
             with visual.hooks(repair.fwd_hooks(visual, where=flags)): ...
+
+        Args:
+            visual: the tower.
+            where: the flags of a first pass.
 
         Raises:
             NotFittedError: `fit` was not called.
@@ -227,6 +234,9 @@ class DecompDet(Judge):
     def score(self, d: Decomposition) -> Shaped[Tensor, " batch"]:
         """The number of flagged heads of each image, or their summed excess.
 
+        Args:
+            d: terms of the images to judge.
+
         Raises:
             NotFittedError: `fit` was not called.
             ValueError: `d` is of another model, convention or normalization than the clean images.
@@ -237,6 +247,9 @@ class DecompDet(Judge):
 
     def predict(self, d: Decomposition) -> Bool[Tensor, " batch"]:
         """Which images are suspicious: those that score above `zeta`.
+
+        Args:
+            d: as `score`.
 
         Raises:
             NotFittedError, ValueError: as `score`.

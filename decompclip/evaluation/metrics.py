@@ -173,6 +173,10 @@ def attack_report(
 def auroc(clean_scores: Real[Tensor, " clean"], suspect_scores: Real[Tensor, " suspect"]) -> float:
     """Probability that a suspect image scores above a clean one (ties count half): higher = more suspicious.
 
+    Args:
+        clean_scores: of images without a trigger.
+        suspect_scores: of images with one.
+
     Raises:
         ValueError: either side is empty, or a score is not finite.
     """

@@ -215,7 +215,11 @@ class HookedCLIP(nn.Module):
         return (pixels - mean) / std
 
     def denormalize(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """The tower's input to pixels in [0, 1], in float32."""
+        """The tower's input to pixels in [0, 1], in float32.
+
+        Args:
+            images: as the tower takes them.
+        """
         images = images.float()
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
@@ -236,6 +240,11 @@ class HookedCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[Tensor, "text position"]:
+        """Token ids, as the text tower takes them.
+
+        Args:
+            texts: one, or several.
+        """
         return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
 
     def encode_text(
@@ -395,7 +404,11 @@ class HookedCLIP(nn.Module):
         self.visual.add_hook(name, hook, *args, **options)
 
     def reset_hooks(self, **options: Any) -> None:
-        """Remove the image tower's hooks (options as in TransformerLens)."""
+        """Remove the image tower's hooks (options as in TransformerLens).
+
+        Args:
+            **options: of transformer_lens's `reset_hooks`.
+        """
         self.visual.reset_hooks(**options)
 
     def _input(self, images: Tensor, options: Mapping[str, Any] = MappingProxyType({})) -> Tensor:

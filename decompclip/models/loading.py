@@ -157,7 +157,8 @@ def load(
             or a package that is not there, the image tower is loaded alone, with a warning. Asking such a
             model about texts explains what is missing. Bundled models always bring theirs.
         tokenizer: a function from a list of texts to token ids, in place of the model's own.
-        device, dtype: where to, and in what; by default the CPU and fp32, and for a model in memory its own.
+        device: where to; by default the CPU, and for a model in memory its own.
+        dtype: in what; by default fp32, and for a model in memory its own.
 
     Raises:
         UnknownModelError: no such model or tag, or neither weights nor a tag were named.

@@ -19,7 +19,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def bundled(folder: Path = WEIGHTS) -> tuple[str, ...]:
-    """Names of the bundled models."""
+    """Names of the bundled models.
+
+    Args:
+        folder: of the weights and cards; by default the package's own.
+    """
     return tuple(
         sorted(
             path.stem

@@ -44,6 +44,10 @@ class Intervention(ABC):
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         """The edit as hooks for `visual.hooks(...)` or `visual.run_with_hooks(images, fwd_hooks=...)`.
 
+        Args:
+            visual: the tower that is to run with the edit.
+            where: restricts it to some components of some images.
+
         Raises:
             IndexError: the edit names a component that the tower does not have.
             ValueError: what the edit was made from does not fit the tower.
@@ -51,6 +55,9 @@ class Intervention(ABC):
 
     def on(self, where: Where) -> Restricted:
         """This edit on these components of these images alone, as an intervention of its own.
+
+        Args:
+            where: which: True where the edit acts.
 
         Raises:
             TypeError: no boolean mask `[batch, layer, head]` or `[batch, component]` (heads layer by layer, MLPs,

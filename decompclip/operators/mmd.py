@@ -343,7 +343,16 @@ def layer_mmd(
 ) -> MMD:
     """Squared MMD of the heads of each layer together, and of each layer's MLP (paper, figure 8d).
 
-    Arguments and errors as `head_mmd`.
+    All in full, and errors, with `head_mmd`.
+
+    Args:
+        a: a decomposition, or a stream of batches.
+        b: the same of the others.
+        kernel: "unbiased" or "paper".
+        permutations: relabellings for the p-values.
+        paired: image i of `a` and of `b` are one image, but for the trigger.
+        block: images a side of a block.
+        seed: of the relabellings.
     """
     return head_mmd(
         a, b, components=None, kernel=kernel, permutations=permutations, paired=paired, block=block, seed=seed

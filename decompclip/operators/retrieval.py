@@ -129,7 +129,8 @@ def nearest(
         k: how many to find for each query; at most all.
         centred: of the terms about their mean over `d`, of which all images have much in common.
         model: encodes a text.
-        pixels: of the images, in [0, 1], for the figure; `query_pixels`: of query images that are not of `d`.
+        pixels: of the images, in [0, 1], for the figure.
+        query_pixels: of query images that are not of `d`, likewise.
         names: of the images; by default their numbers.
 
     Returns:

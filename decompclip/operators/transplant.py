@@ -181,7 +181,11 @@ class Repair(Intervention):
         return self.fill(d, where=both(flagged, where))
 
     def at(self, d: Decomposition) -> Restricted:
-        """The edit of what is flagged in these very images, for either mode."""
+        """The edit of what is flagged in these very images, for either mode.
+
+        Args:
+            d: terms of the images, from a first pass.
+        """
         return self.fill.on(self.selector.flags(d))
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:

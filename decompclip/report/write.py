@@ -121,6 +121,7 @@ def write_report(results: Result | Sequence[Result], out: str | Path, *, title: 
 
     Args:
         results: one audit or scan, or several to be shown side by side.
+        out: the folder, new or of an earlier report.
         title: of the page.
 
     Raises:

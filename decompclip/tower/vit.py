@@ -144,11 +144,19 @@ class HookedViT(HookedRootModule):
         return x if stop_at_layer is not None else self.read(x)
 
     def read(self, stream: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch d_embed"]:
-        """The feature of the stream at the tower's end: what is pooled of it, past the last LayerNorm and projection."""
+        """The feature of the stream at the tower's end: what is pooled of it, past the last LayerNorm and projection.
+
+        Args:
+            stream: rows of the residual stream behind the last block.
+        """
         return self.read_rows(stream[:, self.cfg.pooled_rows])
 
     def read_rows(self, rows: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch d_embed"]:
-        """The feature, were these the pooled rows."""
+        """The feature, were these the pooled rows.
+
+        Args:
+            rows: of the residual stream behind the last block.
+        """
         pooled = self._pool(rows)
         features = pooled if self.proj is None else pooled @ self.proj
         return features if self.b_proj is None else features + self.b_proj
@@ -208,6 +216,9 @@ class HookedViT(HookedRootModule):
     def check_hooks(self, hooks: Sequence[Hook]) -> None:
         """Hold hooks to be on points that the tower has.
 
+        Args:
+            hooks: pairs of a name, or a function that chooses names, and the hook.
+
         Raises:
             KeyError: they are not; the nearest names are offered.
         """
@@ -227,18 +238,37 @@ class HookedViT(HookedRootModule):
     def hooks(
         self, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (), *args: Any, **options: Any
     ) -> Iterator[HookedViT]:
-        """Hooks that come off at the end, as in TransformerLens. Raises as `check_hooks`."""
+        """Hooks that come off at the end, as in TransformerLens. Raises as `check_hooks`.
+
+        Args:
+            fwd_hooks: run in the forward pass: pairs of a name, or a function that chooses names, and the hook.
+            bwd_hooks: likewise in the backward pass.
+            *args: of transformer_lens's `hooks`.
+            **options: likewise.
+        """
         self.check_hooks([*fwd_hooks, *bwd_hooks])
         with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **options):
             yield self
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Any, *args: Any, **options: Any) -> None:
-        """A hook that stays until `reset_hooks`, as in TransformerLens. Raises as `check_hooks`."""
+        """A hook that stays until `reset_hooks`, as in TransformerLens. Raises as `check_hooks`.
+
+        Args:
+            name: of a hook point, or a function that chooses names.
+            hook: `hook(activation, hook=point)`; what it returns takes the activation's place.
+            *args: of transformer_lens's `add_hook`.
+            **options: likewise.
+        """
         self.check_hooks([(name, hook)])
         super().add_hook(name, hook, *args, **options)
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **options: Any) -> Any:
         """As in TransformerLens.
+
+        Args:
+            names_filter: a name, several, or a function that chooses; None caches all.
+            *args: of transformer_lens's `get_caching_hooks`.
+            **options: likewise.
 
         Raises:
             KeyError: a name that is no hook point's; the nearest are offered.
@@ -253,12 +283,22 @@ class HookedViT(HookedRootModule):
         return super().get_caching_hooks(names_filter, *args, **options)
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """As in TransformerLens. Raises KeyError as `check_hooks`."""
+        """As in TransformerLens. Raises KeyError as `check_hooks`.
+
+        Args:
+            names_filter: as `get_caching_hooks`.
+            *args: of transformer_lens's `add_caching_hooks`.
+            **options: likewise.
+        """
         self._check_names(names_filter)
         return super().add_caching_hooks(names_filter, *args, **options)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "batch ..."], ViTCache]:
         """Features and a typed cache of activations (`names_filter`, `device`... as in TransformerLens).
+
+        Args:
+            *args: the images.
+            **kwargs: of transformer_lens's `run_with_cache`: `names_filter`, `device`...
 
         Raises:
             KeyError, ValueError: as `get_caching_hooks`.

@@ -144,7 +144,7 @@ def test_of_many_classes_one_step_keeps_the_target(models: dict[str, HookedCLIP]
 
 
 def test_the_model_stays_as_it_was(models: dict[str, HookedCLIP], found: ScanResult) -> None:
-    assert found.counts == {"fit": 48, "held_out": 60}
+    assert found.counts == {"fit": SHORT.fit, "held_out": SHORT.held_out}
     assert all(parameter.requires_grad for parameter in models["shapes"].visual.parameters())
     assert all(parameter.grad is None for parameter in models["shapes-badnet"].visual.parameters())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from itertools import product
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from decompclip.audit import AuditConfig, AuditResult, Verdict, collect as collecting, run_audit
+from decompclip.audit import AuditConfig, AuditResult, Verdict, run_audit
 from decompclip.audit.checks import Change, ClassShare
 from decompclip.audit.collect import ImageSet, collect, open_source, split
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size
@@ -29,6 +28,8 @@ from tests.audit.conftest import setting
 
 CLASSES = PROPERTIES["shape"]
 CONFIG = AuditConfig()
+
+pytestmark = pytest.mark.usefixtures("few_kept")
 
 
 def verdict(result: AuditResult) -> Verdict:
@@ -331,14 +332,6 @@ def test_a_repair_is_recommended_that_saves_and_does_not_cost(base: AuditResult)
     assert not any("repair it" in step for step in verdict(repaired(30, 0)).steps)
     least = [verdict(repaired(saved, lost)).repair for saved, lost in ((190, 8), (189, 8), (190, 9))]
     assert [repair is not None for repair in least] == [True, False, False]  # half of them, for 2 points
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_pictures() -> Iterator[None]:
-    """Each audit tries all corruptions on the pictures that it keeps: 60 serve where a user's has 96."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collecting, "KEPT", 60)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import base64
 import re
 from collections.abc import Awaitable, Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from decompclip.audit.result import AuditResult
+from decompclip.audit.scan_result import ScanResult
 from decompclip.report import write_report
-from tests.report.conftest import result, scanned
 from tests.report.test_browser import BROWSER
 
 choreographer = pytest.importorskip("choreographer", reason="needs kaleido's browser driver, choreographer")
@@ -67,36 +66,30 @@ class Page:
         )
 
 
-@cache
-def opened() -> tuple[asyncio.AbstractEventLoop, Any]:
-    """A browser, and the loop that drives it: one serves all tests, and is closed with the process."""
-    browser, loop = choreographer.Browser(path=BROWSER, headless=True), asyncio.new_event_loop()
-    loop.run_until_complete(browser.open())
-    atexit.register(lambda: loop.run_until_complete(browser.close()))
-    return loop, browser
-
-
 def use(path: Path, steps: Callable[[Page], Awaitable[None]], drawn: str = DRAWN) -> None:
-    """Open the page in a tab of its own, wait until it is drawn (by default, all figures of a report), and carry out the steps."""
-    loop, browser = opened()
+    """Open the page, wait until it is drawn (by default, all figures of a report), and carry out the steps."""
 
     async def run() -> None:
-        tab = await browser.create_tab(path.as_uri())
-        page = Page(tab)
-        for _ in range(100):
-            if await page.ask(drawn):  # before, the tab may still be blank
-                break
-            await asyncio.sleep(0.1)
-        await steps(page)
-        await browser.close_tab(tab)
+        async with choreographer.Browser(path=BROWSER, headless=True) as browser:
+            page = Page(await browser.create_tab(path.as_uri()))
+            for _ in range(100):
+                if await page.ask(drawn):  # before, the tab may still be blank
+                    break
+                await asyncio.sleep(0.1)
+            await steps(page)
 
-    loop.run_until_complete(asyncio.wait_for(run(), 120))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
-@pytest.fixture(scope="module", params=["audit", "scan"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = [result(), result(name="other")] if request.param == "audit" else [scanned()]
-    return write_report(results, tmp_path_factory.mktemp("report"))
+@pytest.fixture(params=["audit", "scan"])
+def path(
+    request: pytest.FixtureRequest,
+    make: Callable[..., AuditResult],
+    make_scan: Callable[..., ScanResult],
+    tmp_path: Path,
+) -> Path:
+    results = [make(), make(name="other")] if request.param == "audit" else [make_scan()]
+    return write_report(results, tmp_path)
 
 
 def test_everything_is_reached_by_keyboard(path: Path) -> None:

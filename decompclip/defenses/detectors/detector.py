@@ -85,6 +85,9 @@ class Detector(Calibrated):
     def score(self, pixels: Tensor) -> Float[Tensor, " batch"]:
         """Higher is more suspicious; an image's score does not depend on the others.
 
+        Args:
+            pixels: [batch, 3, h, w] in [0, 1].
+
         Raises:
             NotFittedError: `fit` was not called.
             ValueError: pixels that are not in [0, 1].
