@@ -72,9 +72,11 @@ def run(source: str, name: str, namespace: dict[str, Any]) -> object:
 
 
 def check(shown: object) -> None:
-    """A figure with something in it, or a table or result with a view in HTML; anything else is a slip."""
+    """A figure with something in it, a widget, or a table or result with a view in HTML; anything else is a slip."""
     if isinstance(shown, go.Figure):
         assert shown.data and shown.to_json()
+    elif hasattr(shown, "_repr_mimebundle_"):
+        assert shown._repr_mimebundle_()  # pyright: ignore[reportAttributeAccessIssue]
     else:
         assert hasattr(shown, "_repr_html_"), f"expected a figure, table or result; received {shown!r}"
         assert shown._repr_html_()  # pyright: ignore[reportAttributeAccessIssue]
@@ -125,7 +127,7 @@ def test_notebook_is_told_in_words(notebook: Path) -> None:
 
 
 def test_notebooks_are_numbered_from_one() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, 6)]
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, 7)]
 
 
 @pytest.mark.parametrize("source", ["None", "x = 3", "import math", "print(1)", "3", "go.Figure()"])

@@ -18,7 +18,7 @@ function h(tag, properties = {}, ...children) {
   return element;
 }
 
-const signed = (x, digits = 4) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
+const signed = (x, digits = 4) => ({ positive: "+", negative: "−", none: "" })[tone(x, digits)] + Math.abs(x).toFixed(digits);
 const tone = (x, digits = 4) => (Number(x.toFixed(digits)) === 0 ? "none" : x < 0 ? "negative" : "positive");
 const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
 const largestOf = (values) => values.reduce((most, x) => Math.max(most, Math.abs(x)), 1e-12);
@@ -196,8 +196,7 @@ function render({ model, el }) {
   const nearest = h("div", { class: "nearest" });
   const effect = h("table", { class: "effect" });
   const run = h("button", { type: "button", text: "Run", onclick: () => {
-    const question = causal();
-    ask(question).catch((error) => { said.textContent = error.message; });
+    ask(causal()).catch((error) => { said.textContent = error.message; });
     later();
   } });
   const causal = () => ["ablate", state("text"), state("layer"), state("head"), "causal"];
@@ -225,7 +224,8 @@ function render({ model, el }) {
       section("head", h("div", { class: "line" }, title,
         choice(`${id}-map`, "Map", [["contribution", "contribution"], ["attention", "attention"], ["picture", "image"]], local.map, (value) => { local.map = value; later(); })),
         sum, h("div", { class: "pair" }, h("div", {}, over, caption), h("div", {}, h("h4", { text: "In words", title: `Texts that explain most of its variance over ${about.means} (TEXTSPAN), and how much each adds` }), words)),
-        h("h4", { text: "Images alike to this head" }), nearest, h("h4", { text: "Similarity without this head" }), effect),
+        h("h4", { text: "Images alike to this head" }), nearest, h("h4", { text: "Similarity without this head" }), effect,
+        h("p", { class: "soft", text: `The head at its mean over ${about.means}. Direct: in the feature alone. Causal: in the forward pass, where later layers see it.` })),
       section("layer", layerTitle, strip)));
   el.append(root);
 
@@ -250,18 +250,18 @@ function render({ model, el }) {
     [...thumbs.querySelectorAll("input")].forEach((radio, i) => { radio.checked = i === image; });
   }
 
-  function over_images(array, image) {
+  function overImages(array, image) {
     if (local.over === "image") return array.row(image);
     const all = names.map((_, i) => array.row(i));
     return all[0].map((_, at) => mean(all.map((row) => row[at])));
   }
 
   function drawModel(image, layer, head, answer) {
-    const ofHeads = over_images(answer.heads, image), ofMlps = over_images(answer.mlps, image);
-    const largest = Math.max(largestOf(ofHeads), largestOf(ofMlps));
+    const ofHeads = overImages(answer.heads, image), ofMlps = overImages(answer.mlps, image);
+    const largest = largestOf(ofHeads), widest = Math.max(largest, largestOf(ofMlps));
     const parts = [];
     const tint = (cell, name, value) => {
-      const share = Math.round(100 * Math.abs(value) / largest);
+      const share = Math.round(Math.min(100, 100 * Math.abs(value) / largest)); // MLPs may be past the end
       cell.style.setProperty("--share", `${share}%`);
       cell.style.setProperty("--tone", value < 0 ? "var(--negative)" : "var(--positive)");
       cell.title = `${name}: ${signed(value)}`;
@@ -282,7 +282,7 @@ function render({ model, el }) {
     parts.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
     bars.replaceChildren(...parts.slice(0, TOP).map((part) => {
       const fill = h("i", { class: part.value < 0 ? "negative" : "positive" });
-      fill.style.width = `${50 * Math.abs(part.value) / largest}%`;
+      fill.style.width = `${50 * Math.abs(part.value) / widest}%`;
       const line = [h("span", { text: part.name }), h("b", {}, fill), h("span", { class: "number", text: signed(part.value) })];
       const chosen = part.layer === layer && part.head === head;
       return h("li", {}, part.head === undefined ? h("div", {}, ...line)
@@ -307,7 +307,7 @@ function render({ model, el }) {
       ? `Where the head looks: up to ${percent(sizes[at])} on a patch, ${percent(answer.prefix.values[at])} on other tokens.`
       : `By patch, up to ${sizes[at].toFixed(4)}; other tokens ${signed(answer.prefix.values[at])}.`;
     heat.setAttribute("aria-label", `${local.map} of ${name} on ${names[image]}`);
-    layerTitle.textContent = `All heads of layer ${layer}`;
+    layerTitle.textContent = `All heads of layer ${layer}, on one scale`;
     const most = Math.max(...sizes.subarray(layer * heads, (layer + 1) * heads)) || 1;
     tiles.forEach(({ button, canvas, base, label }, n) => {
       const i = layer * heads + n;
@@ -353,19 +353,17 @@ function render({ model, el }) {
       return row;
     };
     const direct = now(["ablate", state("text"), layer, head, "direct"]).answer;
-    const question = causal(), asked = has(question) || !saved ? (has(question) ? now(question) : {}) : null;
-    run.disabled = Boolean(asked?.promise);
+    const asked = saved || has(causal()) ? now(causal()) : {};
+    run.disabled = Boolean(asked.promise);
     run.textContent = run.disabled ? "running all images…" : "Run";
-    const instead = asked?.error ?? (asked ? run : h("span", { class: "soft", text: "needs a kernel" }));
+    const instead = saved ? h("span", { class: "soft", text: "needs a kernel" }) : (asked.error ?? run);
     effect.replaceChildren(h("tr", {}, h("td"), h("th", { scope: "col", text: "this image" }), h("th", { scope: "col", text: "mean of all" })),
-      line("as it is", score, ""), line("direct", direct?.after, "…"), line("causal", asked?.answer?.after, instead));
-    effect.title = `The head at its mean over ${about.means}. Direct: in the feature alone. Causal: in the forward pass, where later layers see it.`;
+      line("as it is", score, ""), line("direct", direct?.after, "…"), line("causal", asked.answer?.after, instead));
     return Boolean(direct);
   }
 
   function draw() {
     const [text, image, layer, head] = ["text", "image", "layer", "head"].map(state);
-    root.dataset.scheme = dark(el) ? "dark" : "light";
     const { answer, error } = now(["text", text]);
     if (error) said.textContent = error;
     drawTexts(text, answer);
@@ -382,21 +380,25 @@ function render({ model, el }) {
     root.setAttribute("aria-busy", String(!whole));
   }
 
-  let frame = 0;
-  function later() {
-    if (!frame) frame = requestAnimationFrame(() => { frame = 0; draw(); });
+  let due = false;
+  function later() { // once for all that changes together; no animation frame, which a tab in the background does not get
+    if (due) return;
+    due = true;
+    queueMicrotask(() => { due = false; draw(); });
   }
   const watched = ["text", "texts", "image", "layer", "head"].map((name) => `change:${name}`);
   watched.forEach((event) => model.on(event, later));
+  const fit = () => { root.dataset.scheme = dark(el) ? "dark" : "light"; };
   const scheme = matchMedia("(prefers-color-scheme: dark)");
-  scheme.addEventListener("change", later);
-  const theme = new MutationObserver(later);
+  scheme.addEventListener("change", fit);
+  const theme = new MutationObserver(fit);
   for (const element of [document.documentElement, document.body]) theme.observe(element, { attributes: true });
+  fit();
   draw();
   return () => {
     stop();
     watched.forEach((event) => model.off(event, later));
-    scheme.removeEventListener("change", later);
+    scheme.removeEventListener("change", fit);
     theme.disconnect();
     root.remove();
   };

@@ -9,11 +9,9 @@ about: `("maps", "a dog", 3)`. Each has one `Answer` of a few kilobytes; a saved
 
 from __future__ import annotations
 
-import base64
-import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -22,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.memory import room
 from decompclip.decomposition.moments import Moments
+from decompclip.explorer.answers import Answer, numbers, picture, shares_of
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import WordTokenizer
 from decompclip.operators.ablation import MeanAblate
@@ -46,28 +45,6 @@ NEAREST = 6
 """Images shown of those that a head finds alike."""
 WORDS = 6
 """Descriptions shown of a head."""
-PICTURE = 320
-"""Longest side of a picture that is sent to the view, pixels."""
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What the view shows of one question: facts that go through JSON, and arrays.
-
-    Maps are in 8 bits, a share of the head's largest patch, whose size stands beside them.
-    """
-
-    facts: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
-
-    def described(self) -> dict[str, Any]:
-        """Facts, and name, type and shape of each array; their bytes go apart."""
-        return {**self.facts, "arrays": [[name, x.dtype.name, x.shape] for name, x in self.arrays.items()]}
-
-    def written(self) -> dict[str, Any]:
-        """All of it as JSON."""
-        arrays = [[n, x.dtype.name, x.shape, _base64(x.tobytes())] for n, x in self.arrays.items()]
-        return {**self.facts, "arrays": arrays}
 
 
 def explore(
@@ -93,7 +70,7 @@ def explore(
         moments: of other images (`Moments.fit(model, batches, normalize=True)`), for the means that ablated heads are
             set to and the variance that words describe; by default of `images`.
         descriptions: texts that heads are described with, as `textspan` takes them; by default its pool and the
-            model's class names.
+            model's class names, or, of a vocabulary of its own, all words.
         batch_size: of the forward passes.
 
     Returns:
@@ -193,13 +170,14 @@ class Explorer:
             kinds = "; ".join(f"{name}: {', '.join(rest)}" for name, (_, rest) in known.items())
             raise ValueError(f"expected a question of {kinds}; received {(kind, *about)!r}")
         asked, named = known[kind]
-        checked = [self._checked(name, value) for name, value in zip(named, about, strict=True)]
+        checked = [self.checked(name, value) for name, value in zip(named, about, strict=True)]
         question = (kind, *checked)
         if question not in self._answers:
             self._answers[question] = asked(*checked)
         return self._answers[question]
 
-    def _checked(self, name: str, value: Any) -> Any:
+    def checked(self, name: str, value: Any) -> Any:
+        """What is asked about, as it is kept: a text, an image, a layer, a head, a mode. Raises as `answer`."""
         if name == "text":
             if not isinstance(value, str):
                 raise TypeError(f"expected a text as a string; received {value!r}")
@@ -231,7 +209,7 @@ class Explorer:
             "score": found.score[:, 0],
         }
         return Answer(
-            {"notes": [str(one.message) for one in said]}, {n: _numbers(x) for n, x in arrays.items()}
+            {"notes": [str(one.message) for one in said]}, {n: numbers(x) for n, x in arrays.items()}
         )
 
     def _direction(self, text: str) -> Float[Tensor, " d_embed"]:
@@ -241,37 +219,31 @@ class Explorer:
     def _maps(self, text: str, image: int) -> Answer:
         along = self._direction(text)
         maps = next(contribution_maps(self.decomposition[image], along[None]))
-        return Answer({}, {**_shares(maps.patches[:, 0]), "prefix": _numbers(maps.prefix[:, 0].sum(1))})
+        return Answer({}, {**shares_of(maps.patches[:, 0]), "prefix": numbers(maps.prefix[:, 0].sum(1))})
 
     def _attention(self, image: int) -> Answer:
         rows, columns = self.model.cfg.grid
         attention = self.decomposition[image].attention()[0]  # [kept_head token]
         patches = attention[:, -rows * columns :].unflatten(1, (rows, columns))
-        return Answer({}, {**_shares(patches), "prefix": _numbers(1 - patches.sum((1, 2)))})
+        return Answer({}, {**shares_of(patches), "prefix": numbers(1 - patches.sum((1, 2)))})
 
     def _words(self, layer: int, head: int) -> Answer:
         needed = self.decomposition.coords.shape[-1]
         if self._moments.scatter is None or self._moments.count < needed:
             why = (
-                f"words need {needed} images at least, as many as a head has coordinates; these are {self._moments.count}: "
-                "explore(..., moments=Moments.fit(model, batches, normalize=True))"
+                f"words need second moments of {needed} images at least, as many as a head has coordinates; these are of "
+                f"{self._moments.count}: explore(..., moments=Moments.fit(model, batches, normalize=True))"
             )
             return Answer({"words": [], "why": why}, {})
         span = self._spans[layer, head]
         explained = span.variance_explained.diff(prepend=span.variance_explained.new_zeros(1))
-        return Answer({"words": list(span.texts)}, {"explained": _numbers(explained)})
+        return Answer({"words": list(span.texts)}, {"explained": numbers(explained)})
 
     @cached_property
     def _spans(self) -> Any:
         """Of all heads: most of the work is the texts', and is done once."""
-        pool = self._descriptions
-        if pool is None:
-            try:
-                pool = default_texts(self.model)
-            except ValueError:  # a vocabulary that knows none of them
-                pool = ()
-            pool = tuple(dict.fromkeys([*pool, *self.model.class_names])) or self.texts
-        return textspans(self.model, heads, images=self._moments, texts=pool, n_texts=WORDS)
+        texts = _descriptions(self.model) if self._descriptions is None else self._descriptions
+        return textspans(self.model, heads, images=self._moments, texts=texts, n_texts=WORDS)
 
     def _nearest(self, layer: int, head: int) -> Answer:
         terms = F.normalize(
@@ -280,7 +252,7 @@ class Explorer:
         alike = terms @ terms.mT
         found = alike.fill_diagonal_(-torch.inf).topk(min(NEAREST, len(terms) - 1), dim=1)
         return Answer(
-            {}, {"images": found.indices.cpu().numpy().astype(np.uint16), "cosines": _numbers(found.values)}
+            {}, {"images": found.indices.cpu().numpy().astype(np.uint16), "cosines": numbers(found.values)}
         )
 
     def _ablate(self, text: str, layer: int, head: int, mode: str) -> Answer:
@@ -289,7 +261,7 @@ class Explorer:
             features = MeanAblate(heads[layer, head], self._moments)(self.decomposition).features
         else:
             features = self._causal(layer, head)
-        return Answer({}, {"after": _numbers(F.normalize(features, dim=-1) @ along)})
+        return Answer({}, {"after": numbers(F.normalize(features, dim=-1) @ along)})
 
     def _causal(self, layer: int, head: int) -> Float[Tensor, "image d_embed"]:
         ablate = MeanAblate(heads[layer, head], self._stream_moments)
@@ -344,7 +316,7 @@ class Explorer:
     def _pictures(self) -> list[str]:
         pixels = pictures_of(self.model, self._images)
         assert pixels is not None
-        return [_picture(one.numpy()) for one in pixels]
+        return [picture(one.numpy()) for one in pixels]
 
     @cached_property
     def widget(self) -> ExplorerWidget:
@@ -373,8 +345,8 @@ class Explorer:
     def save_html(self, path: str | Path) -> Path:
         """Write a page that opens anywhere, without a network or a kernel; returns its path.
 
-        Image, layer and head can be chosen in it, and of the texts those in `texts`. Of causal effects it has those that
-        were asked for.
+        It begins with what is chosen in the widget. Image, layer and head can be chosen in it, and of the texts those in
+        `texts`. Of causal effects it has those that were asked for.
         """
         from decompclip.files import write_text
 
@@ -388,7 +360,9 @@ class Explorer:
             note
             or "A saved page: of texts, those below. For others run explore(model, images) in a notebook."
         )
-        state = self.first() | {"about": self.about() | {"saved": said}}
+        shown = vars(self).get("widget")  # what is chosen there, if it was ever shown
+        chosen = {name: getattr(shown, name) for name in self.first()} if shown else self.first()
+        state = chosen | {"about": self.about() | {"saved": said}}
         for question in self._asked_by_a_page():
             self.answer(*question)
         return page(self.model.name, state, [[q, answer.written()] for q, answer in self._answers.items()])
@@ -403,6 +377,14 @@ class Explorer:
             yield "words", *place
             yield "nearest", *place
             yield from (("ablate", text, *place, "direct") for text in self.texts)
+
+
+def _descriptions(model: HookedCLIP) -> Sequence[str]:
+    """What of a pool the model has words for: of a vocabulary of its own, beside the Shapes world's, all of it."""
+    own = model.tokenizer.words if isinstance(model.tokenizer, WordTokenizer) else ()
+    if not own or set(model.class_names) <= set(Shapes(1).class_names):
+        return tuple(dict.fromkeys([*default_texts(model), *model.class_names]))
+    return tuple(dict.fromkeys([*model.class_names, *(word for word in own if len(word) > 2)]))
 
 
 def _decomposed(model: HookedCLIP, images: Images, batch_size: int) -> tuple[Tensor, Decomposition]:
@@ -434,28 +416,3 @@ def _bytes(d: Decomposition) -> int:
     """Of a batch's own tensors."""
     held = [getattr(x, f.name) for x in (d, d.token_terms) if x is not None for f in fields(x)]
     return sum(x.nbytes for x in held if isinstance(x, Tensor))
-
-
-def _numbers(x: Tensor) -> np.ndarray:
-    return x.detach().float().cpu().numpy()
-
-
-def _shares(patches: Float[Tensor, "head rows columns"]) -> dict[str, np.ndarray]:
-    """Maps in 8 bits, as shares of each head's largest patch."""
-    largest = patches.abs().amax((1, 2))
-    shares = (127 * patches / largest.clamp_min(torch.finfo(patches.dtype).tiny)[:, None, None]).round()
-    return {"patches": shares.to(torch.int8).flatten(1).cpu().numpy(), "largest": _numbers(largest)}
-
-
-def _picture(pixels: np.ndarray) -> str:
-    """As a data URI, small; small pictures without loss."""
-    image = Image.fromarray(pixels)
-    exact = max(image.size) <= 96
-    image.thumbnail((PICTURE, PICTURE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if exact else "JPEG", **({"optimize": True} if exact else {"quality": 88}))
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{_base64(buffer.getvalue())}"
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

@@ -35,11 +35,14 @@ class ExplorerWidget(anywidget.AnyWidget):
         super().__init__(about=explorer.about(), **explorer.first())
         self.on_msg(self._asked)
 
+    def __repr__(self) -> str:
+        return repr(self._explorer)
+
     @traitlets.validate("text", "image", "layer", "head")
     def _there(self, proposal: Any) -> Any:
         name = proposal["trait"].name
         try:
-            value = self._explorer._checked(name, proposal["value"])
+            value = self._explorer.checked(name, proposal["value"])
             if name == "text":
                 self._explorer.answer("text", value)
         except (IndexError, TypeError, ValueError) as error:

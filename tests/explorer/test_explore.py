@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,9 +20,11 @@ import decompclip
 from decompclip import MeanAblate, Moments, attention_maps, contribution_maps, explore, heads, textspan
 from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.explorer import explore as home
-from decompclip.explorer.explore import Answer, Explorer
+from decompclip.explorer.answers import Answer, picture
+from decompclip.explorer.explore import Explorer
 from decompclip.models.clip import HookedCLIP
 from tests.explorer.conftest import EVIL
+from tests.models.reduced_towers import fill, reduced
 
 LAYER, HEAD, IMAGE, TEXT = 4, 3, 7, "a star"
 
@@ -76,6 +79,12 @@ def test_words_are_those_of_textspan(explorer: Explorer) -> None:
     span = textspan(explorer.model, -1, 2, images=explorer.decomposition, texts=pool, n_texts=home.WORDS)
     assert found.facts["words"] == list(span.texts)
     close(found.arrays["explained"].cumsum(), span.variance_explained)
+
+
+def test_heads_are_described_in_words_that_the_model_knows(model: HookedCLIP) -> None:
+    own = decompclip.load("cifar10")
+    assert set(own.class_names) < set(home._descriptions(own)) <= {*own.class_names, *own.tokenizer.words}  # pyright: ignore
+    assert {"a star", "star"} <= set(home._descriptions(model))
 
 
 def test_ablations_are_those_of_mean_ablate(explorer: Explorer) -> None:
@@ -145,6 +154,28 @@ def test_too_few_images_for_words_say_so(model: HookedCLIP) -> None:
     assert saved(found.html())["answers"]
 
 
+def test_an_attention_pool_has_maps_too() -> None:
+    name = "PE-Core-L-14-336"
+    with reduced(name):
+        source: Any = open_clip.create_model(name)
+    fill(source, torch.Generator().manual_seed(0))
+    tokens = lambda texts: torch.tensor([[len(text)] * source.context_length for text in texts])  # noqa: E731
+    model = HookedCLIP.from_open_clip(source, tokenizer=tokens)
+    images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
+    found = explore(model, images)
+    assert found.texts == ("a photo",)
+    terms, d = found.answer("text", "a dog").arrays, found.decomposition
+    along = F.normalize(model.encode_text("a dog")[0].detach(), dim=0)
+    close(terms["heads"], d.heads @ along)
+    maps = found.answer("maps", "a dog", 1).arrays
+    largest = maps["largest"]
+    sums = (maps["patches"].sum(1) * largest / 127).reshape(terms["heads"][1].shape) + maps["prefix"].reshape(
+        d.n_layers, -1
+    )
+    assert np.abs(sums - terms["heads"][1]).max() <= 6 * largest.max() / 253
+    assert saved(found.html())["state"]["about"]["grid"] == [3, 2]
+
+
 # Pages
 
 
@@ -188,8 +219,8 @@ def test_pictures_are_the_images(explorer: Explorer) -> None:
 
 def test_large_pictures_are_made_small() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (448, 448, 3), dtype=np.uint8)
-    assert home._picture(noise).startswith("data:image/jpeg;base64,")
-    assert len(home._picture(noise)) < 120_000
+    assert picture(noise).startswith("data:image/jpeg;base64,")
+    assert len(picture(noise)) < 120_000
 
 
 # The widget's state and messages
@@ -244,10 +275,15 @@ def test_words_that_a_small_vocabulary_lacks_are_named(explorer: Explorer) -> No
 
 def test_what_is_chosen_is_read_and_set(model: HookedCLIP) -> None:
     traitlets = pytest.importorskip("traitlets", reason="needs anywidget: pip install 'decompclip[explore]'")
-    widget = explore(model, model.normalize(Shapes(3, seed=1).draw(range(3)).images), texts=[TEXT]).widget
+    found = explore(model, model.normalize(Shapes(3, seed=1).draw(range(3)).images), texts=[TEXT])
+    widget = found.widget
     widget.layer, widget.head, widget.image, widget.text = 2, -1, 1, "a blue square"
     assert (widget.layer, widget.head, widget.image) == (2, 7, 1)
     assert widget.texts == [TEXT, "a blue square"]
+    state = saved(found.html())["state"]
+    assert {name: state[name] for name in ("layer", "head", "image", "text", "texts")} == {
+        name: getattr(widget, name) for name in ("layer", "head", "image", "text", "texts")
+    }
     for name, value, message in (("head", 8, "0..7"), ("image", -4, "0..2"), ("text", " ", "empty")):
         with pytest.raises(traitlets.TraitError, match=message):
             setattr(widget, name, value)

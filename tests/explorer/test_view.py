@@ -24,12 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 DRAWN = "document.querySelector('.dcx')?.getAttribute('aria-busy') === 'false'"
-ALIVE = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+ALIVE = "new Promise(done => setTimeout(done, 20))"
 TEXT, OTHER = "a star", "a red ring"
 
 
 @pytest.fixture(scope="module")
 def path(explorer: Explorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    explorer.answer("ablate", TEXT, 1, 1, "causal")
     return explorer.save_html(tmp_path_factory.mktemp("explorer") / "page.html")
 
 
@@ -54,7 +55,8 @@ def cell(layer: int, head: int) -> str:
 
 
 def signed(value: float, digits: int = 4) -> str:
-    return f"{'−' if value < 0 else '+'}{abs(value):.{digits}f}"
+    size = f"{abs(value):.{digits}f}"
+    return size if not float(size) else f"{'−' if value < 0 else '+'}{size}"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,7 @@ def test_a_click_on_a_cell_opens_that_head(path: Path, explorer: Explorer) -> No
             "[...document.querySelectorAll('.effect tr:nth-child(3) td span:first-child')].map(e => e.textContent)"
         )
         assert [float(x) for x in row] == [float(f"{x:.3f}") for x in (after[0], after.mean())]
+        assert await shown(page, ".effect tr:nth-child(4) td") == "needs a kernel"
         alpha = await page.ask(
             "[...document.querySelector('.pair canvas').getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, i) => i % 4 === 3)"
         )
@@ -120,6 +123,10 @@ def test_everything_that_is_chosen_changes_the_view(path: Path, explorer: Explor
         )
         await click(page, ".head .switch label:nth-of-type(2) span")
         assert "Where the head looks" in await shown(page, ".pair .soft")
+        await click(page, cell(1, 1))
+        after = explorer.answer("ablate", TEXT, 1, 1, "causal").arrays["after"][5]
+        await click(page, ".chips label:nth-of-type(1) span")
+        assert (await shown(page, ".effect tr:nth-child(4) td")).startswith(f"{after:.3f}")
         await click(page, ".strip button:nth-of-type(2)")
         assert (await shown(page, ".head h3")).endswith(", head 1")
         other = await page.ask("document.querySelector('.nearest button').title")

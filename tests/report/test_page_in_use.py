@@ -72,7 +72,7 @@ def use(path: Path, steps: Callable[[Page], Awaitable[None]], drawn: str = DRAWN
     async def run() -> None:
         async with choreographer.Browser(path=BROWSER, headless=True) as browser:
             page = Page(await browser.create_tab(path.as_uri()))
-            for _ in range(100):
+            for _ in range(600):
                 if await page.ask(drawn):  # before, the tab may still be blank
                     break
                 await asyncio.sleep(0.1)
