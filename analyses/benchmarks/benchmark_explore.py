@@ -1,6 +1,6 @@
 """How long the explorer takes to answer, from a change in the view to what is sent back.
 
-Command:   python -m analyses.benchmark_explore [--images 48] [--rounds 20] [--threads 2] [--json FILE]
+Command:   python -m analyses.benchmark_explore [--images 48] [--rounds 10] [--threads 2] [--json FILE]
 Run time:  under a minute, two threads.
 Aim:       200 ms for a new text, image or head, on the bundled models.
 
@@ -31,7 +31,7 @@ MODELS = ("shapes", "cifar10", "photos")
 @dataclass(frozen=True)
 class Config:
     images: int = 48
-    rounds: int = 20
+    rounds: int = 10
     threads: int = 2
     seed: int = 0
 

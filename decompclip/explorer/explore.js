@@ -183,7 +183,7 @@ function render({ model, el }) {
     choose({ layer, head });
     cells.get(place(layer, head)).focus();
   });
-  const legend = h("div", { class: "legend" }, h("span"), h("i"), h("span"));
+  const legend = h("div", { class: "legend" }, h("span"), h("i"), h("span"), h("em"));
   const bars = h("ol", { class: "bars" });
 
   // One head
@@ -278,7 +278,7 @@ function render({ model, el }) {
       tint(cells.get(place(l, "mlp")), `layer ${l}, MLP`, ofMlps[l]);
       parts.push({ name: `MLP ${l}`, value: ofMlps[l] });
     }
-    [legend.firstChild.textContent, legend.lastChild.textContent] = [signed(-largest, 3), signed(largest, 3)];
+    [signed(-largest, 3), "", signed(largest, 3), `MLPs up to ${largestOf(ofMlps).toFixed(3)}`].forEach((text, i) => { legend.children[i].textContent = text; });
     parts.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
     bars.replaceChildren(...parts.slice(0, TOP).map((part) => {
       const fill = h("i", { class: part.value < 0 ? "negative" : "positive" });

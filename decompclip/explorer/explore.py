@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -35,6 +35,7 @@ from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.attention import contribution_maps, pictures_of
 from decompclip.operators.attribution import attribute
 from decompclip.operators.inputs import Images, default_texts, encode_texts, image_batches
+from decompclip.operators.retrieval import nearest
 from decompclip.operators.textspan import Texts, textspans
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Explorer:
                 "maps", text, image: by patch, of all heads;
                 "attention", image: of the pooled row over patches, of all heads;
                 "words", layer, head: descriptions by TEXTSPAN;
-                "nearest", layer, head: to each image, those whose terms of this head are most alike;
+                "nearest", layer, head: to each image, those whose terms of this head, about their mean, are most alike;
                 "ablate", text, layer, head, "direct" or "causal": similarities with the head at its mean.
 
         Raises:
@@ -246,14 +247,10 @@ class Explorer:
         return textspans(self.model, heads, images=self._moments, texts=texts, n_texts=WORDS)
 
     def _nearest(self, layer: int, head: int) -> Answer:
-        terms = F.normalize(
-            self.decomposition.coords[:, layer, head] @ self.decomposition.maps.heads[layer, head], dim=-1
-        )
-        alike = terms @ terms.mT
-        found = alike.fill_diagonal_(-torch.inf).topk(min(NEAREST, len(terms) - 1), dim=1)
-        return Answer(
-            {}, {"images": found.indices.cpu().numpy().astype(np.uint16), "cosines": numbers(found.values)}
-        )
+        terms = replace(self.decomposition, token_terms=None)  # of which a copy is made
+        found = nearest(terms, heads[layer, head], range(len(terms)), k=NEAREST, centred=True)
+        images = found.indices.cpu().numpy().astype(np.uint16)
+        return Answer({}, {"images": images, "cosines": numbers(found.similarity)})
 
     def _ablate(self, text: str, layer: int, head: int, mode: str) -> Answer:
         along = self._direction(text)

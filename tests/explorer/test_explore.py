@@ -103,7 +103,8 @@ def test_ablations_are_those_of_mean_ablate(explorer: Explorer) -> None:
 
 def test_the_nearest_have_the_most_similar_terms(explorer: Explorer) -> None:
     found = explorer.answer("nearest", LAYER, HEAD).arrays
-    terms = F.normalize(explorer.decomposition.heads[:, LAYER, HEAD], dim=1)
+    terms = explorer.decomposition.heads[:, LAYER, HEAD]
+    terms = F.normalize(terms - terms.mean(0), dim=1)
     for image, (others, cosines) in enumerate(zip(found["images"], found["cosines"], strict=True)):
         alike = terms @ terms[image]
         alike[image] = -2
