@@ -379,7 +379,7 @@ class Explorer:
 def _descriptions(model: HookedCLIP) -> Sequence[str]:
     """What of a pool the model has words for: of a vocabulary of its own, beside the Shapes world's, all of it."""
     own = model.tokenizer.words if isinstance(model.tokenizer, WordTokenizer) else ()
-    if not own or set(model.class_names) <= set(Shapes(1).class_names):
+    if not own or (model.class_names and set(model.class_names) <= set(Shapes(1).class_names)):
         return tuple(dict.fromkeys([*default_texts(model), *model.class_names]))
     return tuple(dict.fromkeys([*model.class_names, *(word for word in own if len(word) > 2)]))
 
@@ -388,16 +388,14 @@ def _decomposed(model: HookedCLIP, images: Images, batch_size: int) -> tuple[Ten
     """The images and their terms with the tokens of all heads, as long as they fit in memory."""
     given, parts, fit = [], [], 0
     budget = room(model.device)
-    count = f"{len(images)}" if isinstance(images, Tensor) else "more"
+    total = len(images) if isinstance(images, Tensor) else 0  # of others it shows in reading
     with torch.no_grad():
         for batch in image_batches(images, batch_size=batch_size):
-            seen = sum(map(len, given))
-            if (parts and seen + len(batch) > fit) or (
-                isinstance(images, Tensor) and parts and len(images) > fit
-            ):
+            needed = max(total, sum(map(len, given)) + len(batch))
+            if parts and needed > fit:
                 raise ValueError(
                     f"expected at most {fit} images, whose tokens take {budget / 2**20:.0f} MiB, a quarter of the memory "
-                    f"at hand; received {count}; pass fewer, images[:{fit}]"
+                    f"at hand; received {needed}{'' if total else ' or more'}; pass fewer, images[:{fit}]"
                 )
             parts.append(model.decompose(batch, normalize=True, tokens=True))
             given.append(batch.detach().cpu())

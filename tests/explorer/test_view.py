@@ -210,7 +210,7 @@ const model = {{
   on: (event, hear) => (heard[event] ??= []).push(hear), off: (event, hear) => {{ heard[event] = heard[event].filter((x) => x !== hear); }},
   send: (message) => out.push(message),
 }};
-window.stop = render({{ model, el: document.querySelector("main") }});
+window.leave = render({{ model, el: document.querySelector("main") }});
 </script>"""
 
 
@@ -240,7 +240,7 @@ def live(
         await carry()
         await steps(page, carry)
 
-    use(path, run, "Boolean(window.stop)")
+    use(path, run, "Boolean(window.leave)")
 
 
 async def typed(page: Page, text: str) -> None:
@@ -302,7 +302,7 @@ def test_what_python_sets_is_shown_and_what_fails_is_said(
         await carry()
         assert await shown(page, ".said") == "<i>out of memory</i>"
         assert await page.ask("state.text") == TEXT
-        await page.ask("stop()")
+        await page.ask("leave()")
         assert await page.ask("document.querySelectorAll('.dcx').length") == 0
 
     live(explorer, tmp_path / "live.html", steps)
