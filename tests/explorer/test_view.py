@@ -90,12 +90,13 @@ def test_a_click_on_a_cell_opens_that_head(path: Path, explorer: Explorer) -> No
             "[...document.querySelectorAll('.effect tr:nth-child(3) td span:first-child')].map(e => e.textContent)"
         )
         assert [float(x) for x in row] == [float(f"{x:.3f}") for x in (after[0], after.mean())]
-        assert await shown(page, ".effect tr:nth-child(4) td") == "needs a kernel"
         alpha = await page.ask(
             "[...document.querySelector('.pair canvas').getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, i) => i % 4 === 3)"
         )
         patches = explorer.answer("maps", TEXT, 0).arrays["patches"][4 * 8 + 3]
         np.testing.assert_allclose(alpha, 225 * np.abs(patches.astype(float)) / 127, atol=1)
+        await click(page, cell(0, 0))  # whose causal effect nobody asked for
+        assert await shown(page, ".effect tr:nth-child(4) td") == "needs a kernel"
 
     use(path, steps, DRAWN)
 
