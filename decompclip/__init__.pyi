@@ -38,8 +38,8 @@ from .defenses.clean_finetuning import PAR as PAR, CleanCLIP as CleanCLIP
 from .defenses.decomp import DecompDet as DecompDet, DecompRep as DecompRep
 from .defenses.detectors import DETECTORS as DETECTORS
 from .defenses.detectors.detector import Detector as Detector
+from .defenses.detectors.token_rep import TokenRep as TokenRep
 from .defenses.guard import Guard as Guard, load as load, save_guard as save_guard
-from .defenses.token_rep import TokenRep as TokenRep
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import auroc as auroc

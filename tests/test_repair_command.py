@@ -41,7 +41,7 @@ def test_a_guarded_model_opens_again_and_is_the_one_measured(tmp_path: Path) -> 
         from decompclip.models.loading import load
 
         load(out)
-    file = out / "repair.safetensors"
+    file = out / "AgnosticRep.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -31,7 +31,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, markdown, mean
 from decompclip.bench.run import area
-from decompclip.defenses.token_rep import TokenRep, TokenRepaired
+from decompclip.defenses.detectors.token_rep import TokenRep, TokenRepaired
 from decompclip.evaluation.evaluate import classify
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 from decompclip.intervals import Rate

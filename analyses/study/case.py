@@ -13,6 +13,7 @@ from torch import Tensor
 from decompclip.attacks.trigger import Trigger
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
+from decompclip.evaluation.evaluate import Encoder, classify
 from decompclip.evaluation.metrics import AttackReport, attack_report, predict
 from decompclip.models.clip import HookedCLIP
 
@@ -119,9 +120,13 @@ class Case:
         )
 
     def report_of(self, edit: Any = None, convention: Convention = "paper") -> dict[str, Any]:
-        """The same for the terms as they are or after a direct edit, ready for JSON."""
+        """The same for the terms as they are or after a direct edit, or for what encodes images, ready for JSON."""
         answers = []
         for part in ("clean", "triggered"):
-            d = self.terms(part, convention)
-            answers.append(self.answers((d if edit is None else edit(d)).features))
+            if isinstance(edit, Encoder):
+                pixels = self.images(part).split(BATCH)
+                answers.append(torch.cat([classify(edit, x, self.classifier) for x in pixels]))
+            else:
+                d = self.terms(part, convention)
+                answers.append(self.answers((d if edit is None else edit(d)).features))
         return self.report(*answers).to_dict()

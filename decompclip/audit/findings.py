@@ -234,9 +234,9 @@ def _repair(result: AuditResult) -> Finding:
     text += f". Clean accuracy: {cost(change)}." if change.cost is not None else "."
     text += f" (Picked as the best of {n}, so that its interval is too narrow.)"
     if not works:
-        missing = [reason for what, reason in result.left_out.items() if "repair" in what]
-        if missing:  # the one that knows nothing of the attack, as a rule the best
-            text += f" Repair without a hint could not be measured: {missing[0]}."
+        missing = {what: reason for what, reason in result.left_out.items() if "repair" in what}
+        for what, reason in missing.items():  # those that know nothing of the attack, as a rule the best
+            text += f" {what.capitalize()} could not be measured: {reason}."
         return Finding(
             "unclear" if missing else "note", f"None of the {n} repairs measured helps this model", text
         )

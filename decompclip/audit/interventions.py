@@ -6,22 +6,25 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.audit.checks import Predicted, Scorer, Setting
-from decompclip.audit.collect import Split
+from decompclip.audit.collect import ImageSet, Split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detection, Suspicion
 from decompclip.audit.verdict import RepairResult
+from decompclip.data.images import ImageSource
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
 from decompclip.defenses.decomp import DecompDet, DecompRep, late_mlps
+from decompclip.defenses.detectors.token_rep import TokenRep
 from decompclip.defenses.selector import Similarity, Threshold
 from decompclip.evaluation.evaluate import classify
-from decompclip.evaluation.metrics import auroc, auroc_interval
+from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.intervals import Rate
+from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.sweep_results import Kind, Scheme
@@ -114,6 +117,44 @@ def repair_without_hint(
     after = _answers(split, classifier, edit)
     name = f"Agnostic repair, budget {100 * budget:.2g}\u00a0%"
     return RepairResult(score(name, *after), score.change(_answers(split, classifier), after))
+
+
+@torch.no_grad()
+def repair_by_patches(
+    model: HookedCLIP,
+    clean: ImageSource,
+    suspect: ImageSource,
+    split: Split,
+    classifier: Float[Tensor, "class d_embed"],
+    score: Scorer,
+    config: AuditConfig,
+) -> RepairResult:
+    """`TokenRep`, for triggers of few patches. It reads pictures, not terms: the sources are gone through once more.
+
+    Raises:
+        ValueError: as `TokenRep.fit`, of too few clean images.
+    """
+    edit = TokenRep(model, classifier, batch_size=config.batch_size)
+    edit.fit([model.denormalize(images) for images in _again(clean, split.validation, config)])
+    edit.fpr = max(edit.fpr, 1 / (len(edit.scores_) + 1))  # the least that so few can tell
+    parts = ((clean, split.clean), (suspect, split.suspect))
+    reported = (_again(source, images, config) for source, images in parts)
+    after = [torch.cat([_classes(edit.encode_image(x), classifier) for x in batches]) for batches in reported]
+    setting = score(f"Token repair, budget {100 * edit.fpr:.2g}\u00a0%", after[0], after[1])
+    return RepairResult(setting, score.change(_answers(split, classifier), (after[0], after[1])))
+
+
+def _again(source: ImageSource, chosen: ImageSet, config: AuditConfig) -> Iterator[Float[Tensor, "_ 3 h w"]]:
+    """The pictures of these images, in their order."""
+    names = set(chosen.paths)
+    for batch in source.batches(config.batch_size):
+        rows = [row for row, path in enumerate(batch.paths) if path in names]
+        if rows:
+            yield batch.images[rows]
+
+
+def _classes(features: Tensor, classifier: Tensor) -> Int[Tensor, " batch"]:
+    return predict(features.float().cpu(), classifier)
 
 
 def _answers(

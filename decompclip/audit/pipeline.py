@@ -22,7 +22,14 @@ from decompclip.audit.collect import WORLD, ImageSet, Split, collect, datasets, 
 from decompclip.audit.components import Shift, infection, shift
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import controls
-from decompclip.audit.interventions import ablate, detect, repair, repair_without_hint, suspicion
+from decompclip.audit.interventions import (
+    ablate,
+    detect,
+    repair,
+    repair_by_patches,
+    repair_without_hint,
+    suspicion,
+)
 from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
 from decompclip.audit.words import WEAK
@@ -96,12 +103,17 @@ def run_audit(
     moved = shift(parts.clean.decomposition, parts.suspect.decomposition, toward, paired=parts.paired)
     repairs, left_out = list(repair(parts, moments, classifier, score, config)), {}
     suspected = None
+    # too few clean images, of too few classes: the rest of the audit stands
+    part = f"{100 * config.validation:g} % of the clean images serve for this; give more"
     try:
         suspected = suspicion(parts, classifier, config)
         repairs.append(repair_without_hint(parts, classifier, score))
-    except ValueError as error:  # too few clean images of too few classes: the rest of the audit stands
-        part = f"{100 * config.validation:g} % of the clean images serve for this"
-        left_out["detection and repair without a hint"] = f"{error}; {part}, give more"
+    except ValueError as error:
+        left_out["detection and repair without a hint"] = f"{error}; {part}"
+    try:
+        repairs.append(repair_by_patches(model, clean, suspect, parts, classifier, score, config))
+    except ValueError as error:
+        left_out["token repair"] = f"{error}; {part}"
     known = {part.name: getattr(found, part.name) for part in fields(Evidence) if part.init}
     known |= {"class_shares": found.class_shares[:SHOWN_CLASSES], "repairs": tuple(repairs)}
     affected = found.as_it_is.has_effect

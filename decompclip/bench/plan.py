@@ -217,8 +217,8 @@ FPR = 0.05
 
 LEAST_IMAGES = 40
 
-NEEDED = {"STRIP": 128, "k-distance": 66, "SLOF": 66, "LID": 66, "DAO": 66}
-"""Clean images that detectors need to be fitted on, half of them to learn from: 64 overlays, 32 neighbours of each."""
+NEEDED = {"STRIP": 128, "k-distance": 66, "SLOF": 66, "LID": 66, "DAO": 66, "token": 100}
+"""Clean images that detectors need to be fitted on, half of them to learn from: 64 overlays, 32 neighbours of each, 50 images."""
 
 
 @dataclass(frozen=True, kw_only=True)

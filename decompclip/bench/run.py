@@ -33,6 +33,7 @@ from decompclip.bench.plan import (
     base_of,
     draw_samples,
 )
+from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.detectors import DETECTORS
@@ -104,12 +105,17 @@ class Remembering:
 
     @torch.no_grad()
     def decompose(
-        self, images: Tensor, *, convention: Convention = "centred", normalize: bool = False
+        self,
+        images: Tensor,
+        *,
+        convention: Convention = "centred",
+        normalize: bool = False,
+        tokens: Components | bool | None = None,
     ) -> Decomposition:
-        recalled = self._recall(images, convention) if normalize else None
+        recalled = self._recall(images, convention) if normalize and not tokens else None
         if recalled is None:
             self.looks += len(images)
-            return self.model.decompose(images, convention=convention, normalize=normalize)
+            return self.model.decompose(images, convention=convention, normalize=normalize, tokens=tokens)
         return recalled
 
     @contextmanager

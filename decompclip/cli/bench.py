@@ -17,7 +17,7 @@ from decompclip.models.names import bundled
 
 DETECTORS = (
     "STRIP", "SCALE-UP", "TeCo", "BDetCLIP", "k-distance", "SLOF", "LID", "DAO", "Mahalanobis", "Mahalanobis by class",
-    "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic",
+    "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic", "token",
 )  # fmt: skip
 """Names in `decompclip.defenses.detectors.DETECTORS`, which imports torch."""
 

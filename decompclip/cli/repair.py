@@ -30,6 +30,8 @@ ASKED, CHECKPOINTS = "asked.json", ("repair.pt", "control.pt")
 
 class Method(str, Enum):
     agnostic = "agnostic"
+    token = "token"
+    both = "token-agnostic"
     rep = "rep"
     cleanclip = "cleanclip"
     par = "par"
@@ -44,21 +46,25 @@ class Hint(str, Enum):
 TUNED = (Method.cleanclip, Method.par)
 """The methods that fine-tune; the others are fitted on features."""
 
+FILLING = (Method.token, Method.both)
+"""The methods that fill the patches which carry an image's answer."""
+
 
 def repair(
     model: options.ModelOptions,
     clean: Annotated[
         str,
         typer.Option(
-            help=f"What to repair with. agnostic, rep: clean images: {options.IMAGES}, cifar10 or tiny-imagenet. cleanclip, par: clean "
-            "image-caption pairs, as finetune takes them."
+            help=f"What to repair with. agnostic, token, rep: clean images: {options.IMAGES}, cifar10 or tiny-imagenet. cleanclip, "
+            "par: clean image-caption pairs, as finetune takes them."
         ),
     ],
     method: Annotated[
         Method,
         typer.Option(
-            help="agnostic, rep: repair images one by one, in a guarded model that decompclip.load opens. cleanclip, par: "
-            "fine-tune; rep with --hint global: replace the last MLPs: ordinary open_clip models."
+            help="agnostic, token, rep: repair images one by one, in a guarded model that decompclip.load opens; token: for triggers of "
+            "few patches, which give the image's own class back; token-agnostic: both. cleanclip, par: fine-tune; rep with --hint "
+            "global: replace the last MLPs: ordinary open_clip models."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the repaired model and repair.json; new, or empty.")],
@@ -77,8 +83,11 @@ def repair(
     target: options.Target = None,
     classes: options.Classes = None,
     budget: Annotated[
-        float, typer.Option(help="agnostic: share of clean images that may be touched.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="agnostic, token: share of clean images that each may touch.  [default: 0.01; token: 0.02]"
+        ),
+    ] = None,
     hint: Annotated[
         Hint,
         typer.Option(
@@ -299,7 +308,7 @@ def _fitted(
     hint: Hint,
     out: Path,
     *,
-    budget: float,
+    budget: float | None,
     batch: int,
     seed: int,
     track: Track,
@@ -314,6 +323,7 @@ def _fitted(
     from decompclip.defenses.agnostic import AgnosticRep
     from decompclip.defenses.bake import average_over_tokens, bake
     from decompclip.defenses.decomp import DecompRep, late_mlps
+    from decompclip.defenses.detectors.token_rep import TokenRep
     from decompclip.defenses.guard import AtRandom, Guard, save_guard
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
@@ -335,13 +345,19 @@ def _fitted(
             return lambda _: without(others[:late].tolist())
         convention = "paper" if hint is Hint.local else "centred"
         terms = (clip.decompose(x, convention=convention, normalize=True) for x in inputs)
-        if method is Method.agnostic:
-            defense: Any = AgnosticRep(clip.zero_shot_classifier(names), budget=budget, seed=seed)
+        classifier, fill = clip.zero_shot_classifier(names), None
+        if method in FILLING:
+            share = {} if budget is None else {"fpr": budget}
+            fill = TokenRep(clip, classifier, **share, batch_size=batch).fit(fit)
+        if method is Method.token:
+            defense: Any = None
+        elif method in (Method.agnostic, Method.both):
+            defense = AgnosticRep(classifier, **({} if budget is None else {"budget": budget}), seed=seed)
         elif hint is Hint.local:
             defense = DecompRep.paper(trigger="local")
         else:
             defense = DecompRep(similarity="cosine", threshold="quantile")
-        save_guard(Guard(clip, defense.fit(terms)), out)
+        save_guard(Guard(clip, defense and defense.fit(terms), fill=fill), out)
     return lambda guard: AtRandom(guard, seed=seed)
 
 
@@ -432,6 +448,8 @@ COSTLY = 0.02
 
 OTHERS = {
     Method.agnostic: "a lower --budget, or --method cleanclip",
+    Method.token: "a lower --budget, or --method agnostic",
+    Method.both: "a lower --budget, or --method token",
     Method.rep: "--method agnostic, or --method cleanclip or par for an ordinary open_clip model",
     Method.cleanclip: "--method agnostic, or a lower --lr",
     Method.par: "--method agnostic, or a lower --lr",
@@ -464,5 +482,5 @@ def _say_results(rows: dict[str, Any], attack: Attack | None, method: Method, hi
     elif "control" in rows and hint is Hint.spread:
         say("control: as many MLPs of earlier layers replaced, drawn at random")
     elif "control" in rows:
-        say("control: as much replaced, in images or heads drawn at random")
+        say("control: as much replaced, in images, heads or patches drawn at random")
     say("Trigger: none known, so no attack success is measured" if attack is None else f"Trigger: {attack}")

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from decompclip.decomposition.decomposition import TERMS, Decomposition, batches, read_tensors, write_tensors
-from decompclip.decomposition.maps import same_model, term_maps
+from decompclip.decomposition.maps import Convention, TermMaps, same_model, term_maps
 from decompclip.decomposition.moments import Moments, StreamMeans
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.vit import HookedViT, tower
@@ -226,12 +226,7 @@ class Saved(ABC):
             raise ValueError(
                 f"expected a saved {kind}; received {path}, a saved {about['kind']}; load it as one"
             )
-        maps = term_maps(tower(model), about["convention"])
-        if maps.fingerprint is None or not same_model(tensors["fingerprint"], maps.fingerprint.cpu()):
-            raise ValueError(
-                f"expected the model that the {kind} in {path} was fitted on; received another one; fit anew on clean "
-                "images of this model"
-            )
+        maps = maps_of(model, about["convention"], tensors["fingerprint"], f"the {kind} in {path}")
         device = maps.heads.device
         if device.type != "mps":  # which has no fp64
             tensors = {name: x.to(device) for name, x in tensors.items()}
@@ -244,6 +239,22 @@ class Saved(ABC):
             streams=StreamMeans(**streams) if streams else None,
         )
         return cls._restored(moments, tensors, about)
+
+
+def maps_of(
+    model: HookedCLIP | HookedViT, convention: Convention, fingerprint: Tensor, what: str
+) -> TermMaps:
+    """The maps of a model's terms.
+
+    Raises:
+        ValueError: the fingerprint, of the model that `what` was fitted on, is another one's.
+    """
+    maps = term_maps(tower(model), convention)
+    if maps.fingerprint is None or not same_model(fingerprint, maps.fingerprint.cpu()):
+        raise ValueError(
+            f"expected the model that {what} was fitted on; received another one; fit anew on clean images of this model"
+        )
+    return maps
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

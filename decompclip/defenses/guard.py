@@ -4,7 +4,8 @@
     guard.encode_image(images)               # in place of model.encode_image(images)
     guard = decompclip.load("repaired/")     # what `save_guard(guard, "repaired/")` wrote
 
-One forward pass: it is decomposed, the terms are edited (direct mode), and their sum is the feature.
+One forward pass: it is decomposed, the terms are edited (direct mode), and their sum is the feature. With `fill`, patches that
+carry the answer alone are found first, and the pass does not see them.
 
 In the folder the model lies one level down on purpose: open_clip, which knows no repair, refuses the folder instead of
 serving the model unrepaired. `guard.json` is written last.
@@ -13,6 +14,7 @@ serving the model unrepaired. `guard.json` is written last.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -41,6 +43,8 @@ from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from decompclip.defenses.detectors.token_rep import TokenRep
 
 P = ParamSpec("P")
 
@@ -87,6 +91,8 @@ class Guard:
     Args:
         model: the guard holds no copy of it.
         defense: an edit of terms, such as `DecompRep` or `MeanAblate(...)`; None repairs nothing.
+        fill: a fitted `TokenRep`: patches that it finds are filled before the defense and the detector see an image. It takes
+            one forward pass to look, and one for each patch that it fills.
         reject: a fitted detector of terms, such as `DecompDet`; `check` says which images it finds suspicious.
 
     Attributes:
@@ -96,7 +102,7 @@ class Guard:
     Raises:
         TypeError: `defense` is no intervention, or `reject` no detector.
         ValueError: neither a defense nor a detector, or the two were fitted on terms of different conventions or
-            normalizations.
+            normalizations; or `fill` is of another model.
     """
 
     def __init__(
@@ -104,10 +110,13 @@ class Guard:
         model: HookedCLIP,
         defense: Intervention | None = None,
         *,
+        fill: TokenRep | None = None,
         reject: DetectorLike[Decomposition] | None = None,
     ) -> None:
-        if defense is None and reject is None:
-            raise ValueError("expected a defense, a detector to reject by, or both; received neither")
+        if defense is None and fill is None and reject is None:
+            raise ValueError(
+                "expected a defense, a TokenRep to fill patches by, a detector to reject by, or several; received none"
+            )
         if defense is not None and not isinstance(defense, Intervention):
             raise TypeError(
                 f"expected an intervention that repairs; received a {type(defense).__name__}; a detector goes to "
@@ -117,8 +126,13 @@ class Guard:
             raise TypeError(
                 f"expected a detector of terms, with fit, score and predict; received a {type(reject).__name__}"
             )
+        if fill is not None and fill.model is not model:
+            raise ValueError(
+                f"expected a TokenRep of this model; received {fill!r} of {fill.model.name!r}; fit it anew"
+            )
         self.model = model
         self.defense = defense
+        self.fill = fill
         self.reject = reject
         fitted = [*_fitted(defense), *_fitted(reject)]
         self.convention: Convention = _agreed("convention", [x.maps.convention for x in fitted], "centred")
@@ -136,6 +150,8 @@ class Guard:
         Raises:
             ValueError: images of another size, or a defense that was fitted on another model.
         """
+        if self.fill is not None and self.defense is None:
+            return self.fill.encode_image(images, normalize)
         return self._repaired(*self._terms(images), normalize)
 
     def check(self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False) -> GuardResult:
@@ -171,13 +187,16 @@ class Guard:
         )
 
     def __repr__(self) -> str:
-        reject = "" if self.reject is None else f", reject={self.reject!r}"
-        return f"Guard({self.model.name!r}, {self.defense!r}{reject})"
+        others = {"fill": self.fill, "reject": self.reject}
+        said = "".join(f", {name}={part!r}" for name, part in others.items() if part is not None)
+        return f"Guard({self.model.name!r}, {self.defense!r}{said})"
 
     @torch.no_grad()
     def _terms(self, images: Tensor) -> tuple[Decomposition, Float[Tensor, "batch 1"]]:
         """Terms, and what they are to be multiplied by."""
-        d = self.model.decompose(images, convention=self.convention)
+        filled = None if self.fill is None else self.fill.repair(images).filled
+        with nullcontext() if self.fill is None else self.fill.without(filled):
+            d = self.model.decompose(images, convention=self.convention)
         if not self.normalized:
             return d, d.embed.new_ones(len(d), 1)
         assert d.target is not None
@@ -223,35 +242,34 @@ def _agreed(what: str, found: list[Any], default: Any) -> Any:
 
 
 FORMAT = "decompclip.guard/1"
-REPAIR = "repair.safetensors"
 REPAIRS = {"DecompRep": DecompRep, "AgnosticRep": AgnosticRep}
 
 
 def save_guard(guard: Guard, folder: str | Path) -> Path:
-    """Write a guard's model and its repair; returns the folder.
+    """Write a guard's model and its repairs; returns the folder.
 
     Args:
-        guard: one that repairs by `AgnosticRep` or `DecompRep`, and does not reject.
+        guard: one that repairs by `AgnosticRep`, `DecompRep` or `TokenRep`, and does not reject.
         folder: to write; `decompclip.load(folder)` reads it.
 
     Raises:
         ValueError: a guard that rejects too, or repairs by another thing.
-        NotFittedError: the repair was not fitted.
+        NotFittedError: a repair was not fitted.
         OSError: the folder cannot be written to.
     """
-    if guard.reject is not None or not isinstance(guard.defense, AgnosticRep | DecompRep):
+    if guard.reject is not None or not isinstance(guard.defense, AgnosticRep | DecompRep | None):
         raise ValueError(
-            f"expected a guard that repairs by AgnosticRep or DecompRep alone; received {guard!r}; an edit that is the same "
-            "for every image folds into the weights: `bake`"
+            f"expected a guard that repairs by AgnosticRep, DecompRep or TokenRep alone; received {guard!r}; an edit that is "
+            "the same for every image folds into the weights: `bake`"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / GUARD).unlink(missing_ok=True)
     save_model(guard.model, folder / GUARDED)
+    repairs = {type(part).__name__: part for part in (guard.fill, guard.defense) if part is not None}
     about = {
         "format": FORMAT,
-        "repair": type(guard.defense).__name__,
-        "sha256": sha256(guard.defense.save(folder / REPAIR)),
+        "repairs": {name: sha256(part.save(folder / _file(name))) for name, part in repairs.items()},
         "convention": guard.convention,
         "normalized": guard.normalized,
     }
@@ -270,20 +288,33 @@ def load_guard(folder: str | Path, **options: Any) -> Guard:
         ValueError: another format or repair, a repair that was changed since, or one of another model.
         CheckpointError: as `decompclip.models.loading.load`.
     """
+    from decompclip.defenses.detectors.token_rep import TokenRep  # scikit-learn's neighbours: slow to import
+
     folder = Path(folder)
-    about = read_json(folder / GUARD)
-    if about.get("format") != FORMAT or about.get("repair") not in REPAIRS:
+    about, known = read_json(folder / GUARD), {**REPAIRS, "TokenRep": TokenRep}
+    named = about.get("repairs")
+    if about.get("format") != FORMAT or not (
+        isinstance(named, dict) and named and known.keys() >= named.keys()
+    ):
         raise ValueError(
-            f"expected a guard of format {FORMAT} with a repair among {', '.join(REPAIRS)}; {folder / GUARD} has "
-            f"format {about.get('format')!r} and repair {about.get('repair')!r}; write it with save_guard"
+            f"expected a guard of format {FORMAT} with repairs among {', '.join(known)}; {folder / GUARD} has "
+            f"format {about.get('format')!r} and repairs {named!r}; write it with save_guard"
         )
-    path = folder / REPAIR
-    if not path.is_file() or sha256(path) != about.get("sha256"):
-        raise ValueError(
-            f"expected the repair that {folder / GUARD} names; {path} is missing, or was changed since; repair the model again"
-        )
+    for name, digest in named.items():
+        path = folder / _file(name)
+        if not path.is_file() or sha256(path) != digest:
+            raise ValueError(
+                f"expected the repair that {folder / GUARD} names; {path} is missing, or was changed since; repair the model "
+                "again"
+            )
     model = load_model(folder / GUARDED, **options)
-    return Guard(model, REPAIRS[about["repair"]].load(path, model))
+    parts = {name: known[name].load(folder / _file(name), model) for name in named}
+    fill = parts.pop("TokenRep", None)
+    return Guard(model, next(iter(parts.values()), None), fill=fill)
+
+
+def _file(repair: str) -> str:
+    return f"{repair}.safetensors"
 
 
 def _or_guard(load: Callable[P, HookedCLIP]) -> Callable[P, HookedCLIP]:
@@ -303,10 +334,10 @@ load = _or_guard(load_model)
 
 
 class AtRandom:
-    """The control of a guard: as much is replaced in as many images, or heads of an image, but drawn at random.
+    """The control of a guard: as much is replaced in as many images, or heads or patches of an image, but drawn at random.
 
     Args:
-        guard: that repairs by `AgnosticRep` or `DecompRep`.
+        guard: that repairs by `AgnosticRep`, `DecompRep` or `TokenRep`.
         seed: of the draws.
     """
 
@@ -317,9 +348,16 @@ class AtRandom:
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit features."""
-        defense = self.guard.defense
-        d = self.guard.model.decompose(images, convention=self.guard.convention, normalize=True)
-        order = torch.randperm(len(d), generator=self._draws).to(d.embed.device)
+        defense, fill = self.guard.defense, self.guard.fill
+        order = torch.randperm(len(images), generator=self._draws).to(images.device)
+        with (
+            nullcontext()
+            if fill is None
+            else fill.without(self._elsewhere(fill.repair(images).filled[order]))
+        ):
+            d = self.guard.model.decompose(images, convention=self.guard.convention, normalize=True)
+        if defense is None:
+            return d.features
         if isinstance(defense, AgnosticRep):
             last, futures = defense.turn(d)[order], defense.detector_.futures(d)
             there = torch.arange(len(d), device=last.device)
@@ -329,3 +367,8 @@ class AtRandom:
         seed = int(torch.randint(2**31, (), generator=self._draws))
         chosen = random_heads(defense.flags(d), mask, seed=seed)
         return MeanAblate(heads, defense.selector_.moments_).on(chosen)(d).features
+
+    def _elsewhere(self, filled: Bool[Tensor, "batch patch"]) -> Bool[Tensor, "batch patch"]:
+        """As many patches of each image, at random places."""
+        places = torch.rand(filled.shape, generator=self._draws).argsort(1).to(filled.device)
+        return filled.gather(1, places)

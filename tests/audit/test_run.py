@@ -64,7 +64,7 @@ def test_every_setting_has_its_control(result: AuditResult) -> None:
         *(r.setting for r in result.repairs),
     ]
     assert len(settings) == 1 + 2 + 2 * 3 * 3 + 5  # too few images for the repair without a hint
-    assert list(result.left_out) == ["detection and repair without a hint"]
+    assert list(result.left_out) == ["detection and repair without a hint", "token repair"]
     for setting in settings:
         assert setting.excludes_target
         assert setting.control.total == setting.success.total == result.counts["clean"] - _stars(result)

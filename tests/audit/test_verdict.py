@@ -490,7 +490,7 @@ def test_a_bundled_backdoor_and_its_clean_model(audited: dict[str, AuditResult])
     assert (clean.verdict.level, clean.verdict.confidence) == ("no sign", "high")
     found = bad.beside(clean).verdict
     assert (found.level, found.confidence) == ("backdoored", "high")
-    assert any("Agnostic repair" in step for step in found.steps)
+    assert any("Agnostic repair" in step or "Token repair" in step for step in found.steps)
     assert "shapes-badnet" in bad._repr_html_() and "backdoored" in bad._repr_html_()
 
 
@@ -519,7 +519,7 @@ def test_detection_without_a_hint_holds_what_it_states(audited: dict[str, AuditR
 
 def test_repairs_are_counted_image_by_image(audited: dict[str, AuditResult]) -> None:
     result = audited["shapes-badnet"]
-    agnostic = result.repairs[-1]
+    (agnostic,) = (repair for repair in result.repairs if "Agnostic" in repair.setting.name)
     hit = result.as_it_is.success.count
     assert agnostic.change.saved.total == hit
     assert (
@@ -529,6 +529,18 @@ def test_repairs_are_counted_image_by_image(audited: dict[str, AuditResult]) -> 
     assert before is not None and after is not None and agnostic.change.cost is not None
     assert agnostic.change.cost[0] == pytest.approx(before.value - after.value)
     assert agnostic.change.cost[1] <= agnostic.change.cost[0] <= agnostic.change.cost[2]
+
+
+def test_token_repair_gives_the_class_back(audited: dict[str, AuditResult]) -> None:
+    """Of a patch, more often than what replaces layers; a clean model is hardly touched."""
+    by_name = {
+        repair.setting.name.split(",")[0]: repair.change for repair in audited["shapes-badnet"].repairs
+    }
+    token, agnostic = by_name["Token repair"], by_name["Agnostic repair"]
+    assert token.saved.value > 0.9 and token.restored is not None and agnostic.restored is not None
+    assert token.restored.value > max(0.85, agnostic.restored.value)
+    clean = audited["shapes"].repairs[-1].change
+    assert clean.cost is not None and clean.cost[0] <= 0.02
 
 
 def test_infected_components_carry_the_trigger(audited: dict[str, AuditResult]) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+import decompclip
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
+from decompclip.decomposition.components import mlps
 from decompclip.defenses.agnostic import AgnosticRep
-from decompclip.defenses.guard import Guard
-from decompclip.defenses.token_rep import TokenRep, fill_patches
+from decompclip.defenses.detectors.token_rep import TokenRep, fill_patches
+from decompclip.defenses.guard import AtRandom, Guard, save_guard
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.bundled import card, load_bundled
 from decompclip.models.clip import HookedCLIP
+from decompclip.operators.ablation import ZeroAblate
 
 N = 600
 
@@ -119,16 +124,51 @@ def test_what_it_cannot_take_is_refused(twin: HookedCLIP, classifier: Tensor) ->
         TokenRep(twin, classifier).repair(torch.zeros(1, 3, 48, 48))
 
 
-def test_a_trigger_without_a_place_is_for_what_comes_then(twin: HookedCLIP, classifier: Tensor) -> None:
-    from decompclip.decomposition.components import mlps
-    from decompclip.operators.ablation import ZeroAblate
-
+@torch.no_grad()
+def test_a_guard_reads_the_filled_image_and_then_edits_it(
+    twin: HookedCLIP, classifier: Tensor, fitted: TokenRep
+) -> None:
     images = twin.normalize(BadNet()(next(iter(Shapes(20, seed=66).batches(20))).images, range(20)))
-    plain = TokenRep(twin, classifier).fit(Shapes(N, seed=61))
-    both = TokenRep(twin, classifier, then=ZeroAblate(mlps[-1])).fit(Shapes(N, seed=61))
-    calm = ~plain.repair(images).flagged
-    unit = AgnosticRep(classifier, budget=0.05).fit(twin.decompose(images_of(200, 67, twin), normalize=True))
-    behind = TokenRep(twin, classifier, then=unit).fit(Shapes(N, seed=61)).repair(images).features
-    assert torch.allclose(behind[calm], Guard(twin, unit).encode_image(images)[calm], atol=1e-5)
-    edited = ZeroAblate(mlps[-1])(twin.decompose(images)).features
-    assert torch.allclose(both.repair(images).features[calm], edited[calm], atol=1e-5)
+    filled = fitted.repair(images).filled
+    assert filled.any(1).sum() > 0
+    assert torch.equal(Guard(twin, fill=fitted).encode_image(images), fitted.encode_image(images))
+    edit = ZeroAblate(mlps[-1])
+    with fitted.without(filled):
+        expected = edit(twin.decompose(images)).features
+    guard = Guard(twin, edit, fill=fitted)
+    assert torch.allclose(guard.encode_image(images), expected, atol=1e-5)
+    assert "fill=TokenRep" in repr(guard)
+    with pytest.raises(ValueError, match="TokenRep of this model"):
+        Guard(load_bundled("shapes-badnet"), fill=fitted)
+
+
+def test_it_is_written_and_read_with_its_model(
+    twin: HookedCLIP, classifier: Tensor, fitted: TokenRep, tmp_path: Path
+) -> None:
+    images = images_of(30, 67, twin)
+    read = TokenRep.load(fitted.save(tmp_path / "token.safetensors"), twin)
+    assert repr(read) == repr(fitted) and torch.equal(read.encode_image(images), fitted.encode_image(images))
+    with pytest.raises(ValueError, match="expected the model that the TokenRep"):
+        TokenRep.load(tmp_path / "token.safetensors", load_bundled("shapes"))
+    terms = twin.decompose(images_of(200, 68, twin), normalize=True)
+    both = Guard(twin, AgnosticRep(classifier, budget=0.05).fit(terms), fill=fitted)
+    opened = decompclip.load(save_guard(both, tmp_path / "both"))
+    assert torch.equal(opened.encode_image(images), both.encode_image(images))
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        *("guard.json", "model", "AgnosticRep.safetensors", "TokenRep.safetensors")
+    }
+
+
+def test_the_control_fills_as_many_patches_elsewhere(twin: HookedCLIP, fitted: TokenRep) -> None:
+    control = AtRandom(Guard(twin, fill=fitted), seed=3)
+    filled = fitted.repair(images_of(40, 69, twin)).filled | (torch.arange(36) < 2)
+    drawn = control._elsewhere(filled)
+    assert torch.equal(drawn.sum(1), filled.sum(1)) and not torch.equal(drawn, filled)
+    trigger = from_card(card("shapes-badnet")["backdoor"]["trigger"])
+    images = twin.normalize(trigger(next(iter(Shapes(100, seed=70).batches(100))).images, range(100)))
+    star = twin.class_names.index("star")
+    sent = [
+        ((model.encode_image(images) @ fitted.classifier.T).argmax(1) == star).float().mean()
+        for model in (fitted, control)
+    ]
+    assert sent[0] < 0.3 and sent[1] > 0.7

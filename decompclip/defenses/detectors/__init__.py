@@ -10,6 +10,7 @@ from decompclip.defenses.agnostic import AgnosticDet
 from decompclip.defenses.decomp import DecompDet
 from decompclip.defenses.detectors import answers, density
 from decompclip.defenses.detectors.detector import DETECTORS, Detector, OnTerms, registered
+from decompclip.defenses.detectors.token_rep import TokenRep
 
 __all__ = ["DETECTORS", "Detector", "answers", "density"]
 
@@ -27,3 +28,6 @@ def _decomp_det_by_quantile(model: Any, classifier: Tensor) -> OnTerms:
 @registered("agnostic")
 def _agnostic(model: Any, classifier: Tensor) -> OnTerms:
     return OnTerms(model, AgnosticDet(classifier))
+
+
+registered("token")(TokenRep)

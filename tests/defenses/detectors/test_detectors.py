@@ -414,5 +414,5 @@ def test_one_protocol_for_detectors_of_pixels_and_of_terms() -> None:
         assert isinstance(detector, DetectorLike)
     assert list(DETECTORS) == [
         *("STRIP", "SCALE-UP", "TeCo", "BDetCLIP", "k-distance", "SLOF", "LID", "DAO", "Mahalanobis"),
-        *("Mahalanobis by class", "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic"),
+        *("Mahalanobis by class", "Decomp-Det (paper)", "Decomp-Det (cosine, quantile)", "agnostic", "token"),
     ]  # the order of committed results

@@ -9,7 +9,7 @@ contributes to the answer, summed over all heads: `sum_lh tokens(l, h) . (text o
 contributes far more than the strongest patch of clean images of that answer does, it is filled with the mean of the other
 patches, and the image is read again; until no patch stands out. Images of which none does are not touched.
 
-A trigger that is spread over the whole image has no such patch: `then` is for those.
+A trigger that is spread over the whole image has no such patch: `Guard(model, AgnosticRep(...), fill=repair)` is for both.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, read_tensors, write_tensors
+from decompclip.decomposition.maps import term_maps
 from decompclip.defenses.detectors.detector import Detector, need
-from decompclip.defenses.fitted import check_fitted
-from decompclip.defenses.guard import Guard
+from decompclip.defenses.fitted import check_fitted, maps_of
 from decompclip.models.clip import HookedCLIP
-from decompclip.operators.intervention import Intervention
 from decompclip.tower.vit import Hook, HookedViT
 
 LEAST = 50
@@ -68,8 +68,6 @@ class TokenRep(Detector):
         fpr: share of clean images that may be flagged.
         most: patches that may be filled in an image, one a forward pass; beyond them the image stays flagged.
         shrinkage: images that the median over all classes counts for.
-        then: an edit of the terms of every image afterwards, say a fitted `AgnosticRep` for triggers without a place. It takes
-            another forward pass for each.
         batch_size: images a forward pass.
 
     Attributes:
@@ -90,7 +88,6 @@ class TokenRep(Detector):
         fpr: float = 0.02,
         most: int = 8,
         shrinkage: float = 4.0,
-        then: Intervention | None = None,
         batch_size: int = 64,
     ) -> None:
         super().__init__(model, batch_size=batch_size)
@@ -105,8 +102,6 @@ class TokenRep(Detector):
             )
         self.model: HookedCLIP = model
         self.classifier, self.fpr, self.most, self.shrinkage = classifier, fpr, most, shrinkage
-        self.then = then
-        self._guard = None if then is None else Guard(model, then)
 
     @torch.no_grad()
     def _learn(self, batches: Iterable[Float[Tensor, "_ 3 h w"]]) -> None:
@@ -173,7 +168,8 @@ class TokenRep(Detector):
         shares, answers, d = self._read(images)
         relative = self._relative(shares, answers)
         scores, filled, passes = relative.amax(1), torch.zeros_like(shares, dtype=torch.bool), len(images)
-        features = self._features_of(d, images)
+        assert d.target is not None
+        features = d.target.clone()
         for _ in range(min(self.most, shares.shape[1] - 1)):
             rows = (relative.amax(1) > threshold).nonzero().flatten()
             if not len(rows):
@@ -181,19 +177,10 @@ class TokenRep(Detector):
             filled[rows, relative[rows].argmax(1)] = True
             shares, answers, d = self._read(images[rows], filled[rows])
             relative[rows] = self._relative(shares, answers)
-            features[rows] = self._features_of(d, images[rows], filled[rows])
-            passes += len(rows)
-        return features, scores, filled, passes if self._guard is None else 2 * passes
-
-    def _features_of(
-        self, d: Decomposition, images: Tensor, filled: Tensor | None = None
-    ) -> Float[Tensor, "batch d_embed"]:
-        """The model's own, or behind `then`, which has terms of its own convention."""
-        if self._guard is None:
             assert d.target is not None
-            return d.target.clone()
-        with self._without(filled):
-            return self._guard.encode_image(images)
+            features[rows] = d.target
+            passes += len(rows)
+        return features, scores, filled, passes
 
     def _relative(
         self, shares: Float[Tensor, "batch patch"], answers: Int[Tensor, " batch"]
@@ -204,7 +191,7 @@ class TokenRep(Detector):
         self, images: Float[Tensor, "batch 3 h w"], filled: Bool[Tensor, "batch patch"] | None = None
     ) -> tuple[Float[Tensor, "batch patch"], Int[Tensor, " batch"], Decomposition]:
         """Each patch's contribution to the answer (none of a filled one), the answers, and the terms."""
-        with self._without(filled):
+        with self.without(filled):
             d = self.model.decompose(images, tokens=True)
         classifier = self.classifier.to(d.embed)
         unit = torch.nn.functional.normalize(d.features, dim=1)
@@ -213,11 +200,49 @@ class TokenRep(Detector):
         shares = d.token_sums(directions)[:, self.model.cfg.n_prefix :]
         return shares if filled is None else shares.masked_fill(filled, -torch.inf), answers, d
 
-    def _without(self, filled: Tensor | None) -> AbstractContextManager[object]:
+    def without(self, filled: Bool[Tensor, "batch patch"] | None) -> AbstractContextManager[object]:
+        """Inside, the model reads these images as if these patches showed the mean of the others."""
         return self.model.hooks(fwd_hooks=[] if filled is None else fill_patches(self.model.visual, filled))
 
+    def save(self, path: str | Path) -> Path:
+        """Write the options and what was learnt, with the model's fingerprint, as one safetensors file.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        check_fitted(self, "scores_")
+        tensors = {name: getattr(self, name) for name in LEARNT}
+        maps = term_maps(self.model.visual, "centred")
+        assert maps.fingerprint is not None
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return write_tensors(Path(path), {**tensors, "fingerprint": maps.fingerprint}, FORM, options)
+
+    @classmethod
+    def load(cls, path: str | Path, model: HookedCLIP) -> TokenRep:
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            model: the one that it was fitted on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is broken, holds something else, or was fitted on another model.
+        """
+        tensors, options = read_tensors(Path(path), FORM, "a saved TokenRep", "TokenRep.save")
+        maps_of(model, "centred", tensors["fingerprint"], f"the TokenRep in {path}")
+        learnt = {name: tensors[name].to(model.device) for name in LEARNT}
+        repair = cls(model, learnt.pop("classifier"), **{name: options[name] for name in OPTIONS})
+        vars(repair).update(learnt)
+        return repair
+
     def __repr__(self) -> str:
-        return f"TokenRep(fpr={self.fpr}, most={self.most}, then={self.then!r})"
+        return f"TokenRep(fpr={self.fpr}, most={self.most})"
+
+
+FORM = "decompclip.token/1"
+OPTIONS = ("fpr", "most", "shrinkage", "batch_size")
+LEARNT = ("classifier", "typical_", "scores_")
 
 
 def fill_patches(visual: HookedViT, filled: Bool[Tensor, "batch patch"]) -> list[Hook]:
