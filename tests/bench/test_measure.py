@@ -217,6 +217,14 @@ def test_it_looks_once_at_what_it_remembers(plain: HookedCLIP) -> None:
     assert model.looks == 2 * 8 + 3 + 2
 
 
+def test_it_looks_itself_where_tokens_are_asked_for(plain: HookedCLIP) -> None:
+    model, pixels = Remembering(plain), Shapes(6, seed=3).draw(range(6)).images
+    model.remember(pixels)
+    images = model.normalize(pixels)
+    assert model.decompose(images, normalize=True).token_terms is None
+    assert model.decompose(images, normalize=True, tokens=True).token_terms is not None and model.looks == 12
+
+
 def test_asleep_it_looks_again(plain: HookedCLIP) -> None:
     model, inputs = remembering(plain), plain.normalize(PIXELS)
     model.encode_image(inputs[:8])
