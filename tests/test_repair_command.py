@@ -53,7 +53,7 @@ def test_patches_are_filled_in_front_of_another_repair(tmp_path: Path) -> None:
     out = tmp_path / "a"
     found = repaired(out, "--method", "token-agnostic", "--clean", "shapes:400", "--budget", 0.02)
     assert found["before"]["asr"]["value"] > 0.9 and found["after"]["asr"]["value"] < 0.1
-    assert found["after"]["own_class"]["value"] > 0.85 > found["control"]["own_class"]["value"]
+    assert found["after"]["own_class"]["value"] > 0.7 > found["control"]["own_class"]["value"]
     guard = decompclip.load(out)
     assert repr(guard).count("TokenRep(fpr=0.02") == 1 and "AgnosticRep(budget=0.02" in repr(guard)
 
