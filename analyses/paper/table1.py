@@ -136,7 +136,10 @@ def settings() -> tuple[str, ...]:
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rates": rates_figure(record, ("No Defense", *ROWS))}
+    models = record["found"]["models"].values()
+    return {
+        "rates": rates_figure(record, ("No Defense", *(row for row in ROWS if any(row in m for m in models))))
+    }
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -155,7 +155,7 @@ def adapt(config: Config, attacker: str, work: Path) -> tuple[HookedCLIP, Trigge
         penalty = StayNear(trigger, config.weight, config.triggered, clean.mean, clean.std)
     else:
         scattered = attacker == "scattered pixels"
-        cut = (config.most_pieces,) * 2 if scattered else (1, 2)
+        cut = (config.most_pieces, config.most_pieces) if scattered else (1, 2)
         trigger = Pieces(seed=trigger.seed, size=trigger.size, cut=cut, shared=scattered)
     monitor = Monitor(
         data=world.validation(),
@@ -239,7 +239,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     repairs, detectors = (list(found["plain"][kind]) for kind in ("repairs", "detectors"))
 
     def series(kind: str, names: list[str], get: Any) -> dict[str, list[Point | None]]:
-        return {who: [get(found[who][kind].get(name)) for name in names] for who in ATTACKERS}
+        return {who: [get(own[kind].get(name)) for name in names] for who, own in found.items()}
 
     panels = [
         Panel(
@@ -258,14 +258,14 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """One row a defense, the plain attacker beside the adaptive one."""
+    """One row a defense, the plain attacker beside those who know it."""
     found = _attackers(record)
-    rows = [["defense", "plain attacker", "adaptive attacker"]]
+    rows = [["defense", *(f"{who} attacker" if who in ATTACKERS[:2] else who for who in found)]]
     for name in found["plain"]["repairs"]:
-        reports = [found[who]["repairs"][name] for who in ATTACKERS]
+        reports = [own["repairs"][name] for own in found.values()]
         rows.append([f"repair: {name}", *(f"ASR {rate(r['asr'])}, CACC {rate(r['cacc'])}" for r in reports)])
     for name in found["plain"]["detectors"]:
-        areas = [found[who]["detectors"][name] for who in ATTACKERS]
+        areas = [own["detectors"][name] for own in found.values()]
         rows.append(
             [
                 f"detector: {name}",

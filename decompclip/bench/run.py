@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -110,7 +110,7 @@ class Remembering:
         *,
         convention: Convention = "centred",
         normalize: bool = False,
-        tokens: Components | bool | None = None,
+        tokens: Components | Literal[True] | None = None,
     ) -> Decomposition:
         recalled = self._recall(images, convention) if normalize and not tokens else None
         if recalled is None:

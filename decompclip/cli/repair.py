@@ -347,12 +347,12 @@ def _fitted(
         terms = (clip.decompose(x, convention=convention, normalize=True) for x in inputs)
         classifier, fill = clip.zero_shot_classifier(names), None
         if method in FILLING:
-            share = {} if budget is None else {"fpr": budget}
+            share: dict[str, Any] = {} if budget is None else {"fpr": budget}
             fill = TokenRep(clip, classifier, **share, batch_size=batch).fit(fit)
         if method is Method.token:
             defense: Any = None
         elif method in (Method.agnostic, Method.both):
-            defense = AgnosticRep(classifier, **({} if budget is None else {"budget": budget}), seed=seed)
+            defense = AgnosticRep(classifier, budget=0.01 if budget is None else budget, seed=seed)
         elif hint is Hint.local:
             defense = DecompRep.paper(trigger="local")
         else:
