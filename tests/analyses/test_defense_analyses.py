@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -77,21 +76,6 @@ def test_the_paper_s_rows_stand_for_every_fine_tuning(
     with pytest.raises(ValueError, match=r"expected models to tune among shapes-sig; received 'x'"):
         table1.run(table1.Config(tuned="x"), SHAPES, members)
     assert table1.chosen(table1.Config(), SHAPES.members) == {"shapes-badnet", "shapes-blended"}
-
-
-@pytest.mark.parametrize("options", [{}, {"cut": (100, 100), "shared": True}])
-def test_a_patch_in_pieces_is_the_same_pattern_elsewhere(options: dict[str, Any]) -> None:
-    grey = torch.full((3, 3, 48, 48), 0.5)
-    whole, apart = BadNet(size=7 / 48), adaptive_attacker.Pieces(size=7 / 48, **options)
-    there, mask = apart(grey, [4, 5, 6]), apart.mask(48, 48, [4, 5, 6])
-    values = [set(x(grey, [4])[0].flatten().tolist()) for x in (whole, apart)]
-    assert values[1] <= values[0] and len(values[1]) > 0.7 * len(
-        values[0]
-    )  # what lies on another piece is hidden
-    assert torch.equal((there != grey).any(1), mask) and 0.7 * 49 < int(mask[0].sum()) <= 49
-    assert torch.equal(apart(grey[:1], [6])[0], there[2])
-    assert torch.equal(there[0], there[1]) == bool(options)
-    assert bool(options) == (int(torch.nn.functional.max_pool2d(mask[:1].float(), 8).sum()) > 12)
 
 
 def test_an_attacker_adapts_a_twin_of_its_own_family() -> None:
