@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource
+from decompclip.data.pairs import Pairs
 from decompclip.decomposition.maps import term_maps
 from decompclip.models.text import WordTokenizer
 
@@ -35,7 +36,7 @@ def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, 
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
-    if isinstance(images, ImageSource):
+    if isinstance(images, ImageSource) and not isinstance(images, Pairs):  # whose pixels are not normalised
         batches = (batch.images for batch in feed(images, batch_size))
     elif not isinstance(images, Tensor):
         batches = images

@@ -22,6 +22,7 @@ from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.sources import open_images, open_pairs
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import open_clip_transform
+from decompclip.operators.inputs import image_batches
 from decompclip.progress import Pace
 
 CLASSES = ("cat", "dog")
@@ -79,6 +80,11 @@ def test_pairs_are_read_alike_in_batches_one_by_one_and_by_place(photos: Path, w
     assert torch.equal(whole, torch.stack([pair.image for pair in single]))
     places = [pairs.ids.index(pair.id) for pair in single]
     assert torch.equal(pairs.read(places).images, whole)
+
+
+def test_pixels_of_pairs_are_not_taken_for_images(photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected batches of images .* received Pair; preprocess"):
+        next(image_batches(open_pairs(str(photos), load("shapes").pixels), batch_size=4))
 
 
 def test_what_cannot_be_read_stops_the_run_where_it_shall(photos: Path, workers: int) -> None:
