@@ -201,11 +201,18 @@ class TokenRep(Detector):
         return shares if filled is None else shares.masked_fill(filled, -torch.inf), answers, d
 
     def without(self, filled: Bool[Tensor, "batch patch"] | None) -> AbstractContextManager[object]:
-        """Inside, the model reads these images as if these patches showed the mean of the others."""
+        """Inside, the model reads these images as if these patches showed the mean of the others.
+
+        Args:
+            filled: the patches, row by row, as `fill_patches` takes them; None fills none.
+        """
         return self.model.hooks(fwd_hooks=[] if filled is None else fill_patches(self.model.visual, filled))
 
     def save(self, path: str | Path) -> Path:
         """Write the options and what was learnt, with the model's fingerprint, as one safetensors file.
+
+        Args:
+            path: of the file.
 
         Raises:
             NotFittedError: `fit` was not called.
