@@ -328,8 +328,8 @@ class Decomposition:
         kept = {f.name: getattr(self, f.name) for f in fields(Decomposition) if f.name not in changes}
         return Decomposition(**kept, **changes)
 
-    def batches(self) -> Iterator[Decomposition]:
-        """The images in as many parts as they are kept in: itself, where it is no `Store`."""
+    def shards(self) -> Iterator[Decomposition]:
+        """The images as they are kept: itself, where it is no `Store`."""
         yield self
 
     @staticmethod
@@ -476,15 +476,15 @@ class Decomposition:
 def batches(data: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposition]:
     """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard."""
     for d in [data] if isinstance(data, Decomposition) else data:
-        yield from d.batches() if isinstance(d, Decomposition) else [d]
+        yield from d.shards() if isinstance(d, Decomposition) else [d]
 
 
-def by_batches(method: F) -> F:
+def by_shards(method: F) -> F:
     """A method that gives a row for each image of a decomposition: of a `Store`, shard by shard."""
 
     @wraps(method)
     def run(self: Any, d: Decomposition, *args: Any, **options: Any) -> Tensor:
-        parts = [method(self, part, *args, **options) for part in d.batches()]
+        parts = [method(self, part, *args, **options) for part in d.shards()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return cast(F, run)

@@ -230,7 +230,7 @@ class Store(Decomposition):
     @cached_property
     def features(self) -> Float[Tensor, "batch d_embed"]:
         """The sum of all terms, as they are stored."""
-        return torch.cat([self._none.features, *(part.features for part in self.batches())])
+        return torch.cat([self._none.features, *(part.features for part in self.shards())])
 
     @property
     def sum_error(self) -> float:
@@ -254,7 +254,7 @@ class Store(Decomposition):
         """What `labels` are places of."""
         return tuple(self.manifest["class_names"])
 
-    def batches(self) -> Iterator[Decomposition]:
+    def shards(self) -> Iterator[Decomposition]:
         """The images, shard by shard."""
         for end, shard in zip(self._ends, self._shards, strict=True):
             if shard["images"]:
@@ -317,7 +317,7 @@ class Store(Decomposition):
         if size > free:
             raise MemoryError(
                 f"expected terms that fit the memory; all {name} of {self.folder} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-                "are free; read a slice at a time, or go through store.batches()"
+                "are free; read a slice at a time, or go through store.shards()"
             )
         parts = [x[name].float() for x in self._read()]
         return parts[0] if len(parts) == 1 else torch.cat([none, *parts])

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.special import log_ndtr
 
-from decompclip.decomposition.decomposition import Decomposition, HasTerms, by_batches, check_alike
+from decompclip.decomposition.decomposition import Decomposition, HasTerms, by_shards, check_alike
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.distances import (
     ClassDistance,
@@ -242,7 +242,7 @@ class AgnosticDet(Calibrated):
         check_fitted(self, "scores_")
         return self._views(self.look(d))
 
-    @by_batches
+    @by_shards
     def score(self, d: Decomposition) -> Float[Tensor, " batch"]:
         """Higher is more suspicious.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from decompclip.decomposition.components import heads, mlps
-from decompclip.decomposition.decomposition import Decomposition, by_batches
+from decompclip.decomposition.decomposition import Decomposition, by_shards
 from decompclip.defenses.fitted import check_fitted
 from decompclip.defenses.selector import Clean, Judge, Judging, Selector, check_choice
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
@@ -230,7 +230,7 @@ class DecompDet(Judge):
         self.selector_ = self._fit(clean, deviations=self.kind == "excess")
         return self
 
-    @by_batches
+    @by_shards
     def score(self, d: Decomposition) -> Shaped[Tensor, " batch"]:
         """The number of flagged heads of each image, or their summed excess.
 

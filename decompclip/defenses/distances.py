@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.decomposition.decomposition import Decomposition, by_batches, check_alike
+from decompclip.decomposition.decomposition import Decomposition, by_shards, check_alike
 from decompclip.decomposition.maps import full_precision, one_thread
 from decompclip.defenses.fitted import Sample, blocks, calibrated, check_fitted, held_out
 from decompclip.operators.intervention import Where
@@ -345,7 +345,7 @@ class ComponentDistances:
         self.logs_ = torch.cat(logs).sort(0).values
         return self
 
-    @by_batches
+    @by_shards
     def score(self, d: Decomposition) -> Float[Tensor, "batch component"]:
         """How unlike clean images each component is, in standard deviations of the distance's logarithm.
 

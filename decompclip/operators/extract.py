@@ -28,6 +28,7 @@ from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import listed_images
+from decompclip.decomposition.capture import dtype_of
 from decompclip.decomposition.decomposition import TERMS, Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
 from decompclip.decomposition.moments import Moments
@@ -51,6 +52,7 @@ from decompclip.files import alone_in, digest
 from decompclip.models.bundled import digest as weights_digest
 from decompclip.models.clip import HookedCLIP
 from decompclip.progress import Track, silently
+from decompclip.tower.vit import hooked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,12 +124,17 @@ def extract(
         FolderInUse: another run writes there.
         OSError: the disk is too small, or full.
         TypeError: data that is not read by place.
-        ValueError: no image could be read, unusable options, fewer images than processes, or processes that disagree.
+        ValueError: no image could be read, a model with hooks, unusable options, fewer images than processes, or processes that disagree.
         DecompositionError: a feature is not the sum of its terms.
     """
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"expected {name} of at least 1; received {value}")
+    if any(hooked(module) for module in model.visual.modules()):
+        raise ValueError(
+            "expected a model without hooks, whose terms are the model's own; received one with some; call it outside "
+            "`with model.hooks(...)`, or model.reset_hooks() first"
+        )
     kept = "fp64" if moments_only else stored_type(dtype)
     images, folder, group = listed_images(data), Path(out), Processes(accelerator)
     listing = list(images.skipped)
@@ -138,7 +145,9 @@ def extract(
         )
     run = {
         "holds": "moments" if moments_only else "terms",
-        "model": digest([weights_digest(model.visual.state_dict()), model.cfg.to_dict(), str(model.dtype)]),
+        "model": digest(
+            [weights_digest(model.visual.state_dict()), model.cfg.to_dict(), str(dtype_of(model.visual))]
+        ),
         "data": _digest(images),
         "images": len(images),
         "convention": convention,

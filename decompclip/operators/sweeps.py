@@ -254,7 +254,7 @@ def _decompositions(
                 )
             yield decompose(tower(model), part, **options)
         elif isinstance(part, Decomposition):
-            yield from part.batches()
+            yield from part.shards()
         else:
             raise TypeError(f"expected a Decomposition, or batches of them; received {type(part).__name__}")
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import decompclip
+from analyses.benchmarks import capacity
 from decompclip import (
     AgnosticDet,
     AgnosticRep,
@@ -30,6 +31,7 @@ from decompclip import (
     RandomAblate,
     Shapes,
     Store,
+    ZeroAblate,
     ablation_sweep,
     evaluate,
     extract,
@@ -42,6 +44,7 @@ from decompclip import (
 from decompclip.data.images import FolderSource
 from decompclip.decomposition import store as module
 from decompclip.decomposition.decomposition import TERMS, write_tensors
+from decompclip.decomposition.maps import term_maps
 from decompclip.decomposition.store import (
     MANIFEST,
     MAPS,
@@ -201,6 +204,16 @@ def test_the_size_is_told_as_it_will_be(model: HookedCLIP, tmp_path: Path, dtype
     )
     there = sum(len(x) for x in files(tmp_path / "a").values())
     assert there == pytest.approx(150 * (each + NAME) + len(files(tmp_path / "a")[MAPS]), rel=0.05)
+
+
+def test_the_page_on_capacity_holds_what_the_formula_gives() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "capacity.md").read_text(encoding="utf-8")
+    found = capacity.run(capacity.Config())
+    for part in capacity.table(found).split("\n\n"):
+        assert part in page
+    visual = decompclip.load("ViT-B-32", pretrained="random", text=False).visual
+    maps = term_maps(visual, "centred")
+    assert (*maps.heads.shape, len(maps.bias), 0) == capacity.SHAPES["ViT-B-32"]
 
 
 # Who reads it
@@ -539,6 +552,15 @@ def test_bad_options(model: HookedCLIP, tmp_path: Path) -> None:
             extract(model, IMAGES, tmp_path / "a", **changes)
     with pytest.raises(TypeError, match="expected images that are read by place: .* received list"):
         extract(model, [torch.zeros(3, 48, 48)], tmp_path / "a")  # pyright: ignore[reportArgumentType]
+
+
+def test_an_edited_run_is_not_taken_for_the_models_own(model: HookedCLIP, tmp_path: Path) -> None:
+    with (
+        model.hooks(ZeroAblate(heads[0])),
+        pytest.raises(ValueError, match="expected a model without hooks, whose terms are the model's own"),
+    ):
+        extract(model, IMAGES, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
