@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -31,6 +31,9 @@ EXTENT = 1.5
 """Half-width of the square that a table covers, in units of the object's radius."""
 
 TABLE_SIZE = 97
+
+DRAWS = 16
+"""Numbers drawn for an image: one a property, the others for what is nuisance."""
 
 _POLYGONS: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
@@ -201,8 +204,11 @@ class Shapes:
         return batch.images[0], int(batch.labels[0])
 
     def attributes(self) -> Attributes:
-        """Of all images. They do not depend on the resolution, so each image is drawn as one pixel."""
-        return replace(self, resolution=1).draw(range(self.length)).attributes
+        """Of all images, of which none is drawn."""
+        uniform = np.empty((self.length, DRAWS))
+        for index in range(self.length):
+            uniform[index] = _generator(self.seed, index).random(DRAWS)
+        return _attributes(torch.from_numpy(uniform).float())
 
     def batches(self, batch_size: int = 256) -> Iterator[ShapesBatch]:
         """The whole sample in order, `batch_size` images at a time.
@@ -237,19 +243,28 @@ def draw(indices: Sequence[int], *, seed: int, resolution: int = RESOLUTION) -> 
         seed, resolution: as `Shapes`.
     """
     n, pixels = len(indices), 3 * resolution * resolution
-    uniform = np.empty((n, 16))
+    uniform = np.empty((n, DRAWS))
     noise = np.empty((n, pixels), dtype=np.float32)
     for row, index in enumerate(indices):
-        generator = np.random.Generator(np.random.Philox(key=[seed, index]))
-        uniform[row] = generator.random(16)
+        generator = _generator(seed, index)
+        uniform[row] = generator.random(DRAWS)
         generator.standard_normal(dtype=np.float32, out=noise[row])
     u = torch.from_numpy(uniform).float()
-    sizes = [len(values) for values in PROPERTIES.values()]
-    # min() guards the float32 rounding of a uniform just under one
-    attributes = Attributes(*((u[:, k] * m).long().clamp_max(m - 1) for k, m in enumerate(sizes)))
-    images = _render(attributes, u[:, len(sizes) :], resolution)
+    attributes = _attributes(u)
+    images = _render(attributes, u[:, len(PROPERTIES) :], resolution)
     images += _NOISE * torch.from_numpy(noise).view_as(images)
     return ShapesBatch(images.clamp_(0.0, 1.0), attributes, torch.tensor(list(indices), dtype=torch.long))
+
+
+def _generator(seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, index]))
+
+
+def _attributes(u: Float[Tensor, "batch draw"]) -> Attributes:
+    """`u` holds an image's first draws, in [0, 1)."""
+    sizes = [len(values) for values in PROPERTIES.values()]
+    # the last is the float32 rounding of a uniform just under one
+    return Attributes(*((u[:, k] * m).long().clamp_max(m - 1) for k, m in enumerate(sizes)))
 
 
 def _render(

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +70,6 @@ DECIDES = {
     "holds": "terms or moments",
     "model": "the model's weights",
     "data": "the images, their classes or their preprocessing",
-    "images": "the number of images",
     "convention": "the convention",
     "normalized": "the length of features",
     "dtype": "the dtype",
@@ -149,7 +148,6 @@ def extract(
             [weights_digest(model.visual.state_dict()), model.cfg.to_dict(), str(dtype_of(model.visual))]
         ),
         "data": _digest(images),
-        "images": len(images),
         "convention": convention,
         "normalized": normalize,
         "dtype": kept,
@@ -157,18 +155,22 @@ def extract(
     }
     group.check_equal(run)
     job = Job(model, images, folder, run, batch_size, group, track)
-    with alone_in(folder) if group.rank == 0 else nullcontext():
-        if group.rank == 0:
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(alone_in(folder))
             job.check_folder()
             job.check_size(log)
-        group.wait()
-        job.moments() if moments_only else job.terms()
-        group.wait()
-        if group.rank == 0:
+
+        def finish() -> None:
             known = {name: model.provenance.get(name) for name in ("name", "pretrained", "sha256")}
             about = {"model": known, "source": source, "class_names": list(class_names)}
             job.finish(about, [[skip.path, skip.reason] for skip in listing])
+
+        group.in_first(begin)
+        job.moments() if moments_only else job.terms()
         group.wait()
+        group.in_first(finish)
     return Moments.load(folder / MOMENTS) if moments_only else Store(folder)
 
 
@@ -206,6 +208,19 @@ class Processes:
         """Until all have come here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+    def in_first(self, work: Callable[[], None]) -> None:
+        """Let the first process do something, while the others wait; what it raises is raised in all."""
+        error: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except Exception as raised:
+                error = [raised]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
 
     def to_first(self, own: T) -> list[T]:
         """In the first process what each of them has, in order; in the others nothing."""
@@ -390,7 +405,8 @@ class Job:
             end = min(start + self.group.count, self.n_shards)
             due = end == self.n_shards or time.monotonic() - written > EVERY
             if self.group.rank == 0 and whole is not None and due:
-                facts = {"run": self.run, "made": self.made, "shards": end, "skipped": skipped}
+                # digits of one number: the file is as long whatever the number of images
+                facts = {"run": self.run, "made": self.made, "shards": f"{end:09d}", "skipped": skipped}
                 whole.save(self.folder / MOMENTS, **facts)
                 written = time.monotonic()
 
@@ -404,7 +420,7 @@ class Job:
         except ValueError as error:
             warnings.warn(f"{path} is damaged and is built anew: {error}", stacklevel=2)
             return None, 0, []
-        return replace(moments, maps=self.none.maps), about["shards"], about["skipped"]
+        return replace(moments, maps=self.none.maps), int(about["shards"]), about["skipped"]
 
     def _moments_of(self, shards: range) -> Iterator[tuple[Moments | None, list[list[str]]]]:
         """Of each shard, on the CPU; None where no image can be read. And those that cannot."""
