@@ -199,16 +199,17 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
     return record
 
 
-def todo(part: str) -> Iterator[tuple[str, str, str]]:
+def todo(part: str, worlds: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """(what, model, images): corruptions on clean models, triggers on twins, triggers on top of corruptions."""
-    for base in WORLDS:
+    for base in worlds:
         for kind, severity in product(KINDS, SEVERITIES):
             yield "corruption", base, f"{kind}:{severity}"
-    twins = [name for name in bundled() if card(name)["backdoor"] is not None]
-    for name in twins:
-        yield "trigger", name, "own"
+    for name in bundled():
+        if card(name)["backdoor"] is not None and base_of(name) in worlds:
+            yield "trigger", name, "own"
     if part == "reported":
-        for name, kind, severity in product(ON_TOP_OF, ON_TOP, (1, 3, 5)):
+        on_top_of = [name for name in ON_TOP_OF if base_of(name) in worlds]
+        for name, kind, severity in product(on_top_of, ON_TOP, (1, 3, 5)):
             yield "trigger on top", name, f"{kind}:{severity}"
             yield "both corrupted", name, f"{kind}:{severity}"
 
@@ -226,13 +227,20 @@ def run(bench: Bench, what: str, name: str, images: str) -> dict[str, Any]:
     return cell(bench, name, reference, suspect, corrupted if what == "both corrupted" else None)
 
 
-def measure(parts: Sequence[str], work: Path = WORK, folder: Path = RESULTS, tuned: Path = TUNED) -> None:
-    """Every cell, each kept in a file of its own; then all of them in one."""
-    record: dict[str, Any] = {"images": IMAGES, "seeds": SEEDS, "versions": versions(), "runs": {}}
+def measure(
+    parts: Sequence[str],
+    worlds: Sequence[str] = tuple(WORLDS),
+    work: Path = WORK,
+    folder: Path = RESULTS,
+    tuned: Path = TUNED,
+) -> None:
+    """Every cell of some worlds, each kept in a file of its own; then all of them in one, beside those of other worlds."""
+    kept = read(folder)["runs"] if (folder / "audit_corruptions.json").exists() else {}
+    record: dict[str, Any] = {"images": IMAGES, "seeds": SEEDS, "versions": versions(), "runs": kept}
     for part in parts:
-        benches = {base: Bench(base, part, tuned) for base in WORLDS}
-        runs: dict[str, Any] = {}
-        for what, name, images in todo(part):
+        benches = {base: Bench(base, part, tuned) for base in worlds}
+        runs: dict[str, Any] = kept.get(part, {})
+        for what, name, images in todo(part, worlds):
             path = work / part / f"{what}-{name}-{images}.json".replace(" ", "-").replace(":", "-")
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -336,12 +344,13 @@ def printed(record: Mapping[str, Any]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analyses.audit_corruptions", description=__doc__)
     parser.add_argument("--measure", action="store_true", help="audit every set of images (again)")
+    parser.add_argument("--world", choices=tuple(WORLDS), nargs="+", default=tuple(WORLDS), help="of models")
     parser.add_argument("--part", choices=tuple(SEEDS), nargs="+", default=tuple(SEEDS), help="of the seeds")
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         if options.measure:
-            measure(options.part)
+            measure(options.part, options.world)
         record = read()
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
