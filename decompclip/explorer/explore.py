@@ -68,8 +68,8 @@ def explore(
         images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
         texts: to begin with; by default the class that the first image is most similar to, where the model names classes.
         names: of the images; by default their numbers.
-        moments: of other images (`Moments.fit(model, batches, normalize=True)`), for the means that ablated heads are
-            set to and the variance that words describe; by default of `images`.
+        moments: of other images (`Moments.fit(model, batches, normalize=True, stream=True)`), for the means that ablated
+            heads are set to and the variance that words describe; by default of `images`. Causal effects need stream means.
         descriptions: texts that heads are described with, as `textspan` takes them; by default its pool and the
             model's class names, or, of a vocabulary of its own, all words.
         batch_size: of the forward passes.
@@ -117,9 +117,7 @@ class Explorer:
         count = len(self.decomposition)
         if names is not None and len(names) != count:
             raise ValueError(f"expected a name for each of {count} images; received {len(names)} names")
-        self.names = (
-            tuple(str(name) for name in names) if names else tuple(f"image {i}" for i in range(count))
-        )
+        self.names = tuple(f"image {i}" for i in range(count)) if names is None else tuple(map(str, names))
         self._own = moments is None
         self._moments = Moments.of(self.decomposition) if moments is None else moments
         self._moments.check(self.decomposition)
@@ -270,7 +268,7 @@ class Explorer:
 
     @cached_property
     def _stream_moments(self) -> Moments:
-        if self._moments.streams is not None:
+        if not self._own:  # means of other images: never those of the images shown in their place
             return self._moments
         batches = self._images.to(self.model.device, self.model.dtype).split(self._batch_size)
         return Moments.fit(self.model, batches, normalize=True, second=False)

@@ -148,6 +148,21 @@ def test_moments_of_other_images_are_means_and_words(model: HookedCLIP) -> None:
     assert "196 other images" in found.about()["means"]
 
 
+def test_causal_means_are_those_of_the_given_moments(model: HookedCLIP) -> None:
+    images = model.normalize(Shapes(40, seed=9).draw(range(40)).images)
+    of_terms, of_streams = (
+        Moments.fit(model, [images[4:]], normalize=True, stream=stream) for stream in (False, True)
+    )
+    with pytest.raises(ValueError, match=r"stream means.*Moments.fit\(model, batches, stream=True\)"):
+        explore(model, images[:4], texts=[TEXT], moments=of_terms).answer("ablate", TEXT, 5, 1, "causal")
+    found = explore(model, images[:4], texts=[TEXT], moments=of_streams).answer(
+        "ablate", TEXT, 5, 1, "causal"
+    )
+    with torch.no_grad(), model.hooks(MeanAblate(heads[5, 1], of_streams)):
+        features = model.encode_image(images[:4], normalize=True)
+    close(found.arrays["after"], features @ model.encode_text(TEXT, normalize=True)[0].detach())
+
+
 def test_too_few_images_for_words_say_so(model: HookedCLIP) -> None:
     found = explore(model, model.normalize(Shapes(1, seed=9).draw([0]).images), texts=[TEXT])
     assert "words need" in found.answer("words", 0, 0).facts["why"]
