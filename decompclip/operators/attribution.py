@@ -289,7 +289,7 @@ def attribute(
             subtracted.
         components: which have a number each; those left out stay in `rest`.
         tokens: split heads whose tokens were kept (`decompose(images, tokens=heads[-1])`) into the tokens that they read.
-        neurons: terms of the same images (`neuron_terms`), which stand for the MLPs that they are of.
+        neurons: terms of the same images in the same order (`neuron_terms`), which stand for the MLPs that they are of.
         model: encodes texts.
         label: a name for the direction, or for each; by default the texts.
         names: of the images; by default their numbers.
@@ -300,8 +300,8 @@ def attribute(
     Raises:
         IndexError: a component, or a class, that there is not.
         LookupError: `tokens` of a decomposition that kept none.
-        ValueError: no images; a text without a model; directions of another width or model; neurons of other images or of
-            MLPs that are left out; labels or names of another number.
+        ValueError: no images; a text without a model; directions of another width or model; neurons of another model,
+            of other options or another number of images, or of MLPs that are left out; labels or names of another number.
     """
     score = None if target is None else class_score(toward, target, metric, against)
     parts: tuple[Part, ...] = ()
@@ -317,7 +317,9 @@ def attribute(
             along, labels = directions(batch, toward, cast(Any, against), model)
         first = first or batch
         check_alike(first, batch)
-        own = None if neurons is None else _of_images(neurons, batch, rows)
+        own = None if neurons is None else _of_rows(neurons, rows)
+        if own is not None:
+            own.check(batch)
         if score is None:
             each, which = along[None], torch.zeros(len(batch), dtype=torch.long)
         else:
@@ -397,16 +399,6 @@ def _contributions(
         score = d.features @ into
     parts = tuple(part for several, _ in names for part in several)
     return parts, tuple(token for _, several in names for token in several), torch.cat(columns, dim=1), score
-
-
-def _of_images(neurons: NeuronTerms, d: Decomposition, rows: slice) -> NeuronTerms:
-    """The neurons' terms of a batch; raises ValueError where they are of other options, or too few."""
-    if (neurons.convention, neurons.normalized) != (d.convention, d.normalized) or len(neurons) < rows.stop:
-        raise ValueError(
-            f"expected neuron terms of {rows.stop} images or more, convention={d.convention!r}, normalize={d.normalized}; "
-            f"received {neurons!r}, normalize={neurons.normalized}; make both from the same images and options"
-        )
-    return _of_rows(neurons, rows)
 
 
 def _of_rows(neurons: NeuronTerms, rows: Any) -> NeuronTerms:

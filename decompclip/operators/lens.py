@@ -19,10 +19,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.decomposition.maps import fingerprint
 from decompclip.intervals import half_width
 from decompclip.operators.attention import BATCH, pictures_of
 from decompclip.operators.inputs import Images, TextFeatures, encode_texts, image_batches
 from decompclip.operators.parts import place_of
+from decompclip.operators.scores import features_of
 from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT, tower
 
@@ -179,7 +181,8 @@ def logit_lens(
         Scores, image by image.
 
     Raises:
-        ValueError: no images or texts, features of another width, texts for a bare tower, or names of another number.
+        ValueError: no images or texts, features of another width or model, texts for a bare tower, or names of another
+            number.
     """
     visual = tower(model)
     along, labels = _texts(model, texts)
@@ -234,24 +237,18 @@ def _texts(
 ) -> tuple[Float[Tensor, "text d_embed"], tuple[str, ...]]:
     """Features and names of texts, each by itself."""
     width = tower(model).cfg.d_embed
-    if isinstance(texts, Tensor):
-        if texts.ndim != 2 or texts.shape[1] != width or not len(texts):
-            raise ValueError(
-                f"expected text features [text, {width}]; received {list(texts.shape)}; encode the texts with the text "
-                "tower of the same model"
-            )
-        return texts, tuple(f"text {i}" for i in range(len(texts)))
-    if isinstance(model, HookedViT) and not isinstance(texts, TextFeatures):
+    if isinstance(texts, Tensor | TextFeatures):
+        mark = fingerprint(tower(model)) if isinstance(texts, TextFeatures) else None
+        return features_of(texts, width, mark)
+    if isinstance(model, HookedViT):
         raise ValueError(
             f"expected text features [text, {width}] for an image tower, which reads no text; received {texts!r}; pass the "
             "whole model"
         )
-    if not isinstance(texts, str | TextFeatures | Iterable):
+    if not isinstance(texts, Iterable):
         raise ValueError(f"expected texts, or features [text, {width}]; received {texts!r}")
-    found: Any = (
-        texts if isinstance(texts, TextFeatures) else [texts] if isinstance(texts, str) else list(texts)
-    )
-    found = found if isinstance(found, TextFeatures) or not found else encode_texts(model, found)  # pyright: ignore
-    if not found:
+    named: list[str] = [texts] if isinstance(texts, str) else list(texts)
+    if not named:
         raise ValueError("expected at least one text; received none; name what to score images by")
+    found = encode_texts(model, named)
     return found.features, found.texts

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, frozen, wide
+from decompclip.decomposition.maps import Convention, frozen, same_model, wide
 from decompclip.decomposition.terms import Rows
 from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
@@ -44,6 +44,7 @@ class NeuronTerms(Result):
         post: activations at every token.
         maps: their directions in the joint space, through each head of the pooling (one, but for attention pools).
         normalized: whether the terms are those of unit features.
+        model: fingerprint of the tower (`decompclip.decomposition.maps`); None where unknown.
     """
 
     layers: Int[Tensor, " neuron"]
@@ -53,6 +54,7 @@ class NeuronTerms(Result):
     maps: Float[Tensor, "pool_head neuron d_embed"]
     convention: Convention
     normalized: bool
+    model: Float[Tensor, " weight"] | None = None
 
     largest = "length"
 
@@ -104,6 +106,23 @@ class NeuronTerms(Result):
     def of(self, layers: Tensor, index: Tensor) -> bool:
         """Whether these neurons are meant."""
         return torch.equal(self.layers, layers) and torch.equal(self.index, index)
+
+    def check(self, d: Decomposition) -> None:
+        """Raises ValueError unless the terms may be those of a decomposition: as many images, its options, its model.
+
+        Whether the images are the same ones, and in the same order, cannot be told from the terms.
+        """
+        if (len(self), self.convention, self.normalized) != (len(d), d.convention, d.normalized):
+            raise ValueError(
+                f"expected neuron terms of {len(d)} images, convention={d.convention!r}, normalize={d.normalized}; "
+                f"received {self!r}, normalize={self.normalized}; make both from the same images and options"
+            )
+        theirs = d.maps.fingerprint
+        if self.model is not None and theirs is not None and not same_model(self.model, theirs):
+            raise ValueError(
+                f"expected neuron terms of the model that was decomposed; received {self!r} of other weights; make both "
+                "with the same model"
+            )
 
     def __repr__(self) -> str:
         return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
@@ -160,7 +179,7 @@ def neuron_terms(
     fixed = frozen(visual, convention)
     into = torch.einsum("jd,qdp->qjp", _directions(visual, layers, index), fixed.into)
     maps = into if fixed.read.out is None else into @ fixed.read.out
-    return NeuronTerms(layers, index, coords, post, maps, convention, normalize)
+    return NeuronTerms(layers, index, coords, post, maps, convention, normalize, fixed.maps.fingerprint)
 
 
 def _directions(visual: HookedViT, layers: Tensor, index: Tensor) -> Float[Tensor, "neuron d_model"]:
@@ -252,11 +271,7 @@ class AblateNeurons(Intervention):
                 "expected the neurons' terms, which a decomposition does not keep; received none; pass "
                 f"terms=neuron_terms(visual, images, {self.components!r}) of the same images"
             )
-        if (len(terms), terms.convention, terms.normalized) != (len(d), d.convention, d.normalized):
-            raise ValueError(
-                f"expected neuron terms of {len(d)} images, convention={d.convention!r}, normalize={d.normalized}; "
-                f"received {terms!r}, normalize={terms.normalized}; make both from the same images and options"
-            )
+        terms.check(d)
         layers = torch.zeros(d.n_layers, dtype=torch.bool).index_fill(0, terms.layers.cpu(), True)
         chosen = Chosen.of(_as_mlps(layers, d), where, len(d)).mlps.to(d.mlps.device)
         change = -terms.coords if self.fill is None else self.fill.coords.to(terms.coords) - terms.coords

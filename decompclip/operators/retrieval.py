@@ -22,10 +22,11 @@ from torch import Tensor
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.attribution import attribute
+from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.naming import named_property
 from decompclip.operators.parts import ByPart, Part, Points, parts_of
 from decompclip.operators.probes import probe
-from decompclip.operators.scores import Text, label as label_of
+from decompclip.operators.scores import Text, directions
 from decompclip.operators.textspan_result import TextSpans
 from decompclip.results import Result
 
@@ -110,7 +111,7 @@ class Neighbours(Result):
 def nearest(
     d: Decomposition,
     component: Components,
-    query: int | Sequence[int] | Decomposition | Text,
+    query: int | Sequence[int] | Decomposition | Text | TextFeatures,
     *,
     k: int = 8,
     centred: bool = False,
@@ -125,7 +126,8 @@ def nearest(
         d: the images to choose from.
         component: a single one, such as `heads[11, 0]`.
         query: images of `d` by number (they are not found themselves); other images, decomposed alike; a text (with
-            `model`), several that stand for one thing, or a direction `[d_embed]`.
+            `model`), several that stand for one thing, or a direction `[d_embed]`. Many at once: directions `[text, d_embed]`,
+            or `encode_texts(model, texts)`, a query each.
         k: how many to find for each query; at most all.
         centred: of the terms about their mean over `d`, of which all images have much in common.
         model: encodes a text.
@@ -159,10 +161,9 @@ def nearest(
             raise ValueError(f"expected query_pixels of {len(query)} queries; received {len(query_pixels)}")
         queries, own = tuple(f"query {i}" for i in range(len(query))), _pictures(query_pixels)
         similarity = _to_images(d, part, query, centred)
-    elif isinstance(query, str | Tensor) or any(isinstance(q, str) for q in _listed(query)):
-        text = cast(Text, query)
-        queries = (text if isinstance(text, str) else label_of(text),)
-        similarity = _to_text(d, part, text, centred, model)[None]
+    elif isinstance(query, str | Tensor | TextFeatures) or any(isinstance(q, str) for q in _listed(query)):
+        along, queries = directions(d, cast(Text | TextFeatures, query), None, model)
+        similarity = _to_texts(d, part, along, centred)
     else:
         known = [operator.index(cast(int, i)) for i in _listed(query)]
         if any(not -len(d) <= i < len(d) for i in known):
@@ -199,16 +200,16 @@ def _to_images(
     return (points[count:] @ points[:count].T).cpu()
 
 
-def _to_text(
-    d: Decomposition, part: Part, text: Text, centred: bool, model: HookedCLIP | None
-) -> Float[Tensor, " image"]:
-    """Cosines of terms and a text."""
-    along = attribute(d, text, model=model, components=part).values[:, 0, 0]
+def _to_texts(
+    d: Decomposition, part: Part, along: Float[Tensor, "query d_embed"], centred: bool
+) -> Float[Tensor, "query image"]:
+    """Cosines of terms and texts."""
+    products = attribute(d, along, components=part).values[:, 0].T
     points = Points.of(d, part)[0].cpu()
-    length = 1.0 if not isinstance(text, Tensor) else float(text.norm())
     if centred:
-        along, points = along - along.mean(), points - points.mean(0)
-    return along / (points.norm(dim=1) * length).clamp_min(torch.finfo(points.dtype).tiny)
+        products, points = products - products.mean(1, keepdim=True), points - points.mean(0)
+    lengths = along.cpu().to(points).norm(dim=1, keepdim=True) * points.norm(dim=1)
+    return products / lengths.clamp_min(torch.finfo(points.dtype).tiny)
 
 
 def _pictures(pixels: Tensor | None) -> UInt8[Tensor, "batch h w 3"] | None:

@@ -91,25 +91,41 @@ def directions(
     Raises:
         ValueError: as `direction`; a text without a model; texts or a model other than that of the terms; a function.
     """
-    if isinstance(toward, Tensor) and toward.ndim == 2:
-        along, names = toward.detach(), tuple(f"text {i}" for i in range(len(toward)))
-    elif isinstance(toward, TextFeatures):
-        _check_model(toward.model, d.maps.fingerprint, f"{toward!r}", "encode_texts(model, texts)")
-        along, names = toward.features, toward.texts
+    if isinstance(toward, TextFeatures) or (isinstance(toward, Tensor) and toward.ndim == 2):
+        along, names = features_of(toward, d.d_embed, d.maps.fingerprint)
     else:
-        along, names = (
-            _direction(d, toward, model)[None],
-            (toward if isinstance(toward, str) else label(toward),),
-        )
-    if along.shape[1] != d.d_embed or not len(along):
-        raise ValueError(
-            f"expected text features [text, {d.d_embed}], as wide as the joint space; received {list(along.shape)}; "
-            "encode the texts with the text tower of the same model"
-        )
+        along = _direction(d, toward, model)[None]
+        names = (toward if isinstance(toward, str) else label(toward),)
     if against is None:
         return along, names
     other = against if isinstance(against, str) else label(against)
     return along - _direction(d, against, model).to(along), tuple(f"{name} against {other}" for name in names)
+
+
+def features_of(
+    texts: TextFeatures | Tensor, width: int, mark: Tensor | None
+) -> tuple[Float[Tensor, "text d_embed"], tuple[str, ...]]:
+    """Features of many texts, each by itself, with a name for each.
+
+    Args:
+        texts: the features.
+        width: of the joint space.
+        mark: fingerprint of the model that they are used with; None where unknown.
+
+    Raises:
+        ValueError: none, features of another width, or texts of another model.
+    """
+    if isinstance(texts, TextFeatures):
+        _check_model(texts.model, mark, f"{texts!r}", "encode_texts(model, texts)")
+        along, names = texts.features, texts.texts
+    else:
+        along, names = texts.detach(), tuple(f"text {i}" for i in range(len(texts)))
+    if along.ndim != 2 or along.shape[1] != width or not len(along):
+        raise ValueError(
+            f"expected text features [text, {width}], as wide as the joint space; received {list(along.shape)}; "
+            "encode the texts with the text tower of the same model"
+        )
+    return along, names
 
 
 def _direction(d: Decomposition, toward: Any, model: HookedCLIP | None) -> Float[Tensor, " d_embed"]:
@@ -133,7 +149,7 @@ def _direction(d: Decomposition, toward: Any, model: HookedCLIP | None) -> Float
 def _check_model(ours: Tensor | None, theirs: Tensor | None, received: str, remedy: str) -> None:
     if ours is not None and theirs is not None and not same_model(ours, theirs):
         raise ValueError(
-            f"expected texts by the model that was decomposed; received {received}, of other weights; {remedy}"
+            f"expected texts by the model that reads the images; received {received}, of other weights; {remedy}"
         )
 
 
@@ -258,7 +274,7 @@ class ClassScore:
         )
 
     def directions(self, rows: slice) -> Float[Tensor, "#batch d_embed"]:
-        """What features are multiplied by: one direction for all images, or one for each of these.
+        """What features are multiplied by, on the CPU: one direction for all images, or one for each of these.
 
         Raises:
             ValueError: accuracy, which is no product.
@@ -267,14 +283,14 @@ class ClassScore:
             raise ValueError(
                 "expected a logit or a difference of logits; received 'accuracy', which is no product"
             )
-        weights = self.classifier.double()
+        weights = self.classifier.cpu().double()
 
         def of(name: str, classes: Classes) -> Tensor:
             if not isinstance(classes, Tensor) or not classes.ndim:
                 return weights[[int(classes)]]
             if len(classes) < rows.stop:
                 raise ValueError(_count(name, len(classes), f"the {rows.stop} images so far"))
-            return weights[classes[rows].to(weights.device)]
+            return weights[classes[rows].cpu()]
 
         own = of("target", self.target)
         if self.metric == "logit":

@@ -307,8 +307,7 @@ class ViTCache(ActivationCache):
             residual_stack: components, as this class's other methods give them.
             directions: text features (where TransformerLens takes tokens); one, or several, a last axis then.
             incorrect: subtracted from them.
-            pos_slice, batch_slice: how the stack was sliced.
-            has_batch_dim: whether the stack has a batch axis.
+            pos_slice, batch_slice, has_batch_dim: as `apply_ln_to_stack`.
 
         Raises:
             NotImplementedError: a tower that pools by attention.
@@ -348,13 +347,15 @@ class ViTCache(ActivationCache):
         with the gain, without the bias: the results sum to the LayerNorm's output less `ln.b`.
 
         Args:
-            pos_slice, batch_slice: how the stack was sliced.
+            pos_slice: the positions that the stack was made of.
+            batch_slice: images to take, of a stack of all of the cache's images; of a stack without a batch axis, its image.
+            has_batch_dim: whether the stack has a batch axis, where the cache has one.
             recompute_ln: each element of the stack is a whole stream, with a scale of its own (and the bias), as
                 `accumulated_resid` has them.
 
         Raises:
             ValueError: the last LayerNorm, on rows that do not pass it: with a class token, all but that; with a mean or an
-                attention over patches, the prefix tokens.
+                attention over patches, the prefix tokens. Or a stack of other images than the cache's.
             NotImplementedError: the blocks of a post-norm tower, which read the stack as it is.
             IndexError: the tower has no such layer.
         """
@@ -365,8 +366,18 @@ class ViTCache(ActivationCache):
         name = "ln_final" if final else f"blocks.{layer}.ln{2 if mlp_input else 1}"
         norm, scale = cast(LayerNorm, self.model.get_submodule(name)), self[f"{name}.hook_scale"]
         batch = _cut(batch_slice)
-        if has_batch_dim:
+        if has_batch_dim and self.has_batch_dim:
+            if residual_stack.shape[1] != len(scale):
+                raise ValueError(
+                    f"expected a stack [component, {len(scale)}, ..., d_model] of all images of the cache, which batch_slice= "
+                    f"cuts; received {list(residual_stack.shape)}; pass it uncut, or cut the cache itself: "
+                    "cache.apply_slice_to_batch_dim(batch_slice)"
+                )
             residual_stack = batch.apply(residual_stack, dim=1)
+        elif batch.mode != "identity" and not self.has_batch_dim:
+            raise ValueError(
+                f"expected no batch_slice, for the cache is of one image, without a batch axis; received {batch_slice!r}"
+            )
         if recompute_ln:
             if final and self._ln_of_mean:
                 raise NotImplementedError(

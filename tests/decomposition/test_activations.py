@@ -158,7 +158,15 @@ def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, 
     if visual.cfg.norm == "post":
         return
     one = cache.apply_ln_to_stack(cache.decompose_resid(1)[:, 2], 1, batch_slice=2, has_batch_dim=False)
-    close(one, cache.decompose_resid(1, apply_ln=True)[:, 2])
+    normed = cache.decompose_resid(1, apply_ln=True)
+    close(one, normed[:, 2])
+    for batch_slice in (2, (1, 3), [3, 0]):  # cuts the stack of all images
+        rows = slice(*batch_slice) if isinstance(batch_slice, tuple) else batch_slice
+        close(cache.apply_ln_to_stack(cache.decompose_resid(1), 1, batch_slice=batch_slice), normed[:, rows])
+    for cut in (cache.decompose_resid(1)[:, 1:2], cache.decompose_resid(1)[:, :2]):  # which was cut before
+        for recompute_ln in (False, True):
+            with pytest.raises(ValueError, match="of all images of the cache"):
+                cache.apply_ln_to_stack(cut, 1, batch_slice=(0, 1), recompute_ln=recompute_ln)
 
 
 def test_accumulated_streams(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
@@ -195,6 +203,8 @@ def test_without_a_batch_axis(visual: HookedViT, images: Tensor) -> None:
     assert stack.ndim == 2
     close((stack.sum(0) + visual.ln_final.b) @ visual.proj, feature[0], rtol=1e-4, atol=1e-5)
     assert "batch axis: no" in repr(cache)
+    with pytest.raises(ValueError, match="of one image, without a batch axis"):
+        cache.apply_ln_to_stack(cache.decompose_resid(pos_slice=0), pos_slice=0, batch_slice=0)
 
 
 def test_slices_of_the_batch(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:

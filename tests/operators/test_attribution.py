@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from decompclip.data.shapes import Shapes
@@ -141,6 +142,19 @@ def test_a_target_is_scored_as_everywhere(
     assert found.texts[0].startswith("each image's class")
 
 
+def test_directions_of_a_classifier_on_a_gpu_are_where_the_terms_are() -> None:
+    for target in (3, torch.tensor([3, 1, 2])):
+        score = ClassScore(torch.eye(4), target)
+        on_cpu = score.directions(slice(0, 3))
+        with FakeTensorMode():  # a GPU that need not be there
+            score.classifier = torch.empty(4, 4, device="cuda")
+            score.target = (
+                target if isinstance(target, int) else torch.empty(3, dtype=torch.long, device="cuda")
+            )
+            found = score.directions(slice(0, 3))
+        assert found.device.type == "cpu" and found.shape == on_cpu.shape
+
+
 def test_batches_and_their_order_change_nothing(
     model: HookedCLIP, world: Any, terms: Decomposition, stars: Attribution
 ) -> None:
@@ -225,8 +239,10 @@ def test_figures_show_the_numbers(stars: Attribution, terms: Decomposition, mode
 def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, stars: Attribution) -> None:
     text = direction(model, "a star")
     classifier = model.zero_shot_classifier(Shapes(1).class_names)
-    other = encode_texts(load_bundled("shapes-badnet"), ["a star"])
+    foreign = load_bundled("shapes-badnet")
+    other = encode_texts(foreign, ["a star"])
     images = model.normalize(world.images)
+    of_other = neuron_terms(foreign.visual, images, neurons[2], normalize=True)
     of_neurons = neuron_terms(model.visual, images[:4], neurons[2], normalize=True)
     mistakes: list[tuple[Any, dict[str, Any], str]] = [
         ("a star", {}, "model=model"),
@@ -242,6 +258,7 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
         (classifier, {"target": world.labels[:5]}, "one class, or one for each"),
         (text, {"neurons": of_neurons}, "neuron terms of 12 images"),
         (text, {"neurons": neuron_terms(model.visual, images, neurons[2])}, "normalize=True"),
+        (text, {"neurons": of_other}, "neuron terms of the model that was decomposed"),
     ]
     for wrong, options, words in mistakes:
         with pytest.raises(ValueError, match=words):

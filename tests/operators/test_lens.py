@@ -14,7 +14,7 @@ from decompclip.data.shapes import Shapes
 from decompclip.intervals import mean_interval
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.operators.inputs import encode_texts
+from decompclip.operators.inputs import TextFeatures, encode_texts
 from decompclip.operators.lens import LogitLens, logit_lens
 from decompclip.tower.vit import HookedViT
 from tests.conftest import MakeTower
@@ -119,11 +119,15 @@ def test_the_table_and_the_figures_show_the_numbers(
 
 @pytest.mark.usefixtures("ours_alone")
 def test_mistakes_are_told(model: HookedCLIP, images_of: Tensor, lens: LogitLens) -> None:
+    other = load_bundled("shapes-badnet")
     mistakes: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
         (model, images_of, [], {}, "at least one text"),
         (model, images_of, 7, {}, "expected texts, or features"),
-        (model, images_of, torch.ones(128), {}, r"text features \[text, 128\]; received \[128\]"),
+        (model, images_of, torch.ones(128), {}, r"text features \[text, 128\], .* received \[128\]"),
         (model, images_of, torch.ones(2, 20), {}, r"received \[2, 20\]"),
+        (model, images_of, encode_texts(other, TEXTS), {}, "other weights"),
+        (model.visual, images_of, encode_texts(other, TEXTS), {}, "other weights"),
+        (model, images_of, TextFeatures(("a star",), torch.eye(1, 20)), {}, r"received \[1, 20\]"),
         (model.visual, images_of, TEXTS, {}, "pass the whole model"),
         (model, images_of[:0], TEXTS, {}, "at least one image"),
         (model, images_of, TEXTS, {"names": ["a"]}, "a name for each of 5 images"),

@@ -15,6 +15,7 @@ from decompclip.decomposition.components import embed, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
+from decompclip.operators.inputs import encode_texts
 from decompclip.operators.parts import part_at
 from decompclip.operators.probes import probe
 from decompclip.operators.retrieval import heads_for, nearest
@@ -90,6 +91,28 @@ def test_texts_are_encoded_and_averaged(model: HookedCLIP, terms: Decomposition)
     assert found.queries == ("a green object",)
     two = nearest(terms, heads[1, 4], ["green", "a green object"], model=model, k=5)
     assert two.queries == ("'green' and 1 more",) and two.indices.shape == (1, 5)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_many_directions_are_a_query_each(model: HookedCLIP, terms: Decomposition, centred: bool) -> None:
+    texts = ["a green object", "a red object", "a star"]
+    encoded = encode_texts(model, texts)
+    singles = [
+        nearest(terms, heads[1, 4], one, model=model, k=5, centred=centred)
+        for one in (*texts, encoded.features[1])
+    ]
+    found = nearest(terms, heads[1, 4], encoded, k=5, centred=centred)
+    assert found.queries == tuple(texts) and found.indices.shape == (3, 5)
+    lengths = torch.tensor([[2.0], [0.5], [3.0]])  # cosines do not know them
+    plain = nearest(terms, heads[1, 4], lengths * encoded.features, k=5, centred=centred)
+    assert plain.queries == ("text 0", "text 1", "text 2")
+    for row, single in zip((0, 1, 2, 1), singles, strict=True):
+        for several in (found, plain):
+            assert torch.equal(several.indices[row], single.indices[0])
+            torch.testing.assert_close(several.similarity[row], single.similarity[0], rtol=0, atol=1e-5)
+    other = encode_texts(load_bundled("shapes-badnet"), texts)
+    with pytest.raises(ValueError, match="other weights"):
+        nearest(terms, heads[1, 4], other)
 
 
 @pytest.mark.parametrize("name", ["colour", "background", "size"])
