@@ -31,6 +31,7 @@ from decompclip.attacks.poison_choice import (
 )
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.data.datasets import PairStream
+from decompclip.data.feed import is_pure
 from decompclip.data.files import POISON_LIST, SkippedFile
 from decompclip.data.images import class_index
 from decompclip.data.pairs import Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
@@ -288,6 +289,11 @@ class PoisonedPairs(PairSteps):
             )
         self._poisons = {pair.id: self._made(pair) for pair in self._choice.poisons}
         self._covers = set(self._choice.covers)
+
+    @property
+    def pure(self) -> bool:
+        """Whether the base may be read ahead (`decompclip.data.feed`)."""
+        return is_pure(self.base)
 
     @property
     def record(self) -> PoisonRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,8 @@ def write_suspects(
     count, renamed, size = 0, [], [0, 0]
     stems = Counter(Path(path).with_suffix("") for path in source.files)
     n_batches = -(-len(source) // batch_size)
-    batches = track(feed(source, batch_size), f"applying {attack.trigger.name}", n_batches)
-    with atomic_folder(folder, TRIGGER_FILE) as partial:
-        for batch in batches:
+    with closing(feed(source, batch_size)) as batches, atomic_folder(folder, TRIGGER_FILE) as partial:
+        for batch in track(batches, f"applying {attack.trigger.name}", n_batches):
             triggered = attack.trigger(batch.images, range(count, count + len(batch.paths)))
             for path, image in zip(map(Path, batch.paths), triggered, strict=True):
                 name = path.with_suffix(".png")

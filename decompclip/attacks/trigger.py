@@ -50,9 +50,11 @@ class Trigger:
         name, extent: what it is, and whether it touches a part of the image or all of it.
         clean_label: poisons are images of the target that keep their captions, not images of other classes
             that get the target's.
+        any_device: takes images wherever they are; one of its own may say False, and gets them on the CPU.
     """
 
     seed: int = 0
+    any_device: ClassVar[bool] = True
     name: ClassVar[str]
     extent: ClassVar[Extent]
     clean_label: ClassVar[bool] = False

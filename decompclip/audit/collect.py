@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -218,20 +219,21 @@ def collect(
     # The pictures kept are those of least checksum of the name: of paired images both.
     kept: list[tuple[int, str, Tensor]] = []
     n_batches = -(-len(source) // config.batch_size)
-    for batch in track(feed(source, config.batch_size), description, n_batches):
-        d = model.decompose(batch.images.to(model.device), convention=config.convention, normalize=True).to(
-            "cpu"
-        )
-        parts.append(
-            replace(d, maps=parts[0].maps) if parts else d
-        )  # one copy of the maps, whatever the device
-        labels.append(batch.labels)
-        paths += batch.paths
-        thumbnails.append(F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1))
-        digests += [hashlib.sha256(image.numpy(force=True).tobytes()).digest() for image in batch.images]
-        for path, image in zip(batch.paths, batch.images, strict=True):
-            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
-            (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
+    with closing(feed(source, config.batch_size)) as batches:
+        for batch in track(batches, description, n_batches):
+            d = model.decompose(
+                batch.images.to(model.device), convention=config.convention, normalize=True
+            ).to("cpu")
+            parts.append(
+                replace(d, maps=parts[0].maps) if parts else d
+            )  # one copy of the maps, whatever the device
+            labels.append(batch.labels)
+            paths += batch.paths
+            thumbnails.append(F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1))
+            digests += [hashlib.sha256(image.numpy(force=True).tobytes()).digest() for image in batch.images]
+            for path, image in zip(batch.paths, batch.images, strict=True):
+                entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
+                (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
     known = [part for part in labels if part is not None]
     return ImageSet(
         Decomposition.cat(parts),

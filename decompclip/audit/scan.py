@@ -13,6 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -145,11 +146,12 @@ def _collect(model: HookedCLIP, clean: ImageSource, config: ScanConfig, track: T
     """The first images, as many as the scan can use."""
     enough, images, labels = config.fit + config.held_out, [], []
     n_batches = -(-min(enough, len(clean)) // config.batch_size)
-    for batch in track(feed(clean, config.batch_size), f"{model.name}: clean images", n_batches):
-        images.append((255 * model.denormalize(batch.images)).round().to(torch.uint8))
-        labels.append(batch.labels)
-        if sum(map(len, images)) >= enough:
-            break
+    with closing(feed(clean, config.batch_size)) as batches:
+        for batch in track(batches, f"{model.name}: clean images", n_batches):
+            images.append((255 * model.denormalize(batch.images)).round().to(torch.uint8))
+            labels.append(batch.labels)
+            if sum(map(len, images)) >= enough:
+                break
     n = min(enough, sum(map(len, images)))
     if n < FEWEST:
         raise ValueError(

@@ -261,7 +261,7 @@ def _data(
     half = len(source) // 2
     if not pairs:
         first = np.isin(np.arange(len(source)), order[:half])
-        return KeptImages(source, first), KeptImages(source, ~first)
+        return KeptImages(source, first, clip.device), KeptImages(source, ~first, clip.device)
     if source.labels is None or tuple(source.class_names) != names:
         raise ValueError(
             f"expected --images, labelled images to measure on: the pairs of {clean} do not name the classes that they "
@@ -274,10 +274,10 @@ def _data(
 
 
 class KeptImages:
-    """The images of a source at the places where `kept` is true."""
+    """The images of a source at the places where `kept` is true, on the device."""
 
-    def __init__(self, source: Any, kept: Any) -> None:
-        self.source, self.kept = source, kept
+    def __init__(self, source: Any, kept: Any, device: Any) -> None:
+        self.source, self.kept, self.device = source, kept, device
 
     def __len__(self) -> int:
         """How many there are, unreadable ones included."""
@@ -291,13 +291,15 @@ class KeptImages:
         from decompclip.data.feed import feed
 
         seen = 0
-        for batch in feed(self.source, batch_size):
+        for batch in feed(self.source, batch_size, device=self.device):
             places = torch.arange(seen, seen + len(batch.images))
             rows = torch.from_numpy(self.kept[seen : seen + len(batch.images)])
             seen += len(batch.images)
             if rows.any():
                 labels = None if batch.labels is None else batch.labels[rows]
-                yield SimpleNamespace(images=batch.images[rows], labels=labels, indices=places[rows])
+                yield SimpleNamespace(
+                    images=batch.images[rows.to(batch.images.device)], labels=labels, indices=places[rows]
+                )
 
 
 def _fitted(
@@ -328,7 +330,7 @@ def _fitted(
     from decompclip.models.folders import save_model
     from decompclip.operators.ablation import MeanAblate
 
-    parts = track(feed(fit, batch), f"fitting {method.value}", -(-len(fit) // batch))
+    parts = track(feed(fit, batch, device=clip.device), f"fitting {method.value}", -(-len(fit) // batch))
     inputs = (clip.normalize(part.images) for part in parts)
     with torch.no_grad():
         if hint is Hint.spread:
@@ -423,7 +425,7 @@ def _measured(
     )
     touched = []
     with torch.no_grad():
-        for part in track(feed(held, batch), total=total):
+        for part in track(feed(held, batch, device=clip.device), total=total):
             images = clip.normalize(part.images)
             ours, theirs = (F.normalize(m.encode_image(images).float(), dim=-1) for m in (clip, subject))
             touched.append(((ours * theirs).sum(-1) < 1 - TOUCHED).cpu())

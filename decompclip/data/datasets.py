@@ -27,7 +27,7 @@ from decompclip.data.pairs import (
     PairSteps,
     content_name,
 )
-from decompclip.data.pixels import Preprocess, finished, onto, read_image, to_pixels
+from decompclip.data.pixels import Preprocess, finished, is_ours, onto, read_image, to_pixels
 from decompclip.data.shards import IMAGE_KINDS
 
 
@@ -68,6 +68,10 @@ class DatasetPairs(Pairs):
         self._ids = [str(index) for index in range(len(dataset))] if ids is None else list(ids)
         if len(self._ids) != len(dataset):
             raise ValueError(f"expected one id for each of {len(dataset)} pairs; received {len(self._ids)}")
+
+    @property
+    def pure(self) -> bool:
+        return False  # the data set's code is another's
 
     @property
     def ids(self) -> Sequence[str]:
@@ -126,7 +130,7 @@ class DatasetPairs(Pairs):
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         # one after the other: a data set's own reader may be any, and need not stand several threads
         items = [self._item(index) for index in indices]
-        return in_threads(self._image, items)
+        return in_threads(self._image, items, pure=is_ours(self.preprocess))
 
     def _image(self, item: Any) -> Tensor | str:
         return reason(item) if isinstance(item, Exception) else read_image(item, self.preprocess)

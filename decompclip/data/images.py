@@ -30,7 +30,7 @@ from decompclip.data.files import (
     reason,
     walk,
 )
-from decompclip.data.pixels import Preprocess, prepare, stack_images
+from decompclip.data.pixels import Preprocess, is_ours, prepare, stack_images
 
 OnError = Literal["skip", "raise"]
 T = TypeVar("T")
@@ -98,6 +98,10 @@ class ListedImages(DeviceSource):
         self.preprocess = preprocess
 
     @property
+    def pure(self) -> bool:
+        return is_ours(self.preprocess)
+
+    @property
     @abstractmethod
     def skipped(self) -> Sequence[SkippedFile]:
         """What was left out so far; complete once `batches` has run to its end."""
@@ -154,7 +158,7 @@ class ListedImages(DeviceSource):
         Raises:
             ValueError: an image cannot be read and `on_error="raise"`.
         """
-        some = self._items[places.start : places.stop]
+        some = [self._items[place] for place in places]
         for items, images in readable(some, batch_size, self._images, self._leave_out):
             labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
             stacked = stack_images(images, self.preprocess, device=device)
@@ -255,7 +259,7 @@ class FolderSource(ListedImages):
         return item.as_posix()
 
     def _images(self, items: Sequence[Path]) -> list[Tensor | str]:
-        return in_threads(self._image, items)
+        return in_threads(self._image, items, pure=self.pure)
 
     def _image(self, item: Path) -> Tensor | str:
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import SkippedFile
 from decompclip.data.images import OnError, readable
-from decompclip.data.pixels import Preprocess, finished, stack_images, to_pixels
+from decompclip.data.pixels import Preprocess, finished, is_ours, stack_images, to_pixels
 
 READ = 64
 """Pairs whose images are read at a time where they are gone through one by one."""
@@ -165,6 +165,10 @@ class Pairs(PairSteps, DeviceSource):
         self.caption_seed, self.order_seed = caption_seed, order_seed
         self.on_error: OnError = on_error
         self._left_out: dict[str, SkippedFile] = {}
+
+    @property
+    def pure(self) -> bool:
+        return is_ours(self.preprocess)
 
     @property
     @abstractmethod
@@ -334,7 +338,7 @@ class ListedPairs(Pairs):
         return [entry.label for entry in self.entries]
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
-        return in_threads(self._image, [self.entries[index].image for index in indices])
+        return in_threads(self._image, [self.entries[index].image for index in indices], pure=self.pure)
 
     @abstractmethod
     def _image(self, image: Any) -> Tensor | str:
@@ -390,6 +394,10 @@ class SubsetPairs(Pairs):
             order_seed=order_seed,
             on_error=base.on_error,
         )
+
+    @property
+    def pure(self) -> bool:
+        return self.base.pure
 
     @cached_property
     def ids(self) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from decompclip.data.files import open_rgb, reason
 
+if TYPE_CHECKING:
+    from decompclip.models.preprocessing import PictureTransform
+
 Pixels = Float[Tensor, "batch 3 h w"]
 """RGB images in [0, 1], before the model's normalisation."""
 
 Preprocess = Callable[[Image.Image], Float[Tensor, "3 h w"]]
-"""From an RGB picture to pixels in [0, 1]."""
+"""From an RGB picture to pixels in [0, 1]; a `PictureTransform` runs in threads, others in one, for they may draw."""
 
 ResizeMode = Literal["shortest", "longest", "squash"]
 
@@ -83,7 +86,7 @@ def stack_images(
         device: None for where they are.
 
     Raises:
-        ValueError: images of several sizes.
+        ValueError: images of several sizes, or in 8 bits that are not of a `PictureTransform`.
     """
     if not images:
         return torch.zeros(0, 3, 0, 0, device=device)
@@ -92,8 +95,8 @@ def stack_images(
             f"expected images of one size in a batch; received {sizes[0]} and {sizes[-1]}; pass "
             "preprocess=to_pixels(size)"
         )
-    if all(image.dtype == torch.uint8 for image in images):
-        return preprocess.finish(onto(torch.stack(list(images)), device))
+    if all(image.dtype == torch.uint8 for image in images) and (ours := _by_bytes(preprocess)):
+        return ours.finish(onto(torch.stack(list(images)), device))
     return onto(torch.stack([finished(image, preprocess) for image in images]), device)
 
 
@@ -108,12 +111,35 @@ def onto(tensor: Tensor, device: torch.device | str | None) -> Tensor:
 
 def prepare(preprocess: Preprocess, picture: Image.Image) -> Tensor:
     """What `preprocess` makes of a picture, still in 8 bits where it goes by way of them (`PictureTransform`)."""
-    return getattr(preprocess, "bytes", preprocess)(picture)
+    ours = _by_bytes(preprocess)
+    return preprocess(picture) if ours is None else ours.bytes(picture)
+
+
+def is_ours(preprocess: Preprocess) -> bool:
+    """Whether it is this package's, which draws nothing and may run in several threads at a time."""
+    return preprocess is picture_pixels or _by_bytes(preprocess) is not None
+
+
+def _by_bytes(preprocess: Any) -> PictureTransform | None:
+    from decompclip.models.preprocessing import PictureTransform
+
+    return preprocess if isinstance(preprocess, PictureTransform) else None
 
 
 def finished(image: Tensor, preprocess: Any) -> Float[Tensor, "3 h w"]:
-    """An image of `prepare` in floats."""
-    return preprocess.finish(image) if image.dtype == torch.uint8 else image
+    """An image of `prepare` in floats.
+
+    Raises:
+        ValueError: 8 bits that are not of a `PictureTransform`.
+    """
+    if image.dtype != torch.uint8:
+        return image
+    if (ours := _by_bytes(preprocess)) is None:
+        raise ValueError(
+            f"expected floats of preprocess; received {image.dtype}, whose scale nobody knows; divide by 255, or pass "
+            "preprocess=to_pixels(size)"
+        )
+    return ours.finish(image)
 
 
 def read_image(image: Any, preprocess: Preprocess, *, root: str | Path | None = None) -> Tensor | str:

@@ -194,6 +194,11 @@ class Shapes:
     def class_names(self) -> tuple[str, ...]:
         return PROPERTIES["shape"]
 
+    @property
+    def pure(self) -> bool:
+        """Whether it may be read ahead (`decompclip.data.feed`): it draws from generators of its own."""
+        return True
+
     def __len__(self) -> int:
         return self.length
 
@@ -457,6 +462,11 @@ class ShapesSource:
     transform: (
         Callable[[Float[Tensor, "batch 3 h w"], Sequence[int]], Float[Tensor, "batch 3 h w"]] | None
     ) = None
+
+    @property
+    def pure(self) -> bool:
+        """Whether it may be read ahead (`decompclip.data.feed`): a transform may draw."""
+        return self.transform is None
 
     @property
     def skipped(self) -> tuple[SkippedFile, ...]:

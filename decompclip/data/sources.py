@@ -118,6 +118,10 @@ class PairImages(ListedImages):
         )
 
     @property
+    def pure(self) -> bool:
+        return self.pairs.pure
+
+    @property
     def skipped(self) -> list[SkippedFile]:
         return [*self.pairs.skipped, *self._skipped]
 

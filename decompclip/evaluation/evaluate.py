@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 TriggerFunction = Callable[[Tensor, Any], Tensor]
-"""From pixels and their indices to the pixels with the trigger in them; every `Trigger` is one."""
+"""From pixels and their indices to the pixels with the trigger in them; every `Trigger` is one. Others get pixels on the CPU."""
 
 Edit = Callable[[Decomposition], Decomposition]
 """What is done to terms before they are summed; every `Intervention` is one."""
@@ -218,15 +219,17 @@ def evaluate(
         raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
     labels, clean, triggered = [], [], []
     seen = 0
-    for batch in track(feed(data, batch_size, device=getattr(model, "device", None))):
-        _check_batch(batch, seen)
-        labels.append(batch.labels.cpu())
-        clean.append(classify(model, batch.images, classifier))
-        if trigger is not None and not isinstance(trigger, DecomposedImages):
-            found = getattr(batch, "indices", None)
-            indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
-            triggered.append(classify(model, trigger(batch.images, indices), classifier))
-        seen += len(batch.images)
+    with closing(feed(data, batch_size, device=getattr(model, "device", None))) as batches:
+        for batch in track(batches):
+            _check_batch(batch, seen)
+            labels.append(batch.labels.cpu())
+            clean.append(classify(model, batch.images, classifier))
+            if trigger is not None and not isinstance(trigger, DecomposedImages):
+                found = getattr(batch, "indices", None)
+                indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
+                pixels = batch.images if getattr(trigger, "any_device", False) else batch.images.cpu()
+                triggered.append(classify(model, trigger(pixels, indices), classifier))
+            seen += len(batch.images)
     if not seen:
         raise ValueError("expected images; received none; check the image source")
     truth, before = torch.cat(labels), torch.cat(clean)

@@ -388,7 +388,7 @@ def _decomposed(model: HookedCLIP, images: Images, batch_size: int) -> tuple[Ten
     budget = room(model.device)
     total = len(images) if isinstance(images, Tensor) else 0  # of others it shows in reading
     with torch.no_grad():
-        for batch in image_batches(images, batch_size=batch_size):
+        for batch in image_batches(images, batch_size=batch_size, device=model.device):
             needed = max(total, sum(map(len, given)) + len(batch))
             if parts and needed > fit:
                 raise ValueError(

@@ -240,7 +240,7 @@ def _read(
 ) -> Iterator[Read]:
     """One forward pass a batch; of each, what `read` says of all chosen heads."""
     heads_of(tower(model).cfg, components)
-    for batch in image_batches(images, batch_size=batch_size):
+    for batch in image_batches(images, batch_size=batch_size, device=model.device):
         take = partial(decompose, model) if isinstance(model, HookedViT) else model.decompose
         d = take(batch, tokens=components, **options)
         values = read(d).float().transpose(0, 1).cpu()
@@ -338,7 +338,7 @@ def rollout(
         raise ValueError(f"expected a residual in [0, 1], a share; received {residual}")
     parts = (
         (_flow(model, batch, fuse, residual)[None], pictures_of(model, batch) if pictures else None)
-        for batch in image_batches(images, batch_size=batch_size)
+        for batch in image_batches(images, batch_size=batch_size, device=model.device)
     )
     return lay_out(tower(model).cfg, parts, "rollout", names)
 

@@ -27,8 +27,15 @@ Images = Tensor | Iterable[Any] | ImageSource
 """`[batch 3 h w]` as the tower takes them, batches of such images one after another, or a source of them."""
 
 
-def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, "batch 3 h w"]]:
+def image_batches(
+    images: Images, *, batch_size: int, device: torch.device | str | None = None
+) -> Iterator[Float[Tensor, "batch 3 h w"]]:
     """Batches of at most `batch_size` images, none of them empty.
+
+    Args:
+        images: a tensor, batches, or a source.
+        batch_size: images in a batch.
+        device: where a source's images go; see `decompclip.data.feed.feed`.
 
     Raises:
         ValueError: a batch size below one, or something else than batches of images.
@@ -37,7 +44,7 @@ def image_batches(images: Images, *, batch_size: int) -> Iterator[Float[Tensor, 
         raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
     if isinstance(images, ImageSource) and not isinstance(images, Pairs):  # whose pixels are not normalised
-        batches = (batch.images for batch in feed(images, batch_size))
+        batches = (batch.images for batch in feed(images, batch_size, device=device))
     elif not isinstance(images, Tensor):
         batches = images
     for batch in batches:

@@ -201,7 +201,7 @@ def logit_lens(
         reading = F.normalize(reading, dim=-1) if normalize else reading
         return (reading @ along.to(reading).T).cpu()
 
-    for batch in image_batches(images, batch_size=batch_size):
+    for batch in image_batches(images, batch_size=batch_size, device=model.device):
         with visual.hooks(fwd_hooks=hooks):
             visual(batch) if isinstance(model, HookedViT) else model.encode_image(batch)
         found = [streams.pop(depth) for depth in range(n_layers + 1)]

@@ -306,7 +306,7 @@ def textspans(
         images = Moments.of(images)
     if not isinstance(images, Moments):
         images = default_images(model, batch_size=batch_size) if images is None else images
-        read = image_batches(images, batch_size=batch_size)
+        read = image_batches(images, batch_size=batch_size, device=model.device)
         batches = (batch.to(model.device, model.dtype) for batch in read)
         with torch.no_grad():
             images = Moments.fit(model, batches, convention=convention, stream=False)

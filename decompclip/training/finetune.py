@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
-from decompclip.data.feed import ahead
+from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import PairSteps
 from decompclip.data.pixels import onto
 from decompclip.models.clip import HookedCLIP
@@ -84,7 +84,8 @@ class FineTuned(Result):
 class PairSource(Protocol):
     """Image-text pairs; `decompclip.data.pairs`, its streams, and `PoisonedPairs` are such.
 
-    `batch` must be a pure function of its arguments: that makes a resumed run equal to an unbroken one. A source
+    `batch` must be a pure function of its arguments: that makes a resumed run equal to an unbroken one. It is called
+    between two steps, in the thread that trains; those of this package that are `pure` are read ahead. A source
     that knows classes also has `take(step, size)`, whose result has `images`, `captions` and `labels`. One that
     knows its length has `__len__`.
     """
@@ -162,13 +163,14 @@ def finetune(
     share = recipe.batch_size // processes
     mine = slice(rank * share, (rank + 1) * share)
 
-    pace, coming = Pace(), None
+    pace, coming, stack = Pace(), None, ExitStack()
 
     def loss(step: int) -> Tensor:
         nonlocal coming
         if coming is None:  # steps follow each other from the first one on
             steps = range(step, plan.steps)
-            coming = pace.over(ahead(_batch(pairs, at, recipe, model.image_size, device) for at in steps))
+            made = (_batch(pairs, at, recipe, model.image_size, device) for at in steps)
+            coming = pace.over(stack.enter_context(closing(ahead(made))) if is_pure(pairs) else made)
         batch = next(coming)
         images, texts, groups = batch.images, batch.texts, batch.groups
         if recipe.loss == "cleanclip":  # views of the whole batch: the same however many processes share it
@@ -205,7 +207,7 @@ def finetune(
     trainee = Trainee(net, model)
     every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
     net.train()
-    with _bar(plan.steps, pace, shown=progress and main) as update:
+    with stack, _bar(plan.steps, pace, shown=progress and main) as update:
         history = train(
             {"clip": net},
             loss,

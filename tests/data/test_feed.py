@@ -16,10 +16,13 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from decompclip.data import feed as module, pixels
-from decompclip.data.feed import ahead, feed, in_threads
+from decompclip.data.datasets import DatasetPairs
+from decompclip.data.feed import ahead, feed, in_threads, is_pure
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import Pairs, SubsetPairs
+from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_images, open_pairs
+from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import open_clip_transform
 from decompclip.operators.inputs import image_batches
@@ -145,7 +148,7 @@ def test_items_come_in_order_and_few_are_made_ahead() -> None:
     taken = [next(running) for _ in range(5)]
     time.sleep(0.1)
     assert taken == [0, 1, 2, 3, 4]
-    assert len(made) <= 5 + 2 + 1  # two wait, and one wants to
+    assert len(made) == 5 + 2
     assert list(running) == list(range(5, 20))
 
 
@@ -169,8 +172,105 @@ def test_no_thread_goes_on_when_nobody_asks_any_more() -> None:
     running = ahead(items())
     next(running)
     assert any(thread.name == "decompclip-feed" for thread in threading.enumerate())
-    running.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert not any(thread.name == "decompclip-feed" for thread in threading.enumerate())
+    running.close()
+    assert_no_feed()
+
+
+def test_nobody_waits_for_an_item_in_the_making() -> None:
+    go_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        go_on.wait(30)
+        yield 1
+
+    running = ahead(items())
+    next(running)
+    began = time.monotonic()
+    running.close()
+    assert time.monotonic() - began < 5
+    go_on.set()
+    assert_no_feed()
+
+
+def test_an_error_in_a_loop_over_images_leaves_no_thread(photos: Path) -> None:
+    """Its traceback holds the loop's frame, and with it the batches."""
+    model = load("shapes")
+    source = open_images(photos, model.pixels, CLASSES)
+    with pytest.raises(ValueError, match="expected labels in 0..0") as caught:
+        evaluate(model, source, torch.eye(1, model.cfg.d_embed), batch_size=1)
+    assert caught.tb
+    assert_no_feed()
+
+
+def assert_no_feed() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "decompclip-feed":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+class Flipped(torch.utils.data.Dataset):
+    """A user's: of (image, caption), drawn from torch's global generator as torchvision's augmentations do."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        self.captions = [f"caption {index}" for index in range(9)]
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        self.threads.add(threading.get_ident())
+        return torch.rand(3, 4, 4), self.captions[index]
+
+
+def test_a_users_code_runs_where_it_is_asked_for(photos: Path) -> None:
+    data = Flipped()
+    pairs = DatasetPairs(data)
+    torch.manual_seed(0)
+    expected = [torch.rand(3, 4, 4) for _ in range(9)]
+    torch.manual_seed(0)
+    found = []
+    for batch in feed(SubsetPairs(pairs, range(9)), 2):
+        found += [*batch.images]
+        time.sleep(0.01)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert data.threads == {threading.get_ident()}
+
+    def preprocess(picture: Image.Image) -> torch.Tensor:
+        data.threads.add(threading.get_ident())
+        return torch.rand(3, 4, 4)
+
+    for source in (FolderSource(photos, preprocess), open_pairs(str(photos), preprocess)):
+        list(feed(source, 4))
+    assert data.threads == {threading.get_ident()}
+    model = load("shapes")
+    ours = FolderSource(photos, model.preprocess), open_pairs(str(photos), model.pixels), Shapes(4)
+    assert all(map(is_pure, ours))
+
+
+def test_only_our_own_transforms_go_by_way_of_8_bits(photos: Path) -> None:
+    """A user's may give 8 bits, whose scale nobody knows."""
+
+    def preprocess(picture: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    for source in (FolderSource(photos, preprocess), open_pairs(str(photos), preprocess)):
+        with pytest.raises(
+            ValueError, match=r"expected floats of preprocess; received torch\.uint8.*divide by 255"
+        ):
+            list(feed(source, 4))
+    with pytest.raises(ValueError, match="divide by 255"):
+        list(open_pairs(str(photos), preprocess))
+
+
+def test_a_part_of_a_folder_is_what_its_range_says(photos: Path) -> None:
+    source = FolderSource(photos, load("shapes").preprocess)
+    (every,), (some,) = source.part(range(11)), source.part(range(1, 9, 3))
+    names = [name for place in (1, 4, 7) for name, _ in source.listed(range(place, place + 1))]
+    assert list(some.paths) == names
+    assert torch.equal(some.images, every.images[[every.paths.index(name) for name in names]])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])

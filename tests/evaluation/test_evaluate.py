@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from decompclip.attacks.trigger import Trigger
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import mlps
 from decompclip.evaluation.evaluate import DecomposedImages, Evaluation, evaluate
@@ -254,3 +255,32 @@ def test_an_edited_decomposition_scores_as_its_features_do() -> None:
     assert torch.equal(found.predictions, answers) and found.cacc == Rate.of(answers == batch.labels)
     assert found.asr == Rate.of(answers[others] == 2) == found.report.control
     assert torch.equal(evaluate(None, clean, classifier).predictions, (d.features @ classifier.T).argmax(1))
+
+
+class Elsewhere(Tensor):
+    """Images that are not on the CPU."""
+
+    def cpu(self, *args: Any, **options: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_a_function_gets_pixels_on_the_cpu_and_a_trigger_where_the_model_is() -> None:
+    seen: list[type] = []
+
+    def function(images: Tensor, indices: Any) -> Tensor:
+        seen.append(type(images))
+        return blue_corner(images, indices)
+
+    class Ours(Trigger):
+        def __call__(self, images: Tensor, indices: Any) -> Tensor:
+            return function(images, indices)
+
+    class There(Coloured):
+        def batches(self, batch_size: int = 4) -> Iterator[SimpleNamespace]:
+            for batch in super().batches(batch_size):
+                batch.images = batch.images.as_subclass(Elsewhere)
+                yield batch
+
+    for trigger in (function, Ours()):
+        evaluate(CornerReader(), There(), CLASSIFIER, trigger, 2, batch_size=10)
+    assert seen == [Tensor, Elsewhere]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -369,3 +370,32 @@ def test_normalised_images_are_refused(clip: HookedCLIP) -> None:
 def test_a_monitor_that_could_not_measure_is_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Monitor(data=Pictures(), class_names=CLASSES, templates=["{}"], **options)
+
+
+class Drawn(RandomPairs):
+    """A user's pairs that draw from torch's global generator, slowly or at once."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__()
+        self.pause = pause
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
+        images, texts = super().batch(step, size)
+        time.sleep(self.pause)
+        return (images + 0.1 * torch.rand_like(images)).clamp(0, 1), texts
+
+
+def test_what_pairs_draw_from_the_global_generator_depends_on_no_clock(clip: HookedCLIP) -> None:
+    done = []
+    for pause in (0, 0.02):
+        torch.manual_seed(0)
+        done.append(finetune(clip, Drawn(pause), RECIPE).model)
+    assert_same(*done)
+    torch.manual_seed(0)
+    pairs, seen = Drawn(0), []
+    for step in range(6):
+        seen.append(pairs.batch(step, 8)[0])
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    finetune(clip, pairs, RECIPE)
+    assert torch.equal(after, torch.rand(3))  # six batches were drawn, and nothing besides
