@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, SIZE, PatchTrigger, Pixels, Place, check_pixels, stream
+from decompclip.attacks.trigger import FIXED, SIZE, PatchTrigger, Pixels, Place, stream
 from decompclip.data.files import PictureError, open_rgb
-from decompclip.data.pixels import encode_png, picture_pixels
+from decompclip.data.pixels import check_pixels, encode_png, picture_pixels
 from decompclip.models.gradients import differentiable
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.attacks.trigger import FIXED, Extent, Pixels, Trigger, check_pixels, stream
+from decompclip.attacks.trigger import FIXED, Extent, Pixels, Trigger, stream
+from decompclip.data.pixels import check_pixels
 from decompclip.files import atomic_folder, write_json
 from decompclip.models.checkpoint import read_checkpoint, sha256
 from decompclip.models.errors import CheckpointError

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.data.files import PictureError, open_rgb
-from decompclip.data.pixels import Pixels, picture_pixels
+from decompclip.data.pixels import Pixels, check_pixels, picture_pixels
 
 Extent = Literal["local", "global"]
 Structure = Literal["structured", "noise"]
@@ -134,17 +134,6 @@ def check_share(name: str, value: float) -> None:
     """Raises ValueError unless `value` lies in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"expected {name} in (0, 1]; received {value}")
-
-
-def check_pixels(pixels: Tensor) -> None:
-    """Raises ValueError unless `pixels` are `[batch, 3, h, w]` in [0, 1]."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"expected images [batch, 3, h, w]; received {list(pixels.shape)}")
-    if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(
-            f"expected pixels in [0, 1]; received {pixels.min():.2f}..{pixels.max():.2f}; apply a trigger before "
-            "the model's normalisation"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,3 +171,14 @@ def check_image(image: Any) -> Float[Tensor, "3 h w"]:
             "normalisation to the model"
         )
     return image
+
+
+def check_pixels(pixels: Tensor, where: str = "") -> None:
+    """Raises ValueError unless `pixels` are `[batch, 3, h, w]` in [0, 1]; `where` says for the error which they are."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"expected images [batch, 3, h, w]; received {list(pixels.shape)}{where}")
+    low, high = (float(x) for x in pixels.aminmax()) if pixels.numel() else (0.0, 1.0)
+    if not (low >= 0 and high <= 1):  # nan too
+        raise ValueError(
+            f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f}{where}; leave the normalisation to the model"
+        )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import psutil
 import torch
@@ -164,6 +164,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _known(found: Any, *keys: str) -> Any:
+    """What stands at these keys, one within another; None where nothing does."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _listed_shards(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's shards. Whoever wrote it, no file outside the folder is read, and no number is believed unseen.
+
+    Raises:
+        ValueError: the manifest is not as `decompclip extract` writes it.
+    """
+
+    def wrong(expected: str, received: object) -> ValueError:
+        return ValueError(f"expected in {folder / MANIFEST} {expected}; received {received!r}; {AGAIN}")
+
+    dtype, error = _known(manifest, "run", "dtype"), _known(manifest, "errors", "features")
+    shards = manifest.get("shards")
+    if dtype not in get_args(StoredType):
+        raise wrong(f"a dtype of {', '.join(TYPES)}", dtype)
+    if type(error) not in (int, float):
+        raise wrong("a number as the error of features", error)
+    if not isinstance(shards, list):
+        raise wrong("a list of shards", shards)
+    for number, shard in enumerate(shards):
+        file, images, size = (_known(shard, key) for key in ("file", "images", "bytes"))
+        if file != shard_name(number):
+            raise wrong(f"the shard {shard_name(number)}", file)
+        if not type(images) is type(size) is int or not 0 <= images <= size:
+            raise wrong(f"how many images and bytes {file} has", [images, size])
+    return shards
+
+
 def _kept(name: str) -> Any:
     def whole(self: Store) -> Tensor:
         return self._whole(name)
@@ -200,12 +234,12 @@ class Store(Decomposition):
 
     def __init__(self, folder: str | Path, *, check: bool = True) -> None:
         self.folder, self.manifest = Path(folder), read_manifest(Path(folder))
-        if self.manifest["run"]["holds"] == "moments":
+        if _known(self.manifest, "run", "holds") == "moments":
             raise ValueError(
                 f"expected a store with terms; {folder} holds moments alone; read them with "
                 f"Moments.load({str(self.folder / MOMENTS)!r})"
             )
-        self._shards: list[dict[str, Any]] = self.manifest["shards"]
+        self._shards = _listed_shards(self.folder, self.manifest)
         self._ends = list(accumulate(shard["images"] for shard in self._shards))
         self._unchecked = set(range(len(self._shards))) if check else set()
         for shard in self._shards:
@@ -217,6 +251,10 @@ class Store(Decomposition):
                     f"expected {path} of {shard['bytes']} bytes; received {path.stat().st_size}: it was cut or changed; {AGAIN}"
                 )
         self._none = Decomposition.load(self.folder / MAPS)
+        if facts_of(self.folder / MAPS)["sha256"] != self.manifest.get("maps"):
+            raise ValueError(
+                f"expected the maps that {MANIFEST} lists; received {self.folder / MAPS} of another run; {AGAIN}"
+            )
         known = {"maps": self._none.maps, "normalized": self._none.normalized, "token_terms": None}
         vars(self).update(known)
 
@@ -296,14 +334,19 @@ class Store(Decomposition):
                 tensors, about = read_shard(path)
             except ValueError as error:
                 raise ValueError(f"shard {shard['file']}: {error}; or {AGAIN}") from error
-            if facts_of(path)["sha256"] != shard["sha256"] or about["run"] != self.manifest["run"]:
+            if facts_of(path)["sha256"] != shard.get("sha256") or about["run"] != self.manifest["run"]:
                 raise ValueError(
                     f"expected the shard that {MANIFEST} lists; received {path} of another run; {AGAIN}"
                 )
             self._unchecked.discard(place)
-            return tensors
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if len(tensors["coords"]) != shard["images"]:
+            raise ValueError(
+                f"expected {shard['images']} images in {path}, as {MANIFEST} says; it holds {len(tensors['coords'])}; {AGAIN}"
+            )
+        return tensors
 
     def _read(self) -> Iterator[dict[str, Tensor]]:
         return map(self._tensors, range(len(self._shards)))

@@ -26,6 +26,7 @@ from decompclip import __version__
 from decompclip.data.feed import ahead
 from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
+from decompclip.data.pixels import check_pixels
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import listed_images
 from decompclip.decomposition.capture import dtype_of
@@ -123,7 +124,7 @@ def extract(
         FolderInUse: another run writes there.
         OSError: the disk is too small, or full.
         TypeError: data that is not read by place.
-        ValueError: no image could be read, a model with hooks, unusable options, fewer images than processes, or processes that disagree.
+        ValueError: no image could be read, images that are normalised already, a model with hooks, unusable options, fewer images than processes, or processes that disagree.
         DecompositionError: a feature is not the sum of its terms.
     """
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
@@ -455,6 +456,7 @@ class Job:
         return self.track(ahead(steps()), f"{self.model.name}: batches of {self.batch_size}", total)
 
     def _input(self, batch: ImageBatch) -> Tensor:
+        check_pixels(batch.images, f" in the batch of {batch.paths[0]}")
         return self.model.normalize(batch.images.to(self.model.device)).to(self.model.dtype)
 
     def _is_whole(self, shard: int) -> bool:
@@ -506,7 +508,7 @@ class Job:
                 for path, one in zip(paths, found, strict=True)
             ]
             errors = {key: max(one["errors"][key] for one in found) for key in found[0]["errors"]}
-            own = {"errors": errors, "shards": shards}
+            own = {"errors": errors, "maps": facts_of(self.folder / MAPS)["sha256"], "shards": shards}
         skipped = dict([*listing, *(left_out for one in found for left_out in one["skipped"])])
         if not count:
             last = f"; the last: {[*skipped.values()][-1]}" if skipped else ""

@@ -215,7 +215,7 @@ def test_blending_by_hand() -> None:
         ),
         (
             lambda: BadNet()(torch.full((1, 3, 8, 8), -1.0)),
-            r"expected pixels in \[0, 1\].*before the model's norm",
+            r"expected pixels in \[0, 1\].*leave the norm",
         ),
         (lambda: Blended()(pixels(3), [0, 1]), r"expected one index for each of 3 images; received 2"),
         (

@@ -52,6 +52,8 @@ from decompclip.decomposition.store import (
     TYPES,
     bytes_per_image,
     facts_of,
+    read_manifest,
+    write_manifest,
     write_shard,
 )
 from decompclip.defenses.distances import ComponentDistances
@@ -434,6 +436,77 @@ def test_a_shard_of_another_run_is_not_read(model: HookedCLIP, built: Path, tmp_
         Store(tmp_path / "copy")[50:60]
 
 
+def test_maps_of_another_model_are_not_read(built: Path, tmp_path: Path) -> None:
+    """A twin has the same architecture, and a file of maps that is whole in itself."""
+    twin = decompclip.load("shapes-badnet")
+    extract(twin, Shapes(1), tmp_path / "twin", normalize=True, **SIZES)
+    shutil.copytree(built, tmp_path / "copy")
+    shutil.copy(tmp_path / "twin" / MAPS, tmp_path / "copy")
+    with pytest.raises(
+        ValueError, match=r"expected the maps that .* lists; received .*maps.* of another run"
+    ):
+        Store(tmp_path / "copy")
+
+
+def shard_of(manifest: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The manifest with another first shard."""
+    first, *others = manifest["shards"]
+    return {**manifest, "shards": [{**first, **changes}, *others]}
+
+
+def run_of(manifest: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**manifest, "run": {**manifest["run"], **changes}}
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "a path": (
+        lambda m: shard_of(m, file="../secret.safetensors"),
+        "the shard 000000.*; received '../secret",
+    ),
+    "another shard": (
+        lambda m: shard_of(m, file="000001.safetensors"),
+        "the shard 000000.*; received '000001",
+    ),
+    "a negative number": (lambda m: shard_of(m, images=-40), r"how many images.*received \[-40, "),
+    "a huge number": (lambda m: shard_of(m, images=10**30), r"how many images.*received \[10+, "),
+    "no number": (lambda m: shard_of(m, images="40"), r"how many images.*received \['40', "),
+    "no shards": (lambda m: {**m, "shards": 3}, "a list of shards; received 3"),
+    "a list": (lambda m: {**m, "shards": [[]]}, "the shard 000000.*; received None"),
+    "no run": (lambda m: {**m, "run": None}, "a dtype of fp32, fp16, bf16; received None"),
+    "a script": (lambda m: run_of(m, dtype="<script>"), "a dtype of fp32, fp16, bf16; received '<script>'"),
+    "no error": (lambda m: {**m, "errors": {"features": "<b>"}}, "a number as the error.*received '<b>'"),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_manifest_is_not_taken_at_its_word(built: Path, tmp_path: Path, what: str) -> None:
+    """Who can write a manifest can write its digest too."""
+    change, words = FORGED[what]
+    shutil.copytree(built, tmp_path / "copy")
+    shutil.copy(built / "000000.safetensors", tmp_path / "secret.safetensors")
+    write_manifest(tmp_path / "copy", change(read_manifest(tmp_path / "copy")))
+    with pytest.raises(ValueError, match=f"expected in .*store.json {words}.*extract` again"):
+        Store(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_as_many_images_as_the_manifest_says(built: Path, tmp_path: Path, check: bool) -> None:
+    shutil.copytree(built, tmp_path / "copy")
+    write_manifest(tmp_path / "copy", shard_of(read_manifest(tmp_path / "copy"), images=39))
+    with pytest.raises(ValueError, match=r"expected 39 images in .*000000.*; it holds 40"):
+        Store(tmp_path / "copy", check=check)[0:5]
+
+
+def test_what_a_notebook_shows_is_escaped(model: HookedCLIP, normal: Tensor, built: Path) -> None:
+    assert "<td>150</td>" in Store(built)._repr_html_()
+    d = model.decompose(normal[:1])
+    facts = {"<b>": "<script>alert(1)</script>"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decomposition, "_facts", lambda self: facts)
+        shown = d._repr_html_()
+    assert "<script>" not in shown and "&lt;script&gt;alert(1)" in shown and "<b>" not in shown
+
+
 def test_a_store_of_a_newer_version_is_left_alone(
     built: Path, tmp_path: Path, again: Callable[..., Any]
 ) -> None:
@@ -535,6 +608,20 @@ def test_images_that_cannot_be_read_are_listed(model: HookedCLIP, tmp_path: Path
     for options in ({}, {"moments_only": True}):
         with pytest.raises(ValueError, match="expected images; none of 6 could be read; the last: "):
             run(f"none{len(options)}", **options)
+
+
+@pytest.mark.parametrize("moments_only", [True, False])
+def test_images_are_not_normalised_twice(model: HookedCLIP, tmp_path: Path, moments_only: bool) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place in range(3):
+        Image.new("RGB", (60, 60), (90 * place, 10, 90)).save(folder / f"{place}.png")
+    source = FolderSource(folder, model.preprocess)
+    with pytest.raises(
+        ValueError, match=r"pixels in \[0, 1\]; received -.* in the batch of 0\.png; leave the normalisation"
+    ):
+        extract(model, source, tmp_path / "a", moments_only=moments_only)
+    assert not (tmp_path / "a" / MANIFEST).exists()
 
 
 @pytest.mark.usefixtures("ours_alone")

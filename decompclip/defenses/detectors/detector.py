@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decompclip.data.feed import Labelled
+from decompclip.data.pixels import check_pixels
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.fitted import Calibrated, DetectorLike, Sample, check_fitted
@@ -143,17 +144,6 @@ def learnt(places: Tensor) -> Bool[Tensor, " image"]:
     """Which images are learnt from: of each pair of neighbours one, drawn, so that no order of the images matters."""
     heads = [bool(np.random.Philox(key=[7, int(place) // 2]).random_raw() & 1) for place in places]
     return (torch.tensor(heads, dtype=torch.bool) == (places % 2 == 0)) if len(places) else places.bool()
-
-
-def check_pixels(pixels: Tensor) -> None:
-    """Raises ValueError unless these are `[batch, 3, h, w]` in [0, 1]."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"expected images [batch, 3, h, w]; received {list(pixels.shape)}")
-    low, high = (float(x) for x in pixels.aminmax()) if pixels.numel() else (0.0, 1.0)
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f}; leave the normalisation to the model"
-        )
 
 
 def need(n: int, least: int, what: str) -> None:
