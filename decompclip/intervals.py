@@ -206,11 +206,9 @@ def noticeable(total: int, *, comparisons: int, margin: float) -> float | None:
 
 
 def mean_interval(differences: Tensor) -> tuple[float, float, float]:
-    """The mean of paired differences and its 95 % interval, which takes the mean to be close to normal."""
+    """The mean of paired differences and its 95 % interval by Student's t; of one difference, all numbers."""
     mean = float(differences.double().mean())
-    if len(differences) < 2:
-        return mean, -math.inf, math.inf
-    half = Z * float(differences.double().std()) / math.sqrt(len(differences))
+    half = float(half_width(differences.double())) if len(differences) > 1 else math.inf
     return mean, mean - half, mean + half
 
 

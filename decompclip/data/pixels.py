@@ -63,9 +63,9 @@ def picture_pixels(picture: Image.Image) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def bytes_of(pixels: Float[Tensor, "3 h w"]) -> UInt8[Tensor, "h w 3"]:
+def bytes_of(pixels: Float[Tensor, "*batch 3 h w"]) -> UInt8[Tensor, "*batch h w 3"]:
     """Pixels in [0, 1] in 8 bits a channel, as an image file holds them."""
-    return (pixels.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    return (pixels.detach().cpu() * 255).round().clamp(0, 255).byte().movedim(-3, -1).contiguous()
 
 
 def encode_png(pixels: Float[Tensor, "3 h w"], *, optimize: bool = False) -> bytes:

@@ -85,7 +85,7 @@ def gallery(
     """
     _check(maps, masks, scale, notes)
     rows = [(of, index) for of in maps for index in range(len(of.labels))]
-    left_out = max(0, len(rows) - MAX_ROWS), max(0, len(maps[0]) - MAX_COLUMNS)
+    left_out = {"maps": len(rows) - MAX_ROWS, "images": len(maps[0]) - MAX_COLUMNS}
     rows, columns = rows[:MAX_ROWS], min(len(maps[0]), MAX_COLUMNS)
     pictures = next((of.pictures for of in maps if of.pictures is not None), None)
     first = 0 if pictures is None else 1
@@ -118,18 +118,25 @@ def gallery(
     for axis in (plot.update_xaxes, plot.update_yaxes):
         axis(visible=False, showgrid=False, zeroline=False)
     left = 24 + round(LETTER * max(map(len, (*notes, *(of.labels[index] + " " for of, index in rows)))))
-    bottom = 30 if any(left_out) else 12
+    bottom = 30 if _note_left_out(plot, left_out, " (see TokenMaps.select)") else 12
     plot.update_layout(
         template=TEMPLATE, height=round(high + TOP + bottom), width=round(broad + left + RIGHT), showlegend=False,
         margin={"l": left, "r": RIGHT, "t": TOP, "b": bottom},
     )  # fmt: skip
     _legend(plot, maps, scale, what)
-    if any(left_out):
-        text = f"not shown: {left_out[0]} more maps, {left_out[1]} more images (see TokenMaps.select)"
-        plot.add_annotation(
-            text=text, x=0, y=0, xref="paper", yref="paper", yshift=-20, showarrow=False, xanchor="left"
-        )
     return plot
+
+
+def _note_left_out(plot: go.Figure, left_out: dict[str, int], remedy: str = "", *, below: int = 20) -> bool:
+    """A line under the panels about what did not fit; whether there is one."""
+    counts = {what: max(0, count) for what, count in left_out.items()}
+    if any(counts.values()):
+        more = ", ".join(f"{count} more {what}" for what, count in counts.items())
+        plot.add_annotation(
+            text=f"not shown: {more}{remedy}", x=0, y=0, xref="paper", yref="paper", yshift=-below, showarrow=False,
+            xanchor="left",
+        )  # fmt: skip
+    return any(counts.values())
 
 
 def _check(maps: Sequence[Overlay], masks: Tensor | None, scale: str, notes: Sequence[str]) -> None:
@@ -406,9 +413,10 @@ class PictureRow:
 
 
 def picture_rows(rows: Sequence[PictureRow], *, title: str) -> go.Figure:
-    """Rows of pictures: what was asked for, framed, then what was found."""
+    """Rows of pictures: what was asked for, framed, then what was found; a note says how many did not fit."""
     shown, lead = rows[:MAX_ROWS], int(any(row.first is not None for row in rows))
-    columns = lead + min(MAX_COLUMNS, max(len(row.pictures) for row in rows))
+    most = max(len(row.pictures) for row in rows)
+    columns = lead + min(MAX_COLUMNS, most)
     room = int((SIDE + GAP) / LETTER)
     plot = make_subplots(
         len(shown),
@@ -434,10 +442,12 @@ def picture_rows(rows: Sequence[PictureRow], *, title: str) -> go.Figure:
         _name_row(plot, number + 1, columns, f"<b>{_short(row.name, 22)}</b>")
     plot.update_xaxes(visible=False).update_yaxes(visible=False)
     left = 24 + round(LETTER * max(min(22, len(row.name)) for row in shown))
+    more = {"rows": len(rows) - MAX_ROWS, "pictures of each": most - MAX_COLUMNS}
+    note = 20 if _note_left_out(plot, more, below=38) else 0  # under the captions
     return plot.update_layout(
         template=TEMPLATE, title={"text": escaped(title), "font": {"size": 13}}, showlegend=False,
-        height=len(shown) * (SIDE + 26) + 60, width=left + columns * (SIDE + GAP) + 12,
-        margin={"l": left, "r": 12, "t": 40, "b": 24},
+        height=len(shown) * (SIDE + 26) + 60 + note, width=left + columns * (SIDE + GAP) + 12,
+        margin={"l": left, "r": 12, "t": 40, "b": 24 + note},
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
@@ -31,6 +32,7 @@ from decompclip.decomposition.maps import Convention
 from decompclip.decomposition.memory import pieces, room
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.operators.inputs import Images, image_batches
+from decompclip.operators.parts import image_names, named
 from decompclip.operators.scores import Text, direction, label as label_of
 from decompclip.operators.tokens import MapKind, TokenMaps
 from decompclip.tower.config import ViTConfig
@@ -185,27 +187,20 @@ def _toward_each(
             f"expected text features [text, {d.d_embed}] and images, one of each at least; received "
             f"{list(texts.shape)} and {len(d)} images; encode the texts with the model's own text tower"
         )
-    for what, given, count in (("label", label, len(texts)), ("name", names, len(d))):
-        if given is not None and len(given) != count:
-            raise ValueError(
-                f"expected a {what} for each of {count} {'texts' if what == 'label' else 'images'}; received "
-                f"{len(given)}; pass as many, or none"
-            )
-    return _each(d, terms, texts, label, names)
+    words = named(label, tuple(f"text {number}" for number in range(len(texts))), "label", "texts")
+    return _each(d, terms, texts, words, image_names(names, len(d)))
 
 
 def _each(
     d: Decomposition,
     terms: TokenTerms,
     texts: Float[Tensor, "text d_embed"],
-    label: Sequence[str] | None,
-    names: Sequence[str] | None,
+    words: Sequence[str],
+    images: tuple[str, ...],
 ) -> Iterator[TokenMaps]:
     image_size, patch_size = cast(tuple[int, int], terms.image_size), cast(tuple[int, int], terms.patch_size)
     rows, columns = (size // patch for size, patch in zip(image_size, patch_size, strict=True))
     heads = tuple((layer, head) for layer, head in terms.kept.nonzero().tolist())
-    words = label or [f"text {number}" for number in range(len(texts))]
-    images = tuple(names or map(str, range(len(d))))
     size = 3 * terms.attention[:, :, 0].numel() * 4  # the product, its copy, and the copy on the CPU
     for piece in pieces(len(texts), size, room(d.embed.device)):
         found = d.token_logits(texts[piece].to(d.embed)).float().permute(3, 1, 0, 2).cpu().contiguous()
@@ -226,7 +221,7 @@ def pictures_of(
     """The pixels that a model's input was made of; None for a bare tower, which does not know its scale."""
     if isinstance(model, HookedViT):
         return None
-    return rearrange((255 * model.denormalize(images.cpu())).round().to(torch.uint8), "b c h w -> b h w c")
+    return bytes_of(model.denormalize(images.cpu()))
 
 
 def _read(
@@ -283,8 +278,6 @@ def lay_out(
         raise ValueError("expected at least one image; received none; check the image source")
     tokens = torch.cat([values for values, _ in read], dim=1)
     pictures = [kept for _, kept in read if kept is not None]
-    if names is not None and len(names) != count:
-        raise ValueError(f"expected a name for each of {count} images; received {len(names)} names")
     return TokenMaps(
         patches=rearrange(tokens[..., cfg.n_prefix :], "m b (r c) -> m b r c", r=cfg.grid[0]),
         prefix=tokens[..., : cfg.n_prefix],
@@ -292,7 +285,7 @@ def lay_out(
         heads=heads,
         image_size=cfg.image_size,
         patch_size=cfg.patch_size,
-        names=tuple(names or map(str, range(count))),
+        names=image_names(names, count),
         toward=toward,
         pictures=torch.cat(pictures) if pictures else None,
     )

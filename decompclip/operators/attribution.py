@@ -25,8 +25,8 @@ from decompclip.decomposition.maps import full_precision
 from decompclip.intervals import half_width
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.neurons import NeuronTerms
-from decompclip.operators.parts import KIND_NAMES, ByPart, Part, parts_of, place_of
-from decompclip.operators.scores import Classes, Text, class_score, directions
+from decompclip.operators.parts import KIND_NAMES, ByPart, Part, image_names, named, parts_of, place_of
+from decompclip.operators.scores import Classes, Text, class_score, directions, features_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -280,7 +280,8 @@ def attribute(
 
     Args:
         d: a decomposition, or a stream of batches.
-        toward: a direction `[d_embed]`, or a text (with `model`); several strings stand for one thing and are averaged.
+        toward: a direction `[d_embed]`, or a text (with `model`); several strings stand for one thing and are averaged
+            (`logit_lens` and `explore` score each by itself).
             Many at once: features `[text, d_embed]`, such as a classifier, or `encode_texts(model, texts)`.
             With `target`, the text features of all classes.
         target: the class scored (`ClassScore`): one for all images, or one for each.
@@ -315,6 +316,8 @@ def attribute(
             continue
         if first is None and score is None:
             along, labels = directions(batch, toward, cast(Any, against), model)
+        elif first is None:
+            features_of(cast(Any, toward), batch.d_embed, batch.maps.fingerprint)
         first = first or batch
         check_alike(first, batch)
         own = None if neurons is None else _of_rows(neurons, rows)
@@ -346,8 +349,8 @@ def attribute(
         parts=parts,
         values=torch.cat(values),
         score=torch.cat(totals),
-        texts=_named(label, labels, "label", "directions"),
-        names=_named(names, tuple(map(str, range(start))), "name", "images"),
+        texts=named(label, labels, "label", "directions"),
+        names=image_names(names, start),
         tokens=held,
         normalized=first.normalized,
         n_layers=first.n_layers,
@@ -403,10 +406,3 @@ def _contributions(
 
 def _of_rows(neurons: NeuronTerms, rows: Any) -> NeuronTerms:
     return replace(neurons, coords=neurons.coords[rows], post=neurons.post[rows])
-
-
-def _named(given: str | Sequence[str] | None, usual: tuple[str, ...], what: str, of: str) -> tuple[str, ...]:
-    found = usual if given is None else (given,) if isinstance(given, str) else tuple(given)
-    if len(found) != len(usual):
-        raise ValueError(f"expected a {what} for each of {len(usual)} {of}; received {len(found)}")
-    return found

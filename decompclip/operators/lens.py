@@ -23,7 +23,7 @@ from decompclip.decomposition.maps import fingerprint
 from decompclip.intervals import half_width
 from decompclip.operators.attention import BATCH, pictures_of
 from decompclip.operators.inputs import Images, TextFeatures, encode_texts, image_batches
-from decompclip.operators.parts import place_of
+from decompclip.operators.parts import image_names, place_of
 from decompclip.operators.scores import features_of
 from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT, tower
@@ -171,7 +171,8 @@ def logit_lens(
     Args:
         model: a model, or its image tower (with text features).
         images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
-        texts: each scored by itself, in words or as features.
+        texts: each scored by itself, in words or as features (`attribute` and `nearest` average a list of strings, and score
+            those of `encode_texts` by themselves).
         patches: whether patches are read too.
         normalize: readings to length one.
         names: of the images; by default their numbers.
@@ -215,14 +216,12 @@ def logit_lens(
     if not scores:
         raise ValueError("expected at least one image; received none; check the image source")
     count = sum(map(len, scores))
-    if names is not None and len(names) != count:
-        raise ValueError(f"expected a name for each of {count} images; received {len(names)} names")
     return LogitLens(
         scores=torch.cat(scores),
         patches=torch.cat(of_patches) if patches else None,
         depths=("input", *map(str, range(n_layers))),
         texts=labels,
-        names=tuple(names or map(str, range(count))),
+        names=image_names(names, count),
         normalized=normalize,
         image_size=visual.cfg.image_size,
         patch_size=visual.cfg.patch_size,

@@ -91,6 +91,25 @@ def place_of(which: int | str, known: Sequence[str], what: str) -> int:
     return which % len(known)
 
 
+def named(given: str | Sequence[str] | None, usual: tuple[str, ...], what: str, of: str) -> tuple[str, ...]:
+    """The names given, or the usual ones where none are.
+
+    Raises:
+        ValueError: names of another number.
+    """
+    found = usual if given is None else (given,) if isinstance(given, str) else tuple(map(str, given))
+    if len(found) != len(usual):
+        raise ValueError(
+            f"expected a {what} for each of {len(usual)} {of}; received {len(found)}; pass as many, or none"
+        )
+    return found
+
+
+def image_names(given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Names of images, by default their numbers. Raises as `named`."""
+    return named(given, tuple(map(str, range(count))), "name", "images")
+
+
 class ByPart(Result):
     """What results have in common that have numbers for each of some components."""
 

@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.attribution import attribute
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.naming import named_property
-from decompclip.operators.parts import ByPart, Part, Points, parts_of
+from decompclip.operators.parts import ByPart, Part, Points, image_names, parts_of
 from decompclip.operators.probes import probe
 from decompclip.operators.scores import Text, directions
 from decompclip.operators.textspan_result import TextSpans
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 TEMPLATES = ("{}", "a {} object")
 """Of a property's values, where the model brings none for the property."""
+
+
+ALIKE = 1e-6
+"""Distance of unit features up to which texts are the same to the text tower: what rounding leaves."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +131,7 @@ def nearest(
         d: the images to choose from.
         component: a single one, such as `heads[11, 0]`.
         query: images of `d` by number (they are not found themselves); other images, decomposed alike; a text (with
-            `model`), several that stand for one thing, or a direction `[d_embed]`. Many at once: directions `[text, d_embed]`,
+            `model`), several that stand for one thing and are averaged, or a direction `[d_embed]`. Many at once: directions `[text, d_embed]`,
             or `encode_texts(model, texts)`, a query each.
         k: how many to find for each query; at most all.
         centred: of the terms about their mean over `d`, of which all images have much in common.
@@ -150,10 +155,9 @@ def nearest(
         )
     if k < 1 or not len(d):
         raise ValueError(f"expected at least one image and k of at least 1; received {len(d)} images, k={k}")
-    for what, given, count in (("names", names, len(d)), ("pixels", pixels, len(d))):
-        if given is not None and len(given) != count:
-            raise ValueError(f"expected {what} of {count} images; received {len(given)}")
-    labels, pictures = tuple(names or map(str, range(len(d)))), _pictures(pixels)
+    if pixels is not None and len(pixels) != len(d):
+        raise ValueError(f"expected pixels of {len(d)} images; received {len(pixels)}")
+    labels, pictures = image_names(names, len(d)), _pictures(pixels)
     known: list[int] = []
     own: Tensor | None = None
     if isinstance(query, Decomposition):
@@ -220,7 +224,7 @@ def _pictures(pixels: Tensor | None) -> UInt8[Tensor, "batch h w 3"] | None:
             f"expected pixels [batch, 3, h, w] in [0, 1]; received {list(pixels.shape)} in [{float(pixels.min()):.2g}, "
             f"{float(pixels.max()):.2g}]; for normalised images take model.denormalize(images)"
         )
-    return (255 * pixels).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return bytes_of(pixels)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -285,7 +289,7 @@ def heads_for(
     spans: TextSpans | None = None,
     templates: Sequence[str] | None = None,
     components: Components = all_heads,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> PropertyHeads:
     """Which heads encode a property: by linear probes where labels are, by the directions of texts where none are.
 
@@ -298,11 +302,11 @@ def heads_for(
         property: its name, such as "colour".
         values: its values in words, without labels; by default those of the Shapes world, for its properties.
         labels: of each image, the index of its value.
-        model: encodes the values' texts.
+        model: without labels: encodes the values' texts.
         spans: descriptions of the same components (`textspans`): how many of them name a value is shown beside.
-        templates: prompts with a slot `{}`; by default the model's own for the property, or general ones.
+        templates: without labels: prompts with a slot `{}`; by default the model's own for the property, or general ones.
         components: which.
-        seed: of the probes' split.
+        seed: with labels: of the probes' split, by default 0.
 
     Returns:
         The components, those that encode the property most first.
@@ -310,15 +314,24 @@ def heads_for(
     Raises:
         IndexError: a component that the tower does not have.
         KeyError: a component without a description among `spans`.
-        ValueError: neither labels nor a model; fewer than two values; or as `probe`.
+        ValueError: neither labels nor a model; fewer than two values, or values that the text tower does not tell apart; an
+            argument that has no meaning with labels, or without; or as `probe`.
     """
     if labels is not None:
-        if values is not None or spans is not None:
-            raise ValueError("expected labels, or values in words; received both; leave one out")
-        found = probe(d, {property: labels}, components=components, seed=seed)
+        of_texts = {"values": values, "model": model, "spans": spans, "templates": templates}
+        idle = [name for name, given in of_texts.items() if given is not None]
+        if idle:
+            raise ValueError(
+                f"expected labels, or values in words; received both, labels and {', '.join(idle)}; leave one out"
+            )
+        found = probe(d, {property: labels}, components=components, seed=0 if seed is None else seed)
         parts, score, words, named = found.parts, found.gain[:, 0], (), None
     else:
         words = _values(property, values)
+        if seed is not None:
+            raise ValueError(
+                f"expected no seed without labels, for nothing is drawn; received {seed}; leave it out"
+            )
         if model is None:
             raise ValueError(
                 f"expected labels of {property!r}, or the model that encodes its values; received neither; pass labels= or "
@@ -327,8 +340,13 @@ def heads_for(
         chosen = model.templates.get(property, TEMPLATES) if templates is None else templates
         texts = model.zero_shot_classifier(words, chosen).double()
         apart = texts - texts.mean(0)
-        _, sizes, directions = torch.linalg.svd(apart, full_matrices=False)
-        basis = directions[sizes > 1e-6 * sizes[0]].float()
+        _, sizes, axes = torch.linalg.svd(apart, full_matrices=False)
+        if float(sizes[0]) < ALIKE:
+            raise ValueError(
+                f"expected values that the text tower tells apart; received {', '.join(map(repr, words))}, whose texts have "
+                "one feature; use words that the model knows"
+            )
+        basis = axes[sizes > ALIKE * sizes[0]].float()
         along = attribute(d, basis, components=components)
         points, parts = Points.of(d, components), along.parts
         spread = [points[i].double().cpu() for i in range(len(parts))]

@@ -1,6 +1,6 @@
 """Scores: one number an image, from its feature. What operators take as `toward`, and as `against`.
 
-"a star"                        a text; several texts that stand for one thing are averaged
+"a star"                        a text; several texts that stand for one thing are averaged (`encode_texts`: each by itself)
 classifier[3]                   a direction of the joint space
 ClassScore(classifier, target)  a score of classes; or any function of the features
 """
@@ -316,11 +316,12 @@ class ClassScore:
 
 
 def class_score(toward: object, target: Classes, metric: Metric, against: Any) -> ClassScore:
-    """The score of a target among classes.
+    """The score of a target among classes, whose texts are in order.
 
     Raises:
         ValueError: `toward` is no classifier; or as `ClassScore`.
     """
+    toward = toward.features if isinstance(toward, TextFeatures) else toward
     if not isinstance(toward, Tensor):
         raise ValueError(
             f"expected text features [class, d_embed] beside a target; received {toward!r}; make them with "

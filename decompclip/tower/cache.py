@@ -389,11 +389,8 @@ class ViTCache(ActivationCache):
             scale = batch.apply(scale, dim=0)
         if final:
             scale = self._final_scale(scale, pos_slice, residual_stack)
-        elif scale.shape[-2] != self.model.cfg.n_tokens:
-            self._only_class_token(pos_slice)
-            scale = _cut(pos_slice).apply(scale, dim=-2)
         else:
-            scale = _cut(pos_slice).apply(scale, dim=-2)
+            scale = _cut(pos_slice).apply(self._rows(scale, pos_slice), dim=-2)
         if residual_stack.ndim != scale.ndim + 1:
             raise ValueError(
                 f"expected a stack [component, ..., d_model] beside a scale {list(scale.shape)}; received "

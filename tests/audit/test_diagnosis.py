@@ -72,7 +72,7 @@ def test_what_is_noticeable_is_the_least_that_passes(total: int) -> None:
 
 def test_a_mean_s_interval() -> None:
     mean, low, high = mean_interval(torch.tensor([1.0, 2.0, 3.0]))
-    half = 1.959964 / math.sqrt(3)
+    half = 4.302653 / math.sqrt(3)  # Student's t of two degrees of freedom
     assert (mean, low, high) == pytest.approx((2, 2 - half, 2 + half))
     assert mean_interval(torch.tensor([1.0])) == (1, -math.inf, math.inf)
 

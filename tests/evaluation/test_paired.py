@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import norm, t
 
-from decompclip.intervals import Paired, mean_interval, noticeable
+from decompclip.intervals import Paired, half_width, mean_interval, noticeable
 
 
 def test_counts_by_hand() -> None:
@@ -61,13 +61,13 @@ def test_the_least_noticeable_difference_is_the_first_whose_interval_clears_the_
     assert noticeable(50, comparisons=1, margin=edge) == 10 / 50  # at the margin is not above it
 
 
-def test_the_mean_s_interval_is_the_normal_one() -> None:
+def test_the_mean_s_interval_is_student_s() -> None:
     x = torch.randn(30, generator=torch.Generator().manual_seed(0)) + 2
     mean, low, high = mean_interval(x)
-    half = norm.isf(0.025) * float(np.std(x.double().numpy(), ddof=1)) / math.sqrt(30)
+    half = t.isf(0.025, 29) * float(np.std(x.double().numpy(), ddof=1)) / math.sqrt(30)
     assert (mean, low, high) == pytest.approx(
         (x.mean().item(), x.mean().item() - half, x.mean().item() + half)
     )
-    assert half < t.isf(0.025, 29) * float(np.std(x.numpy(), ddof=1)) / math.sqrt(30)
+    assert half == pytest.approx(float(half_width(x.double())))
     assert mean_interval(x[:1]) == (pytest.approx(x[0].item()), -math.inf, math.inf)
     assert mean_interval(x[:2])[1] > -math.inf

@@ -14,7 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.figures.gallery import MAX_COLUMNS, MAX_ROWS, SIDE, gallery as draw_gallery
+from decompclip.figures.gallery import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    SIDE,
+    PictureRow,
+    gallery as draw_gallery,
+    picture_rows,
+)
 from decompclip.operators.mask_scores import score_masks
 from decompclip.operators.tokens import TokenMaps
 
@@ -198,3 +205,16 @@ def test_results_make_their_own_figures() -> None:
     assert "not shown: 1 maps" in layout(found.figure(count=1)).xaxis.title.text
     with pytest.raises(ValueError, match="expected a control of the same maps"):
         found.figure(control=score_masks(make(1), masks))
+
+
+def test_rows_of_pictures_say_what_does_not_fit() -> None:
+    tile = torch.zeros(6, 6, 3, dtype=torch.uint8)
+
+    def notes(rows: int, pictures: int) -> list[str]:
+        captions = [f"number {i}" for i in range(pictures)]
+        made = [PictureRow(f"row {i}", tile, [tile] * pictures, captions) for i in range(rows)]
+        return [n.text for n in layout(picture_rows(made, title="")).annotations if "not shown" in n.text]
+
+    assert notes(14, 11) == ["not shown: 2 more rows, 1 more pictures of each"]
+    assert notes(2, 13) == ["not shown: 0 more rows, 3 more pictures of each"]
+    assert notes(12, 10) == []

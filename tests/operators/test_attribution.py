@@ -140,6 +140,10 @@ def test_a_target_is_scored_as_everywhere(
         at = found.labels.index("heads[1, 2]")
         torch.testing.assert_close(found.values[:, at, 0], by_hand, rtol=0, atol=1e-6)
     assert found.texts[0].startswith("each image's class")
+    texts = encode_texts(model, TEXTS)
+    named = attribute(terms, texts, 1, metric=metric, against=against)
+    plain = attribute(terms, texts.features, 1, metric=metric, against=against)
+    torch.testing.assert_close(named.values, plain.values, rtol=0, atol=0)
 
 
 def test_directions_of_a_classifier_on_a_gpu_are_where_the_terms_are() -> None:
@@ -199,9 +203,8 @@ def test_tables_and_maps_say_the_same(stars: Attribution, terms: Decomposition, 
     values = stars.values[:, stars.labels.index("heads[4, 2]"), 0]
     mean, low, _ = mean_interval(values)
     assert row["mean"] == pytest.approx(mean, abs=1e-6)
-    assert (row["mean"] - row["low"]) / (mean - low) == pytest.approx(
-        2.201 / 1.96, rel=1e-3
-    )  # t of 12 values
+    assert row["low"] == pytest.approx(low, abs=1e-6)
+    assert mean - low == pytest.approx(2.200985 * float(values.std()) / 12**0.5, rel=1e-5)  # t of 12 values
     assert float(stars.heads()[4, 2]) == pytest.approx(mean, abs=1e-6)
     assert float(stars.mlps()[1]) == pytest.approx(float(stars.mean[stars.labels.index("mlps[1]"), 0]))
     every = stars.to_frame(images=True)
@@ -255,6 +258,8 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
         (text, {"names": ["a"]}, "a name for each of 12"),
         (classifier, {"target": 3, "metric": "accuracy"}, "no product"),
         ("a star", {"target": 3}, "beside a target"),
+        (encode_texts(foreign, TEXTS), {"target": 1}, "other weights"),
+        (classifier[:, :5], {"target": 3}, "as wide as the joint space"),
         (classifier, {"target": world.labels[:5]}, "one class, or one for each"),
         (text, {"neurons": of_neurons}, "neuron terms of 12 images"),
         (text, {"neurons": neuron_terms(model.visual, images, neurons[2])}, "normalize=True"),

@@ -131,6 +131,7 @@ def test_mistakes_are_told(model: HookedCLIP, images_of: Tensor, lens: LogitLens
         (model.visual, images_of, TEXTS, {}, "pass the whole model"),
         (model, images_of[:0], TEXTS, {}, "at least one image"),
         (model, images_of, TEXTS, {"names": ["a"]}, "a name for each of 5 images"),
+        (model, images_of, TEXTS, {"names": []}, "a name for each of 5 images; received 0"),
         (model, images_of[..., :40], TEXTS, {}, "through the model's `preprocess`"),
     ]
     for visual, images, texts, options, words in mistakes:

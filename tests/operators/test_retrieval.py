@@ -183,7 +183,8 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
         (heads[1, 4], 3, {"k": 0}, "k of at least 1"),
         (heads[1, 4], "a star", {}, "model=model"),
         (heads[1, 4], [], {}, "at least one query"),
-        (heads[1, 4], 3, {"names": ["a"]}, "names of 160 images; received 1"),
+        (heads[1, 4], 3, {"names": ["a"]}, "a name for each of 160 images; received 1"),
+        (heads[1, 4], 3, {"names": []}, "a name for each of 160 images; received 0"),
         (heads[1, 4], 3, {"pixels": batch.images[:3]}, "pixels of 160 images; received 3"),
         (heads[1, 4], 3, {"pixels": model.normalize(batch.images)}, r"in \[0, 1\]"),
         (heads[1, 4], other, {}, "model"),
@@ -204,12 +205,31 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
         ("colour", None, {}, "labels= or model=model"),
         ("colour", ["red"], {"model": model}, "at least two values"),
         ("colour", "red", {"model": model}, "at least two values"),
-        ("colour", ["red", "blue"], {"labels": batch.attributes.colour}, "received both"),
+        ("colour", ["red", "blue"], {"labels": batch.attributes.colour}, "received both, labels and values"),
+        (
+            "colour",
+            None,
+            {"labels": batch.attributes.colour, "model": model},
+            "labels and model; leave one out",
+        ),
+        ("colour", None, {"labels": batch.attributes.colour, "templates": ["{}"]}, "labels and templates"),
+        ("colour", None, {"model": model, "seed": 1}, "expected no seed without labels"),
+        (
+            "colour",
+            ["red", "red"],
+            {"model": model},
+            "values that the text tower tells apart; received 'red', 'red'",
+        ),
         ("colour", None, {"labels": batch.attributes.colour[:4]}, "one value of 'colour'"),
     ]
     for name, values, options, words in wrong:
         with pytest.raises(ValueError, match=words):
             heads_for(terms, name, values, **options)
+    with (
+        pytest.warns(UserWarning, match="unknown to this model's vocabulary"),
+        pytest.raises(ValueError, match="the text tower tells apart; received 'wug', 'dax'"),
+    ):
+        heads_for(terms, "kind", ["wug", "dax"], model=model)
     spans = textspans(model, heads[1], images=terms, n_texts=2)
     with pytest.raises(KeyError, match=r"received none of heads\[0, 0\]"):
         heads_for(terms, "colour", model=model, spans=spans)
