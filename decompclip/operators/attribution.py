@@ -281,9 +281,8 @@ def attribute(
     Args:
         d: a decomposition, or a stream of batches.
         toward: a direction `[d_embed]`, or a text (with `model`); several strings stand for one thing and are averaged
-            (`logit_lens` and `explore` score each by itself).
-            Many at once: features `[text, d_embed]`, such as a classifier, or `encode_texts(model, texts)`.
-            With `target`, the text features of all classes.
+            (`logit_lens` and `explore` score each by itself). Many at once: features `[text, d_embed]`, such as a classifier,
+            or `encode_texts(model, texts)`. With `target`, the text features of all classes.
         target: the class scored (`ClassScore`): one for all images, or one for each.
         metric: of a target: its "logit", or the "logit_difference" to `against`.
         against: of a target, the other class (by default the mean of all others); else a text or direction, whose score is

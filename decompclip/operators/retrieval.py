@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 TEMPLATES = ("{}", "a {} object")
 """Of a property's values, where the model brings none for the property."""
 
-
 ALIKE = 1e-6
 """Distance of unit features up to which texts are the same to the text tower: what rounding leaves."""
 
@@ -131,8 +130,8 @@ def nearest(
         d: the images to choose from.
         component: a single one, such as `heads[11, 0]`.
         query: images of `d` by number (they are not found themselves); other images, decomposed alike; a text (with
-            `model`), several that stand for one thing and are averaged, or a direction `[d_embed]`. Many at once: directions `[text, d_embed]`,
-            or `encode_texts(model, texts)`, a query each.
+            `model`), several that stand for one thing and are averaged, or a direction `[d_embed]`. Many at once:
+            directions `[text, d_embed]`, or `encode_texts(model, texts)`, a query each.
         k: how many to find for each query; at most all.
         centred: of the terms about their mean over `d`, of which all images have much in common.
         model: encodes a text.

@@ -14,7 +14,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
-from decompclip.operators.attention import attention_maps, contribution_maps, lay_out, pictures_of, rollout
+from decompclip.operators.attention import attention_maps, contribution_maps, lay_out, rollout
 from decompclip.operators.tokens import TokenMaps
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.vit import HookedViT
@@ -285,12 +285,3 @@ def test_many_texts_need_tokens_and_features(tower: HookedViT, images: Tensor, d
         contribution_maps(d, "a star")  # pyright: ignore
     with pytest.raises(ValueError, match="a layer and a head, or neither"):
         d.attention(1)
-
-
-def test_pictures_of_images_past_black_and_white_stay_there() -> None:
-    model = load_bundled("shapes")
-    size = (1, 3, *model.image_size)
-    for value, expected in ((1.02, 255), (-0.02, 0), (0.5, 128)):  # bicubic resizing overshoots
-        pictures = pictures_of(model, model.normalize(torch.full(size, value)))
-        assert pictures is not None and pictures.shape == (1, *model.image_size, 3)
-        assert set(pictures.flatten().tolist()) == {expected}
