@@ -66,7 +66,8 @@ def explore(
     Args:
         model: with its text tower.
         images: as the tower takes them: a tensor, batches, or a source such as `FolderSource`.
-        texts: to begin with, each scored by itself; by default the class that the first image is most similar to, where the model names classes.
+        texts: to begin with, each scored by itself; by default the class that the first image is most similar to, where the
+            model names classes.
         names: of the images; by default their numbers.
         moments: of other images (`Moments.fit(model, batches, normalize=True, stream=True)`), for the means that ablated
             heads are set to and the variance that words describe; by default of `images`. Causal effects need stream means.
