@@ -15,6 +15,8 @@ from decompclip.files import check_folder
 
 
 class StoredAs(str, Enum):
+    """`StoredType`, as `TermsIn` is `Convention`: their own modules import torch."""
+
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"

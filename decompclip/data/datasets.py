@@ -328,6 +328,9 @@ class FolderPairs(ListedPairs):
             PairEntry(name, self._caption("", label, name), label, file) for name, label, file in found
         ]
 
+    def _file(self, index: int) -> Path:
+        return self.folder / self.entries[index].image
+
     def _image(self, image: Path) -> Tensor | str:
         return read_image(self.folder / image, self.preprocess, root=self.root)
 

@@ -169,6 +169,14 @@ class ListedImages(DeviceSource):
         for place in places:
             yield self._name(self._items[place]), self._labels.get(self._items[place])
 
+    def files_of(self, places: range) -> Iterator[Path | None]:
+        """The files that hold the images at some places; None where no file of its own does."""
+        for place in places:
+            yield self._file(self._items[place])
+
+    def _file(self, item: Any) -> Path | None:
+        return None
+
 
 def readable(
     items: Sequence[T],
@@ -257,6 +265,9 @@ class FolderSource(ListedImages):
 
     def _name(self, item: Path) -> str:
         return item.as_posix()
+
+    def _file(self, item: Path) -> Path:
+        return self.folder / item
 
     def _images(self, items: Sequence[Path]) -> list[Tensor | str]:
         return in_threads(self._image, items, pure=self.pure)

@@ -246,6 +246,9 @@ class KnownPairs(ListedPairs):
             else:
                 yield PairEntry(name, self._caption("", place, name), place, path)
 
+    def _file(self, index: int) -> Path:
+        return self.folder / self.entries[index].image
+
     def _image(self, image: Path) -> Tensor | str:
         return read_image(self.folder / image, self.preprocess, root=self.root)
 

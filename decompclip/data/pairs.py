@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import numpy as np
@@ -187,6 +188,10 @@ class Pairs(PairSteps, DeviceSource):
     def known_labels(self) -> Sequence[int | None]:
         """The class of each pair that has one, where `labels` is for all or none."""
         return [None] * len(self) if self.labels is None else self.labels.tolist()
+
+    def _file(self, index: int) -> Path | None:
+        """The file that holds a pair's image; None where there is none to name."""
+        return None
 
     @abstractmethod
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
@@ -410,6 +415,9 @@ class SubsetPairs(Pairs):
     @cached_property
     def labels(self) -> Int[Tensor, " pair"] | None:
         return None if self.base.labels is None else self.base.labels[list(self.places)]
+
+    def _file(self, index: int) -> Path | None:
+        return self.base._file(self.places[index])
 
     def _images(self, indices: Sequence[int]) -> list[Tensor | str]:
         return self.base._images([self.places[index] for index in indices])

@@ -85,6 +85,9 @@ class ShardPairs(ListedPairs):
             f"templates) in {len(self.shards)} shards",
         )
 
+    def _file(self, index: int) -> Path:
+        return self.entries[index].image[0]
+
     def _image(self, image: tuple[Path, int, int]) -> Tensor | str:
         shard, offset, size = image
         try:

@@ -128,6 +128,9 @@ class PairImages(ListedImages):
     def _name(self, item: int) -> str:
         return self.pairs.ids[item]
 
+    def _file(self, item: int) -> Path | None:
+        return self.pairs._file(item)
+
     def _images(self, items: Sequence[int]) -> list[Tensor | str]:
         return self.pairs._images(items)
 

@@ -99,6 +99,9 @@ class CsvPairs(ListedPairs):
                 continue
             yield PairEntry(name, text, known, self.table.parent / path)
 
+    def _file(self, index: int) -> Path:
+        return self.entries[index].image
+
     def _image(self, image: Path) -> Tensor | str:
         return read_image(image, self.preprocess, root=self.root)
 

@@ -378,12 +378,19 @@ class Decomposition:
         Raises:
             IndexError: there is no such image.
         """
-        if not isinstance(index, slice | list) and getattr(index, "ndim", 0) == 0:
-            index = operator.index(index)
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"expected an image in 0..{len(self) - 1}; received {index}")
-            index = [index]
+        index = self._checked(index)
         return self._map(lambda x: x[index], self.maps)
+
+    def _checked(self, index: Any) -> Any:
+        """An index that keeps the batch axis; raises IndexError where it is of no image, or has axes of its own."""
+        if getattr(index, "ndim", 1) > 1:
+            raise IndexError(f"expected indices of one axis; received {list(index.shape)}; flatten them")
+        if isinstance(index, slice | list) or getattr(index, "ndim", 0):
+            return index
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an image in 0..{len(self) - 1}; received {index}")
+        return [index]
 
     def to(self, *args: Any, **kwargs: Any) -> Decomposition:
         """On another device or in another dtype, as `torch.Tensor.to`.

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -268,7 +269,7 @@ class Store(Decomposition):
     @cached_property
     def features(self) -> Float[Tensor, "batch d_embed"]:
         """The sum of all terms, as they are stored."""
-        return torch.cat([self._none.features, *(part.features for part in self.shards())])
+        return self._filled("features", (part.features for part in self.shards()))
 
     @property
     def sum_error(self) -> float:
@@ -305,7 +306,7 @@ class Store(Decomposition):
             IndexError: there is no such image.
             FileNotFoundError, ValueError: a shard is gone, or not as it was written.
         """
-        places = torch.arange(len(self))[index].reshape(-1)
+        places = torch.arange(len(self))[self._checked(index)]
         shards = torch.bucketize(places, torch.tensor(self._ends), right=True)
         order = shards.argsort(stable=True)
         parts: list[Decomposition] = []
@@ -352,18 +353,30 @@ class Store(Decomposition):
         return map(self._tensors, range(len(self._shards)))
 
     def _whole(self, name: str) -> Tensor:
+        parts = (x[name] for x in self._read())
+        if len(self._shards) == 1 and self.manifest["run"]["dtype"] == "fp32":
+            return next(parts).float()  # mapped: the memory need not hold it
+        return self._filled(name, parts)
+
+    def _filled(self, name: str, parts: Iterator[Tensor]) -> Tensor:
+        """All images' `name` in one tensor, filled part by part: the memory holds it once.
+
+        Raises:
+            MemoryError: it does not.
+        """
         none = getattr(self._none, name)
-        size, free = (
-            len(self) * none[:0].new_empty(1, *none.shape[1:]).nbytes,
-            psutil.virtual_memory().available,
-        )
+        size = len(self) * prod(none.shape[1:]) * none.itemsize
+        free = psutil.virtual_memory().available
         if size > free:
             raise MemoryError(
                 f"expected terms that fit the memory; all {name} of {self.folder} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
                 "are free; read a slice at a time, or go through store.shards()"
             )
-        parts = [x[name].float() for x in self._read()]
-        return parts[0] if len(parts) == 1 else torch.cat([none, *parts])
+        whole, start = none.new_empty(len(self), *none.shape[1:]), 0
+        for part in parts:
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
 
     def _facts(self) -> dict[str, str]:
         run = self.manifest["run"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -102,7 +103,8 @@ def extract(
     Args:
         model: whose image tower is decomposed.
         data: images in [0, 1] of the model's size (as `model.pixels` gives them), with classes where they are known.
-        out: the folder: a new one, or that of the same run.
+        out: the folder: a new one, or that of the same run: with the same model, options, preprocessing, names and classes, and
+            files of the same size and time; the pixels of a data set without files are compared for the first image alone.
         dtype: of the stored terms; what it costs is measured and written down.
         moments_only: keep means and second moments alone (means of the stream too, for causal mode), in fp64: as much on disk
             and in memory whatever the number of images.
@@ -176,10 +178,17 @@ def extract(
 
 
 def _digest(images: ListedImages) -> str:
-    """Of names and classes of all images, and the pixels of the first that can be read."""
-    found = hashlib.sha256()
-    for name, label in images.listed(range(len(images))):
-        found.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))
+    """Of the preprocessing, names and classes of all images, when their files were written, and the first image's pixels."""
+    # where an object lies in memory is another place in each process
+    found = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(images.preprocess)).encode())
+    for (name, label), file in zip(
+        images.listed(range(len(images))), images.files_of(range(len(images))), strict=True
+    ):
+        written = ""
+        if file is not None:
+            with suppress(OSError):  # what cannot be read is left out later, with the reason
+                written = f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+        found.update(f"{name}\0{label}\0{written}\n".encode("utf-8", "surrogateescape"))
     for batch in images.part(range(len(images)), 1):
         found.update(batch.images.float().contiguous().numpy().data)
         break
@@ -378,7 +387,7 @@ class Job:
                 ids += batch.paths
                 continue
             joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-            about = {"run": self.run, "made": self.made, "skipped": self._left_out(shard, ids)}
+            about = {"run": self.run, "made": [self.made], "skipped": self._left_out(shard, ids)}
             write_shard(
                 self.folder / shard_name(shard),
                 self.none.with_fields(**joined),
@@ -391,7 +400,8 @@ class Job:
 
     def moments(self) -> None:
         """Moments of all shards, which the first process merges in order."""
-        whole, done, skipped = self._so_far()
+        whole, done, skipped, made = self._so_far()
+        made += [self.made] if self.made not in made and done < self.n_shards else []
         self.group.wait()  # until all have read it
         self._begin(self.n_shards - done)
         written = time.monotonic()
@@ -407,21 +417,21 @@ class Job:
             due = end == self.n_shards or time.monotonic() - written > EVERY
             if self.group.rank == 0 and whole is not None and due:
                 # digits of one number: the file is as long whatever the number of images
-                facts = {"run": self.run, "made": self.made, "shards": f"{end:09d}", "skipped": skipped}
+                facts = {"run": self.run, "made": made, "shards": f"{end:09d}", "skipped": skipped}
                 whole.save(self.folder / MOMENTS, **facts)
                 written = time.monotonic()
 
-    def _so_far(self) -> tuple[Moments | None, int, list[list[str]]]:
-        """What a stopped run left: moments, of how many shards, and the images that could not be read."""
+    def _so_far(self) -> tuple[Moments | None, int, list[list[str]], list[dict[str, Any]]]:
+        """What a stopped run left: moments, of how many shards, the images that could not be read, and what made them."""
         path = self.folder / MOMENTS
         if not path.exists():
-            return None, 0, []
+            return None, 0, [], []
         try:
             moments, about = Moments.load(path), facts_of(path)
         except ValueError as error:
             warnings.warn(f"{path} is damaged and is built anew: {error}", stacklevel=2)
-            return None, 0, []
-        return replace(moments, maps=self.none.maps), int(about["shards"]), about["skipped"]
+            return None, 0, [], []
+        return replace(moments, maps=self.none.maps), int(about["shards"]), about["skipped"], about["made"]
 
     def _moments_of(self, shards: range) -> Iterator[tuple[Moments | None, list[list[str]]]]:
         """Of each shard, on the CPU; None where no image can be read. And those that cannot."""
@@ -517,7 +527,7 @@ class Job:
             )
         made: list[Any] = []
         for one in found:
-            made += [one["made"]] if one["made"] not in made else []
+            made += [step for step in one["made"] if step not in made]
         write_manifest(
             self.folder, {"run": self.run, **about, "images": count, "made": made, "skipped": skipped, **own}
         )

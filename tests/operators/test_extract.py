@@ -8,14 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decompclip
 from analyses.benchmarks import capacity
@@ -41,15 +43,22 @@ from decompclip import (
     probe,
     textspan,
 )
+from decompclip.cli.extract import StoredAs, TermsIn
+from decompclip.data.datasets import FolderPairs
 from decompclip.data.images import FolderSource
+from decompclip.data.pairs import SubsetPairs
+from decompclip.data.pixels import to_pixels
+from decompclip.data.shards import ShardPairs
+from decompclip.data.tables import CsvPairs
 from decompclip.decomposition import store as module
 from decompclip.decomposition.decomposition import TERMS, write_tensors
-from decompclip.decomposition.maps import term_maps
+from decompclip.decomposition.maps import Convention, term_maps
 from decompclip.decomposition.store import (
     MANIFEST,
     MAPS,
     MOMENTS,
     TYPES,
+    StoredType,
     bytes_per_image,
     facts_of,
     read_manifest,
@@ -162,8 +171,13 @@ def test_a_slice_of_a_shard_is_mapped_not_read(built: Path) -> None:
 
 
 def test_there_is_no_such_image(built: Path) -> None:
-    with pytest.raises(IndexError):
-        Store(built)[150]
+    store = Store(built)
+    for holder in (store, store[:]):
+        with pytest.raises(IndexError, match=r"expected an image in 0\.\.149; received 150"):
+            holder[150]
+        with pytest.raises(IndexError, match=r"expected indices of one axis; received \[1, 2\]"):
+            holder[torch.tensor([[0, 1]])]
+        assert torch.equal(holder[True].embed, store[1:2].embed)  # a number, not a mask
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -310,6 +324,28 @@ def test_terms_that_do_not_fit_the_memory_are_refused(built: Path, monkeypatch: 
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Little)
     with pytest.raises(MemoryError, match="all coords of .* take .* GB.*read a slice at a time"):
         Store(built).coords
+    with pytest.raises(MemoryError, match="all features of .* take .* GB.*read a slice at a time"):
+        Store(built).features
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of new tensors of floats."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::cat", "aten::_to_copy", "aten::empty", "aten::new_empty"):
+            self.total += found.nbytes
+        return found
+
+
+def test_all_terms_take_their_own_memory_and_no_more(model: HookedCLIP, tmp_path: Path) -> None:
+    extract(model, IMAGES, tmp_path / "a", dtype="bf16", **SIZES)
+    store = Store(tmp_path / "a", check=False)
+    with Allocated() as seen:
+        coords = store.coords
+    assert len(coords) == 150 and seen.total == coords.nbytes
 
 
 # Moments alone
@@ -372,6 +408,27 @@ def test_moments_go_on_where_they_were(
     with pytest.warns(UserWarning, match=r"moments\.safetensors is damaged and is built anew"):
         extract(model, IMAGES, tmp_path / "b", **options)
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_all_that_made_moments_is_written_down(
+    model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on with other batches says so; one that had nothing to do made nothing."""
+    monkeypatch.setattr("decompclip.operators.extract.EVERY", 0.0)
+    fit, calls = Moments.fit, []
+
+    def stops(*given: Any, **more: Any) -> Moments:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return fit(*given, **more)
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(Moments, "fit", stops)
+        extract(model, IMAGES, tmp_path / "a", moments_only=True, shard_size=40, batch_size=16)
+    for batch_size in (20, 10):
+        extract(model, IMAGES, tmp_path / "a", moments_only=True, shard_size=40, batch_size=batch_size)
+    assert [made["batch_size"] for made in read_manifest(tmp_path / "a")["made"]] == [16, 20]
 
 
 # What befalls a store
@@ -556,6 +613,56 @@ def test_another_run_is_refused(
     assert files(tmp_path / "copy") == before
 
 
+def pictures(folder: Path) -> Path:
+    """A square picture, which every way of cutting leaves alike, and wide ones."""
+    (folder / "cat").mkdir(parents=True)
+    for place, width in enumerate((48, 96, 96)):
+        picture = Image.linear_gradient("L").resize((width, 48)).convert("RGB")
+        picture.save(folder / "cat" / f"{place}.png")
+    return folder
+
+
+def as_folder(folder: Path, resize_mode: Any = "shortest") -> Any:
+    return FolderSource(folder, to_pixels(48, resize_mode=resize_mode))
+
+
+def as_pairs(folder: Path, resize_mode: Any = "shortest") -> Any:
+    return FolderPairs(folder, ["a {}"], to_pixels(48, resize_mode=resize_mode))
+
+
+def as_table(folder: Path, resize_mode: Any = "shortest") -> Any:
+    rows = [f"cat/{place}.png,a cat" for place in range(3)]
+    (folder / "table.csv").write_text("\n".join(["image,caption", *rows]))
+    pairs = CsvPairs(folder / "table.csv", to_pixels(48, resize_mode=resize_mode))
+    return SubsetPairs(pairs, range(3))
+
+
+def as_shards(folder: Path, resize_mode: Any = "shortest") -> Any:
+    with tarfile.open(folder / "00000.tar", "w") as shard:
+        for place in range(3):
+            (folder / "caption.txt").write_text("a cat")
+            shard.add(folder / "caption.txt", f"{place}.txt")
+            shard.add(folder / "cat" / f"{place}.png", f"{place}.png")
+    return ShardPairs(folder, to_pixels(48, resize_mode=resize_mode))
+
+
+@pytest.mark.parametrize("source", [as_folder, as_pairs, as_table, as_shards])
+def test_pictures_that_changed_are_another_run(
+    model: HookedCLIP, tmp_path: Path, source: Callable[..., Any]
+) -> None:
+    folder = pictures(tmp_path / "pictures")
+    store = extract(model, source(folder), tmp_path / "a")
+    assert isinstance(store, Store)
+    if source is not as_shards:  # whose file is written again
+        again = extract(model, source(folder), tmp_path / "a")
+        assert isinstance(again, Store) and torch.equal(again.coords, store.coords)
+    with pytest.raises(FileExistsError, match="the images, their classes or their preprocessing"):
+        extract(model, source(folder, "squash"), tmp_path / "a")
+    Image.new("RGB", (96, 48), "red").save(folder / "cat" / "1.png")
+    with pytest.raises(FileExistsError, match="the images, their classes or their preprocessing"):
+        extract(model, source(folder), tmp_path / "a")
+
+
 def test_somebodys_folder_is_left_alone(model: HookedCLIP, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(FileExistsError, match=r"holds thesis\.tex; name another"):
@@ -714,6 +821,10 @@ def test_processes_write_what_one_would(
 
 
 # The command
+
+
+def test_the_command_takes_what_the_function_takes() -> None:
+    assert tuple(StoredAs) == get_args(StoredType) and tuple(TermsIn) == get_args(Convention)
 
 
 def test_the_command(tmp_path: Path) -> None:
