@@ -60,6 +60,9 @@ class SkippedFile:
     path: str
     reason: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", str(self.reason))  # a `Reason` would keep its error's frames
+
 
 def is_bookkeeping(name: str) -> bool:
     """Whether a file's or folder's name says that it is no data of the user's."""
@@ -177,10 +180,25 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def reason(error: Exception) -> str:
+class Reason(str):
+    """Why something cannot be used, with the error that said so."""
+
+    cause: Exception | None = None
+
+
+def reason(error: Exception) -> Reason:
     """What an error says, in one line, without the path that an `OSError` repeats."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    found = Reason(" ".join(text.split()) or type(error).__name__)
+    found.cause = error
+    return found
+
+
+def unusable(what: object, why: str) -> ValueError:
+    """The error where `on_error="raise"`, with its cause."""
+    error = ValueError(f'{what}: {why}; repair or remove it, or leave it out with on_error="skip"')
+    error.__cause__ = getattr(why, "cause", None)
+    return error
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from decompclip.data.files import (
     is_picture,
     open_rgb,
     reason,
+    unusable,
     walk,
 )
 from decompclip.data.pixels import Preprocess, is_ours, prepare, stack_images
@@ -281,8 +282,7 @@ class FolderSource(ListedImages):
 
     def _leave_out(self, item: Path, reason: str) -> None:
         if self.on_error == "raise":
-            remedy = 'repair or remove it, or leave it out with on_error="skip"'
-            raise ValueError(f"{self.folder / item}: {reason}; {remedy}")
+            raise unusable(self.folder / item, reason)
         self._skipped[item.as_posix()] = SkippedFile(item.as_posix(), reason)
 
 

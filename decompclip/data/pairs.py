@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.data.feed import DeviceSource, in_threads
-from decompclip.data.files import SkippedFile
+from decompclip.data.files import SkippedFile, unusable
 from decompclip.data.images import OnError, readable
 from decompclip.data.pixels import Preprocess, finished, is_ours, stack_images, to_pixels
 
@@ -292,9 +292,7 @@ class Pairs(PairSteps, DeviceSource):
 
     def _leave_out(self, name: str, reason: str, *, within: object = None) -> None:
         if self.on_error == "raise":
-            raise ValueError(
-                f'{within or name}: {reason}; repair or remove it, or leave it out with on_error="skip"'
-            )
+            raise unusable(within or name, reason)
         self._left_out[name] = SkippedFile(name, reason)
 
 

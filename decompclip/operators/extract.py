@@ -13,8 +13,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from decompclip import __version__
-from decompclip.data.feed import ahead
+from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import check_pixels
@@ -157,8 +157,8 @@ def extract(
         "shard_size": shard_size,
     }
     group.check_equal(run)
-    job = Job(model, images, folder, run, batch_size, group, track)
     with ExitStack() as held:
+        job = Job(model, images, folder, run, batch_size, group, track, held)
 
         def begin() -> None:
             held.enter_context(alone_in(folder))
@@ -277,6 +277,7 @@ class Job:
     batch_size: int
     group: Processes
     track: Track
+    reading: ExitStack  # ends what is read ahead, however the run ends
 
     @property
     def n_shards(self) -> int:
@@ -456,14 +457,15 @@ class Job:
     def _steps(self, shards: Sequence[int]) -> Iterator[Step]:
         """The batches of each shard, and None at its end."""
 
-        def steps() -> Iterator[Step]:
+        def steps() -> Generator[Step]:
             for shard in shards:
                 for batch in self.images.part(self.places(shard), self.batch_size, device=self.model.device):
                     yield Step(shard, batch)
                 yield Step(shard, None)
 
         total = sum(1 + -(-len(self.places(shard)) // self.batch_size) for shard in shards)
-        return self.track(ahead(steps()), f"{self.model.name}: batches of {self.batch_size}", total)
+        made = self.reading.enter_context(closing(ahead(steps()) if is_pure(self.images) else steps()))
+        return self.track(made, f"{self.model.name}: batches of {self.batch_size}", total)
 
     def _input(self, batch: ImageBatch) -> Tensor:
         check_pixels(batch.images, f" in the batch of {batch.paths[0]}")

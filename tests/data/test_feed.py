@@ -16,7 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from decompclip.data import feed as module, pixels
-from decompclip.data.datasets import DatasetPairs
+from decompclip.data.datasets import DatasetPairs, FolderPairs
 from decompclip.data.feed import ahead, feed, in_threads, is_pure
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import Pairs, SubsetPairs
@@ -72,6 +72,7 @@ def test_a_folder_is_read_as_one_by_one(photos: Path, workers: int, batch_size: 
     labels = [CLASSES[int(label)] for batch in batches for label in batch.labels]
     assert labels == [Path(path).parts[0] for path in expected]
     assert [skip.path for skip in source.skipped] == ["cat/10.png", "dog/05.png"]
+    assert {type(skip.reason) for skip in source.skipped} == {str}
 
 
 def test_pairs_are_read_alike_in_batches_one_by_one_and_by_place(photos: Path, workers: int) -> None:
@@ -92,8 +93,10 @@ def test_pixels_of_pairs_are_not_taken_for_images(photos: Path) -> None:
 
 def test_what_cannot_be_read_stops_the_run_where_it_shall(photos: Path, workers: int) -> None:
     source = open_images(photos, load("shapes").pixels, CLASSES, on_error="raise")
-    with pytest.raises(ValueError, match=r"cat/10\.png: .*leave it out with on_error"):
-        list(feed(source, 4))
+    for data in (source, FolderPairs(photos, ["a {}"], on_error="raise")):
+        with pytest.raises(ValueError, match=r"cat/10\.png: .*leave it out with on_error") as caught:
+            list(feed(data, 4))
+        assert isinstance(caught.value.__cause__, OSError)  # Pillow's
 
 
 def test_pictures_go_to_the_device_in_8_bits(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +197,16 @@ def test_nobody_waits_for_an_item_in_the_making() -> None:
 
 
 def test_an_error_in_a_loop_over_images_leaves_no_thread(photos: Path) -> None:
-    """Its traceback holds the loop's frame, and with it the batches."""
+    """Its traceback holds the frame of `track`, and with it the batches."""
     model = load("shapes")
     source = open_images(photos, model.pixels, CLASSES)
-    with pytest.raises(ValueError, match="expected labels in 0..0") as caught:
-        evaluate(model, source, torch.eye(1, model.cfg.d_embed), batch_size=1)
+
+    def track(batches: Iterator[Any]) -> Iterator[Any]:
+        yield next(batches)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="^mine$") as caught:
+        evaluate(model, source, torch.eye(2, model.cfg.d_embed), batch_size=1, track=track)
     assert caught.tb
     assert_no_feed()
 

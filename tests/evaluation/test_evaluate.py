@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, tensor
 
 from decompclip.attacks.trigger import Trigger
+from decompclip.data.feed import Labelled
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import mlps
 from decompclip.evaluation.evaluate import DecomposedImages, Evaluation, evaluate
@@ -284,3 +285,11 @@ def test_a_function_gets_pixels_on_the_cpu_and_a_trigger_where_the_model_is() ->
     for trigger in (function, Ours()):
         evaluate(CornerReader(), There(), CLASSIFIER, trigger, 2, batch_size=10)
     assert seen == [Tensor, Elsewhere]
+
+
+def test_a_decomposition_is_no_source_of_images() -> None:
+    """Its parts are gone through by `shards`, of a size of their own: `feed` would ask `batches` for one."""
+    model = load_bundled("shapes")
+    d = model.decompose(torch.zeros(2, 3, *model.image_size))
+    assert not isinstance(d, Labelled)
+    assert isinstance(DecomposedImages(d, tensor([0, 1])), Labelled)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -667,6 +668,20 @@ def test_somebodys_folder_is_left_alone(model: HookedCLIP, tmp_path: Path) -> No
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(FileExistsError, match=r"holds thesis\.tex; name another"):
         extract(model, IMAGES, tmp_path)
+
+
+def test_a_stopped_run_reads_no_further(model: HookedCLIP, tmp_path: Path) -> None:
+    def track(items: Any, description: str, total: int) -> Any:
+        yield next(iter(items))
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="^mine$") as caught:
+        extract(model, IMAGES, tmp_path / "stopped", track=track, **SIZES)
+    assert caught.tb
+    for thread in threading.enumerate():
+        if thread.name == "decompclip-feed":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, again: Callable[..., Any]) -> None:
