@@ -65,12 +65,12 @@ def test_everything_by_default(tmp_path: Path, planned: list[Plan]) -> None:
 
 
 def test_options(tmp_path: Path, planned: list[Plan]) -> None:
-    options = ("--models", "shapes,shapes-sig", "--detectors", "fast", "--repairs", "", "--count", "70")
+    options = ("--models", "shapes,shapes-sig", "--detectors", "fast", "--repairs", "", "--count", "100")
     succeeds("bench", "--out", tmp_path, *options, "--slow", 45, "--seed", 3, "--seed", 1)
     (plan,) = set(planned)
     assert plan.models == ("shapes", "shapes-sig") and plan.repairs == () and plan.seeds == (3, 1)
     assert set(plan.detectors) == set(DETECTORS) - set(SLOW)
-    assert (plan.images, plan.slow_images) == (70, 45)
+    assert (plan.images, plan.slow_images) == (100, 45)
     assert len(planned) == 4
 
 
@@ -99,9 +99,9 @@ def test_too_few_and_too_many(tmp_path: Path, option: str, value: int) -> None:
 
 def test_the_number_of_images_has_another_name_than_their_place(tmp_path: Path, planned: list[Plan]) -> None:
     _, stderr = succeeds(
-        "bench", "--out", tmp_path, "--models", "shapes", "--detectors", "fast", "--images", 70
+        "bench", "--out", tmp_path, "--models", "shapes", "--detectors", "fast", "--images", 100
     )
-    assert planned[0].images == 70 and "note: --images N is now --count N" in stderr
+    assert planned[0].images == 100 and "note: --images N is now --count N" in stderr
 
 
 def test_the_names_that_are_checked_are_the_registries() -> None:

@@ -140,7 +140,10 @@ def test_a_saved_guard_is_what_loading_its_folder_gives(tmp_path: Path) -> None:
 def test_bad_input_is_refused(clip: HookedCLIP) -> None:
     unit, plain = (clip.decompose(drawn(30, 1), normalize=flag) for flag in (True, False))
     repair, detector = DecompRep(**RULE).fit(unit), DecompDet(**RULE).fit(plain)
-    with pytest.raises(ValueError, match="a defense, a detector to reject by, or both; received neither"):
+    with pytest.raises(
+        ValueError,
+        match="a defense, a TokenRep to fill patches by, a detector to reject by, or several; received none",
+    ):
         Guard(clip)
     with pytest.raises(ValueError, match="of one normalization of terms"):
         Guard(clip, repair, reject=detector)
