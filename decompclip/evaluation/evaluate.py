@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.data.feed import Labelled, feed
+from decompclip.data.pixels import check_pixels
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import (
     AttackReport,
@@ -274,11 +275,5 @@ def _check_batch(batch: Any, seen: int) -> None:
             f"expected a class for every image; received none from image {seen} on; sort the images into folders "
             "named after the classes"
         )
-    if isinstance(batch.images, Decomposition):
-        return
-    low, high = (float(x) for x in batch.images.aminmax())
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f} from image {seen} on; leave the "
-            "normalisation to the model"
-        )
+    if not isinstance(batch.images, Decomposition):
+        check_pixels(batch.images, f" from image {seen} on")

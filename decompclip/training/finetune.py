@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import PairSteps
-from decompclip.data.pixels import onto
+from decompclip.data.pixels import check_pixels, onto
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.gradients import differentiable, plain
 from decompclip.progress import Pace, meters
@@ -279,12 +279,7 @@ def _batch(
             f"expected images of the model's {size[0]} x {size[1]} pixels; received {images.shape[-2]} x "
             f"{images.shape[-1]}; resize them where they are read"
         )
-    low, high = (float(x) for x in images.aminmax())
-    if not (low >= 0 and high <= 1):  # nan too
-        raise ValueError(
-            f"expected pixels in [0, 1]; received {low:.2f}..{high:.2f} at step {step}; leave the normalisation to "
-            "the model"
-        )
+    check_pixels(images, f" at step {step}")
     if recipe.loss != "grouped":
         labels = None
     elif labels is None:

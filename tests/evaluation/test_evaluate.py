@@ -226,9 +226,14 @@ def test_images_that_cannot_be_scored_are_refused() -> None:
             yield from ()
 
     class Normalised:
+        value = -1.5
+
         def batches(self, batch_size: int = 4) -> Iterator[SimpleNamespace]:
             yield from Coloured().batches(5)
-            yield SimpleNamespace(images=torch.full((1, 3, 4, 4), -1.5), labels=tensor([0]))
+            yield SimpleNamespace(images=torch.full((1, 3, 4, 4), self.value), labels=tensor([0]))
+
+    class NoNumbers(Normalised):
+        value = torch.nan
 
     with pytest.raises(ValueError, match="expected images; received none; check the image source"):
         evaluate(CornerReader(), Empty(), CLASSIFIER)
@@ -236,6 +241,8 @@ def test_images_that_cannot_be_scored_are_refused() -> None:
         ValueError, match=r"received -1.50..-1.50 from image 10 on; leave the normalisation to"
     ):
         evaluate(CornerReader(), Normalised(), CLASSIFIER)
+    with pytest.raises(ValueError, match=r"received nan..nan from image 10 on; leave the normalisation to"):
+        evaluate(CornerReader(), NoNumbers(), CLASSIFIER)
     with pytest.raises(ValueError, match="a class for every image; received none from image 0 on; sort"):
         evaluate(CornerReader(), Coloured(labelled=False), CLASSIFIER)
     with pytest.raises(ValueError, match=r"expected labels in 0\.\.1; received 0\.\.2"):
