@@ -251,7 +251,12 @@ class Store(Decomposition):
                 raise ValueError(
                     f"expected {path} of {shard['bytes']} bytes; received {path.stat().st_size}: it was cut or changed; {AGAIN}"
                 )
-        self._none = Decomposition.load(self.folder / MAPS)
+        try:
+            self._none = Decomposition.load(self.folder / MAPS)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {AGAIN}") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; or {AGAIN}") from error
         if facts_of(self.folder / MAPS)["sha256"] != self.manifest.get("maps"):
             raise ValueError(
                 f"expected the maps that {MANIFEST} lists; received {self.folder / MAPS} of another run; {AGAIN}"

@@ -55,6 +55,7 @@ from decompclip.decomposition import store as module
 from decompclip.decomposition.decomposition import TERMS, write_tensors
 from decompclip.decomposition.maps import Convention, term_maps
 from decompclip.decomposition.store import (
+    AGAIN,
     MANIFEST,
     MAPS,
     MOMENTS,
@@ -473,8 +474,9 @@ def test_damage_is_named_and_built_anew(
 ) -> None:
     name, damage, refusal, warning = DAMAGE[what]
     damage(tmp_path / "copy" / name)
-    with pytest.raises((ValueError, FileNotFoundError), match=refusal):
+    with pytest.raises((ValueError, FileNotFoundError), match=refusal) as refused:
         Store(tmp_path / "copy").coords
+    assert AGAIN in str(refused.value)
     again()
     told = [str(one.message) for one in recwarn if issubclass(one.category, UserWarning)]
     assert len(told) == bool(warning)
