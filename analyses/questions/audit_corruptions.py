@@ -2,8 +2,10 @@
 
 Paper:     none; corruptions after Hendrycks and Dietterich (2019).
 Command:   python -m analyses.audit_corruptions             (reads the committed result, prints the tables)
-           python -m analyses.audit_corruptions --measure   (a killed run resumes; DECOMPCLIP_DATA names the photographs)
-Run time:  to measure, about half an hour on two threads that share their cores.
+           python -m analyses.audit_corruptions --measure --world shapes cifar10
+                                                            (a killed run resumes; DECOMPCLIP_DATA names the photographs)
+Run time:  to measure, about half an hour on two threads that share their cores; a set of images of `photos`, which is not measured yet,
+           takes a minute alone.
 Expected:  a corruption is never called a backdoor; a trigger is, but for one that is noise, or a wave, which only a reference tells from noise or waves.
 Measured:  0 of 1,140 verdicts on clean models; 18 of 22 twins alone, 22 of 22 beside their clean model.
 Writes:    analyses/results/audit_corruptions/audit_corruptions.json
