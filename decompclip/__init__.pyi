@@ -6,7 +6,6 @@ from .attacks.blended import SIG as SIG, Blended as Blended
 from .attacks.issba import ISSBA as ISSBA
 from .attacks.label_consistent import LabelConsistent as LabelConsistent
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
-from .attacks.preview import preview as preview
 from .attacks.reflection import Reflection as Reflection
 from .attacks.registry import backdoor as backdoor
 from .attacks.trigger import Trigger as Trigger
@@ -42,7 +41,6 @@ from .defenses.detectors.token_rep import TokenRep as TokenRep
 from .defenses.guard import Guard as Guard, load as load, save_guard as save_guard
 from .diagnosis.run import diagnose as diagnose
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.metrics import auroc as auroc
 from .explorer.explore import explore as explore
 from .models.clip import HookedCLIP as HookedCLIP
 from .models.folders import save_model as save_model
@@ -59,9 +57,7 @@ from .operators.extract import extract as extract
 from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
 from .operators.lens import logit_lens as logit_lens
-from .operators.mask_scores import score_masks as score_masks
 from .operators.mmd import head_mmd as head_mmd, layer_mmd as layer_mmd
-from .operators.naming import agreement as agreement
 from .operators.neurons import AblateNeurons as AblateNeurons
 from .operators.noise import RandomAblate as RandomAblate
 from .operators.patching import (
@@ -71,7 +67,6 @@ from .operators.patching import (
 from .operators.paths import path_patching as path_patching
 from .operators.probes import probe as probe
 from .operators.retrieval import heads_for as heads_for, nearest as nearest
-from .operators.roles import role_change as role_change
 from .operators.sweeps import ablation_sweep as ablation_sweep
 from .operators.textspan import textspan as textspan, textspans as textspans
 from .operators.tokens import AblateTokens as AblateTokens
