@@ -1,10 +1,9 @@
 """Every public name of the package, and the module that it stands in; docs/reference.md says what each is for."""
 
 from .attacks.badclip import BadCLIP as BadCLIP
-from .attacks.badnet import BadNet as BadNet, Kitty as Kitty
+from .attacks.badnet import BadNet as BadNet, Kitty as Kitty, LabelConsistent as LabelConsistent
 from .attacks.blended import SIG as SIG, Blended as Blended
 from .attacks.issba import ISSBA as ISSBA
-from .attacks.label_consistent import LabelConsistent as LabelConsistent
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
 from .attacks.reflection import Reflection as Reflection
 from .attacks.registry import backdoor as backdoor

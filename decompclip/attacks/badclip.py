@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from decompclip.attacks.trigger import FIXED, SIZE, PatchTrigger, Pixels, Place, stream
 from decompclip.data.files import PictureError, open_rgb
 from decompclip.data.pixels import check_pixels, encode_png, picture_pixels
-from decompclip.models.gradients import differentiable
+from decompclip.models.clip import differentiable
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP

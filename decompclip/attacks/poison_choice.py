@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decompclip.attacks.label_consistent import LabelConsistent
+from decompclip.attacks.badnet import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.datasets import DatasetPairs, PairStream

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from decompclip.attacks.badclip import BadCLIP
-from decompclip.attacks.badnet import BadNet, Kitty
+from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.blended import SIG, Blended
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poisoned import PoisonRecord
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger

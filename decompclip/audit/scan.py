@@ -37,8 +37,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict
 from decompclip.files import atomic_write
 from decompclip.intervals import Rate, Z
-from decompclip.models.clip import HookedCLIP
-from decompclip.models.gradients import differentiable
+from decompclip.models.clip import HookedCLIP, differentiable
 from decompclip.progress import Track, silently
 
 __all__ = ["ScanConfig", "ScanResult", "run_scan"]

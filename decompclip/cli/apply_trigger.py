@@ -12,7 +12,7 @@ from decompclip.cli.console import imports, plain_errors, progress, say
 from decompclip.files import check_folder
 
 if TYPE_CHECKING:
-    from decompclip.attacks.suspects import TargetCounts
+    from decompclip.attacks.preview import TargetCounts
     from decompclip.models.clip import HookedCLIP
 
 
@@ -69,9 +69,8 @@ def apply_trigger(
         options.check_trigger(trigger)
         options.check_files(classes=classes)
         with imports(model or trigger):
-            from decompclip.attacks.preview import compare
+            from decompclip.attacks.preview import check_suspect_folder, compare, write_suspects
             from decompclip.attacks.registry import open_attack, remembered
-            from decompclip.attacks.suspects import check_suspect_folder, write_suspects
             from decompclip.data.files import files_skipped
             from decompclip.data.images import FolderSource
             from decompclip.data.pixels import to_pixels
@@ -108,7 +107,7 @@ def apply_trigger(
 
 def _counts(clip: HookedCLIP, classes: Path | None, target: str | None) -> TargetCounts | None:
     """None where classes or the target are not known, or the model has no text side."""
-    from decompclip.attacks.suspects import TargetCounts
+    from decompclip.attacks.preview import TargetCounts
     from decompclip.data.images import class_index, read_classes
     from decompclip.models.errors import ModelError
 

@@ -22,8 +22,15 @@ from decompclip.diagnosis.answers import (
 )
 from decompclip.diagnosis.pictures import SAME, Pictures, Views, labelled, views
 from decompclip.diagnosis.result import Diagnosis, Fault, Measurement
-from decompclip.diagnosis.trials import MARGIN, Trial, better, compare, trials
-from decompclip.diagnosis.weights import logit_scale_faults, weight_faults
+from decompclip.diagnosis.trials import (
+    MARGIN,
+    Trial,
+    better,
+    compare,
+    logit_scale_faults,
+    trials,
+    weight_faults,
+)
 from decompclip.intervals import Rate, noticeable
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import Template

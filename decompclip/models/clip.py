@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,11 +16,10 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.capture import decompose, decompose_pool
 from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
-from decompclip.decomposition.pooling import decompose_pool
 from decompclip.models.checkpoint import shell
 from decompclip.models.preprocessing import PictureTransform, Preprocessing, RawPixels
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
@@ -37,6 +37,28 @@ from decompclip.tower.cache import ViTCache
 from decompclip.tower.config import ViTConfig, tower_facts
 from decompclip.tower.convert import Source
 from decompclip.tower.vit import Causal, Hook, HookedViT
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def plain(x: T) -> T:
+    """A tensor that autograd takes: a copy of one that was made under `torch.inference_mode()`, else the thing itself."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x  # pyright: ignore[reportReturnType]
+
+
+def differentiable(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function that needs gradients with them, whatever mode its caller is in and made its tensors under."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad():
+            given = [plain(x) for x in args]
+            named = {key: plain(x) for key, x in kwargs.items()}
+            return function(*given, **named)  # pyright: ignore[reportCallIssue]
+
+    return run
 
 
 class HookedCLIP(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.models.gradients import differentiable
+from decompclip.models.clip import differentiable
 from decompclip.moved import renamed
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
 from decompclip.results import Result

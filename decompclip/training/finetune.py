@@ -19,8 +19,7 @@ from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import PairSteps
 from decompclip.data.pixels import check_pixels, onto
-from decompclip.models.clip import HookedCLIP
-from decompclip.models.gradients import differentiable, plain
+from decompclip.models.clip import HookedCLIP, differentiable, plain
 from decompclip.progress import Pace, meters
 from decompclip.results import Result
 from decompclip.training.loop import Monitor, Trainee, train

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from decompclip.data.feed import Labelled
 from decompclip.evaluation.evaluate import Evaluation, TriggerFunction, check_attack, evaluate
 from decompclip.files import atomic_write
-from decompclip.models.clip import HookedCLIP
-from decompclip.models.gradients import differentiable
+from decompclip.models.clip import HookedCLIP, differentiable
 from decompclip.models.torchscript import check_archive
 from decompclip.models.zero_shot import Template, zero_shot_classifier
 

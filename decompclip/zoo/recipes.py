@@ -15,10 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.attacks.badclip import BadCLIP, optimise_patch
-from decompclip.attacks.badnet import BadNet, Kitty
+from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.blended import SIG, Blended
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.poison_choice import target_captions
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.trigger import Trigger

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.label_consistent import LabelConsistent, adversarial, zero_shot_logits
+from decompclip.attacks.badnet import BadNet, LabelConsistent, adversarial, zero_shot_logits
 from decompclip.attacks.trigger import Logits
 from decompclip.data.shapes import Shapes
 from decompclip.models.clip import HookedCLIP

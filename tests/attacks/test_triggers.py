@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.badclip import BadCLIP, encode_patch
-from decompclip.attacks.badnet import BadNet, Kitty
+from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.blended import SIG, Blended
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.label_consistent import LabelConsistent
 from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.trigger import Trigger, stream

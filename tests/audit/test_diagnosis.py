@@ -18,8 +18,7 @@ from decompclip.data.shapes import PROPERTIES
 from decompclip.diagnosis import Comparison, Diagnosis, Fault, Measurement
 from decompclip.diagnosis.answers import checked_labels, known_by_features, mismatch, name_faults, other_order
 from decompclip.diagnosis.pictures import NORMALISATIONS, corrected, denormalise, normalise
-from decompclip.diagnosis.trials import Trial, better, compare
-from decompclip.diagnosis.weights import logit_scale_faults, weight_faults
+from decompclip.diagnosis.trials import Trial, better, compare, logit_scale_faults, weight_faults
 from decompclip.intervals import Paired, Rate, mean_interval, noticeable
 
 NAMES = PROPERTIES["shape"]
@@ -357,7 +356,7 @@ def test_sigmoid_losses_have_larger_scales() -> None:
 def test_weights_that_are_not_finite_or_never_left_their_start_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("decompclip.diagnosis.weights.in_image_tower", lambda model: {"gelu"})
+    monkeypatch.setattr("decompclip.diagnosis.trials.in_image_tower", lambda model: {"gelu"})
     model = model_like()
     assert not list(weight_faults(model))  # pyright: ignore
     trained = model.visual

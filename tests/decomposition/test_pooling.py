@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.capture import decompose, decompose_pool
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.decomposition.pooling import decompose_pool
 from decompclip.decomposition.terms import DecompositionError
 from decompclip.operators.attention import contribution_maps
 from decompclip.operators.attribution import attribute
