@@ -335,7 +335,7 @@ def test_a_repair_is_recommended_that_saves_and_does_not_cost(base: AuditResult)
 
 
 @pytest.fixture(scope="module")
-def audited() -> dict[str, AuditResult]:
+def audited(few_kept: None) -> dict[str, AuditResult]:
     """The bundled BadNet twin and its clean model, on 700 images and their triggered copies."""
     found = {}
     for name in ("shapes", "shapes-badnet"):
@@ -391,7 +391,7 @@ def badnet() -> tuple[HookedCLIP, ImageSet, ImageSet]:
 
 
 @pytest.fixture(scope="module")
-def corrupted() -> dict[str, Evidence]:
+def corrupted(few_kept: None) -> dict[str, Evidence]:
     """The clean model on pairs of 130 images that are merely dark or pale, with labels and without."""
     clip, world = remembering("shapes"), Shapes(130, seed=8)
     batch, found = world.draw(range(130)), {}
