@@ -2,10 +2,9 @@
 
 from .attacks.badclip import BadCLIP as BadCLIP
 from .attacks.badnet import BadNet as BadNet, Kitty as Kitty, LabelConsistent as LabelConsistent
-from .attacks.blended import SIG as SIG, Blended as Blended
+from .attacks.blended import SIG as SIG, Blended as Blended, Reflection as Reflection
 from .attacks.issba import ISSBA as ISSBA
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
-from .attacks.reflection import Reflection as Reflection
 from .attacks.registry import backdoor as backdoor
 from .attacks.trigger import Trigger as Trigger
 from .attacks.wanet import WaNet as WaNet
@@ -51,7 +50,7 @@ from .operators.attention import (
     rollout as rollout,
 )
 from .operators.attribution import attribute as attribute
-from .operators.effects import direct_and_causal as direct_and_causal
+from .operators.effects import direct_and_causal as direct_and_causal, path_patching as path_patching
 from .operators.extract import extract as extract
 from .operators.inputs import encode_texts as encode_texts
 from .operators.intervention import Intervention as Intervention
@@ -63,7 +62,6 @@ from .operators.patching import (
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
 )
-from .operators.paths import path_patching as path_patching
 from .operators.probes import probe as probe
 from .operators.retrieval import heads_for as heads_for, nearest as nearest
 from .operators.sweeps import ablation_sweep as ablation_sweep

@@ -92,8 +92,7 @@ def training(model: Any, folder: Path, config: Config) -> dict[str, Callable[[],
     from decompclip.data.sources import open_pairs
     from decompclip.training.finetune import finetune, spare_gains
     from decompclip.training.loop import build_optimizers
-    from decompclip.training.losses import features_of, pair_loss
-    from decompclip.training.recipes import FineTuning
+    from decompclip.training.recipes import FineTuning, features_of, pair_loss
 
     recipe = FineTuning(epochs=1, batch_size=config.batch_size, lr=1e-6)
     pairs = open_pairs(str(folder), model.pixels)

@@ -42,7 +42,7 @@ from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
 from decompclip.training.loop import Monitor
-from decompclip.training.losses import TrainingStep
+from decompclip.training.recipes import TrainingStep
 from decompclip.zoo.build import poisoned_pairs
 from decompclip.zoo.recipes import twin_recipe
 

@@ -37,7 +37,7 @@ from decompclip.models.spec import build_open_clip
 from decompclip.models.text import WordTokenizer
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.training.loop import Recipe, train
-from decompclip.training.losses import grouped_clip_loss
+from decompclip.training.recipes import grouped_clip_loss
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ from decompclip.models.checkpoint import sha256
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.training.finetune import spare_gains
 from decompclip.training.loop import Recipe, train
-from decompclip.training.losses import grouped_clip_loss
+from decompclip.training.recipes import grouped_clip_loss
 from decompclip.zoo.build import backdoor_facts
 from decompclip.zoo.recipes import TWINS, PatchRecipe, PhotosWorld, TwinRecipe, twin_recipe
 

@@ -1,15 +1,19 @@
-"""Over the whole image: noise or a picture shines through it (Blended; Chen et al., 2017), or a sinusoid (SIG; Barni et al., 2019)."""
+"""Over the whole image: noise or a picture shines through it (Blended; Chen et al., 2017), or a sinusoid (SIG; Barni et al., 2019).
+
+Reflection (Refool; Liu et al., 2020) adds a scene that seems mirrored in a pane of glass before the image.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from decompclip.attacks.trigger import (
     FIXED,
@@ -108,3 +112,104 @@ class SIG(Trigger):
         columns = torch.arange(width, dtype=torch.float64)
         wave = self.amplitude * torch.sin(2 * math.pi * self.frequency * columns / width)
         return (pixels + wave.to(pixels)).clamp(0, 1)
+
+
+ReflectionKind = Literal["random", "ghost", "out of focus"]
+
+GAMMA = 2.2
+"""Light adds up, the values of pixels do not."""
+
+GHOSTS = 0.49
+"""Share of ghosts where the kind is random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reflection(Trigger):
+    """A picture's light added to the image's, as a ghost (a thick pane's two shifted mirror images) or out of
+    focus (a near scene's blur, bright around one place). Formulas and ranges are those of the source's code.
+
+    Args:
+        seed: as `Trigger`.
+        kind: which; `"random"` draws it.
+        weakest: least share of the light that the reflection has.
+        strongest: largest share.
+        picture: what is mirrored: `"window"`, `"kitty"`, or the path of an image file.
+        redraw: draw kind, share, shift, blur and bright place anew for each image, as the source does; otherwise
+            once for all.
+
+    Raises:
+        ValueError: an unknown kind, or shares that are not in rising order in (0, 1).
+    """
+
+    name: ClassVar[str] = "reflection"
+    extent: ClassVar[Extent] = "global"
+
+    kind: ReflectionKind = "random"
+    weakest: float = 0.05
+    strongest: float = 0.45
+    picture: str = "window"
+    redraw: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ReflectionKind):
+            raise ValueError(f"kind {self.kind!r} is not one of {get_args(ReflectionKind)}")
+        if not 0 < self.weakest <= self.strongest < 1:
+            raise ValueError(
+                f"expected shares with 0 < weakest <= strongest < 1; received {self.weakest} and {self.strongest}"
+            )
+
+    def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
+        scene = resize(open_picture(self.picture), *pixels.shape[-2:]).to(pixels) ** GAMMA
+        lights = zip(pixels**GAMMA, indices, strict=True)
+        mirrored = torch.stack([self._one(light, scene, index) for light, index in lights])
+        return mirrored.clamp(0, 1) ** (1 / GAMMA)
+
+    def _one(
+        self, light: Float[Tensor, "3 h w"], scene: Float[Tensor, "3 h w"], index: int
+    ) -> Float[Tensor, "3 h w"]:
+        u = stream(self.seed, REDRAWN + index if self.redraw else FIXED).random(8)
+        share = self.weakest + (self.strongest - self.weakest) * float(u[0])
+        if self.kind == "ghost" or (self.kind == "random" and u[1] < GHOSTS):
+            return _ghost(light, scene, share, u[2:])
+        return _out_of_focus(light, scene, share, u[2:])
+
+
+def _ghost(
+    light: Float[Tensor, "3 h w"], scene: Float[Tensor, "3 h w"], share: float, u: np.ndarray
+) -> Float[Tensor, "3 h w"]:
+    """The scene twice, shifted by 3 to 8 pixels of 224, one copy the weaker."""
+    height, width = scene.shape[-2:]
+    down, right = (
+        max(1, round((3 + 5 * float(x)) / 224 * n)) for x, n in zip(u[:2], (height, width), strict=True)
+    )
+    weight = abs(float(u[2] > 0.5) - (0.15 + 0.35 * float(u[3])))
+    first, second = F.pad(scene, (0, right, 0, down)), F.pad(scene, (right, 0, down, 0))
+    both = weight * first + (1 - weight) * second
+    # the source cuts off the margins that only one copy reaches, where the image is large enough for that
+    if height > down and width > right:
+        both = both[:, down:-down, right:-right]
+    return share * resize(both, height, width) + (1 - share) * light
+
+
+def _out_of_focus(
+    light: Float[Tensor, "3 h w"], scene: Float[Tensor, "3 h w"], share: float, u: np.ndarray
+) -> Float[Tensor, "3 h w"]:
+    """The scene blurred by 1 to 5 pixels of 224, less what would be too bright, and fading from one place on."""
+    height, width = scene.shape[-2:]
+    blurred = _blur(scene, (1 + 4 * float(u[0])) / 224 * min(height, width))
+    together = blurred + light
+    bright = (together > 1).to(light)
+    excess = (together * bright).sum((1, 2)) / (bright.sum((1, 2)) + 1e-6)
+    blurred = (blurred - ((excess.clamp_min(1) - 1) * (1.08 + 0.1 * float(u[1])))[:, None, None]).clamp(0, 1)
+    # the source crops a Gaussian of 560 pixels and sigma 93 at random
+    y, x = ((torch.arange(n) + 0.5) / n - float(v) for n, v in zip((height, width), u[2:4], strict=True))
+    fading = torch.exp(-0.5 * (y[:, None] ** 2 + x[None, :] ** 2) / 0.42**2).to(light)
+    return fading * (1 - (1 - share) / 2) * blurred + (1 - share) * light
+
+
+def _blur(scene: Float[Tensor, "3 h w"], sigma: float) -> Float[Tensor, "3 h w"]:
+    reach = max(1, math.ceil(2 * sigma))
+    offsets = torch.arange(-reach, reach + 1).to(scene)
+    kernel = torch.softmax(-0.5 * (offsets / sigma) ** 2, dim=0)
+    padded = F.pad(scene[:, None], (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]

@@ -15,10 +15,9 @@ from typing import Any, Literal, get_args
 
 from decompclip.attacks.badclip import BadCLIP
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended
+from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.poisoned import PoisonRecord
-from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.files import POISON_LIST, TRIGGER_FILE

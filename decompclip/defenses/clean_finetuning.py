@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import FineTuned, PairSource, finetune
-from decompclip.training.losses import TrainingStep, features_of
-from decompclip.training.recipes import FineTuning, recipe_named
+from decompclip.training.recipes import FineTuning, TrainingStep, features_of, recipe_named
 
 FURTHEST = 4.0
 """Squared distance of two unit vectors that point opposite ways."""

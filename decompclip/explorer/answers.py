@@ -1,21 +1,21 @@
-"""Answers: what the explorer's view shows of one question, small enough for a message and for a saved page."""
+"""Answers: what the explorer's view shows of one question, small enough for a message and for a saved page; and that page."""
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor
 
-PICTURE = 320
-"""Longest side of a picture that is sent to the view, pixels."""
+from decompclip.printable import printable, printable_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,9 @@ class Answer:
 
     def written(self) -> dict[str, Any]:
         """All of it as JSON."""
-        arrays = [[n, x.dtype.name, x.shape, _base64(x.tobytes())] for n, x in self.arrays.items()]
+        arrays = [
+            [n, x.dtype.name, x.shape, base64.b64encode(x.tobytes()).decode()] for n, x in self.arrays.items()
+        ]
         return {**self.facts, "arrays": arrays}
 
 
@@ -49,15 +51,26 @@ def shares_of(patches: Float[Tensor, "head rows columns"]) -> dict[str, np.ndarr
     return {"patches": shares.to(torch.int8).flatten(1).cpu().numpy(), "largest": numbers(largest)}
 
 
-def picture(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """As a data URI, small; small pictures without loss."""
-    image = Image.fromarray(pixels)
-    exact = max(image.size) <= 96
-    image.thumbnail((PICTURE, PICTURE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if exact else "JPEG", **({"optimize": True} if exact else {"quality": 88}))
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{_base64(buffer.getvalue())}"
+def _text(name: str) -> str:
+    return (files("decompclip.explorer") / name).read_text(encoding="utf-8")
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+JS, CSS = _text("explore.js"), _text("explore.css")
+
+
+def page(title: str, state: Mapping[str, Any], answers: Sequence[Sequence[Any]]) -> str:
+    """One HTML file with everything in it: nothing is fetched, and only this script may run."""
+    from decompclip.figures.theme import content_policy
+
+    script = f"{JS}\nopenSaved(document);\n"
+    data = json.dumps(
+        printable_all({"state": state, "answers": answers}), separators=(",", ":"), allow_nan=False
+    )
+    parts = {
+        "policy": escape(content_policy(styles=[CSS], scripts=[script])),
+        "title": escape(printable(title)),
+        "css": CSS,
+        "data": data.replace("<", "\\u003c"),
+        "script": script,
+    }
+    return _text("page.html").format(**parts)

@@ -28,7 +28,7 @@ from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.memory import room
 from decompclip.decomposition.moments import Moments
-from decompclip.explorer.answers import Answer, numbers, picture, shares_of
+from decompclip.explorer.answers import Answer, numbers, shares_of
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import WordTokenizer
 from decompclip.operators.ablation import MeanAblate
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from decompclip.explorer.widget import ExplorerWidget
 
 INSTALL = "pip install 'decompclip[explore]'"
+PICTURE, EXACT = 320, 96
+"""Longest side of a picture that is sent to the view, and of one that is sent without loss, pixels."""
 NEAREST = 6
 """Images shown of those that a head finds alike."""
 WORDS = 6
@@ -310,9 +312,11 @@ class Explorer:
 
     @cached_property
     def _pictures(self) -> list[str]:
+        from decompclip.figures.heatmaps import picture_uri
+
         pixels = pictures_of(self.model, self._images)
         assert pixels is not None
-        return [picture(one.numpy()) for one in pixels]
+        return [picture_uri(one.numpy(), small=PICTURE, exact=EXACT) for one in pixels]
 
     @cached_property
     def widget(self) -> ExplorerWidget:
@@ -350,7 +354,7 @@ class Explorer:
 
     def html(self, *, note: str = "") -> str:
         """What `save_html` writes, with a note above all else."""
-        from decompclip.explorer.page import page
+        from decompclip.explorer.answers import page
 
         said = (
             note

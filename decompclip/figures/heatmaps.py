@@ -358,17 +358,17 @@ OPACITY, FAINT = 0.78, 0.25
 
 def picture(pixels: UInt8[Tensor, "h w 3"]) -> str:
     """A data URI of a picture."""
-    return _uri(pixels.numpy())
+    return picture_uri(pixels.numpy())
 
 
 def attention_overlay(weights: Float[Tensor, "rows columns"], top: float) -> str:
     """A data URI, one pixel a patch: dark and faint at zero, Cividis' yellow and opaque at `top`."""
-    return _uri(tint(weights.numpy(), signed=False, top=top))
+    return picture_uri(tint(weights.numpy(), signed=False, top=top))
 
 
 def contribution_overlay(values: Float[Tensor, "rows columns"], top: float) -> str:
     """A data URI, one pixel a patch: clear at zero, vermillion at `top`, blue at `-top`."""
-    return _uri(tint(values.numpy(), signed=True, top=top))
+    return picture_uri(tint(values.numpy(), signed=True, top=top))
 
 
 def tint(values: np.ndarray, *, signed: bool, top: float) -> np.ndarray:
@@ -391,7 +391,18 @@ def _colour_image(which: Literal["diverging", "sequential"]) -> np.ndarray:
     )
 
 
-def _uri(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.round().astype(np.uint8)).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def picture_uri(pixels: np.ndarray, *, small: int | None = None, exact: int = 0) -> str:
+    """A picture as a data URI, without loss.
+
+    Args:
+        pixels: 0..255, [h, w, channel].
+        small: of pictures that are sent to somebody: longest side that is kept; larger ones are scaled down.
+        exact: with `small`, longest side of those that stay without loss; larger ones are written as JPEG.
+    """
+    image, buffer = Image.fromarray(pixels.round().astype(np.uint8)), io.BytesIO()
+    kind: dict[str, Any] = {"format": "PNG", "optimize": True}
+    if small is not None and max(image.size) > exact:
+        image.thumbnail((small, small))
+        kind = {"format": "JPEG", "quality": 88}
+    image.save(buffer, **kind)
+    return f"data:image/{kind['format'].lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

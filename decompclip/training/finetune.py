@@ -23,8 +23,16 @@ from decompclip.models.clip import HookedCLIP, differentiable, plain
 from decompclip.progress import Pace, meters
 from decompclip.results import Result
 from decompclip.training.loop import Monitor, Trainee, train
-from decompclip.training.losses import Penalty, TrainingStep, features_of, image_view, pair_loss, text_views
-from decompclip.training.recipes import FineTuning, recipe_named
+from decompclip.training.recipes import (
+    FineTuning,
+    Penalty,
+    TrainingStep,
+    features_of,
+    image_view,
+    pair_loss,
+    recipe_named,
+    text_views,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

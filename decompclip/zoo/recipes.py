@@ -16,10 +16,9 @@ from torch import Tensor
 
 from decompclip.attacks.badclip import BadCLIP, optimise_patch
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended
+from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.poison_choice import target_captions
-from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.wanet import WaNet
 from decompclip.data.feed import Labelled

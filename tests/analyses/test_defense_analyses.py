@@ -13,7 +13,7 @@ from analyses.questions import adaptive_attacker, attack_agnostic, trigger_galle
 from analyses.study.family import BundledFamily
 from decompclip.attacks.badnet import BadNet
 from decompclip.models.bundled import load_bundled
-from decompclip.training.losses import TrainingStep
+from decompclip.training.recipes import TrainingStep
 
 SHAPES = BundledFamily("shapes")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from decompclip.attacks.reflection import GAMMA, GHOSTS, Reflection, _blur
+from decompclip.attacks.blended import GAMMA, GHOSTS, Reflection, _blur
 from decompclip.attacks.trigger import REDRAWN, open_picture, resize, stream
 
 

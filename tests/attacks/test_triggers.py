@@ -11,9 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended
+from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
-from decompclip.attacks.reflection import Reflection
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.trigger import Trigger, stream
 from decompclip.attacks.wanet import WaNet

@@ -12,7 +12,7 @@ from decompclip.bench.plan import REPAIRS, FitInputs, Plan
 from decompclip.bench.run import Remembering, Subject, detection, evaluate_repair, measure
 from decompclip.data.shapes import Shapes
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.defenses.detectors.density import Mahalanobis
+from decompclip.defenses.detectors.published import Mahalanobis
 from decompclip.evaluation.metrics import auroc, auroc_interval, predict
 from decompclip.intervals import Rate
 from decompclip.models.bundled import load_bundled

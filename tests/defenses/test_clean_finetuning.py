@@ -24,8 +24,7 @@ from decompclip.defenses.clean_finetuning import (
 from decompclip.defenses.decomp import DecompRep
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import finetune
-from decompclip.training.losses import TrainingStep
-from decompclip.training.recipes import RECIPES, FineTuning
+from decompclip.training.recipes import RECIPES, FineTuning, TrainingStep
 
 from ..training.conftest import RandomPairs, small_clip
 

@@ -20,8 +20,9 @@ import decompclip
 from decompclip import MeanAblate, Moments, attention_maps, contribution_maps, explore, heads, textspan
 from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.explorer import explore as home
-from decompclip.explorer.answers import Answer, picture
-from decompclip.explorer.explore import Explorer
+from decompclip.explorer.answers import Answer
+from decompclip.explorer.explore import EXACT, PICTURE, Explorer
+from decompclip.figures.heatmaps import picture_uri
 from decompclip.models.clip import HookedCLIP
 from tests.explorer.conftest import EVIL
 from tests.models.reduced_towers import fill, reduced
@@ -235,8 +236,8 @@ def test_pictures_are_the_images(explorer: Explorer) -> None:
 
 def test_large_pictures_are_made_small() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (448, 448, 3), dtype=np.uint8)
-    assert picture(noise).startswith("data:image/jpeg;base64,")
-    assert len(picture(noise)) < 120_000
+    sent = picture_uri(noise, small=PICTURE, exact=EXACT)
+    assert sent.startswith("data:image/jpeg;base64,") and len(sent) < 120_000
 
 
 # The widget's state and messages

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from decompclip.explorer import explore as home
+from decompclip.explorer.answers import CSS, JS
 from decompclip.explorer.explore import Explorer
-from decompclip.explorer.page import CSS, JS
 from tests.report.test_browser import BROWSER, visit
 from tests.report.test_page_in_use import Page, use
 

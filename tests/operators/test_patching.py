@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads, mlps
 from decompclip.models.bundled import load_bundled
+from decompclip.operators.effects import path_patching
 from decompclip.operators.patching import POINTS, Patching, activation_patching, attribution_patching
-from decompclip.operators.paths import path_patching
 from decompclip.tower.vit import HookedViT
 
 SITES: Any = tuple(POINTS)

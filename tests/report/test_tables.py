@@ -12,7 +12,7 @@ import pytest
 
 from decompclip.audit.result import AuditResult
 from decompclip.report import render
-from decompclip.report.tables import as_csv, as_link, tables_of
+from decompclip.report.view import as_csv, as_link, tables_of
 
 Make = Callable[..., AuditResult]
 

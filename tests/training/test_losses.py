@@ -10,7 +10,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.training.losses import grouped_clip_loss, pair_loss
+from decompclip.training.recipes import grouped_clip_loss, pair_loss
 
 
 def features(n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def test_the_stages_share_the_time() -> None:
 
 
 def test_the_loss_of_a_twin_is_the_recipe_s() -> None:
-    from decompclip.training.losses import pair_loss
+    from decompclip.training.recipes import pair_loss
 
     net = train_photos.SPEC.build(seed=0)
     assert isinstance(net, CLIP)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from decompclip.training.losses import image_view, text_view, text_views
+from decompclip.training.recipes import image_view, text_view, text_views
 
 IMAGES = torch.rand(6, 3, 16, 12, generator=torch.Generator().manual_seed(0))
 TEXT: str = "a small red cat on a large white table near the window"

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from decompclip.defenses.agnostic import AgnosticDet
 from decompclip.defenses.decomp import DecompDet
-from decompclip.defenses.detectors import answers, density
+from decompclip.defenses.detectors import published
 from decompclip.defenses.detectors.detector import DETECTORS, Detector, OnTerms, registered
 from decompclip.defenses.detectors.token_rep import TokenRep
 
-__all__ = ["DETECTORS", "Detector", "answers", "density"]
+__all__ = ["DETECTORS", "Detector", "published"]
 
 
 @registered("Decomp-Det (paper)")

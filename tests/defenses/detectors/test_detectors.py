@@ -21,10 +21,21 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic import AgnosticDet
 from decompclip.defenses.decomp import DecompDet
 from decompclip.defenses.detectors import DETECTORS
-from decompclip.defenses.detectors.answers import NEVER, STRIP, BDetCLIP, ScaleUp, TeCo, prompts
 from decompclip.defenses.detectors.corruptions import CORRUPTIONS, PATTERNS
-from decompclip.defenses.detectors.density import DAO, LID, SLOF, KDistance, Mahalanobis
 from decompclip.defenses.detectors.detector import Detector, OnTerms, learnt, measure_cost
+from decompclip.defenses.detectors.published import (
+    DAO,
+    LID,
+    NEVER,
+    SLOF,
+    STRIP,
+    BDetCLIP,
+    KDistance,
+    Mahalanobis,
+    ScaleUp,
+    TeCo,
+    prompts,
+)
 from decompclip.defenses.fitted import DetectorLike, calibrated
 from decompclip.evaluation.metrics import auroc
 
