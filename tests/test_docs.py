@@ -23,6 +23,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```", PAGES[page], flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.usefixtures("few_kept")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if {"python", "sh"} & {name for name, _ in blocks(page)}]
 )

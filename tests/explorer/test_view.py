@@ -17,7 +17,7 @@ from decompclip.explorer import explore as home
 from decompclip.explorer.answers import CSS, JS
 from decompclip.explorer.explore import Explorer
 from tests.report.test_browser import BROWSER, visit
-from tests.report.test_page_in_use import Page, use
+from tests.report.test_page_in_use import Page, one_browser, use  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="needs a browser to look at the explorer: none is installed"

@@ -241,11 +241,11 @@ def scanned(
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_scan() -> Callable[..., ScanResult]:
     return scanned
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make() -> Callable[..., AuditResult]:
     return result

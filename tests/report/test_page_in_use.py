@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -20,6 +22,8 @@ choreographer = pytest.importorskip("choreographer", reason="needs kaleido's bro
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="needs a browser to look at the report: none is installed"
 )
+
+T = TypeVar("T")
 
 KEYS = {
     "Tab": (9, None),
@@ -66,30 +70,65 @@ class Page:
         )
 
 
+@cache
+def loop() -> asyncio.AbstractEventLoop:
+    """Runs in a thread of its own as long as the tests, for the browser belongs to it."""
+    running = asyncio.new_event_loop()
+    threading.Thread(target=running.run_forever, daemon=True).start()
+    return running
+
+
+def there(steps: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(asyncio.wait_for(steps, 120), loop()).result()
+
+
+@cache
+def browser() -> Any:
+    async def opened() -> Any:
+        return await choreographer.Browser(path=BROWSER, headless=True)
+
+    return there(opened())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_browser() -> Iterator[None]:
+    """For all tests of a module."""
+    yield
+    if browser.cache_info().currsize:
+        there(browser().close())
+        browser.cache_clear()
+
+
 def use(path: Path, steps: Callable[[Page], Awaitable[None]], drawn: str = DRAWN) -> None:
-    """Open the page, wait until it is drawn (by default, all figures of a report), and carry out the steps."""
+    """Open the page in a tab that knows nothing of others, wait until it is drawn (by default, all figures of a report), and
+    carry out the steps."""
+    chromium = browser()
 
     async def run() -> None:
-        async with choreographer.Browser(path=BROWSER, headless=True) as browser:
-            page = Page(await browser.create_tab(path.as_uri()))
+        tab = await chromium.create_tab(path.as_uri())
+        page = Page(tab)
+        try:
             for _ in range(600):
                 if await page.ask(drawn):  # before, the tab may still be blank
                     break
                 await asyncio.sleep(0.1)
             await steps(page)
+        finally:
+            await page.ask("localStorage.clear()")  # files share it
+            await chromium.close_tab(tab.target_id)
 
-    asyncio.run(asyncio.wait_for(run(), 120))
+    there(run())
 
 
-@pytest.fixture(params=["audit", "scan"])
+@pytest.fixture(scope="module", params=["audit", "scan"])
 def path(
     request: pytest.FixtureRequest,
     make: Callable[..., AuditResult],
     make_scan: Callable[..., ScanResult],
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     results = [make(), make(name="other")] if request.param == "audit" else [make_scan()]
-    return write_report(results, tmp_path)
+    return write_report(results, tmp_path_factory.mktemp(request.param))
 
 
 def test_everything_is_reached_by_keyboard(path: Path) -> None:

@@ -22,7 +22,7 @@ from decompclip.zoo.recipes import TWINS, WORLDS, PatchRecipe, ShapesWorld, Twin
 SMALL = TwinRecipe(
     base="shapes",
     trigger=Blended(alpha=0.5),
-    pairs=384,
+    pairs=192,
     rate=0.1,
     recipe=FineTuning(epochs=1, batch_size=32, lr=2e-3, optimizer="muon", max_grad_norm=1.0),
 )
@@ -50,7 +50,7 @@ def test_a_build_is_repeatable_and_its_card_true(tmp_path: Path) -> None:
     assert first.bundled is None and first.reproduced is None
     facts = card("mine", tmp_path / "a")
     backdoor = facts["backdoor"]
-    assert (backdoor["poisoned_pairs"], backdoor["poison_rate"], backdoor["target"]) == (38, 0.1, "star")
+    assert (backdoor["poisoned_pairs"], backdoor["poison_rate"], backdoor["target"]) == (19, 0.1, "star")
     assert from_card(backdoor["trigger"]) == SMALL.trigger
     assert facts["training"]["seed"] == 0 and facts["training"]["recipe"]["lr"] == 2e-3
     assert 0 < backdoor["quality"]["psnr"] < 20
