@@ -92,15 +92,17 @@ def gallery(
     plot, (high, broad) = _panels(len(rows) + first, columns, maps[0].image_size)
     room = int((broad + GAP) / columns / LETTER)
     outlines = [_outline(mask) for mask in masks[:columns].numpy()] if masks is not None else []
+    written: list[dict[str, Any]] = []  # put in together: plotly checks all of them again with each
     for row, (of, index) in enumerate(rows, start=1 + first):
         for column in range(columns):
             plot.add_trace(
                 _heat(of, index, column, _end(maps, of, index, scale), smooth), row=row, col=column + 1
             )
         name, note = of.labels[index], notes[row - 1 - first] if notes else ""
-        _name_row(plot, row, columns, f"<b>{name}</b>" + (f"<br>{note}" if note else ""))
+        written.append(_row_name(row, columns, f"<b>{name}</b>" + (f"<br>{note}" if note else "")))
     if first:
-        _name_row(plot, 1, columns, "image")
+        written.append(_row_name(1, columns, "image"))
+    behind = []
     for panel in range((len(rows) + first) * columns):
         column = panel % columns
         for line in outlines[column] if outlines else ():
@@ -108,13 +110,13 @@ def gallery(
         if pictures is not None:
             # Under maps in grey, so that every colour is the map's.
             shown = pictures[column] if panel < columns else _grey(pictures[column])
-            plot.add_layout_image(_background(shown, panel, maps[0].image_size))
+            behind.append(_background(shown, panel, maps[0].image_size))
     for column in range(columns):
-        plot.add_annotation(
-            text=_short(maps[0].names[column], room), hovertext=escaped(maps[0].names[column]), x=0.5, y=1, yshift=4,
-            xref=f"{_axis('x', column)} domain", yref=f"{_axis('y', column)} domain", yanchor="bottom",
-            showarrow=False, font={"size": 11},
-        )  # fmt: skip
+        written.append({
+            "text": _short(maps[0].names[column], room), "hovertext": escaped(maps[0].names[column]), "x": 0.5, "y": 1,
+            "yshift": 4, **_at(column), "yanchor": "bottom", "showarrow": False, "font": {"size": 11},
+        })  # fmt: skip
+    plot.layout.annotations, plot.layout.images = written, behind
     for axis in (plot.update_xaxes, plot.update_yaxes):
         axis(visible=False, showgrid=False, zeroline=False)
     left = 24 + round(LETTER * max(map(len, (*notes, *(of.labels[index] + " " for of, index in rows)))))
@@ -222,12 +224,16 @@ def _legend(plot: go.Figure, maps: Sequence[Overlay], scale: Scale, kind: str) -
         )
 
 
-def _name_row(plot: go.Figure, row: int, columns: int, text: str) -> None:
-    panel = (row - 1) * columns
-    plot.add_annotation(
-        text=text, x=0, y=0.5, xref=f"{_axis('x', panel)} domain", yref=f"{_axis('y', panel)} domain",
-        xanchor="right", xshift=-8, align="right", showarrow=False, font={"size": 11},
-    )  # fmt: skip
+def _row_name(row: int, columns: int, text: str) -> dict[str, Any]:
+    return {
+        "text": text, "x": 0, "y": 0.5, **_at((row - 1) * columns), "xanchor": "right", "xshift": -8, "align": "right",
+        "showarrow": False, "font": {"size": 11},
+    }  # fmt: skip
+
+
+def _at(panel: int) -> dict[str, str]:
+    """Places are shares of this panel."""
+    return {"xref": f"{_axis('x', panel)} domain", "yref": f"{_axis('y', panel)} domain"}
 
 
 def _short(text: str, width: int) -> str:
@@ -424,6 +430,7 @@ def picture_rows(rows: Sequence[PictureRow], *, title: str) -> go.Figure:
         horizontal_spacing=GAP / (columns * (SIDE + GAP)),
         vertical_spacing=26 / (len(shown) * (SIDE + 26)),
     )
+    written: list[dict[str, Any]] = []  # put in together, as in `gallery`
     for number, row in enumerate(shown):
         tiles = [*([row.first] if lead else []), *row.pictures][:columns]
         lines = [*(["query"] if lead else []), *row.captions][:columns]
@@ -434,12 +441,12 @@ def picture_rows(rows: Sequence[PictureRow], *, title: str) -> go.Figure:
             plot.add_trace(
                 go.Image(source=picture(_at_size(tile)), hoverinfo="skip"), row=number + 1, col=column + 1
             )
-            plot.add_annotation(
-                text=f"<b>{line}</b>" if lead and not column else _short(line, room), hovertext=escaped(line), x=0.5, y=0,
-                xref=f"{_axis('x', panel)} domain", yref=f"{_axis('y', panel)} domain", yanchor="top", showarrow=False,
-                font={"size": 10},
-            )  # fmt: skip
-        _name_row(plot, number + 1, columns, f"<b>{_short(row.name, 22)}</b>")
+            written.append({
+                "text": f"<b>{line}</b>" if lead and not column else _short(line, room), "hovertext": escaped(line),
+                "x": 0.5, "y": 0, **_at(panel), "yanchor": "top", "showarrow": False, "font": {"size": 10},
+            })  # fmt: skip
+        written.append(_row_name(number + 1, columns, f"<b>{_short(row.name, 22)}</b>"))
+    plot.layout.annotations = written
     plot.update_xaxes(visible=False).update_yaxes(visible=False)
     left = 24 + round(LETTER * max(min(22, len(row.name)) for row in shown))
     more = {"rows": len(rows) - MAX_ROWS, "pictures of each": most - MAX_COLUMNS}
