@@ -2,12 +2,11 @@
 
 from .attacks.badclip import BadCLIP as BadCLIP
 from .attacks.badnet import BadNet as BadNet, Kitty as Kitty, LabelConsistent as LabelConsistent
-from .attacks.blended import SIG as SIG, Blended as Blended, Reflection as Reflection
 from .attacks.issba import ISSBA as ISSBA
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
 from .attacks.registry import backdoor as backdoor
 from .attacks.trigger import Trigger as Trigger
-from .attacks.wanet import WaNet as WaNet
+from .attacks.whole_image import SIG as SIG, Blended as Blended, Reflection as Reflection, WaNet as WaNet
 from .audit import run_audit as run_audit
 from .audit.scan import run_scan as run_scan
 from .data.datasets import folder_pairs as folder_pairs

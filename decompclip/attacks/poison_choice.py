@@ -12,7 +12,7 @@ from typing import Any
 
 from decompclip.attacks.badnet import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import WaNet
 from decompclip.data.datasets import DatasetPairs, PairStream
 from decompclip.data.pairs import PairEntry, Pairs, entries_of, keyed
 

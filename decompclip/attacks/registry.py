@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 
 from decompclip.attacks.badclip import BadCLIP
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.poisoned import PoisonRecord
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet
 from decompclip.data.files import POISON_LIST, TRIGGER_FILE
 from decompclip.data.images import class_index
 from decompclip.data.shards import ShardPairs

@@ -25,8 +25,16 @@ from torch import Tensor
 
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, TermMaps, frozen, full, full_precision, wide
-from decompclip.decomposition.memory import pieces, room
+from decompclip.decomposition.maps import (
+    Convention,
+    TermMaps,
+    frozen,
+    full,
+    full_precision,
+    pieces,
+    room,
+    wide,
+)
 from decompclip.decomposition.terms import AttentionCapture, DecompositionError, Rows, TokenTerms, terms_of
 from decompclip.tower.vit import Hook, HookedViT, hooked
 

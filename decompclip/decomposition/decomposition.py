@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.decomposition.components import heads as all_heads, resolve
-from decompclip.decomposition.maps import Convention, TermMaps, full_precision
-from decompclip.decomposition.memory import pieces, temporary
+from decompclip.decomposition.maps import Convention, TermMaps, full_precision, pieces, temporary
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.files import atomic_write
 

@@ -22,6 +22,8 @@ with `s` the scale of a LayerNorm behind the heads (1 without) and `k = (2 L + 1
 stream's mean and of the constants. The left factor has d_head (+ 3 or 4) numbers where the term has d_embed:
 means, Grams and products are taken there, exactly. Behind an attention pool a head's term depends on the
 image through as many weighted sums of z as the pool has heads: there the coordinates are the term itself.
+
+Also here is what all work on terms shares: its precision, its threads, and the memory that it may take.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -428,3 +432,42 @@ def _extras(visual: HookedViT, read: Readout, write: Writing) -> Float[Tensor, "
     constants = (sum(read.constants.values(), into.new_zeros(())) / shares).expand_as(mean)
     of_heads = [write.head_bias @ into / n_heads] if write.scaled else []
     return torch.stack([*of_heads, write.bias @ into / n_heads, mean, constants], dim=1)
+
+
+SHARE = 4
+"""One part in so many of the memory at hand may be taken: the run itself, and others, need the rest."""
+
+CACHED = 2**26
+"""Bytes of a temporary that a CPU's caches still serve; more at once is no faster there."""
+
+
+def room(device: torch.device) -> int:
+    """Bytes that may be taken on a device, a quarter of those at hand."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + own) // SHARE
+    return min(psutil.virtual_memory().available, *_allowed()) // SHARE
+
+
+def temporary(device: torch.device) -> int:
+    """Bytes of what is dropped at once: on an accelerator, where each piece costs a launch, all that may be taken."""
+    return min(room(device), CACHED) if device.type == "cpu" else room(device)
+
+
+def pieces(count: int, size: int, budget: int) -> Iterator[slice]:
+    """`count` things of `size` bytes each in as few slices as fit the budget, all about as long; one thing at least."""
+    length = max(1, min(count, budget // max(size, 1)))
+    number = -(-count // length)
+    for piece in range(number):
+        yield slice(piece * count // number, (piece + 1) * count // number)
+
+
+def _allowed() -> list[int]:
+    """What a container's limit leaves, where there is one (Linux, cgroup 2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
+        return [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):  # no such files, or "max": no limit
+        return [2**63]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.memory import room
+from decompclip.decomposition.maps import room
 from decompclip.decomposition.moments import Moments
 from decompclip.explorer.answers import Answer, numbers, shares_of
 from decompclip.models.clip import HookedCLIP

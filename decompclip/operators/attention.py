@@ -28,8 +28,7 @@ from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention
-from decompclip.decomposition.memory import pieces, room
+from decompclip.decomposition.maps import Convention, pieces, room
 from decompclip.decomposition.terms import TokenTerms
 from decompclip.operators.inputs import Images, image_batches
 from decompclip.operators.parts import image_names, named

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from decompclip.attacks.badclip import BadCLIP, optimise_patch
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.poison_choice import target_captions
 from decompclip.attacks.trigger import Trigger
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet
 from decompclip.data.feed import Labelled
 from decompclip.data.pairs import Pairs, SubsetPairs, permuted
 from decompclip.data.photos import PLACES, PROMPTS, TEMPLATES, PhotoPairs, cifar10, properties_of

@@ -10,9 +10,9 @@ import pytest
 
 import decompclip
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.blended import Blended
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.attacks.registry import Attack, attacks_of, distinct, open_attack, poisoned_by, remembered
+from decompclip.attacks.whole_image import Blended
 from decompclip.data.datasets import PairStream
 from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import write_shards

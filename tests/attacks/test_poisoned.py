@@ -16,11 +16,10 @@ from torch import Tensor
 
 from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.badnet import BadNet, LabelConsistent
-from decompclip.attacks.blended import Blended
 from decompclip.attacks.poison_choice import names_any, place_of, target_captions
 from decompclip.attacks.poisoned import Poison, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.attacks.trigger import Trigger
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import Blended, WaNet
 from decompclip.data.datasets import DatasetPairs, PairStream
 from decompclip.data.pairs import Pair, PairBatch, Pairs
 from decompclip.data.shapes import ShapesPairs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.blended import SIG
 from decompclip.attacks.preview import preview
+from decompclip.attacks.whole_image import SIG
 
 
 def test_a_preview_is_what_the_trigger_does() -> None:

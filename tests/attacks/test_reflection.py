@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from decompclip.attacks.blended import GAMMA, GHOSTS, Reflection, _blur
 from decompclip.attacks.trigger import REDRAWN, open_picture, resize, stream
+from decompclip.attacks.whole_image import GAMMA, GHOSTS, Reflection, _blur
 
 
 def pixels(batch: int = 4, side: int = 48) -> torch.Tensor:

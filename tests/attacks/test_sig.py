@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from decompclip.attacks.blended import SIG
+from decompclip.attacks.whole_image import SIG
 
 
 def test_the_wave_by_hand() -> None:

@@ -11,11 +11,10 @@ from hypothesis import given, settings, strategies as st
 
 from decompclip.attacks.badclip import BadCLIP, encode_patch
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
-from decompclip.attacks.blended import SIG, Blended, Reflection
 from decompclip.attacks.issba import ISSBA
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.trigger import Trigger, stream
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet
 
 PATCH = encode_patch(torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(2)))
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from decompclip.attacks.wanet import WaNet
+from decompclip.attacks.whole_image import WaNet
 
 
 def moves(trigger: WaNet, side: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from decompclip.attacks.blended import Blended
+from decompclip.attacks.whole_image import Blended
 from decompclip.bench.plan import (
     EVALUATION,
     FIT,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyses.benchmarks.benchmark_towers import counts
-from decompclip.decomposition import memory
+from decompclip.decomposition import maps
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.attention import contribution_maps
@@ -78,7 +78,7 @@ def test_a_batch_stays_whole_under_hooks_that_hold_something_of_each_image(
 
 
 def test_pieces_are_few_alike_and_whole() -> None:
-    assert [*memory.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
-    assert [*memory.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert [*memory.pieces(4, 0, 8)] == [slice(0, 4)]
-    assert 0 < memory.temporary(torch.device("cpu")) <= memory.room(torch.device("cpu"))
+    assert [*maps.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert [*maps.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert [*maps.pieces(4, 0, 8)] == [slice(0, 4)]
+    assert 0 < maps.temporary(torch.device("cpu")) <= maps.room(torch.device("cpu"))

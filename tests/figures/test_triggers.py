@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from decompclip.attacks.badnet import BadNet
-from decompclip.attacks.blended import SIG
 from decompclip.attacks.preview import Preview, gallery, preview, save_gallery
+from decompclip.attacks.whole_image import SIG
 from decompclip.figures.gallery import TILE, TRIGGER_COLUMNS
 
 

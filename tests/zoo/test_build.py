@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from decompclip.attacks.badclip import BadCLIP
-from decompclip.attacks.blended import Blended
 from decompclip.attacks.registry import TRIGGERS, from_card
+from decompclip.attacks.whole_image import Blended
 from decompclip.data.shapes import Shapes
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.bundled import bundled, card, load_bundled
