@@ -56,7 +56,7 @@ def test_the_paper_s_rows_stand_for_every_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = SHAPES.select(("shapes-sig",))
-    config = table1.Config(images=60, tuned="shapes-sig", pairs=32, epochs=1, batch_size=16, lr=1e-5)
+    config = table1.Config(images=120, tuned="shapes-sig", pairs=32, epochs=1, batch_size=16, lr=1e-5)
     record = {
         "models": {"shapes-sig": {"attack": "SIG", "kind": "global, structured"}},
         "found": table1.run(config, SHAPES, members, tmp_path),
@@ -71,7 +71,7 @@ def test_the_paper_s_rows_stand_for_every_fine_tuning(
     assert table1.table(record).count("| SIG |") == len(table1.settings())
     assert "after CleanCLIP" in table1.finding(record)
     assert "No model was fine-tuned" in table1.finding(
-        record | {"found": table1.run(table1.Config(images=60, tuned="none"), SHAPES, members)}
+        record | {"found": table1.run(table1.Config(images=120, tuned="none"), SHAPES, members)}
     )
     with pytest.raises(ValueError, match=r"expected models to tune among shapes-sig; received 'x'"):
         table1.run(table1.Config(tuned="x"), SHAPES, members)
