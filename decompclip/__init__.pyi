@@ -19,6 +19,7 @@ from .decomposition.components import (
     Components as Components,
     embed as embed,
     everything as everything,
+    features as features,
     heads as heads,
     layers as layers,
     mlps as mlps,

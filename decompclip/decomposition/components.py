@@ -6,6 +6,7 @@
     everything - heads[:, 0]    all but head 0 of each layer; `~heads[:, 0]` is the same
     heads[3:] & heads[:, 0]     head 0 of the later layers
     neurons[3, [5, 7]]          two neurons of an MLP
+    features[[5, 7]]            two features of a sparse autoencoder
 
 An expression names no tower. `resolve` holds it to one, and gives a `ComponentMask`: the one resolved form.
 """
@@ -52,6 +53,7 @@ class ComponentMask:
         pool: whether the MLP of the attention pooling is named.
         has_pool: whether the tower has one.
         neurons: of width 0 where the width of the MLPs was not given.
+        features: of a sparse autoencoder; none where their number was not given.
     """
 
     heads: Bool[Tensor, "layer head"]
@@ -60,6 +62,7 @@ class ComponentMask:
     pool: bool
     has_pool: bool
     neurons: Bool[Tensor, "layer neuron"]
+    features: Bool[Tensor, " feature"]
 
     def join(self, other: ComponentMask, how: Callable[[Any, Any], Any]) -> ComponentMask:
         """Both masks, entry by entry."""
@@ -70,6 +73,7 @@ class ComponentMask:
             how(self.pool, other.pool),
             self.has_pool,
             how(self.neurons, other.neurons),
+            how(self.features, other.features),
         )
 
     @property
@@ -79,48 +83,54 @@ class ComponentMask:
     @property
     def beside_heads(self) -> bool:
         """Whether something else than heads is named."""
-        return bool(self.embed or self.pool or self.mlps.any() or self.neurons.any())
+        others = (self.mlps, self.neurons, self.features)
+        return bool(self.embed or self.pool or any(x.any() for x in others))
 
     @property
     def flat(self) -> Bool[Tensor, " component"]:
-        """All but neurons in one row: heads layer by layer, MLPs, the embedding, and the pool's MLP if any."""
+        """All but neurons and features in one row: heads layer by layer, MLPs, the embedding, and the pool's MLP if any."""
         ends = [self.embed, *([self.pool] if self.has_pool else [])]
         return torch.cat([self.heads.flatten(), self.mlps, torch.tensor(ends)])
 
     @property
     def singles(self) -> tuple[Part, ...]:
-        """Each component but neurons as an expression of its own, in the order of `flat`."""
+        """Each component of `flat` as an expression of its own, in the same order."""
         ends = [kind for kind in (embed, pool) if getattr(self, kind.kind)]
         of_mlps = (mlps[layer] for layer in self.mlps.nonzero()[:, 0].tolist())
         return (*(heads[place] for place in map(tuple, self.heads.nonzero().tolist())), *of_mlps, *ends)
 
 
-def resolve(components: object, of: HasComponents | HasConfig, *, neurons: bool = False) -> ComponentMask:
+def resolve(
+    components: object, of: HasComponents | HasConfig, *, neurons: bool = False, features: int = 0
+) -> ComponentMask:
     """Which components of a tower an expression names.
 
     Args:
         components: the expression.
         of: the tower, its configuration, or a `Decomposition` or `Moments` of it.
         neurons: whether single neurons may be named; `of` is the tower then.
+        features: how many a sparse autoencoder has; 0 where none may be named.
 
     Raises:
-        IndexError: the expression names a layer, a head or a pool that the tower does not have.
+        IndexError: the expression names a layer, a head, a pool or a feature that there is not.
         TypeError: it is no expression.
-        ValueError: it names neurons where they may not be named, or mixes an MLP and neurons of it.
+        ValueError: it names neurons or features where they may not be named, or mixes an MLP and neurons of it.
     """
     if not isinstance(components, Components):
         raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
     shape: Any = getattr(of, "cfg", of)
     d_mlp = shape.d_mlp if neurons else 0
-    return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp)
+    return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp, d_sae=features)
 
 
 class Components(ABC):
-    """A set of components; made from `heads`, `mlps`, `layers`, `neurons`, `embed`, `pool` and `everything`
-    by `[]`, `|`, `&`, `-` and `~`."""
+    """A set of components; made from `heads`, `mlps`, `layers`, `neurons`, `features`, `embed`, `pool` and
+    `everything` by `[]`, `|`, `&`, `-` and `~`."""
 
     @abstractmethod
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
+    def resolve(
+        self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0, d_sae: int = 0
+    ) -> ComponentMask:
         """Which components of a tower of this shape are meant.
 
         Args:
@@ -128,10 +138,11 @@ class Components(ABC):
             n_heads: of each layer.
             pool: whether the tower has an attention pooling with an MLP of its own.
             d_mlp: neurons of each MLP; 0 where single neurons may not be named.
+            d_sae: features of a sparse autoencoder; 0 where none may be named.
 
         Raises:
-            IndexError: the expression names a layer, a head or a pool that such a tower does not have.
-            ValueError: it names neurons without `d_mlp`, or mixes an MLP and neurons of it.
+            IndexError: the expression names a layer, a head, a pool or a feature that there is not.
+            ValueError: it names neurons without `d_mlp`, features without `d_sae`, or mixes an MLP and neurons of it.
         """
 
     def __or__(self, other: Components) -> Components:
@@ -165,6 +176,7 @@ class Components(ABC):
 _INDEXED = {
     "heads": ("heads[layer] or heads[layer, head]", "write all indices into one pair of brackets"),
     "neurons": ("neurons[layer] or neurons[layer, neuron]", "write all indices into one pair of brackets"),
+    "features": ("features[feature]", "several features are a slice or a list: features[[5, 7]]"),
     "mlps": (
         "mlps[layer], for a layer has one MLP",
         "several layers are a slice or a list: mlps[[0, 3]]",
@@ -180,9 +192,9 @@ class Part(Components):
     Each index is a number, a slice or a list of numbers.
 
     Attributes:
-        kind: "heads", "mlps", "layers", "neurons", "embed", "pool" or "everything".
+        kind: "heads", "mlps", "layers", "neurons", "features", "embed", "pool" or "everything".
         layers: which layers.
-        index: which heads or neurons of these layers.
+        index: which heads or neurons of these layers, or which features.
     """
 
     kind: str
@@ -198,7 +210,7 @@ class Part(Components):
             shown = ", ".join(_show(x) if isinstance(x, slice) else repr(x) for x in parts)
             expected, remedy = _INDEXED[self.kind]
             raise IndexError(f"expected {expected}; received {self!r}[{shown}]; {remedy}")
-        return Part(self.kind, *map(_checked, parts))
+        return Part(self.kind, *[None] * (self.kind == "features"), *map(_checked, parts))
 
     @property
     def layer(self) -> int | None:
@@ -216,6 +228,11 @@ class Part(Components):
         return self.index if self.kind == "neurons" and isinstance(self.index, int) else None
 
     @property
+    def feature(self) -> int | None:
+        """The feature, where it is one."""
+        return self.index if self.kind == "features" and isinstance(self.index, int) else None
+
+    @property
     def field(self) -> str:
         """The field of `Decomposition` and `Moments` that holds the component."""
         return "coords" if self.kind == "heads" else self.kind
@@ -226,7 +243,9 @@ class Part(Components):
         ends = {"embed": (), "pool": (0,)}
         return ends.get(self.kind) or tuple(i for i in (self.layer, self.head) if i is not None)
 
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
+    def resolve(
+        self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0, d_sae: int = 0
+    ) -> ComponentMask:
         if self.kind == "pool" and not pool:
             raise IndexError(
                 "expected a tower whose attention pooling has an MLP of its own, as SigLIP's and PE's; received "
@@ -236,6 +255,11 @@ class Part(Components):
             raise ValueError(
                 f"expected heads, MLPs, embed or pool; received {self!r}, which names neurons; edit those with "
                 "AblateNeurons, and compose the two with | (their means: AblateNeurons(..., fill=mean_neurons(...)))"
+            )
+        if self.kind == "features" and not d_sae:
+            raise ValueError(
+                f"expected components of the tower; received {self!r}, which names features of a sparse autoencoder; edit "
+                "those with AblateFeatures(sae, ...), and compose the two with |"
             )
         whole = self.kind == "everything"
         of_heads, of_neurons = (torch.zeros(n_layers, n, dtype=torch.bool) for n in (n_heads, d_mlp))
@@ -247,12 +271,17 @@ class Part(Components):
             of_mlps[layers] = True
         if self.kind == "neurons":
             of_neurons[layers[:, None], _positions(self.index, d_mlp, "neuron", self)] = True
+        of_features = torch.zeros(d_sae, dtype=torch.bool)
+        if self.kind == "features":
+            of_features[_positions(self.index, d_sae, "feature", self)] = True
         ends = self.kind == "embed" or whole, self.kind == "pool" or (whole and pool)
-        return ComponentMask(of_heads, of_mlps, *ends, pool, of_neurons)
+        return ComponentMask(of_heads, of_mlps, *ends, pool, of_neurons, of_features)
 
     def __repr__(self) -> str:
         if self.layers is None and self.index is None:
             return self.kind
+        if self.kind == "features":
+            return f"features[{_show(self.index)}]"
         second = "" if self.index is None else f", {_show(self.index)}"
         return f"{self.kind}[{_show(self.layers)}{second}]"
 
@@ -270,8 +299,10 @@ class Joined(Components):
     sign: str
     right: Components
 
-    def resolve(self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0) -> ComponentMask:
-        a, b = (side.resolve(n_layers, n_heads, pool, d_mlp) for side in (self.left, self.right))
+    def resolve(
+        self, n_layers: int, n_heads: int, pool: bool = False, d_mlp: int = 0, d_sae: int = 0
+    ) -> ComponentMask:
+        a, b = (side.resolve(n_layers, n_heads, pool, d_mlp, d_sae) for side in (self.left, self.right))
         both = (a.mlps & b.neurons.any(1)) | (b.mlps & a.neurons.any(1))
         if self.sign != "|" and both.any():
             layer = int(both.nonzero()[0])
@@ -305,6 +336,8 @@ heads = Part("heads")
 mlps = Part("mlps")
 layers = Part("layers")
 neurons = Part("neurons")
+features = Part("features")
+"""Of a sparse autoencoder; `everything` leaves them out, for they are no parts of the tower."""
 embed = Part("embed")
 """The stream at the input of block 0."""
 pool = Part("pool")
@@ -326,7 +359,7 @@ def _checked(index: object) -> Index:
 
 def _positions(index: Index, size: int, axis: str, whole: object) -> list[int]:
     """The numbers in 0..size-1 that an index of the expression `whole` names."""
-    per = "" if axis == "layer" else " a layer"
+    per = "" if axis in ("layer", "feature") else " a layer"
     known = f"in 0..{size - 1} (or -{size}..-1 from the end)"
     if index is None:
         return list(range(size))
@@ -335,16 +368,20 @@ def _positions(index: Index, size: int, axis: str, whole: object) -> list[int]:
         bounds = [bound for bound in (index.start, index.stop) if bound is not None]
         if not chosen and any(abs(bound) > size or bound == size == index.start for bound in bounds):
             raise IndexError(
-                f"expected {axis}s {known}; received {whole!r}, which names none of the tower's {size} {axis}s{per}"
+                f"expected {axis}s {known}; received {whole!r}, which names none of the {_owner(axis)}'s {size} {axis}s{per}"
             )
         return chosen
     numbers = (index,) if isinstance(index, int) else index
     for number in numbers:
         if not -size <= number < size:
             raise IndexError(
-                f"expected a {axis} {known}; received {axis} {number} in {whole!r}; the tower has {size} {axis}s{per}"
+                f"expected a {axis} {known}; received {axis} {number} in {whole!r}; the {_owner(axis)} has {size} {axis}s{per}"
             )
     return [number % size for number in numbers]
+
+
+def _owner(axis: str) -> str:
+    return "sparse autoencoder" if axis == "feature" else "tower"
 
 
 def _show(index: Index) -> str:

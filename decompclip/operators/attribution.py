@@ -19,10 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.decomposition.components import Components, everything, neurons as neurons_of, resolve
+from decompclip.decomposition.components import (
+    Components,
+    everything,
+    features as features_of_sae,
+    mlps,
+    neurons as neurons_of,
+    resolve,
+)
 from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
 from decompclip.decomposition.maps import full_precision
 from decompclip.intervals import half_width
+from decompclip.operators.features import FeatureTerms
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.neurons import NeuronTerms
 from decompclip.operators.parts import KIND_NAMES, ByPart, Part, image_names, named, parts_of, place_of
@@ -44,7 +52,7 @@ class Attribution(ByPart):
     """What each part of a tower adds to each image's score along each direction.
 
     Attributes:
-        parts: components, or neurons.
+        parts: components, neurons, or features of a sparse autoencoder.
         values: their contributions, on the CPU.
         score: what they and `rest` sum to.
         texts: names of the directions.
@@ -140,18 +148,12 @@ class Attribution(ByPart):
         """
         import pandas as pd
 
-        layers, heads, neurons = (
-            pd.array([*([getattr(part, name) for part in self.parts]), None], dtype="Int64")
-            for name in ("layer", "head", "neuron")
-        )
-        own: dict[str, Any] = {
-            "part": [*map(str, self.parts), "rest"],
-            "kind": [*(part.kind for part in self.parts), "rest"],
-            "layer": layers,
-            "head": heads,
-        }
-        if any(part.kind == "neurons" for part in self.parts):
-            own["neuron"] = neurons
+        kinds = [part.kind for part in self.parts]
+        own: dict[str, Any] = {"part": [*map(str, self.parts), "rest"], "kind": [*kinds, "rest"]}
+        for name, kind in (("layer", ""), ("head", ""), ("neuron", "neurons"), ("feature", "features")):
+            if not kind or kind in kinds:
+                numbers = [getattr(part, name) for part in self.parts]
+                own[name] = pd.array([*numbers, None], dtype="Int64")
         if any(token is not None for token in self.tokens):
             own["token"] = pd.array([*self.tokens, None], dtype="Int64")
         whole = torch.cat([self.values, self.rest[:, None]], dim=1).double()
@@ -269,6 +271,7 @@ def attribute(
     components: Components = everything,
     tokens: bool = False,
     neurons: NeuronTerms | None = None,
+    features: FeatureTerms | None = None,
     model: HookedCLIP | None = None,
     label: str | Sequence[str] | None = None,
     names: Sequence[str] | None = None,
@@ -290,6 +293,8 @@ def attribute(
         components: which have a number each; those left out stay in `rest`.
         tokens: split heads whose tokens were kept (`decompose(images, tokens=heads[-1])`) into the tokens that they read.
         neurons: terms of the same images in the same order (`neuron_terms`), which stand for the MLPs that they are of.
+        features: of a sparse autoencoder, likewise (`feature_terms`): they stand for the components whose sum its activations
+            are. Its bias and its error are in `rest`, and in the terms.
         model: encodes texts.
         label: a name for the direction, or for each; by default the texts.
         names: of the images; by default their numbers.
@@ -300,8 +305,9 @@ def attribute(
     Raises:
         IndexError: a component, or a class, that there is not.
         LookupError: `tokens` of a decomposition that kept none.
-        ValueError: no images; a text without a model; directions of another width or model; neurons of another model,
-            of other options or another number of images, or of MLPs that are left out; labels or names of another number.
+        ValueError: no images; a text without a model; directions of another width or model; neurons or features of another
+            model, of other options or another number of images, or of components that are left out or split already;
+            labels or names of another number.
     """
     score = None if target is None else class_score(toward, target, metric, against)
     parts: tuple[Part, ...] = ()
@@ -319,9 +325,10 @@ def attribute(
             features_of(cast(Any, toward), batch.d_embed, batch.maps.fingerprint)
         first = first or batch
         check_alike(first, batch)
-        own = None if neurons is None else _of_rows(neurons, rows)
-        if own is not None:
-            own.check(batch)
+        own: list[Any] = [None if fine is None else fine.select(rows) for fine in (neurons, features)]
+        for fine in own:
+            if fine is not None:
+                fine.check(batch)
         if score is None:
             each, which = along[None], torch.zeros(len(batch), dtype=torch.long)
         else:
@@ -332,8 +339,8 @@ def attribute(
         for place, toward_one in zip(places, each, strict=True):
             whole = len(place) == len(batch)
             some = batch if whole else batch[place]
-            of_some = own if whole or own is None else _of_rows(own, place)
-            parts, held, *numbers = _contributions(some, toward_one, components, tokens, of_some)
+            of_some = [fine if whole or fine is None else fine.select(place) for fine in own]
+            parts, held, *numbers = _contributions(some, toward_one, components, tokens, *of_some)
             found.append(numbers)
         back = torch.cat(places).argsort()
         values.append(torch.cat([x for x, _ in found])[back].cpu())
@@ -342,8 +349,9 @@ def attribute(
         raise ValueError("expected at least one image; received none; check the image source")
     if score is not None:
         score.check(start)
-    if neurons is not None and len(neurons) != start:
-        raise ValueError(f"expected neuron terms of {start} images; received {neurons!r}")
+    for fine in (neurons, features):
+        if fine is not None and len(fine) != start:
+            raise ValueError(f"expected {fine.what} terms of {start} images; received {fine!r}")
     return Attribution(
         parts=parts,
         values=torch.cat(values),
@@ -363,6 +371,7 @@ def _contributions(
     components: Components,
     tokens: bool,
     neurons: NeuronTerms | None,
+    features: FeatureTerms | None,
 ) -> tuple[tuple[Part, ...], tuple[int | None, ...], Tensor, Tensor]:
     """Parts, their tokens, contributions [batch part text] and scores [batch text]."""
     mask, singles = resolve(components, d), parts_of(components, d)
@@ -384,24 +393,39 @@ def _contributions(
                     count = columns[place].shape[1]
                     names[place] = (part,) * count, tuple(range(count))
         if neurons is not None:
-            of_neurons = torch.einsum("bqj,qjt->bjt", neurons.coords, neurons.maps @ into.to(neurons.maps))
-            layers = neurons.layers.cpu()
-            missing = set(layers.tolist()) - set(mask.mlps.nonzero()[:, 0].tolist())
-            if missing:
-                raise ValueError(
-                    f"expected components with the MLPs that the neurons are of; received {components!r}, without "
-                    f"mlps[{min(missing)}]; name it"
-                )
-            for place, part in enumerate(singles):
-                mine = layers == part.layer
-                if part.kind == "mlps" and mine.any():
-                    columns[place] = of_neurons[:, mine.to(of_neurons.device)].to(whole)
-                    named = tuple(neurons_of[part.layer, i] for i in neurons.index[mine].tolist())
-                    names[place] = named, (None,) * len(named)
+            of_neurons, layers = neurons.toward(along).to(whole), neurons.layers.cpu()
+            for layer in layers.unique().tolist():
+                mine = layers == layer
+                split = mlps[layer], tuple(neurons_of[layer, i] for i in neurons.index[mine].tolist())
+                _split(columns, names, singles, [split[0]], split[1], of_neurons[:, mine.to(whole.device)])
+        if features is not None:
+            stand_for = resolve(features.of, d).singles
+            parts = tuple(features_of_sae[i] for i in features.index.tolist())
+            _split(columns, names, singles, stand_for, parts, features.toward(along).to(whole))
         score = d.features @ into
     parts = tuple(part for several, _ in names for part in several)
     return parts, tuple(token for _, several in names for token in several), torch.cat(columns, dim=1), score
 
 
-def _of_rows(neurons: NeuronTerms, rows: Any) -> NeuronTerms:
-    return replace(neurons, coords=neurons.coords[rows], post=neurons.post[rows])
+def _split(
+    columns: list[Tensor],
+    names: list[tuple[tuple[Part, ...], tuple[int | None, ...]]],
+    singles: Sequence[Part],
+    stand_for: Sequence[Part],
+    parts: tuple[Part, ...],
+    values: Float[Tensor, "batch part text"],
+) -> None:
+    """Put finer parts in the place of the components that they are parts of."""
+    if missing := [part for part in stand_for if part not in singles]:
+        raise ValueError(
+            f"expected components with {missing[0]}, which {parts[0].kind} are of; received components without {missing[0]}; "
+            "name it"
+        )
+    places = [singles.index(part) for part in stand_for]
+    if split := [singles[place] for place in places if names[place] != ((singles[place],), (None,))]:
+        raise ValueError(
+            f"expected one way to split {split[0]}; received tokens or neurons, and {parts[0].kind}; leave one out"
+        )
+    for place in places:
+        columns[place], names[place] = values[:, :0], ((), ())
+    columns[places[0]], names[places[0]] = values, (parts, (None,) * len(parts))

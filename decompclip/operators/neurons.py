@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -31,36 +31,115 @@ if TYPE_CHECKING:
 
 
 SHOWN = 30
-"""Neurons drawn, those with the longest terms."""
+"""Parts drawn, those with the longest terms."""
+
+Fine = TypeVar("Fine", bound="FineTerms")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NeuronTerms(Result):
-    """Terms of some neurons, for a batch of images.
+class FineTerms(Result):
+    """Terms of parts finer than a component, for a batch of images: neurons, or features of a sparse autoencoder.
 
     Attributes:
-        layers, index: which neurons.
+        index: which.
         coords: what their directions are multiplied by: activations at the pooled rows, as each is weighted.
-        post: activations at every token.
         maps: their directions in the joint space, through each head of the pooling (one, but for attention pools).
         normalized: whether the terms are those of unit features.
         model: fingerprint of the tower (`decompclip.decomposition.maps`); None where unknown.
     """
 
-    layers: Int[Tensor, " neuron"]
-    index: Int[Tensor, " neuron"]
-    coords: Float[Tensor, "batch pool_head neuron"]
-    post: Float[Tensor, "batch token neuron"]
-    maps: Float[Tensor, "pool_head neuron d_embed"]
+    index: Int[Tensor, " part"]
+    coords: Float[Tensor, "batch pool_head part"]
+    maps: Float[Tensor, "pool_head part d_embed"]
     convention: Convention
     normalized: bool
-    model: Float[Tensor, " weight"] | None = None
+    model: Float[Tensor, " weight"] | None
 
     largest = "length"
+    what: ClassVar[str]  # in words, one of the parts
+    of_images: ClassVar[tuple[str, ...]]  # fields with a row an image
 
     @property
-    def terms(self) -> Float[Tensor, "batch neuron d_embed"]:
+    def terms(self) -> Float[Tensor, "batch part d_embed"]:
         return torch.einsum("bqj,qjd->bjd", self.coords, self.maps)
+
+    @property
+    def lengths(self) -> Float[Tensor, "batch part"]:
+        """Of the terms, which need not fit in memory: through the Gram of each part's directions."""
+        grams = torch.einsum("qjd,pjd->jqp", self.maps, self.maps)
+        return torch.einsum("bqj,jqp,bpj->bj", self.coords, grams, self.coords).clamp(min=0).sqrt()
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each part."""
+        raise NotImplementedError
+
+    def figure(self) -> go.Figure:
+        """The parts with the longest terms."""
+        from decompclip.figures.bars import bar_rows
+
+        mean, most = self.lengths.mean(0), self.lengths.amax(0)
+        shown = mean.argsort(descending=True, stable=True)[:SHOWN].tolist()
+        return bar_rows(
+            [self.labels[i] for i in shown],
+            {"mean over images": mean[shown].tolist()},
+            unit="length of the term",
+            largest={"largest": most[shown].tolist()},
+            row_height=16,
+        )
+
+    def toward(self, along: Float[Tensor, "text d_embed"]) -> Float[Tensor, "batch part text"]:
+        """The terms' products with directions, without forming the terms."""
+        return torch.einsum("bqj,qjt->bjt", self.coords, self.maps @ along.to(self.maps).T)
+
+    def select(self: Fine, images: Any) -> Fine:
+        """Of some of the images: a slice, a mask, or indices."""
+        return replace(self, **{name: getattr(self, name)[images] for name in self.of_images})
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def check(self, d: Decomposition) -> None:
+        """Raises ValueError unless the terms may be those of a decomposition: as many images, its options, its model.
+
+        Whether the images are the same ones, and in the same order, cannot be told from the terms.
+        """
+        if (len(self), self.convention, self.normalized) != (len(d), d.convention, d.normalized):
+            raise ValueError(
+                f"expected {self.what} terms of {len(d)} images, convention={d.convention!r}, normalize={d.normalized}; "
+                f"received {self!r}, normalize={self.normalized}; make both from the same images and options"
+            )
+        theirs = d.maps.fingerprint
+        if self.model is not None and theirs is not None and not same_model(self.model, theirs):
+            raise ValueError(
+                f"expected {self.what} terms of the model that was decomposed; received {self!r} of other weights; make "
+                "both with the same model"
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.index)} {self.what}s, {len(self)} images, {self.convention})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NeuronTerms(FineTerms):
+    """Terms of some neurons, for a batch of images.
+
+    Attributes:
+        layers: of the neurons.
+        post: activations at every token.
+    """
+
+    layers: Int[Tensor, " part"]
+    post: Float[Tensor, "batch token part"]
+
+    what = "neuron"
+    of_images = ("coords", "post")
+
+    @property
+    def labels(self) -> list[str]:
+        return [
+            f"neurons[{at}, {i}]" for at, i in zip(self.layers.tolist(), self.index.tolist(), strict=True)
+        ]
 
     @property
     def mean(self) -> NeuronTerms:
@@ -72,60 +151,18 @@ class NeuronTerms(Result):
         images) and the largest."""
         import pandas as pd
 
-        # The length through the Gram of each neuron's directions: the terms of all neurons need not fit in memory.
-        grams = torch.einsum("qjd,pjd->jqp", self.maps, self.maps)
-        lengths = torch.einsum("bqj,jqp,bpj->bj", self.coords, grams, self.coords).clamp(min=0).sqrt()
         columns = {
             "layer": self.layers,
             "neuron": self.index,
             "activation": self.post.mean((0, 1)),
-            "length": lengths.mean(0),
-            "largest": lengths.amax(0),
+            "length": self.lengths.mean(0),
+            "largest": self.lengths.amax(0),
         }
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
-
-    def figure(self) -> go.Figure:
-        """The neurons with the longest terms."""
-        from decompclip.figures.bars import bar_rows
-
-        frame = self.to_frame().nlargest(SHOWN, "length")
-        return bar_rows(
-            [
-                f"neurons[{layer}, {neuron}]"
-                for layer, neuron in zip(frame["layer"], frame["neuron"], strict=True)
-            ],
-            {"mean over images": frame["length"].tolist()},
-            unit="length of the term",
-            largest={"largest": frame["largest"].tolist()},
-            row_height=16,
-        )
-
-    def __len__(self) -> int:
-        return len(self.coords)
 
     def of(self, layers: Tensor, index: Tensor) -> bool:
         """Whether these neurons are meant."""
         return torch.equal(self.layers, layers) and torch.equal(self.index, index)
-
-    def check(self, d: Decomposition) -> None:
-        """Raises ValueError unless the terms may be those of a decomposition: as many images, its options, its model.
-
-        Whether the images are the same ones, and in the same order, cannot be told from the terms.
-        """
-        if (len(self), self.convention, self.normalized) != (len(d), d.convention, d.normalized):
-            raise ValueError(
-                f"expected neuron terms of {len(d)} images, convention={d.convention!r}, normalize={d.normalized}; "
-                f"received {self!r}, normalize={self.normalized}; make both from the same images and options"
-            )
-        theirs = d.maps.fingerprint
-        if self.model is not None and theirs is not None and not same_model(self.model, theirs):
-            raise ValueError(
-                f"expected neuron terms of the model that was decomposed; received {self!r} of other weights; make both "
-                "with the same model"
-            )
-
-    def __repr__(self) -> str:
-        return f"NeuronTerms({len(self.index)} neurons, {len(self)} images, {self.convention})"
 
 
 @torch.no_grad()
@@ -179,7 +216,7 @@ def neuron_terms(
     fixed = frozen(visual, convention)
     into = torch.einsum("jd,qdp->qjp", _directions(visual, layers, index), fixed.into)
     maps = into if fixed.read.out is None else into @ fixed.read.out
-    return NeuronTerms(layers, index, coords, post, maps, convention, normalize, fixed.maps.fingerprint)
+    return NeuronTerms(index, coords, maps, convention, normalize, fixed.maps.fingerprint, layers, post)
 
 
 def _directions(visual: HookedViT, layers: Tensor, index: Tensor) -> Float[Tensor, "neuron d_model"]:

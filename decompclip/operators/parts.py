@@ -34,6 +34,7 @@ KIND_NAMES = {
     "heads": "heads",
     "mlps": "MLPs",
     "neurons": "neurons",
+    "features": "features",
     "embed": "embedding",
     "pool": "MLP of the pool",
 }
