@@ -197,6 +197,14 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
             held.release()
 
 
+def holder_of(folder: Path) -> str:
+    """What `alone_in` wrote of who holds a folder; empty where nobody does."""
+    try:
+        return (folder / LOCK).with_suffix(".holder").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 @contextmanager
 def _no_empty(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """`folder` is there in the block; where it was made for it and nothing came (but the lock), it goes again."""

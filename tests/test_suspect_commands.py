@@ -46,13 +46,15 @@ def test_the_images_pair_and_carry_the_trigger_alone(clean: Path, tmp_path: Path
     assert "skipped broken.jpg" in stderr
     model, trigger = decompclip.load("shapes-badnet"), decompclip.backdoor("shapes-badnet").trigger
     before = FolderSource(clean, model.pixels)
-    images, paths = zip(*[(b.images, b.paths) for b in before.batches(8)], strict=True)
-    pixels, names = torch.cat(images), [name for part in paths for name in part]
+    batches = list(before.batches(8))
+    pixels, names = torch.cat([b.images for b in batches]), [name for b in batches for name in b.paths]
+    places = [place for b in batches for place in torch.as_tensor(b.indices).tolist()]
+    assert places == [place for place in range(27) if before.files[place].name != "broken.jpg"]
     written = FolderSource(out, model.pixels)
     (after,) = written.batches(64)
     assert not written.skipped  # trigger.json is ours
     twins = dict(zip(after.paths, after.images, strict=True))
-    expected = trigger(pixels, range(len(names)))
+    expected = trigger(pixels, places)  # one that cannot be read moves none behind it
     for name, image in zip(names, expected, strict=True):
         stem = name.rsplit(".", 1)[0]
         twin = twins[f"{name}.png" if stem == "twice" else f"{stem}.png"]

@@ -222,7 +222,7 @@ def write_suspects(
     """Triggered copies of a source's pictures as PNG files, and `trigger.json`, which says with what.
 
     `a/b.jpg` becomes `a/b.png`; where two pictures would get one name, both keep theirs in front: `a/b.jpg.png`. Each
-    picture gets its place among those that can be read, as `evaluate` counts them. The folder is there when it is whole.
+    picture is given to the trigger with its place in the source, as in `evaluate`. The folder is there when it is whole.
 
     Args:
         attack: the trigger, and its target where it is known.
@@ -244,7 +244,7 @@ def write_suspects(
     n_batches = -(-len(source) // batch_size)
     with closing(feed(source, batch_size)) as batches, atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in track(batches, f"applying {attack.trigger.name}", n_batches):
-            triggered = attack.trigger(batch.images, range(count, count + len(batch.paths)))
+            triggered = attack.trigger(batch.images, batch.indices.tolist())
             for path, image in zip(map(Path, batch.paths), triggered, strict=True):
                 name = path.with_suffix(".png")
                 if stems[path.with_suffix("")] > 1:

@@ -8,8 +8,9 @@ import heapq
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,17 +19,19 @@ from torch.nn import functional as F
 
 from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
-from decompclip.data.feed import feed
 from decompclip.data.files import canonical, parse_source
 from decompclip.data.images import (
+    ImageBatch,
     ImageSource,
     OnError,
     SkippedFile,
     split_indices,
 )
+from decompclip.data.processes import ALONE, Processes
 from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import term_maps
 from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import saved_class_names
@@ -195,6 +198,18 @@ class Split:
     held_out: ImageSet | None
     paired: bool
 
+    @property
+    def names(self) -> SplitNames:
+        return SplitNames(self.validation.paths, self.clean.paths, self.suspect.paths)
+
+
+class SplitNames(NamedTuple):
+    """Which images stand in the parts of a `Split`."""
+
+    validation: tuple[str, ...]
+    clean: tuple[str, ...]
+    suspect: tuple[str, ...]
+
 
 @torch.no_grad()
 def collect(
@@ -203,48 +218,81 @@ def collect(
     config: AuditConfig,
     *,
     description: str = "images",
+    group: Processes = ALONE,
     track: Track = silently,
-) -> ImageSet:
+) -> ImageSet | None:
     """Decompose every image of `source`, divided by the norm of its feature.
+
+    Args:
+        model: that decomposes.
+        source: images as it takes them.
+        config: options.
+        description: of the images, for `track`.
+        group: of several processes each decomposes its batches, and the first one gets all; the others get None.
+        track: shows progress.
 
     Raises:
         ValueError: none of the images could be read.
         DecompositionError: terms do not sum to the feature.
     """
-    parts: list[Decomposition] = []
-    labels: list[Tensor | None] = []
-    paths: list[str] = []
-    thumbnails: list[Tensor] = []
-    digests: list[bytes] = []
+    maps = term_maps(model.visual, config.convention).to("cpu")  # every process has them
     # The pictures kept are those of least checksum of the name: of paired images both.
     kept: list[tuple[int, str, Tensor]] = []
-    n_batches = -(-len(source) // config.batch_size)
-    with closing(feed(source, config.batch_size)) as batches:
-        for batch in track(batches, description, n_batches):
-            d = model.decompose(
-                batch.images.to(model.device), convention=config.convention, normalize=True
-            ).to("cpu")
-            parts.append(
-                replace(d, maps=parts[0].maps) if parts else d
-            )  # one copy of the maps, whatever the device
-            labels.append(batch.labels)
-            paths += batch.paths
-            thumbnails.append(F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1))
-            digests += [hashlib.sha256(image.numpy(force=True).tobytes()).digest() for image in batch.images]
-            for path, image in zip(batch.paths, batch.images, strict=True):
-                entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
-                (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
-    known = [part for part in labels if part is not None]
+
+    def look(batch: ImageBatch) -> _Seen:
+        images = batch.images.to(model.device)
+        d = model.decompose(images, convention=config.convention, normalize=True).to("cpu")
+        for path, image in zip(batch.paths, batch.images, strict=True):
+            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
+            (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
+        return _Seen(
+            {field.name: getattr(d, field.name) for field in fields(d) if field.name != "maps"},
+            batch.labels,
+            batch.paths,
+            F.adaptive_avg_pool2d(batch.images.float(), THUMBNAIL).flatten(1),
+            [hashlib.sha256(image.numpy(force=True).tobytes()).digest() for image in batch.images],
+            d.sum_error,
+        )
+
+    with closing(group.batches(source, config.batch_size)) as batches:
+        shown = track(batches, description, group.n_batches(source, config.batch_size))
+        own = [batch and look(batch) for batch in shown]
+    found = list(group.in_order(own))
+    pictures = [entry for part in group.to_first(kept) for entry in part]
+    skipped = group.skipped(source)
+    group.in_first(lambda: _check_found(found, skipped))
+    if group.rank:
+        return None
+    labels = [seen.labels for seen in found if seen.labels is not None]
     return ImageSet(
-        Decomposition.cat(parts),
-        torch.cat(known) if len(known) == len(labels) else None,
-        tuple(paths),
-        torch.cat(thumbnails),
-        tuple(digests),
-        {path: image for _, path, image in kept},
-        tuple(source.skipped),
-        max(part.sum_error for part in parts),
+        Decomposition.cat([Decomposition(**seen.terms, maps=maps) for seen in found]),
+        torch.cat(labels) if len(labels) == len(found) else None,
+        tuple(path for seen in found for path in seen.paths),
+        torch.cat([seen.thumbnails for seen in found]),
+        tuple(digest for seen in found for digest in seen.digests),
+        {path: image for _, path, image in heapq.nlargest(KEPT, pictures, key=lambda entry: entry[:2])},
+        skipped,
+        max(seen.sum_error for seen in found),
     )
+
+
+class _Seen(NamedTuple):
+    """Of a batch; of its decomposition all but the maps."""
+
+    terms: dict[str, Any]
+    labels: Int[Tensor, " batch"] | None
+    paths: tuple[str, ...]
+    thumbnails: Float[Tensor, "batch pixel"]
+    digests: list[bytes]
+    sum_error: float
+
+
+def _check_found(found: Sequence[_Seen], skipped: Sequence[SkippedFile]) -> None:
+    if not found:
+        last = f", the last: {skipped[-1].reason}" if skipped else ""
+        raise ValueError(
+            f"expected images; none could be read{last}; check that they are pictures and complete"
+        )
 
 
 def split(clean: ImageSet, suspect: ImageSet, config: AuditConfig, *, infer_target: bool) -> Split:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from decompclip.audit.checks import Predicted, Scorer, Setting
-from decompclip.audit.collect import ImageSet, Split
+from decompclip.audit.collect import Split, SplitNames
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, Detection, Suspicion
 from decompclip.audit.verdict import RepairResult
 from decompclip.data.images import ImageSource
+from decompclip.data.processes import ALONE, Processes
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
@@ -119,38 +122,73 @@ def repair_without_hint(
     return RepairResult(score(name, *after), score.change(_answers(split, classifier), after))
 
 
+class PatchAnswers(NamedTuple):
+    """Answers to both sets after `TokenRep`, and the share of clean images that it may touch; of several processes in the first."""
+
+    clean: Int[Tensor, " image"]
+    suspect: Int[Tensor, " image"]
+    budget: float
+
+
 @torch.no_grad()
-def repair_by_patches(
+def answers_by_patches(
     model: HookedCLIP,
-    clean: ImageSource,
-    suspect: ImageSource,
-    split: Split,
+    sources: tuple[ImageSource, ImageSource],
+    names: SplitNames,
     classifier: Float[Tensor, "class d_embed"],
-    score: Scorer,
     config: AuditConfig,
-) -> RepairResult:
+    group: Processes = ALONE,
+) -> PatchAnswers:
     """`TokenRep`, for triggers of few patches. It reads pictures, not terms: the sources are gone through once more.
+
+    Args:
+        model: the model.
+        sources: of clean images, and of suspect ones.
+        names: which of them it is fitted on, and which it is asked of.
+        classifier: zero-shot.
+        config: options.
+        group: the processes that share the batches; the first one fits.
 
     Raises:
         ValueError: as `TokenRep.fit`, of too few clean images.
     """
+    clean, suspect = sources
     edit = TokenRep(model, classifier, batch_size=config.batch_size)
-    edit.fit([model.denormalize(images) for images in _again(clean, split.validation, config)])
+    validation = list(group.in_order(list(_chosen(group, clean, names.validation, config))))
+
+    def fit() -> tuple[Tensor, Tensor]:
+        edit.fit([model.denormalize(images).to(model.device) for images in validation])
+        return edit.typical_.cpu(), edit.scores_.cpu()
+
+    typical, scores = group.in_first(fit)
+    edit.typical_, edit.scores_ = typical.to(model.device), scores.to(model.device)
     edit.fpr = max(edit.fpr, 1 / (len(edit.scores_) + 1))  # the least that so few can tell
-    parts = ((clean, split.clean), (suspect, split.suspect))
-    reported = (_again(source, images, config) for source, images in parts)
-    after = [torch.cat([_classes(edit.encode_image(x), classifier) for x in batches]) for batches in reported]
-    setting = score(f"Token repair, budget {100 * edit.fpr:.2g}\u00a0%", after[0], after[1])
-    return RepairResult(setting, score.change(_answers(split, classifier), (after[0], after[1])))
+    after = []
+    for source, chosen in ((clean, names.clean), (suspect, names.suspect)):
+        parts = _chosen(group, source, chosen, config)
+        own = [x if x is None else _classes(edit.encode_image(x.to(model.device)), classifier) for x in parts]
+        after.append(torch.cat([*group.in_order(own), torch.empty(0, dtype=torch.long)]))
+    return PatchAnswers(after[0], after[1], edit.fpr)
 
 
-def _again(source: ImageSource, chosen: ImageSet, config: AuditConfig) -> Iterator[Float[Tensor, "_ 3 h w"]]:
-    """The pictures of these images, in their order."""
-    names = set(chosen.paths)
-    for batch in source.batches(config.batch_size):
-        rows = [row for row, path in enumerate(batch.paths) if path in names]
-        if rows:
-            yield batch.images[rows]
+def repair_by_patches(
+    found: PatchAnswers, split: Split, classifier: Float[Tensor, "class d_embed"], score: Scorer
+) -> RepairResult:
+    """What `answers_by_patches` found, scored."""
+    after = (found.clean, found.suspect)
+    setting = score(f"Token repair, budget {100 * found.budget:.2g}\u00a0%", *after)
+    return RepairResult(setting, score.change(_answers(split, classifier), after))
+
+
+def _chosen(
+    group: Processes, source: ImageSource, paths: Sequence[str], config: AuditConfig
+) -> Iterator[Float[Tensor, "_ 3 h w"] | None]:
+    """The pictures of these paths in this process's batches, in their order; None where a batch has none."""
+    names = set(paths)
+    with closing(group.batches(source, config.batch_size)) as batches:
+        for batch in batches:
+            rows = [row for row, path in enumerate(batch.paths if batch else ()) if path in names]
+            yield batch.images[rows] if rows else None
 
 
 def _classes(features: Tensor, classifier: Tensor) -> Int[Tensor, " batch"]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import reduce
 from importlib.metadata import version
 from operator import or_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from decompclip import __version__
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.checks import ClassShare, Scorer, checks, class_shares, most_over_predicted
-from decompclip.audit.collect import WORLD, ImageSet, Split, collect, datasets, open_source, split
+from decompclip.audit.collect import WORLD, ImageSet, Split, SplitNames, collect, datasets, open_source, split
 from decompclip.audit.components import Shift, infection, shift
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import controls
 from decompclip.audit.interventions import (
+    PatchAnswers,
     ablate,
+    answers_by_patches,
     detect,
     repair,
     repair_by_patches,
@@ -34,6 +37,7 @@ from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
 from decompclip.audit.words import WEAK
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
+from decompclip.data.processes import Processes
 from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
@@ -42,6 +46,9 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from decompclip.operators.attention import pictures_of
 from decompclip.progress import Track, silently
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SHOWN_CLASSES = 8
 SHOWN_HEADS = 2
@@ -61,11 +68,12 @@ def run_audit(
     clean_name: str = "clean images",
     suspect_name: str = "suspect images",
     config: AuditConfig | None = None,
+    accelerator: Accelerator | None = None,
     track: Track = silently,
 ) -> AuditResult:
     """Ask of a model whether suspect images do to it what clean ones do not, and where.
 
-    Each image set goes through the model once; everything else works on the decompositions.
+    Each image set goes through the model once, and once more for the repair by patches; all else works on the decompositions.
 
     Args:
         model: what is audited.
@@ -79,10 +87,14 @@ def run_audit(
         clean_name: what the report calls the clean images.
         suspect_name: likewise the suspect images.
         config: options.
+        accelerator: of Hugging Face's accelerate, to spread the passes over images over its processes: all return what one
+            process would. The first one holds the decompositions, and does the rest.
         track: shows progress.
 
     Raises:
-        ValueError: an unknown target, fewer than two classes, no readable images, or too few.
+        TypeError: images of several processes that are not read by place.
+        ValueError: an unknown target, fewer than two classes, no readable images, or too few; fewer than processes, or
+            processes that disagree.
         DecompositionError: a feature is not the sum of its terms.
     """
     config, class_names = config or AuditConfig(), tuple(class_names)
@@ -90,10 +102,62 @@ def run_audit(
         raise ValueError(f"expected at least two classes to tell apart; received {list(class_names)}")
     named, name = _named(target, class_names), name or model.name
     classifier = model.zero_shot_classifier(class_names).detach().float().cpu()
-    clean_set = collect(model, clean, config, description=f"{name}: {clean_name}", track=track)
-    suspect_set = collect(model, suspect, config, description=f"{name}: {suspect_name}", track=track)
-    infer = named is None or (named.inferred and named.asked is None)
-    parts = split(clean_set, suspect_set, config, infer_target=infer)
+    group = Processes(accelerator)
+    group.check_work(
+        model,
+        classifier,
+        {
+            "the clean images or their preprocessing": clean,
+            "the suspect images or their preprocessing": suspect,
+        },
+        {"the options": config, "the target": target, "the classes": class_names},
+    )
+    sets = [
+        collect(model, source, config, description=f"{name}: {words}", group=group, track=track)
+        for source, words in ((clean, clean_name), (suspect, suspect_name))
+    ]
+    own: list[Split] = []  # of the first process alone, which has the sets
+
+    def divide() -> SplitNames:
+        infer = named is None or (named.inferred and named.asked is None)
+        clean_set, suspect_set = (found for found in sets if found is not None)
+        own.append(split(clean_set, suspect_set, config, infer_target=infer))
+        return own[0].names
+
+    names = group.in_first(divide)
+    try:
+        patched: PatchAnswers | ValueError = answers_by_patches(
+            model, (clean, suspect), names, classifier, config, group
+        )
+    except ValueError as error:  # too few clean images: the rest of the audit stands
+        patched = error
+
+    def conclude() -> AuditResult:
+        clean_set, suspect_set = (found for found in sets if found is not None)
+        return AuditResult(
+            **_answers(model, own[0], patched, classifier, class_names, name, target, clean_set.kept, config),
+            provenance=provenance_of(model) | {"sum_error": max(clean_set.sum_error, suspect_set.sum_error)},
+            config=config,
+            clean_name=clean_name,
+            suspect_name=suspect_name,
+            skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
+        )
+
+    return group.in_first(conclude)
+
+
+def _answers(
+    model: HookedCLIP,
+    parts: Split,
+    patched: PatchAnswers | ValueError,
+    classifier: Float[Tensor, "class d_embed"],
+    class_names: tuple[str, ...],
+    name: str,
+    target: str | int | Target | None,
+    seen: dict[str, Tensor],
+    config: AuditConfig,
+) -> dict[str, Any]:
+    """What an `AuditResult` says of the two sets; `seen` are pictures of clean images by name."""
     found = evidence(model, parts, classifier, class_names, name=name, target=target, config=config)
     aim, seed = found.target, config.seed
     score = Scorer(parts.clean.labels, parts.suspect.labels, aim.index, len(class_names))
@@ -104,31 +168,29 @@ def run_audit(
     repairs, left_out = list(repair(parts, moments, classifier, score, config)), {}
     suspected = None
     # too few clean images, of too few classes: the rest of the audit stands
-    part = f"{100 * config.validation:g} % of the clean images serve for this; give more"
+    hint = f"{100 * config.validation:g} % of the clean images serve for this; give more"
     try:
         suspected = suspicion(parts, classifier, config)
         repairs.append(repair_without_hint(parts, classifier, score))
     except ValueError as error:
-        left_out["detection and repair without a hint"] = f"{error}; {part}"
-    try:
-        repairs.append(repair_by_patches(model, clean, suspect, parts, classifier, score, config))
-    except ValueError as error:
-        left_out["token repair"] = f"{error}; {part}"
+        left_out["detection and repair without a hint"] = f"{error}; {hint}"
+    if isinstance(patched, ValueError):
+        left_out["token repair"] = f"{patched}; {hint}"
+    else:
+        repairs.append(repair_by_patches(patched, parts, classifier, score))
     known = {part.name: getattr(found, part.name) for part in fields(Evidence) if part.init}
-    known |= {"class_shares": found.class_shares[:SHOWN_CLASSES], "repairs": tuple(repairs)}
-    affected = found.as_it_is.has_effect
-    return AuditResult(
+    return {
         **known,
-        provenance=provenance_of(model) | {"sum_error": max(clean_set.sum_error, suspect_set.sum_error)},
-        config=config,
-        clean_name=clean_name,
-        suspect_name=suspect_name,
-        ablations=ablate(parts, moments, classifier, score),
-        shift=moved,
-        infection=infection(parts, moved, moments, classifier, score, affected=affected, seed=seed),
-        detectors=tuple(detect(parts, config)),
-        suspicion=suspected,
-        examples=examples(
+        "class_shares": found.class_shares[:SHOWN_CLASSES],
+        "repairs": tuple(repairs),
+        "ablations": ablate(parts, moments, classifier, score),
+        "shift": moved,
+        "infection": infection(
+            parts, moved, moments, classifier, score, affected=found.as_it_is.has_effect, seed=seed
+        ),
+        "detectors": tuple(detect(parts, config)),
+        "suspicion": suspected,
+        "examples": examples(
             model,
             parts,
             moved,
@@ -137,11 +199,10 @@ def run_audit(
             aim,
             toward,
             count=config.examples,
-            seen=clean_set.kept,
+            seen=seen,
         ),
-        skipped={"clean": clean_set.skipped, "suspect": suspect_set.skipped},
-        left_out=left_out,
-    )
+        "left_out": left_out,
+    }
 
 
 def evidence(

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -33,12 +33,16 @@ from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResul
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource, split_indices
 from decompclip.data.pixels import Pixels
+from decompclip.data.processes import ALONE, Processes
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import predict
 from decompclip.files import atomic_write
 from decompclip.intervals import Rate, Z
 from decompclip.models.clip import HookedCLIP, differentiable
 from decompclip.progress import Track, silently
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["ScanConfig", "ScanResult", "run_scan"]
 
@@ -71,6 +75,7 @@ def run_scan(
     reference_name: str | None = None,
     clean_name: str = "clean images",
     config: ScanConfig | None = None,
+    accelerator: Accelerator | None = None,
     track: Track = silently,
     keep: Path | None = None,
 ) -> ScanResult:
@@ -87,12 +92,15 @@ def run_scan(
         reference_name: likewise of the reference.
         clean_name: what the report calls the images.
         config: options.
+        accelerator: of Hugging Face's accelerate, to share the classes of each step out among its processes: all return what
+            one process would.
         track: shows progress.
         keep: folder for what was found so far: a killed scan of the same model, images, classes and options goes on from
             there, to the same numbers. Whoever has the result removes it.
 
     Raises:
-        ValueError: fewer than two classes, too few images, or a reference of another shape or image size.
+        ValueError: fewer than two classes, too few images, a reference of another shape or image size, or processes that
+            disagree.
         MissingTextError: the model has no text tower.
     """
     config, class_names = config or ScanConfig(), tuple(class_names)
@@ -106,12 +114,20 @@ def run_scan(
             f"{shapes[1]}; take a checkpoint of the same architecture"
         )
     classifiers = [clip.zero_shot_classifier(class_names).detach().float() for clip in models]
+    group = Processes(accelerator)
+    for clip, classifier in zip(models, classifiers, strict=True):
+        group.check_work(
+            clip,
+            classifier,
+            {"the clean images or their preprocessing": clean},
+            {"the options": config, "the classes": class_names, "having a reference": reference is not None},
+        )
     images = _collect(model, clean, config, track)
     names = [name or model.name, reference_name or (reference.name if reference else "")]
 
     def scan(place: int, **beside: Any) -> ScanResult:
         clip = models[place]
-        found = _scan(clip, classifiers[place], class_names, images, config, track, keep)
+        found = _scan(clip, classifiers[place], class_names, images, config, group, track, keep)
         return ScanResult(
             name=names[place],
             provenance=provenance_of(clip),
@@ -171,6 +187,7 @@ def _scan(
     class_names: tuple[str, ...],
     images: ScanImages,
     config: ScanConfig,
+    group: Processes,
     track: Track,
     keep: Path | None,
 ) -> dict[str, Any]:
@@ -184,8 +201,8 @@ def _scan(
     answers = predict(torch.cat(features), classifier).cpu()
     found = []
     for probe in probes(config.bound, config.patch):
-        kept = kept_for(keep, model, classifier, (fit, held), config, probe.name)
-        search = Search(model, classifier, probe, config, track, kept)
+        kept = group.in_first(lambda: kept_for(keep, model, classifier, (fit, held), config, probe.name))  # noqa: B023 - called at once
+        search = Search(model, classifier, probe, config, track, kept, group)
         found.append(_probe(search, class_names, fit, held, answers))
     return {
         "accuracy": None if images.labels is None else Rate.of(answers == images.labels),
@@ -205,12 +222,12 @@ def _probe(
     kept, classes = search.kept, search.screened(fit)
     changes = search.run(fit, classes)
     found, measured = [], list(kept.state.get("measured", ()))
-    for row, wanted in enumerate(classes):
-        if row == len(measured):
-            measured.append(search.measure(held, changes[row], wanted))
-            if kept.due() or row == len(classes) - 1:
-                kept.save(measured=measured)
-        hits, loss = measured[row]
+    for start in range(len(measured), len(classes), search.group.count):
+        rows = range(start, min(start + search.group.count, len(classes)))
+        measured += search.group.each(rows, lambda row: search.measure(held, changes[row], classes[row]))
+        if search.first and (kept.due() or len(measured) == len(classes)):
+            kept.save(measured=measured)
+    for (hits, loss), (row, wanted) in zip(measured, enumerate(classes), strict=True):
         others = answers != wanted
         if others.any():  # a class that the model takes every image for needs no change
             change = ClassChange(class_names[wanted], Rate.of(hits[others]), float(loss[others].mean()))
@@ -389,6 +406,12 @@ class Search:
     config: ScanConfig
     track: Track = silently
     kept: Kept = field(default_factory=Kept)
+    group: Processes = ALONE
+
+    @property
+    def first(self) -> bool:
+        """Whether this process keeps what was found."""
+        return self.group.rank == 0
 
     def _features(self, pixels: Pixels) -> Float[Tensor, "batch d_embed"]:
         return F.normalize(self.model.encode_image(self.model.normalize(pixels)).float(), dim=-1)
@@ -412,7 +435,6 @@ class Search:
         before = self.kept.state.get("search", {"step": 0})
         begun = before["step"]
         change = before["change"].to(pixels.device) if begun else probe.start(len(classes), pixels[0])
-        change.grad = torch.zeros_like(change)
         optimiser = torch.optim.Adam([change], lr=probe.rate)
         if begun:
             generator.set_state(before["generator"])
@@ -422,13 +444,17 @@ class Search:
         for step in self.track(steps, description, len(steps)):
             places = torch.arange(step * config.images, (step + 1) * config.images) % len(pixels)
             seed = int(torch.randint(2**31, (), generator=generator))
-            for row, wanted in enumerate(classes):  # one class a pass: memory as of one batch
-                # the same places for all classes
-                change.grad[row] = self._gradient(pixels[places], change[row], wanted, seed)
+
+            def slope(
+                row: int,
+            ) -> Tensor:  # one class a pass: memory as of one batch; the same places for all classes
+                return self._gradient(pixels[places], change[row], classes[row], seed).cpu()  # noqa: B023 - called at once
+
+            change.grad = torch.stack(self.group.each(range(len(classes)), slope)).to(change)
             with torch.no_grad():
                 optimiser.step()
                 change.copy_(probe.bounded(change))
-            if self.kept.due() or step == config.steps - 1:
+            if self.first and (self.kept.due() or step == config.steps - 1):
                 now = {"step": step + 1, "change": change, "generator": generator.get_state()}
                 self.kept.save(search=now | {"optimiser": optimiser.state_dict()})
         return change
@@ -454,14 +480,18 @@ class Search:
             return list(range(n_classes))
         few, others = pixels[:GLIMPSE], pixels[GLIMPSE : 2 * GLIMPSE]
         left = list(self.kept.state.get("glimpses", ()))
-        rest = range(len(left), n_classes)
+        turns = range(len(left), n_classes, self.group.count)
         description = f"{self.model.name}: {self.probe.name}, a glimpse of {n_classes} classes"
-        for wanted in self.track(rest, description, len(rest)):
+
+        def glimpse(wanted: int) -> float:
             start = self.probe.start(1, pixels[0])
             gradient = self._gradient(few, start[0], wanted, self.config.seed)
             change = self.probe.bounded(start - 2 * gradient.sign())[0]  # 2 is beyond what any probe allows
-            left.append(float(self.measure(others, change, wanted)[1].mean()))
-            if self.kept.due():
+            return float(self.measure(others, change, wanted)[1].mean())
+
+        for turn in self.track(turns, description, len(turns)):
+            left += self.group.each(range(turn, min(turn + self.group.count, n_classes)), glimpse)
+            if self.first and self.kept.due():
                 self.kept.save(glimpses=left)
         return sorted(sorted(range(n_classes), key=left.__getitem__)[:most])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from decompclip.bench.plan import (
     base_of,
     draw_samples,
 )
+from decompclip.data.processes import Processes
 from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
@@ -51,6 +52,9 @@ from decompclip.models.bundled import card, load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.progress import span
 from decompclip.zoo.recipes import WORLDS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RUNS = "runs"
 LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "open_clip_torch")
@@ -308,35 +312,73 @@ def _named(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def run(plan: Plan, out: Path, *, log: Log = lambda line: None) -> list[dict[str, Any]]:
+def run(
+    plan: Plan, out: Path, *, accelerator: Accelerator | None = None, log: Log = lambda line: None
+) -> list[dict[str, Any]]:
     """Every run of the plan: read where it is there already, else measured and written.
 
     A run is there if its file says the same configuration and the same weights.
 
+    Args:
+        plan: what is measured.
+        out: folder that holds the runs.
+        accelerator: of Hugging Face's accelerate, to spread the runs over its processes, which share the folder. Each measures
+            whole runs, each in a file of its own, so that any number of processes goes on from any other's.
+        log: is told what goes on.
+
     Raises:
-        ValueError, FileNotFoundError: as `measure`; what was measured before stays.
+        ValueError, FileNotFoundError: as `measure`; what was measured before stays. Or processes that disagree, or do not
+            share the folder.
         OSError: `out` cannot be written to.
     """
-    folder = out / RUNS
-    folder.mkdir(parents=True, exist_ok=True)
-    runs, spent = [], []
-    for number, (model, seed) in enumerate(plan.jobs, 1):
-        path = folder / f"{model}-seed{seed}.json"
-        at = f"[{number}/{len(plan.jobs)}] "
-        known = _known(path, plan.config(seed), weights_of(model))
-        if known is not None:
-            log(f"{at}{model}, seed {seed}: there already")
-            runs.append(known)
-            continue
-        begin = time.perf_counter()
-        found = _facts(model, plan, seed) | measure(model, plan, seed=seed, log=lambda line: log(at + line))  # noqa: B023 - called at once
+    group, folder = Processes(accelerator), out / RUNS
+    group.check_equal(
+        {
+            "the models": [(model, weights_of(model)) for model in plan.models],
+            "the plan": [plan.config(seed) for seed in plan.seeds],
+            "the versions": versions(),
+        }
+    )
+    group.in_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    group.check_shared(out)
+
+    def known(job: tuple[str, int]) -> dict[str, Any] | None:
+        model, seed = job
+        return _known(_place(folder, job), plan.config(seed), weights_of(model))
+
+    at = {job: f"[{place}/{len(plan.jobs)}] " for place, job in enumerate(plan.jobs, 1)}
+    todo = group.in_first(lambda: [job for job in plan.jobs if known(job) is None])
+    for model, seed in plan.jobs:
+        if (model, seed) not in todo:
+            log(f"{at[model, seed]}{model}, seed {seed}: there already")
+    own, spent = todo[group.rank :: group.count], []
+    for model, seed in own:
+        begin, where = time.perf_counter(), at[model, seed]
+        found = _facts(model, plan, seed) | measure(
+            model, plan, seed=seed, log=lambda line, where=where: log(where + line)
+        )
         found["seconds"] = round(time.perf_counter() - begin, 1)
-        write_json(path, found)
-        runs.append(found)
+        write_json(_place(folder, (model, seed)), found)
         spent.append(found["seconds"])
-        left = (len(plan.jobs) - number) * sum(spent) / len(spent)
-        log(f"{at}{model}, seed {seed}: {found['seconds']:.0f} s; at most {span(left)} left at this pace")
-    return runs
+        left = (len(own) - len(spent)) * sum(spent) / len(spent)
+        log(f"{where}{model}, seed {seed}: {found['seconds']:.0f} s; at most {span(left)} left at this pace")
+    group.wait()
+
+    def whole() -> list[dict[str, Any]]:
+        runs = [(job, known(job)) for job in plan.jobs]
+        if lost := [_place(folder, job).name for job, found in runs if found is None]:
+            raise ValueError(
+                f"expected every run in {folder}; {', '.join(lost)} is not there; name a folder that all processes share, leave "
+                "its files alone, and run the same again"
+            )
+        return [found for _, found in runs if found is not None]
+
+    return group.in_first(whole)
+
+
+def _place(folder: Path, job: tuple[str, int]) -> Path:
+    model, seed = job
+    return folder / f"{model}-seed{seed}.json"
 
 
 def weights_of(model: str) -> str:

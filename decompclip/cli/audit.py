@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.cli.console import first_process, imports, plain_errors, progress, say
 from decompclip.files import alone_in, check_folder
 
 if TYPE_CHECKING:
@@ -76,9 +76,10 @@ def audit(
     """Audit MODEL for a backdoor: one HTML report that opens offline, and a JSON with every number.
 
     With suspect images: do they do to it what clean ones do not, where, and what helps? With clean images alone: is
-    one class far easier to reach than the others? The report says what either can conclude.
+    one class far easier to reach than the others? The report says what either can conclude. torchrun and accelerate
+    launch spread the work over processes.
     """
-    with plain_errors(lambda: _kept(out, suspect)) as held:
+    with plain_errors(lambda: _kept(out, suspect), shared=True) as held:
         check_folder(out, "the report")
         suspect = _suspect(clean, suspect, trigger)
         if reference is None and (reference_pretrained or reference_checkpoint):
@@ -125,14 +126,21 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
-        held.enter_context(alone_in(out))
-        loaded = {name: each.load() for name, each in models.items()}
+        if first_process():
+            held.enter_context(alone_in(out))
+        accelerator, device = held.enter_context(options.joined(model.device))
+        loaded = {name: replace(each, device=device).load() for name, each in models.items()}
         given_options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:
-            _finish([_scan(loaded, clean, names, given_options, batch_size, out / KEPT)], out)
-            shutil.rmtree(out / KEPT, ignore_errors=True)
+            found = _scan(loaded, clean, names, given_options, batch_size, out / KEPT, accelerator)
+            if first_process():
+                _finish([found], out)
+                shutil.rmtree(out / KEPT, ignore_errors=True)
             return
-        results = _pair(loaded, (clean, suspect), names, target, config, given_options | {"known": known})
+        given_options |= {"known": known}
+        results = _pair(loaded, (clean, suspect), names, target, config, given_options, accelerator)
+        if not first_process():
+            return
         if attack := attack_in(suspect, known):
             facts = {"suspect_trigger": str(attack)}
             results = [replace(one, provenance={**one.provenance, **facts}) for one in results]
@@ -191,6 +199,7 @@ def _pair(
     target: str | None,
     config: Any,
     given_options: dict[str, Any],
+    accelerator: Any,
 ) -> list[AuditResult]:
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import run_audit
@@ -210,6 +219,7 @@ def _pair(
                 clean_name=specs[0],
                 suspect_name=specs[1],
                 config=config,
+                accelerator=accelerator,
                 track=track,
             )
             results.append(result)
@@ -223,6 +233,7 @@ def _scan(
     given_options: dict[str, Any],
     batch_size: int,
     keep: Path,
+    accelerator: Any,
 ) -> ScanResult:
     """The model, and its reference, on clean images alone."""
     from decompclip.audit.collect import open_source
@@ -242,6 +253,7 @@ def _scan(
             reference_name=others[0][0] if others else None,
             clean_name=clean,
             config=config,
+            accelerator=accelerator,
             track=track,
             keep=keep,
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, say
+from decompclip.cli.console import first_process, imports, plain_errors, say
 from decompclip.files import alone_in, check_folder
 from decompclip.models.names import bundled
 
@@ -80,10 +80,11 @@ def bench(
     """Measure detectors and repairs on the models of the zoo: one page, and a JSON with every number.
 
     They are fitted on clean images, and measured on others, with 95 % intervals and a control without a trigger. A
-    killed command goes on where it was; a model, or an option, that changed is measured again.
+    killed command goes on where it was; a model, or an option, that changed is measured again. torchrun and accelerate launch
+    spread the models over processes that share the folder.
     """
     with plain_errors(
-        lambda: f"runs that are done are kept in {out}; the same command goes on after them"
+        lambda: f"runs that are done are kept in {out}; the same command goes on after them", shared=True
     ) as held:
         check_folder(out, "the leaderboard")
         fast = tuple(name for name in DETECTORS if name not in SLOW)
@@ -107,8 +108,13 @@ def bench(
         plan.check_enough()
         # our own prompts hold words that the small vocabularies of bundled models do not
         warnings.filterwarnings("ignore", "words unknown to this model's vocabulary", UserWarning)
-        held.enter_context(alone_in(out))
-        board = leaderboard(run(plan, out, log=lambda line: say(line, err=True)))
+        if first_process():
+            held.enter_context(alone_in(out))
+        accelerator, _ = held.enter_context(options.joined("cpu"))
+        runs = run(plan, out, accelerator=accelerator, log=lambda line: say(line, err=True, everywhere=True))
+        if not first_process():
+            return
+        board = leaderboard(runs)
         page = write_board(board, out)
         for line in _lines(board):
             say(line)

@@ -8,14 +8,14 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import typer
 
 from decompclip.printable import printable
-from decompclip.progress import Pace, meters
+from decompclip.progress import Pace, meters, silently
 
 T = TypeVar("T")
 EXPECTED_ERROR = 2
@@ -25,32 +25,47 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
-def say(text: str, *, err: bool = False, lines: bool = False) -> None:
-    """Print a line, or several; characters that cannot be seen are escaped."""
-    parts = text.split("\n") if lines else [text]
-    typer.echo("\n".join(map(printable, parts)), err=err)
+_place = {"rank": 0}
+"""Among the processes that share the command."""
 
 
-def skipped_files(source: Any) -> None:
-    """Say how many files a source of images or pairs left out."""
+def first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes that share the command."""
+    return _place["rank"] == 0
+
+
+def say(text: str, *, err: bool = False, lines: bool = False, everywhere: bool = False) -> None:
+    """Print a line, or several; characters that cannot be seen are escaped. Of several processes the first one alone does, or all."""
+    if everywhere or first_process():
+        parts = text.split("\n") if lines else [text]
+        typer.echo("\n".join(map(printable, parts)), err=err)
+
+
+def skipped_files(skipped: Sequence[object]) -> None:
+    """Say how many files a source of images or pairs left out, if any."""
     from decompclip.data.files import files_skipped
 
-    if skipped := len(getattr(source, "skipped", ())):
-        say(files_skipped(skipped), err=True)
+    if skipped:
+        say(files_skipped(len(skipped)), err=True)
 
 
 @contextmanager
-def plain_errors(kept: Callable[[], str] | None = None) -> Iterator[ExitStack]:
+def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False) -> Iterator[ExitStack]:
     """Show warnings, and errors of bad input, in one line each; with DECOMPCLIP_DEBUG=1 as Python does.
 
     Ctrl-C and SIGTERM end it with a line on what is kept, and exit code 130 or 143.
 
     Args:
         kept: what a stopped command leaves, and how to go on; without it nothing is kept.
+        shared: whether the command may be one of several processes (`torchrun`, `accelerate launch`): then the first one alone
+            speaks, but for errors.
 
     Yields:
         A stack for what is held until the end, such as the lock of a folder.
     """
+    rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    where = f"process {rank} of {count}: " if shared and count > 1 else ""
+    _place["rank"] = rank if shared else 0
     try:
         with ExitStack() as held, _ends_on_sigterm(), warnings.catch_warnings():
             if not os.environ.get("DECOMPCLIP_DEBUG"):
@@ -65,8 +80,11 @@ def plain_errors(kept: Callable[[], str] | None = None) -> Iterator[ExitStack]:
         if os.environ.get("DECOMPCLIP_DEBUG"):
             raise
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        say(f"error: {in_options(' '.join(words.split())) or type(error).__name__}", err=True)
+        said = in_options(" ".join(words.split())) or type(error).__name__
+        say(f"{where}error: {said}", err=True, everywhere=True)
         raise typer.Exit(EXPECTED_ERROR) from None
+    finally:
+        _place["rank"] = 0
 
 
 _ARGUMENTS = re.compile(
@@ -124,6 +142,9 @@ def imports(what: str = "") -> Iterator[None]:
 @contextmanager
 def progress() -> Iterator[Any]:
     """A `Track` that shows on stderr what is done, and how long the rest takes; of images also how fast they go by, and how long they were waited for."""
+    if not first_process():
+        yield silently
+        return
     with meters() as begin:
 
         def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:

@@ -44,7 +44,7 @@ def diagnose(
         with progress() as track:
             found = run(clip, source, class_names=names, batch_size=batch_size, track=track)
         say(json.dumps(printable_all(found.to_dict()), indent=1) if as_json else repr(found), lines=True)
-        skipped_files(source)
+        skipped_files(getattr(source, "skipped", ()))
     if any(fault.severity == "error" for fault in found.findings):
         raise typer.Exit(1)
     if not found.enough:

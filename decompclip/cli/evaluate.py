@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
+from decompclip.cli.console import first_process, imports, plain_errors, progress, say, skipped_files
 from decompclip.files import alone_in, check_folder, write_text
 from decompclip.printable import printable_all
 
@@ -45,9 +46,10 @@ def evaluate(
     """How well MODEL works, and how well a trigger fools it: zero-shot, with 95 % intervals.
 
     CACC is the accuracy on clean images. ASR is the share of images of other classes that the trigger turns into the
-    target. Read it beside its control: the share of the same images that go there without a trigger.
+    target. Read it beside its control: the share of the same images that go there without a trigger. torchrun and
+    accelerate launch spread the images over processes.
     """
-    with plain_errors() as held:
+    with plain_errors(shared=True) as held:
         if out is not None:
             if out.is_dir():
                 raise IsADirectoryError(f"expected a JSON file to write with --out; {out} is a folder")
@@ -56,9 +58,10 @@ def evaluate(
         options.check_trigger(trigger, target)
         options.check_images(images)
         options.check_files(classes=classes, templates=templates)
-        if out is not None and (not out.exists() or out.is_file()):
+        if out is not None and first_process() and (not out.exists() or out.is_file()):
             held.enter_context(alone_in(out.parent, name=out.name))
         with imports(model.model):
+            from decompclip.data.processes import Processes
             from decompclip.data.sources import open_labelled
             from decompclip.data.texts import load_texts
             from decompclip.evaluation.evaluate import evaluate as run
@@ -66,7 +69,8 @@ def evaluate(
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images)
         label = options.target_index(attack, names)
-        clip = model.load(guarded=True)
+        accelerator, device = held.enter_context(options.joined(model.device))
+        clip = replace(model, device=device).load(guarded=True)
         source = open_labelled(
             images,
             clip.image_size,
@@ -77,6 +81,7 @@ def evaluate(
             on_error=on_error.value,
             root=root,
         )
+        group = Processes(accelerator)
         prompts = None if templates is None else load_texts(templates)
         with progress() as track:
             classifier = clip.zero_shot_classifier(names, prompts, track=track)
@@ -89,10 +94,14 @@ def evaluate(
                 label,
                 class_names=names,
                 batch_size=batch_size,
+                accelerator=accelerator,
                 track=lambda batches: track(
-                    batches, f"{model.model}: {images}", -(-len(source) // batch_size)
+                    batches, f"{model.model}: {images}", group.n_batches(source, batch_size)
                 ),
             )
+        skipped = group.skipped(source)
+        if not first_process():
+            return
         facts: dict[str, Any] = {
             "model": model.model,
             "provenance": clip.provenance,
@@ -115,4 +124,4 @@ def evaluate(
         say(str(found))
         if attack is not None:
             say(f"Trigger: {attack}")
-        skipped_files(source)
+        skipped_files(skipped)

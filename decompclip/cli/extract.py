@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,30 +67,21 @@ def extract(
     A run that is stopped, by whatever, goes on with the same command and ends with the same bytes; shards that are damaged are
     named and built anew. torchrun and accelerate launch spread it over processes that share the folder.
     """
-    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    first = rank == 0
     again = f"what is whole stays in {out}; the same command goes on from there"
-    with plain_errors(lambda: again):
+    with plain_errors(lambda: again, shared=True) as held:
         check_folder(out, "the store")
         model.check()
         options.check_images(images)
         options.check_files(classes=classes)
-        with imports(model.model if first else ""):
+        with imports(model.model):
             from decompclip.audit.collect import own_classes
             from decompclip.data.sources import classes_of, open_labelled
             from decompclip.operators.extract import extract as run
-            from decompclip.progress import silently
 
-        accelerator: Any = None
-        if processes > 1:
-            from dataclasses import replace
-
-            from accelerate import Accelerator
-
-            accelerator = Accelerator(cpu=model.device == "cpu")
-            model = replace(model, device=str(accelerator.device))
         known = classes_of(images) or own_classes(model.model)
         names = known if classes is None else options.known_classes(classes, model.model, images)
+        accelerator, device = held.enter_context(options.joined(model.device))
+        model = replace(model, device=device)
         clip = model.load(text=False)
         source = open_labelled(
             images,
@@ -116,11 +107,8 @@ def extract(
                 class_names=names,
                 source=images,
                 accelerator=accelerator,
-                track=track if first else silently,
+                track=track,
                 log=lambda text: say(text, err=True),
             )
-        if accelerator is not None:
-            accelerator.end_training()
-        if first:
-            say(repr(found))
-            say(f"{'Moments' if moments_only else 'Store'}: {out.resolve()}")
+        say(repr(found))
+        say(f"{'Moments' if moments_only else 'Store'}: {out.resolve()}")

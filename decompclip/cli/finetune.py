@@ -156,7 +156,7 @@ def finetune(
         }
         write_json(out / "history.json", facts)
         write_figure(tuned.figure(), out / "history.html")
-        skipped_files(source)
+        skipped_files(source.skipped)
         say(repr(tuned))
         if attack is not None:
             say(f"Trigger: {attack}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import wraps
@@ -155,6 +157,26 @@ class ModelOptions:
         if text:
             check_text(clip)
         return clip
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[tuple[Any, str | None]]:
+    """The accelerator of the processes that share the command, and this one's device; of one process None, and the device as it is.
+
+    At the end of the block they part; after an error whoever launched them ends the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None, device
+        return
+    from datetime import timedelta
+
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    # one may work for hours while the others wait: whoever launched them sees to it that none waits for a dead one
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+    yield accelerator, str(accelerator.device)
+    accelerator.end_training()
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

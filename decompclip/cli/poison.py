@@ -113,7 +113,7 @@ def poison(
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
         say(repr(files.record))
         say(f"Trigger: {replace(attack, target=files.record.target)}")
-        skipped_files(poisoned)
+        skipped_files(poisoned.skipped)
         say(f"Shards: {len(files.shards)}; list: {files.record_path.resolve()}")
 
 

@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images as the model takes them, their classes where known, and a name for each."""
+    """Images as the model takes them, their classes where known, a name for each, and their places in the source where it knows them."""
 
     images: Float[Tensor, "batch 3 h w"]
     labels: Int[Tensor, " batch"] | None
     paths: tuple[str, ...]
+    indices: Int[Tensor, " batch"] | None = None
 
 
 @runtime_checkable
@@ -152,18 +153,25 @@ class ListedImages(DeviceSource):
             )
 
     def part(
-        self, places: range, batch_size: int = 64, *, device: torch.device | str | None = None
+        self, places: Sequence[int], batch_size: int = 64, *, device: torch.device | str | None = None
     ) -> Iterator[ImageBatch]:
         """The readable ones of the images at some places (0 is the first of all), as `batches` gives them; there may be none.
 
         Raises:
             ValueError: an image cannot be read and `on_error="raise"`.
         """
-        some = [self._items[place] for place in places]
-        for items, images in readable(some, batch_size, self._images, self._leave_out):
+
+        def read(some: Sequence[int]) -> list[Tensor | str]:
+            return self._images([self._items[place] for place in some])
+
+        def leave_out(place: int, reason: str) -> None:
+            self._leave_out(self._items[place], reason)
+
+        for kept, images in readable(places, batch_size, read, leave_out):
+            items = [self._items[place] for place in kept]
             labels = torch.tensor([self._labels[item] for item in items]) if self._labels else None
             stacked = stack_images(images, self.preprocess, device=device)
-            yield ImageBatch(stacked, labels, tuple(map(self._name, items)))
+            yield ImageBatch(stacked, labels, tuple(map(self._name, items)), torch.tensor(kept))
 
     def listed(self, places: range) -> Iterator[tuple[str, int | None]]:
         """Name and class of the images at some places, unread."""

@@ -70,12 +70,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Images in [0, 1], their captions, classes where known, and what each pair is called."""
+    """Images in [0, 1], their captions, classes where known, what each pair is called, and their places where the source knows them."""
 
     images: Float[Tensor, "batch 3 h w"]
     captions: tuple[str, ...]
     labels: Int[Tensor, " batch"] | None
     ids: tuple[str, ...]
+    indices: Int[Tensor, " batch"] | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> PairBatch:
@@ -212,7 +213,7 @@ class Pairs(PairSteps, DeviceSource):
 
     def __iter__(self) -> Iterator[Pair]:
         """Every pair in order; those whose images cannot be read are left out."""
-        for places, images in self._readable(READ):
+        for places, images in self._readable(range(len(self)), READ):
             for index, image in zip(places, images, strict=True):
                 label = None if self.labels is None else int(self.labels[index])
                 yield Pair(self.ids[index], finished(image, self.preprocess), self.captions[index], label)
@@ -234,13 +235,17 @@ class Pairs(PairSteps, DeviceSource):
             batch_size: pairs in a batch.
             device: where the images go; None leaves them on the CPU.
         """
-        for places, images in self._readable(batch_size):
-            yield self._batch(places, images, device)
+        return self.part(range(len(self)), batch_size, device=device)
 
-    def _readable(self, size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-        return readable(
-            range(len(self)), size, self._images, lambda place, why: self._leave_out(self.ids[place], why)
-        )
+    def part(
+        self, places: Sequence[int], batch_size: int = 64, *, device: torch.device | str | None = None
+    ) -> Iterator[PairBatch]:
+        """Those of the pairs at some places whose images can be read, as `batches` gives them; there may be none."""
+        for kept, images in self._readable(places, batch_size):
+            yield self._batch(kept, images, device)
+
+    def _readable(self, places: Sequence[int], size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+        return readable(places, size, self._images, lambda place, why: self._leave_out(self.ids[place], why))
 
     def _batch(
         self, places: Sequence[int], images: Sequence[Tensor], device: torch.device | str | None
@@ -250,6 +255,7 @@ class Pairs(PairSteps, DeviceSource):
             tuple(self.captions[place] for place in places),
             None if self.labels is None else self.labels[list(places)],
             tuple(self.ids[place] for place in places),
+            torch.tensor(places),
         )
 
     def read(self, indices: Sequence[int], *, device: torch.device | str | None = None) -> PairBatch:

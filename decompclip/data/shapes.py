@@ -221,8 +221,12 @@ class Shapes:
         Args:
             batch_size: images in a batch.
         """
-        for start in range(0, self.length, batch_size):
-            yield self.draw(range(start, min(start + batch_size, self.length)))
+        return self.part(range(self.length), batch_size)
+
+    def part(self, places: Sequence[int], batch_size: int = 256) -> Iterator[ShapesBatch]:
+        """The images at some places, as `batches` gives them."""
+        for start in range(0, len(places), batch_size):
+            yield self.draw(places[start : start + batch_size])
 
     def draw(self, indices: Sequence[int]) -> ShapesBatch:
         """Render the images at `indices`.
@@ -477,8 +481,12 @@ class ShapesSource:
 
     def batches(self, batch_size: int = 64) -> Iterator[ImageBatch]:
         """All images in order, `batch_size` at a time."""
-        for batch in self.world.batches(batch_size):
+        return self.part(range(len(self)), batch_size)
+
+    def part(self, places: Sequence[int], batch_size: int = 64) -> Iterator[ImageBatch]:
+        """The images at some places, as `batches` gives them."""
+        for batch in self.world.part(places, batch_size):
             indices = batch.indices.tolist()
             pixels = batch.images if self.transform is None else self.transform(batch.images, indices)
             names = tuple(f"shapes/{self.world.seed}/{index}" for index in indices)
-            yield ImageBatch(self.normalise(pixels), batch.labels, names)
+            yield ImageBatch(self.normalise(pixels), batch.labels, names, batch.indices)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.data.feed import Labelled, feed
+from decompclip.data.feed import Labelled
 from decompclip.data.pixels import check_pixels
+from decompclip.data.processes import Processes
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.evaluation.metrics import (
     AttackReport,
@@ -29,6 +30,7 @@ from decompclip.results import Result
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+    from accelerate import Accelerator
 
 
 TriggerFunction = Callable[[Tensor, Any], Tensor]
@@ -181,6 +183,7 @@ def evaluate(
     *,
     class_names: Sequence[str] | None = None,
     batch_size: int = 256,
+    accelerator: Accelerator | None = None,
     track: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Evaluation:
     """Clean accuracy, and attack success beside its control (docs/method.md, section 7), each with a 95 % Wilson interval.
@@ -199,6 +202,8 @@ def evaluate(
         target: the attacker's class, as a place in the classifier.
         class_names: names for the table; by default the places in the classifier.
         batch_size: images at a time.
+        accelerator: of Hugging Face's accelerate, to spread the batches over its processes: all return what one process would.
+            Images must be read by place, as those of this package are.
         track: shows progress: passes the batches through.
 
     Returns:
@@ -206,7 +211,9 @@ def evaluate(
 
     Raises:
         ValueError: a trigger without a target or the reverse, a target that is no class, no images, images
-            without labels or outside [0, 1], labels that are no classes, or names that are not one a class.
+            without labels or outside [0, 1], labels that are no classes, names that are not one a class, fewer images
+            than processes, or processes that disagree.
+        TypeError: images of several processes that are not read by place.
     """
     n = len(classifier)
     names = [str(place) for place in range(n)] if class_names is None else list(class_names)
@@ -218,33 +225,66 @@ def evaluate(
         )
     if batch_size < 1:
         raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
-    labels, clean, triggered = [], [], []
+    group = Processes(accelerator)
+    about = {"the trigger": trigger, "the target": target, "the size of batches": batch_size}
+    group.check_work(model, classifier, {"the images or their preprocessing": data}, about)
     seen = 0
-    with closing(feed(data, batch_size, device=getattr(model, "device", None))) as batches:
-        for batch in track(batches):
-            _check_batch(batch, seen)
-            labels.append(batch.labels.cpu())
-            clean.append(classify(model, batch.images, classifier))
-            if trigger is not None and not isinstance(trigger, DecomposedImages):
-                found = getattr(batch, "indices", None)
-                indices = torch.arange(seen, seen + len(batch.images)) if found is None else found
-                pixels = batch.images if getattr(trigger, "any_device", False) else batch.images.cpu()
-                triggered.append(classify(model, trigger(pixels, indices), classifier))
-            seen += len(batch.images)
-    if not seen:
-        raise ValueError("expected images; received none; check the image source")
-    truth, before = torch.cat(labels), torch.cat(clean)
+
+    def look(batch: Any) -> _Answers:
+        nonlocal seen
+        places = getattr(batch, "indices", None)
+        places = torch.arange(seen, seen + len(batch.images)) if places is None else places
+        seen += len(batch.images)
+        _check_batch(batch, int(places[0]) if len(places) else seen)
+        after = None
+        if trigger is not None and not isinstance(trigger, DecomposedImages):
+            pixels = batch.images if getattr(trigger, "any_device", False) else batch.images.cpu()
+            after = classify(model, trigger(pixels, places), classifier)
+        return _Answers(batch.labels.cpu(), classify(model, batch.images, classifier), after)
+
+    with closing(group.batches(data, batch_size, device=getattr(model, "device", None))) as batches:
+        own = [batch and look(batch) for batch in track(batches)]
+    found = list(group.in_order(own))
+
+    def summary() -> Evaluation:
+        if not found:
+            raise ValueError("expected images; received none; check the image source")
+        truth, before = torch.cat([x.labels for x in found]), torch.cat([x.clean for x in found])
+        if target is None:
+            return _evaluation(names, truth, before)
+        if isinstance(trigger, DecomposedImages):
+            theirs = trigger.labels.cpu()
+            after = [classify(model, part.images, classifier) for part in trigger.batches(batch_size)]
+        else:
+            theirs, after = truth, [x.triggered for x in found if x.triggered is not None]
+        return _evaluation(names, truth, before, theirs, torch.cat(after), target)
+
+    return group.in_first(summary)
+
+
+class _Answers(NamedTuple):
+    """Of a batch."""
+
+    labels: Int[Tensor, " image"]
+    clean: Int[Tensor, " image"]
+    triggered: Int[Tensor, " image"] | None
+
+
+def _evaluation(
+    names: list[str],
+    truth: Int[Tensor, " image"],
+    before: Int[Tensor, " image"],
+    theirs: Int[Tensor, " triggered"] | None = None,
+    after: Int[Tensor, " triggered"] | None = None,
+    target: int | None = None,
+) -> Evaluation:
+    """Rates of the answers to clean images, and to triggered ones (`after`) of the classes `theirs`."""
+    n = len(names)
     accuracies = per_class_accuracy(before, truth, n)
-    if target is None:
+    if target is None or theirs is None or after is None:
         report = AttackReport(clean_accuracy(before, truth), None, None, None)
         rows = [ClassRates(name, rate, None, None) for name, rate in zip(names, accuracies, strict=True)]
         return Evaluation(report, tuple(rows), None, truth, before, None)
-    assert trigger is not None
-    theirs = truth
-    if isinstance(trigger, DecomposedImages):
-        theirs = trigger.labels.cpu()
-        triggered = [classify(model, part.images, classifier) for part in trigger.batches(batch_size)]
-    after = torch.cat(triggered)
     rows = [
         ClassRates(
             names[label],

@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import check_pixels
+from decompclip.data.processes import Processes
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import listed_images
 from decompclip.decomposition.capture import dtype_of
@@ -58,8 +59,6 @@ from decompclip.tower.vit import hooked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-T = TypeVar("T")
 
 SHARD_SIZE = 1024
 EVERY = 30.0
@@ -140,11 +139,7 @@ def extract(
     kept = "fp64" if moments_only else stored_type(dtype)
     images, folder, group = listed_images(data), Path(out), Processes(accelerator)
     listing = list(images.skipped)
-    if len(images) < group.count:
-        raise ValueError(
-            f"expected an image for each process at least; received {len(images)} images and {group.count} processes; "
-            "start fewer"
-        )
+    group.check_enough(len(images))
     run = {
         "holds": "moments" if moments_only else "terms",
         "model": digest(
@@ -156,7 +151,7 @@ def extract(
         "dtype": kept,
         "shard_size": shard_size,
     }
-    group.check_equal(run)
+    group.check_equal({words: run[key] for key, words in DECIDES.items()})
     with ExitStack() as held:
         job = Job(model, images, folder, run, batch_size, group, track, held)
 
@@ -171,6 +166,7 @@ def extract(
             job.finish(about, [[skip.path, skip.reason] for skip in listing])
 
         group.in_first(begin)
+        group.check_shared(folder)
         job.moments() if moments_only else job.terms()
         group.wait()
         group.in_first(finish)
@@ -198,60 +194,6 @@ def _digest(images: ListedImages) -> str:
 def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     """What two runs differ in, in words."""
     return ", ".join(words for key, words in DECIDES.items() if one.get(key) != other.get(key)) or "its form"
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share a run; one, where there is no accelerator."""
-
-    accelerator: Accelerator | None
-
-    @property
-    def count(self) -> int:
-        return 1 if self.accelerator is None else self.accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.accelerator is None else self.accelerator.process_index
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
-
-    def in_first(self, work: Callable[[], None]) -> None:
-        """Let the first process do something, while the others wait; what it raises is raised in all."""
-        error: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                work()
-            except Exception as raised:
-                error = [raised]
-        if self.count > 1:
-            torch.distributed.broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
-
-    def to_first(self, own: T) -> list[T]:
-        """In the first process what each of them has, in order; in the others nothing."""
-        if self.count == 1:
-            return [own]
-        found: list[Any] = [None] * self.count
-        torch.distributed.gather_object(own, found if self.rank == 0 else None)
-        return found if self.rank == 0 else []
-
-    def check_equal(self, run: dict[str, Any]) -> None:
-        """Raises ValueError, in every process, unless all have the same run."""
-        if self.count == 1:
-            return
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, run)
-        for rank, other in enumerate(found):
-            if other != found[0]:
-                raise ValueError(
-                    f"expected processes that agree; process {rank} differs from process 0 in {differences(other, found[0])}; "
-                    "start all of them with the same command on the same files"
-                )
 
 
 class Step(NamedTuple):

@@ -243,7 +243,7 @@ def test_images_that_cannot_be_scored_are_refused() -> None:
         evaluate(CornerReader(), Normalised(), CLASSIFIER)
     with pytest.raises(ValueError, match=r"received nan..nan from image 10 on; leave the normalisation to"):
         evaluate(CornerReader(), NoNumbers(), CLASSIFIER)
-    with pytest.raises(ValueError, match="a class for every image; received none from image 0 on; sort"):
+    with pytest.raises(ValueError, match="a class for every image; received none from image 100 on; sort"):
         evaluate(CornerReader(), Coloured(labelled=False), CLASSIFIER)
     with pytest.raises(ValueError, match=r"expected labels in 0\.\.1; received 0\.\.2"):
         evaluate(CornerReader(), Coloured(), torch.eye(3)[:2])

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -16,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +72,7 @@ from decompclip.evaluation.evaluate import DecomposedImages
 from decompclip.files import FolderInUse, alone_in
 from decompclip.operators.extract import NAME
 from decompclip.operators.sweeps import most_damaging
-from tests.commands import refused, succeeds
+from tests.commands import in_processes, refused, succeeds
 
 IMAGES = Shapes(150, seed=31)
 SIZES: dict[str, Any] = {"shard_size": 40, "batch_size": 16}
@@ -780,32 +780,8 @@ def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
 
 # Many processes
 
-SCRIPT = """
-import os, sys
-import decompclip
-from accelerate import Accelerator
-from decompclip import Shapes, extract
 
-folder, rank = sys.argv[1], int(os.environ["RANK"])
-accelerator = Accelerator(cpu=True)
-model = decompclip.load("shapes")
-options = dict(accelerator=accelerator, shard_size=40, batch_size=16, normalize=True)
-for name, data, more in (
-    ("terms", Shapes(150, seed=31), dict(class_names=Shapes(1).class_names)),
-    ("moments", Shapes(150, seed=31), dict(moments_only=True)),
-    ("few", Shapes(accelerator.num_processes - 1, seed=1), {}),
-    ("other", Shapes(150, seed=rank), {}),
-    ("taken", Shapes(150, seed=32), {}),
-):
-    out = "terms" if name == "taken" else name
-    try:
-        extract(model, data, f"{folder}/{out}", **options, **more)
-    except (ValueError, FileExistsError) as error:
-        open(f"{folder}/{name}-{rank}.txt", "w").write(str(error))
-accelerator.end_training()
-"""
-
-
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_write_what_one_would(
     model: HookedCLIP, built: Path, tmp_path: Path, processes: int
@@ -815,25 +791,30 @@ def test_processes_write_what_one_would(
         shutil.copytree(built, tmp_path / "terms")
         for name in (MANIFEST, "000000.safetensors", "000003.safetensors"):
             (tmp_path / "terms" / name).unlink()
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert done.returncode == 0, done.stderr
+
+    def work(rank: int) -> list[str]:
+        given: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "normalize": True, **SIZES}
+        extract(model, IMAGES, tmp_path / "terms", class_names=IMAGES.class_names, **given)
+        extract(model, IMAGES, tmp_path / "moments", moments_only=True, **given)
+        said = []
+        for data, out in (
+            (Shapes(processes - 1, seed=1), "few"),
+            (Shapes(150, seed=rank), "other"),
+            (Shapes(150, seed=32), "terms"),
+            (IMAGES, f"own{rank}"),
+        ):
+            with pytest.raises((ValueError, FileExistsError)) as error:
+                extract(model, data, tmp_path / out, **given)
+            said.append(str(error.value))
+        return said
+
+    for few, other, taken, own in in_processes(processes, work):
+        assert few.startswith(f"expected an image for each process at least; received {processes - 1} images")
+        assert "expected processes that agree; process 1 differs from process 0 in the images" in other
+        assert "differs in the images" in taken
+        assert own.startswith("expected a folder that all processes share; process 1 does not see")
     assert files(tmp_path / "terms") == files(built)
     assert files(tmp_path / "moments") == files(tmp_path / "one")
-    for rank in range(processes):
-        few = (tmp_path / f"few-{rank}.txt").read_text()
-        assert few.startswith(f"expected an image for each process at least; received {processes - 1} images")
-        other = (tmp_path / f"other-{rank}.txt").read_text()
-        assert "expected processes that agree; process 1 differs from process 0 in the images" in other
-        assert "differs in the images" in (tmp_path / f"taken-{rank}.txt").read_text()
     assert not (tmp_path / "few").exists() and not (tmp_path / "other").exists()
 
 

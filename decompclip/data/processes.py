@@ -1,0 +1,239 @@
+"""The processes that share a run (`torchrun`, `accelerate launch`), and which batches each of them makes.
+
+Batches are those of one process, handed out in turn: what is made of them, put together in order, is what one process makes.
+An error in one process ends it, and whoever launched them (torchrun does) ends the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from decompclip.data.feed import DeviceSource, ahead, feed, is_pure
+from decompclip.data.files import SkippedFile
+from decompclip.data.images import ListedImages
+from decompclip.data.pairs import Pairs
+from decompclip.files import digest, holder_of
+from decompclip.models.bundled import digest as digest_of_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+@runtime_checkable
+class PlacedImages(Protocol):
+    """Images that are read by place: folders, tables, pairs, the bundled world."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, places: Sequence[int], batch_size: int = ...) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a run; one, where there is no accelerator."""
+
+    accelerator: Accelerator | None = None
+
+    @property
+    def count(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def in_first(self, work: Callable[[], T]) -> T:
+        """What the first process makes, while the others wait, in all of them; what it raises is raised in all."""
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = work()
+            except Exception as raised:
+                made[1] = raised
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(made)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def to_first(self, own: T) -> list[T]:
+        """In the first process what each of them has, in order; in the others nothing."""
+        if self.count == 1:
+            return [own]
+        found: list[Any] = [None] * self.count
+        torch.distributed.gather_object(own, found if self.rank == 0 else None)
+        return found if self.rank == 0 else []
+
+    def to_all(self, own: T) -> list[T]:
+        """In every process what each of them has, in order."""
+        if self.count == 1:
+            return [own]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, own)
+        return found
+
+    def each(self, items: Sequence[S], make: Callable[[S], T]) -> list[T]:
+        """`make` of every item, each in one of the processes; in all of them, in order."""
+        own = [make(item) for item in items[self.rank :: self.count]]
+        return list(_in_turn(self.to_all(own)))
+
+    # Images
+
+    def batches(
+        self, data: Any, batch_size: int, *, device: torch.device | str | None = None
+    ) -> Generator[Any]:
+        """This process's batches of `feed`; None in the place of one of whose images none can be read.
+
+        Raises:
+            TypeError: data of several processes that are not read by place.
+        """
+        if self.count == 1:
+            yield from feed(data, batch_size, device=device)
+            return
+        placed: Any = _placed(data)
+        given = {"device": device} if isinstance(data, DeviceSource) else {}
+        starts = range(self.rank * batch_size, len(placed), self.count * batch_size)
+        parts = (range(start, min(start + batch_size, len(placed))) for start in starts)
+        made = (next(iter(placed.part(part, batch_size, **given)), None) for part in parts)
+        yield from ahead(made) if is_pure(data) else made
+
+    def n_batches(self, data: Any, batch_size: int) -> int:
+        """How many `batches` gives in the first process."""
+        return -(-len(data) // (batch_size * self.count))
+
+    def in_order(self, own: Sequence[T | None]) -> Iterator[T]:
+        """In the first process what all made of their batches, in the order of the data, a round at a time; in the others nothing."""
+        for turn in range(max(self.to_all(len(own)))):
+            found = self.to_first(own[turn] if turn < len(own) else None)
+            yield from (made for made in found if made is not None)
+
+    def skipped(self, data: Any) -> tuple[SkippedFile, ...]:
+        """What the processes left out of a source, each file once, as one process would list it."""
+        found = dict.fromkeys(skip for own in self.to_all(list(getattr(data, "skipped", ()))) for skip in own)
+        if self.count == 1 or not isinstance(data, ListedImages):
+            return tuple(found)
+        order = {name: place for place, (name, _) in enumerate(data.listed(range(len(data))))}
+        return tuple(sorted(found, key=lambda skip: order.get(skip.path, -1)))
+
+    # That they agree
+
+    def check_enough(self, images: int) -> None:
+        """Raises ValueError, in every process, unless there is an image for each."""
+        if images < self.count:
+            raise ValueError(
+                f"expected an image for each process at least; received {images} images and {self.count} processes; "
+                "start fewer"
+            )
+
+    def check_equal(self, run: Mapping[str, Any]) -> None:
+        """Raises ValueError, in every process, unless all have the same run; its keys say what each value is."""
+        for rank, other in enumerate(found := self.to_all(dict(run))):
+            if other != found[0]:
+                unlike = [key for key in found[0] if other.get(key) != found[0][key]]
+                raise ValueError(
+                    f"expected processes that agree; process {rank} differs from process 0 in {', '.join(unlike)}; "
+                    "start all of them with the same command on the same files"
+                )
+
+    def check_work(
+        self, model: Any, classifier: Tensor, data: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> None:
+        """Raises ValueError unless all processes do the same to the same images.
+
+        Args:
+            model: with a tower as `visual`; of others the `repr` alone is compared.
+            classifier: of the classes; that of other hardware may differ by rounding.
+            data: images by what they are called.
+            about: what else decides the numbers; what their `repr` does not show is not compared.
+
+        Raises:
+            TypeError: images that are not read by place.
+            ValueError: fewer images than processes, or processes that disagree.
+        """
+        if self.count == 1:
+            return
+        for images in map(_placed, data.values()):
+            self.check_enough(len(images))
+        own = classifier.detach().float().cpu()
+        first = self.in_first(lambda: own)
+        tower = getattr(model, "visual", None)
+        weights = [] if tower is None else [digest_of_weights(tower.state_dict()), tower.cfg.to_dict()]
+        self.check_equal(
+            {
+                "the model": digest([*weights, _shown(model)]),
+                "the classes or their prompts": own.shape == first.shape
+                and torch.allclose(own, first, atol=1e-3),
+                **{name: digest_of_images(images) for name, images in data.items()},
+                **{name: _shown(x) for name, x in about.items()},
+            }
+        )
+
+    def check_shared(self, folder: Path) -> None:
+        """Raises ValueError, in every process, unless all see who holds the folder: the first one, by `alone_in`."""
+        seen = self.to_all(holder_of(folder))
+        for rank, holder in enumerate(seen):
+            if holder != seen[0]:
+                raise ValueError(
+                    f"expected a folder that all processes share; process {rank} does not see what process 0 writes to "
+                    f"{folder}; name one on a disk that all machines have"
+                )
+
+
+ALONE = Processes()
+
+
+def _placed(data: Any) -> PlacedImages:
+    """Raises TypeError for images that are not read by place."""
+    if not isinstance(data, PlacedImages):
+        raise TypeError(
+            "expected images that are read by place, for several processes: a folder, pairs, or Shapes; received "
+            f"{type(data).__name__}; start one process"
+        )
+    return data
+
+
+def _shown(x: object) -> str:
+    """Its `repr`, without where it lies in memory, which is another place in each process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+
+
+def _in_turn(lists: Sequence[Iterable[T]]) -> Iterator[T]:
+    """The first of each, the second of each, and so on."""
+    left = [iter(items) for items in lists]
+    while left:
+        for items in list(left):
+            try:
+                yield next(items)
+            except StopIteration:
+                left.remove(items)
+
+
+def digest_of_images(data: PlacedImages) -> str:
+    """Of the number, names and classes of images, and the first one's pixels."""
+    found = hashlib.sha256(str(len(data)).encode())
+    listed: Iterable[Any] = ()
+    if isinstance(data, ListedImages):
+        listed = data.listed(range(len(data)))
+    elif isinstance(data, Pairs):
+        listed = zip(data.ids, data.known_labels, strict=True)
+    for name, label in listed:
+        found.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))
+    for batch in data.part(range(1), 1):
+        found.update(batch.images.float().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
