@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import lazy_loader
 
-from decompclip.moved import still_found
+from decompclip.api import still_found
 
 __version__ = "0.1.0"
 

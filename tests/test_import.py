@@ -17,8 +17,8 @@ import pytest
 
 import decompclip
 from decompclip import files
+from decompclip.api import still_found
 from decompclip.cli import app
-from decompclip.moved import still_found
 
 HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
 HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip.cli', run_name='__main__')"

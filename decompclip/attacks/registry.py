@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from decompclip.api import check_choice, still_found
 from decompclip.attacks.badclip import BadCLIP
 from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.issba import ISSBA
@@ -25,7 +26,6 @@ from decompclip.data.shards import ShardPairs
 from decompclip.models.bundled import bundled, card
 from decompclip.models.errors import warn_caller
 from decompclip.models.folders import saved_backdoors, saved_class_names
-from decompclip.moved import still_found
 
 TRIGGERS: dict[str, type[Trigger]] = {
     trigger.name: trigger
@@ -334,8 +334,7 @@ def trigger_grid(
     Raises:
         ValueError: an unknown pattern, or what the triggers refuse.
     """
-    if pattern not in get_args(Pattern):
-        raise ValueError(f"pattern {pattern!r} is not one of {get_args(Pattern)}")
+    check_choice("pattern", pattern, Pattern)
     noisy = (
         BadNet(size=size, place=place, seed=seed, redraw=True),
         Blended(alpha=alpha, seed=seed, redraw=True),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_choice
 from decompclip.data.files import PictureError, open_rgb
 from decompclip.data.pixels import Pixels, check_pixels, picture_pixels
 
@@ -159,8 +160,7 @@ class PatchTrigger(Trigger):
                 f"expected a size in (0, 1], a share of the image's side; received {self.size}; a trigger cannot be "
                 "larger than the image, and one of 16 pixels in 224 has size 16 / 224"
             )
-        if self.place not in get_args(Place):
-            raise ValueError(f"place {self.place!r} is not one of {get_args(Place)}")
+        check_choice("place", self.place, Place)
 
     def side(self, height: int, width: int) -> int:
         """Side of the square in pixels."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_choice
 from decompclip.attacks.trigger import (
     FIXED,
     REDRAWN,
@@ -152,8 +153,7 @@ class Reflection(Trigger):
     redraw: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ReflectionKind):
-            raise ValueError(f"kind {self.kind!r} is not one of {get_args(ReflectionKind)}")
+        check_choice("kind", self.kind, ReflectionKind)
         if not 0 < self.weakest <= self.strongest < 1:
             raise ValueError(
                 f"expected shares with 0 < weakest <= strongest < 1; received {self.weakest} and {self.strongest}"
@@ -256,8 +256,7 @@ class WaNet(Trigger):
             raise ValueError(f"expected k >= 2 control points along an axis; received {self.k}")
         if not 0 < self.s < math.inf:
             raise ValueError(f"expected a strength s above 0; received {self.s}")
-        if self.unit not in get_args(WarpUnit):
-            raise ValueError(f"unit {self.unit!r} is not one of {get_args(WarpUnit)}")
+        check_choice("unit", self.unit, WarpUnit)
 
     def _apply(self, pixels: Pixels, indices: list[int]) -> Pixels:
         height, width = pixels.shape[-2:]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
+from decompclip.api import check_choice
 from decompclip.decomposition.maps import Convention
 
 
@@ -36,8 +37,7 @@ class AuditConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.convention not in get_args(Convention):
-            raise ValueError(f"convention {self.convention!r} is not one of {get_args(Convention)}")
+        check_choice("convention", self.convention, Convention)
         if not math.isfinite(self.epsilon):
             raise ValueError(f"expected a finite epsilon, a similarity; received {self.epsilon}")
         _check(self, ("quantile", "false_positives", "validation"), batch_size=1, examples=0, zeta=0, seed=0)

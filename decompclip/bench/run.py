@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decompclip import __version__
 from decompclip.attacks.registry import from_card
 from decompclip.attacks.trigger import Trigger
 from decompclip.bench.page import REPAIR_RATES
@@ -50,6 +48,7 @@ from decompclip.files import write_json
 from decompclip.intervals import Rate, Redrawn
 from decompclip.models.bundled import card, load_bundled
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.spec import versions
 from decompclip.progress import span
 from decompclip.zoo.recipes import WORLDS
 
@@ -400,7 +399,7 @@ def _facts(model: str, plan: Plan, seed: int) -> dict[str, Any]:
         "seed": seed,
         "weights": weights_of(model),
         "config": plan.config(seed),
-        "versions": versions(),
+        "versions": {"python": platform.python_version()} | versions(("decompclip", *LIBRARIES)),
     }
 
 
@@ -411,11 +410,6 @@ def attack_of(model: str) -> str | None:
         return None
     seed = backdoor["trigger"]["seed"]
     return model.removesuffix(f"-{seed}") if seed else model
-
-
-def versions() -> dict[str, str]:
-    found = {"decompclip": __version__, "python": platform.python_version()}
-    return found | {name: version(name) for name in LIBRARIES}
 
 
 def _known(path: Path, config: dict[str, Any], weights: str) -> dict[str, Any] | None:

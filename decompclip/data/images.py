@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import (
     OURS,
@@ -248,8 +249,7 @@ class FolderSource(ListedImages):
         seed: int = 0,
         root: str | Path | None = None,
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
+        check_choice("on_error", on_error, OnError)
         self.folder, self.on_error, self.root = Path(folder), on_error, root
         files, left_out = image_files(self.folder)
         self._skipped = {skip.path: skip for skip in left_out}

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import SkippedFile, unusable
 from decompclip.data.images import OnError, readable
@@ -157,8 +158,7 @@ class Pairs(PairSteps, DeviceSource):
         order_seed: int = 0,
         on_error: OnError = "skip",
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error {on_error!r} is not one of {get_args(OnError)}")
+        check_choice("on_error", on_error, OnError)
         if order_seed < 0:
             raise ValueError(f"expected an order_seed that is not negative; received {order_seed}")
         self.preprocess = preprocess or to_pixels()

@@ -10,11 +10,12 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import Unpack
 
+from decompclip.api import check_choice
 from decompclip.data.datasets import DatasetPairs
 from decompclip.data.files import data_folder
 from decompclip.data.pairs import PairOptions, Pairs, SubsetPairs, keyed
@@ -105,8 +106,7 @@ class PhotoPairs(ParquetPairs):
         preprocess: Preprocess | None = None,
         **options: Unpack[PairOptions],
     ) -> None:
-        if split not in get_args(Split):
-            raise ValueError(f"split {split!r} is not one of {get_args(Split)}")
+        check_choice("split", split, Split)
         folder = data_folder("tiny-imagenet", "Tiny ImageNet", folder)
         files, classes = sorted(folder.glob(f"{split}-*.parquet")), folder / "classes.json"
         if not files or not classes.is_file():
@@ -219,8 +219,7 @@ def cifar10(
         FileNotFoundError: neither is there.
         ValueError: an unknown split, or templates without a slot.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is not one of ('train', 'test')")
+    check_choice("split", split, ("train", "test"))
     folder = data_folder("cifar-10", "CIFAR-10", folder)
     options = {"templates": CIFAR10_TEMPLATES, "class_names": CIFAR10_CLASSES, **options}
     if shards := sorted(folder.glob(f"{split}-*.tar")):

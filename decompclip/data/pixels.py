@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.data.files import open_rgb, reason
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def to_pixels(
     Raises:
         ValueError: an unknown resize mode.
     """
-    if resize_mode not in get_args(ResizeMode):
-        raise ValueError(f"resize_mode {resize_mode!r} is not one of {get_args(ResizeMode)}")
+    check_choice("resize_mode", resize_mode, ResizeMode)
     if size is None:
         return picture_pixels
     from open_clip.transform import PreprocessCfg

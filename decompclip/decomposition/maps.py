@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -43,6 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decompclip.api import check_choice
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
@@ -214,8 +215,7 @@ Convention = Literal["centred", "paper"]
 
 def check_convention(convention: str) -> None:
     """Raises ValueError unless `convention` is a known one."""
-    if convention not in get_args(Convention):
-        raise ValueError(f"expected a convention of {get_args(Convention)}; received {convention!r}")
+    check_choice("convention", convention, Convention)
 
 
 @dataclass(frozen=True, eq=False)

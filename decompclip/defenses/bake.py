@@ -22,9 +22,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from decompclip.api import still_found
 from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.models.clip import HookedCLIP
-from decompclip.moved import still_found
 from decompclip.operators.ablation import MeanAblate, ZeroAblate, fit_rows, token_mask
 from decompclip.operators.intervention import Composition, Intervention, steps_of
 from decompclip.tower.config import ViTConfig

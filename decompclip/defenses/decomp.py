@@ -15,10 +15,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from typing_extensions import Unpack
 
+from decompclip.api import check_choice
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition, by_shards
 from decompclip.defenses.fitted import check_fitted
-from decompclip.defenses.selector import Clean, Judge, Judging, Selector, check_choice
+from decompclip.defenses.selector import Clean, Judge, Judging, Selector
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Intervention, Where, both, check_where
 from decompclip.operators.noise import RandomAblate, Scale

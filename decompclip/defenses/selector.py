@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from functools import reduce
 from math import ceil
 from operator import or_
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.decomposition.components import Components, heads, resolve
 from decompclip.decomposition.decomposition import Decomposition, batches
 from decompclip.decomposition.maps import Convention
@@ -213,12 +214,6 @@ class Selector:
                 "expected terms of unit features, for a dot product grows with the feature's length; received "
                 'normalize=False; decompose(images, normalize=True), or take similarity="cosine"'
             )
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raises ValueError unless `value` is one of a Literal's."""
-    if value not in get_args(choices):
-        raise ValueError(f"expected a {name} of {get_args(choices)}; received {value!r}")
 
 
 LEARNT = ("mask_", "prototypes_", "thresholds_", "deviations_")

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
+from decompclip.api import check_choice
 from decompclip.models.architecture import check_sizes, out_of, towers_of
 from decompclip.models.bundled import bundled, card, load_bundled, spec_of
 from decompclip.models.checkpoint import bare, digest, read_checkpoint, sha256, without_others
@@ -169,8 +170,7 @@ def load(
         ValueError: an unknown activation, or one that a bundled model was not trained with; a device that is not
             here; no dtype of torch's.
     """
-    if activation not in get_args(Choice):
-        raise ValueError(f"activation {activation!r} is not one of {get_args(Choice)}")
+    check_choice("activation", activation, Choice)
     _check_options(name, dtype, image_size)
     check_device(device)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size

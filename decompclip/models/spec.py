@@ -171,10 +171,14 @@ def _siglip_tower(image_size: Any, shape: Mapping[str, Any]) -> TimmModel:
     return tower
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that a feature depends on."""
+FEATURE = ("decompclip", "torch", "open_clip_torch", "transformer_lens")
+"""Packages that a feature depends on."""
+
+
+def versions(packages: Sequence[str] = FEATURE) -> dict[str, str]:
+    """Of packages; of those that are not installed it says so."""
     found = {}
-    for package in ("decompclip", "torch", "open_clip_torch", "transformer_lens"):
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # decompclip run from a checkout

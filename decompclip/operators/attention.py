@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads as all_heads, resolve
@@ -324,8 +325,7 @@ def rollout(
     Raises:
         ValueError: an unknown `fuse`, a residual outside [0, 1], no images, or names of another number.
     """
-    if fuse not in get_args(Fuse):
-        raise ValueError(f"expected fuse of {get_args(Fuse)}; received {fuse!r}")
+    check_choice("fuse", fuse, Fuse)
     if not 0 <= residual <= 1:
         raise ValueError(f"expected a residual in [0, 1], a share; received {residual}")
     parts = (

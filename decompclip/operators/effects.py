@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.api import check_choice, renamed
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, Part, everything, heads, mlps, resolve
 from decompclip.decomposition.maps import Convention
 from decompclip.intervals import half_width
-from decompclip.moved import renamed
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import KIND_NAMES, ByPart, parts_of
 from decompclip.operators.patching import ImageBatches, TwoRuns, over_batches, record, writing
@@ -111,8 +111,7 @@ class Effects(ByPart):
         return self._grid(self._mode(mode))[1]
 
     def _mode(self, mode: Mode) -> Tensor:
-        if mode not in get_args(Mode):
-            raise ValueError(f"expected a mode of {get_args(Mode)}; received {mode!r}")
+        check_choice("mode", mode, Mode)
         return getattr(self, mode)
 
     def __getitem__(self, part: Part | str) -> dict[Mode, float]:

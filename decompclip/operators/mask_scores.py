@@ -8,13 +8,14 @@ control is the same mask on the paired clean image, where there is nothing to fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.intervals import Rate, Z
 from decompclip.operators.tokens import MapKind, TokenMaps
 from decompclip.results import Result
@@ -168,8 +169,7 @@ def score_masks(
     Raises:
         ValueError: masks of another shape or not boolean, or an image whose mask touches no patch.
     """
-    if inside not in get_args(Inside):
-        raise ValueError(f"expected inside of {get_args(Inside)}; received {inside!r}")
+    check_choice("inside", inside, Inside)
     weight = _on_patches(maps, masks)
     touched = weight > 0
     weight = touched.float() if inside == "touched" else weight

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
+from decompclip.api import check_choice, renamed
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition, check_alike
-from decompclip.moved import renamed
 from decompclip.operators.parts import ByPart, Part, Points
 
 if TYPE_CHECKING:
@@ -277,8 +277,7 @@ def head_mmd(
         ValueError: an unknown kernel, fewer than two images a side, paired images that are not as many, or terms that are
             not finite or of different models or options.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"expected a kernel of {get_args(Kernel)}; received {kernel!r}")
+    check_choice("kernel", kernel, Kernel)
     if (permutations is not None and permutations < 0) or block < 1:
         raise ValueError(
             f"expected permutations of at least 0 and a block of at least 1; received permutations={permutations}, "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
+from decompclip.api import check_choice
 from decompclip.intervals import Rate
 from decompclip.operators.parts import Part, position
 from decompclip.operators.probes import Probes
@@ -243,8 +244,7 @@ def agreement(
     """
     from sklearn.metrics import cohen_kappa_score
 
-    if by not in get_args(By):
-        raise ValueError(f"expected by of {get_args(By)}; received {by!r}")
+    check_choice("by", by, By)
     if set(vocabulary) != set(probes.properties):
         raise ValueError(
             f"expected a vocabulary of the probed properties {probes.properties}; received {tuple(vocabulary)}; "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.decomposition.components import ComponentMask, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import TermMaps, frozen, term_maps, wide
@@ -181,8 +182,7 @@ class RandomAblate(Replacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"expected a scale of {get_args(Scale)}; received {self.scale!r}")
+        check_choice("scale", self.scale, Scale)
         if self.scale == "unit":
             return
         if self.moments is None:

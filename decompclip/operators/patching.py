@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.api import renamed
 from decompclip.models.clip import differentiable
-from decompclip.moved import renamed
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
 from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT, tower

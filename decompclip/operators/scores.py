@@ -8,13 +8,14 @@ ClassScore(classifier, target)  a score of classes; or any function of the featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_choice
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import same_model, term_maps
 from decompclip.operators.inputs import TextFeatures
@@ -205,8 +206,7 @@ class ClassScore:
         metric: Metric = "logit_difference",
         against: Classes | None = None,
     ) -> None:
-        if metric not in get_args(Metric):
-            raise ValueError(f"expected a metric of {get_args(Metric)}; received {metric!r}")
+        check_choice("metric", metric, Metric)
         if classifier.ndim != 2 or len(classifier) < 2:
             raise ValueError(
                 f"expected a classifier [class, d_embed] of at least two classes; received {list(classifier.shape)}; "

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition, check_alike
@@ -172,8 +173,7 @@ def ablation_sweep(
         if isinstance(values, str) or not values:
             raise ValueError(f"expected {name}s as a tuple of some of {known}; received {values!r}")
         for value in values:
-            if value not in known:
-                raise ValueError(f"expected a {name} of {known}; received {value!r}")
+            check_choice(name, value, known)
     found: dict[tuple[Kind, Scheme] | Literal["before", "heads"], list[Tensor]] = {}
     for changes in chunks(data, moments, classifier, model=model):
         for key, answers in _settings(changes, kinds, schemes, each_head, entry):

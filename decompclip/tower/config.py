@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from decompclip.api import check_choice
+
 
 class ModelError(ValueError):
     """A model cannot be had as asked for; the message says what to do."""
@@ -96,9 +98,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         kinds = {"norm": Norm, "stem": Stem, "pool": Pool, "ln_final": LnFinal, "rope": Rope}
         for name, kind in (kinds | dict.fromkeys(("activation", "pool_activation"), Activation)).items():
-            known = (*get_args(kind), *([None] if name == "rope" else []))
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
+            check_choice(name, getattr(self, name), (*get_args(kind), *([None] if name == "rope" else [])))
         if self.n_heads * self.d_head != self.d_model:
             raise ValueError(
                 f"{self.n_heads} heads of width {self.d_head} do not fill a stream of {self.d_model}"

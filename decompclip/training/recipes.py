@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
+from decompclip.api import check_choice
 from decompclip.training.loop import OptimizerName, Recipe
 
 LossName = Literal["clip", "grouped", "cleanclip"]
@@ -64,10 +65,7 @@ class FineTuning:
     def __post_init__(self) -> None:
         known = {"loss": LossName, "precision": Precision, "optimizer": OptimizerName}
         for name, choices in known.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"expected {name} to be one of {', '.join(get_args(choices))}; received {getattr(self, name)!r}"
-                )
+            check_choice(name, getattr(self, name), choices)
         # A batch of one pair has no negative: its loss is zero whatever the weights.
         for name, least in (("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < least:

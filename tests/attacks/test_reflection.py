@@ -106,7 +106,7 @@ def test_tiny_images_are_no_trouble(side: int) -> None:
     [
         (
             lambda: Reflection(kind="mirror"),  # type: ignore[arg-type]
-            r"kind 'mirror' is not one of \('random', 'ghost', 'out of focus'\)",
+            r"expected kind of \('random', 'ghost', 'out of focus'\); received 'mirror'",
         ),
         (lambda: Reflection(weakest=0.0), r"0 < weakest <= strongest < 1; received 0\.0 and 0\.45"),
         (lambda: Reflection(weakest=0.5), r"received 0\.5 and 0\.45"),

@@ -204,7 +204,7 @@ def test_blending_by_hand() -> None:
         (lambda: BadNet(seed=-1)(pixels(1)), r"seed and indices that are not negative.*received seed -1"),
         (lambda: BadNet()(pixels(1), [-3]), r"received seed 0, index -3"),
         (lambda: stream(2**64, 0), r"received seed 18446744073709551616"),
-        (lambda: BadNet(place="top"), r"place 'top' is not one of"),  # type: ignore[arg-type]
+        (lambda: BadNet(place="top"), r"expected place of .*; received 'top'"),  # type: ignore[arg-type]
         (lambda: Blended(alpha=0.0), r"expected a weight alpha in \(0, 1\]; received 0\.0"),
         (
             lambda: BadNet()(torch.zeros(2, 1, 8, 8)),

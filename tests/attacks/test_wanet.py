@@ -67,7 +67,7 @@ def test_the_warp_is_smooth() -> None:
         (lambda: WaNet(k=1), r"expected k >= 2 control points.*received 1"),
         (lambda: WaNet(s=0), r"expected a strength s above 0; received 0"),
         (lambda: WaNet(s=math.inf), r"received inf"),
-        (lambda: WaNet(unit="percent"), r"unit 'percent' is not one of \('share', 'pixel'\)"),  # type: ignore[arg-type]
+        (lambda: WaNet(unit="percent"), r"expected unit of \('share', 'pixel'\); received 'percent'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input_is_told(make, message: str) -> None:

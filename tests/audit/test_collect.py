@@ -139,7 +139,7 @@ def test_suspect_images_that_are_all_twins_of_fitted_ones_are_refused(
         ({"validation": 1.0}, "expected validation between 0 and 1, a share; received 1.0"),
         ({"quantile": 0.0}, "expected quantile between 0 and 1"),
         ({"batch_size": 0}, "expected batch_size of at least 1; received 0"),
-        ({"convention": "other"}, "convention 'other' is not one of"),
+        ({"convention": "other"}, "expected convention of .*; received 'other'"),
     ],
 )
 def test_options_are_checked(options: dict, words: str) -> None:

@@ -148,7 +148,7 @@ def test_a_limit_takes_a_seeded_subset_in_order(photos: Path) -> None:
     ("options", "words"),
     [
         ({"limit": 0}, "a limit of at least 1 image; received 0; None takes all"),
-        ({"on_error": "ignore"}, "on_error 'ignore' is not one of ('skip', 'raise')"),
+        ({"on_error": "ignore"}, "expected on_error of ('skip', 'raise'); received 'ignore'"),
         (
             {"class_names": ("cat", "CAT")},
             "expected 'cat' to stand for one class; it could be any of the classes [0, 1]",

@@ -258,7 +258,7 @@ def test_pixels_are_squashed_or_cropped() -> None:
     cropped, squashed = (to_pixels((20, 20), resize_mode=mode)(half) for mode in ("shortest", "squash"))
     assert cropped.max() == 0
     assert squashed.max() == 1
-    with pytest.raises(ValueError, match="resize_mode 'widest' is not one of"):
+    with pytest.raises(ValueError, match="expected resize_mode of .*; received 'widest'"):
         to_pixels(20, resize_mode="widest")  # pyright: ignore[reportArgumentType]
 
 
@@ -309,7 +309,9 @@ def test_normalised_images_and_others_are_no_pixels(image: Any) -> None:
 
 
 def test_unknown_options_list_the_known() -> None:
-    with pytest.raises(ValueError, match=re.escape("on_error 'stop' is not one of ('skip', 'raise')")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected on_error of ('skip', 'raise'); received 'stop'")
+    ):
         DatasetPairs(Items([(grey(0), "a")]), on_error="stop")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="expected an order_seed that is not negative"):
         ShapesPairs(3, order_seed=-1)
@@ -393,7 +395,7 @@ def test_cifar10_of_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         cifar10()
     with pytest.raises(FileNotFoundError, match=r"expected test-\*\.tar or cifar-10-batches-py"):
         cifar10("test", tmp_path)
-    with pytest.raises(ValueError, match="split 'validation' is not one of"):
+    with pytest.raises(ValueError, match="expected split of .*; received 'validation'"):
         cifar10("validation", tmp_path)  # pyright: ignore[reportArgumentType]
 
     import torchvision

@@ -181,7 +181,7 @@ def test_photographs_that_are_not_there_are_asked_for(
 ) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected test-\*\.parquet and classes\.json in"):
         PhotoPairs("test", tmp_path)
-    with pytest.raises(ValueError, match="split 'all' is not one of"):
+    with pytest.raises(ValueError, match="expected split of .*; received 'all'"):
         PhotoPairs("all", tmp_path)  # pyright: ignore[reportArgumentType]
     monkeypatch.delenv("DECOMPCLIP_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="DECOMPCLIP_DATA is not set"):

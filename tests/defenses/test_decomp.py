@@ -169,9 +169,9 @@ def test_errors_say_what_to_do(
     with pytest.raises(ValueError, match=r"terms of unit features.*normalize=True.*similarity=\"cosine\""):
         DecompRep().fit(raw)
     DecompRep(similarity="cosine").fit(raw)
-    with pytest.raises(ValueError, match="expected a similarity of .*; received 'l2'"):
+    with pytest.raises(ValueError, match="expected similarity of .*; received 'l2'"):
         Selector(similarity="l2").fit(clean)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected a threshold of .*; received 'mean'"):
+    with pytest.raises(ValueError, match="expected threshold of .*; received 'mean'"):
         Selector(threshold="mean").fit(clean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected a quantile in 0\.\.1; received 5"):
         Selector(quantile=5).fit(clean)

@@ -103,7 +103,9 @@ def test_a_name_without_a_twin_does_not_warn(checkpoint: Path) -> None:
 
 
 def test_an_unknown_activation_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"activation 'relu' is not one of \('auto', 'gelu', 'quick_gelu'\)"):
+    with pytest.raises(
+        ValueError, match=r"expected activation of \('auto', 'gelu', 'quick_gelu'\); received 'relu'"
+    ):
         load("ViT-tiny-8", pretrained="random", activation="relu")  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Names that moved or were renamed: the old one works for one more release, with a warning. Every room may import this."""
+"""What functions of all rooms do with names: old ones work for one more release, with a warning; choices are checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,3 +62,19 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Check an argument that is one of a few.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        choices: a `Literal`, or a tuple.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    known = choices if isinstance(choices, tuple) else get_args(choices)
+    if value not in known:
+        raise ValueError(f"expected {name} of {known}; received {value!r}")
