@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def cover_share(trigger: Trigger, covers: float | None) -> float:
         raise ValueError(
             "expected the trigger itself, WaNet(cover=False); received cover=True; the cover images follow from covers="
         )
-    if covers is not None and covers < 0:
+    if covers is not None and not 0 <= covers < math.inf:
         raise ValueError(f"expected covers that are not negative; received {covers:g}")
     return WANET_COVERS if covers is None else covers
 

@@ -100,14 +100,17 @@ def named_property(
         The shares of texts that name each property.
 
     Raises:
-        ValueError: no texts or no vocabulary, a single string for a list, or weights that are not one for each
-            text, negative or all zero.
+        ValueError: no texts or no vocabulary, a property without values, a single string for a list, or weights that are
+            not one for each text, negative or all zero.
     """
     for name, found in (("texts", texts), ("pool", pool)):
         if found is not None and (isinstance(found, str) or not len(found)):
             raise ValueError(f"expected a list of at least one text as {name}; received {found!r}")
     if not vocabulary:
         raise ValueError("expected properties and their values, as PROPERTIES; received none")
+    for name, words in vocabulary.items():
+        if isinstance(words, str) or not words or not all(words):
+            raise ValueError(f"expected a list of the values of {name!r} in words; received {words!r}")
     weights = [1.0] * len(texts) if weights is None else [float(w) for w in weights]
     if len(weights) != len(texts) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(

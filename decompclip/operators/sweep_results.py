@@ -65,20 +65,24 @@ class SweepResult(Result):
         """
         import pandas as pd
 
+        labels, rows = self._checked(labels), []
+        for setting, predictions in self._settings():
+            hits = {"changed": predictions != self.before}
+            if labels is not None:
+                hits["accuracy"] = predictions == labels
+            if target is not None:
+                hits["target"] = predictions == target
+            rows.append(setting | {name: float(hit.double().mean()) for name, hit in hits.items()})
+        return pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
+
+    def _checked(self, labels: Labels | None) -> Labels | None:
+        """On the predictions' device. Raises as `to_frame`."""
         if labels is not None and labels.shape != self.before.shape:
             raise ValueError(
                 f"expected a label for each of {len(self.before)} images; received {list(labels.shape)}; keep the "
                 "order of the data"
             )
-        rows = []
-        for setting, predictions in self._settings():
-            hits = {"changed": predictions != self.before}
-            if labels is not None:
-                hits["accuracy"] = predictions == labels.to(predictions)
-            if target is not None:
-                hits["target"] = predictions == target
-            rows.append(setting | {name: float(hit.double().mean()) for name, hit in hits.items()})
-        return pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
+        return None if labels is None else labels.to(self.before)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -210,13 +214,16 @@ class SweepTable(SweepResult):
         Args:
             labels: the images' classes; without them (and without a target) the share of changed answers is drawn.
             target: a class whose share is drawn.
+
+        Raises:
+            ValueError: not one label for each image.
         """
         from decompclip.figures.curves import sweep_panels
         from decompclip.figures.scatter import Point
         from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS
 
         answers = {}
-        if labels is not None:
+        if (labels := self._checked(labels)) is not None:
             answers[replace(ACCURACY, label=SHARES["accuracy"])] = labels
         if target is not None:
             answers[replace(SUCCESS, label=SHARES["target"])] = target

@@ -27,7 +27,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 
 CLASSES = PROPERTIES["shape"]
-SHORT = ScanConfig(steps=5, images=8, fit=48, held_out=48)
+SHORT = ScanConfig(steps=4, images=6, fit=40, held_out=40)
 
 
 @pytest.fixture(scope="module")

@@ -382,7 +382,9 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor) -> None:
         ValueError, match=r"text features \[text, 20\]; received \[3, 21\]; encode the texts with"
     ):
         some.token_logits(torch.zeros(3, 21), 0, 0)
-    with pytest.raises(ValueError, match=r"a convention of \('centred', 'paper'\); received 'gandelsman'"):
+    with pytest.raises(
+        ValueError, match=r"expected convention of \('centred', 'paper'\); received 'gandelsman'"
+    ):
         term_maps(tower, "gandelsman")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"mlps of shape \[5, 3, 20\], .* received \[4, 3, 20\]"):
         d.edit(mlps=d.mlps[:4])

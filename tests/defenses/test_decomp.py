@@ -175,7 +175,7 @@ def test_errors_say_what_to_do(
         Selector(threshold="mean").fit(clean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected a quantile in 0\.\.1; received 5"):
         Selector(quantile=5).fit(clean)
-    with pytest.raises(ValueError, match=r"expected a fill of .*; received 'mean'"):
+    with pytest.raises(ValueError, match=r"expected fill of .*; received 'mean'"):
         DecompRep(fill="mean").fit(clean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected heads to judge; received mlps\[0\]"):
         DecompDet(components=mlps[0]).fit(clean)
@@ -236,7 +236,7 @@ def test_the_paper_s_hint(ours_alone: None) -> None:
     assert (told.mlps, told.selector.components, told.selector.convention) == (5, None, "paper")
     assert DecompRep.paper(epsilon=0.01, trigger="global").selector.epsilon == 0.01
     assert DecompRep.paper(trigger="local").mlps == 0
-    with pytest.raises(ValueError, match=r"a trigger of \('local', 'global'\); received 'patch'"):
+    with pytest.raises(ValueError, match=r"expected trigger of \('local', 'global'\); received 'patch'"):
         DecompRep.paper(trigger="patch")  # type: ignore[arg-type]
 
 
@@ -367,7 +367,7 @@ def test_files_and_few_images_say_what_to_do(
     DecompDet(threshold="quantile").fit(clean[:20])
     with pytest.raises(ValueError, match="expected decompositions of clean images; received none"):
         DecompDet().fit([])
-    with pytest.raises(ValueError, match=r"expected a score of .*; received 'sum'"):
+    with pytest.raises(ValueError, match=r"expected score of .*; received 'sum'"):
         DecompDet(score="sum").fit(clean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected to replace 0\.\.3 MLPs.*received 4"):
         DecompRep(mlps=4).fit(clean)

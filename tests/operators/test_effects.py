@@ -240,7 +240,7 @@ def test_errors_say_what_to_do(
         with pytest.raises(kind, match=words):
             direct_and_causal(tower, given, ZeroAblate, options.pop("texts", classifier), target, **options)
 
-    fails(ValueError, "a metric of .*received 'loss'", metric="loss")
+    fails(ValueError, "expected metric of .*received 'loss'", metric="loss")
     fails(IndexError, r"target as classes in 0\.\.5, the rows of the classifier; received 6\.\.6", 6)
     fails(IndexError, r"against as classes in 0\.\.5, .*received -1\.\.-1", against=-1)
     fails(ValueError, "received it with 'accuracy'; leave it out", metric="accuracy", against=1)
@@ -255,7 +255,9 @@ def test_errors_say_what_to_do(
         TypeError, match=r"to return an intervention; received None for mlps\[0\]; e\.g\. lambda"
     ):
         direct_and_causal(tower, images, nothing, classifier, 0, components=mlps[0])
-    with pytest.raises(ValueError, match=r"a mode of \('direct', 'causal', 'difference'\); received 'total'"):
+    with pytest.raises(
+        ValueError, match=r"expected mode of \('direct', 'causal', 'difference'\); received 'total'"
+    ):
         effects.heads("total")  # pyright: ignore[reportArgumentType]
     with pytest.raises(KeyError, match=r"received pool; name it in components="):
         effects["pool"]

@@ -340,7 +340,7 @@ def test_errors_say_what_to_do(a: Decomposition, b: Decomposition, tower: Hooked
         with pytest.raises(kind, match=words):
             head_mmd(*args, **options)
 
-    fails(ValueError, r"a kernel of \('unbiased', 'paper'\); received 'rbf'", a, b, kernel="rbf")
+    fails(ValueError, r"expected kernel of \('unbiased', 'paper'\); received 'rbf'", a, b, kernel="rbf")
     fails(ValueError, "received permutations=-1, block=1024", a, b, permutations=-1)
     fails(ValueError, "two images a side; received 1 and 9; add images", a[:1], b)
     fails(

@@ -161,7 +161,7 @@ def test_errors_say_what_to_do(
     moments: Moments,
     make_tower: Callable[..., HookedViT],
 ) -> None:
-    with pytest.raises(ValueError, match=r"a scale of \('matched', 'unit'\); received 'big'"):
+    with pytest.raises(ValueError, match=r"expected scale of \('matched', 'unit'\); received 'big'"):
         RandomAblate(heads, moments, scale="big")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="expected moments, whose means the noise is to be as long as"):
         RandomAblate(heads)

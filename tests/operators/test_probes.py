@@ -269,6 +269,12 @@ def test_errors_say_what_to_do(planted: Decomposition, truth: dict[str, Tensor],
     )
     fails(ValueError, r"as pool; received \[\]", lambda: named_property(["red"], PROPERTIES, pool=[]))
     fails(ValueError, "properties and their values", lambda: named_property(["red"], {}))
+    for odd in ([], "red", [""]):  # as a pattern these would stand in any text
+        fails(
+            ValueError,
+            "list of the values of 'colour'",
+            lambda odd=odd: named_property(["red"], {"colour": odd}),
+        )
     for weights in ([1.0, 2.0], [0.0], [-1.0]):
         fails(
             ValueError,

@@ -329,9 +329,11 @@ def test_sweep_errors_say_what_to_do(
 ) -> None:
     with pytest.raises(ValueError, match="normalize=False, as those before; received normalize=True"):
         ablation_sweep(decompose(tower, images, normalize=True), moments, classifier)
-    with pytest.raises(ValueError, match=r"a kind of \('heads', 'mlps'\); received 'neurons'"):
+    with pytest.raises(ValueError, match=r"expected kind of \('heads', 'mlps'\); received 'neurons'"):
         ablation_sweep(d, moments, classifier, kinds=("neurons",))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"a scheme of \('forward', 'backward', 'separate'\); received 'up'"):
+    with pytest.raises(
+        ValueError, match=r"expected scheme of \('forward', 'backward', 'separate'\); received 'up'"
+    ):
         ablation_sweep(d, moments, classifier, schemes=("up",))  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         ValueError, match=r"a classifier \[class, 20\] of .*; received \[6, 21\]; build it with"
@@ -386,6 +388,9 @@ def test_sweep_errors_say_what_to_do(
     for result in (table, table["heads", "forward"]):
         with pytest.raises(ValueError, match="a label for each of 5 images; received"):
             result.to_frame(answers[:2])
+        for wrong in (answers[:2], answers[:1]):  # one label would go for all
+            with pytest.raises(ValueError, match="a label for each of 5 images; received"):
+                result.figure(wrong)
     with pytest.raises(ValueError, match="a size of 0 or more components; received -1"):
         most_damaging(d, moments, classifier, answers, size=-1)
     for wrong in (answers + 99, answers - 1):
