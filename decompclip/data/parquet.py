@@ -206,9 +206,9 @@ class ParquetRows:
             class_names: in the order of their numbers; none for the file's own.
 
         Raises:
-            ValueError: labels that are neither whole numbers nor known names.
+            ValueError: labels that are neither whole numbers nor known names, or files that name their classes otherwise.
         """
-        values, own = self.column(*LABEL_COLUMNS), tuple(self._own_names())
+        values, own = self.column(*LABEL_COLUMNS), self._own_names()
         names = tuple(class_names) or own
         if values is None:
             return [None] * len(self), names
@@ -242,16 +242,16 @@ class ParquetRows:
         places = {name: place for place, name in enumerate(names)}
         return [places[value] for value in values], names
 
-    def _own_names(self) -> Sequence[str]:
-        """Hugging Face's `ClassLabel` names, which stand in the file's metadata."""
-        try:
-            about = json.loads((self._schema.metadata or {})[b"huggingface"])
-            features = about["info"]["features"]
-            return next(
-                features[name]["names"] for name in LABEL_COLUMNS if "names" in features.get(name, {})
-            )
-        except (KeyError, TypeError, ValueError, StopIteration):
-            return ()
+    def _own_names(self) -> tuple[str, ...]:
+        """Hugging Face's `ClassLabel` names, which stand in the metadata of each file."""
+        found = [_class_label(reader.schema_arrow) for reader in self._readers]
+        for file, names in zip(self.files, found, strict=True):
+            if names != found[0]:
+                raise ValueError(
+                    f"expected files that name their classes alike; {self.files[0]} has {', '.join(found[0]) or 'no names'}, "
+                    f"and {file} has {', '.join(names) or 'none'}; read them apart"
+                )
+        return found[0]
 
     def content(self, index: int) -> bytes | str:
         """The encoded image of a row, or why there is none."""
@@ -284,6 +284,16 @@ class ParquetRows:
         while len(self._held) > 1 and self._bytes > HELD:
             self._bytes -= _size(self._held.popitem(last=False)[1])
         return images
+
+
+def _class_label(schema: pa.Schema) -> tuple[str, ...]:
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return next(
+            tuple(features[name]["names"]) for name in LABEL_COLUMNS if "names" in features.get(name, {})
+        )
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return ()
 
 
 def _size(held: list[bytes | None] | str) -> int:

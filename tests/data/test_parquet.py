@@ -58,6 +58,16 @@ def test_a_struct_of_bytes_with_the_files_own_class_names(tmp_path: Path) -> Non
     assert [round(float(x.mean() * 255)) for x in batch.images] == [80, 0, 40]
 
 
+def test_files_that_number_their_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    for file, names in (("a", NAMES), ("b", NAMES[::-1])):
+        about = {"info": {"features": {"label": {"names": names}}}}
+        write(tmp_path / f"{file}.parquet", {"image": structs(2), "label": [0, 1]}, metadata=about)
+    with pytest.raises(
+        ValueError, match="name their classes alike; .*a.parquet has cat, dog, bird, and .*b.parquet has bird"
+    ):
+        ParquetPairs(tmp_path)
+
+
 @pytest.mark.parametrize(
     "kind, column", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "image")]
 )
