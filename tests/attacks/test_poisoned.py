@@ -344,7 +344,12 @@ def test_poisons_are_images_that_can_be_read() -> None:
         ),
         (WaNet(cover=True), TARGET, {"count": 1}, "expected the trigger itself, WaNet(cover=False)"),
         (WaNet(), TARGET, {"count": 1, "covers": -1}, "expected covers that are not negative; received -1"),
-        (WaNet(), TARGET, {"count": 1, "covers": float("nan")}, "expected covers .* received nan"),
+        (
+            WaNet(),
+            TARGET,
+            {"count": 1, "covers": float("nan")},
+            "expected covers that are not negative; received nan",
+        ),
         (
             WaNet(),
             TARGET,
