@@ -47,7 +47,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"files", "intervals", "moved", "printable", "progress", "results"}
+COMMON = {"api", "files", "intervals", "printable", "progress", "results"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {
