@@ -126,6 +126,11 @@ class PhotoPairs(ParquetPairs):
         found = {name: self.rows.column(name) or [] for name in PROPERTIES}
         return found | {"kind": [self._classes[label or 0]["kind"] for label in self.known_labels]}
 
+    @cached_property
+    def boxes(self) -> list[list[int]]:
+        """Of the object in each photograph of 64 x 64 pixels: left, top, right and bottom pixel, which belong to it."""
+        return self.rows.column("box") or []
+
     def _texts(self, labels: Sequence[int | None]) -> Sequence[str]:
         if not self._natural:
             return [""] * len(labels)

@@ -1,4 +1,7 @@
-"""Do maps find a trigger? Share of the positive contribution in a mask, and the pointing game (docs/method.md, section 4).
+"""Do maps find a trigger, or an object? Share of what is positive in a mask, the pointing game, and scores of segmentation.
+
+    score_masks(maps, trigger.mask(h, w, indices))                       a trigger (docs/method.md, section 4)
+    segment({"attention": maps.patches[0]}, box_masks(boxes, h, w))      an object
 
 Scores count patches: a patch is inside where the mask touches it, since a token mixes all its pixels. The pointing game
 (Zhang et al., 2016) asks whether the strongest patch is inside. Chance is the share of patches that are inside. The
@@ -7,13 +10,15 @@ control is the same mask on the paired clean image, where there is nothing to fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from decompclip.api import check_choice
 from decompclip.intervals import Rate, Z
@@ -207,3 +212,173 @@ def _on_patches(maps: TokenMaps, masks: Tensor) -> Float[Tensor, "batch patch"]:
             f"({len(empty)} in all); leave those images out"
         )
     return weight
+
+
+MEASURES = ("pixel accuracy", "mean IoU", "mean AP")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Segmentation(Result):
+    """How well maps tell an object from its background, pixel by pixel (`segment`).
+
+    Attributes:
+        labels: of the maps.
+        intersection, union: of what a map says and the mask, in pixels: of the background, and of the object.
+        precision: average precision in each image.
+        pixels: of an image.
+    """
+
+    labels: tuple[str, ...]
+    intersection: Float[Tensor, "map batch 2"]
+    union: Float[Tensor, "map batch 2"]
+    precision: Float[Tensor, "map batch"]
+    pixels: int
+
+    @property
+    def scores(self) -> Float[Tensor, "map measure"]:
+        """Of each map, the three `MEASURES`."""
+        return self._scores(torch.ones(1, len(self), dtype=torch.float64))[0]
+
+    def intervals(self, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "2 map measure"]:
+        """95 % intervals, low and high: percentiles over bootstrap draws of the images.
+
+        Args:
+            draws: how many.
+            seed: of the draws.
+        """
+        return self._drawn(draws, seed).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+
+    def difference(self, a: str, b: str, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "3 measure"]:
+        """Scores of one map less those of another, and the 95 % interval over draws of the same images for both.
+
+        Raises:
+            ValueError: there is no such map.
+        """
+        first, second = self.labels.index(a), self.labels.index(b)
+        drawn = self._drawn(draws, seed)
+        ends = (drawn[:, first] - drawn[:, second]).quantile(
+            torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0
+        )
+        return torch.cat([(self.scores[first] - self.scores[second])[None], ends])
+
+    def _drawn(self, draws: int, seed: int) -> Float[Tensor, "draw map measure"]:
+        n, generator = len(self), torch.Generator().manual_seed(seed)
+        counts = torch.zeros(draws, n, dtype=torch.float64)
+        chosen = torch.randint(n, (draws, n), generator=generator)
+        return self._scores(counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64)))
+
+    def _scores(self, counts: Float[Tensor, "draw batch"]) -> Float[Tensor, "draw map measure"]:
+        """With each image as often as it is drawn."""
+        both, either = (
+            torch.einsum("db,mbc->dmc", counts, x.double()) for x in (self.intersection, self.union)
+        )
+        precision = torch.einsum("db,mb->dm", counts, self.precision.double()) / counts.sum(1, keepdim=True)
+        accuracy = both.sum(2) / (counts.sum(1, keepdim=True) * self.pixels)
+        return torch.stack([accuracy, (both / either.clamp_min(1)).mean(2), precision], dim=2)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a map and measure: score with the ends of its interval."""
+        import pandas as pd
+
+        low, high = self.intervals().flatten(1).tolist()
+        names = [(label, measure) for label in self.labels for measure in MEASURES]
+        columns = {"map": [n for n, _ in names], "measure": [n for _, n in names]}
+        return pd.DataFrame(columns | {"score": self.scores.flatten().tolist(), "low": low, "high": high})
+
+    def figure(self) -> go.Figure:
+        """One row a map, a panel a measure, with 95 % intervals over images."""
+        from decompclip.figures.scatter import Panel, Point, point_panels
+
+        frame, panels = self.to_frame(), []
+        for measure in MEASURES:
+            rows = frame[frame["measure"] == measure]
+            ends = zip(rows["score"], rows["low"], rows["high"], strict=True)
+            panels.append(
+                Panel(measure, "%", {"all images": [Point(*(100 * x for x in row)) for row in ends]})
+            )
+        return point_panels(self.labels, panels)
+
+    def __len__(self) -> int:
+        return self.intersection.shape[1]
+
+    def __repr__(self) -> str:
+        best = int(self.scores[:, 2].argmax())
+        return f"Segmentation({len(self.labels)} maps, {len(self)} images; highest AP {self.labels[best]})"
+
+
+def box_masks(boxes: Int[Tensor, "batch 4"], height: int, width: int) -> Bool[Tensor, "batch h w"]:
+    """Masks of boxes, each its left, top, right and bottom pixel, which belong to it.
+
+    Args:
+        boxes: one an image.
+        height, width: of the images.
+
+    Raises:
+        ValueError: a box that is empty, or not within the image.
+    """
+    left, top, right, bottom = boxes.T[..., None]
+    within = (
+        (left >= 0) & (top >= 0) & (left <= right) & (top <= bottom) & (right < width) & (bottom < height)
+    )
+    if not within.all():
+        worst = int((~within[:, 0]).nonzero()[0])
+        raise ValueError(
+            f"expected boxes left, top, right, bottom within {height} x {width} pixels; received {boxes[worst].tolist()} of "
+            f"image {worst}; give boxes at the size of the masks"
+        )
+    x, y = torch.arange(width), torch.arange(height)
+    columns, rows = (x >= left) & (x <= right), (y >= top) & (y <= bottom)
+    return rows[:, :, None] & columns[:, None]
+
+
+def segment(
+    maps: Mapping[str, Float[Tensor, "batch row column"]], masks: Bool[Tensor, "batch h w"]
+) -> Segmentation:
+    """Score maps as segmentations: what of an image do they call the object?
+
+    As Chefer, Gur and Wolf (CVPR 2021) and Gandelsman, Efros and Steinhardt (ICLR 2024) have it. A map is enlarged to
+    the image, bilinearly, and brought to 0..1; pixels above its mean are the object. Pixel accuracy counts all pixels of all
+    images; the IoU of the object, and of the background, are those of all images together, of which the mean is taken. The
+    average precision ranks the pixels of an image by the map for the object, and by one less the map for the background; of it
+    the mean over images.
+
+    Args:
+        maps: of the same images, by name: patches, such as `TokenMaps.patches` of one map.
+        masks: True on the object, at any size.
+
+    Returns:
+        The scores, map by map.
+
+    Raises:
+        ValueError: no maps or images, maps that are not finite, or maps and masks of other numbers of images.
+    """
+    from sklearn.metrics import average_precision_score
+
+    if not maps or not len(masks) or any(len(x) != len(masks) for x in maps.values()):
+        sizes = {name: len(x) for name, x in maps.items()}
+        raise ValueError(
+            f"expected a map for each of {len(masks)} masks, at least one; received {sizes or 'no maps'}"
+        )
+    both, either, precision = [], [], []
+    sides = torch.stack([~masks, masks], dim=-1)  # [batch h w side]
+    for name, of_map in maps.items():
+        if not of_map.isfinite().all():
+            raise ValueError(f"expected finite maps; received nan or inf in {name!r}; leave those images out")
+        large = functional.interpolate(of_map[:, None].double(), masks.shape[1:], mode="bilinear")[:, 0]
+        low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
+        level = (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny)
+        said = level > level.mean((1, 2), keepdim=True)
+        says = torch.stack([~said, said], dim=-1)
+        both.append((says & sides).sum((1, 2)))
+        either.append((says | sides).sum((1, 2)))
+        ranked = torch.stack([1 - level, level], dim=-1).flatten(1).numpy()
+        precision.append(
+            [average_precision_score(t, s) for t, s in zip(sides.flatten(1).numpy(), ranked, strict=True)]
+        )
+    return Segmentation(
+        labels=tuple(maps),
+        intersection=torch.stack(both).double(),
+        union=torch.stack(either).double(),
+        precision=torch.tensor(precision, dtype=torch.float64),
+        pixels=masks[0].numel(),
+    )

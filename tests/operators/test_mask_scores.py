@@ -14,7 +14,7 @@ from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import heads
 from decompclip.models.bundled import card, load_bundled
 from decompclip.operators.attention import attention_maps, contribution_maps
-from decompclip.operators.mask_scores import score_masks
+from decompclip.operators.mask_scores import MEASURES, box_masks, score_masks, segment
 from decompclip.operators.tokens import TokenMaps
 
 ROWS, COLUMNS, SIDE = 3, 4, 5
@@ -167,3 +167,85 @@ def test_errors_say_what_to_do(maps: TokenMaps, masks: Tensor) -> None:
         score_masks(maps, unseen)
     with pytest.raises(ValueError, match=r"expected inside of \('touched', 'covered'\); received 'near'"):
         score_masks(maps, masks, inside="near")  # pyright: ignore[reportArgumentType]
+
+
+# Objects
+
+
+def test_segmentation_by_hand() -> None:
+    """Two masks of 4 x 4 pixels and maps of the same size, which need no enlarging: counted on paper."""
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, :2, :2] = True  # 4 pixels
+    masks[1, :, 3] = True  # 4 pixels
+    maps = torch.zeros(2, 4, 4)
+    maps[0, :2, :] = 3.0  # 8 pixels above the mean, 4 of them right
+    maps[1, :, 3] = 1.0  # as the mask
+    found = segment({"a": maps}, masks)
+    accuracy, iou, precision = found.scores[0].tolist()
+    assert accuracy == (12 + 16) / 32
+    # object: 4 + 4 of 8 + 4 pixels; background: 8 + 12 of 12 + 12
+    assert iou == pytest.approx((8 / 12 + 20 / 24) / 2)
+    # image 0 at level 1: 8 pixels as object (4 right), 8 as background (8 right): 12 of 16; at level 0 all 16 of 32
+    assert precision == pytest.approx(((12 / 16 * 12 / 16 + 4 / 16 * 16 / 32) + 1) / 2)
+
+
+def test_segmentation_beside_plain_loops() -> None:
+    draws = torch.Generator().manual_seed(3)
+    masks = torch.rand(5, 12, 8, generator=draws) > 0.6
+    maps = torch.randn(5, 3, 2, generator=draws)
+    found = segment({"x": maps, "y": -maps}, masks)
+    right, both, either, precision = 0, [0, 0], [0, 0], []
+    for one, mask in zip(maps, masks, strict=True):
+        large = torch.nn.functional.interpolate(one[None, None].double(), (12, 8), mode="bilinear")[0, 0]
+        level = (large - large.min()) / (large.max() - large.min())
+        pairs = []
+        for y in range(12):
+            for x in range(8):
+                said, true = bool(level[y, x] > level.mean()), bool(mask[y, x])
+                right += said == true
+                for side in (0, 1):
+                    both[side] += said == true == bool(side)
+                    either[side] += said == bool(side) or true == bool(side)
+                pairs += [(float(1 - level[y, x]), not true), (float(level[y, x]), true)]
+        total = 0.0
+        for rank in {rank for rank, _ in pairs}:  # equal ranks stand or fall together
+            above = [true for other, true in pairs if other >= rank]
+            total += sum(true for other, true in pairs if other == rank) * sum(above) / len(above)
+        precision.append(total / sum(true for _, true in pairs))
+    expected = [
+        right / (5 * 96),
+        sum(b / e for b, e in zip(both, either, strict=True)) / 2,
+        sum(precision) / 5,
+    ]
+    torch.testing.assert_close(found.scores[0].tolist(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_intervals_of_segmentation_are_over_images() -> None:
+    draws = torch.Generator().manual_seed(4)
+    masks = torch.rand(40, 6, 6, generator=draws) > 0.5
+    good = masks.float() + torch.rand(40, 6, 6, generator=draws)
+    found = segment({"good": good, "noise": torch.rand(40, 6, 6, generator=draws)}, masks)
+    low, high = found.intervals(draws=500)
+    assert (low < found.scores).all() and (found.scores < high).all()
+    spread = found.precision.std(1) / 40**0.5
+    torch.testing.assert_close((high - low)[:, 2], 2 * 1.96 * spread, rtol=0.2, atol=0.0)
+    value, least, most = found.difference("good", "noise", draws=500)
+    assert (
+        (least > 0).all() and torch.equal(value, found.scores[0] - found.scores[1]) and (most > value).all()
+    )
+    assert len(found.to_frame()) == 2 * len(MEASURES) and found.figure().data and "good" in repr(found)
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_boxes_and_what_segmentation_refuses() -> None:
+    masks = box_masks(torch.tensor([[0, 0, 0, 0], [1, 2, 3, 2]]), 3, 4)
+    assert masks[0].nonzero().tolist() == [[0, 0]] and masks[1].nonzero().tolist() == [[2, 1], [2, 2], [2, 3]]
+    for box in ([0, 0, 4, 1], [2, 0, 1, 1], [0, -1, 1, 1]):
+        with pytest.raises(ValueError, match=r"within 3 x 4 pixels; received .* of image 0"):
+            box_masks(torch.tensor([box]), 3, 4)
+    with pytest.raises(ValueError, match="a map for each of 2 masks"):
+        segment({"a": torch.rand(3, 2, 2)}, masks)
+    with pytest.raises(ValueError, match="no maps"):
+        segment({}, masks)
+    with pytest.raises(ValueError, match="nan or inf in 'a'"):
+        segment({"a": torch.full((2, 2, 2), torch.nan)}, masks)
