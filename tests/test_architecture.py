@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "report": f"{MEASURED} audit figures public",
     "explorer": f"{BELOW} operators figures",
     "cli": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures report public",
+    "__main__": "cli",
     "__init__": f"{MEASURED} attacks training defenses audit diagnosis report explorer",
     "analyses": f"{MEASURED} attacks training defenses zoo audit diagnosis bench figures explorer public",
 }

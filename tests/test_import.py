@@ -21,7 +21,7 @@ from decompclip.api import still_found
 from decompclip.cli import app
 
 HEAVY = ("torch", "transformer_lens", "open_clip", "plotly", "pandas")
-HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip.cli', run_name='__main__')"
+HELP = "sys.argv = ['decompclip', '--help']; runpy.run_module('decompclip', run_name='__main__')"
 PROBE = """
 import atexit, json, runpy, sys, time
 start = time.process_time()

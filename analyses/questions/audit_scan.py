@@ -79,7 +79,7 @@ def path_of(name: str, work: Path) -> str:
     pairs, options = TUNED[base]
     words = ["finetune", base, pairs, "--out", str(folder), *options, "--seed", name.rsplit("-", 1)[1]]
     if not (folder / "open_clip_model.safetensors").exists():
-        subprocess.run([sys.executable, "-m", "decompclip.cli", *words], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "decompclip", *words], check=True, stdout=sys.stderr)
     return str(folder)
 
 

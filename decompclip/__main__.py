@@ -1,4 +1,4 @@
-"""`python -m decompclip.cli`."""
+"""`python -m decompclip`, for `torchrun -m decompclip` too."""
 
 from __future__ import annotations
 
