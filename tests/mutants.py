@@ -100,8 +100,8 @@ ROWS = "the default is dim=1, the last of a matrix"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "decompclip/models/zero_shot.py",
-        "return F.normalize(sums / len(templates), dim=-1)",
-        "return F.normalize(sums / len(templates))",
+        "return F.normalize(sums, dim=-1)  # a mean's direction is its sum's",
+        "return F.normalize(sums)  # a mean's direction is its sum's",
     ): ROWS,
     (
         "decompclip/models/zero_shot.py",
@@ -143,6 +143,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "features = F.normalize(features, dim=-1) if normalize else features * length",
         "features = F.normalize(features) if normalize else features * length",
     ): ROWS,
+    (
+        "decompclip/operators/neurons.py",
+        "pooled = Rows(visual, with_mean=False)",
+        "pooled = Rows(visual, with_mean=True)",
+    ): "one hook more, of a block: those are left out in the next line",
     (
         "decompclip/operators/noise.py",
         "signs = torch.cat([d.features, d.mlps[:, -1]], 1).cpu() > 0",
@@ -228,8 +233,9 @@ SYMMETRIC = {
     "cohen_kappa_score",
     "subspace_angles",
 }
-GUARDS = {"device", "strict"}
-"""Arguments without effect on the CPU, and on lists of one length."""
+GUARDS = {"device", "stable", "strict", "encoding", "stacklevel"}
+"""Arguments without effect on the CPU (where torch sorts stably), on lists of one length, where text is UTF-8 anyway, and on
+what is computed (the line that a warning names)."""
 SIZES = {"batch_size", "block", "BATCH", "CHUNK", "KEPT"}
 """How many are worked on, or kept, at a time: one more by default, or twice as many, changes no number."""
 

@@ -7,38 +7,60 @@ from typing import Any
 
 import pytest
 
-from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.components import Components, heads, mlps
-from decompclip.decomposition.moments import Moments
+from decompclip.decomposition.capture import decompose, decompose_pool
+from decompclip.decomposition.components import Components, Joined, Part, everything, heads, mlps
+from decompclip.decomposition.maps import TermMaps
+from decompclip.decomposition.moments import Moments, check_finite
+from decompclip.decomposition.store import Store
 from decompclip.defenses.agnostic import AgnosticDet, AgnosticRep
 from decompclip.defenses.decomp import DecompDet, DecompRep
 from decompclip.defenses.distances import ComponentDistances
-from decompclip.defenses.guard import Guard
+from decompclip.defenses.guard import AtRandom, Guard
 from decompclip.defenses.selector import Selector
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.attention import attention_maps, contribution_maps, rollout
+from decompclip.operators.attribution import Attribution, attribute
 from decompclip.operators.effects import direct_and_causal
+from decompclip.operators.extract import extract
+from decompclip.operators.lens import LogitLens, logit_lens
 from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
 from decompclip.operators.naming import agreement
 from decompclip.operators.neurons import mean_neurons, neuron_terms
 from decompclip.operators.noise import RandomAblate
-from decompclip.operators.patching import activation_patching, attribution_patching
+from decompclip.operators.patching import Patching, activation_patching, attribution_patching
 from decompclip.operators.probes import probe
+from decompclip.operators.retrieval import PropertyHeads, heads_for, nearest
 from decompclip.operators.roles import role_change
 from decompclip.operators.sweeps import ablation_sweep, most_damaging
 from decompclip.operators.textspan import fit_textspans, textspan, textspans
+from decompclip.operators.textspan_result import TextSpans
 from decompclip.operators.transplant import ResampleAblate, decomp_reverse
 from decompclip.tower.cache import ViTCache
+from decompclip.tower.config import ViTConfig
 from decompclip.tower.convert import convert_open_clip
 
 BOTH = heads | mlps
 SPANS = {"n_texts": 20, "centred": False, "rank": "auto", "tolerance": None}
 
+# A tower's: what its variant has is said by its name.
+PLAIN = dict.fromkeys(("gated", "mlp_norm", "mlp_norm_in", "attn_norm", "layer_scale", "patch_bias"), False)
+PLAIN |= dict.fromkeys(("relative_position", "pool_norm", "proj_bias"), False)
+SHAPE = {"ln_eps": 1e-5, "ln_pre": True, "n_prefix": 1, "pos": True, "projection": True, "pool_prefix": True}
+SHAPE |= {"pool_heads": 0, "pool_queries": 1, "d_pool": 0, "pool_mlp": 0}
+
 LABELLED = {"apply_ln": False, "mlp_input": False, "return_labels": False}
 
 DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
+    (ViTConfig, PLAIN | SHAPE),
     (decompose, {"normalize": False, "convention": "centred"}),
+    (decompose_pool, {"normalize": False, "tokens": False}),
+    (Components.resolve, {"pool": False, "d_mlp": 0}),
+    (Part.resolve, {"pool": False, "d_mlp": 0}),
+    (Joined.resolve, {"pool": False, "d_mlp": 0}),
+    (TermMaps, {"extras": 0}),
+    (Store, {"check": True}),
+    (check_finite, {"first": 0}),
     (Moments.fit, {"normalize": False, "second": True, "stream": True}),
     (Moments.of, {"second": True}),
     (ViTCache.accumulated_resid, LABELLED | {"incl_mid": False}),
@@ -47,16 +69,33 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
         ViTCache.stack_head_results,
         {"layer": -1, "return_labels": False, "incl_remainder": False, "apply_ln": False},
     ),
+    (ViTCache.stack_neuron_results, LABELLED | {"layer": -1, "incl_remainder": False}),
+    (ViTCache.get_full_resid_decomposition, LABELLED | {"expand_neurons": True}),
+    (ViTCache.logit_attrs, {"has_batch_dim": True}),
+    (ViTCache, {"has_batch_dim": True}),
     (ViTCache.apply_ln_to_stack, {"mlp_input": False, "has_batch_dim": True, "recompute_ln": False}),
     (HookedCLIP.from_open_clip, {"copy": True}),
     (convert_open_clip, {"copy": True}),
     (HookedCLIP.encode_image, {"normalize": False}),
     (HookedCLIP.encode_text, {"normalize": False}),
     (HookedCLIP.decompose, {"normalize": False}),
+    (HookedCLIP.decompose_pool, {"normalize": False, "tokens": False}),
     (zero_shot_classifier, {"allow_duplicates": False}),
     (attention_maps, {"components": heads, "pictures": True}),
     (contribution_maps, {"components": heads, "normalize": True, "pictures": True}),
     (rollout, {"residual": 0.5, "fuse": "mean", "pictures": True}),
+    (attribute, {"components": everything, "tokens": False}),
+    (Attribution.top, {"k": 10}),
+    (Attribution.to_frame, {"images": False}),
+    *((method, {"text": 0}) for method in (Attribution.heads, Attribution.mlps, Attribution.figure)),
+    (extract, {"normalize": False, "moments_only": False}),
+    (logit_lens, {"patches": True, "normalize": True}),
+    (LogitLens.maps, {"text": 0}),
+    (nearest, {"k": 8, "centred": False}),
+    (heads_for, {"components": heads}),
+    (PropertyHeads.top, {"k": 10}),
+    (Patching.figure, {"shares": True}),
+    (TextSpans.figure, {"n_texts": 3}),
     (direct_and_causal, {"components": BOTH, "normalize": False}),
     (head_mmd, {"components": BOTH, "kernel": "unbiased", "paired": False, "seed": 0}),
     (layer_mmd, {"kernel": "unbiased", "paired": False, "seed": 0}),
@@ -86,6 +125,8 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (DecompRep.paper, {"epsilon": 0.002}),
     (DecompDet.paper, {"epsilon": 0.002}),
     (Guard.encode_image, {"normalize": False}),
+    (Guard.check, {"normalize": False}),
+    (AtRandom, {"seed": 0}),
     (Selector, {"epsilon": 0.002, "quantile": 0.05, "components": heads[-1]}),
 ]
 

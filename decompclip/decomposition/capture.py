@@ -78,10 +78,8 @@ def decompose(
     # Others' hooks may hold something for each image of the batch: it must stay whole.
     free = not any(hooked(module) for module in visual.modules())
     held = _held(visual, images, kept) if free and images.ndim == 4 else 0
-    parts = [images]
-    if held and len(images) > 1:
-        slices = list(pieces(len(images), held, room(visual.device)))
-        parts = [images[piece] for piece in slices] if len(slices) > 1 else parts
+    slices = pieces(len(images), held, room(visual.device)) if held else ()
+    parts = [images[piece] for piece in slices] or [images]
     return Decomposition.cat(
         [_decompose(visual, part, convention, normalize, kept, tolerance) for part in parts]
     )

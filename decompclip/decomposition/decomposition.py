@@ -224,7 +224,8 @@ class Decomposition:
         with full_precision(self.embed):
             terms, maps = self.token_terms, self.maps
             towards = directions.to(self.coords.dtype)
-            if maps.tokens is not None and maps.out is not None:
+            if maps.direct:
+                assert maps.tokens is not None and maps.out is not None
                 read = torch.einsum("kqem,qmd,bd->bkqe", terms.of_kept(maps.tokens), maps.out, towards)
             else:
                 heads = terms.of_kept(maps.heads)[:, : maps.d_head]
@@ -268,7 +269,7 @@ class Decomposition:
             # head by head: so they lie, and each head has one product for all images
             weights = (terms.attention * terms.scale[..., None]).permute(1, 0, 3, 2).contiguous()
             values = terms.values.transpose(0, 1)
-            width = values[0].numel() * weights.shape[3] * values.element_size() if len(values) else 0
+            width = values[0].numel() * weights.shape[3] * values.element_size()
             parts = []
             for piece in pieces(len(values), width, temporary(values.device)):
                 x = weights[piece, ..., None] * values[piece, :, :, None]
@@ -289,7 +290,8 @@ class Decomposition:
     ) -> Float[Tensor, "kept_head coord out"]:
         """From what the pooling's heads read of a head's z to the joint space, or on to texts."""
         maps = self.maps
-        if maps.tokens is not None and maps.out is not None:
+        if maps.direct:
+            assert maps.tokens is not None and maps.out is not None
             out = maps.out if text is None else maps.out @ text
             return (terms.of_kept(maps.tokens) @ out).flatten(1, 2)
         written = terms.of_kept(maps.heads)
@@ -494,8 +496,7 @@ def by_shards(method: F) -> F:
 
     @wraps(method)
     def run(self: Any, d: Decomposition, *args: Any, **options: Any) -> Tensor:
-        parts = [method(self, part, *args, **options) for part in d.shards()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([method(self, part, *args, **options) for part in d.shards()])
 
     return cast(F, run)
 
@@ -543,7 +544,7 @@ def _in_order(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         assert len(text) == length, "the same header in another order"
         file.seek(8)
         file.write(text)

@@ -286,12 +286,13 @@ class TermMaps:
 
     def to(self, *args: Any, **kwargs: Any) -> TermMaps:
         """On another device or in another dtype, as `torch.Tensor.to`; itself where nothing changes."""
-        names = [name for name in ("bias", "tokens", "out") if getattr(self, name) is not None]
         # The identity is a view of one, not a copy a head.
-        head = self.heads[0, 0] if self.direct else self.heads
-        moved = {"heads": head.to(*args, **kwargs)}
-        moved |= {name: getattr(self, name).to(*args, **kwargs) for name in names}
-        if moved["heads"] is head and all(moved[name] is getattr(self, name) for name in names):
+        own: dict[str, Any] = {"heads": self.heads[0, 0] if self.direct else self.heads, "bias": self.bias}
+        own |= {"tokens": self.tokens, "out": self.out}
+        moved: dict[str, Any] = {
+            name: None if x is None else x.to(*args, **kwargs) for name, x in own.items()
+        }
+        if all(moved[name] is x for name, x in own.items()):
             return self
         moved["heads"] = moved["heads"].expand(self.heads.shape)
         return replace(self, **moved)
@@ -397,7 +398,8 @@ def _build(visual: HookedViT, convention: Convention) -> Frozen:
     if read.out is not None:
         tokens = torch.einsum("lhed,qdp->lhqep", write.W, into)
         eye = torch.eye(visual.cfg.d_embed).to(write.W).expand(*write.W.shape[:2], -1, -1)
-        return Frozen(read, write, into, TermMaps(eye, bias, names, convention, 0, tokens, read.out, mark))
+        maps = TermMaps(eye, bias, names, convention, tokens=tokens, out=read.out, fingerprint=mark)
+        return Frozen(read, write, into, maps)
     heads, extras = write.W @ into[0], write.W.new_empty(0)
     if convention == "paper":
         extras = _extras(visual, read, write)

@@ -96,7 +96,9 @@ def write_shard(
 
 def _miss(read: Tensor, x: Tensor) -> float:
     """Largest miss, as a share of the largest entry."""
-    return float((read - x).abs().max() / x.abs().max().clamp_min(1e-30)) if x.numel() else 0.0
+    if not x.numel():
+        return 0.0
+    return float((read - x).abs().max() / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,7 +205,8 @@ def _kept(name: str) -> Any:
     def whole(self: Store) -> Tensor:
         return self._whole(name)
 
-    return property(whole, doc=f"The images' `{name}`, all read; a slice of the store reads less.")
+    whole.__doc__ = f"The images' `{name}`, all read; a slice of the store reads less."
+    return property(whole)
 
 
 class Store(Decomposition):
@@ -265,7 +268,7 @@ class Store(Decomposition):
         vars(self).update(known)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return sum(shard["images"] for shard in self._shards)
 
     @property
     def has_pool(self) -> bool:

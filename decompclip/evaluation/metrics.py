@@ -200,13 +200,13 @@ def auroc_interval(
     """
     clean, suspect = _scores(clean_scores, "clean"), _scores(suspect_scores, "suspect")
     ranks = rankdata(np.concatenate([clean, suspect]))
-    # The share of the other side that each image stands on the right side of.
-    of_clean = 1 - (ranks[: len(clean)] - rankdata(clean)) / len(suspect)
+    # The share of the other side below each image: its variance is that of the share above.
+    of_clean = (ranks[: len(clean)] - rankdata(clean)) / len(suspect)
     of_suspect = (ranks[len(clean) :] - rankdata(suspect)) / len(clean)
     area = float(of_suspect.mean())
     variance = sum(v.var(ddof=1) / len(v) for v in (of_clean, of_suspect) if len(v) > 1)
     trials = most = 2 * min(len(clean), len(suspect))
-    if variance and 0 < area < 1:
+    if variance:
         trials = area * (1 - area) / variance
     if trials > most:
         squares = np.concatenate([((v - v.mean()) / len(v)) ** 2 for v in (of_clean, of_suspect)])

@@ -131,7 +131,7 @@ def zero_shot_classifier(
                 sums = features.new_zeros(len(class_names), features.shape[1])
             sums = sums.index_add(0, rows[:, 1], features[rows[:, 0]])
         assert sums is not None
-        return F.normalize(sums / len(templates), dim=-1)
+        return F.normalize(sums, dim=-1)  # a mean's direction is its sum's
 
 
 def _fill(template: Template, name: str) -> str:

@@ -248,7 +248,7 @@ def test_a_permuted_batch_gives_permuted_terms(tower: HookedViT, images: Tensor)
     mask = torch.tensor([True, False, False, True, False])
     assert torch.equal(d[mask].embed, d.embed[[0, 3]])
     assert len(d[mask]) == 2
-    assert len(d[:0]) == 0
+    assert len(d[:0]) == d[:0].sum_error == 0
     with pytest.raises(IndexError, match=r"expected an image in 0\.\.4; received 5"):
         d[5]
 
@@ -263,7 +263,7 @@ def test_a_saved_decomposition_stands_alone(
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["d.safetensors"]
     assert torch.equal(again.features, d.features)
     assert (again.convention, again.normalized, again.sum_error) == (convention, normalize, d.sum_error)
-    assert again.maps.bias_names == d.maps.bias_names
+    assert (again.maps.bias_names, again.maps.extras) == (d.maps.bias_names, d.maps.extras)
     if tokens:
         assert torch.equal(again.tokens(-1, 2), d.tokens(-1, 2))
     else:

@@ -41,6 +41,7 @@ def test_moments_are_means_and_covariances(tower: HookedViT, convention) -> None
     torch.testing.assert_close(moments.coords, d.coords.double().mean(0))
     torch.testing.assert_close(moments.heads, d.heads.double().mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(moments.features, d.features.double().mean(0), rtol=1e-4, atol=1e-6)
+    assert moments.scatter is not None and set(moments.scatter) == {"coords", "mlps", "embed", "pool"}
     x = d.mlps[:, 1].double()
     torch.testing.assert_close(moments.covariance("mlps")[1], torch.cov(x.T, correction=0))
 

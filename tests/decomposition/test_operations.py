@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from analyses.benchmarks.benchmark_towers import counts
-from decompclip.decomposition import maps
-from decompclip.decomposition.capture import decompose
+from decompclip.decomposition import decomposition, maps
+from decompclip.decomposition.capture import _held, decompose
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.terms import AttentionCapture, Rows
 from decompclip.operators.attention import contribution_maps
 from decompclip.tower.vit import HookedViT
 
@@ -48,18 +50,46 @@ def test_little_memory_makes_parts_and_changes_nothing(
     visual: HookedViT, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = torch.randn(7, visual.cfg.d_embed, generator=torch.Generator().manual_seed(3))
+    budgets: list[tuple[int, int]] = []
+    of_pieces = decomposition.pieces
+
+    def pieces(count: int, size: int, budget: int) -> Any:
+        budgets.append((count, size))
+        return of_pieces(count, size, budget)
 
     def found() -> tuple[Decomposition, torch.Tensor]:
         d = decompose(visual, images, tokens=True)
         return d, torch.stack([maps.patches for maps in contribution_maps(d, texts)])
 
     whole, maps = found()
+    for where in ("capture", "decomposition"):
+        monkeypatch.setattr(f"decompclip.decomposition.{where}.pieces", pieces)
     for where in ("capture.room", "decomposition.temporary"):
         monkeypatch.setattr(f"decompclip.decomposition.{where}", lambda device: 1)
     monkeypatch.setattr("decompclip.operators.attention.room", lambda device: 1)
     parts, again = found()
     torch.testing.assert_close(parts.coords, whole.coords)
     torch.testing.assert_close(again, maps, rtol=1e-4, atol=1e-5)
+    assert whole.token_terms is not None
+    # Of the 48 heads, what the products of one take with all images.
+    one = whole.token_terms.scale.shape[2] * whole.token_terms.values[:, 0].nbytes
+    assert (48, one) in budgets
+
+
+@torch.no_grad()
+def test_what_a_run_holds_of_an_image_is_told(visual: HookedViT, images: torch.Tensor) -> None:
+    kept = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) < 0.3
+    rows, attention = Rows(visual, with_mean=False), AttentionCapture(visual, kept)
+    with visual.hooks(fwd_hooks=rows.hooks() + attention.hooks()):
+        visual(images)
+    streams = [rows.seen["blocks.0.hook_resid_pre"], *(x for kind in rows._writes.values() for x in kind)]
+    held = sum(x.nbytes for x in streams) if rows.each else 0
+    assert _held(visual, images, None) == held / len(images)
+    if not attention.single:
+        held += attention.seen["q"].nbytes + attention.seen["k"].nbytes
+    assert _held(visual, images, kept) == held / len(images)
+    if not rows.each:  # a row alone, and no view that keeps all of them
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in rows.seen.values())
 
 
 def test_a_batch_stays_whole_under_hooks_that_hold_something_of_each_image(

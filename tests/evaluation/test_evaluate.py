@@ -172,7 +172,7 @@ def test_a_figure_has_every_rate_of_every_class() -> None:
         rates = [getattr(row, bars.name).value for row in result.per_class]
         assert list(bars.x) == pytest.approx(rates, nan_ok=True)
     assert list(plot.layout.yaxis.ticktext) == NAMES and list(plot.layout.xaxis.range) == [0, 1]
-    assert plot.layout.xaxis.tickformat == ".0%"
+    assert (plot.layout.xaxis.title.text, plot.layout.xaxis.tickformat) == ("share of images", ".0%")
     plain: Any = evaluate(CornerReader(), Coloured(), CLASSIFIER, class_names=NAMES).figure()
     assert [list(bars.x) for bars in plain.data] == [[row.accuracy.value for row in result.per_class]]
 

@@ -123,8 +123,8 @@ def test_predict_ignores_the_features_length_and_mixes_precisions() -> None:
 def test_predict_refuses_other_widths_and_nan() -> None:
     with pytest.raises(ValueError, match=r"width 4; received one of width 5; build it with the text tower"):
         predict(torch.zeros(2, 4), torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="received nan for 1 of 2 images; run the model in float32"):
-        predict(tensor([[math.nan], [1.0]]), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="received nan for 2 of 3 images; run the model in float32"):
+        predict(tensor([[math.nan], [1.0], [math.nan]]), torch.ones(3, 1))
 
 
 def test_accuracy_by_hand() -> None:
@@ -205,6 +205,11 @@ def test_wrong_input_is_named(predictions: Tensor, labels: Tensor, target: int, 
     for pair in ((CLEAN, LABELS, predictions, labels), (predictions, labels, CLEAN, LABELS)):
         with pytest.raises(ValueError, match=words):
             attack_report(*pair, target, n_classes=3)
+    if target == 2:
+        with pytest.raises(ValueError, match=words):
+            clean_accuracy(predictions, labels)
+        with pytest.raises(ValueError, match=words):
+            per_class_accuracy(predictions, labels, 3)
 
 
 def test_labels_past_the_classes_are_named() -> None:
@@ -343,6 +348,6 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
     with pytest.raises(ValueError, match="scores of clean and of suspect images; received no suspect ones"):
         auroc(torch.ones(3), torch.ones(0))
     with pytest.raises(
-        ValueError, match="finite scores; received 1 infinite or nan among 2 clean ones; leave"
+        ValueError, match="finite scores; received 1 infinite or nan among 3 clean ones; leave"
     ):
-        auroc_interval(tensor([math.inf, 0.0]), torch.ones(3))
+        auroc_interval(tensor([math.inf, 0.0, 1.0]), torch.ones(3))

@@ -106,7 +106,10 @@ def test_what_stands_behind_the_end_is_left_out(pooling: dict) -> None:
     for row, end in enumerate((4, 9, 6)):
         tokens[row, end], tokens[row, end + 1 :] = 49, 0
     assert causal(text)
-    torch.testing.assert_close(encode_prompts(text, tokens), text.encode_text(tokens))
+    expected, lengths = text.encode_text(tokens), []
+    text.transformer.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    torch.testing.assert_close(encode_prompts(text, tokens), expected)
+    assert lengths == [10]
     text.context_length = 32  # nothing much to leave out
     assert not causal(text)
 

@@ -231,10 +231,26 @@ def test_figures_show_the_numbers(stars: Attribution, terms: Decomposition, mode
     drawn = {name[0]: x for bar in plot.data for name, x in zip(bar.customdata, bar.x, strict=True)}
     assert len(drawn) == 21 and drawn.pop("all others and constants") == pytest.approx(float(top.rest.mean()))
     assert drawn == pytest.approx(dict(zip(top.labels, top.mean[:, 0].tolist(), strict=True)))
-    grid: Any = stars.figure("map").data[0]
+    assert "a star: " in plot.layout.title.text and "mean of 12 images" in plot.layout.title.text
+    assert (
+        plot.layout.xaxis.title.text == "contribution to the cosine"
+        and plot.data[0].error_x.array is not None
+    )
+    cells: Any = stars.figure("map")
+    grid, beside = cells.data
     assert torch.equal(torch.tensor(grid.z), stars.heads())
-    table: Any = attribute(terms, encode_texts(model, TEXTS)).figure().data[0]
-    assert list(table.x) == TEXTS and len(table.y) == 20
+    assert torch.equal(torch.tensor(grid.customdata), stars._cells(stars.error, 0)[0])
+    assert torch.equal(torch.tensor(beside.customdata)[:, 0], stars._cells(stars.error, 0)[1])
+    assert cells.layout.title.text == plot.layout.title.text
+    assert cells.layout.coloraxis.cmin == -cells.layout.coloraxis.cmax
+    several: Any = attribute(terms, encode_texts(model, TEXTS))
+    drawn_table: Any = several.figure()
+    (table,) = drawn_table.data
+    assert list(table.x) == TEXTS and len(table.y) == 20 and drawn_table.layout.xaxis.side == "top"
+    assert torch.equal(torch.tensor(table.customdata), several.top(20).error)
+    assert drawn_table.layout.coloraxis.cmin == -drawn_table.layout.coloraxis.cmax
+    for drawn_colours in (cells, drawn_table):
+        assert drawn_colours.layout.coloraxis.colorbar.title.text == "contribution to the cosine"
     assert "a star" in repr(stars) and "rest" not in stars.top(2)._repr_html_()[:40]
 
 

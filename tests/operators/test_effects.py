@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -204,6 +204,10 @@ def test_the_result_speaks(effects: Effects) -> None:
         "Effects(16 parts on the logit difference, 5 images; correlation of direct"
     )
     assert "embed" in effects._repr_html_()
+    pair = dict.fromkeys(("direct_error", "causal_error", "difference_error"), torch.zeros(2))
+    opposed = {"direct": torch.tensor([1.0, 2.0]), "causal": torch.tensor([4.0, 3.0])}
+    two = replace(effects, parts=effects.parts[:2], **pair, **opposed)
+    assert two.correlation == pytest.approx(-1)
     assert effects.intervention.startswith("MeanAblate(heads[0, 0], Moments(16 images")
     markers = [trace for trace in effects.figure().data if trace.mode == "markers+text"]  # type: ignore[union-attr]
     assert [len(trace.x) for trace in markers] == [12, 3, 1]  # type: ignore[union-attr]
@@ -212,6 +216,11 @@ def test_the_result_speaks(effects: Effects) -> None:
     plots: list[Any] = [effects.figure(mode=mode) for mode in modes]
     (top,) = {plot.layout.coloraxis.cmax for plot in plots}  # one scale: they are to be compared
     assert plots[1].layout.coloraxis.cmin == -top
+    axes: Any = effects.figure().layout
+    assert axes.xaxis.title.text == "direct effect on the logit difference"
+    assert axes.yaxis.title.text == "causal effect"
+    units = {plot.layout.coloraxis.colorbar.title.text for plot in plots}
+    assert units == {f"{m}{'' if m == 'difference' else ' effect'} (logit difference)" for m in modes}
     cells = torch.cat([x.flatten() for m in modes for x in (effects.heads(m), effects.mlps(m))])
     assert top == float(cells.abs().max())
     grid = plots[modes.index("causal")].data[0]

@@ -195,7 +195,8 @@ def test_what_a_narrow_type_costs_is_measured(model: HookedCLIP, tmp_path: Path,
         assert errors[name] == pytest.approx(max(float(e.abs().max() / p.abs().max()) for e, p in parts))
     d = store[:]
     assert d.sum_error == pytest.approx(errors["features"]) and 1e-5 < d.sum_error < 1e-2
-    assert errors["features before"] < 1e-5 and whole.manifest["errors"]["coords"] == 0
+    assert errors["features before"] < 1e-5 and errors["pool"] == 0
+    assert whole.manifest["errors"]["coords"] == 0
     ablation_sweep(store, Moments.of(store), torch.randn(3, store.d_embed))
 
 
@@ -326,6 +327,12 @@ def test_terms_that_do_not_fit_the_memory_are_refused(built: Path, monkeypatch: 
     monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Little)
     with pytest.raises(MemoryError, match="all coords of .* take .* GB.*read a slice at a time"):
         Store(built).coords
+    Little.available = 4 * 150 * Store(built).maps.heads[..., 0].numel()
+    assert Store(built).coords.nbytes == Little.available  # it just fits
+    Little.available -= 1
+    with pytest.raises(MemoryError, match="all coords of"):
+        Store(built).coords
+    Little.available = 1000
     with pytest.raises(MemoryError, match="all features of .* take .* GB.*read a slice at a time"):
         Store(built).features
 
@@ -356,8 +363,14 @@ def test_all_terms_take_their_own_memory_and_no_more(model: HookedCLIP, tmp_path
 def test_moments_alone_are_those_of_the_terms(
     model: HookedCLIP, built: Path, tmp_path: Path, normal: Tensor
 ) -> None:
-    moments = extract(model, IMAGES, tmp_path / "m", normalize=True, moments_only=True, **SIZES)
+    said: list[str] = []
+    moments = extract(
+        model, IMAGES, tmp_path / "m", normalize=True, moments_only=True, log=said.append, **SIZES
+    )
     assert isinstance(moments, Moments)
+    told = re.match(r"150 images take ([\d.]+) MB \(whatever the number of images\) in 4 shards", said[0])
+    size = (tmp_path / "m" / MOMENTS).stat().st_size
+    assert told and float(told[1]) == pytest.approx(2 * size / 1e6, rel=0.03)  # the old one, and the new
     store = Moments.of(Store(built))
     assert moments.count == store.count == 150
     for name in TERMS:

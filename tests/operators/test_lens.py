@@ -113,7 +113,11 @@ def test_the_table_and_the_figures_show_the_numbers(
     many: Any = logit_lens(
         model, images_of[:1], [f"a {x} star" for x in ("red", "green", "blue")] * 3
     ).figure()
-    assert torch.tensor(many.data[0].z).shape == (7, 9)
+    assert torch.tensor(many.data[0].z).shape == (7, 9) and many.layout.yaxis.autorange is True
+    assert many.layout.yaxis.title.text == "after block"
+    assert many.layout.coloraxis.cmin == -many.layout.coloraxis.cmax
+    assert many.layout.coloraxis.colorbar.title.text == drawn.layout.yaxis.title.text == lens._unit
+    assert f"{lens._unit}<br>toward a ring" in str(maps.to_dict())
     assert "7 depths, 3 texts, 5 images, patch by patch" in repr(lens)
 
 

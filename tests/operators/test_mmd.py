@@ -316,14 +316,23 @@ def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     assert plot.layout.coloraxis.cmax == pytest.approx(float(found.values.abs().max()))
     np.testing.assert_array_equal(traces[0].customdata, replace(found, values=found.adjusted).heads.numpy())
     assert "adjusted p" in traces[0].hovertemplate
+    assert plot.layout.coloraxis.colorbar.title.text == "MMD² (unbiased)"
     grids = [trace.z for trace in traces if trace.type == "heatmap"]
     np.testing.assert_array_equal(grids[0], found.heads.numpy())
     np.testing.assert_array_equal(grids[1][:, 0], found.mlps.numpy())
     marked = [trace for trace in traces if trace.type == "scatter"]
     assert sum(len(trace.x) for trace in marked) == len(found.significant())
+    ends = replace(found, adjusted=torch.where(torch.arange(len(found)) % 2 > 0, 0.05, 0.051))
+    drawn: Any = ends.figure()
+    ringed = [trace for trace in drawn.data if trace.type == "scatter"]
+    assert sum(len(trace.x) for trace in ringed) == len(ends.significant()) == len(found) // 2
+    values = [found[part] for part in ends.significant()]
+    assert values == sorted(values, reverse=True)
     layers = layer_mmd(a, b, permutations=39)
+    assert layers.heads.isnan().all() and torch.equal(layers.mlps, layers.values[3:])
     plot = layers.figure()
     curves = plot.data
+    assert (plot.layout.xaxis.title.text, plot.layout.yaxis.title.text) == ("layer", "MMD² (unbiased)")
     low, high = plot.layout.yaxis.range
     assert low <= min(float(layers.values.min()), 0) and float(layers.values.max()) < high
     assert high < 1.5 * float(layers.values.max())

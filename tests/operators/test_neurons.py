@@ -161,6 +161,8 @@ def test_neuron_terms_are_a_table_and_bars(make_tower: Callable[..., HookedViT],
         assert sorted(bars.x) == pytest.approx(sorted(frame["length"]))
         largest: Any = list(terms.figure().data)[1]
         assert sorted(largest.x) == pytest.approx(sorted(frame["largest"]))
+        layout: Any = terms.figure().layout
+        assert layout.xaxis.title.text == "length of the term"
         assert "4 neurons, 5 images" in terms._repr_html_()
 
 

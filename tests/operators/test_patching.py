@@ -228,6 +228,10 @@ def test_results_are_tables_and_maps(
     assert len(path.to_frame()) == 4 + 2
     plot = path.figure()
     assert isinstance(plot, go.Figure) and "heads[1, 0]" in str(plot.layout.title.text)  # pyright: ignore
+    words = "change of the score"
+    assert plot.layout.coloraxis.colorbar.title.text == words  # pyright: ignore
+    titles = [result.figure(shares=s).layout.coloraxis.colorbar.title.text for s in (True, False)]  # pyright: ignore
+    assert titles == ["share of the gap", words]
     assert plot.layout.coloraxis.cmin == -plot.layout.coloraxis.cmax  # pyright: ignore
     assert repr(path) == "PathPatching(heads[1, 0] to 6 receivers, 5 images)"
 

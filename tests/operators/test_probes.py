@@ -167,6 +167,11 @@ def test_what_all_texts_name_says_nothing() -> None:
     assert against.property == "texture"
 
 
+def test_a_longer_value_comes_before_the_one_that_it_begins_with() -> None:
+    found = named_property(["a red star"], {"thing": ["red", "red star"], "colour": ["blue"]})
+    assert found.values["thing"] == ("red star",)
+
+
 def test_a_naming_speaks() -> None:
     found = named_property(
         ["a small red circle", "RED stars"], PROPERTIES, pool=["red", "blue", "no word of it"]
@@ -181,6 +186,7 @@ def test_a_naming_speaks() -> None:
     assert plot.layout.xaxis.tickformat == ".0%" and ["colour", "red"] in [
         list(row) for row in bars[0].customdata
     ]
+    assert plot.layout.xaxis.title.text == "share of texts that name a value"
     assert list(bars[0].x) == list(found.shares.values()) and list(bars[1].x) == list(found.usual.values())
 
 

@@ -170,7 +170,10 @@ def test_tables_and_figures_show_what_was_found(model: HookedCLIP, terms: Decomp
     assert torch.equal(found.pictures[1, 2], expected)
     by_text: Any = nearest(terms, heads[1, 4], "a red object", model=model, k=4, pixels=batch.images).figure()
     assert len(by_text.data) == 4
-    grid: Any = heads_for(terms, "colour", model=model).figure().data[0]
+    of_colour: Any = heads_for(terms, "colour", model=model).figure()
+    assert of_colour.layout.title.text == "colour" and of_colour.layout.coloraxis.cmin == 0
+    assert of_colour.layout.coloraxis.colorbar.title.text == "share of variance along the texts"
+    grid: Any = of_colour.data[0]
     assert tuple(grid.z.shape) == (6, 8)
     assert "Neighbours(2 queries by heads[1, 4]: 4 of 160 images)" in repr(found)
 

@@ -255,7 +255,9 @@ def test_single_sweeps_count_and_draw_as_their_table(
     assert (plot.layout.xaxis.title.text, plot.layout.yaxis.title.text) == ("head", "layer")
     of_accuracy: Any = alone.figure(labels)
     falls = of_accuracy.layout.coloraxis
-    assert falls.cmin == -falls.cmax
+    assert falls.cmin == -falls.cmax and falls.colorbar.title.text.startswith("fall of: ")
+    assert not plot.layout.coloraxis.colorbar.title.text.startswith("fall of: ")
+    assert "layer %{y}, head %{x}" in plot.data[0].hovertemplate
     drawn_map: Any = next(iter(plot.data))
     assert drawn_map.z.shape == (3, 4)
     assert drawn_map.z.ravel().tolist() == pytest.approx((100 * frame["changed"]).tolist())

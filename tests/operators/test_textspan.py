@@ -516,6 +516,7 @@ def test_figures_show_the_numbers(spans: TextSpans) -> None:
     assert [note.split()[-1] for _, note in bars.customdata] == [f"{share:.1%}" for share in so_far]
     assert layout.xaxis.range[0] == 0 and max(bars.x) < layout.xaxis.range[1] < 1.3 * max(bars.x)
     assert layout.xaxis.tickformat == ".0%" and layout.title.text == "heads[5, 3]"
+    assert layout.xaxis.title.text == "share of the variance added (beside the bars: cumulative)"
     torch.testing.assert_close(
         torch.tensor(bars.x, dtype=span.variance_explained.dtype).cumsum(0), span.variance_explained
     )
@@ -523,6 +524,7 @@ def test_figures_show_the_numbers(spans: TextSpans) -> None:
     assert layout.yaxis.autorange is True  # the first layer at the bottom
     assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("head", "layer")
     assert layout.coloraxis.colorbar.tickformat == ".0%"
+    assert layout.coloraxis.colorbar.title.text == "variance in 3 texts"
     assert (cells.z.shape, list(cells.x)) == ((6, 9), [*map(str, range(8)), "MLP"])
     assert cells.z[5, 3] == span.share(3) == span.variance_explained[2]
     assert cells.customdata[5, 3] == "<br>".join(span.texts[:3])
@@ -677,6 +679,7 @@ def test_accuracies_speak(model: HookedCLIP, spans: TextSpans, drawn: Decomposit
     bars, layout = shown(found.figure())
     assert list(bars.text) == [f"{share:.1%}" for share in bars.x]
     assert layout.xaxis.range[0] == 0 and 1 < layout.xaxis.range[1] < 1.5
+    assert (layout.xaxis.title.text, layout.xaxis.tickformat) == ("zero-shot accuracy", ".0%")
     assert list(bars.x) == [found.plain, found.reconstructed, found.mean_ablated]
     assert f"{found.reconstructed:.1%} from 2 texts" in repr(found) and "700 images" in repr(found)
     assert "from texts" in found._repr_html_()
