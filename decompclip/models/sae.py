@@ -134,12 +134,13 @@ class SparseAutoencoder:
         return self.W_enc.shape[1]
 
     def to(self, *args: Any) -> SparseAutoencoder:
-        """On another device or in another dtype, as `torch.Tensor.to`.
+        """On another device or in another dtype, as `torch.Tensor.to`; itself where nothing changes.
 
         Args:
             *args: a device, a dtype, or both.
         """
-        return replace(self, **{name: x.to(*args) for name, x in self._weights().items()})
+        moved = {name: x.to(*args) for name, x in self._weights().items()}
+        return self if all(x is getattr(self, name) for name, x in moved.items()) else replace(self, **moved)
 
     def read(self, x: Float[Tensor, "*row d_in"]) -> Code:
         """The features of activations, in the type of the weights.

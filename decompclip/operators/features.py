@@ -452,14 +452,13 @@ def top_images(
 
     def keep(x: Tensor, hook: Any) -> None:
         rows = x.flatten(2)[:, read]
-        parts = pieces(len(rows), rows.shape[1] * len(sae) * 8, temporary(x.device))
-        acts = [sae.read(rows[piece]).acts[..., index] for piece in parts]
-        seen.append(
-            torch.cat(
-                [torch.stack([most, token.to(most)]) for most, token in (a.max(1) for a in acts)], dim=1
-            )
-        )
-        total.add_(sum(a.double().sum((0, 1)) for a in acts))
+        found = []
+        for piece in pieces(len(rows), rows.shape[1] * len(sae) * 8, temporary(x.device)):
+            acts = sae.read(rows[piece]).acts[..., index]
+            most, token = acts.max(1)
+            found.append(torch.stack([most, token.to(most)]))
+            total.add_(acts.double().sum((0, 1)))
+        seen.append(torch.cat(found, dim=1))
 
     stop = partial(visual, stop_at_layer=site.layer + 1)
     for batch in image_batches(images, batch_size=batch_size, device=visual.device):

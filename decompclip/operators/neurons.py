@@ -78,10 +78,11 @@ class FineTerms(Result):
         """The parts with the longest terms."""
         from decompclip.figures.bars import bar_rows
 
-        mean, most = self.lengths.mean(0), self.lengths.amax(0)
+        lengths, labels = self.lengths, self.labels
+        mean, most = lengths.mean(0), lengths.amax(0)
         shown = mean.argsort(descending=True, stable=True)[:SHOWN].tolist()
         return bar_rows(
-            [self.labels[i] for i in shown],
+            [labels[i] for i in shown],
             {"mean over images": mean[shown].tolist()},
             unit="length of the term",
             largest={"largest": most[shown].tolist()},
@@ -151,12 +152,13 @@ class NeuronTerms(FineTerms):
         images) and the largest."""
         import pandas as pd
 
+        lengths = self.lengths
         columns = {
             "layer": self.layers,
             "neuron": self.index,
             "activation": self.post.mean((0, 1)),
-            "length": self.lengths.mean(0),
-            "largest": self.lengths.amax(0),
+            "length": lengths.mean(0),
+            "largest": lengths.amax(0),
         }
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 

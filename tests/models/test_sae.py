@@ -103,7 +103,7 @@ def test_saelens_files_say_what_saelens_does(tmp_path: Path, changes: Any, names
     torch.testing.assert_close(sae.write(code), made, rtol=1e-4, atol=1e-4)
     assert (sae.hook, len(sae), sae.d_in) == ("blocks.1.hook_mlp_out", FEATURES, WIDTH)
     double = sae.to(torch.float64)
-    assert double.read(X).acts.dtype == torch.float64 and sae.W_enc.dtype == torch.float32
+    assert double.read(X).acts.dtype == torch.float64 and sae.to(torch.float32) is sae
 
 
 def test_older_saelens_files(tmp_path: Path) -> None:
