@@ -144,6 +144,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "features = F.normalize(features) if normalize else features * length",
     ): ROWS,
     (
+        "decompclip/decomposition/maps.py",
+        "return WatchedWeights(_marks(module), views, torch.cat(views) if views else torch.zeros(0))",
+        "return WatchedWeights(_marks(module), views, torch.cat(views) if views else torch.zeros(1))",
+    ): "of a module without weights: it is not read",
+    (
         "decompclip/operators/neurons.py",
         "pooled = Rows(visual, with_mean=False)",
         "pooled = Rows(visual, with_mean=True)",

@@ -107,6 +107,14 @@ def test_a_batch_stays_whole_under_hooks_that_hold_something_of_each_image(
     assert sizes == [len(images)]
 
 
+def test_a_quarter_of_what_a_gpu_has_free_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch holds of it without use is free too."""
+    told = {"mem_get_info": (1000, 8000), "memory_reserved": 400, "memory_allocated": 100}
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert maps.room(torch.device("cuda")) == maps.temporary(torch.device("cuda")) == (1000 + 300) // 4
+
+
 def test_pieces_are_few_alike_and_whole() -> None:
     assert [*maps.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
     assert [*maps.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]

@@ -103,6 +103,7 @@ def test_the_table_and_the_figures_show_the_numbers(
     assert row["first"] == pytest.approx(float(best))
     drawn: Any = lens.figure()
     lines = {line.name: list(line.y) for line in drawn.data if line.name in TEXTS}
+    assert drawn.layout.xaxis.title.text == "after block (5 images, mean and 95 % interval)"
     assert lines["a star"] == pytest.approx(lens.scores[..., 0].mean(0).tolist())
     maps: Any = lens.maps("a ring", images=[3, 1])
     assert lens.patches is not None
