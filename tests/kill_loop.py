@@ -24,13 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 import decompclip
+from analyses.paper import table5
+from analyses.study.command import produce
+from analyses.study.family import open_family
 from decompclip import Moments, Shapes, Store, extract
 from decompclip.attacks.badnet import BadNet
 from decompclip.attacks.poisoned import UNFINISHED, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source
+from decompclip.audit.pipeline import run_audit
 from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
@@ -44,6 +49,7 @@ from decompclip.operators import extract as extracting
 from decompclip.report import write_report
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
+from tests.commands import in_processes
 
 SCAN = ScanConfig(steps=4, images=2, fit=20, held_out=20)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
@@ -92,17 +98,40 @@ def scan(folder: Path) -> None:
         shutil.rmtree(folder / ".scan", ignore_errors=True)
 
 
-def bench(folder: Path) -> None:
-    plan = Plan(
-        models=("shapes", "shapes-badnet"),
-        detectors=(),
-        repairs=("none",),
-        images=40,
-        slow_images=40,
-        draws=2,
-    )
+def audit(folder: Path) -> None:
     with alone_in(folder):
-        write_board(leaderboard(run(plan, folder)), folder)
+        model = decompclip.load("shapes-badnet")
+        names = model.class_names
+        clean, suspect = (open_source(f"shapes{kind}", model, names, limit=60) for kind in ("", ":badnet"))
+        write_report(run_audit(model, clean, suspect, names), folder)
+
+
+def analysis(folder: Path) -> None:
+    family = open_family("shapes")
+    produce(table5, family, table5.Config(images=60), family.select(("shapes-badnet",)), folder=folder)  # pyright: ignore[reportArgumentType]
+
+
+def analysis_whole(folder: Path) -> None:
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+def bench(folder: Path) -> None:
+    with alone_in(folder):
+        write_board(leaderboard(run(PLAN, folder)), folder)
+
+
+def bench_of_two(folder: Path) -> None:
+    """By two processes, which a kill takes both."""
+    with alone_in(folder):
+        for found in in_processes(2, lambda rank: run(PLAN, folder, accelerator=Accelerator(cpu=True))):
+            assert isinstance(found, list), found
+        write_board(leaderboard(found), folder)
+
+
+PLAN = Plan(
+    models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=40, slow_images=40, draws=2
+)
 
 
 def pages_whole(folder: Path) -> None:
@@ -152,7 +181,10 @@ WORKS = {
     "poison": Work(poison, poison_whole),
     "finetune": Work(tune, tune_whole),
     "scan": Work(scan, pages_whole),
+    "audit": Work(audit, pages_whole),
+    "analysis": Work(analysis, analysis_whole),
     "bench": Work(bench, pages_whole),
+    "bench of two": Work(bench_of_two, pages_whole),
     "extract": Work(store, store_whole),
     "moments": Work(moments, moments_whole),
 }
@@ -176,6 +208,7 @@ def attempt(work: Work, folder: Path, patience: float | None) -> bool:
     """Whether the work ended; after `patience` seconds it is killed."""
     child = os.fork()
     if not child:
+        os.setsid()  # what it starts is killed with it
         code = 1
         try:
             with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
@@ -194,6 +227,8 @@ def attempt(work: Work, folder: Path, patience: float | None) -> bool:
             assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, f"ended with status {status}"
             return True
         if end is not None and time.monotonic() > end:
+            with contextlib.suppress(ProcessLookupError):  # it has just begun
+                os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False

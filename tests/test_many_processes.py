@@ -293,6 +293,16 @@ def test_a_folder_that_only_the_first_process_sees(tmp_path: Path, locked: bool)
     errors(in_processes(2, work), ValueError, words if locked else "shapes-badnet-seed0.json is not there")
 
 
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_leaves_no_half_run(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        running.measure = lambda name, plan, **options: {"images": "x" * 10_000_000}
+        return running.run(PLAN, tmp_path, accelerator=Accelerator(cpu=True))
+
+    errors(in_processes(2, work), OSError, "make room on the disk")
+    assert not any((tmp_path / "runs").iterdir())
+
+
 # The commands
 
 
