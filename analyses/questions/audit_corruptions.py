@@ -2,18 +2,17 @@
 
 Paper:     none; corruptions after Hendrycks and Dietterich (2019).
 Command:   python -m analyses.audit_corruptions             (reads the committed result, prints the tables)
-           python -m analyses.audit_corruptions --measure --world shapes cifar10
+           python -m analyses.audit_corruptions --measure --world photos --minutes 60
                                                             (a killed run resumes; DECOMPCLIP_DATA names the photographs)
-Run time:  to measure, about half an hour on two threads that share their cores; a set of images of `photos`, which is not measured yet,
-           takes a minute alone.
+Run time:  to measure, 41 minutes for `photos` on two busy cores (113 sets of images, and 36 of triggers on corrupted ones); about as long for the others.
 Expected:  a corruption is never called a backdoor; a trigger is, but for one that is noise, or a wave, which only a reference tells from noise or waves.
-Measured:  0 of 1,140 verdicts on clean models; 18 of 22 twins alone, 22 of 22 beside their clean model.
+Measured:  0 of 1,520 verdicts on clean models; 18 of 22 twins of `shapes` and `cifar10` alone, 22 beside their clean model; of `photos` 3 of 18, and 17.
 Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 
 Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
 and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
-`shapes` is audited alone.
-The cells "trigger, own" of seed 2 were measured with all that is tried today. The others were measured before `PATTERNS` were tried: more corruptions
+`shapes` and `photos` are audited alone.
+`photos`, and the cells "trigger, own" of seed 2, were measured with all that is tried today. The others were measured before `PATTERNS` were tried: more corruptions
 can only take a "backdoored" away, so that what is said of clean models stands, while "trigger on top", "both corrupted" and seed 0 may count some twins
 too many; where the effect is of 10 to 50 points, "suspicious" may have had moderate confidence where it has low confidence today.
 The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing"; and, before there was this file, of seed 1); seed 2 is reported. The models
@@ -24,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +51,7 @@ from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
 from decompclip.data.images import ImageBatch
+from decompclip.data.pairs import permuted
 from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption
 from decompclip.files import write_json
 from decompclip.intervals import Rate
@@ -64,12 +66,17 @@ WORK = Path(".training") / "audit_corruptions"
 IMAGES = 140
 SEEDS = {"choosing": 0, "reported": 2}
 REFERENCES = {"cifar10": "cifar10-clean-0"}
-"""A clean fine-tuning of a clean model; `shapes` is audited alone."""
+"""A clean fine-tuning of a clean model; the others are audited alone."""
 
 KINDS = {kind.name: kind for kind in (*COMMON, *EVERYDAY)}
 ON_TOP = ("gaussian_noise", "jpeg_compression", "contrast")
 """Corruptions that triggers are tried on top of, at severities 1, 3 and 5."""
-ON_TOP_OF = ("shapes-badnet", "shapes-blended", "cifar10-badnet", "cifar10-blended")
+ON_TOP_OF = tuple(
+    f"{base}-{attack}" for base in ("shapes", "cifar10", "photos") for attack in ("badnet", "blended")
+)
+
+ORDER = 15
+"""Seed of the order in which cells are measured: those of a run that was stopped are a fair sample."""
 
 
 @dataclass(frozen=True)
@@ -235,32 +242,38 @@ def measure(
     work: Path = WORK,
     folder: Path = RESULTS,
     tuned: Path = TUNED,
+    minutes: float = math.inf,
 ) -> None:
-    """Every cell of some worlds, each kept in a file of its own; then all of them in one, beside those of other worlds."""
+    """Every cell of some worlds, each kept in a file of its own; then all of them in one, beside those of other worlds.
+
+    Args:
+        minutes: after so many no other cell is begun, and those that there are go into the result.
+    """
+    end = time.monotonic() + 60 * minutes
     kept = read(folder)["runs"] if (folder / "audit_corruptions.json").exists() else {}
     record: dict[str, Any] = {"images": IMAGES, "seeds": SEEDS, "versions": versions(), "runs": kept}
     for part in parts:
         benches = {base: Bench(base, part, tuned) for base in worlds}
         runs: dict[str, Any] = kept.get(part, {})
-        for what, name, images in todo(part, worlds):
-            path = work / part / f"{what}-{name}-{images}.json".replace(" ", "-").replace(":", "-")
+        cells = [
+            (cell, work / part / f"{'-'.join(cell)}.json".replace(" ", "-").replace(":", "-"))
+            for cell in todo(part, worlds)
+        ]
+        for place in permuted(len(cells), ORDER):
+            (what, name, images), path = cells[place]
+            if path.exists():
+                continue
+            if time.monotonic() > end:
+                break
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                found = run(benches[base_of(name)], what, name, images)
-                write_json(path, found)
-                print(
-                    part,
-                    what,
-                    name,
-                    images,
-                    found["effect"],
-                    found.get("explained"),
-                    file=sys.stderr,
-                    flush=True,
-                )
-            runs.setdefault(what, {}).setdefault(name, {})[images] = json.loads(
-                path.read_text(encoding="utf-8")
-            )
+            found = run(benches[base_of(name)], what, name, images)
+            write_json(path, found)
+            said = [part, what, name, images, found["effect"], found.get("explained")]
+            print(*said, file=sys.stderr, flush=True)
+        for (what, name, images), path in cells:
+            if path.exists():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                runs.setdefault(what, {}).setdefault(name, {})[images] = found
         record["runs"][part] = runs
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "audit_corruptions.json", record)
@@ -304,13 +317,17 @@ def missed(runs: Mapping[str, Any], asked: str) -> list[str]:
     ]
 
 
-def finding(record: Mapping[str, Any], part: str = "reported") -> str:
-    runs = record["runs"][part]
+def finding(record: Mapping[str, Any], part: str, base: str) -> str:
+    """One world's numbers in words."""
+    runs = {
+        what: {name: images for name, images in models.items() if base_of(name) == base}
+        for what, models in record["runs"][part].items()
+    }
     cells = [one for images in runs["corruption"].values() for one in images.values()]
     said = [level for one in cells for level in one["said"].values()]
     strong = [one for one in cells if one["effect"][1] >= STRONG]
     alarms = Rate(sum(level.startswith("backdoored") for level in said), len(said))
-    text = f"{part}: {alarms.count} of {alarms.total} verdicts on clean models and corrupted images are “backdoored” ({len(cells)} sets of images, of "
+    text = f"{part}, {base}: {alarms.count} of {alarms.total} verdicts on clean models and corrupted images are “backdoored” ({len(cells)} sets of images, of "
     text += f"which {len(strong)} send at least 50 points more to one class). "
     for asked in ("labelled, twins, alone", "labelled, twins, reference"):
         lost = missed(runs, asked)
@@ -327,7 +344,7 @@ def finding(record: Mapping[str, Any], part: str = "reported") -> str:
             ", ".join(f"{value:.2f} ({name})" for value, name in own[-4:])
             + f"; the rule's number is {EXPLAINED:g}."
         )
-    return text
+    return text.strip()
 
 
 def printed(record: Mapping[str, Any]) -> Iterator[str]:
@@ -338,9 +355,10 @@ def printed(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"The trigger together with a corruption; {asked}:"
         yield ""
         yield on_top(runs, asked)
-    for part in record["runs"]:
-        yield ""
-        yield finding(record, part)
+    for part, measured in record["runs"].items():
+        for base in measured["corruption"]:
+            yield ""
+            yield finding(record, part, base)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,11 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="audit every set of images (again)")
     parser.add_argument("--world", choices=tuple(WORLDS), nargs="+", default=tuple(WORLDS), help="of models")
     parser.add_argument("--part", choices=tuple(SEEDS), nargs="+", default=tuple(SEEDS), help="of the seeds")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no set of images after so many"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         if options.measure:
-            measure(options.part, options.world)
+            measure(options.part, options.world, minutes=options.minutes)
         record = read()
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

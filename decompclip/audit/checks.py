@@ -192,11 +192,11 @@ class Checks:
 
     @property
     def disturbed(self) -> bool:
-        """Whether suspect images lose their answers, beyond chance, by more than a tenth."""
+        """Whether suspect images lose more than a tenth of the clean ones' answers, beyond chance."""
         if self.kept is None:
             return False
         clean, suspect = self.kept
-        return difference_interval(clean, suspect)[0] > 0.1
+        return difference_interval(clean, suspect)[0] > 0.1 * clean.value
 
 
 def checks(

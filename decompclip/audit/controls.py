@@ -6,15 +6,18 @@ class too. What tells them apart without a second model is the size: no common c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.audit.checks import ClassShare, class_shares, most_over_predicted
+from decompclip.audit.checks import ClassShare
 from decompclip.audit.collect import Split
+from decompclip.audit.words import EXPLAINED
 from decompclip.defenses.detectors.corruptions import (
     COMMON,
     EDITS,
@@ -23,6 +26,7 @@ from decompclip.defenses.detectors.corruptions import (
     SEVERITIES,
     Corruption,
 )
+from decompclip.evaluation.evaluate import classify
 from decompclip.evaluation.metrics import predict
 from decompclip.intervals import Rate
 from decompclip.models.clip import HookedCLIP
@@ -32,6 +36,15 @@ KINDS = (*COMMON, *EVERYDAY, *EDITS, *PATTERNS)
 
 LEAST = 40
 """Pairs of kept pictures without which corruptions are not tried."""
+
+STAGES = (12, 24, 48)
+"""Pictures after which corruptions are left that cannot explain the effect any more; the others go on to all pictures."""
+
+LEADING = 5
+"""Corruptions that go on in any case, the strongest so far."""
+
+BEYOND = 0.001
+"""Chance of leaving one that would explain it, at a stage."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ class Controls:
     Attributes:
         size: median over images of the change's root mean square, in the images' range of 0 to 1.
         suspect: share of the images taken for the target before and after the suspect change.
-        corruptions: the strongest first.
+        corruptions: the strongest first of those tried on all of these images, one at least; then those that were left
+            after fewer.
     """
 
     size: float
@@ -63,7 +77,11 @@ class Controls:
     @property
     def explained(self) -> float:
         """How much of the suspect change's effect the strongest corruption has, whatever the class."""
-        return self.strongest.to.difference / max(self.suspect.difference, 1e-9)
+        return _explains(self.strongest, self.suspect.difference)
+
+
+def _explains(tried: SameSize, effect: float) -> float:
+    return tried.to.difference / max(effect, 1e-9)
 
 
 def controls(
@@ -77,29 +95,93 @@ def controls(
     seed: int,
 ) -> Controls | None:
     """Corrupt the clean halves of kept pairs; None of images that are not paired, or too few."""
-    pairs = [
-        (split.clean.kept[own], split.suspect.kept[other])
-        for own, other in zip(split.clean.paths, split.suspect.paths, strict=False)
-        if own in split.clean.kept and other in split.suspect.kept
-    ]
-    if not split.paired or len(pairs) < LEAST:
+    names = zip(split.clean.paths, split.suspect.paths, strict=False)
+    kept = split.clean.kept, split.suspect.kept
+    rows = [row for row, (own, other) in enumerate(names) if own in kept[0] and other in kept[1]]
+    if not split.paired or len(rows) < LEAST:
         return None
-    clean, suspect = (model.denormalize(torch.stack(side).cpu()) for side in zip(*pairs, strict=True))
+    sets = split.clean, split.suspect
+    clean, suspect = (
+        model.denormalize(torch.stack([part.kept[part.paths[row]] for row in rows]).cpu()) for part in sets
+    )
     size = _size(suspect, clean)
+    before, after = (classify(None, part.decomposition[rows], classifier) for part in sets)
+    own = ClassShare(class_names[target], Rate.of(before == target), Rate.of(after == target))
+    # drawn, for folders hold one class after the other
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def answers(pixels: Float[Tensor, "image 3 h w"]) -> Int[Tensor, " image"]:
+    def answers(kind: Corruption, rows: Int[Tensor, " image"]) -> Int[Tensor, " image"]:
+        pixels = of_size(kind, clean[rows], size[rows], seed=seed)
         images = (model.normalize(part.to(model.device)) for part in pixels.split(batch_size))
         features = torch.cat([model.encode_image(part).float().cpu() for part in images])
         return predict(F.normalize(features, dim=-1), classifier)
 
-    before = answers(clean)
-    found = []
-    for kind in KINDS:
-        after = answers(of_size(kind, clean, size, seed=seed))
-        found.append(SameSize(kind.name, most_over_predicted(class_shares(before, after, class_names))))
-    own = ClassShare(class_names[target], Rate.of(before == target), Rate.of(answers(suspect) == target))
-    return Controls(float(size.median()), own, tuple(sorted(found, key=lambda one: -one.to.difference)))
+    found = race(answers, KINDS, before[order], order, class_names, effect=own.difference)
+    return Controls(float(size.median()), own, found)
+
+
+def race(
+    answers: Callable[[Corruption, Int[Tensor, " image"]], Int[Tensor, " image"]],
+    kinds: Sequence[Corruption],
+    before: Int[Tensor, " image"],
+    order: Int[Tensor, " image"],
+    class_names: Sequence[str],
+    *,
+    effect: float,
+) -> tuple[SameSize, ...]:
+    """What each corruption does, on as many images as it takes to know whether one explains the effect.
+
+    One that does is enough: it is tried on all images, and then no other.
+
+    Args:
+        answers: the classes of the images in some places, corrupted.
+        kinds: the corruptions.
+        before: the classes of the images as they are, in this order.
+        order: their places.
+        class_names: of the classes.
+        effect: of the suspect change, as a share of the images.
+    """
+    after = {kind.name: before[:0] for kind in kinds}
+
+    def tried(kind: Corruption, images: int) -> SameSize:
+        seen = after[kind.name]
+        if len(seen) < images:
+            seen = after[kind.name] = torch.cat([seen, answers(kind, order[len(seen) : images])])
+        was, n = before[: len(seen)], len(class_names)
+        to = int((torch.bincount(seen, minlength=n) - torch.bincount(was, minlength=n)).argmax())
+        return SameSize(kind.name, ClassShare(class_names[to], Rate.of(was == to), Rate.of(seen == to)))
+
+    def may(one: SameSize) -> bool:
+        """Whether on all images it may explain the effect, by how many of those seen it sends to one class."""
+        seen = after[one.corruption]
+        new = int(torch.bincount(seen[seen != before[: len(seen)]], minlength=1).max())
+        most = float(beta.ppf(1 - BEYOND, new + 1, len(seen) - new)) if new < len(seen) else 1.0
+        return most >= EXPLAINED * effect
+
+    def enough(one: SameSize) -> bool:
+        return one.to.clean.total == len(order) and _explains(one, effect) >= EXPLAINED
+
+    running, found = {kind.name: kind for kind in kinds}, {}
+    for images in (*(stage for stage in STAGES if stage < len(order)), len(order)):
+        for name, kind in running.items():
+            found[name] = tried(kind, images)
+            if enough(found[name]):
+                return _strongest_first(found.values())
+        leading = sorted(running, key=lambda name: -found[name].to.difference)
+        if _explains(found[leading[0]], effect) >= EXPLAINED:
+            found[leading[0]] = tried(running[leading[0]], len(order))
+            if enough(found[leading[0]]):
+                return _strongest_first(found.values())
+        running = {
+            name: running[name] for place, name in enumerate(leading) if place < LEADING or may(found[name])
+        }
+    return _strongest_first(found.values())
+
+
+def _strongest_first(tried: Iterable[SameSize]) -> tuple[SameSize, ...]:
+    """Of those that were tried on most images; then the others, likewise."""
+    return tuple(sorted(tried, key=lambda one: (-one.to.clean.total, -one.to.difference)))
 
 
 def of_size(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from decompclip.audit.checks import Change, Checks, ClassShare, Setting
 from decompclip.audit.controls import Controls
-from decompclip.audit.words import FEW, STRONG, WEAK, cost, difference, outcome, points, share
+from decompclip.audit.words import EXPLAINED, FEW, STRONG, WEAK, cost, difference, outcome, points, share
 from decompclip.intervals import Rate
 
 Level = Literal["backdoored", "suspicious", "no sign", "cannot tell"]
@@ -20,9 +20,6 @@ FIRM = 0.05
 
 ONE_ANSWER = 0.9
 """Clean images of one answer, as a share, from which a classifier without labels is not believed."""
-
-EXPLAINED = 0.9
-"""Share of the suspect images' effect which another cause must reach to explain it."""
 
 NEAR = 0.5
 """Share of it from which the strongest corruption is a doubt."""
@@ -363,6 +360,7 @@ def _affected(evidence: Evidence, low: float) -> Verdict:
         )
     seen = 0.0 if reference is None else max(reference.setting.difference, reference.most.difference)
     effect = evidence.as_it_is.difference
+    weak = controls is not None and controls.explained < EXPLAINED
     if reference is not None:
         why.append(
             f"A clean reference model, on the same images: {difference(reference.setting)}. The class that it adds most to is "
@@ -371,12 +369,12 @@ def _affected(evidence: Evidence, low: float) -> Verdict:
     if controls is not None:
         strongest, own = controls.strongest, controls.suspect
         why.append(
-            f"Of {len(controls.corruptions)} common corruptions that change the images as much, {strongest.corruption} does most: "
-            f"{points(strongest.to.difference, strongest.to.interval)} toward “{strongest.to.name}”. The suspect change, on the "
-            f"same {strongest.to.clean.total} images: {points(own.difference, own.interval)}."
+            f"Of {len(controls.corruptions)} common corruptions that change the images as much, {strongest.corruption} does "
+            f"{'most' if weak else 'as much'}: {points(strongest.to.difference, strongest.to.interval)} toward "
+            f"“{strongest.to.name}”. The suspect change, on the same {strongest.to.clean.total} images: "
+            f"{points(own.difference, own.interval)}."
         )
     fallen = reference is not None and seen >= EXPLAINED * effect
-    weak = controls is not None and controls.explained < EXPLAINED
     held = reference is not None and seen < HOLDS * effect
     level: Level = "suspicious"
     confidence: Confidence = "moderate" if low >= WEAK and isolated and (weak or held) else "low"

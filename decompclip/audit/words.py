@@ -11,6 +11,9 @@ STRONG, WEAK = 0.5, 0.1
 """Differences (of shares) that the lower end of an interval must pass to be called large, or more than small; where an
 effect's absence is spoken of, the upper end may be `WEAK` at most."""
 
+EXPLAINED = 0.9
+"""Share of the suspect images' effect which another cause must reach to explain it."""
+
 FEW = 100
 """Images below which a set is called small."""
 

@@ -1,4 +1,4 @@
-"""Classifiers made of words: one text feature a class; prompts are encoded no further than they reach, and kept."""
+"""Classifiers made of words: one text feature a class; prompts are encoded once, no further than they reach, and kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from decompclip.decomposition.maps import WatchedWeights
 KEPT = 4
 """Classifiers that are kept of a model."""
 
-_SHORT = 32
-"""Contexts up to so many tokens are not worth cutting."""
+READ = 64
+"""Batches of prompts that are tokenised at once, and sorted by their length."""
 
 _CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[WatchedWeights, Tensor]]] = WeakKeyDictionary()
 
@@ -28,12 +28,7 @@ _CACHE: WeakKeyDictionary[nn.Module, dict[object, tuple[WatchedWeights, Tensor]]
 def causal(text: nn.Module) -> bool:
     """Whether a text's feature depends on nothing behind its end: open_clip's own causal tower, which pools there."""
     source: Any = text
-    return (
-        type(text) is CLIP
-        and source.attn_mask is not None
-        and source.text_pool_type in ("argmax", "eos")
-        and source.context_length > _SHORT
-    )
+    return type(text) is CLIP and source.attn_mask is not None and source.text_pool_type in ("argmax", "eos")
 
 
 def encode_prompts(text: nn.Module, tokens: Int[Tensor, "text position"]) -> Float[Tensor, "text d_embed"]:
@@ -123,15 +118,31 @@ def zero_shot_classifier(
     sums: Tensor | None = None  # of the features of a class: never those of all prompts at once
     with torch.no_grad():
         for start in starts:
-            batch = prompts[start : start + batch_size]
-            features = F.normalize(encode_text(tokenize(batch)), dim=-1)
-            rows = torch.tensor([(i, place) for i, prompt in enumerate(batch) for place in places[prompt]])
-            rows = rows.to(features.device)
+            first = start % (READ * batch_size)
+            if not first:
+                part = prompts[start : start + READ * batch_size]
+                tokens, row_of = _short_first(tokenize(part))
+                pairs = [(row_of[i], place) for i, prompt in enumerate(part) for place in places[prompt]]
+                rows, classes = torch.tensor(pairs).unbind(1)
+            batch = tokens[first : first + batch_size]
+            if not len(batch):  # other prompts were read as the same words
+                continue
+            features = F.normalize(encode_text(batch), dim=-1)
             if sums is None:
                 sums = features.new_zeros(len(class_names), features.shape[1])
-            sums = sums.index_add(0, rows[:, 1], features[rows[:, 0]])
+            own = (rows >= first) & (rows < first + batch_size)
+            here = (rows[own] - first).to(features.device)
+            sums = sums.index_add(0, classes[own].to(features.device), features[here])
         assert sums is not None
         return F.normalize(sums, dim=-1)  # a mean's direction is its sum's
+
+
+def _short_first(tokens: Int[Tensor, "text position"]) -> tuple[Int[Tensor, "row position"], list[int]]:
+    """Distinct rows, those first that end first: a batch is encoded as far as its longest text; and each text's row."""
+    rows, row_of = tokens.unique(dim=0, return_inverse=True)
+    padding = (rows == rows[:, -1:]).flip(1).cumprod(1).sum(1)
+    order = padding.argsort(descending=True, stable=True)
+    return rows[order], order.argsort()[row_of].tolist()
 
 
 def _fill(template: Template, name: str) -> str:

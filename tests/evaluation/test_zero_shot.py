@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.nn import functional as F
 
+from decompclip.models import zero_shot
 from decompclip.models.zero_shot import KEPT, causal, encode_prompts, keep, kept, zero_shot_classifier
 
 NAMES = ["cat", "dog", "teapot", "{}", "eel"]
@@ -52,6 +53,28 @@ def test_batches_change_nothing_and_are_kept_to(batch_size: int) -> None:
     torch.testing.assert_close(classifier, zero_shot_classifier(encode, tokenize, NAMES, TEMPLATES))
     assert max(sizes) <= batch_size
     assert sum(sizes) == len(NAMES) * len(TEMPLATES)
+
+
+def test_prompts_are_encoded_once_and_beside_those_of_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that are one to the tokenizer are one to the tower, and count for each of their classes."""
+    monkeypatch.setattr(zero_shot, "READ", 3)
+    lengths: list[list[int]] = []
+
+    def counted(tokens: Tensor) -> Tensor:
+        lengths.append((tokens > 0).sum(1).tolist())
+        return encode(tokens)
+
+    def blind(texts: list[str]) -> Tensor:
+        """Reads every capital as the same letter."""
+        return tokenize(["".join("X" if c.isupper() else c for c in text) for text in texts])
+
+    names = ["Ab", "long name", "Bb", "c", "a longer name", "Cb", "Ab Bb", "D", "E"]
+    found = zero_shot_classifier(counted, blind, names, TEMPLATES, batch_size=3)
+    alone = [zero_shot_classifier(encode, blind, [name], TEMPLATES)[0] for name in names]
+    torch.testing.assert_close(found, torch.stack(alone))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[7], found[8])
+    assert sum(map(len, lengths)) < len(names) * len(TEMPLATES)
+    assert all(part == sorted(part) for part in lengths)
 
 
 def test_classes_in_another_order_give_rows_in_that_order() -> None:
@@ -110,7 +133,7 @@ def test_what_stands_behind_the_end_is_left_out(pooling: dict) -> None:
     text.transformer.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
     torch.testing.assert_close(encode_prompts(text, tokens), expected)
     assert lengths == [10]
-    text.context_length = 32  # nothing much to leave out
+    text.register_buffer("attn_mask", None)
     assert not causal(text)
 
 
