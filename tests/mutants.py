@@ -105,8 +105,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): ROWS,
     (
         "decompclip/models/zero_shot.py",
-        "features = F.normalize(encode_text(tokenize(batch)), dim=-1)",
-        "features = F.normalize(encode_text(tokenize(batch)))",
+        "features = F.normalize(encode_text(batch), dim=-1)",
+        "features = F.normalize(encode_text(batch))",
     ): ROWS,
     (
         "decompclip/models/clip.py",
