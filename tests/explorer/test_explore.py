@@ -179,7 +179,7 @@ def test_an_attention_pool_has_maps_too() -> None:
     tokens = lambda texts: torch.tensor([[len(text)] * source.context_length for text in texts])  # noqa: E731
     model = HookedCLIP.from_open_clip(source, tokenizer=tokens)
     images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
-    found = explore(model, images, descriptions=["a dog", "a red cat"])
+    found = explore(model, images)
     assert found.texts == ("a photo",)
     terms, d = found.answer("text", "a dog").arrays, found.decomposition
     along = F.normalize(model.encode_text("a dog")[0].detach(), dim=0)
