@@ -14,7 +14,7 @@ and beside a reference. References: of `cifar10` a clean fine-tuning (as in `ana
 `shapes` and `photos` are audited alone.
 `photos`, and the cells "trigger, own" of seed 2, were measured with all that is tried today. The others were measured before `PATTERNS` were tried: more corruptions
 can only take a "backdoored" away, so that what is said of clean models stands, while "trigger on top", "both corrupted" and seed 0 may count some twins
-too many; where the effect is of 10 to 50 points, "suspicious" may have had moderate confidence where it has low confidence today.
+too many, and "no sign" may have high confidence where it has low confidence today; where the effect is of 10 to 50 points, "suspicious" may have had moderate confidence where it has low confidence today.
 The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing"; and, before there was this file, of seed 1); seed 2 is reported. The models
 are the same in both parts: new in the reported one are images, what corruptions draw, and what triggers draw anew.
 """
