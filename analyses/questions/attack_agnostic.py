@@ -1,19 +1,19 @@
 """Designs of detection and repair without a hint, side by side: what was tried before `AgnosticDet` and `AgnosticRep`.
 
-Paper:     our own; the paper's repair must be told whether a trigger is local or global.
-Command:   python -m analyses.attack_agnostic --model-family shapes
-Run time:  about 5 minutes, one thread.
-Expected:  no single view finds every attack; ASR at least 5 points below the paper's repair with the right hint.
-Measured:  AUROC 0.996; repair leaves 0.9 points where the one of the paper leaves 93.3.
+Paper:     our own; the paper's repair must be told whether a trigger is local or global (`table1` and `table5` measure it).
+Command:   python -m analyses.attack_agnostic --model-family photos --images 400
+Run time:  about a minute a twin of photos, seconds of the others, one thread.
+Expected:  no single view finds every attack; 10 points of ASR left at 2 points of CACC.
+Measured:  photos (nine twins): AUROC 0.976, 13.5 points of ASR left, 0.4 points of CACC lost; cifar10: AUROC 0.928, 48.3 points left.
 Writes:    analyses/results/FAMILY/attack_agnostic.json, attack_agnostic-detection.png, attack_agnostic-repair.png
 
 Designs were compared on other images while they were made (streams 211 and 212 of the drawn world; photographs that no run of
 the leaderboard's first seed sees); here they are measured on images that nothing was chosen on.
 
-Detection: each view of `AgnosticDet` alone; how odd an image is by the three distances together; that or how much was written
-(what was settled on); the largest of all four; and the distances of all heads and MLPs, one by one, combined by a Mahalanobis distance.
-Repair, all at a clean budget of 1 %: where contributions turn from what the class lets expect (what was settled on); everything after the first half of the
-layers, in images that are flagged; and the heads and MLPs that are flagged themselves, replaced by their means.
+Detection: each view of `AgnosticDet` alone; how odd an image is by the three distances together; that and how much was written, told early and
+how long the feature is (what was settled on); the largest of all; and the distances of all heads and MLPs, one by one, combined by a Mahalanobis
+distance. Repair, all at a clean budget of 1 %, in images that are flagged: without the answer (what was settled on); what two thirds of the layers
+let expect; and the heads and MLPs that are flagged themselves, replaced by their means. Last, the strongest patches filled first (`TokenRep`, at 2 %).
 """
 
 from __future__ import annotations
@@ -27,33 +27,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.study.case import Case, Member
+from analyses.study.case import BATCH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure
 from analyses.study.summary import by_attack, markdown, mean
 from decompclip.decomposition.components import everything
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.agnostic import VIEWS, AgnosticDet, AgnosticRep
-from decompclip.defenses.decomp import DecompRep
+from decompclip.defenses.agnostic import DISTANCES, VIEWS, AgnosticDet, AgnosticRep
+from decompclip.defenses.detectors.token_rep import TokenRep
 from decompclip.defenses.distances import ClassDistance, ComponentDistances
+from decompclip.defenses.guard import Guard
 from decompclip.evaluation.metrics import auroc
 from decompclip.figures.scatter import Panel, Point, point_panels
+from decompclip.intervals import mean_interval
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Without a hint: designs of detection and repair"
 
-SETTLED = "odd, or much written"
-DETECTION = (*VIEWS, "odd", SETTLED, "largest of the four", "components")
-TURN = "where the story changes"  # as stored results call it
-SHOWN = {TURN: "where contributions turn"}
-REPAIR = (
-    "none",
-    TURN,
-    "after the first half",
-    "flagged components",
-    "paper, right hint",
-)
+SETTLED = "odd, or loud"
+DETECTION = (*VIEWS, "odd", SETTLED, "largest of all", "components")
+REPAIRED, BOTH = "without the answer", "patches filled, then without the answer"
+REPAIR = ("none", REPAIRED, BOTH, "what two thirds expect", "flagged components")
 BUDGET = 0.01
 
 
@@ -72,9 +67,9 @@ def scores(
     joint = ClassDistance.fit(distances.score(fit)[:, None], one, 1)
     return {
         **{name: views[:, place] for place, name in enumerate(VIEWS)},
-        "odd": views[:, :-1].sum(1),
+        "odd": views[:, : len(DISTANCES)].sum(1),
         SETTLED: detector.score(d),
-        "largest of the four": views.amax(1),
+        "largest of all": views.amax(1),
         "components": joint(distances.score(d)[:, None], torch.zeros(len(d), dtype=torch.long))[:, 0],
     }
 
@@ -84,14 +79,14 @@ def repaired(
 ) -> Iterator[tuple[str, Decomposition]]:
     """Every design of repair on the same images."""
     yield "none", d
-    yield TURN, repair(d)
-    detector = repair.detector_
-    flagged = detector.predict(d, fpr=BUDGET)
-    cut = detector.expected_.cut
-    expected = detector.futures(d)[:, cut].to(d.embed)
+    yield REPAIRED, repair(d)
+    flagged, expected = (
+        repair.flags(d),
+        repair.detector_.expected_.extrapolation(repair.detector_.look(d).before),
+    )
     mlps = d.mlps.clone()
-    mlps[:, -1] += torch.where(flagged[:, None], expected - d.features, 0)
-    yield "after the first half", d.edit(mlps=mlps)
+    mlps[:, -1] += torch.where(flagged[:, None], expected.to(d.embed) - d.features, 0)
+    yield "what two thirds expect", d.edit(mlps=mlps)
     where = distances.flags(d, fpr=BUDGET) & flagged[:, None]
     yield "flagged components", MeanAblate(everything, repair.moments_).on(where)(d)
 
@@ -112,8 +107,18 @@ def measure(case: Case) -> dict[str, Any]:
         answers = [case.answers(d.features) for d in (before, after)]
         found[design] = case.report(*answers).to_dict()
         found["right"][design] = (answers[1] == case.labels)[case.others].double().mean().item()
-    paper = DecompRep.paper(trigger=case.member.trigger.extent).fit(case.terms("fit"))
-    found[REPAIR[-1]] = case.report_of(paper)
+    guard = Guard(case.model, repair, fill=TokenRep(case.model, case.classifier).fit(case.fit))
+    answers = [
+        torch.cat(
+            [
+                case.answers(guard.encode_image(case.model.normalize(x)))
+                for x in case.images(part).split(BATCH)
+            ]
+        )
+        for part in ("clean", "triggered")
+    ]
+    found[BOTH] = case.report(*answers).to_dict()
+    found["right"][BOTH] = (answers[1] == case.labels)[case.others].double().mean().item()
     return found
 
 
@@ -127,7 +132,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     attacks, models = by_attack(record), record["found"]["models"]
     rows = [f"{attack} ({record['models'][names[0]]['kind']})" for attack, names in attacks.items()]
     series = {}
-    for design in (*VIEWS, SETTLED, "components"):
+    for design in (*VIEWS, SETTLED):
         values = [[models[n]["auroc"][design] for n in names] for names in attacks.values()]
         series[design] = [Point(mean(v), min(v), max(v)) if len(v) > 1 else Point(v[0]) for v in values]
     panel = Panel(
@@ -137,7 +142,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         (-0.03, 1.03),
         0.5,
     )
-    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR, SHOWN)}
+    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR)}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -153,7 +158,7 @@ def table(record: Mapping[str, Any]) -> str:
         right = [100 * m["right"][design] for m in models if design in m["right"]]
         fixed.append(
             [
-                SHOWN.get(design, design),
+                design,
                 f"{mean(asr):.1f} ({max(asr):.1f})",
                 f"{mean(cacc):.1f} ({min(cacc):.1f})",
                 f"{mean(right):.1f}" if right else "",
@@ -162,19 +167,28 @@ def table(record: Mapping[str, Any]) -> str:
     return f"{markdown(rows)}\n\n{markdown(fixed)}"
 
 
+def interval_over(values: list[float]) -> str:
+    """Mean and 95 % interval, models as units."""
+    value, low, high = mean_interval(torch.tensor(values, dtype=torch.float64))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{value:.1f}"
+
+
 def finding(record: Mapping[str, Any]) -> str:
     models = list(record["found"]["models"].values())
     areas = {design: mean(m["auroc"][design] for m in models) for design in DETECTION}
     best = max(areas, key=areas.__getitem__)
     fpr = [100 * m["fpr_at_5"] for m in models]
-    ours, theirs = (mean(excess(m[row]) for m in models) for row in (TURN, REPAIR[-1]))
-    cacc = [mean(100 * m[row]["cacc"]["value"] for m in models) for row in (TURN, REPAIR[-1])]
+    left = {row: interval_over([excess(m[row]) for m in models]) for row in (REPAIRED, BOTH)}
+    cacc = {row: mean(100 * m[row]["cacc"]["value"] for m in models) for row in ("none", REPAIRED, BOTH)}
+    right = {row: mean(100 * m["right"][row] for m in models) for row in ("none", REPAIRED, BOTH)}
     return (
         f"{SETTLED[0].upper()}{SETTLED[1:]} finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models "
         f"{min(m['auroc'][SETTLED] for m in models):.3f}), the best design here is {best} ({areas[best]:.3f}); oddness alone {areas['odd']:.3f}. At a "
-        f"stated 5 % it flags {mean(fpr):.1f} % of fresh clean images ({min(fpr):.1f} to {max(fpr):.1f}). Repair without a hint leaves {ours:.1f} points of "
-        f"attack success over its control at CACC {cacc[0]:.1f}, the paper's with the right hint {theirs:.1f} at {cacc[1]:.1f}. Attacks that "
-        "imitate clean features and write no more than clean images would change this: none in the zoo does."
+        f"stated 5 % it flags {mean(fpr):.1f} % of fresh clean images ({min(fpr):.1f} to {max(fpr):.1f}). Of attack success over its control, in points, repair without a "
+        f"hint leaves {left[REPAIRED]} (95 % interval by models; worst {max(excess(m[REPAIRED]) for m in models):.1f}) at CACC {cacc[REPAIRED]:.1f}, with the strongest patches filled first {left[BOTH]} at "
+        f"{cacc[BOTH]:.1f}; CACC without repair is {cacc['none']:.1f}. Told right are {right['none']:.1f} % of triggered images as they "
+        f"are, {right[REPAIRED]:.1f} repaired, {right[BOTH]:.1f} with patches filled first. Attacks that imitate clean features, tell their answer late and write no more "
+        "than clean images would change this: none in the zoo does."
     )
 
 

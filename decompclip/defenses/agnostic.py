@@ -1,28 +1,30 @@
 """Detection and repair without a hint about the attack. Both are our own.
 
-Detection asks three questions of an image. Each is a Mahalanobis distance to the image's class (`ClassDistance`):
+Detection asks six things of an image. Three are Mahalanobis distances to the image's class (`ClassDistance`):
 
 * feature: is it like those of other images of its class?
 * layers: do heads and MLPs of every layer contribute what they do for others of that class?
-* surprise: does the feature follow from what the first half of the layers has found (`Extrapolation`)?
+* surprise: does the feature follow from what two thirds of the layers have found (`Extrapolation`)?
 
-The sum of the three says how odd an image is. A fourth view finds triggered images that are *less* odd than clean ones, as
-on photographs, where clean images of a class differ widely and a trigger makes them all alike:
+Their sum says how odd an image is. The others find triggered images that are *less* odd than clean ones, as on photographs,
+where clean images of a class differ widely and a trigger makes them all alike:
 
-* written: the inverse of the share of the unit feature that is there before the first block. A trigger makes heads and
-  MLPs contribute more, all in one direction.
+* written: the inverse of the share of the unit feature that is there before the first block, beside others of the class. A
+  trigger makes heads and MLPs contribute more, all in one direction.
+* early: how much of the answer the feature holds that is expected after two thirds of the layers, before features are divided
+  by their length. Clean images are told late.
+* length: of the feature before that, beside others of the class.
 
-The logarithm of each is brought to mean 0 and deviation 1 over clean images. The score is Fisher's sum of the two upper
-tails, -log p(odd) - log p(written), so that either suffices.
+Each is brought to mean 0 and deviation 1 over clean images. The score is Fisher's sum of the upper tails, -log p of odd,
+written, early and length, so that each suffices.
 
-The repair edits suspicious images alone. It looks for the deepest layer after which clean images would have ended in
-another class, and replaces the contributions of all later layers by what was to be expected from there.
+The repair edits suspicious images alone: the answer is taken out of the feature, and the next one stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, reduce
 from operator import add, sub
 from typing import Any, ClassVar, Literal, get_args
@@ -30,6 +32,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.special import log_ndtr
 
 from decompclip.decomposition.decomposition import Decomposition, HasTerms, by_shards, check_alike
@@ -38,10 +41,8 @@ from decompclip.defenses.distances import (
     ClassDistance,
     ClassSums,
     Extrapolation,
-    PrefixSums,
     class_directions,
     layer_terms,
-    prefixes,
     ridge,
 )
 from decompclip.defenses.fitted import (
@@ -57,7 +58,7 @@ from decompclip.tower.vit import Hook, HookedViT
 
 Distance = Literal["feature", "layers", "surprise"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
-VIEWS: tuple[str, ...] = (*DISTANCES, "written")
+VIEWS: tuple[str, ...] = (*DISTANCES, "written", "early", "length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +67,16 @@ class Observed:
 
     Attributes:
         layers: contributions of heads and MLPs, along the directions that tell classes apart.
-        before: the feature's partial sums after each layer, or after one.
-        written: one over the length of the part of the feature that is there before the first block.
+        before: the feature's partial sum after two thirds of the layers.
+        loud: logarithms of one over the length of the part of the unit feature that is there before the first block, and of
+            the length of the feature.
         classes: that the images are taken for.
     """
 
     features: Float[Tensor, "image d_embed"]
     layers: Float[Tensor, "image part"]
-    before: Float[Tensor, "image layer d_embed"]
-    written: Float[Tensor, " image"]
+    before: Float[Tensor, "image d_embed"]
+    loud: Float[Tensor, "image 2"]
     classes: Int[Tensor, " image"]
 
     def __len__(self) -> int:
@@ -83,21 +85,18 @@ class Observed:
     def __getitem__(self, rows: Tensor) -> Observed:
         return Observed(*(x[rows] for x in vars(self).values()))
 
-    def after(self, layer: int) -> Observed:
-        """With the partial sums after one layer alone."""
-        return replace(self, before=self.before[:, layer : layer + 1].clone())
-
-    def folds(
-        self, n_classes: int, held: list[Bool[Tensor, " image"]]
-    ) -> Iterator[tuple[ClassSums, ClassSums]]:
-        """Of the images of each fold: sums of the prefix of one layer and the feature side by side, and of `layers`."""
-        origins = [x.mean(0, dtype=torch.float64) for x in (self.before[:, 0], self.features, self.layers)]
+    def folds(self, n_classes: int, held: list[Bool[Tensor, " image"]]) -> Iterator[tuple[ClassSums, ...]]:
+        """Of the images of each fold: sums of the partial sum and the feature side by side, of `layers`, and of `loud`."""
+        columns = [
+            torch.cat([self.before, self.features], 1)[:, None],
+            self.layers[:, None],
+            self.loud[:, None],
+        ]
+        origins = [x.mean(0, dtype=torch.float64) for x in columns]
         for out in held:
-            joint = torch.cat([self.before[out, 0], self.features[out]], 1)
-            near, layers = torch.cat(origins[:2])[None], origins[2][None]
-            yield (
-                ClassSums.of(joint[:, None], self.classes[out], n_classes, origin=near),
-                ClassSums.of(self.layers[out][:, None], self.classes[out], n_classes, origin=layers),
+            yield tuple(
+                ClassSums.of(x[out], self.classes[out], n_classes, origin=origin)
+                for x, origin in zip(columns, origins, strict=True)
             )
 
 
@@ -107,36 +106,58 @@ class Expected:
 
     Attributes:
         distances: by the name of the view.
-        extrapolation: from the prefix of each layer to the feature.
-        cut: the layer after which `surprise` predicts the feature.
+        extrapolation: from the partial sum to the feature.
+        loud: of each class, what `Observed.loud` typically is.
+        answers: unit directions from the mean of the classes to each.
     """
 
     distances: dict[Distance, ClassDistance]
     extrapolation: Extrapolation
-    cut: int
+    loud: Float[Tensor, "class 2"]
+    answers: Float[Tensor, "class d_embed"]
 
     @staticmethod
-    def of(joint: ClassSums, layers: ClassSums) -> Expected:
-        """For images with the prefix of one layer."""
+    def of(sums: Iterable[ClassSums], answers: Float[Tensor, "class d_embed"]) -> Expected:
+        """From the sums of `Observed.folds`."""
+        joint, layers, loud = sums
         width = joint.origin.shape[1] // 2
         scatter, (mean_in, mean_out) = joint.scatter, joint.mean.split(width, 1)
-        weights = ridge(scatter[:, :width, :width], scatter[:, :width, width:])
+        weights = ridge(scatter[:, :width, :width], scatter[:, :width, width:])[0]
         one = torch.eye(width).to(weights)
-        surprise = joint.mapped(torch.cat([-weights[0], one]), (mean_in @ weights[0] - mean_out)[0])
+        surprise = joint.mapped(torch.cat([-weights, one]), (mean_in @ weights - mean_out)[0])
         distances: dict[Distance, ClassDistance] = {
             "feature": joint.mapped(torch.cat([torch.zeros_like(one), one])).distance(),
             "layers": layers.distance(),
             "surprise": surprise.distance(),
         }
-        return Expected(distances, Extrapolation(mean_in, mean_out[0], weights), 0)
+        return Expected(
+            distances, Extrapolation(mean_in[0], mean_out[0], weights), loud.means()[:, 0], answers
+        )
 
-    def logs(self, seen: Observed) -> Float[Tensor, "image view"]:
-        """Logarithms of the views."""
-        surprise = seen.features - self.extrapolation.of_layer(seen.before, self.cut)
-        points = {"feature": seen.features, "layers": seen.layers, "surprise": surprise}
-        found = [self.distances[view](points[view][:, None], seen.classes)[:, 0] for view in DISTANCES]
-        tiny = torch.finfo(torch.float64).tiny
-        return torch.stack([*found, seen.written.double()], 1).clamp_min(tiny).log()
+    def raw(self, seen: Observed) -> Float[Tensor, "image view"]:
+        """The views, each in a scale of its own: logarithms, but for `early`."""
+        future = self.extrapolation(seen.before)
+        points = {"feature": seen.features, "layers": seen.layers, "surprise": seen.features - future}
+        found = [self.distances[view](points[view][:, None], seen.classes) for view in DISTANCES]
+        written, length = (seen.loud - self.loud[seen.classes]).unbind(1)
+        early = (future * self.answers.to(future)[seen.classes]).sum(1) * seen.loud[:, 1].exp()
+        odd = torch.cat(found, 1).clamp_min(torch.finfo(torch.float64).tiny).log()
+        return torch.cat([odd, torch.stack([written, early, length], 1)], 1)
+
+
+def toward(classifier: Float[Tensor, "class d_embed"]) -> Float[Tensor, "class d_embed"]:
+    """Unit directions from the mean of the classes to each."""
+    return normalize(classifier - classifier.mean(0), dim=1)
+
+
+def lengths(d: Decomposition) -> Float[Tensor, " batch"]:
+    """Of the features that terms of unit ones were divided by: what is added whatever the image tells them.
+
+    One where no such constant is kept: an attention pool in the paper's convention.
+    """
+    if d.maps.bias_names:
+        return 1 / d.bias_coords[:, -1]
+    return 1 / d.coords[:, 0, 0, -1] if d.maps.extras else torch.ones_like(d.embed[:, 0])
 
 
 @dataclass(eq=False, repr=False)
@@ -157,7 +178,7 @@ class AgnosticDet(Calibrated):
     Attributes:
         terms_: what tells the form of the clean images' terms.
         expected_: learnt from all clean images.
-        mean_: of each view's logarithm over clean images.
+        mean_: of each view over clean images, as `Expected.raw` gives it.
         deviation_: the same, standard deviation.
         spread_: deviation of the sum of the distances over clean images.
         scores_: of the clean images, each by the other folds, in rising order.
@@ -187,31 +208,27 @@ class AgnosticDet(Calibrated):
                 terms of another width than the classifier, or an unusable option.
         """
         kept: list[Observed] = []
-        cut, sums = 0, None
         for part in blocks(clean):
-            if sums is None:
+            if not kept:
                 self.terms_ = part[[]]  # a copy: a view would keep the block
                 self._check_width(part)
-                cut = max(0, part.n_layers // 2 - 1)
-            seen = self.look(part)
-            sums = sums or PrefixSums(seen.before, seen.features)
-            sums.add(seen.before, seen.features)
-            kept.append(seen.after(cut))
-        if sums is None:
+            kept.append(self.look(part))
+        if not kept:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
-        near = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in kept), strict=True)))
+        seen = Observed(*(torch.cat(x) for x in zip(*(vars(part).values() for part in kept), strict=True)))
         del kept
-        self._check_images(near)
-        logs = torch.zeros(len(near), len(VIEWS), dtype=torch.float64, device=near.features.device)
-        held = [*held_out(len(near), self.folds, self.seed, near.classes.device)]
-        folds = [*near.folds(len(self.classifier), held)]
+        self._check_images(seen)
+        raw = torch.zeros(len(seen), len(VIEWS), dtype=torch.float64, device=seen.features.device)
+        held = [*held_out(len(seen), self.folds, self.seed, seen.classes.device)]
+        folds = [*seen.folds(len(self.classifier), held)]
         whole = [reduce(add, of_folds) for of_folds in zip(*folds, strict=True)]
+        answers = toward(self.classifier).to(raw)
         for out, own in zip(held, folds, strict=True):
-            logs[out] = Expected.of(*map(sub, whole, own)).logs(near[out])
-        self.expected_ = replace(Expected.of(*whole), extrapolation=sums.extrapolation(), cut=cut)
-        self.mean_, self.deviation_ = logs.mean(0), logs.std(0).clamp_min(1e-9)
-        views = self._standard(logs)
-        self.spread_ = views[:, :-1].sum(1).std().clamp_min(1e-9)
+            raw[out] = Expected.of(map(sub, whole, own), answers).raw(seen[out])
+        self.expected_ = Expected.of(whole, answers)
+        self.mean_, self.deviation_ = raw.mean(0), raw.std(0).clamp_min(1e-9)
+        views = self._standard(raw)
+        self.spread_ = views[:, : len(DISTANCES)].sum(1).std().clamp_min(1e-9)
         self.scores_ = self._combined(views).sort().values
         return self
 
@@ -227,10 +244,13 @@ class AgnosticDet(Calibrated):
             )
         check_alike(self.terms_, d)
         terms = layer_terms(d)
-        directions = self._directions.to(d.embed)
+        cut = max(1, 2 * d.n_layers // 3)
+        before = d.embed + terms[:, :cut].sum((1, 2))
+        layers = (terms @ self._directions.to(d.embed).T).flatten(1)
         classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
-        written = 1 / (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
-        return Observed(d.features, (terms @ directions.T).flatten(1), prefixes(d, terms), written, classes)
+        start = (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
+        loud = torch.stack([1 / start, lengths(d)], 1).double().log()
+        return Observed(d.features, layers, before, loud, classes)
 
     def views(self, d: Decomposition) -> Float[Tensor, "batch view"]:
         """How unlike clean images in each of `VIEWS`, in standard deviations.
@@ -251,28 +271,20 @@ class AgnosticDet(Calibrated):
         """
         return self._combined(self.views(d))
 
-    def futures(self, d: Decomposition) -> Float[Tensor, "batch layer d_embed"]:
-        """The feature that clean images would have ended with, from the partial sum after each layer.
-
-        Raises:
-            ValueError: as `look`.
-        """
-        return self.expected_.extrapolation(self.look(d).before)
-
     @cached_property
     def _directions(self) -> Float[Tensor, "direction d_embed"]:
         return class_directions(self.classifier)
 
     def _views(self, seen: Observed) -> Float[Tensor, "image view"]:
-        return self._standard(self.expected_.logs(seen))
+        return self._standard(self.expected_.raw(seen))
 
     def _combined(self, views: Float[Tensor, "image view"]) -> Float[Tensor, " image"]:
-        """Fisher's: minus the logarithms of both upper tails, under a normal law."""
-        odd, written = views[:, :-1].sum(1) / self.spread_, views[:, -1]
-        return -log_ndtr(-odd) - log_ndtr(-written)
+        """Fisher's: minus the logarithms of the upper tails, under a normal law."""
+        odd, loud = views.split([len(DISTANCES), len(VIEWS) - len(DISTANCES)], 1)
+        return -log_ndtr(-odd.sum(1) / self.spread_) - log_ndtr(-loud).sum(1)
 
-    def _standard(self, logs: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
-        return (logs - self.mean_) / self.deviation_
+    def _standard(self, raw: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
+        return (raw - self.mean_) / self.deviation_
 
     def _check_width(self, d: Decomposition) -> None:
         if self.classifier.shape[-1] != d.d_embed:
@@ -297,7 +309,10 @@ class AgnosticDet(Calibrated):
 
 @dataclass(eq=False, repr=False)
 class AgnosticRep(Saved, Intervention):
-    """Replaces, in suspicious images, what the layers contribute after the class has changed.
+    """Takes the answer out of the features of suspicious images, so that the next one stands.
+
+    What tells the answer from the mean of the classes is taken out of what tells the image from the mean of clean ones. Its
+    cosine is then below the mean of the classes, and another class is nearer.
 
         repair = AgnosticRep(model.zero_shot_classifier(class_names)).fit(clean)
         repair(model.decompose(images, normalize=True)).features
@@ -310,7 +325,7 @@ class AgnosticRep(Saved, Intervention):
 
     Attributes:
         detector_: which images are touched.
-        moments_: means of the terms, the prototypes that replaced heads get.
+        moments_: means of the terms of clean images.
     """
 
     classifier: Float[Tensor, "class d_embed"]
@@ -318,7 +333,7 @@ class AgnosticRep(Saved, Intervention):
     budget: float = 0.01
     folds: int = 5
     seed: int = 0
-    form: ClassVar[str] = "decompclip.agnostic/1"
+    form: ClassVar[str] = "decompclip.agnostic/2"
     learned: ClassVar[str] = "detector_"
     detector_: AgnosticDet = field(init=False)
     moments_: Moments = field(init=False)
@@ -344,46 +359,53 @@ class AgnosticRep(Saved, Intervention):
         self.detector_, self.moments_ = detector, moments[0]
         return self
 
-    def turn(self, d: Decomposition) -> Int[Tensor, " batch"]:
-        """The last layer that is trusted in each image; the model's last one where nothing is replaced.
+    def flags(self, d: Decomposition) -> Bool[Tensor, " batch"]:
+        """Which images are touched.
 
         Raises:
             NotFittedError: `fit` was not called.
             ValueError: as `AgnosticDet.look`.
         """
-        return self._turn(d)[0]
+        check_fitted(self, "detector_")
+        return self.detector_.predict(d, fpr=self.budget)
+
+    def without_answer(self, features: Float[Tensor, "image d_embed"]) -> Float[Tensor, "image d_embed"]:
+        """Unit features that hold nothing of their answers, nor of the mean of clean images.
+
+        Args:
+            features: unit features.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        check_fitted(self, "detector_")
+        classifier = self.classifier.to(features)
+        answers = toward(classifier)[(features @ classifier.T).argmax(1)]
+        rest = features - self.moments_.features.to(features)
+        rest = rest - (rest * answers).sum(1, keepdim=True) * answers
+        # A hair below nothing: of two classes, the other one is to stand.
+        return normalize(rest - HAIR * rest.norm(dim=1, keepdim=True) * answers, dim=1)
 
     def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
-        """Repaired terms (direct mode).
-
-        Heads after the turn become prototypes. The MLPs after it become prototypes too, and share equally what then
-        lacks to the expected feature.
+        """Repaired terms (direct mode): the MLPs share equally what is to be taken out, which heads have no coordinates for.
 
         Args:
             d: terms of unit features.
             where: restricts images: one in which it names no component stays as it is.
 
         Raises:
-            NotFittedError, ValueError: as `turn`.
+            NotFittedError, ValueError: as `flags`.
         """
-        last, expected = self._turn(d)
+        touched = self.flags(d)
         if where is not None:
-            last = torch.where(where.flatten(1).any(1), last, d.n_layers - 1)
-        layers = torch.arange(d.n_layers, device=d.embed.device)
-        after = layers > last[:, None]
-        if not after.any():
+            touched &= where.flatten(1).any(1)
+        if not touched.any():
             return d
-        means = self.moments_
-        coords = torch.where(after[..., None, None], means.coords.to(d.coords), d.coords)
-        mlps = torch.where(after[..., None], means.mlps.to(d.mlps), d.mlps)
-        pool = torch.where(after.any(1)[:, None, None], means.pool.to(d.pool), d.pool)
-        edited = d.edit(coords=coords, mlps=mlps, pool=pool)
-        rest = torch.where(after.any(1)[:, None], expected - edited.features, 0)
-        share = after.to(rest) / after.sum(1, keepdim=True).clamp_min(1)
-        return edited.edit(mlps=mlps + share[..., None] * rest[:, None])
+        rest = torch.where(touched[:, None], self.without_answer(d.features) - d.features, 0)
+        return d.edit(mlps=d.mlps + rest[:, None] / d.n_layers)
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
-        """Raises ValueError: what is expected of an image is a feature, and no stream leads to it."""
+        """Raises ValueError: what is repaired is a feature, and no stream leads to it."""
         raise ValueError(
             "expected direct mode, repair(model.decompose(images, normalize=True)); AgnosticRep has no causal mode; "
             "`Guard` runs it inside encode_image"
@@ -393,10 +415,11 @@ class AgnosticRep(Saved, Intervention):
         detector, expected = self.detector_, self.detector_.expected_
         tensors = {"classifier": self.classifier} | {name: getattr(detector, name) for name in LEARNT}
         tensors |= {f"extrapolation.{name}": x for name, x in vars(expected.extrapolation).items()}
+        tensors["loud"] = expected.loud
         for view, distance in expected.distances.items():
             tensors |= {f"{view}.{name}": x for name, x in vars(distance).items()}
         options = {name: getattr(self, name) for name in OPTIONS}
-        return self.moments_, tensors, {"options": options, "cut": expected.cut}
+        return self.moments_, tensors, {"options": options}
 
     @classmethod
     def _restored(
@@ -410,30 +433,20 @@ class AgnosticRep(Saved, Intervention):
         repair.detector_.expected_ = Expected(
             {view: ClassDistance(**under(f"{view}.", tensors)) for view in DISTANCES},
             Extrapolation(**under("extrapolation.", tensors)),
-            about["cut"],
+            tensors["loud"],
+            toward(tensors["classifier"]).double(),
         )
         return repair
 
     def _detector(self) -> AgnosticDet:
         return AgnosticDet(self.classifier, folds=self.folds, seed=self.seed)
 
-    def _turn(self, d: Decomposition) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch d_embed"]]:
-        """The last trusted layer, and the feature expected from there."""
-        check_fitted(self, "detector_")
-        detector = self.detector_
-        seen = detector.look(d)
-        flagged = detector._combined(detector._views(seen)) > detector.threshold_at(self.budget)
-        futures = detector.expected_.extrapolation(seen.before)[:, :-1]
-        found = (futures @ self.classifier.to(futures).T).argmax(-1)
-        other: Bool[Tensor, "batch layer"] = (found != seen.classes[:, None]) & flagged[:, None]
-        places = torch.arange(other.shape[1], device=other.device)
-        deepest = torch.where(other, places, -1).amax(1)
-        expected = futures[torch.arange(len(d), device=other.device), deepest.clamp_min(0)].to(d.embed)
-        return torch.where(deepest >= 0, deepest, d.n_layers - 1), expected
-
     def __repr__(self) -> str:
         return f"AgnosticRep(budget={self.budget})"
 
+
+HAIR = 1e-3
+"""Of a repaired feature's length, how far its answer stands below the mean of the classes."""
 
 OPTIONS = ("budget", "folds", "seed")
 LEARNT = ("mean_", "deviation_", "spread_", "scores_")

@@ -114,13 +114,21 @@ class ClassSums:
         total = self.sums.sum(0)
         return self.second - torch.einsum("cd,ce->cde", total, total) / self.counts.sum()
 
+    def means(self, pseudo_count: float = PSEUDO_COUNT) -> Float[Tensor, "class component dim"]:
+        """Of each class, drawn to the common mean."""
+        return self.mean + self._drawn(pseudo_count)
+
+    def _drawn(self, pseudo_count: float) -> Float[Tensor, "class component dim"]:
+        """Of each class, how far its mean stands from the common one."""
+        own = self.sums - self.counts[:, None, None] * self.sums.sum(0) / self.counts.sum()
+        return own / (self.counts + pseudo_count)[:, None, None]
+
     def distance(self, pseudo_count: float = PSEUDO_COUNT) -> ClassDistance:
         """Raises ValueError: fewer than two points."""
         n = int(self.counts.sum())
         if n < 2:
             raise ValueError(f"expected at least 2 points; received {n}; fit on more clean images")
-        own = self.sums - self.counts[:, None, None] * self.sums.sum(0) / n
-        drawn = own / (self.counts + pseudo_count)[:, None, None]  # of a class's mean from the common one
+        drawn = self._drawn(pseudo_count)
         weights = self.counts + 2 * pseudo_count  # own = (count + pseudo_count) drawn, on either side
         within = self.scatter - torch.einsum("k,kcd,kce->cde", weights, drawn, drawn)
         return ClassDistance(self.mean + drawn, whitener(within / n, n))
@@ -170,13 +178,6 @@ def layer_terms(d: Decomposition) -> Float[Tensor, "batch layer 2 d_embed"]:
     return torch.stack([heads, d.mlps], 2)
 
 
-def prefixes(
-    d: Decomposition, terms: Float[Tensor, "batch layer 2 d_embed"]
-) -> Float[Tensor, "batch layer d_embed"]:
-    """The feature's partial sums: the embedding, and all that layers 0..l contribute."""
-    return d.embed[:, None] + terms.sum(2).cumsum(1)
-
-
 def class_directions(classifier: Float[Tensor, "class d_embed"]) -> Float[Tensor, "direction d_embed"]:
     """An orthonormal basis of the leading directions in which the classifier tells classes apart."""
     centred = classifier.double() - classifier.double().mean(0)
@@ -188,73 +189,20 @@ def class_directions(classifier: Float[Tensor, "class d_embed"]) -> Float[Tensor
 
 @dataclass(frozen=True, eq=False)
 class Extrapolation:
-    """The feature that clean images end with, given how far a prefix has come: a ridge regression for each layer.
+    """The feature that clean images end with, given a partial sum of it: a ridge regression.
 
     Attributes:
-        mean_in: of the prefixes.
+        mean_in: of the partial sums.
         mean_out: of the feature.
-        weights: `feature ~ mean_out + (prefix - mean_in) @ weights`.
+        weights: `feature ~ mean_out + (partial sum - mean_in) @ weights`.
     """
 
-    mean_in: Float[Tensor, "layer d_embed"]
+    mean_in: Float[Tensor, " d_embed"]
     mean_out: Float[Tensor, " d_embed"]
-    weights: Float[Tensor, "layer d_embed d_embed"]
+    weights: Float[Tensor, "d_embed d_embed"]
 
-    @staticmethod
-    def fit(
-        before: Float[Tensor, "image layer d_embed"], features: Float[Tensor, "image d_embed"]
-    ) -> Extrapolation:
-        sums = PrefixSums(before, features)
-        sums.add(before, features)
-        return sums.extrapolation()
-
-    def of_layer(
-        self, before: Float[Tensor, "image layer d_embed"], layer: int
-    ) -> Float[Tensor, "image d_embed"]:
-        """From the prefix of one layer."""
-        return self.mean_out + (before[:, layer].to(self.weights) - self.mean_in[layer]) @ self.weights[layer]
-
-    def __call__(self, before: Float[Tensor, "image layer d_embed"]) -> Float[Tensor, "image layer d_embed"]:
-        return self.mean_out + torch.einsum(
-            "nld,lde->nle", before.to(self.weights) - self.mean_in, self.weights
-        )
-
-
-class PrefixSums:
-    """Sums and products of prefixes and features: all that `Extrapolation` needs, batch by batch.
-
-    Args:
-        before: prefixes of the first batch, whose means are the origin that sums and products are about.
-        features: of the same images.
-    """
-
-    def __init__(
-        self, before: Float[Tensor, "image layer d_embed"], features: Float[Tensor, "image d_embed"]
-    ) -> None:
-        self._origin = torch.cat([before, features[:, None]], 1).double().mean(0)
-        layers, width = before.shape[1:]
-        self._count, self._sum = 0, torch.zeros_like(self._origin)
-        self._gram, self._cross = self._origin.new_zeros(2, layers, width, width)
-
-    def add(
-        self, before: Float[Tensor, "image layer d_embed"], features: Float[Tensor, "image d_embed"]
-    ) -> None:
-        """Count a batch in."""
-        offsets = torch.cat([before, features[:, None]], 1).double() - self._origin
-        x = offsets[:, :-1].transpose(0, 1).contiguous()
-        self._count += len(offsets)
-        self._sum += offsets.sum(0)
-        self._gram.baddbmm_(x.mT, x)
-        self._cross.baddbmm_(x.mT, offsets[:, -1].expand(len(x), -1, -1))
-
-    def extrapolation(self) -> Extrapolation:
-        """From all that was counted in."""
-        mean = self._sum / self._count
-        x, y = mean[:-1], mean[-1]
-        gram = self._gram - self._count * torch.einsum("ld,le->lde", x, x)
-        cross = self._cross - self._count * torch.einsum("ld,e->lde", x, y)
-        means = self._origin + mean
-        return Extrapolation(means[:-1], means[-1], ridge(gram, cross))
+    def __call__(self, before: Float[Tensor, "image d_embed"]) -> Float[Tensor, "image d_embed"]:
+        return self.mean_out + (before.to(self.weights) - self.mean_in) @ self.weights
 
 
 def ridge(

@@ -359,9 +359,8 @@ class AtRandom:
         if defense is None:
             return d.features
         if isinstance(defense, AgnosticRep):
-            last, futures = defense.turn(d)[order], defense.detector_.futures(d)
-            there = torch.arange(len(d), device=last.device)
-            return torch.where((last < d.n_layers - 1)[:, None], futures[there, last].to(d.embed), d.features)
+            touched = defense.flags(d)[order]
+            return torch.where(touched[:, None], defense.without_answer(d.features), d.features)
         assert isinstance(defense, DecompRep)
         mask = defense.selector_.mask_
         seed = int(torch.randint(2**31, (), generator=self._draws))

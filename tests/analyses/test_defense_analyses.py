@@ -25,7 +25,7 @@ def test_every_design_is_measured_on_the_same_images() -> None:
     assert set(found["auroc"]) == set(attack_agnostic.DETECTION)
     assert set(attack_agnostic.REPAIR) < set(found)
     assert found["auroc"][attack_agnostic.SETTLED] > 0.9
-    assert found["none"]["asr"]["value"] > 0.9 > found[attack_agnostic.TURN]["asr"]["value"]
+    assert found["none"]["asr"]["value"] > 0.9 > found[attack_agnostic.REPAIRED]["asr"]["value"]
     assert {found[row]["cacc"]["total"] for row in attack_agnostic.REPAIR} == {240}
     whole = {"models": {"shapes-sig": {"attack": "SIG", "kind": "global, structured"}}, "found": record}
     text = attack_agnostic.table(whole)

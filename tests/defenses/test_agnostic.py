@@ -10,15 +10,15 @@ from sklearn.exceptions import NotFittedError
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.defenses.agnostic import VIEWS, AgnosticDet, AgnosticRep
+from decompclip.decomposition.maps import Convention
+from decompclip.defenses.agnostic import DISTANCES, VIEWS, AgnosticDet, AgnosticRep, lengths
 from decompclip.defenses.distances import (
     ClassDistance,
     ComponentDistances,
     Extrapolation,
-    PrefixSums,
     class_directions,
     layer_terms,
-    prefixes,
+    ridge,
 )
 from decompclip.defenses.fitted import Calibrated
 from decompclip.tower.vit import HookedViT
@@ -64,11 +64,30 @@ def hijacked(d: Decomposition, toward: torch.Tensor) -> Decomposition:
 # What is looked at
 
 
-def test_prefixes_end_with_the_feature(clean: Decomposition) -> None:
+def test_what_two_thirds_of_the_layers_found_and_the_rest_sum_to_the_feature(
+    clean: Decomposition, classifier: torch.Tensor
+) -> None:
     terms = layer_terms(clean)
     assert torch.allclose(terms[:, :, 0], clean.heads.sum(2), atol=1e-6)
-    rest = clean.bias + clean.pool.sum(1)
-    assert torch.allclose(prefixes(clean, terms)[:, -1] + rest, clean.features, atol=1e-5)
+    before = AgnosticDet(classifier).fit(clean).look(clean).before
+    rest = terms[:, 2:].sum((1, 2)) + clean.bias + clean.pool.sum(1)
+    assert clean.n_layers == 3
+    assert torch.allclose(before + rest, clean.features, atol=1e-5)
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_lengths_are_those_of_the_features_before_they_were_divided(
+    make_tower, images: torch.Tensor, pool: bool, convention: Convention
+) -> None:
+    tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0) if pool else make_tower()
+    raw, unit = (
+        decompose(tower, images, normalize=normalize, convention=convention) for normalize in (False, True)
+    )
+    if pool and convention == "paper":  # shares of constants are in the heads' terms
+        assert lengths(unit).eq(1).all()
+    else:
+        assert torch.allclose(lengths(unit), raw.features.norm(dim=1), rtol=1e-4)
 
 
 def test_class_directions_span_the_differences_of_classes(classifier: torch.Tensor) -> None:
@@ -78,21 +97,21 @@ def test_class_directions_span_the_differences_of_classes(classifier: torch.Tens
     assert torch.allclose(differences @ basis.T @ basis, differences, atol=1e-5)
 
 
-def test_an_extrapolation_is_a_ridge_regression_for_each_layer() -> None:
+def test_an_extrapolation_is_a_ridge_regression() -> None:
     from sklearn.linear_model import Ridge
 
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(50, 3, 6, generator=g).double(), torch.randn(50, 6, generator=g).double()
-    found = Extrapolation.fit(x, y)(x)
-    sums = PrefixSums(x[:7], y[:7])
-    for start in range(0, 50, 7):
-        sums.add(x[start : start + 7], y[start : start + 7])
-    assert torch.allclose(sums.extrapolation()(x), found, atol=1e-10)
-    for layer in range(3):
-        own = x[:, layer] - x[:, layer].mean(0)
-        penalty = 3e-3 * own.square().sum(0).mean().item()
-        slow = Ridge(alpha=penalty).fit(x[:, layer].numpy(), y.numpy()).predict(x[:, layer].numpy())
-        assert torch.allclose(found[:, layer], torch.from_numpy(slow), atol=1e-8)
+    x, y = torch.randn(50, 6, generator=g).double(), torch.randn(50, 6, generator=g).double()
+    found = follow(x, y)(x)
+    own = x - x.mean(0)
+    slow = Ridge(alpha=3e-3 * own.square().sum(0).mean().item()).fit(x.numpy(), y.numpy()).predict(x.numpy())
+    assert torch.allclose(found, torch.from_numpy(slow), atol=1e-8)
+
+
+def follow(before: torch.Tensor, features: torch.Tensor) -> Extrapolation:
+    x, y = before.double(), features.double()
+    own = x - x.mean(0)
+    return Extrapolation(x.mean(0), y.mean(0), ridge((own.T @ own)[None], (own.T @ (y - y.mean(0)))[None])[0])
 
 
 # Detection
@@ -117,24 +136,35 @@ def test_cross_fitting_by_sums_is_fitting_on_the_other_folds(
     detector = AgnosticDet(classifier, folds=4, seed=3).fit(clean)
     seen = detector.look(clean)
     fold = torch.randperm(N, generator=torch.Generator().manual_seed(3)) % 4
-    logs = torch.zeros(N, len(VIEWS)).double()
+    raw = torch.zeros(N, len(VIEWS)).double()
     for held in range(4):
         rest, own = seen[fold != held], seen[fold == held]
-        cut = clean.n_layers // 2 - 1
+        expected = follow(rest.before, rest.features)
 
-        def points(x, rest=rest, cut=cut):
-            follow = Extrapolation.fit(rest.before, rest.features)
-            return x.features, x.layers, x.features - follow(x.before)[:, cut]
+        def points(x, expected=expected):
+            return x.features, x.layers, x.features - expected(x.before)
 
         for place, (learnt, held_out) in enumerate(zip(points(rest), points(own), strict=True)):
             distance = ClassDistance.fit(learnt[:, None], rest.classes, len(classifier))
-            logs[fold == held, place] = distance(held_out[:, None], own.classes)[:, 0].log()
-        logs[fold == held, -1] = own.written.double().log()
-    views = (logs - logs.mean(0)) / logs.std(0)
-    odd = views[:, :-1].sum(1)
-    tails = (odd / odd.std(), views[:, -1])
+            raw[fold == held, place] = distance(held_out[:, None], own.classes)[:, 0].log()
+        for place, loud in ((3, 0), (5, 1)):
+            overall = rest.loud[:, loud].mean()
+            typical = [
+                overall
+                + (rest.loud[rest.classes == k, loud] - overall).sum() / ((rest.classes == k).sum() + 5)
+                for k in range(len(classifier))
+            ]
+            raw[fold == held, place] = own.loud[:, loud] - torch.stack(typical)[own.classes]
+        for row, future, kind in zip(
+            (fold == held).nonzero()[:, 0], expected(own.before), own.classes, strict=True
+        ):
+            direction = (classifier[kind] - classifier.mean(0)).double()
+            raw[row, 4] = future @ direction / direction.norm() * lengths(clean)[row]
+    views = (raw - raw.mean(0)) / raw.std(0)
+    odd = views[:, :3].sum(1)
+    tails = (odd / odd.std(), *views[:, 3:].unbind(1))
     scores = torch.stack([-torch.special.log_ndtr(-tail) for tail in tails]).sum(0).sort().values
-    assert torch.allclose(detector.scores_, scores, rtol=1e-6)
+    assert torch.allclose(detector.scores_, scores, rtol=1e-5)
 
 
 def test_a_class_of_a_single_image_does_no_harm(clean: Decomposition, fresh: Decomposition) -> None:
@@ -170,10 +200,10 @@ def test_false_positives_are_as_stated(many: Decomposition, classifier: torch.Te
             found.append(detector.predict(fresh, fpr=fpr).double().mean().item())
             assert (detector.scores_ > detector.threshold_at(fpr)).double().mean() <= fpr
     assert len(rates[0.05]) == 15
-    assert np.mean(rates[0.05]) == pytest.approx(
-        0.05, abs=0.012
-    )  # a set's own rate deviates by 0.014 and more
-    assert np.mean(rates[0.2]) == pytest.approx(0.2, abs=0.025)
+    # A set's own rate deviates by 0.014 and more, that of the fresh images by 0.006; and since what four fifths taught fits the
+    # rest less well than what all taught fits fresh ones, a little less than stated is flagged.
+    assert 0.03 < np.mean(rates[0.05]) < 0.06
+    assert 0.15 < np.mean(rates[0.2]) < 0.22
 
 
 class Given(Calibrated):
@@ -201,7 +231,8 @@ def test_a_hijacked_feature_is_suspicious(
     detector = AgnosticDet(classifier).fit(clean)
     assert detector.score(hijacked(fresh, classifier[0])).min() > detector.threshold_at(0.05)
     assert detector.views(fresh).shape == (N, len(VIEWS))
-    tails = [detector.views(fresh)[:, :-1].sum(1) / detector.spread_, detector.views(fresh)[:, -1]]
+    odd, loud = detector.views(fresh).split([len(DISTANCES), 3], 1)
+    tails = [odd.sum(1) / detector.spread_, *loud.unbind(1)]
     by_hand = -sum(np.log(scipy.stats.norm.sf(tail.numpy())) for tail in tails)
     assert np.allclose(by_hand, detector.score(fresh).numpy())
 
@@ -215,12 +246,28 @@ def test_features_that_were_written_by_the_blocks_alone_are_suspicious(
     mlps[:, -1] += 0.9 * fresh.embed
     less = fresh.edit(embed=0.1 * fresh.embed, mlps=mlps)
     assert torch.allclose(less.features, fresh.features, atol=1e-5)
-    seen, was = detector.look(less).written, detector.look(fresh).written
+    seen, was = (detector.look(d).loud[:, 0].exp().float() for d in (less, fresh))
     start = (0.1 * fresh.embed + fresh.bias).norm(dim=-1)
     assert torch.allclose(seen, 1 / start)
-    larger = seen > was
+    larger, place = seen > was, VIEWS.index("written")
     assert larger.any()
-    assert (detector.views(less)[:, -1] > detector.views(fresh)[:, -1])[larger].all()
+    assert (detector.views(less)[:, place] > detector.views(fresh)[:, place])[larger].all()
+
+
+def test_longer_features_are_suspicious(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    """Of the same direction: the constants are a smaller part of the unit feature, and heads say what lacks."""
+    detector = AgnosticDet(classifier).fit(clean)
+    mlps = fresh.mlps.clone()
+    mlps[:, -1] += fresh.bias / 2
+    longer = fresh.edit(mlps=mlps).with_fields(bias_coords=fresh.bias_coords / 2)
+    assert torch.allclose(longer.features, fresh.features, atol=1e-5)
+    assert torch.allclose(lengths(longer), 2 * lengths(fresh))
+    place = VIEWS.index("length")
+    more = (detector.views(longer) - detector.views(fresh))[:, place]
+    assert torch.allclose(more, (np.log(2) / detector.deviation_[place]).expand(N), rtol=1e-4)
+    assert (detector.score(longer) > detector.score(fresh)).double().mean() > 0.95
 
 
 def test_one_clean_image_a_class_is_enough(many: Decomposition) -> None:
@@ -292,60 +339,52 @@ def test_what_does_not_look_suspicious_stays_as_it_is(
 ) -> None:
     repair = AgnosticRep(classifier, budget=0.05).fit(clean)
     assert repair.moments_.scatter is None  # means are all that it holds
-    last = repair.turn(fresh)
-    touched = last < fresh.n_layers - 1
-    assert touched.double().mean() <= repair.detector_.predict(fresh, fpr=0.05).double().mean()
+    touched = repair.flags(fresh)
+    assert torch.equal(touched, repair.detector_.predict(fresh, fpr=0.05))
+    assert 0 < touched.sum() < N / 4
     repaired = repair(fresh)
-    assert torch.equal(repaired.coords[~touched], fresh.coords[~touched])
-    assert torch.allclose(repaired.features[~touched], fresh.features[~touched], atol=1e-6)
+    assert torch.equal(repaired.coords, fresh.coords)
+    assert torch.equal(repaired.mlps[~touched], fresh.mlps[~touched])
+    assert not torch.allclose(repaired.mlps[touched], fresh.mlps[touched])
     quiet = fresh[~touched]
     assert repair(quiet) is quiet
 
 
-def test_a_hijacked_image_goes_back_to_what_its_early_layers_saw(
+def test_a_hijacked_image_loses_its_answer_and_what_was_said_beneath_it_stands(
     clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
 ) -> None:
     repair = AgnosticRep(classifier, budget=0.05).fit(clean)
     assert torch.allclose(repair.moments_.mlps, clean.mlps.double().mean(0))
     victim = hijacked(fresh, classifier[0])
-    assert ((victim.features @ classifier.T).argmax(1) == 0).all()
-    repaired, last = repair(victim), repair.turn(victim)
-    futures = repair.detector_.futures(victim)
-    before = (fresh.features @ classifier.T).argmax(1)
-    for i in range(0, N, 7):
-        deep = int(last[i])
-        if deep == fresh.n_layers - 1:  # every layer says class 0
-            assert torch.equal(repaired.mlps[i], victim.mlps[i])
-            continue
-        # the feature is the expected one, the trusted layers are untouched, later heads are prototypes
-        assert torch.allclose(repaired.features[i].double(), futures[i, deep], atol=1e-5)
-        assert torch.equal(repaired.coords[i, : deep + 1], victim.coords[i, : deep + 1])
-        assert torch.allclose(repaired.coords[i, deep + 1 :], repair.moments_.coords[deep + 1 :].float())
-    after = (repaired.features @ classifier.T).argmax(1)
-    others = before != 0
-    assert (after[others] == 0).double().mean() < 0.1
-    assert (after[others] == before[others]).double().mean() > 0.6
+    assert ((victim.features @ classifier.T).argmax(1) == 0).all() and repair.flags(victim).all()
+    repaired = repair(victim).features
+    assert torch.allclose(repaired, repair.without_answer(victim.features), atol=1e-5)
+    before, after = ((x @ classifier.T).argmax(1) for x in (fresh.features, repaired))
+    assert (after != 0).all()
+    assert (after == before)[before != 0].double().mean() > 0.9
 
 
-def test_the_turn_is_the_deepest_layer_that_says_another_class(
-    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_no_answer_stays_whatever_the_features(
+    clean: Decomposition, classifier: torch.Tensor, classes: int
 ) -> None:
-    """Image by image, against a plain loop over layers from the last."""
-    repair = AgnosticRep(classifier, budget=0.05).fit(clean)
-    victim = hijacked(fresh, classifier[0])
-    last, futures = repair.turn(victim), repair.detector_.futures(victim)
-    flagged, several = repair.detector_.predict(victim, fpr=0.05), 0
-    for i in range(N):
-        final = int((victim.features[i] @ classifier.T).argmax())
-        others = [
-            layer
-            for layer in range(victim.n_layers - 1)
-            if int((futures[i, layer].float() @ classifier.T).argmax()) != final
-        ]
-        expected = others[-1] if others and flagged[i] else victim.n_layers - 1
-        assert int(last[i]) == expected
-        several += len(others) > 1
-    assert several > N / 4 and len(set(last.tolist())) > 1
+    """Below the mean of the classes: image by image, by the projection written out."""
+    few = classifier[:classes]
+    repair = AgnosticRep(few, budget=0.05).fit(clean)
+    features = torch.nn.functional.normalize(
+        torch.randn(500, clean.d_embed, generator=torch.Generator().manual_seed(6)), dim=1
+    )
+    answers = (features @ few.T).argmax(1)
+    found = repair.without_answer(features)
+    cosines = found @ few.T
+    assert (cosines[torch.arange(500), answers] < cosines.mean(1)).all()
+    assert torch.allclose(found.norm(dim=1), torch.ones(500))
+    mean = clean.features.double().mean(0)
+    for feature, kind, repaired in zip(features[:50].double(), answers, found, strict=False):
+        direction = (few[kind] - few.mean(0)).double()
+        rest = feature - mean
+        rest = rest - rest @ direction / (direction @ direction) * direction
+        assert torch.allclose(repaired.double(), rest / rest.norm(), atol=2e-3)
 
 
 def test_where_restricts_the_images(
