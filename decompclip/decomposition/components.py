@@ -17,6 +17,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -350,10 +351,10 @@ def _checked(index: object) -> Index:
     """An index in the form that expressions keep."""
     if isinstance(index, slice):
         return None if index == slice(None) else index
-    if isinstance(index, int) and not isinstance(index, bool):
-        return index
-    if isinstance(index, list | range) and all(isinstance(i, int) for i in index):
-        return tuple(index)
+    if isinstance(index, Integral) and not isinstance(index, bool):  # numpy's too, as tables hold them
+        return int(index)
+    if isinstance(index, list | range) and all(isinstance(i, Integral) for i in index):
+        return tuple(map(int, index))
     raise TypeError(f"expected a number, a slice or a list of numbers as index; received {index!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -206,6 +207,17 @@ def test_indices_are_pythons() -> None:
     assert resolve(heads[[]]).empty
     assert not resolve(embed).empty
     assert resolve(heads).heads.dtype == torch.bool
+
+
+def test_indices_are_numpys_too() -> None:
+    """A table's cells are."""
+    for mine, theirs in (
+        (heads[2, 1], heads[np.int64(2), np.uint8(1)]),
+        (mlps[[0, 3]], mlps[list(np.arange(0, 4, 3))]),
+    ):
+        assert mine == theirs and repr(mine) == repr(theirs)
+    with pytest.raises(TypeError, match="expected a number, a slice or a list"):
+        heads[np.float64(2)]
 
 
 def test_a_single_layer_and_head_are_numbers() -> None:
