@@ -106,7 +106,7 @@ class Examples:
     heads: tuple[HeadMaps, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AuditResult(Evidence):
     """Every number of an audit, where it came from, and the verdict."""
 
@@ -144,6 +144,9 @@ class AuditResult(Evidence):
 
         repairs = (repair.setting for repair in self.repairs)
         return pd.DataFrame([setting.row() for setting in (*self.settings, *repairs)])
+
+    def __repr__(self) -> str:
+        return f"AuditResult({self.in_short}; {self.verdict.level}, {self.verdict.confidence} confidence)"
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"

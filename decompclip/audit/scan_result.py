@@ -79,7 +79,7 @@ class HeadStatistics:
     reference: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScanResult:
     """Every number of a scan, and where it came from.
 
@@ -121,6 +121,9 @@ class ScanResult:
     def suspects(self) -> tuple[ProbeResult, ...]:
         """The probes whose lead passes the threshold, with the lower end of its interval too."""
         return tuple(probe for probe in self.probes if probe.lead_low > self.config.lead)
+
+    def __repr__(self) -> str:
+        return f"ScanResult({self.in_short}; {self.verdict.level}, {self.verdict.confidence} confidence)"
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.in_short)}</p>{self.verdict._repr_html_()}"

@@ -82,9 +82,13 @@ def cell(text: str) -> Markup:
 
 
 def coded(text: str) -> Markup:
-    """A sentence whose options are code that no line end breaks: `--reference`."""
+    """A sentence whose options, and what stands between backticks, are code that no line end breaks: `--reference`."""
     return Markup(
-        re.sub(r"--[a-z][a-z-]*", r'<code class="option">\g<0></code>', str(escape(printable(text))))
+        re.sub(
+            r"`([^`<>]+)`|--[a-z][a-z-]*",
+            lambda found: f'<code class="option">{found[1] or found[0]}</code>',
+            str(escape(printable(text))),
+        )
     )
 
 

@@ -113,4 +113,6 @@ def test_values_keep_together() -> None:
 
 def test_options_never_part_and_nothing_else_becomes_markup() -> None:
     assert coded("a <b> (--reference)") == 'a &lt;b&gt; (<code class="option">--reference</code>)'
-    assert coded("one - two") == "one - two"
+    assert coded("try `decompclip repair`") == 'try <code class="option">decompclip repair</code>'
+    assert coded("`<b>`") == '<code class="option">&lt;b&gt;</code>'
+    assert coded("one - two `") == "one - two `"
