@@ -25,6 +25,7 @@ from analyses.paper.published import SETTING, TABLE2
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
+from analyses.study.rates import BARS
 from analyses.study.summary import by_attack, interval_text, markdown, mean, over_seeds
 from decompclip.bench.plan import SLOW
 from decompclip.bench.run import Remembering, area
@@ -99,7 +100,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         (-0.03, 1.03),
         0.5,
     )
-    return {"auroc": point_panels(rows, [panel])}
+    return {"auroc": point_panels(rows, [panel], bars=BARS)}
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -202,7 +202,10 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     ]
     areas = series("detectors", detectors, lambda r: Point.of(r, 1))
     detection = Panel("", "AUROC (0.5 is chance)", areas, (-0.03, 1.03), 0.5)
-    return {"repair": point_panels(repairs, panels), "detection": point_panels(detectors, [detection])}
+    return {
+        "repair": point_panels(repairs, panels, bars="95 % interval"),
+        "detection": point_panels(detectors, [detection], bars="95 % interval"),
+    }
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
                 )
             series[label] = points
         panels.append(Panel(title, "halves of clean images less paired images", series, line=0.0))
-    return {"change": point_panels(rows, panels)}
+    return {"change": point_panels(rows, panels, bars="range over models")}
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         Panel("triggered images told right", "images of other classes, %", own, PERCENT),
         Panel("triggered images sent to the target", "images of other classes, %", asr, PERCENT),
     ]
-    return {"own_class": point_panels(rows, panels)}
+    return {"own_class": point_panels(rows, panels, bars="95 % interval")}
 
 
 def table(record: Mapping[str, Any]) -> str:

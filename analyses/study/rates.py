@@ -10,6 +10,9 @@ from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels
 
 RATES = {"asr": "attack success", "control": "control", "cacc": "clean accuracy"}
 
+BARS = "95 % interval; of several models, their range"
+"""What the bars of a figure are."""
+
 Published = Mapping[str, Mapping[str, tuple[float | None, float]]]
 """The paper's own ASR and CACC, by attack and setting; of ViT-B/32 on ImageNet-1K unless said otherwise."""
 
@@ -39,7 +42,7 @@ def rates_figure(
         )
         for rate, title in RATES.items()
     ]
-    return point_panels(rows, panels)
+    return point_panels(rows, panels, bars=BARS)
 
 
 def rates_table(

@@ -18,6 +18,9 @@ LINE = 15
 FEW = 40
 """Places along x up to which each carries a marker."""
 
+SHORT = 5
+"""Letters of a tick that needs no turning."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -194,7 +197,8 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
         plot.update_xaxes(dtick=1 if n <= 12 else 2 if n <= 24 else 4, row=row, col=col)
     if panel.ticks is not None:
         names = {"tickvals": list(range(len(panel.ticks))), "ticktext": list(panel.ticks)}
-        plot.update_xaxes(tickangle=-30, automargin=True, row=row, col=col, **names)
+        angle = -30 if max(map(len, panel.ticks)) > SHORT else None  # short ones turn where they do not fit
+        plot.update_xaxes(tickangle=angle, automargin=True, row=row, col=col, **names)
     if panel.ends is not None:
         plot.update_yaxes(range=panel.ends, dtick=25 if panel.ends == PERCENT else None, row=row, col=col)
     for x, text in (panel.marks or {}).items():

@@ -104,7 +104,8 @@ def component_map(
             plot.add_trace(_dots(x, layers.tolist(), dots_name, legend=column == 1), row=1, col=column)
     plot.update_xaxes(type="category", ticks="", showgrid=False)
     plot.update_xaxes(title="head", row=1, col=1)
-    plot.update_yaxes(dtick=1, ticks="", showgrid=False, zeroline=False)
+    ends = [-0.5, n_layers - 0.5]  # plotly's own leave room for the dots, and count a layer -1
+    plot.update_yaxes(dtick=1, range=ends, ticks="", showgrid=False, zeroline=False)
     plot.update_yaxes(title="layer", row=1, col=1)
     return framed(
         plot,
@@ -157,7 +158,8 @@ def grid_maps(grids: Sequence[Grid], *, unit: str, top: float) -> go.Figure:
             col=column,
         )
         plot.update_xaxes(title=grid.axis, showticklabels=bool(grid.axis), row=row, col=column)
-    plot.update_xaxes(ticks="", showgrid=False, zeroline=False, type="category", nticks=10)
+    few = max(len(grid.columns) for grid in grids) <= 36 // columns
+    plot.update_xaxes(ticks="", showgrid=False, zeroline=False, type="category", nticks=36 if few else 10)
     plot.update_yaxes(dtick=1, ticks="", showgrid=False, zeroline=False)
     plot.update_yaxes(title="layer", col=1)
     plot.update_annotations(font_size=12)

@@ -59,6 +59,7 @@ def point_panels(
     panels: Sequence[Panel],
     *,
     styles: Mapping[str, Style] | None = None,
+    bars: str = "",
 ) -> go.Figure:
     """Rows downward, values to the right; series differ by colour, marker and place within the row.
 
@@ -66,6 +67,7 @@ def point_panels(
         rows: their names.
         panels: side by side, with letters where there are several.
         styles: of the series; by default one after the other of the theme's.
+        bars: what the ends of intervals are, for the legend.
 
     Raises:
         ValueError: more series than styles, or a series that is not as long as the rows.
@@ -104,15 +106,25 @@ def point_panels(
         ticks="",
         automargin=True,
     )
-    titled = any(panel.title for panel in panels)
+    known = [point for panel in panels for points in panel.points.values() for point in points if point]
+    if bars and any(point.low is not None for point in known):
+        plot.add_trace(_bar_explained(bars), row=1, col=1)
+    lines = max(1 + panel.title.count("<br>") for panel in panels) if any(p.title for p in panels) else 0
+    above = 4 + bool(lines) * 8 + 14 * lines
     framed(
         plot,
         height=height,
-        margin={"l": 10, "r": 16, "t": 64 if titled else 38, "b": 48},
-        legend={"y": 1 + (26 if titled else 4) / (height - 112)},
+        margin={"l": 10, "r": 16, "t": 34 + above, "b": 48},
+        legend={"y": 1 + above / (height - 82 - above)},
     )
     plot.update_annotations(font_size=12)
     return plot
+
+
+def _bar_explained(name: str) -> go.Scatter:
+    """An entry of the legend: a whisker."""
+    look = {"symbol": "line-ew-open", "size": 14, "color": INK, "line": {"width": 2}}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=look, name=name, showlegend=True)
 
 
 def wrapped(name: str, width: int = 24) -> str:
