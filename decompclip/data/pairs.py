@@ -92,6 +92,9 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, row: int) -> Pair:
         label = None if self.labels is None else int(self.labels[row])
         return Pair(self.ids[row], self.images[row], self.captions[row], label)

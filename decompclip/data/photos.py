@@ -107,7 +107,9 @@ class PhotoPairs(ParquetPairs):
         **options: Unpack[PairOptions],
     ) -> None:
         check_choice("split", split, Split)
-        folder = data_folder("tiny-imagenet", "Tiny ImageNet", folder)
+        folder = data_folder(
+            "tiny-imagenet", "Tiny ImageNet (python -m analyses.prepare_tiny_imagenet makes it)", folder
+        )
         files, classes = sorted(folder.glob(f"{split}-*.parquet")), folder / "classes.json"
         if not files or not classes.is_file():
             raise FileNotFoundError(

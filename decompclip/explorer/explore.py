@@ -1,6 +1,6 @@
 """Explore: ask what a model's heads do on some images, in a notebook or in a page that needs nothing.
 
-    explore(model, images)                            in Jupyter, VS Code and Colab: a widget
+    explore(model, images)                            in a notebook: a widget
     explore(model, images).save_html("heads.html")    without a kernel: the same view of the texts known by then
 
 All but the texts comes from one decomposition of the images. The view (`explore.js`) asks questions, a kind and what it is

@@ -1,4 +1,4 @@
-"""The explorer as a widget of Jupyter, VS Code and Colab. Imported late: it needs anywidget."""
+"""The explorer as an anywidget, for Jupyter, VS Code and Colab. Imported late: it needs anywidget."""
 
 from __future__ import annotations
 

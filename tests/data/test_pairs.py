@@ -112,6 +112,12 @@ def test_an_item_is_a_row_of_what_is_read_together() -> None:
         pairs[9]
 
 
+def test_a_batch_is_gone_through_pair_by_pair() -> None:
+    taken = ShapesPairs(9, seed=4).read([7, 2])
+    assert [pair.id for pair in taken] == list(taken.ids)
+    assert all(torch.equal(pair.image, image) for pair, image in zip(taken, taken.images, strict=True))
+
+
 def test_draws_hang_on_seed_purpose_and_name_alone() -> None:
     assert keyed(1, "poison", "a") == keyed(1, "poison", "a")
     assert (
