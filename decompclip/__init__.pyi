@@ -50,6 +50,7 @@ from .operators.attention import (
     rollout as rollout,
 )
 from .operators.attribution import attribute as attribute
+from .operators.checkpoints import compare_checkpoints as compare_checkpoints
 from .operators.effects import direct_and_causal as direct_and_causal, path_patching as path_patching
 from .operators.extract import extract as extract
 from .operators.inputs import encode_texts as encode_texts

@@ -1,0 +1,304 @@
+"""Maps of weights are those multiplied out by hand; differences are where weights were changed, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+from torch.nn import functional as F
+
+from decompclip.decomposition.components import embed, heads, mlps
+from decompclip.decomposition.maps import frozen
+from decompclip.models.bundled import load_bundled
+from decompclip.models.clip import HookedCLIP
+from decompclip.models.text import ImageOnly, MissingTextError
+from decompclip.operators.checkpoints import compare_checkpoints
+from decompclip.operators.inputs import encode_texts
+from decompclip.operators.weights import layer_maps, pursue, weight_directions
+from decompclip.tower.layers import blocks
+from decompclip.tower.vit import HookedViT
+from tests.conftest import MakeTower
+from tests.decomposition.test_families import FAMILIES
+
+CLASSES = ("circle", "square", "star", "ring")
+
+
+@pytest.fixture(scope="module")
+def clean() -> HookedCLIP:
+    return load_bundled("shapes")
+
+
+@pytest.fixture(scope="module")
+def twin() -> HookedCLIP:
+    return load_bundled("shapes-badnet")
+
+
+def changed(model: HookedCLIP) -> HookedCLIP:
+    """A copy whose head 3 of layer 2 writes a tenth more."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        blocks(other.visual)[2].attn.W_V[3] *= 1.1
+    return other
+
+
+# --- maps
+
+
+def slow_maps(visual: HookedViT, layer: int) -> tuple[Tensor, Tensor]:
+    """A layer's heads and MLP of a pre-norm tower with a class token, one unit vector of the stream after another."""
+    block, d_model = blocks(visual)[layer], visual.cfg.d_model
+    ls1, ls2 = (1 if x is None else x.double() for x in (block.ls1, block.ls2))
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    def ends(written: Tensor) -> Tensor:
+        assert visual.proj is not None
+        return centred(written) * visual.ln_final.w.double() @ visual.proj.double()
+
+    rows = []
+    for unit in torch.eye(d_model).double():
+        seen = centred(unit) * block.ln1.w.double()
+        z = torch.einsum("d,hde->he", seen, block.attn.W_V.double())
+        rows.append(ends(torch.einsum("he,hed->hd", z, block.attn.W_O.double()) * ls1))
+    return torch.stack(rows, 1), ends(block.mlp.W_out.double().T * ls2)
+
+
+def test_maps_are_the_weights_multiplied_out(tower: HookedViT) -> None:
+    for layer, maps in enumerate(layer_maps(tower)):
+        of_heads, of_mlp = slow_maps(tower, layer)
+        torch.testing.assert_close(maps.read @ maps.write, of_heads, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(maps.out, of_mlp, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_maps_and_factors_keep_their_products(name: str, make_tower: MakeTower) -> None:
+    visual, other = (make_tower(seed=seed, **FAMILIES[name]) for seed in (0, 1))
+    along = torch.randn(5, visual.cfg.d_embed, generator=torch.Generator().manual_seed(2)).double()
+    pairs = list(zip(layer_maps(visual), layer_maps(other), strict=True))
+    assert len(pairs) == visual.cfg.n_layers
+    for mine, theirs in pairs:
+        difference = mine.less(theirs)
+        for maps, whole, out in (
+            (mine, mine.read @ mine.write, mine.out),
+            (difference, mine.read @ mine.write - theirs.read @ theirs.write, mine.out - theirs.out),
+        ):
+            factors = maps.factors()
+            of_heads, of_mlp = factors.lengths
+            torch.testing.assert_close(of_heads, whole.flatten(1).norm(dim=1))
+            torch.testing.assert_close(of_mlp, out.norm())
+            squares = (whole @ along.T).square().sum((0, 1)) + (out @ along.T).square().sum(0)
+            torch.testing.assert_close(factors.along(along), squares)
+    if visual.pool is None:  # the rest of a head's way is that of its terms
+        for layer, (mine, _) in enumerate(pairs):
+            torch.testing.assert_close(mine.write, frozen(visual, "centred").maps.heads[layer].double())
+
+
+# --- words
+
+
+def best_of_all(direction: Tensor, texts: Tensor, n_texts: int) -> float:
+    """The cosine that the best set of texts reaches, by trying every one."""
+    best = 0.0
+    for chosen in combinations(range(len(texts)), n_texts):
+        weights, left = nnls(texts[list(chosen)].T.numpy(), direction.numpy())
+        if weights.any():
+            best = max(best, float((1 - left**2) ** 0.5))
+    return best
+
+
+def test_pursuit_finds_combinations_and_no_negative_weights() -> None:
+    draws = torch.Generator().manual_seed(0)
+    texts = F.normalize(torch.randn(12, 40, generator=draws).double(), dim=1)
+    made = torch.tensor([[2.0, 1.0, 0.5]]).double() @ texts[[3, 7, 1]]
+    picks, weights = pursue(made, texts, 3, coherence=0.0)
+    assert dict(zip(picks[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx(
+        {3: 2, 7: 1, 1: 0.5}
+    )
+    directions = F.normalize(torch.randn(20, 40, generator=draws).double(), dim=1)
+    picks, weights = pursue(directions, texts, 3, coherence=0.0)
+    assert (weights >= 0).all()
+    reached = (weights[..., None] * texts[picks.clamp_min(0)]).sum(1)
+    for direction, found in zip(directions, F.normalize(reached, dim=1), strict=True):
+        assert float(found @ direction) > 0.85 * best_of_all(direction, texts, 3)
+        assert float(found @ direction) <= best_of_all(direction, texts, 3) + 1e-9
+
+
+def test_pursuit_step_by_step() -> None:
+    """Beside the rule as it is written, one direction at a time."""
+    draws = torch.Generator().manual_seed(3)
+    texts = F.normalize(torch.randn(30, 8, generator=draws).double(), dim=1)
+    directions = F.normalize(torch.randn(6, 8, generator=draws).double(), dim=1)
+    for coherence in (-0.5, 0.0, 0.3, 2.0):
+        picks, _ = pursue(directions, texts, 4, coherence=coherence)
+        for direction, found in zip(directions, picks.tolist(), strict=True):
+            chosen: list[int] = []
+            left = direction
+            for pick in found:
+                scores = {
+                    i: float(left @ t) + (coherence * float(texts[chosen].mean(0) @ t) if chosen else 0)
+                    for i, t in enumerate(texts)
+                    if i not in chosen and float(left @ t) > 1e-9
+                }
+                assert pick == (max(scores, key=lambda i: scores[i]) if scores else -1)
+                if pick < 0:
+                    break
+                chosen.append(pick)
+                fitted, _ = nnls(texts[chosen].T.numpy(), direction.numpy())
+                left = direction - torch.from_numpy(fitted) @ texts[chosen]
+
+
+def test_coherence_prefers_texts_alike() -> None:
+    draws = torch.Generator().manual_seed(4)
+    texts = F.normalize(torch.randn(200, 16, generator=draws).double(), dim=1)
+    directions = F.normalize(torch.randn(20, 16, generator=draws).double(), dim=1)
+
+    def likeness(coherence: float) -> float:
+        picks, _ = pursue(directions, texts, 4, coherence=coherence)
+        chosen = texts[picks]
+        return float((chosen @ chosen.mT).mean())
+
+    assert likeness(-0.5) < likeness(0.0) < likeness(0.5)
+
+
+def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
+    found = weight_directions(clean, heads[5] | mlps[0], n_directions=2)
+    assert len(found) == 9
+    of_heads, of_mlp = slow_maps(clean.visual, 5)[0], slow_maps(clean.visual, 0)[1]
+    for row, matrix in enumerate((*of_heads, of_mlp)):
+        _, values, vectors = torch.linalg.svd(matrix.detach(), full_matrices=False)
+        torch.testing.assert_close(
+            found.share[row], values[:2].square() / values.square().sum(), atol=1e-5, rtol=1e-4
+        )
+        assert (found.directions[row] * vectors[:2]).sum(1).abs().min() > 0.999
+    assert found.to_frame().shape == (18, 8)
+    assert ((found.fidelity > 0) & (found.fidelity <= 1)).all()
+    assert found.of(heads[5, 0]) == tuple(text for text, _ in found.words[0][0])
+
+
+# --- differences
+
+
+def test_one_changed_head_is_the_one_difference(clean: HookedCLIP) -> None:
+    found = compare_checkpoints(changed(clean), clean)
+    where = [str(part) for part in found.parts].index("heads[2, 3]")
+    expected = torch.zeros(len(found.parts), dtype=torch.float64)
+    expected[where] = 0.1
+    torch.testing.assert_close(found.change, expected, atol=1e-6, rtol=1e-5)
+    assert found.text_change == 0
+    own = weight_directions(clean, heads[2, 3], n_directions=1)
+    assert abs(float((own.directions[0, 0] * found.directions.directions[where, 0]).sum())) > 0.9999
+    assert found.top(1).to_frame()["part"].tolist() == ["heads[2, 3]"]
+    # the text tower is the same: classes are ranked by the image tower alone
+    assert found.classes is not None
+    assert (found.classes.text == 0).all()
+    torch.testing.assert_close(found.classes.score, found.classes.image / found.classes.image.median())
+
+
+def test_the_same_weights_differ_in_nothing(clean: HookedCLIP) -> None:
+    found = compare_checkpoints(copy.deepcopy(clean), clean)
+    assert found.change.abs().max() < 1e-9
+    assert found.classes is not None
+    assert (found.classes.score == 1).all()
+    assert found.classes.rank("star") == len(found.classes)
+    assert found.classes.lead == 1
+
+
+def test_a_backdoored_twin_names_its_target(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    found = compare_checkpoints(twin, clean)
+    assert found.classes is not None
+    assert found.classes.order[0] == "star"
+    assert found.classes.rank("star") == 1
+    assert any("star" in text for text in found.top(1).directions.of(found.top(1).parts[0]))
+    frame = found.classes.to_frame()
+    assert frame["class"].tolist() == list(found.classes.order)
+    assert frame["score"].is_monotonic_decreasing
+    assert found.classes.lead == pytest.approx(frame["score"][0] / frame["score"][1])
+    assert "star" in repr(found)
+    assert "star" in repr(found.classes)
+    assert found._repr_html_().count("<tr") == 21  # the largest changes of 54 parts
+    for figure in (found.figure(), found.classes.figure(), found.directions.figure()):
+        assert figure.data
+
+
+def test_classes_are_scored_as_written(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    found = compare_checkpoints(twin, clean, class_names=CLASSES, templates=["a {}", "the {}"]).classes
+    assert found is not None
+    before, after = (m.zero_shot_classifier(CLASSES, ["a {}", "the {}"]).double() for m in (clean, twin))
+    centred = F.normalize(after - after.mean(0), dim=1)
+    changed = written = torch.zeros(4).double()
+    for layer in range(clean.cfg.n_layers):
+        for mine, theirs in zip(slow_maps(twin.visual, layer), slow_maps(clean.visual, layer), strict=True):
+            changed = changed + ((mine - theirs) @ centred.T).square().flatten(0, -2).sum(0)
+            written = written + (theirs @ centred.T).square().flatten(0, -2).sum(0)
+    image = (changed / written).sqrt().detach()
+    text = ((after - before) - (after - before).mean(0)).norm(dim=1)
+    torch.testing.assert_close(found.image, image, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.text, text)
+    torch.testing.assert_close(
+        found.score, image / image.median() * text / text.median(), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_features_of_texts_are_the_references(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    texts = encode_texts(clean)
+    given = compare_checkpoints(twin, clean, texts=texts).directions
+    assert given.words == compare_checkpoints(twin, clean, texts=list(texts.texts)).directions.words
+    with pytest.raises(ValueError, match="encode_texts"):
+        compare_checkpoints(twin, clean, texts=encode_texts(twin))
+
+
+# --- what is refused
+
+
+def test_two_architectures_are_refused(clean: HookedCLIP) -> None:
+    with pytest.raises(
+        ValueError, match=r"one architecture; received 'shapes' and 'cifar10', which differ in .*fine-tuned"
+    ):
+        compare_checkpoints(load_bundled("cifar10"), clean)
+
+
+def test_two_vocabularies_are_refused(clean: HookedCLIP) -> None:
+    other = copy.deepcopy(clean)
+    other.tokenizer = type(clean.tokenizer)(tuple(reversed(clean.tokenizer.words)), clean.context_length)  # pyright: ignore
+    with pytest.raises(ValueError, match="one architecture.*vocabularies"):
+        compare_checkpoints(other, clean)
+
+
+def test_too_few_texts_name_nothing(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    with pytest.raises(
+        ValueError, match="more than 5 texts that the text tower tells apart.*received 3, of which 3"
+    ):
+        compare_checkpoints(twin, clean, texts=["a star", "a ring", "a circle"])
+    unknown = [f"a zebra{i}" for i in range(9)]  # one unknown word to this vocabulary
+    with pytest.warns(UserWarning, match="unknown"), pytest.raises(ValueError, match="of which 0 are apart"):
+        weight_directions(twin, heads[-1], texts=unknown)
+
+
+def test_bad_numbers_and_parts_are_refused(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    with pytest.raises(ValueError, match="at least 3 classes to rank; received 2"):
+        compare_checkpoints(twin, clean, class_names=["star", "ring"])
+    with pytest.raises(ValueError, match="at least 1 direction"):
+        weight_directions(clean, n_directions=0)
+    with pytest.raises(ValueError, match="at least 1 text"):
+        weight_directions(clean, n_texts=0)
+    with pytest.raises(ValueError, match="heads and MLPs, which write by a matrix; received embed"):
+        weight_directions(clean, heads[0] | embed)
+    found = compare_checkpoints(twin, clean, class_names=())
+    assert found.classes is None
+    for few in (lambda: found.top(0), lambda: compare_checkpoints(twin, clean).classes.top(0)):  # pyright: ignore
+        with pytest.raises(ValueError, match="received k=0"):
+            few()
+    with pytest.raises(LookupError, match="class"):
+        compare_checkpoints(twin, clean).classes.rank("zebra")  # pyright: ignore
+
+
+def test_an_image_tower_alone_is_refused(clean: HookedCLIP) -> None:
+    alone = copy.deepcopy(clean)
+    alone.text = ImageOnly(torch.nn.Identity(), torch.tensor(1.0), why="loaded with text=False")
+    with pytest.raises(MissingTextError, match="text=False"):
+        compare_checkpoints(alone, copy.deepcopy(alone))
