@@ -256,11 +256,18 @@ def compare_checkpoints(
             usual.update({str(all_heads[layer, head]): x for head, x in enumerate(heads)})
             usual[str(all_mlps[layer])] = mlp
             if along is not None:
-                changed, written = changed + new.along(along), written + old.along(along)
+                at = along.to(new.mlp)
+                changed, written = changed + new.along(at), written + old.along(at)
             yield new
 
     found = singular(differences(), parts, n_directions)
     change = found.length / torch.stack([usual[str(part)] for part in parts])
+    still = (change <= STILL)[:, None]  # rounding has directions too, of which nothing is to be said
+    found = replace(
+        found,
+        directions=found.directions.masked_fill(still[..., None], 0.0),
+        share=found.share.masked_fill(still, 0.0),
+    )
     classes = None
     if moved is not None:
         image = (changed / written).sqrt().cpu()

@@ -202,6 +202,7 @@ def test_one_changed_head_is_the_one_difference(clean: HookedCLIP) -> None:
 def test_the_same_weights_differ_in_nothing(clean: HookedCLIP) -> None:
     found = compare_checkpoints(copy.deepcopy(clean), clean)
     assert found.change.abs().max() < 1e-9
+    assert not any(words for part in found.directions.words for words in part)
     assert found.classes is not None
     assert (found.classes.score == 1).all()
     assert found.classes.rank("star") == len(found.classes)
