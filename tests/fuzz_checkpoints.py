@@ -220,7 +220,11 @@ def mutate_value(found: Any, draw: random.Random) -> Any:
         case 1 if isinstance(holder, dict):
             holder[draw.choice(ADDED)] = draw.choice(NASTY)
         case 2 if isinstance(holder[last], int | float):
-            holder[last] = holder[last] * draw.choice([-1, 2, 10, 1000, 10**7, 10**12, 0.5])
+            factor = draw.choice([-1, 2, 10, 1000, 10**7, 10**12, 0.5])
+            # half of an integer that no float holds is one again
+            holder[last] = (
+                holder[last] // 2 if factor == 0.5 and abs(holder[last]) > 1e300 else holder[last] * factor
+            )
         case 3:
             holder[last] = [holder[last]] * draw.choice([1, 2, 3, 50])
         case _:
