@@ -11,7 +11,7 @@ import typer
 
 from decompclip import progress
 from decompclip.attacks.registry import TRIGGERS as REGISTRY
-from decompclip.cli.console import plain_errors, progress as shown, say
+from decompclip.cli.console import first_process, plain_errors, progress as shown, say
 from decompclip.cli.options import TRIGGERS, most, sized
 from decompclip.progress import span
 
@@ -31,6 +31,27 @@ def test_a_stopped_command_says_what_is_kept(
     with pytest.raises(typer.Exit), plain_errors():
         os.kill(os.getpid(), number)
     assert "nothing was written; run the same again" in capsys.readouterr().err
+
+
+def test_what_a_launcher_left_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank among one is the first process; what is no number is refused, by commands that ask for it."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with plain_errors(shared=True):
+        assert first_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with plain_errors(shared=True):
+        assert not first_process()
+    for name in ("RANK", "WORLD_SIZE"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "none")
+            with plain_errors():
+                assert first_process()
+            with pytest.raises(typer.Exit), plain_errors(shared=True):
+                pass
+        assert f"expected a whole number in the environment variable {name}" in capsys.readouterr().err
 
 
 def test_names_are_printable_in_lines_and_errors(capsys: pytest.CaptureFixture[str]) -> None:

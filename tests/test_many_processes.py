@@ -16,6 +16,7 @@ from torch import Tensor
 import decompclip
 from decompclip import HookedCLIP, Shapes, evaluate
 from decompclip.attacks.badnet import BadNet
+from decompclip.audit import interventions
 from decompclip.audit.collect import open_source
 from decompclip.audit.config import AuditConfig, ScanConfig
 from decompclip.audit.pipeline import run_audit
@@ -221,6 +222,21 @@ def audit(
     )
     config = AuditConfig(batch_size=16, seed=seed)
     return run_audit(model, own, suspect, CLASSES, config=config, accelerator=accelerator).to_dict()
+
+
+def test_a_file_that_one_process_of_an_audit_cannot_read_any_more(model: HookedCLIP) -> None:
+    """It ends that process; before, the error was taken for one of all, and they waited for each other for ever."""
+
+    def gone(*_: object) -> Iterator[None]:
+        raise ValueError("a file went bad")
+
+    def work(rank: int) -> Any:
+        if rank == 1:
+            interventions._chosen = gone
+        return audit(model, Accelerator(cpu=True))
+
+    _, second = in_processes(2, work)
+    assert isinstance(second, ValueError) and str(second) == "a file went bad"
 
 
 def test_a_scan_goes_on_with_another_number_of_processes(model: HookedCLIP, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def answers_by_patches(
     classifier: Float[Tensor, "class d_embed"],
     config: AuditConfig,
     group: Processes = ALONE,
-) -> PatchAnswers:
+) -> PatchAnswers | ValueError:
     """`TokenRep`, for triggers of few patches. It reads pictures, not terms: the sources are gone through once more.
 
     Args:
@@ -149,18 +149,28 @@ def answers_by_patches(
         config: options.
         group: the processes that share the batches; the first one fits.
 
+    Returns:
+        The answers; or what `TokenRep.fit` says of too few clean images, in every process.
+
     Raises:
-        ValueError: as `TokenRep.fit`, of too few clean images.
+        ValueError: images that cannot be read, in the process that reads them.
     """
     clean, suspect = sources
     edit = TokenRep(model, classifier, batch_size=config.batch_size)
     validation = list(group.in_order(list(_chosen(group, clean, names.validation, config))))
 
-    def fit() -> tuple[Tensor, Tensor]:
-        edit.fit([model.denormalize(images).to(model.device) for images in validation])
+    def fit() -> tuple[Tensor, Tensor] | ValueError:
+        pixels = [model.denormalize(images).to(model.device) for images in validation]
+        try:
+            edit.fit(pixels)
+        except ValueError as error:
+            return error
         return edit.typical_.cpu(), edit.scores_.cpu()
 
-    typical, scores = group.in_first(fit)
+    fitted = group.in_first(fit)
+    if isinstance(fitted, ValueError):
+        return fitted
+    typical, scores = fitted
     edit.typical_, edit.scores_ = typical.to(model.device), scores.to(model.device)
     edit.fpr = max(edit.fpr, 1 / (len(edit.scores_) + 1))  # the least that so few can tell
     after = []

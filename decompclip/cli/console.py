@@ -25,13 +25,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
-_place = {"rank": 0}
+_process = {"rank": 0}
 """Among the processes that share the command."""
 
 
 def first_process() -> bool:
     """Whether this is the first, or the only one, of the processes that share the command."""
-    return _place["rank"] == 0
+    return _process["rank"] == 0
 
 
 def say(text: str, *, err: bool = False, lines: bool = False, everywhere: bool = False) -> None:
@@ -63,10 +63,13 @@ def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False)
     Yields:
         A stack for what is held until the end, such as the lock of a folder.
     """
-    rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    where = f"process {rank} of {count}: " if shared and count > 1 else ""
-    _place["rank"] = rank if shared else 0
+    where = ""
     try:
+        if (
+            shared and (count := _launched("WORLD_SIZE", 1)) > 1
+        ):  # a RANK alone is left over from something else
+            _process["rank"] = rank = _launched("RANK", 0)
+            where = f"process {rank} of {count}: "
         with ExitStack() as held, _ends_on_sigterm(), warnings.catch_warnings():
             if not os.environ.get("DECOMPCLIP_DEBUG"):
                 warnings.showwarning = _one_line
@@ -84,7 +87,22 @@ def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False)
         say(f"{where}error: {said}", err=True, everywhere=True)
         raise typer.Exit(EXPECTED_ERROR) from None
     finally:
-        _place["rank"] = 0
+        _process["rank"] = 0
+
+
+def _launched(name: str, default: int) -> int:
+    """What torchrun or accelerate launch says in an environment variable.
+
+    Raises:
+        ValueError: no whole number.
+    """
+    given = os.environ.get(name, str(default))
+    if not given.strip().isdecimal():
+        raise ValueError(
+            f"expected a whole number in the environment variable {name}, as torchrun and accelerate launch set it; "
+            f"received {given!r}; unset it to start one process"
+        )
+    return int(given)
 
 
 _ARGUMENTS = re.compile(
