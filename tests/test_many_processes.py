@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +165,21 @@ def test_batches_of_processes_are_those_of_one(model: HookedCLIP, pictures: Path
         torch.testing.assert_close(found[3], one[3], rtol=0, atol=1e-6)
 
 
+def test_batches_that_do_not_say_their_places_are_refused(model: HookedCLIP, classifier: Tensor) -> None:
+    """Each process would count them from 0, and a trigger drawn for each image would be another one's."""
+
+    class Placeless(Shapes):
+        def part(self, places: Sequence[int], batch_size: int = 64) -> Iterator[Any]:
+            for batch in super().part(places, batch_size):
+                yield SimpleNamespace(images=batch.images, labels=batch.labels)
+
+    found = spread(
+        2,
+        lambda accelerator: evaluate(model, Placeless(20), classifier, batch_size=5, accelerator=accelerator),
+    )
+    errors(found, TypeError, "expected batches with `indices`")
+
+
 def test_what_processes_left_out_is_what_one_leaves_out(model: HookedCLIP, pictures: Path) -> None:
     def work(accelerator: Accelerator | None) -> Any:
         source, group = FolderSource(pictures, model.pixels, class_names=CLASSES), Processes(accelerator)
@@ -289,6 +305,8 @@ def test_a_leaderboard_goes_on_with_another_number_of_processes(
         {"[2/4] shapes, seed 1", "[4/4] shapes-badnet, seed 1"},
         {"[3/4] shapes-badnet, seed 0"},
     ]
+    there = [[line for line in lines if "there already" in line] for _, lines in found]
+    assert there == [["[1/4] shapes, seed 0: there already"], []]
     assert (out / "runs" / "shapes-seed0.json").read_text() == done
 
 

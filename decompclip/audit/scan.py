@@ -448,7 +448,10 @@ class Search:
             def slope(
                 row: int,
             ) -> Tensor:  # one class a pass: memory as of one batch; the same places for all classes
-                return self._gradient(pixels[places], change[row], classes[row], seed).cpu()  # noqa: B023 - called at once
+                found = self._gradient(pixels[places], change[row], classes[row], seed)  # noqa: B023 - called at once
+                return (
+                    found.cpu() if self.group.count > 1 else found
+                )  # processes tell each other what is on the CPU
 
             change.grad = torch.stack(self.group.each(range(len(classes)), slope)).to(change)
             with torch.no_grad():

@@ -327,7 +327,7 @@ def run(
 
     Raises:
         ValueError, FileNotFoundError: as `measure`; what was measured before stays. Or processes that disagree, or do not
-            share the folder.
+            share the folder: before the work where the first one holds it (`alone_in`), as the command does, else after it.
         OSError: `out` cannot be written to.
     """
     group, folder = Processes(accelerator), out / RUNS
@@ -348,7 +348,7 @@ def run(
     at = {job: f"[{place}/{len(plan.jobs)}] " for place, job in enumerate(plan.jobs, 1)}
     todo = group.in_first(lambda: [job for job in plan.jobs if known(job) is None])
     for model, seed in plan.jobs:
-        if (model, seed) not in todo:
+        if group.rank == 0 and (model, seed) not in todo:
             log(f"{at[model, seed]}{model}, seed {seed}: there already")
     own, spent = todo[group.rank :: group.count], []
     for model, seed in own:

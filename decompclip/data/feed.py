@@ -33,7 +33,7 @@ AHEAD = 2
 class Labelled(Protocol):
     """Images in [0, 1] with labels, in the same order each time; `Shapes` is such.
 
-    A batch has `images`, `labels` and may have `indices` (else images are counted from 0).
+    A batch has `images`, `labels` and may have `indices` (else images are counted from 0, by one process alone).
     """
 
     def batches(self, batch_size: int = ...) -> Iterator[Any]: ...

@@ -101,7 +101,7 @@ class Processes:
         """This process's batches of `feed`; None in the place of one of whose images none can be read.
 
         Raises:
-            TypeError: data of several processes that are not read by place.
+            TypeError: data of several processes that are not read by place, or whose batches do not say which places.
         """
         if self.count == 1:
             yield from feed(data, batch_size, device=device)
@@ -111,7 +111,13 @@ class Processes:
         starts = range(self.rank * batch_size, len(placed), self.count * batch_size)
         parts = (range(start, min(start + batch_size, len(placed))) for start in starts)
         made = (next(iter(placed.part(part, batch_size, **given)), None) for part in parts)
-        yield from ahead(made) if is_pure(data) else made
+        for batch in ahead(made) if is_pure(data) else made:
+            if batch is not None and getattr(batch, "indices", None) is None:
+                raise TypeError(
+                    "expected batches with `indices`, the places of their images, for several processes; received "
+                    f"{type(batch).__name__} of {type(data).__name__} without; add them, or start one process"
+                )
+            yield batch
 
     def n_batches(self, data: Any, batch_size: int) -> int:
         """How many `batches` gives in the first process."""
