@@ -126,8 +126,13 @@ def _batches(data: Any, batch_size: int, device: torch.device | str | None) -> I
 
 
 def _of_pairs(data: Iterable[Any], batch_size: int) -> Iterator[Any]:
-    pairs = iter(data)
+    pairs, known_places, start = iter(data), getattr(data, "indices", None), 0
     while some := list(islice(pairs, batch_size)):
         labels = [pair.label for pair in some]
         known = None if None in labels else torch.tensor(labels)
-        yield SimpleNamespace(images=torch.stack([pair.image for pair in some]), labels=known)
+        end = start + len(some)
+        places = (
+            known_places[start:end] if isinstance(known_places, torch.Tensor) else torch.arange(start, end)
+        )
+        yield SimpleNamespace(images=torch.stack([pair.image for pair in some]), labels=known, indices=places)
+        start = end

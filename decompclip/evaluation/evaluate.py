@@ -236,11 +236,11 @@ def evaluate(
         places = torch.arange(seen, seen + len(batch.images)) if places is None else places
         seen += len(batch.images)
         _check_batch(batch, int(places[0]) if len(places) else seen)
-        after = None
+        before, after = classify(model, batch.images, classifier), None
         if trigger is not None and not isinstance(trigger, DecomposedImages):
-            pixels = batch.images if getattr(trigger, "any_device", False) else batch.images.cpu()
-            after = classify(model, trigger(pixels, places), classifier)
-        return _Answers(batch.labels.cpu(), classify(model, batch.images, classifier), after)
+            pixels = batch.images if getattr(trigger, "any_device", False) else batch.images.cpu().clone()
+            after = classify(model, trigger(pixels, places), classifier)  # a trigger may write in place
+        return _Answers(batch.labels.cpu(), before, after)
 
     with closing(group.batches(data, batch_size, device=getattr(model, "device", None))) as batches:
         own = [batch and look(batch) for batch in track(batches)]

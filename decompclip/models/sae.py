@@ -9,9 +9,11 @@ An activation `x` of one token is a few of many directions, a constant, and what
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -124,6 +126,16 @@ class SparseAutoencoder:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that decides its numbers: the same on every device."""
+        told = [self.hook, self.k, self.normalization, self.subtract_bias, self.tokens]
+        found = hashlib.sha256(repr(told).encode())
+        for name, weight in self._weights().items():
+            found.update(f"{name} {list(weight.shape)}".encode())
+            found.update(weight.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def d_in(self) -> int:

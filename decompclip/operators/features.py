@@ -120,12 +120,16 @@ class FeatureTerms(FineTerms):
         unit: what coordinates would be, were an activation one at every token.
         bias: terms of the decoder's bias, and of the means of normalised activations.
         error: terms of what the autoencoder misses, and of tokens that it does not read.
+        hook: of the autoencoder.
+        sae: its digest.
     """
 
     of: Components
     unit: Float[Tensor, "batch pool_head"]
     bias: Float[Tensor, "batch d_embed"]
     error: Float[Tensor, "batch d_embed"]
+    hook: str
+    sae: str
 
     what = "feature"
     of_images = ("coords", "unit", "bias", "error")
@@ -182,7 +186,7 @@ def feature_terms(
             that are not pooled; the expression names something else than features.
     """
     visual = tower(model)
-    site, cfg = sae.site(visual), visual.cfg
+    site, cfg, digest = sae.site(visual), visual.cfg, sae.digest
     if not site.written:
         raise ValueError(
             f"expected an autoencoder of what is written to the stream, whose features have a direct effect; received {sae!r}; "
@@ -235,6 +239,8 @@ def feature_terms(
         unit=unit,
         bias=of_bias,
         error=of_error,
+        hook=sae.hook,
+        sae=digest,
     )
 
 
@@ -284,6 +290,11 @@ class AblateFeatures(Intervention):
                 f"terms=feature_terms(model, sae, images, {self.components!r}) of the same images"
             )
         terms.check(d)
+        if terms.sae != self.sae.digest:
+            raise ValueError(
+                f"expected terms of {self.sae!r}; received terms of another autoencoder, of {terms.hook}; make them with the "
+                "same autoencoder, in the same precision"
+            )
         mask, named = resolve(terms.of, d), resolve(self.components, d, features=len(self.sae)).features
         if not torch.equal(named.nonzero()[:, 0], terms.index.cpu()):
             raise ValueError(
@@ -446,7 +457,8 @@ def top_images(
     sae, read = sae.to(visual.device), _read_rows(sae, visual).nonzero()[:, 0]
     pictured = len(index) <= PICTURED and hasattr(model, "denormalize")
     best: list[Tensor] = []  # activation, image, token: [feature k]
-    pictures, seen, count = {}, [], 0
+    seen: list[tuple[Tensor, Tensor]] = []
+    pictures, count = {}, 0
     total = torch.zeros(len(index), dtype=torch.float64, device=visual.device)
     often = torch.zeros_like(total)
 
@@ -456,18 +468,19 @@ def top_images(
         for piece in pieces(len(rows), rows.shape[1] * len(sae) * 8, temporary(x.device)):
             acts = sae.read(rows[piece]).acts[..., index]
             most, token = acts.max(1)
-            found.append(torch.stack([most, token.to(most)]))
+            found.append((most, token))
             total.add_(acts.double().sum((0, 1)))
-        seen.append(torch.cat(found, dim=1))
+        most, token = (torch.cat(x) for x in zip(*found, strict=True))
+        seen.append((most, token))
 
     stop = partial(visual, stop_at_layer=site.layer + 1)
     for batch in image_batches(images, batch_size=batch_size, device=visual.device):
         with visual.hooks(fwd_hooks=[(sae.hook, keep)]):
             stop(batch.to(visual.device, visual.dtype))
-        most, token = seen.pop().transpose(1, 2).unbind()  # [feature batch]
+        most, token = (x.T for x in seen.pop())  # [feature batch]
         often += (most > 0).sum(1)
         places = torch.arange(count, count := count + len(batch), device=most.device).expand(len(index), -1)
-        new = [most, places, read[token.long()]]
+        new = [most, places, read[token]]
         best = [torch.cat(pair, dim=1) for pair in zip(best, new, strict=True)] if best else new
         order = best[0].topk(min(k, best[0].shape[1]), dim=1).indices
         best = [x.gather(1, order) for x in best]

@@ -14,6 +14,7 @@ from torch import Tensor, tensor
 
 from decompclip.attacks.trigger import Trigger
 from decompclip.data.feed import Labelled
+from decompclip.data.pairs import PairBatch
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import mlps
 from decompclip.evaluation.evaluate import DecomposedImages, Evaluation, evaluate
@@ -109,6 +110,35 @@ def test_intervals_are_wilson_s() -> None:
     assert (asr.low, asr.high) == wilson(5 / 8, 8)
     # worked out from the formula by hand: z = 1.959964
     assert (asr.low, asr.high) == (pytest.approx(0.3057, abs=1e-4), pytest.approx(0.8632, abs=1e-4))
+
+
+def test_a_trigger_that_writes_in_place_leaves_the_clean_images() -> None:
+    held = [
+        SimpleNamespace(images=batch.images.clone(), labels=batch.labels, indices=batch.indices)
+        for batch in Coloured().batches()
+    ]
+
+    class Held:
+        def batches(self, batch_size: int = 4) -> Iterator[SimpleNamespace]:
+            yield from held
+
+    def in_place(images: Tensor, indices: Tensor) -> Tensor:
+        return images.copy_(blue_corner(images, indices))
+
+    for _ in range(2):  # the data are as they were
+        result = evaluate(CornerReader(), Held(), CLASSIFIER, in_place, 2, class_names=NAMES)
+        assert result.to_dict() == found().to_dict()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 99])
+def test_a_part_of_pairs_keeps_its_places(batch_size: int) -> None:
+    (whole,) = Coloured().batches(10)
+    part = PairBatch(
+        whole.images[3:], ("",) * 7, whole.labels[3:], tuple("3456789"), torch.arange(3, 10) + 100
+    )
+    result = evaluate(CornerReader(), part, CLASSIFIER, blue_corner, 2, batch_size=batch_size)
+    assert result.triggered_predictions is not None
+    assert result.triggered_predictions.tolist() == [1, 2, 1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 10, 99])

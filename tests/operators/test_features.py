@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -323,6 +324,17 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
         AblateFeatures(sae, features[24]).fwd_hooks(tower)
 
 
+def test_terms_of_another_autoencoder_are_refused(tower: HookedViT, images: Tensor) -> None:
+    sae, d, chosen = made(), decompose(tower, images), features[3]
+    another = replace(sae, W_dec=sae.W_dec * 2)
+    for other in (made("blocks.2.hook_mlp_out"), another, replace(sae, k=2)):
+        terms = feature_terms(tower, other, images, chosen)
+        with pytest.raises(ValueError, match=f"received terms of another autoencoder, of {other.hook}"):
+            AblateFeatures(sae, chosen, terms=terms)(d)
+    same = replace(sae, W_dec=sae.W_dec.clone())
+    AblateFeatures(same, chosen, terms=feature_terms(tower, sae, images, chosen).select(slice(None)))(d)
+
+
 def test_features_in_the_algebra_of_components() -> None:
     def of(components: Components) -> list[int]:
         mask = components.resolve(2, 2, d_sae=6)
@@ -366,6 +378,19 @@ def test_top_images_are_those_of_the_largest_activations(tower: HookedViT) -> No
         assert len(found.to_frame()) == 9 and found.pictures is None
     with pytest.raises(ValueError, match="expected pictures"):
         found.figure()
+
+
+def test_places_of_many_tokens_are_exact_in_half_precision(
+    make_tower: Callable[..., HookedViT], images: Tensor
+) -> None:
+    """bfloat16 has no odd whole number above 256; of 385 tokens some of the most active are such."""
+    tower, sae = make_tower(patch_size=(1, 1), dtype=torch.bfloat16), made().to(torch.bfloat16)
+    found = top_images(tower, sae, images.bfloat16(), k=5)
+    _, cache = tower.run_with_cache(images.bfloat16())
+    acts = sae.read(cache[sae.hook]).acts
+    assert ((found.tokens > 256) & (found.tokens % 2 == 1)).any()
+    there = acts[found.images, found.tokens, torch.arange(FEATURES)[:, None]]
+    torch.testing.assert_close(there, found.activation, rtol=0.05, atol=0.05)
 
 
 def test_their_pictures_are_the_images_found() -> None:
