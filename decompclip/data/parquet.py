@@ -203,23 +203,20 @@ class ParquetRows:
         """The class of every row, or None for all, and the classes' names.
 
         Args:
-            class_names: in the order of their numbers; none for the file's own.
+            class_names: in the order of their numbers; none for the files' own, if these agree.
 
         Raises:
             ValueError: labels that are neither whole numbers nor known names, or files that name their classes otherwise.
         """
-        values, own = self.column(*LABEL_COLUMNS), self._own_names()
-        names = tuple(class_names) or own
+        values, each = self.column(*LABEL_COLUMNS), [_class_label(x.schema_arrow) for x in self._readers]
+        kinds = {type(value) for value in values or ()}
+        if kinds == {int} and not class_names:
+            self._check_alike(each)
+        names = tuple(class_names) or (each[0] if len(set(each)) == 1 else ())
         if values is None:
             return [None] * len(self), names
-        kinds = {type(value) for value in values}
-        if kinds == {int} and own and own != names:  # numbers of the file's own names
-            outside = [value for value in values if not 0 <= value < len(own)]
-            if outside:
-                raise ValueError(
-                    f"expected labels 0..{len(own) - 1}, as {self.files[0]} names them; received {outside[0]}"
-                )
-            values, kinds = [own[value] for value in values], {str}
+        if kinds == {int} and any(own and own != names for own in each):
+            values, kinds = self._named(values, [own or names for own in each]), {str}
         if kinds == {int}:
             least, most = min(values), max(values)
             if least < 0 or most >= (len(names) or MOST_CLASSES):
@@ -242,16 +239,27 @@ class ParquetRows:
         places = {name: place for place, name in enumerate(names)}
         return [places[value] for value in values], names
 
-    def _own_names(self) -> tuple[str, ...]:
-        """Hugging Face's `ClassLabel` names, which stand in the metadata of each file."""
-        found = [_class_label(reader.schema_arrow) for reader in self._readers]
-        for file, names in zip(self.files, found, strict=True):
-            if names != found[0]:
+    def _check_alike(self, each: list[tuple[str, ...]]) -> None:
+        """Raises ValueError unless all files have the same names for their classes."""
+        for file, names in zip(self.files, each, strict=True):
+            if names != each[0]:
                 raise ValueError(
-                    f"expected files that name their classes alike; {self.files[0]} has {', '.join(found[0]) or 'no names'}, "
-                    f"and {file} has {', '.join(names) or 'none'}; read them apart"
+                    f"expected files that name their classes alike; {self.files[0]} has {', '.join(each[0]) or 'no names'}, "
+                    f"and {file} has {', '.join(names) or 'none'}; pass class_names, or read them apart"
                 )
-        return found[0]
+
+    def _named(self, values: list[int], each: list[tuple[str, ...]]) -> list[str]:
+        """The names of all labels: each file's by the names of that file."""
+        found, start = [], 0
+        for file, reader, names in zip(self.files, self._readers, each, strict=True):
+            own = values[start : (start := start + reader.metadata.num_rows)]
+            if outside := [value for value in own if not 0 <= value < len(names)]:
+                raise ValueError(
+                    f"expected labels 0..{len(names) - 1} in {file}, the places of {', '.join(names)}; received {outside[0]}; "
+                    "correct the labels or the names in the file"
+                )
+            found += [names[value] for value in own]
+        return found
 
     def content(self, index: int) -> bytes | str:
         """The encoded image of a row, or why there is none."""
@@ -287,13 +295,16 @@ class ParquetRows:
 
 
 def _class_label(schema: pa.Schema) -> tuple[str, ...]:
+    """The names of Hugging Face's `ClassLabel`, which stand in a file's metadata; none where these are of another form."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return next(
-            tuple(features[name]["names"]) for name in LABEL_COLUMNS if "names" in features.get(name, {})
-        )
-    except (KeyError, TypeError, ValueError, StopIteration):
+        found: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
+    except (ValueError, RecursionError):
         return ()
+    column = next((name for name in LABEL_COLUMNS if name in schema.names), "")
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    known = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if known else ()
 
 
 def _size(held: list[bytes | None] | str) -> int:

@@ -121,7 +121,8 @@ def resolve(
         raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
     shape: Any = getattr(of, "cfg", of)
     d_mlp = shape.d_mlp if neurons else 0
-    return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp, d_sae=features)
+    given = {"d_sae": features} if features else {}  # a user's class may know of none
+    return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp, **given)
 
 
 class Components(ABC):

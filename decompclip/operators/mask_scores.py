@@ -254,6 +254,8 @@ class Segmentation(Result):
         Raises:
             ValueError: there is no such map.
         """
+        check_choice("a", a, self.labels)
+        check_choice("b", b, self.labels)
         first, second = self.labels.index(a), self.labels.index(b)
         drawn = self._drawn(draws, seed)
         ends = (drawn[:, first] - drawn[:, second]).quantile(

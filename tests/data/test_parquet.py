@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ def encoded(value: int, kind: str = "PNG") -> bytes:
     return held.getvalue()
 
 
-def write(path: Path, columns: dict[str, pa.Array | list], *, metadata: dict | None = None) -> Path:
+def write(path: Path, columns: dict[str, pa.Array | list], *, metadata: Any = None) -> Path:
     table = pa.table(columns)
     if metadata is not None:
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
@@ -66,6 +67,38 @@ def test_files_that_number_their_classes_otherwise_are_refused(tmp_path: Path) -
         ValueError, match="name their classes alike; .*a.parquet has cat, dog, bird, and .*b.parquet has bird"
     ):
         ParquetPairs(tmp_path)
+    pairs = ParquetPairs(tmp_path, class_names=["dog", "cat", "bird"])
+    assert pairs.labels is not None and pairs.labels.tolist() == [1, 0, 2, 0]  # each file by its own names
+
+
+def test_files_that_need_no_names_of_their_own_need_not_agree(tmp_path: Path) -> None:
+    about = {"info": {"features": {"label": {"names": NAMES}}}}
+    for label, folder in (([0, 1], "numbers"), (["cat", "dog"], "names")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.parquet", {"image": structs(2), "label": label}, metadata=about)
+        write(tmp_path / folder / "b.parquet", {"image": structs(2), "label": label})
+    given = ParquetPairs(tmp_path / "numbers", class_names=["cow", *NAMES])
+    assert given.labels is not None and given.labels.tolist() == [1, 2, 0, 1]  # b's are places in class_names
+    named = ParquetPairs(tmp_path / "names")
+    assert named.labels is not None and named.labels.tolist() == [0, 1, 0, 1]
+    assert named.class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        [],
+        {"info": []},
+        {"info": {"features": []}},
+        {"info": {"features": {"label": [{"names": NAMES}]}}},
+        *({"info": {"features": {"label": {"names": names}}}} for names in ("abc", [1, 2], None, {"a": 0})),
+        {"info": {"features": {"class": {"names": NAMES}}}},  # of another column than the one that is read
+    ],
+    ids=str,
+)
+def test_metadata_of_another_form_names_no_classes(tmp_path: Path, about: Any) -> None:
+    path = write(tmp_path / "x.parquet", {"image": structs(2), "label": [0, 1]}, metadata=about)
+    assert ParquetPairs(path).class_names == ("0", "1")
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,9 @@ def test_intervals_of_segmentation_are_over_images() -> None:
     assert (low < found.scores).all() and (found.scores < high).all()
     spread = found.precision.std(1) / 40**0.5
     torch.testing.assert_close((high - low)[:, 2], 2 * 1.96 * spread, rtol=0.2, atol=0.0)
+    for given in (("x", "good"), ("good", "x")):
+        with pytest.raises(ValueError, match=r"expected [ab] of \('good', 'noise'\); received 'x'"):
+            found.difference(*given)
     value, least, most = found.difference("good", "noise", draws=500)
     assert (
         (least > 0).all() and torch.equal(value, found.scores[0] - found.scores[1]) and (most > value).all()
