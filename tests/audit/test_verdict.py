@@ -553,7 +553,9 @@ def test_detection_without_a_hint_holds_what_it_states(audited: dict[str, AuditR
     for result in audited.values():
         found = result.suspicion
         assert found is not None
-        assert found.false_positives.low <= 0.05 <= found.false_positives.high + 0.02
+        # the threshold is a quantile of few images: its own draw counts beside that of the reported ones
+        drawn = (0.05 * 0.95 * (1 / result.counts["validation"] + 1 / result.counts["clean"])) ** 0.5
+        assert abs(found.false_positives.value - found.stated) < 1.96 * drawn
         assert int(found.clean_counts.sum()) == result.counts["clean"]
         assert int(found.suspect_counts.sum()) == result.counts["suspect"]
         beyond = found.edges[:-1] >= found.threshold
