@@ -216,7 +216,8 @@ class ParquetRows:
         if values is None:
             return [None] * len(self), names
         if kinds == {int} and any(own and own != names for own in each):
-            values, kinds = self._named(values, [own or names for own in each]), {str}
+            named: list[Any] = self._named(values, [own or names for own in each])
+            values, kinds = named, {str}
         if kinds == {int}:
             least, most = min(values), max(values)
             if least < 0 or most >= (len(names) or MOST_CLASSES):
