@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -209,6 +209,29 @@ class SplitNames(NamedTuple):
     validation: tuple[str, ...]
     clean: tuple[str, ...]
     suspect: tuple[str, ...]
+
+
+@overload
+def collect(
+    model: HookedCLIP,
+    source: ImageSource,
+    config: AuditConfig,
+    *,
+    description: str = "images",
+    track: Track = silently,
+) -> ImageSet: ...
+
+
+@overload
+def collect(
+    model: HookedCLIP,
+    source: ImageSource,
+    config: AuditConfig,
+    *,
+    description: str = "images",
+    group: Processes,
+    track: Track = silently,
+) -> ImageSet | None: ...
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_progress_goes_through_what_shows_it(model: HookedCLIP) -> None:
         seen.append((description, total))
         yield from items
 
-    names = {"name": "m", "clean_name": "a", "suspect_name": "b"}
+    names: dict[str, Any] = {"name": "m", "clean_name": "a", "suspect_name": "b"}
     run_audit(model, *sources(model), CLASSES, target="star", config=CONFIG, track=track, **names)
     assert seen == [("m: a", 2), ("m: b", 2)]
 
