@@ -89,7 +89,7 @@ ROOMS = {
         tuple(f"decompclip/defenses/{name}.py" for name in DEFENSES),
         tuple(
             f"tests/defenses/test_{name}.py"
-            for name in ("agnostic", "class_distance", "decomp", "guard", "bake")
+            for name in ("agnostic", "class_distance", "decomp", "guard", "bake", "token_rep")
         ),
     ),
     "verdict": Room(("decompclip/audit/verdict.py",), ("tests/audit/test_verdict.py",)),

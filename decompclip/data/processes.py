@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -230,16 +231,35 @@ def _in_turn(lists: Sequence[Iterable[T]]) -> Iterator[T]:
                 left.remove(items)
 
 
-def digest_of_images(data: PlacedImages) -> str:
-    """Of the number, names and classes of images, and the first one's pixels."""
-    found = hashlib.sha256(str(len(data)).encode())
+def digest_of_images(data: PlacedImages, *, files: bool = False) -> str:
+    """Of the preprocessing, names and classes of images, and the first one's pixels.
+
+    Args:
+        data: the images.
+        files: of sizes and times of their files too, which differ from machine to machine.
+    """
+    places = range(len(data))
+    found = hashlib.sha256(
+        (_shown(data.preprocess) if isinstance(data, ListedImages) else str(len(data))).encode()
+    )
     listed: Iterable[Any] = ()
+    written = [""] * len(data)
     if isinstance(data, ListedImages):
-        listed = data.listed(range(len(data)))
+        listed = data.listed(places)
+        if files:
+            written = [_written(file) for file in data.files_of(places)]
     elif isinstance(data, Pairs):
         listed = zip(data.ids, data.known_labels, strict=True)
-    for name, label in listed:
-        found.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))
-    for batch in data.part(range(1), 1):
+    for (name, label), when in zip(listed, written, strict=False):
+        found.update(f"{name}\0{label}\0{when}\n".encode("utf-8", "surrogateescape"))
+    for batch in data.part(places if files else places[:1], 1):
         found.update(batch.images.float().cpu().contiguous().numpy().data)
+        break
     return found.hexdigest()[:16]
+
+
+def _written(file: Path | None) -> str:
+    if file is not None:
+        with suppress(OSError):  # what cannot be read is left out later, with the reason
+            return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+    return ""

@@ -7,9 +7,7 @@ the order of the shards, and so come out the same to the last bit.
 
 from __future__ import annotations
 
-import hashlib
 import platform
-import re
 import shutil
 import time
 import warnings
@@ -28,7 +26,7 @@ from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
 from decompclip.data.pixels import check_pixels
-from decompclip.data.processes import Processes
+from decompclip.data.processes import Processes, digest_of_images
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import listed_images
 from decompclip.decomposition.capture import dtype_of
@@ -145,7 +143,7 @@ def extract(
         "model": digest(
             [weights_digest(model.visual.state_dict()), model.cfg.to_dict(), str(dtype_of(model.visual))]
         ),
-        "data": _digest(images),
+        "data": digest_of_images(images, files=True),
         "convention": convention,
         "normalized": normalize,
         "dtype": kept,
@@ -171,24 +169,6 @@ def extract(
         group.wait()
         group.in_first(finish)
     return Moments.load(folder / MOMENTS) if moments_only else Store(folder)
-
-
-def _digest(images: ListedImages) -> str:
-    """Of the preprocessing, names and classes of all images, when their files were written, and the first image's pixels."""
-    # where an object lies in memory is another place in each process
-    found = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(images.preprocess)).encode())
-    for (name, label), file in zip(
-        images.listed(range(len(images))), images.files_of(range(len(images))), strict=True
-    ):
-        written = ""
-        if file is not None:
-            with suppress(OSError):  # what cannot be read is left out later, with the reason
-                written = f"{file.stat().st_size} {file.stat().st_mtime_ns}"
-        found.update(f"{name}\0{label}\0{written}\n".encode("utf-8", "surrogateescape"))
-    for batch in images.part(range(len(images)), 1):
-        found.update(batch.images.float().contiguous().numpy().data)
-        break
-    return found.hexdigest()[:16]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> str:

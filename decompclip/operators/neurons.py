@@ -6,6 +6,7 @@ model. All neurons of an MLP and its output bias sum to the MLP's term.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -37,7 +38,7 @@ Fine = TypeVar("Fine", bound="FineTerms")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FineTerms(Result):
+class FineTerms(Result, ABC):
     """Terms of parts finer than a component, for a batch of images: neurons, or features of a sparse autoencoder.
 
     Attributes:
@@ -70,9 +71,9 @@ class FineTerms(Result):
         return torch.einsum("bqj,jqp,bpj->bj", self.coords, grams, self.coords).clamp(min=0).sqrt()
 
     @property
+    @abstractmethod
     def labels(self) -> list[str]:
         """A name for each part."""
-        raise NotImplementedError
 
     def figure(self) -> go.Figure:
         """The parts with the longest terms."""
