@@ -16,7 +16,7 @@ _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 MOVED = {
     "decompclip": "even=average_over_tokens",
-    "decompclip.attacks.badclip": "optimise_patch",
+    "decompclip.attacks.patch": "optimise_patch",
     "decompclip.attacks.poisoned": "PoisonRecord",
     "decompclip.attacks.preview": "preview",
     "decompclip.attacks.registry": "Backdoor crossing=trigger_grid",
@@ -26,7 +26,6 @@ MOVED = {
     "decompclip.data.images": "FolderSource",
     "decompclip.data.pairs": "Pairs",
     "decompclip.data.shapes": "PROPERTIES ShapesSource",
-    "decompclip.data.texts": "load_texts",
     "decompclip.defenses.clean_finetuning": "CleanFineTuning",
     "decompclip.defenses.distances": "ComponentDistances",
     "decompclip.defenses.guard": "load_guard",
@@ -34,7 +33,7 @@ MOVED = {
     "decompclip.evaluation.evaluate": "Evaluation",
     "decompclip.evaluation.metrics": "attack_report auroc",
     "decompclip.intervals": "Rate",
-    "decompclip.operators.inputs": "TextFeatures",
+    "decompclip.operators.inputs": "TextFeatures load_texts",
     "decompclip.operators.mask_scores": "MaskScores score_masks",
     "decompclip.operators.naming": "agreement",
     "decompclip.operators.neurons": "mean_neurons neuron_terms",

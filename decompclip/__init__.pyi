@@ -1,8 +1,12 @@
 """Every public name of the package, and the module that it stands in; docs/reference.md says what each is for."""
 
-from .attacks.badclip import BadCLIP as BadCLIP
-from .attacks.badnet import BadNet as BadNet, Kitty as Kitty, LabelConsistent as LabelConsistent
 from .attacks.issba import ISSBA as ISSBA
+from .attacks.patch import (
+    BadCLIP as BadCLIP,
+    BadNet as BadNet,
+    Kitty as Kitty,
+    LabelConsistent as LabelConsistent,
+)
 from .attacks.poisoned import PoisonedPairs as PoisonedPairs
 from .attacks.registry import backdoor as backdoor
 from .attacks.trigger import Trigger as Trigger

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
-from decompclip.printable import printable
+from decompclip.display import printable
 
 FIRST, MOST = 5.0, 60.0
 """Seconds until the first line where there is no terminal, and between two of the later ones."""

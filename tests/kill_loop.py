@@ -31,7 +31,7 @@ from analyses.paper import table5
 from analyses.study.command import produce
 from analyses.study.family import open_family
 from decompclip import Moments, Shapes, Store, extract
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poisoned import UNFINISHED, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.audit import scan as kept
 from decompclip.audit.collect import open_source

@@ -48,7 +48,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"api", "files", "intervals", "printable", "progress", "results"}
+COMMON = {"api", "display", "files", "intervals", "progress"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import decompclip
 from decompclip import HookedCLIP, Shapes, evaluate
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.audit import interventions
 from decompclip.audit.collect import open_source
 from decompclip.audit.config import AuditConfig, ScanConfig

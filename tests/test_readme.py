@@ -15,9 +15,9 @@ from analyses.benchmarks import bundled_models, leaderboard
 from analyses.questions import audit_corruptions, audit_scan
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER, read
+from decompclip.audit.checks import STRONG, WEAK
 from decompclip.audit.controls import KINDS
 from decompclip.audit.verdict import EXPLAINED, FIRM, HOLDS, ONE_ANSWER, RULES
-from decompclip.audit.words import STRONG, WEAK
 from decompclip.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent

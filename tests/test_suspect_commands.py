@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import decompclip
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.registry import open_attack, remembered
 from decompclip.data.images import FolderSource
 from decompclip.data.shapes import Shapes

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import decompclip
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_labelled
 from decompclip.evaluation.evaluate import evaluate

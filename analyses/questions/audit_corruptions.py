@@ -42,12 +42,12 @@ from analyses.questions.audit_scan import WORK as TUNED, base_of, path_of
 from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.attacks.registry import backdoor
+from decompclip.audit.checks import STRONG, WEAK
 from decompclip.audit.collect import ImageSet, Split, collect, split
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, controls
 from decompclip.audit.pipeline import Held, weigh
 from decompclip.audit.verdict import EXPLAINED, Evidence, Reference
-from decompclip.audit.words import STRONG, WEAK
 from decompclip.bench.plan import FRESH, draw_samples
 from decompclip.bench.run import versions
 from decompclip.data.images import ImageBatch

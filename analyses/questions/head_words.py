@@ -52,8 +52,8 @@ def agreements(model: HookedCLIP, config: Config) -> Iterator[tuple[str, Agreeme
     import numpy as np
 
     from decompclip.data.shapes import PROPERTIES, Shapes
-    from decompclip.data.texts import shapes_texts
     from decompclip.decomposition.components import heads, mlps
+    from decompclip.operators.inputs import shapes_texts
     from decompclip.operators.naming import By, agreement
     from decompclip.operators.probes import probe
     from decompclip.operators.textspan import textspans

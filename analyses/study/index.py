@@ -14,9 +14,9 @@ from markupsafe import Markup, escape
 from analyses.study.command import Analysis
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import MissingResult, command, read
+from decompclip.display import printable, shown
 from decompclip.figures.theme import content_policy, figure_json, plotly_script
 from decompclip.files import write_text
-from decompclip.printable import printable, shown
 
 
 def write_index(folder: Path) -> Path:

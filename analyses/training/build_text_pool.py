@@ -15,8 +15,8 @@ import argparse
 import re
 from pathlib import Path
 
-from decompclip.data.texts import POOL
 from decompclip.files import write_text
+from decompclip.operators.inputs import POOL
 
 LISTS = Path(__file__).parent / "text_pool"
 

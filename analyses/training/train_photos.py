@@ -36,7 +36,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.attacks.badnet import zero_shot_logits
+from decompclip.attacks.patch import zero_shot_logits
 from decompclip.attacks.poison_choice import needs_model, target_captions
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.registry import from_card

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decompclip.attacks.badnet import LabelConsistent
+from decompclip.attacks.patch import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.attacks.whole_image import WaNet
 from decompclip.data.datasets import DatasetPairs, PairStream

@@ -37,9 +37,9 @@ from decompclip.data.images import class_index
 from decompclip.data.pairs import Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
+from decompclip.display import Result
 from decompclip.files import digest, write_json, write_text
 from decompclip.progress import Track, silently
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from decompclip.api import check_choice, still_found
-from decompclip.attacks.badclip import BadCLIP
-from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.issba import ISSBA
+from decompclip.attacks.patch import BadCLIP, BadNet, Kitty, LabelConsistent
 from decompclip.attacks.poisoned import PoisonRecord
 from decompclip.attacks.trigger import SIZE, Extent, Place, Structure, Trigger
 from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet

@@ -15,9 +15,8 @@ from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.audit.checks import ClassShare
+from decompclip.audit.checks import EXPLAINED, ClassShare
 from decompclip.audit.collect import Split
-from decompclip.audit.words import EXPLAINED
 from decompclip.defenses.detectors.corruptions import (
     COMMON,
     EDITS,

@@ -9,15 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from decompclip.audit.checks import Setting
-from decompclip.audit.components import InfectedPart
-from decompclip.audit.interventions import rule_name
-from decompclip.audit.result import AuditResult, Detection, Suspicion
-from decompclip.audit.verdict import numbers
-from decompclip.audit.words import (
+from decompclip.audit.checks import (
     FEW,
     STRONG,
     WEAK,
+    Setting,
     cost,
     count,
     difference,
@@ -26,6 +22,10 @@ from decompclip.audit.words import (
     points,
     share,
 )
+from decompclip.audit.components import InfectedPart
+from decompclip.audit.interventions import rule_name
+from decompclip.audit.result import AuditResult, Detection, Suspicion
+from decompclip.audit.verdict import numbers
 from decompclip.intervals import difference_interval
 
 Weight = Literal["evidence", "no evidence", "unclear", "note"]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from decompclip import __version__
 from decompclip.attacks.registry import backdoor
-from decompclip.audit.checks import ClassShare, Scorer, checks, class_shares, most_over_predicted
+from decompclip.audit.checks import WEAK, ClassShare, Scorer, checks, class_shares, most_over_predicted
 from decompclip.audit.collect import WORLD, ImageSet, Split, SplitNames, collect, datasets, open_source, split
 from decompclip.audit.components import Shift, infection, shift
 from decompclip.audit.config import AuditConfig
@@ -35,7 +35,6 @@ from decompclip.audit.interventions import (
 )
 from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
-from decompclip.audit.words import WEAK
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
 from decompclip.data.processes import Processes
 from decompclip.data.shapes import PROPERTIES

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from decompclip.audit.checks import rate_columns
+from decompclip.audit.checks import FEW, rate_columns, share
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.result import plain
 from decompclip.audit.verdict import Confidence, Verdict, unusable_classifier
-from decompclip.audit.words import FEW, share
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 

@@ -7,9 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from decompclip.audit.checks import Change, Checks, ClassShare, Setting
+from decompclip.audit.checks import (
+    EXPLAINED,
+    FEW,
+    STRONG,
+    WEAK,
+    Change,
+    Checks,
+    ClassShare,
+    Setting,
+    cost,
+    difference,
+    outcome,
+    points,
+    share,
+)
 from decompclip.audit.controls import Controls
-from decompclip.audit.words import EXPLAINED, FEW, STRONG, WEAK, cost, difference, outcome, points, share
 from decompclip.intervals import Rate
 
 Level = Literal["backdoored", "suspicious", "no sign", "cannot tell"]

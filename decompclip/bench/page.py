@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
+from decompclip.display import printable_all, shown
 from decompclip.figures.theme import content_policy
 from decompclip.files import atomic_folder, digest, write_json, write_text
 from decompclip.intervals import t_for
-from decompclip.printable import printable_all, shown
 
 RATES = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
 REPAIR_RATES = {

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from decompclip.printable import printable
+from decompclip.display import printable
 from decompclip.progress import Pace, meters, silently
 
 T = TypeVar("T")

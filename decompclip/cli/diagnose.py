@@ -9,7 +9,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import EXPECTED_ERROR, imports, plain_errors, progress, say, skipped_files
-from decompclip.printable import printable_all
+from decompclip.display import printable_all
 
 
 def diagnose(

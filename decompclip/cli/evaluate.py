@@ -11,8 +11,8 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import first_process, imports, plain_errors, progress, say, skipped_files
+from decompclip.display import printable_all
 from decompclip.files import alone_in, check_folder, write_text
-from decompclip.printable import printable_all
 
 
 def evaluate(
@@ -63,8 +63,8 @@ def evaluate(
         with imports(model.model):
             from decompclip.data.processes import Processes
             from decompclip.data.sources import open_labelled
-            from decompclip.data.texts import load_texts
             from decompclip.evaluation.evaluate import evaluate as run
+            from decompclip.operators.inputs import load_texts
 
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images)

@@ -76,7 +76,7 @@ def poison(
             from decompclip.data.images import read_classes
             from decompclip.data.pixels import to_pixels
             from decompclip.data.sources import open_pairs
-            from decompclip.data.texts import load_texts
+            from decompclip.operators.inputs import load_texts
 
         attack = open_attack(trigger)
         if (goal := target or attack.target) is None:

@@ -31,6 +31,7 @@ from decompclip.decomposition.maps import Convention
 from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.decomp import DecompRep, random_heads
 from decompclip.defenses.fitted import DetectorLike
+from decompclip.display import Result
 from decompclip.files import write_json
 from decompclip.models.checkpoint import sha256
 from decompclip.models.clip import HookedCLIP
@@ -39,7 +40,6 @@ from decompclip.models.json_files import read_json
 from decompclip.models.loading import load as load_model
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.intervention import Composition, Intervention
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

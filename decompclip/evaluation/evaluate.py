@@ -16,6 +16,7 @@ from decompclip.data.feed import Labelled
 from decompclip.data.pixels import check_pixels
 from decompclip.data.processes import Processes
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.display import Result
 from decompclip.evaluation.metrics import (
     AttackReport,
     attack_report,
@@ -25,7 +26,6 @@ from decompclip.evaluation.metrics import (
     predict,
 )
 from decompclip.intervals import Rate
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

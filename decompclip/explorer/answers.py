@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.printable import printable, printable_all
+from decompclip.display import printable, printable_all
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from decompclip.display import printable_all
 from decompclip.files import atomic_write, write_text
-from decompclip.printable import printable_all
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK = "#333d47"

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.components import heads as all_heads, mlps as all_mlps
+from decompclip.display import Result
 from decompclip.models.text import ImageOnly
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.parts import ByPart, Part, parts_of, place_of
@@ -42,7 +43,6 @@ from decompclip.operators.weights import (
     singular,
     text_pool,
 )
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

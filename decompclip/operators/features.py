@@ -28,13 +28,13 @@ from decompclip.decomposition.components import Components, features, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, full_precision, pieces, temporary, wide
 from decompclip.decomposition.terms import Rows, pooled_rows
+from decompclip.display import Result
 from decompclip.models.sae import SparseAutoencoder
 from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.inputs import Images, image_batches
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.operators.neurons import FineTerms
 from decompclip.operators.parts import image_names
-from decompclip.results import Result
 from decompclip.tower.vit import HasTower, Hook, HookedViT, tower
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource
 from decompclip.data.pairs import Pairs
+from decompclip.data.shapes import PROPERTIES, vocabulary, with_article
 from decompclip.decomposition.maps import term_maps
 from decompclip.models.text import WordTokenizer
 
@@ -134,7 +136,7 @@ def encode_texts(
             "text file as pathlib.Path"
         )
     if isinstance(texts, Path):
-        from decompclip.data.texts import load_texts
+        from decompclip.operators.inputs import load_texts
 
         texts = load_texts(texts)
     texts = default_texts(model) if texts is None else tuple(texts)
@@ -154,7 +156,7 @@ def default_texts(model: HookedCLIP) -> tuple[str, ...]:
     Raises:
         ValueError: it has words for none.
     """
-    from decompclip.data.texts import general_texts, shapes_texts
+    from decompclip.operators.inputs import general_texts, shapes_texts
 
     if not isinstance(model.tokenizer, WordTokenizer):
         return general_texts()
@@ -191,3 +193,67 @@ def _drawings(model: HookedCLIP, batches: Iterable[Any]) -> Iterator[Float[Tenso
         if tuple(pixels.shape[2:]) != tuple(model.image_size):
             pixels = F.interpolate(pixels, tuple(model.image_size), mode="bilinear", antialias=True)
         yield model.normalize(pixels)
+
+
+POOL = Path(__file__).parents[1] / "data" / "pool" / "descriptions.txt"
+"""The general pool; `analyses/training/build_text_pool.py` builds it from lists of words."""
+
+_ORDER = ("size", "colour", "texture")  # of adjectives, as captions put them
+
+
+def general_texts() -> tuple[str, ...]:
+    """Over 3,000 short descriptions of whatever an image may show, written for this project."""
+    return load_texts(POOL)
+
+
+def load_texts(path: str | Path) -> tuple[str, ...]:
+    """The descriptions of a text file, one a line; blank lines and repeated ones are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no description, or is not UTF-8 text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a text file with one description a line; received {path}, which is no file"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected a text file in UTF-8; received {path}, which is not ({error.reason} at byte {error.start}); "
+            "save it as UTF-8"
+        ) from None
+    texts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not texts:
+        raise ValueError(
+            f"expected a text file with one description a line; received {path}, which holds none; write at least "
+            "one"
+        )
+    return texts
+
+
+def shapes_texts(words: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Descriptions of the Shapes world: every value of a property, then every pair of values of two.
+
+    Args:
+        words: a vocabulary; texts with other words are left out. None: that of the world's captions.
+    """
+    known = set(vocabulary() if words is None else words)
+    pairs = (
+        _describe({a: x, b: y})
+        for a, b in combinations(PROPERTIES, 2)
+        for x, y in product(PROPERTIES[a], PROPERTIES[b])
+    )
+    singles = (_describe({name: value}) for name, values in PROPERTIES.items() for value in values)
+    return tuple(text for text in chain(singles, pairs) if known.issuperset(text.split()))
+
+
+def _describe(words: dict[str, str]) -> str:
+    """As a caption says it; an image's shape is an "object" where it is not named."""
+    adjectives = [words[name] for name in _ORDER if name in words]
+    phrase = [with_article(" ".join([*adjectives, words.get("shape", "object")]))]
+    phrase += [f"in the {words['position']}"] if "position" in words else []
+    phrase += [f"on a {words['background']} background"] if "background" in words else []
+    return " ".join(phrase)

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.maps import fingerprint
+from decompclip.display import Result
 from decompclip.intervals import half_width
 from decompclip.operators.attention import BATCH, pictures_of
 from decompclip.operators.inputs import Images, TextFeatures, encode_texts, image_batches
 from decompclip.operators.parts import image_names, place_of
 from decompclip.operators.scores import features_of
-from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT, tower
 
 if TYPE_CHECKING:

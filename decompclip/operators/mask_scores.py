@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from decompclip.api import check_choice
+from decompclip.display import Result
 from decompclip.intervals import Rate, Z
 from decompclip.operators.tokens import MapKind, TokenMaps
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from decompclip.api import check_choice
+from decompclip.display import Result
 from decompclip.intervals import Rate
 from decompclip.operators.parts import Part, position
 from decompclip.operators.probes import Probes
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

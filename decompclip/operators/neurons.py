@@ -20,9 +20,9 @@ from decompclip.decomposition.components import ComponentMask, Components, mlps,
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, same_model, wide
 from decompclip.decomposition.terms import Rows
+from decompclip.display import Result
 from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
-from decompclip.results import Result
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
 

@@ -21,7 +21,7 @@ from decompclip.decomposition.components import (
 from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
 from decompclip.decomposition.maps import TermMaps, one_thread
 from decompclip.decomposition.moments import check_finite
-from decompclip.results import Result
+from decompclip.display import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decompclip.api import renamed
+from decompclip.display import Result
 from decompclip.models.clip import differentiable
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
-from decompclip.results import Result
 from decompclip.tower.vit import Hook, HookedViT, tower
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch import Tensor
 from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.display import Result
 from decompclip.operators.attribution import attribute
 from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.naming import named_property
@@ -29,7 +30,6 @@ from decompclip.operators.parts import ByPart, Part, Points, image_names, parts_
 from decompclip.operators.probes import probe
 from decompclip.operators.scores import Text, directions
 from decompclip.operators.textspan_result import TextSpans
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.decomposition.maps import one_thread
+from decompclip.display import Result
 from decompclip.intervals import CONFIDENCE, Z, t_for
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decompclip.decomposition.components import Components, embed, heads, mlps
+from decompclip.display import Result
 from decompclip.intervals import Rate
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,10 +24,10 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.decomposition.moments import Moments, check_finite
+from decompclip.display import Result
 from decompclip.intervals import Rate
 from decompclip.operators.ablation import check_moments
 from decompclip.operators.sweep_results import FillKind, HeadSweep, Kind, Scheme, Sweep, SweepTable
-from decompclip.results import Result
 from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:

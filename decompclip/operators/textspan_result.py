@@ -14,9 +14,9 @@ from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import one_thread
 from decompclip.decomposition.moments import Moments
+from decompclip.display import Result
 from decompclip.operators.parts import Head, Part, part_at, parts_of
 from decompclip.operators.scores import ClassScore
-from decompclip.results import Result
 
 if TYPE_CHECKING:
     import pandas

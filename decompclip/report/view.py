@@ -18,6 +18,7 @@ from decompclip.audit.findings import findings, short
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detection, Suspicion
 from decompclip.audit.scan_result import ScanResult
+from decompclip.display import inert
 from decompclip.figures.bars import Histogram, bar_rows, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
 from decompclip.figures.heatmaps import Scale, attention_overlay, component_map, contribution_overlay, picture
@@ -25,7 +26,6 @@ from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels, wrap
 from decompclip.figures.theme import ACCURACY, CONTROL, SUCCESS, figure_json
 from decompclip.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme, sweep_title
-from decompclip.printable import inert
 
 SHOWN = 16
 """Components in the table of the most affected, and classes drawn of a scan; the CSV holds all."""

@@ -19,9 +19,9 @@ from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import PairSteps
 from decompclip.data.pixels import check_pixels, onto
+from decompclip.display import Result
 from decompclip.models.clip import HookedCLIP, differentiable, plain
 from decompclip.progress import Pace, meters
-from decompclip.results import Result
 from decompclip.training.loop import Monitor, Trainee, train
 from decompclip.training.recipes import (
     FineTuning,

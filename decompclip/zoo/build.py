@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decompclip.attacks.badnet import zero_shot_logits
+from decompclip.attacks.patch import zero_shot_logits
 from decompclip.attacks.poison_choice import needs_model, target_captions
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.preview import compare

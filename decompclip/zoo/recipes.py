@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.attacks.badclip import BadCLIP, optimise_patch
-from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.issba import ISSBA
+from decompclip.attacks.patch import BadCLIP, BadNet, Kitty, LabelConsistent, optimise_patch
 from decompclip.attacks.poison_choice import target_captions
 from decompclip.attacks.trigger import Trigger
 from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet

@@ -11,7 +11,7 @@ from PIL import Image
 from analyses.paper import table1
 from analyses.questions import adaptive_attacker, attack_agnostic, trigger_gallery
 from analyses.study.family import BundledFamily
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.models.bundled import load_bundled
 from decompclip.training.recipes import TrainingStep
 

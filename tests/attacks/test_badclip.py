@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decompclip.attacks.badclip import (
+from decompclip.attacks.patch import (
     BadCLIP,
     OptimisedPatch,
     decode_patch,

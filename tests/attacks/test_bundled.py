@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import decompclip
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.models.bundled import bundled, card
 from decompclip.models.errors import UnknownModelError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decompclip.attacks.badnet import BadNet, LabelConsistent, adversarial, zero_shot_logits
+from decompclip.attacks.patch import BadNet, LabelConsistent, adversarial, zero_shot_logits
 from decompclip.attacks.trigger import Logits
 from decompclip.data.shapes import Shapes
 from decompclip.models.clip import HookedCLIP

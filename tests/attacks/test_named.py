@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import decompclip
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.attacks.registry import Attack, attacks_of, distinct, open_attack, poisoned_by, remembered
 from decompclip.attacks.whole_image import Blended

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from decompclip.attacks.badnet import Kitty
+from decompclip.attacks.patch import Kitty
 from decompclip.attacks.trigger import PICTURES, SIDE, PatchTrigger, open_picture, resize
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.data.datasets import PairStream
 from decompclip.data.files import POISON_LIST

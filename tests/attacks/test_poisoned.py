@@ -14,8 +14,7 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from decompclip.attacks.badclip import BadCLIP, encode_patch
-from decompclip.attacks.badnet import BadNet, LabelConsistent
+from decompclip.attacks.patch import BadCLIP, BadNet, LabelConsistent, encode_patch
 from decompclip.attacks.poison_choice import names_any, place_of, target_captions
 from decompclip.attacks.poisoned import Poison, PoisonedPairs, PoisonRecord, write_poisoned
 from decompclip.attacks.trigger import Trigger

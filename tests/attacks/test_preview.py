@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.preview import preview
 from decompclip.attacks.whole_image import SIG
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.preview import compare, psnr, ssim
 
 

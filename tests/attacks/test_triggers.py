@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from decompclip.attacks.badclip import BadCLIP, encode_patch
-from decompclip.attacks.badnet import BadNet, Kitty, LabelConsistent
 from decompclip.attacks.issba import ISSBA
+from decompclip.attacks.patch import BadCLIP, BadNet, Kitty, LabelConsistent, encode_patch
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.trigger import Trigger, stream
 from decompclip.attacks.whole_image import SIG, Blended, Reflection, WaNet

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.audit import AuditConfig, AuditResult, run_audit
 from decompclip.audit.checks import Scorer, Setting
 from decompclip.audit.collect import open_source

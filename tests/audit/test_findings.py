@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from decompclip.audit import AuditResult, findings
-from decompclip.audit.checks import Change, ClassShare
+from decompclip.audit.checks import Change, ClassShare, plus_minus, points, share
 from decompclip.audit.findings import Finding
 from decompclip.audit.verdict import Reference
-from decompclip.audit.words import plus_minus, points, share
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
 from tests.audit.conftest import setting

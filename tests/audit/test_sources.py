@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.registry import Attack
 from decompclip.audit.collect import attack_in, datasets, open_source
 from decompclip.cli.options import known_classes

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from decompclip.audit import AuditConfig, AuditResult, Verdict, run_audit
-from decompclip.audit.checks import Change, ClassShare, class_shares, most_over_predicted
+from decompclip.audit.checks import STRONG, Change, ClassShare, class_shares, most_over_predicted
 from decompclip.audit.collect import ImageSet, collect, open_source, split
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size, race
 from decompclip.audit.pipeline import Held, evidence
 from decompclip.audit.verdict import EXPLAINED, LOWERED, RULES, Evidence, Reference, Target
-from decompclip.audit.words import STRONG
 from decompclip.data.images import ImageBatch
 from decompclip.data.shapes import PROPERTIES, Shapes
 from decompclip.defenses.detectors.corruptions import COMMON, EVERYDAY, SEVERITIES, Corruption

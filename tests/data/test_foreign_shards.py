@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.data.datasets import PairStream
 from decompclip.data.pixels import encode_png

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poisoned import PoisonedPairs, write_poisoned
 from decompclip.data.images import ImageSource
 from decompclip.data.pixels import to_pixels

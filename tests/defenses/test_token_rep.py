@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import decompclip
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.registry import from_card
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import mlps

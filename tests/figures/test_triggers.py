@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.preview import Preview, gallery, preview, save_gallery
 from decompclip.attacks.whole_image import SIG
 from decompclip.figures.gallery import TILE, TRIGGER_COLUMNS

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import decompclip
-from decompclip.attacks.badclip import optimise_patch
-from decompclip.attacks.badnet import BadNet, adversarial, zero_shot_logits
+from decompclip.attacks.patch import BadNet, adversarial, optimise_patch, zero_shot_logits
 from decompclip.data.shapes import Shapes, ShapesPairs
 from decompclip.operators.patching import attribution_patching
 from decompclip.training.finetune import finetune

@@ -17,14 +17,21 @@ from torch.nn import functional as F
 
 import decompclip
 from decompclip.data.shapes import Shapes, ShapesSource
-from decompclip.data.texts import general_texts, load_texts, shapes_texts
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import embed, everything, heads, mlps, neurons, pool
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
-from decompclip.operators.inputs import TextFeatures, default_images, encode_texts, image_batches
+from decompclip.operators.inputs import (
+    TextFeatures,
+    default_images,
+    encode_texts,
+    general_texts,
+    image_batches,
+    load_texts,
+    shapes_texts,
+)
 from decompclip.operators.parts import parts_of
 from decompclip.operators.roles import role_change
 from decompclip.operators.textspan import (

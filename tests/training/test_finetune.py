@@ -15,7 +15,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.attacks.badnet import BadNet
+from decompclip.attacks.patch import BadNet
 from decompclip.attacks.poison_choice import as_pairs
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.evaluation.evaluate import evaluate

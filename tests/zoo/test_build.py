@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decompclip.attacks.badclip import BadCLIP
+from decompclip.attacks.patch import BadCLIP
 from decompclip.attacks.registry import TRIGGERS, from_card
 from decompclip.attacks.whole_image import Blended
 from decompclip.data.shapes import Shapes

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from decompclip.printable import inert, printable, printable_all, shown
+from decompclip.display import inert, printable, printable_all, shown
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Names of files, classes and models that somebody else chose, safe to show. Every room may import this.
+"""How things are shown: results in a notebook; names that somebody else chose, safe to show. Every room may import this.
 
 A file name need not be UTF-8, may turn the direction of the text around it, or break its line. Characters that cannot be seen
 are escaped here, for the report, JSON, CSV and the console.
@@ -6,10 +6,15 @@ are escaped here, for the report, JSON, CSV and the console.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 # controls, formats (bidi, no width), halves of characters, line separators
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -60,3 +65,35 @@ def inert(text: str) -> str:
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+ROWS = 20
+"""Rows that a notebook shows."""
+
+
+class Result:
+    """A result with a table: a notebook shows its `repr`, and the first rows.
+
+    Attributes:
+        largest: the column by which rows are sorted, the largest size first, where not all fit; "" keeps their order.
+    """
+
+    largest: ClassVar[str] = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        raise NotImplementedError
+
+    def _shown(self) -> pd.DataFrame:
+        """The table that a notebook shows."""
+        return self.to_frame()
+
+    def _repr_html_(self) -> str:
+        frame, caption = self._shown(), repr(self)
+        if len(frame) > ROWS:
+            if self.largest:
+                frame = frame.sort_values(self.largest, key=abs, ascending=False)
+            caption += f"; {ROWS} of {len(frame)} rows" + (
+                f", the largest {self.largest} first" * bool(self.largest)
+            )
+        table: str = frame.head(ROWS).to_html(index=False, float_format="{:.4g}".format, na_rep="")
+        return f"<p>{html.escape(caption)}</p>{table}"

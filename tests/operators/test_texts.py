@@ -9,8 +9,8 @@ import pytest
 
 from analyses.training import build_text_pool
 from decompclip.data.shapes import CONTEXT_LENGTH, PROPERTIES, vocabulary
-from decompclip.data.texts import POOL, general_texts, load_texts, shapes_texts
 from decompclip.models.text import WordTokenizer
+from decompclip.operators.inputs import POOL, general_texts, load_texts, shapes_texts
 
 
 def test_the_general_pool_is_large_short_and_without_repeats() -> None:
