@@ -100,10 +100,8 @@ def _ratios(record: Mapping[str, Any]) -> dict[str, Point]:
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     ratios = _ratios(record)
-    panel = Panel(
-        "time beside a plain forward, median and range", "ratio", {"": list(ratios.values())}, line=1.0
-    )
-    return {"ratios": point_panels(list(ratios), [panel])}
+    panel = Panel("time beside a plain forward, median", "ratio", {"": list(ratios.values())}, line=1.0)
+    return {"ratios": point_panels(list(ratios), [panel], bars="range over rounds")}
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -142,7 +142,10 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
         (-0.03, 1.03),
         0.5,
     )
-    return {"detection": point_panels(rows, [panel]), "repair": rates_figure(record, REPAIR)}
+    return {
+        "detection": point_panels(rows, [panel], bars="range over models"),
+        "repair": rates_figure(record, REPAIR),
+    }
 
 
 def table(record: Mapping[str, Any]) -> str:

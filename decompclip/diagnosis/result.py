@@ -168,7 +168,8 @@ class Diagnosis:
         rates = {"as it is": self.accuracy} | {way.name: way.accuracy for way in self.comparisons}
         points = [Point.of(rate.to_dict()) for rate in rates.values()]
         axis = "zero-shot accuracy, %; dotted: chance"
-        return point_panels(list(rates), [Panel("", axis, {"accuracy": points}, PERCENT, 100 * self.chance)])
+        panel = Panel("", axis, {"accuracy": points}, PERCENT, 100 * self.chance)
+        return point_panels(list(rates), [panel], bars="95 % interval")
 
     def _head(self) -> str:
         n = len(self.findings)

@@ -67,10 +67,10 @@ def point_panels(
         rows: their names.
         panels: side by side, with letters where there are several.
         styles: of the series; by default one after the other of the theme's.
-        bars: what the ends of intervals are, for the legend.
+        bars: what the ends of intervals are, for the legend; needed where a point has them.
 
     Raises:
-        ValueError: more series than styles, or a series that is not as long as the rows.
+        ValueError: more series than styles, a series that is not as long as the rows, or intervals that nothing explains.
     """
     look = styled([name for panel in panels for name in panel.points], styles)
     height = FRAME + ROW * len(rows) + 40
@@ -107,7 +107,11 @@ def point_panels(
         automargin=True,
     )
     known = [point for panel in panels for points in panel.points.values() for point in points if point]
-    if bars and any(point.low is not None for point in known):
+    if any(point.low is not None for point in known):
+        if not bars:
+            raise ValueError(
+                "expected bars='...', what the points' intervals are, for the legend; received none"
+            )
         plot.add_trace(_bar_explained(bars), row=1, col=1)
     lines = max(1 + panel.title.count("<br>") for panel in panels) if any(p.title for p in panels) else 0
     above = 4 + bool(lines) * 8 + 14 * lines

@@ -131,7 +131,9 @@ class MaskScores(Result):
         chance, more = 100 * float(self.chance.mean()), len(self.labels) - len(order)
         unit = "%" + (f" (not shown: {more} maps of lower share)" if more else "")
         panel = Panel("", f"{unit}; dotted: chance, {chance:.1f} %", points, PERCENT, chance)
-        return point_panels([self.labels[i] for i in order], [panel], styles=styles)
+        return point_panels(
+            [self.labels[i] for i in order], [panel], styles=styles, bars="95 % interval over images"
+        )
 
     def _share_points(self, order: list[int]) -> list[Point]:
         from decompclip.figures.scatter import Point
@@ -298,7 +300,7 @@ class Segmentation(Result):
             panels.append(
                 Panel(measure, "%", {"all images": [Point(*(100 * x for x in row)) for row in ends]})
             )
-        return point_panels(self.labels, panels)
+        return point_panels(self.labels, panels, bars="95 % interval over images")
 
     def __len__(self) -> int:
         return self.intersection.shape[1]

@@ -167,7 +167,7 @@ def rates(settings: Sequence[Setting]) -> go.Figure:
     known = {name: values for name, values in points.items() if any(value is not None for value in values)}
     styles = {style.short: style for style in RATES}
     names = [wrapped(setting.name) for setting in settings]
-    return point_panels(names, [Panel("", "images, %", known, PERCENT)], styles=styles)
+    return point_panels(names, [Panel("", "images, %", known, PERCENT)], styles=styles, bars="95 % interval")
 
 
 def _point(value: Rate | None) -> Point | None:
@@ -299,7 +299,7 @@ def class_changes(result: ScanResult) -> go.Figure:
             found = {change.name: Point.of(change.success.to_dict()) for change in scan.probes[place].classes}
             points[scan.name] = [found.get(name) for name in names]
         panels.append(Panel(probe.probe, "images sent there, %", points, ends=PERCENT))
-    return point_panels(names, panels)
+    return point_panels(names, panels, bars="95 % interval")
 
 
 Row = dict[str, Any]

@@ -432,7 +432,8 @@ def test_a_result_as_json() -> None:
 
 def test_a_result_as_a_figure() -> None:
     figure: Any = result().figure()
-    trace, chance = figure.data
+    trace, chance, bars = figure.data
     assert list(figure.layout.yaxis.ticktext) == ["as it is", "blue, green, red"]
     assert list(trace.x) == [70, 60]
     assert set(chance.x) == {100 * result().chance}
+    assert bars.name == "95 % interval"

@@ -23,8 +23,10 @@ def test_points_keep_their_row_interval_and_style() -> None:
     panel = Panel(
         "a", "images, %", {"x": [Point.of(RATE), None], "y": [Point(1.0), Point(2.0)]}, PERCENT, line=50.0
     )
-    plot = point_panels(["one", "two"], [panel, Panel("b", "%", {"y": [Point(3.0), Point(4.0)]})])
-    x, y, line, again = plot.data
+    other = Panel("b", "%", {"y": [Point(3.0), Point(4.0)]})
+    plot = point_panels(["one", "two"], [panel, other], bars="95 % interval")
+    x, y, line, again, bars = plot.data
+    assert bars.name == "95 % interval" and bars.showlegend and list(bars.x) == [None]
     assert list(x.x) == [50.0] and list(x.error_x.array) == pytest.approx([20.0])
     assert list(x.error_x.arrayminus) == pytest.approx([10.0])
     assert list(y.x) == [1.0, 2.0] and y.marker.symbol != x.marker.symbol
@@ -36,6 +38,11 @@ def test_points_keep_their_row_interval_and_style() -> None:
         match=r"expected 2 points of 'x'; received|expected 2 points of 'x', one a row; received 1",
     ):
         point_panels(["one", "two"], [Panel("a", "%", {"x": [Point(1.0)]})])
+    with pytest.raises(ValueError, match=r"expected bars='...', what the points' intervals are"):
+        point_panels(["one", "two"], [panel])
+    assert "95 % interval" not in [
+        trace.name for trace in point_panels(["one", "two"], [other], bars="95 % interval").data
+    ]
     with pytest.raises(ValueError, match=r"expected at most 7 series; received 9"):
         point_panels(["one"], [Panel("a", "%", {str(i): [Point(1.0)] for i in range(9)})])
 

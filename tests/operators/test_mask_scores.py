@@ -109,7 +109,8 @@ def test_a_figure_has_the_best_maps_with_intervals_and_the_control(maps: TokenMa
     scores = score_masks(maps, masks)
     control = score_masks(maps_of(maps.patches.flip(1)), masks)
     plot: Any = scores.figure(control=control, control_name="turned", count=1)
-    shares, hits, others, other_hits, line = plot.data
+    shares, hits, others, other_hits, line, bars = plot.data
+    assert bars.name == "95 % interval over images"
     best, frame = scores.order[0], scores.to_frame()
     assert list(plot.layout.yaxis.ticktext) == [scores.labels[best]]
     assert list(shares.x) == pytest.approx([100 * float(scores.mean_share[best])])
@@ -126,7 +127,7 @@ def test_a_figure_has_the_best_maps_with_intervals_and_the_control(maps: TokenMa
     assert shares.error_x.array[0] == pytest.approx(100 * (min(1, share + half) - share), rel=1e-3)
     assert shares.error_x.arrayminus[0] == pytest.approx(100 * (share - max(0, share - half)), rel=1e-3)
     whole: Any = scores.figure()
-    assert whole.layout.xaxis.title.text == f"%; dotted: chance, {chance:.1f} %" and len(whole.data) == 3
+    assert whole.layout.xaxis.title.text == f"%; dotted: chance, {chance:.1f} %" and len(whole.data) == 4
     with pytest.raises(ValueError, match="a control of the same maps"):
         scores.figure(control=score_masks(maps.select([0]), masks))
 
