@@ -3,8 +3,11 @@
 Command:   python -m analyses.benchmark_explore [--images 48] [--rounds 10] [--threads 2] [--json FILE]
 Run time:  under a minute.
 Aim:       200 ms for a new text, image or head, on the bundled models.
-Measured:  at most 87 ms (`shapes`, a new text), on one thread while five others waited for each core; at most 16 ms of
-           processor time (`photos`, a new text). The causal effect of a head on 48 photographs: 0.7 s of processor time.
+Measured:  on two cores with nothing else to do, ms of wall clock:
+           | model | new text | new image | new head | causal | begin, s | page, MB |
+           | shapes | 7 | 1 | 4 | 42 | 0.5 | 0.9 |
+           | cifar10 | 6 | 1 | 3 | 30 | 0.1 | 0.5 |
+           | photos | 8 | 1 | 5 | 356 | 1.6 | 2.6 |
 
 A change is all questions that the view then asks, through the widget's own handler, with buffers as they are sent: a new
 text: contributions, maps, one ablation; another image: its maps; another head: words, images alike, one ablation. What the

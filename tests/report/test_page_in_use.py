@@ -6,6 +6,7 @@ import asyncio
 import base64
 import re
 import threading
+import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import cache
 from pathlib import Path
@@ -208,7 +209,96 @@ def test_on_paper_no_table_is_past_its_box(path: Path) -> None:
     use(path, steps)
 
 
-def test_on_paper_all_is_unfolded_and_light(path: Path) -> None:
+PAINTED = re.compile(rb"\bq\b|\bQ\b|((?:[-.\d]+ )+)(cm|Tm|Td)\b|/MCID (\d+) ?>>\s*BDC|\bTj\b")
+"""Of a page's operators those that place its text."""
+
+
+def lowest(stream: bytes) -> dict[int, float]:
+    """The lowest baseline of each marked part of a printed page that has text; heights count upward, in points."""
+
+    def placed(row: tuple[float, ...], a: float, b: float, c: float, d: float, e: float, f: float) -> Any:
+        across, up, height = row
+        return across * a + up * b, across * c + up * d, across * e + up * f + height
+
+    now, before, line, part = (0.0, 1.0, 0.0), [], (0.0, 1.0, 0.0), -1  # of a matrix, what makes heights
+    low: dict[int, float] = {}
+    for found in PAINTED.finditer(stream):
+        numbers, operator, mark = found.groups()
+        values = [float(number) for number in (numbers or b"").split()]
+        if operator == b"cm":
+            now = placed(now, *values)
+        elif operator == b"Tm":
+            line = placed(now, *values)
+        elif operator == b"Td":
+            line = placed(line, 1, 0, 0, 1, *values)
+        elif mark:
+            part = int(mark)
+        elif found[0] == b"q":
+            before.append(now)
+        elif found[0] == b"Q":
+            now = before.pop()
+        else:
+            low[part] = min(low.get(part, line[2]), line[2])
+    return low
+
+
+def headings(pdf: bytes) -> tuple[int, list[bytes]]:
+    """How many headings a tagged PDF of Chromium has, and those that have no text below them on their page."""
+    things = dict(re.findall(rb"\n(\d+) 0 obj\n(.*?)\nendobj", pdf, re.DOTALL))
+
+    def number(thing: bytes, name: bytes) -> bytes:
+        found = re.search(rb"/%s (\d+)" % name, thing)
+        assert found, thing
+        return found[1]
+
+    def marks(thing: bytes) -> list[tuple[bytes, int]]:
+        """The marked parts of an element, each with its page."""
+        found = re.search(rb"/K \[?([^\]>]*)", thing)
+        children = re.findall(rb"(\d+) 0 R", found[1]) if found else []
+        own = re.findall(rb"\d+", re.sub(rb"\d+ 0 R", b"", found[1])) if found else []
+        return [(number(thing, b"Pg"), int(mark)) for mark in own] + [
+            mark for child in children for mark in marks(things[child])
+        ]
+
+    low = {
+        page: lowest(zlib.decompress(things[number(thing, b"Contents")].split(b"stream\n", 1)[1]))
+        for page, thing in things.items()
+        if re.search(rb"/Type /Page\b", thing)
+    }
+    found = [thing for thing in things.values() if re.search(rb"/S /H[1-6]\b", thing)]
+    alone = []
+    for heading in found:
+        own = marks(heading)
+        page = own[-1][0]
+        end = min(low[page][mark] for place, mark in own if place == page)
+        if not any(height < end for mark, height in low[page].items() if (page, mark) not in own):
+            alone.append(heading)
+    return len(found), alone
+
+
+async def printed(page: Page) -> bytes:
+    return base64.b64decode(
+        (await page.send("Page.printToPDF", printBackground=True, generateTaggedPDF=True))["data"]
+    )
+
+
+def test_a_stranded_heading_is_noticed(tmp_path: Path) -> None:
+    for tall, alone in ((880, 1), (300, 0)):
+        page = tmp_path / f"{tall}.html"
+        page.write_text(
+            f"<!doctype html><div style='height: {tall}px'>above</div><h2>A heading <em>in parts</em></h2>"
+            "<p style='break-inside: avoid; margin: 0'>its text<br>of two lines<br>and three</p>"
+            "<svg height=90><text transform='rotate(-90 20 80)' x=20 y=80>up</text></svg>"
+        )
+
+        async def steps(tab: Page, alone: int = alone) -> None:
+            count, found = headings(await printed(tab))
+            assert (count, len(found)) == (1, alone)
+
+        use(page, steps, "document.readyState === 'complete'")
+
+
+def test_on_paper_all_is_unfolded_and_light_and_no_heading_stands_alone(path: Path) -> None:
     async def steps(page: Page) -> None:
         await page.ask("document.getElementById('scheme').click()")
         folded = await page.ask("document.querySelectorAll('details:not([open])').length")
@@ -217,10 +307,12 @@ def test_on_paper_all_is_unfolded_and_light(path: Path) -> None:
             "window.addEventListener('beforeprint', () => { window.atPrint = ["
             "document.querySelectorAll('details:not([open])').length, document.documentElement.dataset.scheme] })"
         )
-        pdf = base64.b64decode((await page.send("Page.printToPDF", printBackground=True))["data"])
+        pdf = await printed(page)
         assert pdf.startswith(b"%PDF")
         pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
         assert 2 <= pages <= 40 and len(pdf) < 5_000_000
+        count, alone = headings(pdf)
+        assert count > 10 and alone == []
         assert await page.ask("window.atPrint") == [0, "light"]
         assert await page.ask("document.querySelectorAll('details:not([open])').length") == folded
         assert await page.ask("document.documentElement.dataset.scheme") == "dark"
