@@ -22,10 +22,6 @@ from analyses.notebooks import KEPT
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.ipynb"))
 every = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-STORED = [
-    path for path in NOTEBOOKS if not path.name.startswith("03")
-]  # 03 is of drawings, and without its outputs
-stored = pytest.mark.parametrize("notebook", STORED, ids=lambda path: path.stem)
 
 
 # Tests run the code as it stands on fewer photographs and pairs: the code is looked at, not its numbers. Numbers are
@@ -33,15 +29,7 @@ stored = pytest.mark.parametrize("notebook", STORED, ids=lambda path: path.stem)
 FEWER = {
     "01": {"300": "110", "150": "40"},
     "02": {"200": "75", "280": "90", "60": "30", "[:24": "[:6"},
-    "03": {
-        "4_096": "512",
-        "2_048": "256",
-        "500": "150",
-        "400": "160",
-        "240": "100",
-        "120": "50",
-        "[:120": "[:50",
-    },
+    "03": {"768": "128", "300": "200", "150": "70", "[:70": "[:30", "70": "30", "140": "60"},
     "04": {"240": "130", "[:120": "[:40"},
     "05": {"250": "200", "120": "40", "[:60": "[:20", "60": "20", "24": "8", "[:24": "[:8"},
 }
@@ -116,7 +104,7 @@ def test_without_the_photographs_a_notebook_says_what_it_needs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DECOMPCLIP_DATA", raising=False)
-    for notebook in STORED:
+    for notebook in NOTEBOOKS:
         first, *_ = cells(notebook, "markdown")
         assert "`DECOMPCLIP_DATA`" in "".join(first["source"])
         assert "`python -m analyses.prepare_tiny_imagenet`" in "".join(first["source"])
@@ -126,7 +114,7 @@ def test_without_the_photographs_a_notebook_says_what_it_needs(
             run("".join(cells(notebook)[0]["source"]), notebook.name, {})
 
 
-@stored
+@every
 def test_notebook_keeps_what_its_cells_show(notebook: Path) -> None:
     """Every cell's own, without an error or a warning, in what GitHub shows: pictures, tables and text, and no script."""
     found = json.loads(notebook.read_text(encoding="utf-8"))
@@ -144,7 +132,7 @@ def test_notebook_keeps_what_its_cells_show(notebook: Path) -> None:
     assert notebook.stat().st_size < 1_000_000
 
 
-@stored
+@every
 def test_figures_of_a_notebook_are_pictures_on_white(notebook: Path) -> None:
     shown = [output["data"].get("image/png") for cell in cells(notebook) for output in cell["outputs"]]
     pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in shown if data]
