@@ -24,6 +24,9 @@ from typing import Any
 
 PARTIAL = ".partial"
 LOCK = ".decompclip.lock"
+PATIENCE = 10.0
+"""Seconds to wait for another's files to come into a folder."""
+
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _NUMBERS = itertools.count()
 _OPEN: set[str] = set()  # names that this process writes under now
@@ -90,13 +93,15 @@ def digest(value: Any) -> str:
 def atomic_folder(folder: str | Path, manifest: str) -> Iterator[Path]:
     """A folder to write files into in the block; at its end they come into `folder` together.
 
-    The old manifest goes before the first of them, the new one comes after the last: a folder with a manifest is whole.
+    The old manifest goes before the first of them, the new one comes after the last: a folder with a manifest is whole. Who
+    writes the same folder meanwhile is waited for.
 
     Raises:
+        FolderInUse: for longer than `PATIENCE`.
         OSError: as `atomic_write`; what was in the folder stays.
     """
     folder = Path(folder)
-    with _as_os_error(folder), _no_empty(folder):
+    with _as_os_error(folder), alone_in(folder, name=manifest, patience=PATIENCE):
         sweep(folder, manifest)
         partial = _partial(folder / manifest)
         try:
@@ -154,10 +159,17 @@ def check_folder(folder: Path, what: str, *, empty: bool = False) -> None:
 
 
 @contextmanager
-def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
+def alone_in(folder: str | Path, *, name: str = "", patience: float = 0) -> Iterator[None]:
     """Nobody else who asks for it writes to `folder` (or to the file `name` in it) during the block.
 
-    The operating system lets go of the lock when its holder ends, however it ends. What killed runs left is removed.
+    The operating system lets go of the lock when its holder ends, however it ends. What killed runs left is removed. Functions
+    that write to a folder for long take it themselves, so that a call from Python is as safe as a command; it is not given
+    twice, to the same process neither.
+
+    Args:
+        folder: where to.
+        name: of the file; empty for the folder.
+        patience: seconds to wait for another to be done.
 
     Raises:
         FolderInUse: somebody does; the message says who.
@@ -166,13 +178,13 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
-    lock = folder / (f".{name[:40]}.lock" if name else LOCK)
+    lock = _lock(folder, name)
     holder = lock.with_suffix(".holder")
     what = folder / name if name else folder
     with _no_empty(folder, lock):
         held = FileLock(str(lock))
         try:
-            held.acquire(timeout=0)
+            held.acquire(timeout=patience)
         except Timeout:
             raise FolderInUse(
                 f"expected to be alone in writing to {what}; {_who(holder)} does so now; wait until it is done, end it, or "
@@ -197,12 +209,16 @@ def alone_in(folder: str | Path, *, name: str = "") -> Iterator[None]:
             held.release()
 
 
-def holder_of(folder: Path) -> str:
-    """What `alone_in` wrote of who holds a folder; empty where nobody does."""
+def holder_of(folder: Path, name: str = "") -> str:
+    """What `alone_in` wrote of who holds a folder, or the file `name` in it; empty where nobody does."""
     try:
-        return (folder / LOCK).with_suffix(".holder").read_text(encoding="utf-8")
+        return _lock(folder, name).with_suffix(".holder").read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def _lock(folder: Path, name: str) -> Path:
+    return folder / (f".{name[:40]}.lock" if name else LOCK)
 
 
 @contextmanager
@@ -284,6 +300,7 @@ def _cause(error: BaseException, path: Path) -> BaseException | None:
     if isinstance(error, OSError):
         name = error.filename
         ours = name is None or PARTIAL in str(name) or str(name) in (str(path), str(path.parent))
+        ours = ours or Path(str(name)).suffix == ".lock"
         return error if error.errno is not None and ours and not hasattr(error, "explained") else None
     if type(error).__name__ == "SafetensorError":  # by its name, so that nothing heavy is imported here
         return error

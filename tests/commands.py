@@ -22,26 +22,31 @@ GRACE = 3
 """Seconds after the first error until those that still wait are ended, first by SIGTERM, then by SIGKILL, as torchrun ends them."""
 
 
-def in_processes(count: int, work: Callable[[int], Any]) -> list[Any]:
+def in_processes(count: int, work: Callable[[int], Any], *, grace: float = GRACE) -> list[Any]:
     """What `work(rank)` returns in each of several processes, or the exception that it raises; None where it had to be ended.
 
     They find what torchrun would tell them. They are forked, so that nothing is imported again, and compute in one thread,
     which a fork leaves in order.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.socket() as held, tempfile.TemporaryDirectory() as folder:
+        # bound until the end, so that nobody else is given the port; the first process may listen at it, since this does not
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
         told = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-        told["MASTER_PORT"] = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+        told["MASTER_PORT"] = held.getsockname()[1]
         places = [Path(folder) / f"{rank}" for rank in range(count)]
         children = {}
         for rank, place in enumerate(places):
             child = os.fork()
             if not child:
-                os.environ.update(
-                    {key: str(x) for key, x in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
-                )
-                os._exit(_in_child(place, work, rank))
+                code = 1
+                try:
+                    os.environ.update(
+                        {key: str(x) for key, x in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                    )
+                    code = _in_child(place, work, rank)
+                finally:
+                    os._exit(code)
             children[child] = rank
         end, ending = None, signal.SIGTERM
         while children:
@@ -49,11 +54,11 @@ def in_processes(count: int, work: Callable[[int], Any]) -> list[Any]:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     del children[child]
-                    end = end or (time.monotonic() + GRACE if status else None)
+                    end = end or (time.monotonic() + grace if status else None)
             if end is not None and time.monotonic() > end:
                 for child in children:
                     os.kill(child, ending)
-                end, ending = time.monotonic() + GRACE, signal.SIGKILL
+                end, ending = time.monotonic() + grace, signal.SIGKILL
             time.sleep(0.01)
         return [pickle.loads(place.read_bytes()) if place.exists() else None for place in places]
 

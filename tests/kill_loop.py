@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -56,11 +57,10 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 
 
 def poison(folder: Path) -> None:
-    with alone_in(folder):
-        pairs = PoisonedPairs(open_pairs("shapes:240"), BadNet(), "star", count=8)
-        # a kill may come after the last write: all is there
-        if not (folder / POISON_LIST).exists() or (folder / UNFINISHED).exists():
-            write_poisoned(pairs, folder, per_shard=40)
+    pairs = PoisonedPairs(open_pairs("shapes:240"), BadNet(), "star", count=8)
+    # a kill may come after the last write: all is there
+    if not (folder / POISON_LIST).exists() or (folder / UNFINISHED).exists():
+        write_poisoned(pairs, folder, per_shard=40)
 
 
 def poison_whole(folder: Path) -> None:
@@ -117,16 +117,14 @@ def analysis_whole(folder: Path) -> None:
 
 
 def bench(folder: Path) -> None:
-    with alone_in(folder):
-        write_board(leaderboard(run(PLAN, folder)), folder)
+    write_board(leaderboard(run(PLAN, folder)), folder)
 
 
 def bench_of_two(folder: Path) -> None:
     """By two processes, which a kill takes both."""
-    with alone_in(folder):
-        for found in in_processes(2, lambda rank: run(PLAN, folder, accelerator=Accelerator(cpu=True))):
-            assert isinstance(found, list), found
-        write_board(leaderboard(found), folder)
+    for found in in_processes(2, lambda rank: run(PLAN, folder, accelerator=Accelerator(cpu=True))):
+        assert isinstance(found, list), found
+    write_board(leaderboard(found), folder)
 
 
 PLAN = Plan(
@@ -143,13 +141,23 @@ def pages_whole(folder: Path) -> None:
         json.loads(part.read_text(encoding="utf-8"))
 
 
-def store(folder: Path, *, moments_only: bool = False) -> None:
+def store(folder: Path, **options: Any) -> None:
     model = decompclip.load("shapes")
-    extract(model, Shapes(400, seed=3), folder, shard_size=40, batch_size=20, moments_only=moments_only)
+    extract(model, Shapes(400, seed=3), folder, shard_size=40, batch_size=20, **options)
+
+
+def store_of_two(folder: Path, **options: Any) -> None:
+    """By two processes, which a kill takes both."""
+    found = in_processes(2, lambda rank: store(folder, accelerator=Accelerator(cpu=True), **options))
+    assert found == [None, None], found
 
 
 def moments(folder: Path) -> None:
     store(folder, moments_only=True)
+
+
+def moments_of_two(folder: Path) -> None:
+    store_of_two(folder, moments_only=True)
 
 
 def store_whole(folder: Path) -> None:
@@ -186,7 +194,9 @@ WORKS = {
     "bench": Work(bench, pages_whole),
     "bench of two": Work(bench_of_two, pages_whole),
     "extract": Work(store, store_whole),
+    "extract of two": Work(store_of_two, store_whole),
     "moments": Work(moments, moments_whole),
+    "moments of two": Work(moments_of_two, moments_whole),
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from decompclip import files
 from decompclip.files import FolderInUse, alone_in, atomic_folder, atomic_write, sweep, write_json, write_text
 
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -148,6 +149,36 @@ def test_a_second_process_is_told_who_is_there(tmp_path: Path) -> None:
             pass
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [path.name for path in tmp_path.iterdir()] == [".decompclip.lock"]
+
+
+def test_two_that_write_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one and the manifest of the other would be a folder that looks whole."""
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    code = f"""
+import time
+from decompclip.files import atomic_folder, write_text
+with atomic_folder({str(tmp_path)!r}, "manifest") as partial:
+    for name in ("a", "manifest"):
+        write_text(partial / name, "first")
+    print("inside", flush=True)
+    input()
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout is not None and first.stdout.readline() == b"inside\n"
+    with pytest.raises(FolderInUse, match="manifest; process"), atomic_folder(tmp_path, "manifest"):
+        raise AssertionError("let in")
+    monkeypatch.setattr(files, "PATIENCE", 60)
+    assert first.stdin is not None
+    first.stdin.write(b"\n")
+    first.stdin.flush()
+    with atomic_folder(tmp_path, "manifest") as partial:  # waits
+        for name in ("a", "manifest"):
+            write_text(partial / name, "second")
+    assert first.wait() == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a": "second",
+        "manifest": "second",
+    }
 
 
 def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path: Path) -> None:

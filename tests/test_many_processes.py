@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch import Tensor
 import decompclip
 from decompclip import HookedCLIP, Shapes, evaluate
 from decompclip.attacks.patch import BadNet
+from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.audit import interventions
 from decompclip.audit.collect import open_source
 from decompclip.audit.config import AuditConfig, ScanConfig
@@ -29,7 +31,9 @@ from decompclip.data.images import FolderSource
 from decompclip.data.pixels import encode_png
 from decompclip.data.processes import Processes
 from decompclip.evaluation.evaluate import Evaluation
-from decompclip.files import alone_in, write_json
+from decompclip.files import write_json
+from decompclip.training.finetune import finetune
+from decompclip.training.recipes import FineTuning
 from tests.commands import in_processes, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
@@ -273,6 +277,96 @@ def test_a_scan_goes_on_with_another_number_of_processes(model: HookedCLIP, tmp_
     assert spread(2, lambda accelerator: scan(accelerator, tmp_path)) == [one] * 2
 
 
+# Fine-tune
+
+
+class Counting(FolderPairs):
+    """Counts how often each picture is decoded."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.decoded: Counter[str] = Counter()
+
+    def _image(self, image: Path) -> Tensor | str:
+        self.decoded[str(image)] += 1
+        return super()._image(image)
+
+
+def tuning(loss: Any = "clip") -> FineTuning:
+    return FineTuning(epochs=1, batch_size=6, lr=1e-4, loss=loss)
+
+
+@pytest.mark.parametrize(("loss", "poisoned"), [("clip", True), ("grouped", False), ("cleanclip", False)])
+def test_each_process_decodes_its_own_part_of_a_batch(
+    model: HookedCLIP, pictures: Path, loss: str, poisoned: bool
+) -> None:
+    """And learns what one process learns; also where pictures cannot be read, for which others stand in."""
+
+    def source() -> tuple[Counting, Any]:
+        base = Counting(pictures, ["a {}", "a photo of a {}"], model.pixels)
+        pairs = PoisonedPairs(base, BadNet(), base.class_names[0], rate=0.2) if poisoned else base
+        base.decoded.clear()  # the poisons were, to see that they can be
+        return base, pairs
+
+    def work(accelerator: Accelerator | None) -> tuple[list[float], Counter[str]]:
+        base, pairs = source()
+        done = finetune(model, pairs, tuning(loss), log_every=1, accelerator=accelerator)
+        return [entry["loss"] for entry in done.history], base.decoded
+
+    base, pairs = source()
+    pairs.batch(0, 6)  # which all processes decode once, to see that they agree
+    losses, decoded = work(None)
+    assert len(losses) == 5 and decoded.total() > 30
+    for processes in (2, 3):
+        found = spread(processes, work)
+        own = [seen - base.decoded for _, seen in found]
+        assert sum(own, Counter()) == decoded and all(seen.total() < 20 for seen in own)
+        for others, _ in found:
+            assert others == pytest.approx(losses, abs=1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (1, 2), (3, 1)])
+def test_a_training_goes_on_with_another_number_of_processes(
+    model: HookedCLIP, pictures: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    def work(accelerator: Accelerator | None, log: Any = None, checkpoint: Path | None = None) -> list[float]:
+        pairs = FolderPairs(pictures, ["a {}"], model.pixels)
+        options: Any = {"checkpoint": checkpoint, "checkpoint_every": 1, "log_every": 1, "log": log}
+        done = finetune(model, pairs, tuning("grouped"), accelerator=accelerator, **options)
+        return [entry["loss"] for entry in done.history]
+
+    def stop(text: str) -> None:
+        if text.startswith("step 3"):
+            raise RuntimeError("stopped")
+
+    path, whole = tmp_path / "a.pt", work(None)
+    stopped = spread(before, lambda accelerator: work(accelerator, stop, path))
+    assert str(stopped[0]) == "stopped" and torch.load(path, weights_only=True)["step"] == 2
+    for losses in spread(after, lambda accelerator: work(accelerator, None, path)):
+        assert losses == pytest.approx(whole, abs=1e-3)
+    assert [place.name for place in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_training_of_processes_that_disagree_is_refused(model: HookedCLIP, pictures: Path) -> None:
+    other, pairs = decompclip.load("shapes"), FolderPairs(pictures, ["a {}"], model.pixels)
+
+    def work(rank: int) -> list[str]:
+        accelerator, said = Accelerator(cpu=True), []
+        for own, source, recipe, seed in (
+            ([model, other][rank], pairs, tuning(), 0),
+            (model, FolderPairs(pictures, [f"a {{}} of {rank}"], model.pixels), tuning(), 0),
+            (model, pairs, tuning(["clip", "grouped"][rank]), 0),
+            (model, pairs, tuning(), rank),
+        ):
+            with pytest.raises(ValueError, match="expected processes that agree") as error:
+                finetune(own, source, recipe, seed=seed, accelerator=accelerator)
+            said.append(str(error.value).partition(" in ")[2].partition(";")[0])
+        return said
+
+    options = "the recipe, the number of pairs or the seed"
+    assert in_processes(2, work) == [["the model", "the pairs", options, options]] * 2
+
+
 # Bench
 
 PLAN = Plan(
@@ -310,21 +404,18 @@ def test_a_leaderboard_goes_on_with_another_number_of_processes(
     assert (out / "runs" / "shapes-seed0.json").read_text() == done
 
 
-@pytest.mark.parametrize("locked", [True, False])
-def test_a_folder_that_only_the_first_process_sees(tmp_path: Path, locked: bool) -> None:
-    """Before the work where the first holds the folder, as the command does; else when files are missing."""
-
-    def work(rank: int) -> Any:
-        out = tmp_path / f"{rank}"
-        plan = Plan(models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=40, draws=2)
-        running.measure = lambda name, plan, **options: {"images": {}}
-        if locked and rank == 0:
-            with alone_in(out):
-                return running.run(plan, out, accelerator=Accelerator(cpu=True))
-        return running.run(plan, out, accelerator=Accelerator(cpu=True))
-
-    words = "expected a folder that all processes share; process 1 does not see what process 0 writes"
-    errors(in_processes(2, work), ValueError, words if locked else "shapes-badnet-seed0.json is not there")
+def test_a_folder_that_only_the_first_process_sees(tmp_path: Path) -> None:
+    found = spread(
+        2,
+        lambda accelerator: running.run(
+            PLAN, tmp_path / f"{accelerator.process_index}", accelerator=accelerator
+        ),
+    )
+    errors(
+        found,
+        ValueError,
+        "expected a folder that all processes share; process 1 does not see what process 0 writes",
+    )
 
 
 @pytest.mark.usefixtures("small_files")

@@ -17,8 +17,8 @@ import torch
 from analyses.study.case import Member
 from analyses.study.drawing import draw
 from analyses.study.family import Family, open_family
-from analyses.study.results import RESULTS, MissingResult, is_current, read, save
-from decompclip.files import write_json
+from analyses.study.results import RESULTS, MissingResult, is_current, place, read, save
+from decompclip.files import alone_in, write_json
 
 
 class Analysis(Protocol):
@@ -70,6 +70,7 @@ def produce(
 
     Raises:
         ValueError, FileNotFoundError: what the analysis needs is not in this family.
+        FolderInUse: another process measures it.
     """
     name = name_of(analysis)
     try:
@@ -78,9 +79,11 @@ def produce(
             return record
     except MissingResult:
         pass
-    begin = time.perf_counter()
-    found = analysis.run(config, family, members)
-    return save(name, family, config, members, found, seconds=time.perf_counter() - begin, folder=folder)
+    path = place(name, family.name, folder)
+    with alone_in(path.parent, name=path.name):
+        begin = time.perf_counter()
+        found = analysis.run(config, family, members)
+        return save(name, family, config, members, found, seconds=time.perf_counter() - begin, folder=folder)
 
 
 def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:

@@ -34,11 +34,11 @@ from decompclip.data.datasets import PairStream
 from decompclip.data.feed import is_pure
 from decompclip.data.files import POISON_LIST, SkippedFile
 from decompclip.data.images import class_index
-from decompclip.data.pairs import Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
+from decompclip.data.pairs import ALL, Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
 from decompclip.display import Result
-from decompclip.files import digest, write_json, write_text
+from decompclip.files import alone_in, digest, write_json, write_text
 from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
@@ -174,27 +174,29 @@ def write_poisoned(
 
     Raises:
         FileExistsError: there are shards in the folder already, or those of an unfinished run of other pairs or options.
+        FolderInUse: another run writes there.
     """
     folder = Path(folder)
     mark, written = folder / UNFINISHED, []
-    if shards:
-        same = {"identity": _identity(pairs, per_shard)}
-        resume = mark.exists()
-        if resume and mark.read_text(encoding="utf-8").strip() != json.dumps(same, indent=1):
-            raise FileExistsError(
-                f"expected the pairs and options that {folder} was begun with, to go on; received others; finish that one with "
-                f"its own command, delete the folder, or name another"
-            )
-        of_stream = isinstance(pairs.base, PairStream)
-        total = (pairs.record.pairs or 0) if of_stream else len(pairs)
-        if not resume and not any(folder.glob("*.tar")):
-            write_json(mark, same)
-        run = track(pairs, "poisoning", total)
-        written = write_shards(run, folder, per_shard=per_shard, resume=resume)
-    record = pairs.record
-    path = record.save(folder / POISON_LIST)
-    if shards:
-        mark.unlink(missing_ok=True)
+    with alone_in(folder):
+        if shards:
+            same = {"identity": _identity(pairs, per_shard)}
+            resume = mark.exists()
+            if resume and mark.read_text(encoding="utf-8").strip() != json.dumps(same, indent=1):
+                raise FileExistsError(
+                    f"expected the pairs and options that {folder} was begun with, to go on; received others; finish that one "
+                    "with its own command, delete the folder, or name another"
+                )
+            of_stream = isinstance(pairs.base, PairStream)
+            total = (pairs.record.pairs or 0) if of_stream else len(pairs)
+            if not resume and not any(folder.glob("*.tar")):
+                write_json(mark, same)
+            run = track(pairs, "poisoning", total)
+            written = write_shards(run, folder, per_shard=per_shard, resume=resume)
+        record = pairs.record
+        path = record.save(folder / POISON_LIST)
+        if shards:
+            mark.unlink(missing_ok=True)
     return PoisonFiles(tuple(written), path, record)
 
 
@@ -341,15 +343,20 @@ class PoisonedPairs(PairSteps):
         """
         return self._poison(self._by_place("read()").read(indices, device=device))
 
-    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
+    def take(
+        self, step: int, size: int, *, rows: slice = ALL, device: torch.device | str | None = None
+    ) -> PairBatch:
         """The pairs of training step `step`, a pure function of the step; a poison's class is the target's.
 
         Args:
             step: of the training, from 0.
             size: pairs in its batch.
+            rows: which of these.
             device: as `read`.
         """
-        return self._poison(self.base.take(step, size, device=device))
+        if self._choice is None:  # what a stream's record holds must not hang on who reads it
+            return self._poison(self.base.take(step, size, device=device)).rows(rows)
+        return self._poison(self.base.take(step, size, rows=rows, device=device))
 
     def _by_place(self, what: str) -> Pairs:
         if isinstance(self.base, PairStream):

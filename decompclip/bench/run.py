@@ -327,7 +327,8 @@ def run(
 
     Raises:
         ValueError, FileNotFoundError: as `measure`; what was measured before stays. Or processes that disagree, or do not
-            share the folder: before the work where the first one holds it (`alone_in`), as the command does, else after it.
+            share the folder.
+        FolderInUse: another run writes there.
         OSError: `out` cannot be written to.
     """
     group, folder = Processes(accelerator), out / RUNS
@@ -338,41 +339,41 @@ def run(
             "the versions": versions(),
         }
     )
-    group.in_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    group.check_shared(out)
 
     def known(job: tuple[str, int]) -> dict[str, Any] | None:
         model, seed = job
         return _known(_place(folder, job), plan.config(seed), weights_of(model))
 
-    at = {job: f"[{place}/{len(plan.jobs)}] " for place, job in enumerate(plan.jobs, 1)}
-    todo = group.in_first(lambda: [job for job in plan.jobs if known(job) is None])
-    for model, seed in plan.jobs:
-        if group.rank == 0 and (model, seed) not in todo:
-            log(f"{at[model, seed]}{model}, seed {seed}: there already")
-    own, spent = todo[group.rank :: group.count], []
-    for model, seed in own:
-        begin, where = time.perf_counter(), at[model, seed]
-        found = _facts(model, plan, seed) | measure(
-            model, plan, seed=seed, log=lambda line, where=where: log(where + line)
-        )
-        found["seconds"] = round(time.perf_counter() - begin, 1)
-        write_json(_place(folder, (model, seed)), found)
-        spent.append(found["seconds"])
-        left = (len(own) - len(spent)) * sum(spent) / len(spent)
-        log(f"{where}{model}, seed {seed}: {found['seconds']:.0f} s; at most {span(left)} left at this pace")
-    group.wait()
-
     def whole() -> list[dict[str, Any]]:
         runs = [(job, known(job)) for job in plan.jobs]
         if lost := [_place(folder, job).name for job, found in runs if found is None]:
             raise ValueError(
-                f"expected every run in {folder}; {', '.join(lost)} is not there; name a folder that all processes share, leave "
-                "its files alone, and run the same again"
+                f"expected every run in {folder}; {', '.join(lost)} is not there any more; leave its files alone, and run the "
+                "same again"
             )
         return [found for _, found in runs if found is not None]
 
-    return group.in_first(whole)
+    at = {job: f"[{place}/{len(plan.jobs)}] " for place, job in enumerate(plan.jobs, 1)}
+    with group.alone_in(out):
+        todo = group.in_first(lambda: [job for job in plan.jobs if known(job) is None])
+        for model, seed in plan.jobs:
+            if group.rank == 0 and (model, seed) not in todo:
+                log(f"{at[model, seed]}{model}, seed {seed}: there already")
+        own, spent = todo[group.rank :: group.count], []
+        for model, seed in own:
+            begin, where = time.perf_counter(), at[model, seed]
+            found = _facts(model, plan, seed) | measure(
+                model, plan, seed=seed, log=lambda line, where=where: log(where + line)
+            )
+            found["seconds"] = round(time.perf_counter() - begin, 1)
+            write_json(_place(folder, (model, seed)), found)
+            spent.append(found["seconds"])
+            left = (len(own) - len(spent)) * sum(spent) / len(spent)
+            log(
+                f"{where}{model}, seed {seed}: {found['seconds']:.0f} s; at most {span(left)} left at this pace"
+            )
+        group.wait()
+        return group.in_first(whole)
 
 
 def _place(folder: Path, job: tuple[str, int]) -> Path:

@@ -12,7 +12,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import first_process, imports, plain_errors, say
-from decompclip.files import alone_in, check_folder
+from decompclip.files import check_folder
 from decompclip.models.names import bundled
 
 DETECTORS = (
@@ -108,8 +108,6 @@ def bench(
         plan.check_enough()
         # our own prompts hold words that the small vocabularies of bundled models do not
         warnings.filterwarnings("ignore", "words unknown to this model's vocabulary", UserWarning)
-        if first_process():
-            held.enter_context(alone_in(out))
         accelerator, _ = held.enter_context(options.joined("cpu"))
         runs = run(plan, out, accelerator=accelerator, log=lambda line: say(line, err=True, everywhere=True))
         if not first_process():

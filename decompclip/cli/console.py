@@ -58,7 +58,7 @@ def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False)
     Args:
         kept: what a stopped command leaves, and how to go on; without it nothing is kept.
         shared: whether the command may be one of several processes (`torchrun`, `accelerate launch`): then the first one alone
-            speaks, but for errors.
+            speaks, but for errors and of its end.
 
     Yields:
         A stack for what is held until the end, such as the lock of a folder.
@@ -77,7 +77,7 @@ def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False)
     except KeyboardInterrupt as stop:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         what = kept() if kept else "nothing was written; run the same again to start anew"
-        say(f"stopped by {number.name}: {what}", err=True)
+        say(f"{where}stopped by {number.name}: {what}", err=True, everywhere=True)
         raise typer.Exit(128 + number) from None
     except (ValueError, OSError, LookupError, ArithmeticError, ImportError, NotImplementedError) as error:
         if os.environ.get("DECOMPCLIP_DEBUG"):

@@ -10,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
-from decompclip.files import alone_in, check_folder
+from decompclip.files import check_folder
 
 
 class Resize(str, Enum):
@@ -58,7 +58,7 @@ def poison(
 
     Writes WebDataset shards that any CLIP training code reads, and a list of what was poisoned.
     """
-    with plain_errors(lambda: _kept(out)) as held:
+    with plain_errors(lambda: _kept(out)):
         check_folder(out, "the pairs")
         options.check_trigger(trigger)
         options.check_images(pairs)
@@ -108,7 +108,6 @@ def poison(
                 f"expected a --target that some pair shows or names; none of {record.pairs} does {goal!r}; spell it as they do, "
                 "name it otherwise with --also-called, or say --new-target if it shall be new"
             )
-        held.enter_context(alone_in(out))
         with progress() as track:
             files = write_poisoned(poisoned, out, shards=not list_only, track=track)
         say(repr(files.record))

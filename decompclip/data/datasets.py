@@ -18,6 +18,7 @@ from decompclip.data.feed import in_threads
 from decompclip.data.files import SkippedFile, is_bookkeeping, reason
 from decompclip.data.images import OnError, image_files
 from decompclip.data.pairs import (
+    ALL,
     ListedPairs,
     Pair,
     PairBatch,
@@ -184,10 +185,13 @@ class PairStream(PairSteps):
                 name = error.name or f"item {place}"
                 self._left_out[name] = SkippedFile(name, str(error))
 
-    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
+    def take(
+        self, step: int, size: int, *, rows: slice = ALL, device: torch.device | str | None = None
+    ) -> PairBatch:
         """The pairs `step * size` and on, the stream's passes one after the other.
 
-        Steps in a row cost nothing more; to resume, the stream runs from its start to the step.
+        Steps in a row cost nothing more; to resume, the stream runs from its start to the step. All pairs of a step are read, for
+        one that cannot be read moves those behind it.
 
         Raises:
             ValueError: no pair in the whole stream, batches of none, a negative step, images of several sizes.
@@ -200,7 +204,7 @@ class PairStream(PairSteps):
             self._running, self._position = iter(()), 0
         while self._position < step * size:
             self._next()
-        taken = PairBatch.of([self._next() for _ in range(size)])
+        taken = PairBatch.of([self._next() for _ in range(size)]).rows(rows)
         return replace(taken, images=onto(taken.images, device))
 
     def _next(self) -> Pair:

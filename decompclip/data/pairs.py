@@ -24,6 +24,8 @@ from decompclip.data.files import SkippedFile, unusable
 from decompclip.data.images import OnError, readable
 from decompclip.data.pixels import Preprocess, finished, is_ours, stack_images, to_pixels
 
+ALL = slice(None)
+
 READ = 64
 """Pairs whose images are read at a time where they are gone through one by one."""
 
@@ -95,6 +97,11 @@ class PairBatch:
     def __iter__(self) -> Iterator[Pair]:
         return map(self.__getitem__, range(len(self)))
 
+    def rows(self, rows: slice) -> PairBatch:
+        """Some of them."""
+        labels, indices = (None if x is None else x[rows] for x in (self.labels, self.indices))
+        return PairBatch(self.images[rows], self.captions[rows], labels, self.ids[rows], indices)
+
     def __getitem__(self, row: int) -> Pair:
         label = None if self.labels is None else int(self.labels[row])
         return Pair(self.ids[row], self.images[row], self.captions[row], label)
@@ -110,11 +117,14 @@ class PairSteps(ABC):
     """Pairs that training takes in steps: the base of `Pairs`, `PairStream` and `PoisonedPairs`."""
 
     @abstractmethod
-    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
+    def take(
+        self, step: int, size: int, *, rows: slice = ALL, device: torch.device | str | None = None
+    ) -> PairBatch:
         """The pairs of training step `step`: a pure function of the step, so that training can resume anywhere.
 
         Args:
             step, size: which step, and pairs a step.
+            rows: which of the step's pairs, for a process that has a part in it; what is read by place reads no others.
             device: where the images go; None leaves them on the CPU.
         """
 
@@ -285,13 +295,15 @@ class Pairs(PairSteps, DeviceSource):
                 images[row] = self._images([places[row]])[0]
         return self._batch(places, [image for image in images if not isinstance(image, str)], device)
 
-    def take(self, step: int, size: int, *, device: torch.device | str | None = None) -> PairBatch:
-        """The pairs of training step `step`.
+    def take(
+        self, step: int, size: int, *, rows: slice = ALL, device: torch.device | str | None = None
+    ) -> PairBatch:
+        """The pairs of training step `step`, or the `rows` of them, which alone are read.
 
         Raises:
             ValueError: more pairs asked for than there are, a negative step; or as `read`.
         """
-        return self.read(batch_places(len(self), step, size, seed=self.order_seed), device=device)
+        return self.read(batch_places(len(self), step, size, seed=self.order_seed)[rows], device=device)
 
     def _caption(self, text: str, label: int | None, name: str) -> str:
         """`text`, or where there is none a template filled with the class; empty where neither is known."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -21,7 +22,7 @@ from decompclip.data.feed import DeviceSource, ahead, feed, is_pure
 from decompclip.data.files import SkippedFile
 from decompclip.data.images import ListedImages
 from decompclip.data.pairs import Pairs
-from decompclip.files import digest, holder_of
+from decompclip.files import alone_in, digest, holder_of
 from decompclip.models.bundled import digest as digest_of_weights
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+class ProcessGone(ConnectionError):
+    """Another process of the run has ended."""
 
 
 @runtime_checkable
@@ -56,8 +61,28 @@ class Processes:
 
     def wait(self) -> None:
         """Until all have come here."""
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
+        self._together(lambda: None)
+
+    def _together(self, exchange: Callable[[], object]) -> None:
+        """A step that all take: it waits until all have come to it, and a signal ends the wait, which one inside torch does not hear.
+
+        Raises:
+            ProcessGone: one of them does not come.
+        """
+        if self.count == 1:
+            return
+        try:
+            come, pause = torch.distributed.barrier(async_op=True), 0.0005
+            while not come.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            come.wait()
+            exchange()
+        except RuntimeError as error:
+            raise ProcessGone(
+                f"expected {self.count} processes that go on together; one of them has ended: what it said, or what ended it, "
+                "is the reason; run the same again"
+            ) from error
 
     def in_first(self, work: Callable[[], T]) -> T:
         """What the first process makes, while the others wait, in all of them; what it raises is raised in all."""
@@ -67,8 +92,7 @@ class Processes:
                 made[0] = work()
             except Exception as raised:
                 made[1] = raised
-        if self.count > 1:
-            torch.distributed.broadcast_object_list(made)
+        self._together(lambda: torch.distributed.broadcast_object_list(made))
         if made[1] is not None:
             raise made[1]
         return made[0]
@@ -78,7 +102,7 @@ class Processes:
         if self.count == 1:
             return [own]
         found: list[Any] = [None] * self.count
-        torch.distributed.gather_object(own, found if self.rank == 0 else None)
+        self._together(lambda: torch.distributed.gather_object(own, found if self.rank == 0 else None))
         return found if self.rank == 0 else []
 
     def to_all(self, own: T) -> list[T]:
@@ -86,7 +110,7 @@ class Processes:
         if self.count == 1:
             return [own]
         found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, own)
+        self._together(lambda: torch.distributed.all_gather_object(found, own))
         return found
 
     def each(self, items: Sequence[S], make: Callable[[S], T]) -> list[T]:
@@ -183,23 +207,31 @@ class Processes:
         weights = [] if tower is None else [digest_of_weights(tower.state_dict()), tower.cfg.to_dict()]
         self.check_equal(
             {
-                "the model": digest([*weights, _shown(model)]),
+                "the model": digest([*weights, shown(model)]),
                 "the classes or their prompts": own.shape == first.shape
                 and torch.allclose(own, first, atol=1e-3),
                 **{name: digest_of_images(images) for name, images in data.items()},
-                **{name: _shown(x) for name, x in about.items()},
+                **{name: shown(x) for name, x in about.items()},
             }
         )
 
-    def check_shared(self, folder: Path) -> None:
-        """Raises ValueError, in every process, unless all see who holds the folder: the first one, by `alone_in`."""
-        seen = self.to_all(holder_of(folder))
-        for rank, holder in enumerate(seen):
-            if holder != seen[0]:
-                raise ValueError(
-                    f"expected a folder that all processes share; process {rank} does not see what process 0 writes to "
-                    f"{folder}; name one on a disk that all machines have"
-                )
+    @contextmanager
+    def alone_in(self, folder: Path, *, name: str = "") -> Iterator[None]:
+        """`files.alone_in`, which the first one enters for all of them.
+
+        Raises:
+            FolderInUse: in every process; another run writes there.
+            ValueError: likewise; a folder that not all of them see.
+        """
+        with ExitStack() as held:
+            self.in_first(lambda: held.enter_context(alone_in(folder, name=name)))
+            for rank, holder in enumerate(seen := self.to_all(holder_of(folder, name))):
+                if holder != seen[0]:
+                    raise ValueError(
+                        f"expected a folder that all processes share; process {rank} does not see what process 0 writes to "
+                        f"{folder}; name one on a disk that all machines have"
+                    )
+            yield
 
 
 ALONE = Processes()
@@ -215,7 +247,7 @@ def _placed(data: Any) -> PlacedImages:
     return data
 
 
-def _shown(x: object) -> str:
+def shown(x: object) -> str:
     """Its `repr`, without where it lies in memory, which is another place in each process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
 
@@ -240,7 +272,7 @@ def digest_of_images(data: PlacedImages, *, files: bool = False) -> str:
     """
     places = range(len(data))
     found = hashlib.sha256(
-        (_shown(data.preprocess) if isinstance(data, ListedImages) else str(len(data))).encode()
+        (shown(data.preprocess) if isinstance(data, ListedImages) else str(len(data))).encode()
     )
     listed: Iterable[Any] = ()
     written = [""] * len(data)

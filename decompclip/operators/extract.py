@@ -49,7 +49,7 @@ from decompclip.decomposition.store import (
     write_manifest,
     write_shard,
 )
-from decompclip.files import alone_in, digest
+from decompclip.files import digest
 from decompclip.models.bundled import digest as weights_digest
 from decompclip.models.clip import HookedCLIP
 from decompclip.progress import Track, silently
@@ -150,11 +150,10 @@ def extract(
         "shard_size": shard_size,
     }
     group.check_equal({words: run[key] for key, words in DECIDES.items()})
-    with ExitStack() as held:
-        job = Job(model, images, folder, run, batch_size, group, track, held)
+    with group.alone_in(folder), ExitStack() as reading:
+        job = Job(model, images, folder, run, batch_size, group, track, reading)
 
         def begin() -> None:
-            held.enter_context(alone_in(folder))
             job.check_folder()
             job.check_size(log)
 
@@ -164,7 +163,6 @@ def extract(
             job.finish(about, [[skip.path, skip.reason] for skip in listing])
 
         group.in_first(begin)
-        group.check_shared(folder)
         job.moments() if moments_only else job.terms()
         group.wait()
         group.in_first(finish)
@@ -424,8 +422,10 @@ class Job:
             ValueError: no image could be read.
         """
         if self.run["holds"] == "moments":
-            found = [facts_of(self.folder / MOMENTS)] if (self.folder / MOMENTS).exists() else []
-            count = Moments.load(self.folder / MOMENTS).count if found else 0
+            path = self.folder / MOMENTS
+            # where no image can be read none is written; else it is gone, which is said
+            found = [facts_of(path)] if path.exists() or not self.images.skipped else []
+            count = Moments.load(path).count if found else 0
             own: dict[str, Any] = {}
         else:
             self.none.save(self.folder / MAPS)

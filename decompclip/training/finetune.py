@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
-from decompclip.data.pairs import PairSteps
+from decompclip.data.pairs import ALL, PairSteps, keyed
 from decompclip.data.pixels import check_pixels, onto
+from decompclip.data.processes import Processes, shown
 from decompclip.display import Result
+from decompclip.models.bundled import digest as digest_of_weights
 from decompclip.models.clip import HookedCLIP, differentiable, plain
 from decompclip.progress import Pace, meters
 from decompclip.training.loop import Monitor, Trainee, train
@@ -136,16 +138,18 @@ def finetune(
         synonyms: for the text views; see `text_view`.
         penalty: added to the loss; its repr must show all of it, so that a checkpoint is resumed with that penalty only.
         accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
-            the whole batch. Every process reads the checkpoint; the main one writes it.
+            the whole batch. Each reads its own part alone, but of a stream, or of a source of your own, all. Every process reads
+            the checkpoint; the first one writes it.
         progress: show a bar.
         log: gets each entry of the history, as text.
 
     Raises:
         ValueError: an unknown recipe, pairs of unknown length, too few pairs for a batch, images that are not the
-            model's size or not in [0, 1], a batch that the processes do not divide, a model trained with the
-            sigmoid loss, or another run's checkpoint.
+            model's size or not in [0, 1], a batch that the processes do not divide, processes that disagree, a model
+            trained with the sigmoid loss, or another run's checkpoint.
         MissingTextError: the model has no text tower.
         FloatingPointError: the loss is not finite.
+        FolderInUse: another run writes this checkpoint.
         OSError: a checkpoint cannot be written.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
@@ -157,18 +161,14 @@ def finetune(
             f"expected a CLIP with the softmax loss; received {model.name!r}, which has a logit bias of the sigmoid "
             "loss; fine-tune a CLIP"
         )
-    processes, rank, main, device = 1, 0, True, model.device
-    if accelerator is not None:
-        processes, rank = accelerator.num_processes, accelerator.process_index
-        main, device = accelerator.is_main_process, accelerator.device
+    group, size = Processes(accelerator), recipe.batch_size
+    device = model.device if accelerator is None else accelerator.device
+    if size % group.count:
+        raise ValueError(f"expected a batch that {group.count} processes divide; received batch_size {size}")
+    identity = _agreed(group, model, pairs, recipe, plan.samples, seed, penalty, keeps=checkpoint is not None)
     net = net.to(device)
     wrapped = net if accelerator is None else accelerator.prepare_model(net)
-    if recipe.batch_size % processes:
-        raise ValueError(
-            f"expected a batch that {processes} processes divide; received batch_size {recipe.batch_size}"
-        )
-    share = recipe.batch_size // processes
-    mine = slice(rank * share, (rank + 1) * share)
+    mine = slice(group.rank * size // group.count, (group.rank + 1) * size // group.count)
 
     pace, coming, stack = Pace(), None, ExitStack()
 
@@ -176,20 +176,18 @@ def finetune(
         nonlocal coming
         if coming is None:  # steps follow each other from the first one on
             steps = range(step, plan.steps)
-            made = (_batch(pairs, at, recipe, model.image_size, device) for at in steps)
+            made = (_share(pairs, at, recipe, mine, model.image_size, device) for at in steps)
             coming = pace.over(stack.enter_context(closing(ahead(made))) if is_pure(pairs) else made)
         batch = next(coming)
         images, texts, groups = batch.images, batch.texts, batch.groups
-        if recipe.loss == "cleanclip":  # views of the whole batch: the same however many processes share it
-            draw = _seed(seed, step)
-            other, others = image_view(images, seed=draw), text_views(texts, seed=draw, synonyms=synonyms)
-            images, texts = torch.cat([images[mine], other[mine]]), [*texts[mine], *others[mine]]
-        else:
-            images, texts = images[mine], texts[mine]
+        if recipe.loss == "cleanclip":  # draws of the whole batch: the same however many processes share it
+            drawn: Any = {"seed": _seed(seed, step), "of": size, "rows": mine}
+            images = torch.cat([images, image_view(images, **drawn)])
+            texts = [*texts, *text_views(texts, synonyms=synonyms, **drawn)]
         tokens = model.tokenizer(texts).to(device)
         inputs = model.normalize(images)
         with (
-            _drawing(_seed(seed, step, rank)),
+            _drawing(_seed(seed, step, group.rank)),
             torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
         ):
             image, text, scale = features_of(wrapped(inputs, tokens))
@@ -201,7 +199,7 @@ def finetune(
             scale,
             groups=None if groups is None else groups.to(device),
             ss_weight=recipe.ss_weight,
-            processes=processes,
+            processes=group.count,
         )
         return found if extra is None else found + extra
 
@@ -214,7 +212,9 @@ def finetune(
     trainee = Trainee(net, model)
     every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
     net.train()
-    with stack, _bar(plan.steps, pace, shown=progress and main) as update:
+    with stack, _bar(plan.steps, pace, shown=progress and group.rank == 0) as update:
+        if checkpoint is not None:
+            stack.enter_context(group.alone_in(Path(checkpoint).parent, name=Path(checkpoint).name))
         history = train(
             {"clip": net},
             loss,
@@ -226,14 +226,11 @@ def finetune(
             evaluate_every=every,
             log=log or (lambda _: None),
             no_decay=spare_gains,
-            identity=_identity(model, pairs, recipe, plan.samples, seed, penalty) if checkpoint else "",
-            main=main,
+            identity=identity,
+            main=group.rank == 0,
             progress=update,
         )
-    if accelerator is not None and processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        history = broadcast_object_list([history])[0]
+    history = group.in_first(lambda: history)
     tuned = _hooked(net.eval(), model, recipe, seed, penalty)
     attacks = distinct((*attacks_of(model.backdoors, model.name), *poisoned_by(pairs)))
     tuned.backdoors = tuple(attack.to_dict() for attack in attacks)
@@ -256,43 +253,48 @@ def spare_gains(name: str, parameter: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Images on the device, texts and, for the grouped loss, groups of the whole batch of one step."""
+class _Share:
+    """This process's part in the batch of one step: images on the device, texts, and groups for the grouped loss."""
 
     images: Tensor
     texts: list[str]
     groups: Tensor | None
 
 
-def _batch(
-    pairs: PairSource, step: int, recipe: FineTuning, size: tuple[int, int], device: torch.device
-) -> _Batch:
-    labels, take = None, getattr(pairs, "take", None)
+def _share(
+    pairs: PairSource,
+    step: int,
+    recipe: FineTuning,
+    mine: slice,
+    image_size: tuple[int, int],
+    device: torch.device,
+) -> _Share:
+    labels, take, expected = None, getattr(pairs, "take", None), recipe.batch_size
     if isinstance(pairs, PairSteps):
-        taken = pairs.take(step, recipe.batch_size, device=device)
+        taken = pairs.take(step, recipe.batch_size, rows=mine, device=device)
         images, texts, labels = taken.images, list(taken.captions), taken.labels
+        expected, mine = mine.stop - mine.start, ALL
     elif recipe.loss == "grouped" and take is not None:
         taken = take(step, recipe.batch_size)
         images, texts, labels = taken.images, list(taken.captions), taken.labels
     else:
         images, texts = pairs.batch(step, recipe.batch_size)
-    if not len(images) == len(texts) == recipe.batch_size:
+    if not len(images) == len(texts) == expected:
         raise ValueError(
-            f"expected a batch of {recipe.batch_size} pairs; received {len(images)} images and {len(texts)} texts at "
+            f"expected a batch of {expected} pairs; received {len(images)} images and {len(texts)} texts at "
             f"step {step}"
         )
-    if images.shape[-2:] != size:
+    if images.shape[-2:] != image_size:
         raise ValueError(
-            f"expected images of the model's {size[0]} x {size[1]} pixels; received {images.shape[-2]} x "
+            f"expected images of the model's {image_size[0]} x {image_size[1]} pixels; received {images.shape[-2]} x "
             f"{images.shape[-1]}; resize them where they are read"
         )
     check_pixels(images, f" at step {step}")
     if recipe.loss != "grouped":
         labels = None
-    elif labels is None:
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        labels = torch.tensor([places[text] for text in texts])
-    return _Batch(onto(plain(images), device), texts, labels)
+    elif labels is None:  # by caption; a number of 62 bits tells any two apart
+        labels = torch.tensor([keyed(0, "caption", text) >> 2 for text in texts])
+    return _Share(onto(plain(images[mine]), device), texts[mine], None if labels is None else labels[mine])
 
 
 @contextmanager
@@ -307,20 +309,35 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _identity(
+def _agreed(
+    group: Processes,
     model: HookedCLIP,
     pairs: PairSource,
     recipe: FineTuning,
     samples: int,
     seed: int,
     penalty: Penalty | None,
+    *,
+    keeps: bool,
 ) -> str:
-    """A digest that no two runs share: weights, recipe, seed, penalty, and the first pairs, pixel by pixel."""
-    digest = hashlib.sha256(json.dumps([asdict(recipe), samples, seed]).encode())
+    """A digest that no two runs share: weights, recipe, seed, penalty, and the first pairs, pixel by pixel; empty unless it `keeps` one.
+
+    Raises:
+        ValueError: processes that disagree.
+    """
+    if not keeps and group.count == 1:
+        return ""
+    options = json.dumps([asdict(recipe), samples, seed])
+    digest = hashlib.sha256(options.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     images, texts = pairs.batch(0, recipe.batch_size)
+    if group.count > 1:
+        found = {"the recipe, the number of pairs or the seed": options, "the penalty": shown(penalty)}
+        found["the model"] = digest_of_weights(model.state_dict())
+        found["the pairs"] = "\n".join(texts)  # pixels of a preprocessing that draws need not agree
+        group.check_equal(found)
     digest.update(images.cpu().contiguous().numpy().tobytes())
     digest.update("\n".join(texts).encode())
     digest.update(b"" if penalty is None else repr(penalty).encode())

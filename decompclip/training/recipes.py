@@ -18,6 +18,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from decompclip.api import check_choice
+from decompclip.data.pairs import ALL
 from decompclip.training.loop import OptimizerName, Recipe
 
 LossName = Literal["clip", "grouped", "cleanclip"]
@@ -174,7 +175,7 @@ def pair_loss(
     text: Float[Tensor, "view d_embed"],
     scale: Float[Tensor, ""],
     *,
-    groups: Int[Tensor, " batch"] | None = None,
+    groups: Int[Tensor, " view"] | None = None,
     ss_weight: float = 1.0,
     processes: int = 1,
 ) -> Float[Tensor, ""]:
@@ -188,7 +189,7 @@ def pair_loss(
         name: `clip`, `grouped`, or `cleanclip`: CLIP's loss plus `ss_weight` times the mean of the losses
             between two views of the images and of the texts (Bansal et al. 2023, eq. 3); the second half of
             `image` and `text` is then the other view of the first.
-        groups: of all pairs of the batch, for `grouped`.
+        groups: of these pairs, for `grouped`.
         ss_weight: as above.
         processes: how many share the batch.
     """
@@ -203,7 +204,7 @@ def pair_loss(
     if name == "grouped":
         if groups is None:
             raise ValueError("expected the groups of the pairs; received none; pass groups=")
-        return grouped_clip_loss(image, text, scale, groups)
+        return grouped_clip_loss(image, text, scale, _gather(groups, processes))
     return clip(image, text, scale)
 
 
@@ -229,14 +230,22 @@ EDIT = 0.1
 """Share of a text's words that each of the text edits touches, at least one."""
 
 
-def image_view(images: Float[Tensor, "batch 3 h w"], *, seed: int) -> Float[Tensor, "batch 3 h w"]:
+def image_view(
+    images: Float[Tensor, "batch 3 h w"], *, seed: int, of: int | None = None, rows: slice = ALL
+) -> Float[Tensor, "batch 3 h w"]:
     """Flip half, shift with reflected borders, zoom a little, change contrast and colour.
 
     A small local trigger is moved and recoloured by this, hence tied less to its caption.
+
+    Args:
+        images: in [0, 1].
+        seed: of the draws.
+        of: images of the batch that these are the `rows` of, and have the draws of; None for all of it.
+        rows: see `of`.
     """
     g = torch.Generator().manual_seed(seed)
     n, device = len(images), images.device
-    draw = torch.rand(n, 8, generator=g)
+    draw = torch.rand(of or n, 8, generator=g)[rows]
     signed = 2 * draw - 1
     theta = torch.zeros(n, 2, 3)
     zoom = 1 - SHIFT * draw[:, 0]
@@ -286,8 +295,13 @@ def text_view(text: str, *, seed: int, synonyms: Mapping[str, Sequence[str]] | N
 
 
 def text_views(
-    texts: Sequence[str], *, seed: int, synonyms: Mapping[str, Sequence[str]] | None = None
+    texts: Sequence[str],
+    *,
+    seed: int,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    of: int | None = None,
+    rows: slice = ALL,
 ) -> list[str]:
-    """`text_view` of each of `texts`, with draws of its own."""
-    seeds = np.random.SeedSequence(seed).generate_state(max(1, len(texts)))
+    """`text_view` of each of `texts`, with draws of its own; `of` and `rows` as `image_view`."""
+    seeds = np.random.SeedSequence(seed).generate_state(max(1, of or len(texts)))[rows]
     return [text_view(text, seed=int(s), synonyms=synonyms) for text, s in zip(texts, seeds, strict=False)]
