@@ -69,6 +69,7 @@ from .operators.patching import (
 )
 from .operators.probes import probe as probe
 from .operators.retrieval import heads_for as heads_for, nearest as nearest
+from .operators.second_order import second_order as second_order
 from .operators.sweeps import ablation_sweep as ablation_sweep
 from .operators.textspan import textspan as textspan, textspans as textspans
 from .operators.tokens import AblateTokens as AblateTokens

@@ -1,4 +1,7 @@
-"""Tables of image files, captions and classes: the CSV files that open_clip, CleanCLIP and others train on."""
+"""Tables of image files, captions and classes: the CSV files that open_clip, CleanCLIP and others train on.
+
+Tables of classes and cues too, as Waterbirds and CelebA come with (`CuePairs`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from decompclip.api import check_choice
 from decompclip.data.files import SUFFIXES, open_regular, reason
 from decompclip.data.images import class_places, find_class
 from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions
@@ -109,6 +116,205 @@ class CsvPairs(ListedPairs):
         return Path(path).suffix.lower() in SUFFIXES or (
             bool(path) and os.path.exists(self.table.parent / path)
         )
+
+
+CueSplit = Literal["train", "validation", "test"]
+
+_SPLITS: dict[str, CueSplit] = {"0": "train", "1": "validation", "2": "test"}
+"""As the tables number them."""
+
+CUE_OPTIONS = {
+    "waterbirds": (("landbird", "waterbird"), ("land background", "water background")),
+    "celeba": (("person without blond hair", "person with blond hair"), ("woman", "man")),
+}
+"""Classes and cues, by name, in the order of the tables' numbers."""
+
+
+class CuePairs(ListedPairs):
+    """Photographs with a class, and a cue that mostly goes with one class and that a model should not answer by.
+
+        CuePairs.waterbirds(folder, "test", model.preprocess)     birds, and what is behind them
+        CuePairs.celeba(folder, "test", model.preprocess)         blond hair, and whether the person is a man
+
+    `evaluation.metrics.group_accuracy(predictions, pairs.labels, pairs.cues)` has the accuracy of each class with each cue. Images that
+    cannot be read are left out of `batches`, whose `indices` say which ones came.
+
+    Args:
+        folder: that the pictures lie in, links resolved.
+        rows: of each photograph, its path from there on, class and cue, both counted from 0.
+        cue_names: values of the cue.
+        preprocess, options: as `Pairs`; by default a caption is the class's name.
+
+    Attributes:
+        cues: of each photograph, the place of its cue in `cue_names`.
+
+    Raises:
+        ValueError: no rows.
+    """
+
+    labels: Int[Tensor, " pair"]
+
+    def __init__(
+        self,
+        folder: str | Path,
+        rows: Sequence[tuple[str, int, int]],
+        cue_names: Sequence[str],
+        preprocess: Preprocess | None = None,
+        **options: Unpack[PairOptions],
+    ) -> None:
+        super().__init__(preprocess, **{"templates": ("a photo of a {}",), **options})
+        self.folder, self.cue_names = Path(folder), tuple(cue_names)
+        self.cues = torch.tensor([cue for _, _, cue in rows], dtype=torch.long)
+        entries = (
+            PairEntry(path, self._caption("", label, path), label, self.folder / path)
+            for path, label, _ in rows
+        )
+        self._list(entries, f"photographs listed for {folder}")
+
+    @classmethod
+    def waterbirds(
+        cls,
+        folder: str | Path,
+        split: CueSplit,
+        preprocess: Preprocess | None = None,
+        **options: Unpack[PairOptions],
+    ) -> CuePairs:
+        """Waterbirds (Sagawa et al., ICLR 2020): `metadata.csv` with columns `img_filename`, `y`, `split` and `place`, beside the pictures.
+
+        Args:
+            folder: `waterbird_complete95_forest2water2`, or one of that form.
+            split: the table's 0, 1 and 2.
+            preprocess, options: as `Pairs`.
+
+        Raises:
+            FileNotFoundError: there is no `metadata.csv`.
+            ValueError: it lacks a column, has another number than 0 or 1 in `y` or `place`, or no row of the split.
+        """
+        table = Path(folder) / "metadata.csv"
+        rows = _columns(table, ("img_filename", "y", "split", "place"))
+        known = [
+            (path, _number(y, table, "y", ("0", "1")), _number(place, table, "place", ("0", "1")))
+            for path, y, part, place in rows
+            if _of_split(part, split, table)
+        ]
+        return cls._of("waterbirds", Path(folder), known, split, preprocess, options)
+
+    @classmethod
+    def celeba(
+        cls,
+        folder: str | Path,
+        split: CueSplit,
+        preprocess: Preprocess | None = None,
+        *,
+        label: str = "Blond_Hair",
+        cue: str = "Male",
+        cue_names: Sequence[str] = (),
+        **options: Unpack[PairOptions],
+    ) -> CuePairs:
+        """CelebA (Liu et al., ICCV 2015): `list_attr_celeba` and `list_eval_partition`, `.txt` or Kaggle's `.csv`, and `img_align_celeba`.
+
+        Args:
+            folder: that holds them.
+            split: the partition's 0, 1 and 2.
+            preprocess, options: as `Pairs`; other attributes than the usual ones need `class_names=`, the one without it first.
+            label, cue: attributes.
+            cue_names: of another cue, the one without it first.
+
+        Raises:
+            FileNotFoundError: a list or the folder of pictures is not there.
+            ValueError: there is no such attribute, a value is neither 1 nor -1, attributes without names, or no row of the split.
+        """
+        place = Path(folder)
+        attributes, partition = (_list(place, name) for name in ("list_attr_celeba", "list_eval_partition"))
+        pictures = next(
+            (
+                p
+                for p in (place / "img_align_celeba" / "img_align_celeba", place / "img_align_celeba")
+                if p.is_dir()
+            ),
+            None,
+        )
+        if pictures is None:
+            raise FileNotFoundError(
+                f"expected the pictures of CelebA in {place}: img_align_celeba; it is not there"
+            )
+        if (label, cue) != ("Blond_Hair", "Male") and not (options.get("class_names") and cue_names):
+            raise ValueError(
+                f"expected class_names and cue_names of {label} and {cue}, each the one without it first; received none"
+            )
+        parts = {name: part for name, part in _columns(partition, ("image_id", "partition"))}
+        rows = [
+            (path, _number(y, attributes, label, ("-1", "1")), _number(value, attributes, cue, ("-1", "1")))
+            for path, y, value in _columns(attributes, ("image_id", label, cue))
+            if _of_split(parts.get(path, ""), split, partition, path)
+        ]
+        return cls._of("celeba", pictures, rows, split, preprocess, options, cue_names)
+
+    @classmethod
+    def _of(
+        cls,
+        kind: str,
+        folder: Path,
+        rows: list[tuple[str, int, int]],
+        split: str,
+        preprocess: Preprocess | None,
+        options: PairOptions,
+        cue_names: Sequence[str] = (),
+    ) -> CuePairs:
+        if not rows:
+            raise ValueError(f"expected photographs of the {split} split in {folder}; the table has none")
+        classes, cues = CUE_OPTIONS[kind]
+        return cls(folder, rows, cue_names or cues, preprocess, **{"class_names": classes, **options})
+
+    def _file(self, index: int) -> Path:
+        return self.entries[index].image
+
+    def _image(self, image: Path) -> Tensor | str:
+        return read_image(image, self.preprocess, root=self.folder)
+
+
+def _list(folder: Path, name: str) -> Path:
+    """A list of CelebA, in the one form or the other."""
+    for path in (folder / f"{name}.txt", folder / f"{name}.csv"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"expected {name}.txt or {name}.csv in {folder}; it is not there")
+
+
+def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Some columns of a table with a header; of CelebA's text, whose first line is a count and whose pictures have no header."""
+    lines = [line for line in _text(table).splitlines() if line.strip()]
+    if table.suffix == ".csv":
+        header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines))
+    elif len(lines[0].split()) == 1:
+        header, *rows = (line.split() for line in lines[1:])
+        header = ["image_id", *header]
+    else:  # the partition's: no header
+        header, rows = list(names), [line.split() for line in lines]
+    if missing := [name for name in names if name not in header]:
+        shown = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
+        raise ValueError(
+            f"expected columns {', '.join(names)} in {table}; it has no {', '.join(missing)}, but {shown}"
+        )
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise ValueError(f"expected {len(header)} columns in row {number} of {table}; it has {len(row)}")
+    at = [header.index(name) for name in names]
+    return [tuple(row[place] for place in at) for row in rows]
+
+
+def _number(value: str, table: Path, column: str, known: tuple[str, str]) -> int:
+    if value not in known:
+        raise ValueError(f"expected {' or '.join(known)} in column {column} of {table}; received {value!r}")
+    return known.index(value)
+
+
+def _of_split(value: str, split: CueSplit, table: Path, path: str = "") -> bool:
+    check_choice("split", split, CueSplit)
+    if value not in _SPLITS:
+        of = f" of {path}" if path else ""
+        raise ValueError(f"expected a split 0, 1 or 2{of} in {table}; received {value or 'none'}")
+    return _SPLITS[value] == split
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,23 @@ intervention, sends to the target; `AttackReport` keeps the two together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from decompclip.intervals import Rate, difference_interval, wilson
+from decompclip.display import Result
+from decompclip.intervals import CONFIDENCE, Rate, difference_interval, wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 def predict(
@@ -68,6 +74,171 @@ def per_class_accuracy(
             "the images with the class list that the classifier was built from"
         )
     return [Rate.of(predictions[labels == label] == label) for label in range(n_classes)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupAccuracy(Result):
+    """Accuracy in each group of images of a class and a cue, such as a kind of background (`group_accuracy`).
+
+    A model that answers by the cue fails in the groups where it goes with another class: the worst group says so, the mean
+    over images does not.
+
+    Attributes:
+        names: of the groups: class and cue.
+        group: of each image.
+        right: whether it got its own class.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    group: Int[Tensor, " image"]
+    right: Bool[Tensor, " image"]
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """Of each group."""
+        return tuple(Rate.of(self.right[self.group == place]) for place in range(len(self.names)))
+
+    @property
+    def accuracy(self) -> Rate:
+        """Of all images."""
+        return Rate.of(self.right)
+
+    @property
+    def worst(self) -> float:
+        """The accuracy of the group where it is least."""
+        return min(rate.value for rate in self.rates)
+
+    @property
+    def worst_group(self) -> tuple[str, str]:
+        """Class and cue of that group; the first of equals."""
+        values = [rate.value for rate in self.rates]
+        return self.names[values.index(min(values))]
+
+    def interval(self, *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """95 % interval of `worst`: percentiles over draws of each group's images, with replacement.
+
+        Which group is worst is found anew in each draw; so it lies low where many small groups are about as bad.
+
+        Args:
+            draws: how many.
+            seed: of the draws.
+        """
+        low, high = _ends(self._drawn(self.right[None], draws, seed)[0])
+        return low, high
+
+    def gain(self, before: GroupAccuracy, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+        """How much higher `worst` is than it was, and its 95 % interval over draws of the same images for both.
+
+        Args:
+            before: of the same images, in the same order.
+            draws: how many.
+            seed: of the draws.
+
+        Raises:
+            ValueError: other images, or other groups.
+        """
+        if self.names != before.names or not torch.equal(self.group, before.group):
+            raise ValueError(
+                f"expected answers to the same images in the same groups; received {self!r} and {before!r}; give both one order"
+            )
+        own, theirs = self._drawn(torch.stack([self.right, before.right]), draws, seed)
+        return self.worst - before.worst, *_ends(own - theirs)
+
+    def _drawn(self, right: Bool[Tensor, "way image"], draws: int, seed: int) -> Float[Tensor, "way draw"]:
+        """The worst group's accuracy, of several answers to the same images."""
+        generator, worst = torch.Generator().manual_seed(seed), right.new_ones(len(right), draws).double()
+        for place in range(len(self.names)):
+            own = right[:, self.group == place].double()
+            chosen = torch.randint(own.shape[1], (draws, own.shape[1]), generator=generator)
+            worst = torch.minimum(worst, own[:, chosen].mean(2))
+        return worst
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each group's rate, the worst one with its interval, and the accuracy of all images."""
+        low, high = self.interval()
+        groups = [
+            {"class": name, "cue": cue, **rate.to_dict()}
+            for (name, cue), rate in zip(self.names, self.rates, strict=True)
+        ]
+        worst = {"value": self.worst, "low": low, "high": high, "group": list(self.worst_group)}
+        return {"groups": groups, "worst": worst, "accuracy": self.accuracy.to_dict()}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a group: class, cue, images, accuracy and its 95 % Wilson interval."""
+        import pandas as pd
+
+        rows = [
+            (*name, rate.total, rate.value, rate.low, rate.high)
+            for name, rate in zip(self.names, self.rates, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["class", "cue", "images", "accuracy", "low", "high"])
+
+    def figure(self) -> go.Figure:
+        """One row a class, a bar a cue."""
+        from decompclip.figures.bars import bar_rows
+
+        rows, cues = (list(dict.fromkeys(column)) for column in zip(*self.names, strict=True))
+        found = dict(zip(self.names, self.rates, strict=True))
+        series = {cue: [found[name, cue].value for name in rows] for cue in cues}
+        return bar_rows(rows, series, unit="images of the group", percent=True, ends=(0, 1))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        name, cue = self.worst_group
+        return f"GroupAccuracy({len(self)} groups, {len(self.group)} images; worst {100 * self.worst:.1f} %: {name}, {cue})"
+
+
+def _ends(values: Float[Tensor, " draw"]) -> tuple[float, float]:
+    low, high = values.quantile(values.new_tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])).tolist()
+    return low, high
+
+
+def group_accuracy(
+    predictions: Int[Tensor, " image"],
+    labels: Int[Tensor, " image"],
+    cues: Int[Tensor, " image"],
+    *,
+    class_names: Sequence[str] | None = None,
+    cue_names: Sequence[str] | None = None,
+) -> GroupAccuracy:
+    """Accuracy in the groups of images that classes and a cue make, and that of the worst group (Sagawa et al., ICLR 2020).
+
+    Args:
+        predictions: the classes that images are taken for.
+        labels: their classes.
+        cues: the value of the cue in each, such as its background's place in `cue_names`.
+        class_names, cue_names: by default numbers, up to the largest there is.
+
+    Returns:
+        The groups, class by class.
+
+    Raises:
+        ValueError: no images, not a label and cue for each, a number that has no name, or a group without images, of which no
+            accuracy can be told.
+    """
+    _check(predictions, labels)
+    _check(predictions, cues)
+    names = []
+    for what, places, given in (("labels", labels, class_names), ("cues", cues, cue_names)):
+        least, most = int(places.min()), int(places.max())
+        known = list(map(str, range(most + 1))) if given is None else list(given)
+        if least < 0 or most >= len(known):
+            raise ValueError(
+                f"expected {what} in 0..{len(known) - 1}, one of {', '.join(known)}; received {least}..{most}"
+            )
+        names.append(known)
+    pairs = tuple((name, cue) for name in names[0] for cue in names[1])
+    group = labels.cpu() * len(names[1]) + cues.cpu()
+    counts = group.bincount(minlength=len(pairs))
+    if empty := [f"{name}, {cue}" for (name, cue), n in zip(pairs, counts.tolist(), strict=True) if not n]:
+        shown = "; ".join(empty[:3]) + ("; ..." if len(empty) > 3 else "")
+        raise ValueError(
+            f"expected images in each of the {len(pairs)} groups of a class and a cue; received none in {len(empty)}: {shown}; "
+            "take more images, or only classes and cues that come together"
+        )
+    return GroupAccuracy(pairs, group, predictions.cpu() == labels.cpu())
 
 
 def attack_success(

@@ -193,12 +193,8 @@ def neuron_terms(
         IndexError: the expression names a layer or neuron that the tower does not have.
         ValueError: it names no neurons, or more than neurons; or the tower normalises what its MLPs put out.
     """
-    if visual.cfg.norm != "pre":
-        raise ValueError(
-            "expected a tower without a LayerNorm behind its MLPs; received one with norm="
-            f"{visual.cfg.norm!r}; ablate its neurons causally, which needs no terms"
-        )
-    layers, index = _places(chosen, visual)
+    check_linear(visual)
+    layers, index = neuron_places(chosen, visual)
     named = [int(layer) for layer in layers.unique()]
     names = [f"blocks.{layer}.mlp.hook_post" for layer in named]
     kept: dict[str, Tensor] = {}
@@ -217,12 +213,21 @@ def neuron_terms(
     rows = rows if pooled.each or visual.cfg.pool == "cls" else rows.mean(1, keepdim=True)
     coords = (pooled.weights / length[:, None, None]) @ rows
     fixed = frozen(visual, convention)
-    into = torch.einsum("jd,qdp->qjp", _directions(visual, layers, index), fixed.into)
+    into = torch.einsum("jd,qdp->qjp", neuron_writes(visual, layers, index), fixed.into)
     maps = into if fixed.read.out is None else into @ fixed.read.out
     return NeuronTerms(index, coords, maps, convention, normalize, fixed.maps.fingerprint, layers, post)
 
 
-def _directions(visual: HookedViT, layers: Tensor, index: Tensor) -> Float[Tensor, "neuron d_model"]:
+def check_linear(visual: HookedViT) -> None:
+    """Raises ValueError where a LayerNorm behind the MLPs keeps neurons from having terms of their own."""
+    if visual.cfg.norm != "pre":
+        raise ValueError(
+            "expected a tower without a LayerNorm behind its MLPs; received one with norm="
+            f"{visual.cfg.norm!r}; ablate its neurons causally, which needs no terms"
+        )
+
+
+def neuron_writes(visual: HookedViT, layers: Tensor, index: Tensor) -> Float[Tensor, "neuron d_model"]:
     """What each neuron writes to the stream, past LayerScale."""
     written = []
     for layer in layers.unique():
@@ -325,7 +330,7 @@ class AblateNeurons(Intervention):
         return d.edit(mlps=mlps)
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
-        layers, index = _places(self.components, visual)
+        layers, index = neuron_places(self.components, visual)
         fill = self.fill
         if fill is not None and not fill.of(layers, index):
             raise ValueError(
@@ -356,7 +361,9 @@ class AblateNeurons(Intervention):
         return f"AblateNeurons({self.components!r}{fill}{show_rows(self.rows)})"
 
 
-def _places(chosen: Components, visual: HookedViT) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
+def neuron_places(
+    chosen: Components, visual: HookedViT
+) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
     """Layer and index of each neuron, in rising order."""
     mask = resolve(chosen, visual, neurons=True)
     if not mask.neurons.any() or mask.flat.any():

@@ -327,15 +327,10 @@ def in_words(
     """A singular vector has no sign: it gets the one that texts explain better."""
     n, k, width = found.directions.shape
     flat = found.directions.reshape(n * k, width).cpu()
-    picks, weights = pursue(torch.cat([flat, -flat]), pool.features, n_texts, coherence=coherence)
-    combined = F.normalize(torch.einsum("np,npd->nd", weights, pool.features[picks.clamp_min(0)]), dim=1)
-    fidelity = (combined * torch.cat([flat, -flat])).sum(1).view(2, n * k)
+    words, fidelity = words_of(torch.cat([flat, -flat]), pool, n_texts, coherence)
+    fidelity = fidelity.view(2, n * k)
     sign = fidelity[1] > fidelity[0]
-    rows = torch.arange(n * k) + n * k * sign
-    words = [
-        tuple((pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if i >= 0 and w > 0)
-        for ps, ws in zip(picks[rows].tolist(), weights[rows].tolist(), strict=True)
-    ]
+    words = [words[row] for row in (torch.arange(n * k) + n * k * sign).tolist()]
     return NamedDirections(
         parts=parts,
         directions=(flat * (1 - 2 * sign.to(flat))[:, None]).view(n, k, width),
@@ -345,6 +340,19 @@ def in_words(
         n_layers=model.cfg.n_layers,
         n_heads=model.cfg.n_heads,
     )
+
+
+def words_of(
+    directions: Float[Tensor, "direction d_embed"], pool: TextPool, n_texts: int, coherence: float
+) -> tuple[list[tuple[tuple[str, float], ...]], Float[Tensor, " direction"]]:
+    """Of each direction the texts that are picked with their weights, and the cosine of it and their combination."""
+    picks, weights = pursue(directions, pool.features, n_texts, coherence=coherence)
+    combined = torch.einsum("np,npd->nd", weights, pool.features[picks.clamp_min(0)])
+    words = [
+        tuple((pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if i >= 0 and w > 0)
+        for ps, ws in zip(picks.tolist(), weights.tolist(), strict=True)
+    ]
+    return words, F.cosine_similarity(combined, directions.to(combined), dim=1)
 
 
 def pursue(

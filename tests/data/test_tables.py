@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from decompclip.data.tables import CsvPairs
+from decompclip.data.tables import CsvPairs, CuePairs
 
 CAPTIONS = [
     "a dog",
@@ -222,3 +223,114 @@ def test_a_table_is_a_regular_file(folder: Path) -> None:
         CsvPairs(folder / "a.csv")
     with pytest.raises(FileNotFoundError, match="is a folder, no file"):
         CsvPairs(folder)
+
+
+# Classes and cues
+
+
+ROWS = [  # a picture, its class, its cue, its split
+    ("a/0.png", 0, 0, 0),
+    ("a/1.png", 1, 1, 1),
+    ("a/2.png", 0, 1, 2),
+    ("b/3.png", 1, 0, 2),
+    ("b/4.png", 1, 1, 2),
+]
+
+
+def pictures(folder: Path) -> None:
+    for number, (path, *_) in enumerate(ROWS):
+        (folder / path).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (6, 6), (40 * number, 0, 0)).save(folder / path)
+
+
+def waterbirds(folder: Path, *, drop: str = "", y: str = "") -> Path:
+    pictures(folder)
+    names = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
+    lines = [
+        [str(n), path, y or str(c), str(s), str(p), f"/x/{n}.jpg"] for n, (path, c, p, s) in enumerate(ROWS)
+    ]
+    kept = [i for i, name in enumerate(names) if name != drop]
+    text = "\n".join(",".join(row[i] for i in kept) for row in [names, *lines])
+    (folder / "metadata.csv").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def celeba(folder: Path, form: str, *, value: str = "-1", partition: bool = True) -> Path:
+    pictures(folder / "img_align_celeba")
+    sign = {0: value, 1: "1"}
+    rows = [[path, "-1", sign[c], sign[p]] for path, c, p, _ in ROWS]
+    parts = [[path, str(s)] for path, _, _, s in ROWS]
+    names = ["Bald", "Blond_Hair", "Male"]
+    if form == "txt":
+        text = "\n".join([str(len(ROWS)), " ".join(names), *("  ".join(row) for row in rows)])
+        split = "\n".join(" ".join(row) for row in parts)
+    else:
+        text = "\n".join(",".join(row) for row in [["image_id", *names], *rows])
+        split = "\n".join(",".join(row) for row in [["image_id", "partition"], *parts])
+    (folder / f"list_attr_celeba.{form}").write_text(text, encoding="utf-8")
+    if partition:
+        (folder / f"list_eval_partition.{form}").write_text(split, encoding="utf-8")
+    return folder
+
+
+def check_test_split(pairs: CuePairs) -> None:
+    assert list(pairs.ids) == ["a/2.png", "b/3.png", "b/4.png"]
+    assert pairs.labels.tolist() == [0, 1, 1] and pairs.cues.tolist() == [1, 0, 1]
+    (batch,) = pairs.batches()
+    assert batch.indices is not None and batch.indices.tolist() == [0, 1, 2]
+    assert batch.images[:, 0, 0, 0].mul(255).round().tolist() == [80, 120, 160]
+    assert pairs.captions[1] == f"a photo of a {pairs.class_names[1]}"
+
+
+def test_waterbirds_has_classes_cues_and_splits(tmp_path: Path) -> None:
+    folder = waterbirds(tmp_path)
+    check_test_split(pairs := CuePairs.waterbirds(folder, "test"))
+    assert pairs.class_names == ("landbird", "waterbird")
+    assert pairs.cue_names == ("land background", "water background")
+    assert list(CuePairs.waterbirds(folder, "validation").ids) == ["a/1.png"]
+    (folder / "b/3.png").write_bytes(b"no picture")
+    (batch,) = pairs.batches()
+    assert batch.indices is not None and batch.indices.tolist() == [0, 2] and len(pairs.skipped) == 1
+
+
+@pytest.mark.parametrize("form", ["txt", "csv"])
+def test_celeba_has_classes_cues_and_splits(tmp_path: Path, form: str) -> None:
+    check_test_split(pairs := CuePairs.celeba(celeba(tmp_path, form), "test"))
+    assert pairs.cue_names == ("woman", "man")
+    names: Any = {"class_names": ("person with hair", "bald person"), "cue_names": ("dark", "blond")}
+    other = CuePairs.celeba(tmp_path, "test", label="Bald", cue="Blond_Hair", **names)
+    assert other.labels.tolist() == [0, 0, 0] and other.cues.tolist() == [0, 1, 1]
+    assert other.class_names == names["class_names"] and other.cue_names == names["cue_names"]
+
+
+def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
+    for drop in ("img_filename", "y", "split", "place"):
+        with pytest.raises(ValueError, match=f"it has no {drop}, but img_id"):
+            CuePairs.waterbirds(waterbirds(tmp_path / drop, drop=drop), "test")
+    with pytest.raises(ValueError, match=r"0 or 1 in column y .*'7'"):
+        CuePairs.waterbirds(waterbirds(tmp_path / "y", y="7"), "test")
+    with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
+        CuePairs.waterbirds(tmp_path / "y", "val")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileNotFoundError, match="metadata"):
+        CuePairs.waterbirds(tmp_path, "test")
+    only = waterbirds(tmp_path / "one")
+    (only / "metadata.csv").write_text("img_filename,y,split,place\na/0.png,0,0,0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="photographs of the test split"):
+        CuePairs.waterbirds(only, "test")
+    (only / "metadata.csv").write_text("img_filename,y,split,place\na/0.png,0,0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="4 columns in row 1"):
+        CuePairs.waterbirds(only, "test")
+    with pytest.raises(ValueError, match=r"-1 or 1 in column Blond_Hair .*'0'"):
+        CuePairs.celeba(celeba(tmp_path / "c", "csv", value="0"), "test")
+    with pytest.raises(ValueError, match="it has no Moustache"):
+        CuePairs.celeba(tmp_path / "c", "test", cue="Moustache", class_names=("a", "b"), cue_names=("c", "d"))
+    with pytest.raises(ValueError, match="class_names and cue_names of Bald and Male"):
+        CuePairs.celeba(tmp_path / "c", "test", label="Bald")
+    with pytest.raises(FileNotFoundError, match="list_eval_partition"):
+        CuePairs.celeba(celeba(tmp_path / "d", "txt", partition=False), "test")
+    (tmp_path / "d/list_eval_partition.txt").write_text("a/0.png 0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"of a/1\.png"):
+        CuePairs.celeba(tmp_path / "d", "test")
+    with pytest.raises(FileNotFoundError, match="img_align_celeba"):
+        (tmp_path / "d/img_align_celeba").rename(tmp_path / "d/faces")
+        CuePairs.celeba(tmp_path / "d", "test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor, tensor
 
 from decompclip.evaluation.metrics import (
     AttackReport,
+    GroupAccuracy,
     attack_report,
     attack_success,
     auroc,
     auroc_interval,
     clean_accuracy,
+    group_accuracy,
     per_class_accuracy,
     predict,
     target_rate,
@@ -351,3 +354,89 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
         ValueError, match="finite scores; received 1 infinite or nan among 3 clean ones; leave"
     ):
         auroc_interval(tensor([math.inf, 0.0, 1.0]), torch.ones(3))
+
+
+# Groups of a class and a cue
+
+
+def answers(seed: int, n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    labels, cues = torch.randint(2, (n,), generator=draws), torch.randint(3, (n,), generator=draws)
+    wrong = torch.rand(n, generator=draws) < 0.1 + 0.2 * (labels != cues)
+    return torch.where(wrong, 1 - labels, labels), labels, cues
+
+
+def test_groups_equal_plain_counts_and_the_worst_is_the_least() -> None:
+    predictions, labels, cues = answers(0)
+    found = group_accuracy(predictions, labels, cues, class_names=["bird", "cat"], cue_names=["a", "b", "c"])
+    values = {}
+    for name, label in (("bird", 0), ("cat", 1)):
+        for cue, place in (("a", 0), ("b", 1), ("c", 2)):
+            own = [
+                p == label
+                for p, y, c in zip(predictions, labels, cues, strict=True)
+                if (y, c) == (label, place)
+            ]
+            values[name, cue] = sum(map(bool, own)) / len(own)
+    assert list(values) == list(found.names)
+    assert [rate.value for rate in found.rates] == list(values.values())
+    assert found.worst == min(values.values()) == values[found.worst_group]
+    assert found.accuracy.value == clean_accuracy(predictions, labels).value
+    frame = found.to_frame()
+    assert frame["images"].sum() == 400 and frame["accuracy"].tolist() == list(values.values())
+    assert list(zip(frame["class"], frame["cue"], strict=True)) == list(values)
+    plot: Any = found.figure()
+    assert [list(bar.x) for bar in plot.data] == [[values["bird", c], values["cat", c]] for c in "abc"]
+    said = json.loads(json.dumps(found.to_dict()))
+    assert said["worst"]["value"] == found.worst and tuple(said["worst"]["group"]) == found.worst_group
+    assert f"worst {100 * found.worst:.1f} %: {found.worst_group[0]}" in repr(found)
+
+
+def test_intervals_of_the_worst_group_are_those_of_plain_draws() -> None:
+    found = group_accuracy(*answers(1))
+    draws, worst = np.random.default_rng(5), []
+    own = [found.right[found.group == place].numpy() for place in range(len(found))]
+    for _ in range(4000):
+        worst.append(min(draws.choice(x, len(x)).mean() for x in own))
+    ends = np.quantile(worst, [0.025, 0.975])
+    low, high = found.interval(draws=4000)
+    assert (low, high) == pytest.approx(tuple(ends), abs=0.012)
+    assert low < found.worst < high and (low, high) == found.interval(draws=4000)
+    assert len({found.interval(seed=seed, draws=50) for seed in range(4)}) > 1
+    nothing_wrong = tensor([0, 1] * 5)
+    assert group_accuracy(nothing_wrong, nothing_wrong, nothing_wrong * 0).interval() == (1, 1)
+
+
+def test_a_gain_is_of_the_same_images() -> None:
+    predictions, labels, cues = answers(2)
+    before = group_accuracy(predictions, labels, cues)
+    better = predictions.clone()
+    better[:200] = labels[:200]
+    after = group_accuracy(better, labels, cues)
+    value, low, high = after.gain(before)
+    assert value == after.worst - before.worst > 0 and 0 <= low < value < high
+    assert before.gain(before) == (0, 0, 0)
+    # of the same images it is narrower than that of two sets would be
+    apart = [end - start for start, end in (after.interval(), before.interval())]
+    assert high - low < math.hypot(*apart)
+    with pytest.raises(ValueError, match="the same images in the same groups"):
+        after.gain(group_accuracy(predictions, labels, cues.flip(0)))
+
+
+def test_groups_without_images_are_refused(ours_alone: None) -> None:
+    predictions, labels, cues = answers(3)
+    none = (labels == 1) & (cues == 2)
+    rest = [x[~none] for x in (predictions, labels, cues)]
+    with pytest.raises(ValueError, match="received none in 1: 1, 2; take more images"):
+        group_accuracy(*rest)
+    with pytest.raises(ValueError, match="none in 6: x, d; y, d; z, a;"):
+        group_accuracy(predictions, labels, cues, cue_names=["a", "b", "c", "d"], class_names=["x", "y", "z"])
+    with pytest.raises(ValueError, match=r"cues in 0\.\.1, one of a, b; received 0\.\.2"):
+        group_accuracy(predictions, labels, cues, cue_names=["a", "b"])
+    with pytest.raises(ValueError, match="labels in"):
+        group_accuracy(predictions, labels - 1, cues)
+    with pytest.raises(ValueError, match="one label for each prediction"):
+        group_accuracy(predictions, labels, cues[:5])
+    with pytest.raises(ValueError, match="at least one image"):
+        group_accuracy(predictions[:0], labels[:0], cues[:0])
+    assert isinstance(group_accuracy(predictions, labels, cues), GroupAccuracy)
