@@ -78,6 +78,11 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
     assert first["findings"][0]["title"] == "Strong evidence of a trigger toward “star”"
     assert "shapes-badnet is backdoored: suspect images become “star” (backdoored, high confidence)" in stdout
     assert second["name"] == "shapes (reference)" and second["as_it_is"]["difference"]["value"] < 0.2
+    assert first["weights"]["classes"][0]["class"] == "star" and first["weights"]["lead"] > 2
+    assert second["weights"] is None
+    assert "star" in first["weights"]["parts"][0]["texts"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Beside shapes (reference): head 5.6 changed most, by 93\u00a0%" in page
 
 
 def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:

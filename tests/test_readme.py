@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import decompclip
 from analyses.benchmarks import bundled_models, leaderboard
-from analyses.questions import audit_corruptions, audit_scan
+from analyses.questions import audit_corruptions, audit_scan, weights_alone
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER, read
 from decompclip.audit.checks import STRONG, WEAK
@@ -184,6 +184,8 @@ def measured(module: str) -> str:
         return f"{twins} twins\n{leaderboard.detection_table(board)}\n{leaderboard.repair_table(board)}"
     if module == "audit_scan":
         return "\n".join(audit_scan.printed(audit_scan.read()))
+    if module == "weights_alone":
+        return f"{weights_alone.by_world(weights_alone.read())}\n{weights_alone.finding(weights_alone.read())}"
     if module not in ANALYSES:
         return section(module)
     families = [path.name for path in FOLDER.iterdir() if (path / f"{module}.json").exists()]

@@ -137,6 +137,11 @@ class InfectedPart:
     infected: bool
 
 
+def short(part: Part) -> str:
+    """`head 5.6` or `MLP 3`."""
+    return f"MLP {part.layer}" if part.kind == "mlps" else f"head {part.layer}.{part.head}"
+
+
 @dataclass(frozen=True)
 class Infection:
     """Every head and MLP, the largest contribution first; and the model without the infected ones.

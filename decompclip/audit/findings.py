@@ -22,7 +22,7 @@ from decompclip.audit.checks import (
     points,
     share,
 )
-from decompclip.audit.components import InfectedPart
+from decompclip.audit.components import short
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import AuditResult, Detection, Suspicion
 from decompclip.audit.verdict import numbers
@@ -110,7 +110,7 @@ def _components(result: AuditResult) -> Finding:
         text = f"None of {len(parts)} heads and MLPs contributes to the target beyond chance and more than an equal share."
         return Finding("unclear", f"No {'infected ' if backdoored(result) else ''}component stands out", text)
     n_heads = sum(part.part.kind == "heads" for part in infected)
-    names = ", ".join(short(part) for part in infected[:5]) + (", …" if len(infected) > 5 else "")
+    names = ", ".join(short(part.part) for part in infected[:5]) + (", …" if len(infected) > 5 else "")
     text = f"Of {len(parts)} heads and MLPs, {count(n_heads, 'head')} and {count(len(infected) - n_heads, 'MLP')} contribute to the "
     text += f"target beyond chance and more than an equal share: {names}. Together they make "
     text += f"{100 * sum(part.share for part in infected):.0f} % of all contributions to it (direct effect)."
@@ -135,12 +135,6 @@ def backdoored(result: AuditResult) -> bool:
 def moved(result: AuditResult) -> str:
     """What moves the images, as far as the verdict goes."""
     return "trigger" if backdoored(result) else "shift"
-
-
-def short(part: InfectedPart) -> str:
-    """`head 5.6` or `MLP 3`."""
-    place = part.part
-    return f"MLP {place.layer}" if place.kind == "mlps" else f"head {place.layer}.{place.head}"
 
 
 def _ablation(result: AuditResult) -> Finding:

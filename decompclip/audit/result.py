@@ -16,6 +16,7 @@ from decompclip.audit.checks import Setting
 from decompclip.audit.components import Infection, Shift
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.verdict import Evidence, Reference
+from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
@@ -122,6 +123,7 @@ class AuditResult(Evidence):
     examples: Examples | None
     skipped: dict[str, tuple[SkippedFile, ...]]
     left_out: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
+    weights: WeightsAlone | None = None  # beside the reference's; no verdict stands on it
 
     @property
     def n_layers(self) -> int:
@@ -158,11 +160,12 @@ class AuditResult(Evidence):
         counts = f"{self.counts['clean']} clean and {self.counts['suspect']} suspect images"
         return f"{self.name}: {counts}{f'; {files_skipped(skipped)}, see the report' if skipped else ''}"
 
-    def beside(self, reference: AuditResult) -> AuditResult:
+    def beside(self, reference: AuditResult, *, weights: WeightsAlone | None = None) -> AuditResult:
         """This audit, with a clean model's on the same images as its reference.
 
         Args:
             reference: the clean model's audit.
+            weights: what `decompclip.audit.weights_alone.weights_alone` finds between the two models.
 
         Raises:
             ValueError: the reference was audited on other images, or toward another class.
@@ -176,7 +179,8 @@ class AuditResult(Evidence):
                     f"here {own}; audit both with the same options"
                 )
         most = reference.class_shares[0]
-        return replace(self, reference=Reference(reference.name, reference.as_it_is, most))
+        beside = Reference(reference.name, reference.as_it_is, most)
+        return replace(self, reference=beside, weights=weights)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every number; of the pictures only their captions and the maps over them."""

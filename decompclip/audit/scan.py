@@ -30,6 +30,7 @@ from decompclip.audit.checks import coinciding, guessing
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanResult
+from decompclip.audit.weights_alone import weights_alone
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource, split_indices
 from decompclip.data.pixels import Pixels
@@ -145,7 +146,12 @@ def run_scan(
     if reference is None:
         return found
     terms = [_terms(clip, images.held_out, config) for clip in models]
-    return replace(found, statistics=head_statistics(*terms, reference=names[1]), reference=scan(1))
+    return replace(
+        found,
+        statistics=head_statistics(*terms, reference=names[1]),
+        reference=scan(1),
+        weights=group.in_first(lambda: weights_alone(model, reference, class_names, name=names[1])),
+    )
 
 
 @dataclass(frozen=True)

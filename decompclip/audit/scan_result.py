@@ -14,6 +14,7 @@ from decompclip.audit.checks import FEW, rate_columns, share
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.result import plain
 from decompclip.audit.verdict import Confidence, Verdict, unusable_classifier
+from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 
@@ -90,6 +91,7 @@ class ScanResult:
         coinciding: the names whose text features another name has too.
         statistics: beside a reference model; None without one.
         reference: the same scan of the reference model; None without one.
+        weights: the model's beside the reference's; no verdict stands on them.
     """
 
     name: str
@@ -106,6 +108,7 @@ class ScanResult:
     coinciding: tuple[str, ...]
     statistics: HeadStatistics | None = None
     reference: ScanResult | None = None
+    weights: WeightsAlone | None = None
     verdict: Verdict = field(init=False)
 
     def __post_init__(self) -> None:

@@ -204,6 +204,7 @@ def _pair(
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import run_audit
     from decompclip.audit.collect import open_source
+    from decompclip.audit.weights_alone import weights_alone
 
     results: list[AuditResult] = []
     with progress() as track:
@@ -223,7 +224,11 @@ def _pair(
                 track=track,
             )
             results.append(result)
-    return [results[0].beside(results[1]), results[1]] if len(results) > 1 else results
+    if len(results) > 1 and first_process():
+        (_, model), (name, reference) = loaded.items()
+        weights = weights_alone(model, reference, class_names, name=name)
+        results[0] = results[0].beside(results[1], weights=weights)
+    return results
 
 
 def _scan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -165,16 +166,16 @@ def histograms(panels: Sequence[Histogram], *, x: str, overlay: bool = False, he
                 row=row,
                 col=column,
             )
-        words = (
-            {"text": panel.line_text, "xanchor": "left", "font": {"size": 11}} if panel.line_text else None
-        )
+        said: dict[str, Any] = {}  # plotly writes "new text" where any of these is there, None too
+        if panel.line_text:
+            said["annotation"] = {"text": panel.line_text, "xanchor": "left", "font": {"size": 11}}
+            said["annotation_position"] = "top right"
         plot.add_vline(
             panel.line,
             row=row,  # pyright: ignore[reportArgumentType]
             col=column,  # pyright: ignore[reportArgumentType]
             line={"dash": "dot", "width": 1.5, "color": INK},  # pyright: ignore[reportArgumentType]
-            annotation=words,
-            annotation_position="top right" if words else None,
+            **said,
         )
     if not overlay:
         plot.update_xaxes(dtick=1 if len(panels[0].places) <= 13 else 2)

@@ -13,11 +13,12 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from decompclip.audit.checks import Setting, interval_columns, rate_columns
-from decompclip.audit.components import InfectedPart
-from decompclip.audit.findings import findings, short
+from decompclip.audit.components import InfectedPart, short
+from decompclip.audit.findings import findings
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detection, Suspicion
 from decompclip.audit.scan_result import ScanResult
+from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.display import inert
 from decompclip.figures.bars import Histogram, bar_rows, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
@@ -92,7 +93,7 @@ def _subject(result: AuditResult, index: int, tops: dict[str, float], *, wide: b
     return _shown(result, index, figures, facts, skipped, tables_of(result)) | {
         "suspect": result.suspect_name,
         "findings": findings(result),
-        "parts": [(short(part), part) for part in parts],
+        "parts": [(short(part.part), part) for part in parts],
         "rules": list(zip(rules, result.detectors, strict=True)),
         "maps": maps_of(result, index),
     }
@@ -107,7 +108,12 @@ def _shown(
     tables: Mapping[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """What the page shows of an audit and of a scan alike."""
-    names = result.class_names
+    names, weights = result.class_names, result.weights
+    if weights is not None and weights.parts:
+        tables = {**tables, "weights-parts": [*weights.parts]}
+    if weights is not None and weights.classes:
+        tables = {**tables, "weights-classes": [*weights.classes]}
+        figures = {**figures, "weights": class_scores(weights)}
     images = {
         "clean": result.clean_name,
         **facts,
@@ -123,6 +129,17 @@ def _shown(
         "provenance": flat({**result.provenance, "images": images, "options": vars(result.config)}),
         "csv": {name: as_link(rows) for name, rows in tables.items()},
     }
+
+
+def class_scores(found: WeightsAlone) -> go.Figure:
+    """The classes along which two models' weights differ most."""
+    scores = [entry["score"] for entry in found.classes]
+    return bar_rows(
+        [entry["class"] for entry in found.classes],
+        {"score": scores},
+        unit="change along the class, 1 at the median class",
+        texts=[f"{score:.2f}" for score in scores],
+    )
 
 
 def maps_of(result: AuditResult, index: int) -> dict[str, Any] | None:
@@ -244,7 +261,7 @@ def component_bars(parts: Sequence[InfectedPart]) -> go.Figure:
     }
     any_infected = any(part.infected for part in parts)
     return bar_rows(
-        [short(part) for part in parts],
+        [short(part.part) for part in parts],
         {name: values for name, values in series.items() if any(v is not None for v in values)},
         unit="contribution toward the target, share of the feature's norm",
         notes=[f"{100 * part.share:.1f} % of all toward the target" for part in parts],

@@ -19,6 +19,7 @@ from decompclip.audit.findings import alarms, area, findings, gap
 from decompclip.audit.result import AuditResult, jsonable
 from decompclip.audit.scan_result import CONCLUDES, ScanResult
 from decompclip.audit.verdict import LOWERED, RULES
+from decompclip.audit.weights_alone import CONCLUDES as WEIGHTS_CONCLUDE
 from decompclip.display import printable, printable_all, shown
 from decompclip.figures.theme import content_policy, plotly_script
 from decompclip.files import atomic_folder, digest, write_json, write_text
@@ -52,6 +53,7 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
             title=title or f"Audit of {names}",
             subjects=audits,
             scans=scanned,
+            weighed=[each for each in audits + scanned if each["result"].weights is not None],
             policy=Markup(content_policy(styles=[css], scripts=[plotly, js])),
             run=run,
             css=Markup(css),
@@ -60,6 +62,7 @@ def render(results: Sequence[AuditResult | ScanResult], *, title: str | None = N
             several=len(results) > 1,
             numbers=NUMBERS,
             concludes=CONCLUDES,
+            weights_conclude=WEIGHTS_CONCLUDE,
             rules=RULES,
             rules_note=LOWERED,
             corruptions=len(KINDS),

@@ -25,6 +25,7 @@ from decompclip.audit.result import (
 )
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
 from decompclip.audit.verdict import RepairResult, Target
+from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
 
@@ -237,8 +238,30 @@ def scanned(
         return found
     heads, mlps = torch.rand(LAYERS, HEADS, generator=draw), torch.rand(LAYERS, generator=draw)
     return replace(
-        found, statistics=HeadStatistics(heads, mlps, "clean twin"), reference=scan("clean twin", 0.1)
+        found,
+        statistics=HeadStatistics(heads, mlps, "clean twin"),
+        reference=scan("clean twin", 0.1),
+        weights=weighed(target),
     )
+
+
+def weighed(first: str) -> WeightsAlone:
+    """Weights that differ most along one class."""
+    names = (first, *(name for name in CLASSES if name != first))
+    rows = [
+        {"rank": i + 1, "class": name, "score": 3.0 / (i + 1), "image": 0.2 / (i + 1), "text": 0.1 + i}
+        for i, name in enumerate(names)
+    ]
+    parts = [
+        {
+            "part": f"head 3.{i}",
+            "change": 0.5 / (i + 1),
+            "share": 0.9,
+            "texts": f"{first} 0.40, a cup 0.10",
+        }
+        for i in range(4)
+    ]
+    return WeightsAlone("clean twin", tuple(rows), 2.0, tuple(parts), 0.12, 0.08)
 
 
 @pytest.fixture(scope="session")

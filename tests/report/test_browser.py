@@ -81,4 +81,4 @@ def test_a_scan_is_drawn_in_silence(make_scan: Callable[..., ScanResult], tmp_pa
     page = write_report([make_scan(), make_scan(name=evil, target=evil, reference=False)], tmp_path)
     dom, console = visit(page, tmp_path / "profile")
     assert console == []
-    assert len(re.findall(r'class="chart js-plotly-plot"', dom)) == 3
+    assert len(re.findall(r'class="chart js-plotly-plot"', dom)) == 4

@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from decompclip.audit.result import AuditResult
+from decompclip.audit.scan_result import ScanResult
+from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.images import SkippedFile
 from decompclip.report import render, write_report
 from decompclip.report.write import cell, coded, tied
@@ -91,6 +94,31 @@ def test_files_are_whole_and_agree(make: Make, tmp_path: Path) -> None:
     assert found["audits"][0]["as_it_is"]["asr"]["value"] == pytest.approx(0.95)
     title = found["audits"][0]["findings"][0]["title"]
     assert title in path.read_text(encoding="utf-8")
+
+
+def test_weights_alone_are_shown_beside_a_reference_and_weigh_nothing(
+    make: Make, make_scan: Callable[..., ScanResult], tmp_path: Path
+) -> None:
+    assert 'id="weights"' not in render([make(), make_scan(reference=False)])
+    scan = make_scan()
+    assert scan.weights is not None
+    audits = [
+        replace(make(), weights=w) for w in (scan.weights, WeightsAlone("x", left_out="two architectures"))
+    ]
+    assert [audit.verdict for audit in audits] == [make().verdict] * 2
+    page = write_report([*audits, scan], tmp_path).read_text(encoding="utf-8")
+    section = page[page.index('<section id="weights"') :].partition("</section>")[0]
+    assert section.count("<article") == 3 and section.count('class="figure"') == 2
+    assert section.count("No verdict rests on it") == 1
+    assert section.count("Both towers changed most along “star”, 2.00 times as much as along “circle”.") == 2
+    assert "Beside x: Not compared: two architectures." in section
+    assert section.count('download="audit2-weights-parts.csv"') == 1 and "audit1-weights" not in section
+    first, second, third = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
+    assert (
+        first["weights"] == third["weights"]
+        and first["weights"]["parts"][0]["texts"] == "star 0.40, a cup 0.10"
+    )
+    assert second["weights"]["left_out"] == "two architectures"
 
 
 def test_a_report_of_nothing_and_onto_a_file_are_refused(make: Make, tmp_path: Path) -> None:
