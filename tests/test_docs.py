@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +17,7 @@ from typer.testing import CliRunner
 import decompclip
 from decompclip.audit.verdict import LOWERED, RULES
 from decompclip.cli import app
+from tests.report.test_browser import BROWSER
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -102,6 +107,63 @@ def test_the_site_asks_nothing_of_a_server(site: Path) -> None:
     assert len(pages) > 25
     for page in pages:
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=.?(?:https?:)?//", page)
+
+
+def test_links_of_the_site_lead_somewhere(site: Path) -> None:
+    pages = {
+        path: path.read_text(encoding="utf-8") for path in site.rglob("*.html") if path.name != "404.html"
+    }
+    seen = 0
+    for path, page in pages.items():
+        for link in re.findall(r'href="?([^" >]+)', page):
+            place, _, part = unquote(unescape(link)).partition("#")
+            if re.match(r"\w+:", place):
+                continue
+            target = (path.parent / place).resolve() if place else path
+            assert target.exists(), (path.name, link)
+            assert not part or re.search(rf'id="?{re.escape(part)}["\s>]', pages[target]), (path.name, link)
+            seen += 1
+    assert seen > 1_000
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser to look at the site: none is installed")
+def test_every_page_of_the_site_opens_in_silence_and_fits_a_phone(site: Path) -> None:
+    pytest.importorskip("choreographer", reason="needs kaleido's browser driver, choreographer")
+    from tests.report.test_page_in_use import Page, browser, there, use
+
+    paths = sorted(path for path in site.rglob("*.html") if path.name != "404.html")  # which a server shows
+    heard: list[object] = []
+    wide: list[str] = []
+
+    async def listen(event: object) -> None:
+        heard.append(event)
+
+    async def steps(page: Page) -> None:
+        for event in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+            page.tab.subscribe(event, listen, repeating=True)
+        for domain in ("Runtime", "Log", "Page"):
+            await page.send(f"{domain}.enable")
+        await page.resize(390, 800)
+        for path in paths:
+            await page.send("Page.navigate", url=path.as_uri())
+            there_yet = f"document.readyState === 'complete' && location.href === {json.dumps(path.as_uri())}"
+            for _ in range(200):
+                if await page.ask(there_yet):
+                    break
+                await asyncio.sleep(0.05)
+            assert await page.ask("document.querySelector('h1') !== null"), path
+            if await page.ask("document.documentElement.scrollWidth") > 390:
+                wide.append(path.name)
+        assert heard == [] and wide == []
+        await page.ask("console.error('heard')")
+        await asyncio.sleep(0.1)
+        assert heard
+
+    try:
+        use(paths[0], steps, "document.readyState === 'complete'")
+    finally:
+        there(browser().close())
+        browser.cache_clear()
 
 
 def test_each_public_name_has_its_signature(site: Path) -> None:

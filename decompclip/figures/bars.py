@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from decompclip.figures.theme import INK, RULES, bars, escaped, figure, framed
+from decompclip.figures.theme import INK, RULES, bars as bar_look, escaped, figure, framed, whisker
 
 CLEAN, SUSPECT = "#0072B2", "#D55E00"
 
@@ -21,6 +21,7 @@ def bar_rows(
     unit: str,
     notes: Sequence[str] | None = None,
     errors: Sequence[float] | None = None,
+    bars: str = "",
     texts: Sequence[str] | None = None,
     largest: Mapping[str, Sequence[float]] | None = None,
     colours: Sequence[str] | None = None,
@@ -38,6 +39,7 @@ def bar_rows(
         unit: title of the axis.
         notes: more of each row, shown on hovering.
         errors: half-widths of the rows' intervals.
+        bars: what the intervals are, for the legend; needed with `errors`.
         texts: written behind each bar.
         largest: by name, a marker in each row beside its bars.
         colours: of the series; by default the theme's.
@@ -46,13 +48,16 @@ def bar_rows(
         ends: of the axis; by default those of the values.
         row_height: pixels.
         title: above the bars.
+
+    Raises:
+        ValueError: intervals that nothing explains.
     """
     names = [escaped(name) for name in rows]
     beside = len(series) > 1 and all(None not in values for values in series.values())
     plot = figure(
         height=max(200, row_height * len(rows) + 90 + 20 * bool(title)),
         barmode="group" if beside else "overlay",
-        showlegend=len(series) + len(largest or {}) > 1,
+        showlegend=len(series) + len(largest or {}) > 1 or errors is not None,
         margin={"l": 10, "r": 16, "t": 30 + 30 * bool(title), "b": 46},
     )
     if title:
@@ -69,7 +74,7 @@ def bar_rows(
                 y=shown,
                 orientation="h",
                 name=name,
-                marker=bars(colour, filled=number < filled),
+                marker=bar_look(colour, filled=number < filled),
                 error_x=None
                 if errors is None
                 else {"array": [errors[p] for p in shown], "thickness": 1.2, "width": 3, "color": "#7a8690"},
@@ -80,6 +85,8 @@ def bar_rows(
                 hovertemplate=f"%{{customdata[0]}}: %{{x:{form}}} %{{customdata[1]}}<extra>{name if len(series) > 1 else ''}</extra>",
             )
         )
+    if errors is not None:
+        plot.add_trace(whisker(bars))
     for style, (name, values) in zip(RULES[1:], (largest or {}).items(), strict=False):
         plot.add_trace(
             go.Scatter(
@@ -158,7 +165,7 @@ def histograms(panels: Sequence[Histogram], *, x: str, overlay: bool = False, he
                     y=[100 * count / total for count in counts],
                     width=panel.places[1] - panel.places[0] if overlay and len(panel.places) > 1 else None,
                     name=label,
-                    marker=bars(colour, filled=filled),
+                    marker=bar_look(colour, filled=filled),
                     legendgroup=label,
                     showlegend=place == 0,
                     hovertemplate="%{x:.3g}: %{y:.1f} % of " + label + " images<extra></extra>",

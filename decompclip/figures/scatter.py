@@ -12,7 +12,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.theme import INK, Style, figure, framed, lettered, styled, thin_line
+from decompclip.figures.theme import INK, Style, figure, framed, lettered, styled, thin_line, whisker
 
 ROW, FRAME = 36, 112
 """Pixels of height a row, and around them."""
@@ -108,11 +108,7 @@ def point_panels(
     )
     known = [point for panel in panels for points in panel.points.values() for point in points if point]
     if any(point.low is not None for point in known):
-        if not bars:
-            raise ValueError(
-                "expected bars='...', what the points' intervals are, for the legend; received none"
-            )
-        plot.add_trace(_bar_explained(bars), row=1, col=1)
+        plot.add_trace(whisker(bars), row=1, col=1)
     lines = max(1 + panel.title.count("<br>") for panel in panels) if any(p.title for p in panels) else 0
     above = 4 + bool(lines) * 8 + 14 * lines
     framed(
@@ -123,12 +119,6 @@ def point_panels(
     )
     plot.update_annotations(font_size=12)
     return plot
-
-
-def _bar_explained(name: str) -> go.Scatter:
-    """An entry of the legend: a whisker."""
-    look = {"symbol": "line-ew-open", "size": 14, "color": INK, "line": {"width": 2}}
-    return go.Scatter(x=[None], y=[None], mode="markers", marker=look, name=name, showlegend=True)
 
 
 def wrapped(name: str, width: int = 24) -> str:

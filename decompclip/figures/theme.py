@@ -150,6 +150,18 @@ def thin_line(x: Sequence[float], y: Sequence[float], **changes: Any) -> go.Scat
     return go.Scatter(x=list(x), y=list(y), **options | changes)
 
 
+def whisker(name: str) -> go.Scatter:
+    """The legend's entry that says what the ends of intervals are.
+
+    Raises:
+        ValueError: no name.
+    """
+    if not name:
+        raise ValueError("expected bars='...', what the intervals are, for the legend; received none")
+    look = {"symbol": "line-ew-open", "size": 14, "color": INK, "line": {"width": 2}}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=look, name=name, showlegend=True)
+
+
 def band(
     x: Sequence[float], low: Sequence[float], high: Sequence[float], style: Style, **more: Any
 ) -> go.Scatter:

@@ -235,6 +235,7 @@ class Attribution(ByPart):
             series,
             unit=unit,
             errors=errors if several else None,
+            bars="95 % interval over images",
             filled=len(series),
             row_height=20,
             title=title,

@@ -266,6 +266,7 @@ def component_bars(parts: Sequence[InfectedPart]) -> go.Figure:
         unit="contribution toward the target, share of the feature's norm",
         notes=[f"{100 * part.share:.1f} % of all toward the target" for part in parts],
         errors=[part.error for part in parts],
+        bars="95 % interval, of all components at once",
         colours=("#D55E00", "#7a8690") if any_infected else ("#7a8690",),
         filled=int(any_infected),
     )

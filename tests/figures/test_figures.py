@@ -66,12 +66,12 @@ def test_curves_show_what_was_measured_with_its_bands(ablations: Ablations, wide
 
 def test_accuracy_is_left_out_where_there_are_no_labels() -> None:
     plot = rates([setting(0.5, labelled=False)])
-    assert [trace.name for trace in traces(plot)] == ["Attack success", "Control"]
+    assert [trace.name for trace in traces(plot)] == ["Attack success", "Control", "95 % interval"]
 
 
 def test_rates_have_whiskers_of_their_intervals() -> None:
     found = setting(0.5)
-    (success, control, accuracy) = traces(rates([found, setting(0.2)]))
+    success, control, accuracy, _ = traces(rates([found, setting(0.2)]))
     assert success.x[0] + success.error_x.array[0] == pytest.approx(100 * found.success.high)
     assert success.x[0] - success.error_x.arrayminus[0] == pytest.approx(100 * found.success.low)
     assert len(control.x) == len(accuracy.x) == 2

@@ -195,7 +195,7 @@ def test_results_make_their_own_figures() -> None:
     masks = torch.zeros(3, *SIZE, dtype=torch.bool)
     masks[:, :4, :6] = True
     found = score_masks(maps, masks)
-    share, hits, *control = (t for t in traces(found.figure(control=found)) if t.mode == "markers")
+    share, hits, *control, _ = (t for t in traces(found.figure(control=found)) if t.mode == "markers")
     order = found.order
     assert list(share.x) == pytest.approx([100 * float(found.mean_share[i]) for i in order])
     assert list(hits.x) == pytest.approx([100 * float(found.hit_rate[i]) for i in order])

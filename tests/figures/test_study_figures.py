@@ -38,7 +38,7 @@ def test_points_keep_their_row_interval_and_style() -> None:
         match=r"expected 2 points of 'x'; received|expected 2 points of 'x', one a row; received 1",
     ):
         point_panels(["one", "two"], [Panel("a", "%", {"x": [Point(1.0)]})])
-    with pytest.raises(ValueError, match=r"expected bars='...', what the points' intervals are"):
+    with pytest.raises(ValueError, match=r"expected bars='...', what the intervals are"):
         point_panels(["one", "two"], [panel])
     assert "95 % interval" not in [
         trace.name for trace in point_panels(["one", "two"], [other], bars="95 % interval").data

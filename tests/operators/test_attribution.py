@@ -228,7 +228,9 @@ def test_tables_and_maps_say_the_same(stars: Attribution, terms: Decomposition, 
 def test_figures_show_the_numbers(stars: Attribution, terms: Decomposition, model: HookedCLIP) -> None:
     top = stars.top(20)
     plot: Any = stars.figure()
-    drawn = {name[0]: x for bar in plot.data for name, x in zip(bar.customdata, bar.x, strict=True)}
+    *bars, intervals = plot.data
+    assert intervals.name == "95 % interval over images"
+    drawn = {name[0]: x for bar in bars for name, x in zip(bar.customdata, bar.x, strict=True)}
     assert len(drawn) == 21 and drawn.pop("all others and constants") == pytest.approx(float(top.rest.mean()))
     assert drawn == pytest.approx(dict(zip(top.labels, top.mean[:, 0].tolist(), strict=True)))
     assert "a star: " in plot.layout.title.text and "mean of 12 images" in plot.layout.title.text
