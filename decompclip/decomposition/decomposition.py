@@ -485,8 +485,22 @@ class Decomposition:
         return f"<table><caption>Decomposition</caption>{rows}</table>"
 
 
+def check_terms(data: object) -> None:
+    """Raise a TypeError where images, a model or another thing stands in a decomposition's place."""
+    if not isinstance(data, Decomposition):
+        raise TypeError(
+            f"expected a decomposition, as model.decompose(images) gives; received a {type(data).__name__}"
+        )
+
+
 def batches(data: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposition]:
-    """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard."""
+    """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard.
+
+    Raises:
+        TypeError: images, a model or another thing in their place.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        check_terms(data)
     for d in [data] if isinstance(data, Decomposition) else data:
         yield from d.shards() if isinstance(d, Decomposition) else [d]
 

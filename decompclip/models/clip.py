@@ -22,7 +22,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.models.checkpoint import shell
 from decompclip.models.preprocessing import PictureTransform, Preprocessing, RawPixels
-from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens
+from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens, texts_of
 from decompclip.models.zero_shot import (
     Template,
     Track,
@@ -266,8 +266,11 @@ class HookedCLIP(nn.Module):
 
         Args:
             texts: one, or several.
+
+        Raises:
+            TypeError: what is no string.
         """
-        return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return self.tokenizer(texts_of(texts))
 
     def encode_text(
         self, texts: str | Sequence[str] | Int[Tensor, "text position"], normalize: bool = False
@@ -279,6 +282,7 @@ class HookedCLIP(nn.Module):
             normalize: to length one.
 
         Raises:
+            TypeError: a text that is no string.
             ValueError: token ids that are not integers `[text, context_length]`, or not in the vocabulary.
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,21 @@ from decompclip.models.tags import asked_once
 
 _FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 CLIP_VOCABULARY = 49408
+
+
+def texts_of(texts: object) -> list[str]:
+    """One text, or several, in a list.
+
+    Raises:
+        TypeError: what is no string.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    found = list(texts) if isinstance(texts, Iterable) else [texts]
+    for text in found:
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text as a string, or several in a list; received {text!r}")
+    return found
 
 
 class TransformersTokenizer:

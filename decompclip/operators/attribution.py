@@ -306,6 +306,7 @@ def attribute(
     Raises:
         IndexError: a component, or a class, that there is not.
         LookupError: `tokens` of a decomposition that kept none.
+        TypeError: no decomposition; a text that is no string; a class by its name.
         ValueError: no images; a text without a model; directions of another width or model; neurons or features of another
             model, of other options or another number of images, or of components that are left out or split already;
             labels or names of another number.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.components import Components, heads as all_heads
-from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.decomposition import Decomposition, check_terms
 from decompclip.display import Result
 from decompclip.operators.attribution import attribute
 from decompclip.operators.inputs import TextFeatures
@@ -144,9 +144,11 @@ def nearest(
 
     Raises:
         IndexError: a component or image that there is not.
+        TypeError: no decomposition, or a query that is none of these.
         ValueError: several components, no images, k below one, terms of another model, a text without a model, or pictures or
             names of another number.
     """
+    check_terms(d)
     part, *others = parts_of(component, d)
     if others:
         raise ValueError(
@@ -168,7 +170,12 @@ def nearest(
         along, queries = directions(d, cast(Text | TextFeatures, query), None, model)
         similarity = _to_texts(d, part, along, centred)
     else:
-        known = [operator.index(cast(int, i)) for i in _listed(query)]
+        listed = _listed(query)
+        if not all(hasattr(i, "__index__") for i in listed):
+            raise TypeError(
+                f"expected images by number, a decomposition, a text or a direction; received {query!r}"
+            )
+        known = [operator.index(cast(int, i)) for i in listed]
         if any(not -len(d) <= i < len(d) for i in known):
             raise IndexError(f"expected images in 0..{len(d) - 1}; received {query!r}")
         known = [i % len(d) for i in known]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from decompclip.api import check_choice
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import same_model, term_maps
+from decompclip.models.text import texts_of
 from decompclip.operators.inputs import TextFeatures
 from decompclip.tower.vit import HookedViT, tower
 
@@ -51,6 +52,7 @@ def direction(
         against: as `toward`; None for nothing.
 
     Raises:
+        TypeError: a text that is no string.
         ValueError: a direction of another width, no text, or a text for a bare tower.
     """
     if against is not None:
@@ -63,7 +65,7 @@ def direction(
                 "row of a classifier, or the difference of two, of the same model"
             )
         return toward.detach()
-    texts = [toward] if isinstance(toward, str) else list(toward)
+    texts = texts_of(toward)
     if isinstance(model, HookedViT):
         raise ValueError(
             f"expected a direction [{width}] for an image tower, which reads no text; received {texts!r}; pass the "
@@ -99,8 +101,9 @@ def directions(
         names = (toward if isinstance(toward, str) else label(toward),)
     if against is None:
         return along, names
+    away = _direction(d, against, model)
     other = against if isinstance(against, str) else label(against)
-    return along - _direction(d, against, model).to(along), tuple(f"{name} against {other}" for name in names)
+    return along - away.to(along), tuple(f"{name} against {other}" for name in names)
 
 
 def features_of(
@@ -195,6 +198,7 @@ class ClassScore:
 
     Raises:
         IndexError: a class that the classifier does not have.
+        TypeError: a class by its name.
         ValueError: an unknown metric, a classifier without two classes, or `against` where it has no meaning.
     """
 
@@ -217,6 +221,10 @@ class ClassScore:
                 f"expected against= with metric='logit_difference' alone; received it with {metric!r}; leave it out"
             )
         for name, classes in (("target", target), ("against", against)):
+            if isinstance(classes, str):
+                raise TypeError(
+                    f"expected {name} by its row of the classifier; received {classes!r}; take class_names.index({classes!r})"
+                )
             numbers = torch.as_tensor([] if classes is None else classes).flatten()
             if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(classifier):
                 raise IndexError(

@@ -289,6 +289,23 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
     with pytest.raises(ValueError, match=r"without mlps\[2\]"):
         whole = neuron_terms(model.visual, images, neurons[2], normalize=True)
         attribute(terms, text, neurons=whole, components=everything - mlps[2])
+    others: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (terms, 7, {}, "a text as a string, or several in a list; received 7"),
+        (terms, ["a star", 3], {}, "as a string, or several in a list; received 3"),
+        (terms, None, {}, "received None"),
+        (terms, "a star", {"against": 3}, "received 3"),
+        (terms, classifier, {"target": "star"}, r"take class_names.index\('star'\)"),
+        (
+            images,
+            "a star",
+            {},
+            r"expected a decomposition, as model.decompose\(images\) gives; received a Tensor",
+        ),
+        (model, "a star", {}, "received a HookedCLIP"),
+    ]
+    for what, wrong, options, words in others:
+        with pytest.raises(TypeError, match=words):
+            attribute(what, wrong, model=model, **options)
     with pytest.raises(IndexError, match="layer 7"):
         attribute(terms, text, components=heads[7])
     with pytest.raises(IndexError, match="pooling has an MLP"):

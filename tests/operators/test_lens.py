@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,6 +142,8 @@ def test_mistakes_are_told(model: HookedCLIP, images_of: Tensor, lens: LogitLens
     for visual, images, texts, options, words in mistakes:
         with pytest.raises(ValueError, match=words):
             logit_lens(visual, images, texts, **options)
+    with pytest.raises(TypeError, match="a text as a string, or several in a list; received 3"):
+        logit_lens(model, images_of, cast(Any, ["a star", 3]))
     with pytest.raises(LookupError, match="a text of 3: 'a star', 'a ring', 'a red star'; received 'a dog'"):
         lens.maps("a dog")
     with pytest.raises(ValueError, match=r"patches=True"):

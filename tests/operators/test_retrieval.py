@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -196,6 +196,13 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
     for part, query, options, words in mistakes:
         with pytest.raises(ValueError, match=words):
             nearest(terms, part, query, **options)
+    for query in (3.5, None, [1, 2.0], {"a": 1}):
+        with pytest.raises(
+            TypeError, match="images by number, a decomposition, a text or a direction; received"
+        ):
+            nearest(terms, heads[1, 4], cast(Any, query))
+    with pytest.raises(TypeError, match="expected a decomposition, .* received a HookedCLIP"):
+        nearest(cast(Any, model), heads[1, 4], 3)
     for image in (COUNT, [3, -COUNT - 1]):
         with pytest.raises(IndexError, match=r"images in 0\.\.159"):
             nearest(terms, heads[1, 4], image)
