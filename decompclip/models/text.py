@@ -34,10 +34,11 @@ def texts_of(texts: object) -> list[str]:
     """
     if isinstance(texts, str):
         return [texts]
-    found = list(texts) if isinstance(texts, Iterable) else [texts]
-    for text in found:
+    found: list[str] = []
+    for text in texts if isinstance(texts, Iterable) else [texts]:
         if not isinstance(text, str):
             raise TypeError(f"expected a text as a string, or several in a list; received {text!r}")
+        found.append(text)
     return found
 
 
