@@ -4,7 +4,7 @@ Command:   DECOMPCLIP_DATA=... python -m analyses.notebooks [examples/01_explore
 Run time:  about five minutes on one core for all of them.
 Needs:     the extra `notebooks`, kaleido and a Chrome; Tiny ImageNet (`python -m analyses.prepare_tiny_imagenet`).
 
-Whoever opens a notebook in Jupyter and runs it gets interactive figures.
+Whoever opens a notebook in Jupyter and runs it gets interactive figures; their pictures, which `keep_pictures` in a first cell asks for, are what is kept here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from decompclip.files import write_text
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-START = "from decompclip.figures.theme import keep_pictures\nkeep_pictures()"
 KEPT = ("image/png", "text/html", "text/plain")
 """Of what a cell shows, the first two at most; a widget's state and plotly's JSON need a kernel, or 5 MB of script."""
 
@@ -35,13 +34,11 @@ def execute(path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook: Any = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(START))
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         NotebookClient(
             notebook, timeout=1_800, record_timing=False, store_widget_state=False, resources=resources
         ).execute()
-    del notebook.cells[0]
     notebook.metadata.pop("widgets", None)
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), start=1):
         cell.execution_count = number

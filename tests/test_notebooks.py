@@ -11,15 +11,22 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 from PIL import Image
 
 from analyses.notebooks import KEPT
+from decompclip.figures.theme import keep_pictures
+from tests.report.test_browser import BROWSER
 
+CALL = "keep_pictures()  # of figures, beside the interactive ones: what GitHub and nbconvert show\n"
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.ipynb"))
 every = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -33,6 +40,14 @@ FEWER = {
     "04": {"240": "130", "[:120": "[:40"},
     "05": {"250": "200", "120": "40", "[:60": "[:20", "60": "20", "24": "8", "[:24": "[:8"},
 }
+
+
+@pytest.fixture(autouse=True)
+def renderers() -> Iterator[None]:
+    """As they were: a notebook's first cell has pictures kept."""
+    before = pio.renderers.default
+    yield
+    pio.renderers.default = before
 
 
 def fewer(source: str, counts: dict[str, str]) -> str:
@@ -148,6 +163,51 @@ def test_a_page_of_a_notebook_keeps_its_figures() -> None:
         page, _ = exporter.from_filename(str(notebook))
         stored = notebook.read_text(encoding="utf-8").count('"image/png": ')
         assert len(re.findall(r'<img[^>]+src="data:image/png;base64,', page)) == stored > 0
+
+
+@every
+def test_a_notebook_has_its_pictures_kept_before_it_shows_any(notebook: Path) -> None:
+    assert CALL in cells(notebook)[0]["source"]
+
+
+def test_pictures_stand_beside_interactive_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    pio.renderers.default = "plotly_mimetype"
+    for _ in range(2):  # a cell may be run twice
+        keep_pictures()
+    assert pio.renderers.default == "plotly_mimetype+pictures"
+    figure = go.Figure(go.Bar(y=[1, 2]))
+    interactive = "application/vnd.plotly.v1+json"
+
+    def broken(*_: object, **__: object) -> bytes:
+        raise RuntimeError("Chrome is nowhere to be found")
+
+    monkeypatch.setattr(go.Figure, "to_image", lambda *_, **__: b"a picture")
+    assert figure._repr_mimebundle_().keys() == {interactive, "image/png"}
+    monkeypatch.setattr(go.Figure, "to_image", broken)
+    with pytest.warns(UserWarning, match="without pictures, which need kaleido and a Chrome; install Chrome"):
+        assert figure._repr_mimebundle_().keys() == {interactive}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser that draws figures: none is installed")
+def test_nbconvert_keeps_the_figures_of_a_notebook_that_it_runs(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
+    pytest.importorskip("nbconvert", reason="needs the extra `notebooks`")
+    import_it = "import plotly.graph_objects as go\nfrom decompclip.figures.theme import keep_pictures\n"
+    cell = nbformat.v4.new_code_cell(f"{import_it}{CALL}go.Figure(go.Bar(y=[1, 2]))")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "one.ipynb")
+    words = ["-m", "nbconvert", "--execute", "--to", "html", "one.ipynb"]
+    root = str(NOTEBOOKS[0].parent.parent)
+    ran = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<img[^>]+src="data:image/png;base64,', page)) == 1
 
 
 @every

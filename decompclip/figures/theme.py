@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -229,7 +230,9 @@ def on_white(figure: go.Figure) -> go.Figure:
 
 
 def keep_pictures(width: int = 880, scale: float = 1.2) -> None:
-    """Have a notebook keep figures as PNG on white, which serves in the dark too: where it is stored with its outputs, and read without a kernel.
+    """Have a notebook keep a picture of each figure beside the interactive one: what GitHub shows, and `jupyter nbconvert --execute --to html`.
+
+    Pictures are PNG, on white, which serves in the dark too. Without kaleido or a Chrome there are none, which a warning says.
 
     Args:
         width: of figures that leave theirs to the page, in CSS pixels.
@@ -241,10 +244,20 @@ def keep_pictures(width: int = 880, scale: float = 1.2) -> None:
     class Pictures(MimetypeRenderer):
         def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
             own = fig_dict["layout"].get("width", width)
-            return {"image/png": on_white(go.Figure(fig_dict)).to_image("png", width=own, scale=scale)}
+            try:
+                return {"image/png": on_white(go.Figure(fig_dict)).to_image("png", width=own, scale=scale)}
+            except Exception as error:
+                if not (remedy := _remedy(error)):
+                    raise
+                warnings.warn(
+                    f"figures are kept without pictures, which need kaleido and a Chrome; {remedy}",
+                    stacklevel=2,
+                )
+                return {}
 
     pio.renderers["pictures"] = Pictures()
-    pio.renderers.default = "pictures"
+    shown = [name for name in (pio.renderers.default or "").split("+") if name and name != "pictures"]
+    pio.renderers.default = "+".join([*shown, "pictures"])
 
 
 def _remedy(error: Exception) -> str:
