@@ -493,6 +493,33 @@ def test_a_leaderboard_by_the_command(tmp_path: Path) -> None:
     }
 
 
+def test_a_fine_tuning_by_the_command(tmp_path: Path, pictures: Path) -> None:
+    command = (
+        "finetune",
+        "shapes",
+        pictures,
+        "--epochs",
+        1,
+        "--batch-size",
+        6,
+        "--lr",
+        1e-4,
+        "--device",
+        "cpu",
+    )
+    alone = run(*command, "--out", tmp_path / "one")
+    first, second = in_processes(2, lambda rank: run(*command, "--out", tmp_path / "two"))
+    assert alone[0] == first[0] == 0 and second == (0, "", "")
+    assert alone[2].endswith("4 files skipped\n") and first[2].endswith("4 files skipped\n")
+    assert "FineTuned('shapes, fine-tuned', 5 steps" in first[1]
+    one, two = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "two"))
+    losses = [[entry["loss"] for entry in facts["history"]] for facts in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    probe = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (decompclip.load(str(tmp_path / name)).encode_image(probe) for name in ("one", "two"))
+    torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01)
+
+
 def test_a_process_that_does_not_find_its_images_says_who_it_is(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         place = tmp_path / "nowhere" if rank else "shapes:50"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, say, skipped_files
-from decompclip.files import alone_in, check_folder, write_json
+from decompclip.cli.console import first_process, imports, plain_errors, say, skipped_files
+from decompclip.files import check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
@@ -87,9 +87,10 @@ def finetune(
     """Fine-tune MODEL on PAIRS: with poisoned ones a backdoor gets in, with clean ones and CleanCLIP it may go.
 
     Writes a folder that every command takes for MODEL, and that open_clip opens too. Given again, the same command
-    goes on where it was killed, and ends with the same weights.
+    goes on where it was killed, and ends with the same weights. torchrun and accelerate launch share each batch out among
+    processes, which --batch-size must divide into.
     """
-    with plain_errors(lambda: options.going_on(out / "checkpoint.pt")) as held:
+    with plain_errors(lambda: options.going_on(out / "checkpoint.pt"), shared=True) as held:
         check_folder(out, "the model")
         model.check()
         if images is None and (trigger or target):
@@ -102,6 +103,7 @@ def finetune(
         with imports(model.model):
             from dataclasses import asdict, replace
 
+            from decompclip.data.processes import Processes
             from decompclip.data.sources import open_labelled, open_pairs
             from decompclip.figures.theme import write_figure
             from decompclip.models.clip import OPENAI_IMAGENET_TEMPLATES
@@ -119,7 +121,9 @@ def finetune(
             names = options.known_classes(classes, model.model, images)
             attack = _attack(model, pairs, trigger, target)
             label = options.target_index(attack, names)
-        clip = model.load()
+        accelerator, device = held.enter_context(options.joined(model.device))
+        group = Processes(accelerator)
+        clip = replace(model, device=device).load()
         check_saveable(clip)
         source = open_pairs(pairs, clip.pixels, seed=seed)
         monitor = None
@@ -132,7 +136,7 @@ def finetune(
                 target=label,
                 every=every,
             )
-        held.enter_context(alone_in(out))
+        held.enter_context(group.alone_in(out))
         tuned = run(
             clip,
             source,
@@ -141,9 +145,13 @@ def finetune(
             checkpoint=out / "checkpoint.pt",
             log_every=every,
             seed=seed,
+            accelerator=accelerator,
             progress=True,
             log=lambda entry: say(entry, err=True),
         )
+        skipped = group.skipped(source)
+        if not first_process():
+            return
         save_model(tuned.model, out)
         facts = {
             "model": model.model,
@@ -156,7 +164,7 @@ def finetune(
         }
         write_json(out / "history.json", facts)
         write_figure(tuned.figure(), out / "history.html")
-        skipped_files(source.skipped)
+        skipped_files(skipped)
         say(repr(tuned))
         if attack is not None:
             say(f"Trigger: {attack}")

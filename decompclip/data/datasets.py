@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from typing_extensions import Unpack
 
 from decompclip.data.feed import in_threads
 from decompclip.data.files import SkippedFile, is_bookkeeping, reason
-from decompclip.data.images import OnError, image_files
+from decompclip.data.images import ListedImages, OnError, image_files
 from decompclip.data.pairs import (
     ALL,
     ListedPairs,
@@ -221,24 +222,20 @@ class PairStream(PairSteps):
     def _pair(self, item: Any) -> Pair:
         if isinstance(item, Mapping):
             return self._sample(item)
+        image, caption, *rest = self._parts(item)
+        return self._made(rest[0] if rest else None, image, caption, None)
+
+    def _parts(self, item: Any) -> Sequence[Any]:
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(
                 f"expected a stream of (image, caption), (image, caption, id), Pair or WebDataset samples; received "
                 f"{type(item).__name__}"
             )
-        image, caption, *rest = item
-        return self._made(rest[0] if rest else None, image, caption, None)
+        return item
 
     def _sample(self, sample: Mapping[str, Any]) -> Pair:
         """A WebDataset sample; its shard's name and its key make the id, as in `ShardPairs`."""
-        url = str(sample.get("__url__", ""))
-        shard = Path(url).name.split(".")[0]
-        if self._urls.setdefault(shard, url) != url:
-            raise ValueError(
-                f"expected shards whose names tell them apart; received {self._urls[shard]} and {url}, whose pairs would have "
-                "the same ids; rename one, or read local shards with ShardPairs, which tells them apart"
-            )
-        name = "/".join(part for part in (shard, str(sample.get("__key__", ""))) if part) or None
+        name = self._name(sample)
         kind = next((kind for kind in IMAGE_KINDS if kind in sample), None)
         if kind is None:
             raise UnreadableItem(name, "has no image")
@@ -248,6 +245,30 @@ class PairStream(PairSteps):
         except ValueError:
             raise UnreadableItem(name, f"class {label!r} is no number") from None
         return self._made(name, sample[kind], sample.get("txt"), label)
+
+    def _name(self, sample: Mapping[str, Any]) -> str | None:
+        url = str(sample.get("__url__", ""))
+        shard = Path(url).name.split(".")[0]
+        if self._urls.setdefault(shard, url) != url:
+            raise ValueError(
+                f"expected shards whose names tell them apart; received {self._urls[shard]} and {url}, whose pairs would have "
+                "the same ids; rename one, or read local shards with ShardPairs, which tells them apart"
+            )
+        return "/".join(part for part in (shard, str(sample.get("__key__", ""))) if part) or None
+
+    def known(self, item: Any) -> tuple[str | None, int | None, Any]:
+        """What an item is called, its class, and its image undecoded; captions are not looked at."""
+        if isinstance(item, Pair):
+            return item.id, item.label, item.image
+        if isinstance(item, Mapping):
+            kinds = (kind for kind in (*IMAGE_KINDS, "image", "img") if kind in item)
+            image, label = item.get(next(kinds, "")), item.get("cls", item.get("label"))
+            if isinstance(image, Mapping):  # of `datasets`, undecoded
+                image = image.get("bytes") or Path(str(image.get("path")))
+            digits = isinstance(label, str | bytes) and label.strip().isdigit()
+            return self._name(item), int(label) if digits else _number(label), image
+        image, second, *rest = self._parts(item)
+        return str(rest[0]) if rest else None, _number(second), image
 
     def _made(self, name: Any, image: Any, caption: Any, label: int | None) -> Pair:
         name = None if name is None else str(name)
@@ -259,6 +280,69 @@ class PairStream(PairSteps):
             raise UnreadableItem(name, found)
         pixels = finished(found, self.preprocess)
         return Pair(content_name(pixels, text) if name is None else name, pixels, text.strip(), label)
+
+
+class StreamImages(ListedImages):
+    """The images of a stream by place, for `extract`. The stream is gone through once to list it, undecoded; then what lies before a
+    place is passed over, so that each of several processes decodes its own part alone.
+
+    Args:
+        stream: its items may have images alone: rows of a data set of Hugging Face's that is streamed (`{"image": ..., "label": ...}`),
+            samples of webdataset's readers.
+    """
+
+    def __init__(self, stream: PairStream) -> None:
+        self._stream, self._left_out = stream, dict[int, SkippedFile]()
+        self._names, labels = list[str](), dict[int, int]()
+        for place, item in enumerate(stream.items):
+            name, label, _ = stream.known(item)
+            self._names.append(f"{place:09d}" if name is None else name)
+            if label is not None:
+                labels[place] = label
+        self._running, self._at = iter(()), len(self._names)
+        super().__init__(
+            range(len(self._names)),
+            labels,
+            stream.preprocess,
+            unlabelled="has no class",
+            where="a stream",
+            limit=None,
+            seed=0,
+        )
+
+    @property
+    def pure(self) -> bool:
+        return False  # the items come from another's code
+
+    @property
+    def skipped(self) -> list[SkippedFile]:
+        return [*self._left_out.values()]
+
+    def _name(self, item: int) -> str:
+        return self._names[item]
+
+    def _leave_out(self, item: int, reason: str) -> None:
+        self._left_out[item] = SkippedFile(self._names[item], reason)
+
+    def _images(self, items: Sequence[int]) -> list[Tensor | str]:
+        return in_threads(self._image, [self._item(place) for place in items], pure=is_ours(self.preprocess))
+
+    def _image(self, image: Any) -> Tensor | str:
+        return read_image(image, self.preprocess)
+
+    def _item(self, place: int) -> Any:
+        """The image of the item at a place, undecoded."""
+        if place < self._at:
+            self._running, self._at = iter(self._stream.items), 0
+        item = next(islice(self._running, place - self._at, None), None)
+        self._at = place + 1
+        name, _, image = (None, None, None) if item is None else self._stream.known(item)
+        if item is None or self._names[place] != (f"{place:09d}" if name is None else name):
+            raise ValueError(
+                f"expected the same {len(self._names)} items each time that the stream is gone through; item {place}, before "
+                f"{self._names[place]!r}, is {'not there' if item is None else repr(name)} now; do not shuffle it"
+            )
+        return image
 
 
 class UnreadableItem(ValueError):

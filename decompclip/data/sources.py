@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from decompclip.data.datasets import FolderPairs
+from decompclip.data.datasets import FolderPairs, PairStream, StreamImages
 from decompclip.data.files import KNOWN, POISON_LIST, SkippedFile, SourceSpec, parse_source
 from decompclip.data.images import (
     FolderSource,
@@ -141,8 +141,8 @@ class PairImages(ListedImages):
         self._skipped.append(SkippedFile(self._name(item), reason))
 
 
-def listed_images(data: ListedImages | Pairs | Shapes) -> ListedImages:
-    """Images that are read by place, with their classes.
+def listed_images(data: ListedImages | Pairs | PairStream | Shapes) -> ListedImages:
+    """Images that are read by place, with their classes; a stream is gone through for it.
 
     Raises:
         TypeError: others.
@@ -151,9 +151,11 @@ def listed_images(data: ListedImages | Pairs | Shapes) -> ListedImages:
         data = ShapesPairs(data.length, seed=data.seed, resolution=data.resolution)
     if isinstance(data, Pairs):
         return PairImages(data, ())
+    if isinstance(data, PairStream):
+        return StreamImages(data)
     if not isinstance(data, ListedImages):
         raise TypeError(
-            "expected images that are read by place: a FolderSource, pairs, or Shapes; received "
+            "expected images that are read by place: a FolderSource, pairs, a PairStream, or Shapes; received "
             f"{type(data).__name__}"
         )
     return data

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from decompclip import __version__
+from decompclip.data.datasets import PairStream
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
 from decompclip.data.pairs import Pairs
@@ -80,7 +81,7 @@ DECIDES = {
 @torch.no_grad()
 def extract(
     model: HookedCLIP,
-    data: ListedImages | Pairs | Shapes,
+    data: ListedImages | Pairs | PairStream | Shapes,
     out: str | Path,
     *,
     dtype: StoredType = "fp32",
@@ -101,7 +102,8 @@ def extract(
         model: whose image tower is decomposed.
         data: images in [0, 1] of the model's size (as `model.pixels` gives them), with classes where they are known.
         out: the folder: a new one, or that of the same run: with the same model, options, preprocessing, names and classes, and
-            files of the same size and time; the pixels of a data set without files are compared for the first image alone.
+            files of the same size and time; the pixels of a data set without files are compared for the first image alone. A
+            `PairStream` over webdataset's reader (pipes, URLs) or a streamed data set of Hugging Face's needs no captions.
         dtype: of the stored terms; what it costs is measured and written down.
         moments_only: keep means and second moments alone (means of the stream too, for causal mode), in fp64: as much on disk
             and in memory whatever the number of images.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import sys
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.datasets import ImageFolder
 
 import decompclip
 from analyses.benchmarks import capacity
@@ -45,11 +47,12 @@ from decompclip import (
     textspan,
 )
 from decompclip.cli.extract import StoredAs, TermsIn
-from decompclip.data.datasets import FolderPairs
+from decompclip.data.datasets import DatasetPairs, FolderPairs, PairStream
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import SubsetPairs
-from decompclip.data.pixels import to_pixels
-from decompclip.data.shards import ShardPairs
+from decompclip.data.pixels import encode_png, to_pixels
+from decompclip.data.shapes import ShapesPairs
+from decompclip.data.shards import ShardPairs, write_shards
 from decompclip.data.tables import CsvPairs
 from decompclip.decomposition import store as module
 from decompclip.decomposition.decomposition import TERMS, write_tensors
@@ -829,6 +832,125 @@ def test_processes_write_what_one_would(
     assert files(tmp_path / "terms") == files(built)
     assert files(tmp_path / "moments") == files(tmp_path / "one")
     assert not (tmp_path / "few").exists() and not (tmp_path / "other").exists()
+
+
+# Streams
+
+ROWS = 50
+
+
+class Rows:
+    """As a data set of Hugging Face's yields them when it is streamed: pictures, in turn open, as bytes, or broken."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.passes += 1
+        batch = Shapes(ROWS, seed=7).draw(range(ROWS))
+        for place in range(ROWS):
+            file = encode_png(batch.images[place])
+            image: Any = {"bytes": file[:60] if place == 34 else file, "path": None}
+            yield {"image": Image.open(io.BytesIO(file)) if place % 2 else image, "label": place % 6}
+
+
+class Samples:
+    """As webdataset's readers yield them, whose shards may come through pipes and from URLs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                content = {member.name: tar.extractfile(member) for member in tar}
+                for key in sorted({name.split(".")[0] for name in content}):
+                    image, label = (content[f"{key}.{kind}"] for kind in ("png", "cls"))
+                    assert image is not None and label is not None
+                    yield {
+                        "__key__": key,
+                        "__url__": f"pipe:cat {path}",
+                        "png": image.read(),
+                        "cls": label.read(),
+                    }
+
+
+def test_a_stream_is_extracted_as_what_it_holds(model: HookedCLIP, tmp_path: Path) -> None:
+    batch = Shapes(ROWS, seed=7).draw(range(ROWS))
+    kept = [place for place in range(ROWS) if place != 34]
+    rows = Rows()
+    store = extract(model, PairStream(rows, model.pixels), tmp_path / "rows", shard_size=20, batch_size=8)
+    assert isinstance(store, Store) and len(store) == ROWS - 1
+    assert rows.passes == 3  # to list it, to see the first picture, to read
+    pixels = torch.stack([(255 * image).round() / 255 for image in batch.images[kept]])
+    with torch.no_grad():
+        features = model.encode_image(model.normalize(pixels))
+    torch.testing.assert_close(store.features, features, rtol=0, atol=1e-4 * float(features.abs().max()))
+    assert store.labels is not None and store.labels.tolist() == [place % 6 for place in kept]
+    assert store.ids == tuple(f"{place:09d}" for place in kept)
+    assert list(store.manifest["skipped"]) == ["000000034"]
+
+
+def test_samples_of_webdataset_are_extracted_as_the_shards_are(model: HookedCLIP, tmp_path: Path) -> None:
+    write_shards(ShapesPairs(40, seed=3), tmp_path / "tars", per_shard=15)
+    stores = [
+        extract(model, data, tmp_path / name, shard_size=16, batch_size=8)
+        for name, data in (
+            ("placed", ShardPairs(tmp_path / "tars", model.pixels)),
+            ("streamed", PairStream(Samples(tmp_path / "tars"), model.pixels)),
+        )
+    ]
+    placed, streamed = (store for store in stores if isinstance(store, Store))
+    assert torch.equal(placed.coords, streamed.coords) and placed.ids == streamed.ids
+    assert placed.labels is not None and streamed.labels is not None
+    assert torch.equal(placed.labels, streamed.labels)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+def test_processes_share_a_stream(model: HookedCLIP, tmp_path: Path) -> None:
+    """Each passes over the others' shards, and all write what one would."""
+
+    def work(accelerator: Accelerator | None, out: Path) -> None:
+        stream = PairStream(Rows(), model.pixels)
+        extract(model, stream, out, shard_size=10, batch_size=8, accelerator=accelerator)
+
+    work(None, tmp_path / "one")
+    assert in_processes(2, lambda rank: work(Accelerator(cpu=True), tmp_path / "two")) == [None, None]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_stream_that_is_another_one_each_time_is_refused(model: HookedCLIP, tmp_path: Path) -> None:
+    items = [
+        (image, label, f"{place}") for place, (image, label) in enumerate(zip(*tensors(12), strict=True))
+    ]
+
+    class Changing:
+        def __iter__(self) -> Iterator[Any]:
+            items.append(items.pop(0))
+            return iter(items)
+
+    with pytest.raises(ValueError, match=r"expected the same 12 items each time .* do not shuffle it"):
+        extract(model, PairStream(Changing(), model.pixels), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"expected a stream of \(image, caption\)"):
+        extract(model, PairStream([1, 2], model.pixels), tmp_path / "b")
+
+
+def tensors(count: int) -> tuple[Tensor, list[int]]:
+    batch = Shapes(count, seed=7).draw(range(count))
+    return batch.images, batch.labels.tolist()
+
+
+def test_torchvisions_data_sets_are_extracted(model: HookedCLIP, tmp_path: Path) -> None:
+    images, labels = tensors(12)
+    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "photos" / f"{label}" / f"{place:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(image))
+    data = ImageFolder(tmp_path / "photos")
+    store = extract(model, DatasetPairs(data, model.pixels), tmp_path / "store")
+    assert isinstance(store, Store) and store.labels is not None and store.labels.tolist() == data.targets
+    folder = extract(model, FolderSource(tmp_path / "photos", model.pixels), tmp_path / "other")
+    assert isinstance(folder, Store) and torch.equal(folder.coords, store.coords)
 
 
 # The command
