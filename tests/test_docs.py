@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import decompclip
 from decompclip.audit.verdict import LOWERED, RULES
 from decompclip.cli import app
+from decompclip.cli.repair import Method
 from tests.report.test_browser import BROWSER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,11 @@ def test_the_table_of_confidence_is_the_verdict_s() -> None:
     for rule in RULES:
         assert f"| {rule.level} | {rule.confidence} | {rule.when} |\n" in PAGES["confidence"]
     assert LOWERED in PAGES["confidence"]
+
+
+def test_methods_of_repair_are_the_command_s() -> None:
+    rows = "".join(re.findall(r"^\| (`[^|]+) \|", PAGES["repair"], flags=re.MULTILINE))
+    assert set(re.findall(r"`([\w-]+)`", rows)) == {method.value for method in Method}
 
 
 def test_messages_are_the_package_s() -> None:
