@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from analyses.questions import segmentation
 from analyses.study.results import RESULTS
+from decompclip.data.shapes import PROPERTIES, Shapes
+from decompclip.models.bundled import load_bundled
 from decompclip.operators.mask_scores import segment
 
 PAGE = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
@@ -48,3 +55,129 @@ def test_boxes_are_those_of_the_photographs() -> None:
     area = (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1) / 64**2
     sizes = pairs.properties["size"]
     assert [("small" if x < 0.25 else "large" if x > 0.75 else "medium") for x in area.tolist()] == sizes
+
+
+def outlined(n: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Drawings with their class and the object's outline: where the pixel is unlike the corner."""
+    batch = Shapes(n, seed=5).draw(range(n))
+    pictures = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    found = []
+    for picture, label in zip(pictures, batch.labels.tolist(), strict=True):
+        far = np.abs(picture.astype(int) - np.median(picture.reshape(-1, 3), axis=0)).sum(2) > 90
+        found.append((PROPERTIES["shape"][label], picture, far))
+    return found
+
+
+def in_folders(
+    root: Path, drawings: list[tuple[str, np.ndarray, np.ndarray]], *, by_class: bool = True
+) -> None:
+    for number, (name, picture, mask) in enumerate(drawings):
+        for kind, pixels, mode in (("images", picture, "RGB"), ("masks", mask.astype(np.uint8) * 255, "L")):
+            path = root / kind / (name if by_class else "") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).convert(mode).save(path)
+
+
+def test_folders_of_photographs_and_masks_are_scored_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawings = outlined(10)
+    in_folders(tmp_path, drawings)
+    words = ["--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks"), "--model", "shapes"]
+    monkeypatch.setattr("sys.argv", ["segmentation", *words, "--out", str(tmp_path / "out")])
+    segmentation.main()
+    said = json.loads((tmp_path / "out" / "segmentation.json").read_text(encoding="utf-8"))
+    assert said["images"] == 10 and (tmp_path / "out" / "segmentation.png").stat().st_size > 0
+    assert segmentation.finding(said) in capsys.readouterr().out
+    model = load_bundled("shapes")
+    found = segmentation.folders(tmp_path / "images", tmp_path / "masks", model.image_size, ())
+    again = segmentation.record(segmentation.run(model, *found), segmentation.Config("shapes"))
+    assert said["scores"] == json.loads(json.dumps(again["scores"]))
+    assert said["scores"][segmentation.OURS]["mean AP"]["value"] > 0.8  # 0.5 by chance
+
+
+def test_classes_are_the_folders_or_what_the_model_says(tmp_path: Path) -> None:
+    drawings = outlined(4)
+    for by_class in (True, False):
+        root = tmp_path / str(by_class)
+        in_folders(root, drawings, by_class=by_class)
+        names, samples = segmentation.folders(root / "images", root / "masks", (24, 30), ["a", "b"])
+        found = list(samples)
+        assert {x.pixels.shape for x in found} == {(3, 24, 30)} and {x.mask.shape for x in found} == {
+            (24, 30)
+        }
+        if by_class:
+            assert list(names) == sorted({name for name, *_ in drawings})
+            assert sorted(names[x.label] for x in found if x.label is not None) == sorted(
+                n for n, *_ in drawings
+            )
+        else:
+            assert list(names) == ["a", "b"] and [x.label for x in found] == [None] * 4
+            whole = list(segmentation.folders(root / "images", root / "masks", (48, 48), ["a"])[1])
+            for x, (_, picture, mask) in zip(whole, drawings, strict=True):
+                assert torch.equal(x.mask, torch.from_numpy(mask))
+                assert torch.equal(x.pixels, torch.from_numpy(picture).permute(2, 0, 1) / 255)
+    model = load_bundled("shapes")
+    said = segmentation.run(model, model.class_names, iter(whole))
+    known = [
+        x._replace(label=PROPERTIES["shape"].index(n)) for x, (n, *_) in zip(whole, drawings, strict=True)
+    ]
+    torch.testing.assert_close(said.scores, segmentation.run(model, model.class_names, iter(known)).scores)
+
+
+def as_mat(path: Path, drawings: list[tuple[str, np.ndarray, np.ndarray]], ids: list[str]) -> None:
+    """Cells as MATLAB 7.3 writes them: references to arrays whose axes are reversed; `gt` is a cell of cells."""
+    h5py: Any = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        cells = {name: [] for name in ("img", "gt", "id")}
+        for number, (_, picture, mask) in enumerate(drawings):
+            image = file.create_dataset(f"#refs#/i{number}", data=picture.T)
+            inner = file.create_dataset(f"#refs#/m{number}", data=mask.astype(np.uint8).T)
+            outer = file.create_dataset(f"#refs#/c{number}", (1, 1), dtype=h5py.ref_dtype)
+            outer[0, 0] = inner.ref
+            code = np.array([[ord(letter)] for letter in ids[number]], dtype=np.uint16)
+            name = file.create_dataset(f"#refs#/n{number}", data=code)
+            for kind, cell in (("img", image), ("gt", outer), ("id", name)):
+                cells[kind].append(cell.ref)
+        for kind, refs in cells.items():
+            cell = file.create_dataset(f"value/{kind}", (len(refs), 1), dtype=h5py.ref_dtype)
+            for row, ref in enumerate(refs):
+                cell[row, 0] = ref
+
+
+def test_the_file_of_imagenet_segmentation_is_read(tmp_path: Path) -> None:
+    drawings = outlined(3)
+    drawings[1] = (drawings[1][0], drawings[1][1][:40], drawings[1][2][:40])  # no square
+    as_mat(tmp_path / "gt.mat", drawings, ["n01440764_36", "n01443537_1", "n99999999_1"])
+    names, samples = segmentation.imagenet_segmentation(tmp_path / "gt.mat", (48, 48))
+    found = list(samples)
+    assert names[0] == "tench" and [x.label for x in found] == [0, 1, None]
+    assert torch.equal(found[0].mask, torch.from_numpy(drawings[0][2]))
+    assert torch.equal(found[0].pixels, torch.from_numpy(drawings[0][1]).permute(2, 0, 1) / 255)
+    _, samples = segmentation.imagenet_segmentation(tmp_path / "gt.mat", (40, 48))
+    assert torch.equal(list(samples)[1].mask, torch.from_numpy(drawings[1][2]))
+    h5py: Any = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "other.mat", "w") as file:
+        file.create_dataset("value/img", data=np.zeros(1))
+    with pytest.raises(ValueError, match="it has no value/gt"):
+        segmentation.imagenet_segmentation(tmp_path / "other.mat", (48, 48))
+    with pytest.raises(FileNotFoundError, match="gtsegs_ijcv"):
+        segmentation.imagenet_segmentation(tmp_path / "none.mat", (48, 48))
+
+
+def test_what_cannot_be_scored_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install h5py; or .*--images and --masks"):
+        segmentation.imagenet_segmentation(tmp_path / "gt.mat", (48, 48))
+    in_folders(tmp_path, outlined(2))
+    other = next((tmp_path / "masks").rglob("1.png"))
+    Image.new("L", (5, 7)).save(other)
+    _, samples = segmentation.folders(tmp_path / "images", tmp_path / "masks", (48, 48), [])
+    with pytest.raises(ValueError, match=r"\(48, 48\); received \(7, 5\)"):
+        list(samples)
+    other.unlink()
+    with pytest.raises(ValueError, match=r"found none for .*1\.png \(1 in all\)"):
+        segmentation.folders(tmp_path / "images", tmp_path / "masks", (48, 48), [])
+    model = load_bundled("shapes")
+    with pytest.raises(ValueError, match="received none; check the folder"):
+        segmentation.run(model, model.class_names, iter([]))
