@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from analyses.study.results import RESULTS
-from decompclip.data.files import open_rgb
+from decompclip.data.files import open_image, open_rgb
 from decompclip.data.images import image_files
 from decompclip.files import write_json
 
@@ -170,7 +170,7 @@ def folders(
 
     def samples() -> Iterator[Sample]:
         for file in files:
-            with Image.open((masks / file).with_suffix(".png")) as opened:
+            with open_image((masks / file).with_suffix(".png")) as opened:
                 mask = np.asarray(opened.convert("L"))
             label = sorted_in.index(file.parts[0]) if len(file.parts) > 1 else None
             yield sample(open_rgb(images / file), mask, label, size)
