@@ -39,6 +39,7 @@ FEWER = {
     "03": {"768": "128", "300": "200", "150": "70", "[:70": "[:30", "70": "30", "140": "60"},
     "04": {"240": "130", "[:120": "[:40"},
     "05": {"250": "200", "120": "40", "[:60": "[:20", "60": "20", "24": "8", "[:24": "[:8"},
+    "07": {"100": "40", "250": "1_000"},
 }
 
 
@@ -222,7 +223,7 @@ def test_notebook_is_told_in_words(notebook: Path) -> None:
 
 
 def test_notebooks_are_numbered_from_one() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, 7)]
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("source", ["None", "x = 3", "import math", "print(1)", "3", "go.Figure()"])
