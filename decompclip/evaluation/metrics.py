@@ -115,9 +115,10 @@ class GroupAccuracy(Result):
         return self.names[values.index(min(values))]
 
     def interval(self, *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """95 % interval of `worst`: percentiles over draws of each group's images, with replacement.
+        """95 % interval of `worst`: percentiles over what each group's accuracy may be, given its images (Jeffreys' posterior).
 
-        Which group is worst is found anew in each draw; so it lies low where many small groups are about as bad.
+        Which group is worst is found anew in each draw; so it lies low where many small groups are about as bad. A group whose
+        few images are all right, or all wrong, is not taken for certain, as it would be if its images were drawn again.
 
         Args:
             draws: how many.
@@ -127,7 +128,7 @@ class GroupAccuracy(Result):
         return low, high
 
     def gain(self, before: GroupAccuracy, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-        """How much higher `worst` is than it was, and its 95 % interval over draws of the same images for both.
+        """How much higher `worst` is than it was, and its 95 % interval: both answers to an image are drawn together.
 
         Args:
             before: of the same images, in the same order.
@@ -144,13 +145,19 @@ class GroupAccuracy(Result):
         own, theirs = self._drawn(torch.stack([self.right, before.right]), draws, seed)
         return self.worst - before.worst, *_ends(own - theirs)
 
-    def _drawn(self, right: Bool[Tensor, "way image"], draws: int, seed: int) -> Float[Tensor, "way draw"]:
+    def _drawn(
+        self, right: Bool[Tensor, "way image"], draws: int, seed: int
+    ) -> Float[np.ndarray, "way draw"]:
         """The worst group's accuracy, of several answers to the same images."""
-        generator, worst = torch.Generator().manual_seed(seed), right.new_ones(len(right), draws).double()
+        generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+        outcomes = np.indices((2,) * len(right)).reshape(len(right), -1)  # each way right or wrong, together
+        codes, worst = right.cpu().numpy(), np.ones((len(right), draws))
         for place in range(len(self.names)):
-            own = right[:, self.group == place].double()
-            chosen = torch.randint(own.shape[1], (draws, own.shape[1]), generator=generator)
-            worst = torch.minimum(worst, own[:, chosen].mean(2))
+            own = codes[:, (self.group == place).cpu().numpy()]
+            counts = [(own == outcome[:, None]).all(0).sum() for outcome in outcomes.T]
+            # a prior that leaves one half for right and one half for wrong, whatever is answered beside it
+            shares = generator.dirichlet(np.array(counts) + 1 / len(counts), draws)
+            worst = np.minimum(worst, outcomes @ shares.T)
         return worst
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,13 +181,13 @@ class GroupAccuracy(Result):
         return pd.DataFrame(rows, columns=["class", "cue", "images", "accuracy", "low", "high"])
 
     def figure(self) -> go.Figure:
-        """One row a class, a bar a cue."""
-        from decompclip.figures.bars import bar_rows
+        """One row a class, a point a cue, with its interval."""
+        from decompclip.figures.scatter import Panel, Point, point_panels
 
         rows, cues = (list(dict.fromkeys(column)) for column in zip(*self.names, strict=True))
         found = dict(zip(self.names, self.rates, strict=True))
-        series = {cue: [found[name, cue].value for name in rows] for cue in cues}
-        return bar_rows(rows, series, unit="images of the group", percent=True, ends=(0, 1))
+        points = {cue: [Point.of(found[name, cue].to_dict()) for name in rows] for cue in cues}
+        return point_panels(rows, [Panel("", "accuracy, %", points)], bars="95 % interval")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -190,8 +197,8 @@ class GroupAccuracy(Result):
         return f"GroupAccuracy({len(self)} groups, {len(self.group)} images; worst {100 * self.worst:.1f} %: {name}, {cue})"
 
 
-def _ends(values: Float[Tensor, " draw"]) -> tuple[float, float]:
-    low, high = values.quantile(values.new_tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])).tolist()
+def _ends(values: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return low, high
 
 

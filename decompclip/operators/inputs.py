@@ -136,8 +136,6 @@ def encode_texts(
             "text file as pathlib.Path"
         )
     if isinstance(texts, Path):
-        from decompclip.operators.inputs import load_texts
-
         texts = load_texts(texts)
     texts = default_texts(model) if texts is None else tuple(texts)
     if not texts:
@@ -156,8 +154,6 @@ def default_texts(model: HookedCLIP) -> tuple[str, ...]:
     Raises:
         ValueError: it has words for none.
     """
-    from decompclip.operators.inputs import general_texts, shapes_texts
-
     if not isinstance(model.tokenizer, WordTokenizer):
         return general_texts()
     texts = shapes_texts(model.tokenizer.words)

@@ -386,7 +386,9 @@ def test_groups_equal_plain_counts_and_the_worst_is_the_least() -> None:
     assert frame["images"].sum() == 400 and frame["accuracy"].tolist() == list(values.values())
     assert list(zip(frame["class"], frame["cue"], strict=True)) == list(values)
     plot: Any = found.figure()
-    assert [list(bar.x) for bar in plot.data] == [[values["bird", c], values["cat", c]] for c in "abc"]
+    seen = {trace.name: list(trace.x) for trace in plot.data}
+    for cue in "abc":
+        assert seen[cue] == pytest.approx([100 * values["bird", cue], 100 * values["cat", cue]])
     said = json.loads(json.dumps(found.to_dict()))
     assert said["worst"]["value"] == found.worst and tuple(said["worst"]["group"]) == found.worst_group
     assert f"worst {100 * found.worst:.1f} %: {found.worst_group[0]}" in repr(found)
@@ -403,8 +405,30 @@ def test_intervals_of_the_worst_group_are_those_of_plain_draws() -> None:
     assert (low, high) == pytest.approx(tuple(ends), abs=0.012)
     assert low < found.worst < high and (low, high) == found.interval(draws=4000)
     assert len({found.interval(seed=seed, draws=50) for seed in range(4)}) > 1
-    nothing_wrong = tensor([0, 1] * 5)
-    assert group_accuracy(nothing_wrong, nothing_wrong, nothing_wrong * 0).interval() == (1, 1)
+
+
+def test_few_images_make_no_group_certain() -> None:
+    right = tensor([0, 1] * 5)
+    before = group_accuracy(1 - right, right, right * 0)
+    after = group_accuracy(right, right, right * 0)
+    low, high = after.interval()
+    # the worse of two posteriors of five out of five
+    draws = np.random.default_rng(3).beta(5.5, 0.5, (2, 200_000)).min(0)
+    assert (low, high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
+    value, least, most = after.gain(before)
+    assert value == 1 and 0.3 < least < most < 1
+
+
+def test_intervals_of_the_worst_group_hold_it_as_often_as_they_say() -> None:
+    """The truth is known here: three groups of thirty images, one of which is worse than the others."""
+    truth, held, times = tensor([0.95, 0.9, 0.7]), 0, 400
+    generator = torch.Generator().manual_seed(0)
+    cues = torch.arange(90) % 3
+    for _ in range(times):
+        wrong = (torch.rand(90, generator=generator) > truth[cues]).long()
+        low, high = group_accuracy(wrong, wrong * 0, cues).interval(draws=400)
+        held += low <= 0.7 <= high
+    assert 0.92 <= held / times <= 0.99
 
 
 def test_a_gain_is_of_the_same_images() -> None:
@@ -415,7 +439,8 @@ def test_a_gain_is_of_the_same_images() -> None:
     after = group_accuracy(better, labels, cues)
     value, low, high = after.gain(before)
     assert value == after.worst - before.worst > 0 and 0 <= low < value < high
-    assert before.gain(before) == (0, 0, 0)
+    value, low, high = before.gain(before)
+    assert value == 0 and -0.05 < low <= 0 <= high < 0.05
     # of the same images it is narrower than that of two sets would be
     apart = [end - start for start, end in (after.interval(), before.interval())]
     assert high - low < math.hypot(*apart)
