@@ -5,7 +5,7 @@
 
 A mutant is the core with one expression changed: another comparison or operator, a constant, a negation, an argument
 dropped or swapped. The tests of its room run on a copy of the tree, which they must pass before any mutant is judged;
-those that import the changed module come first. A mutant that no test notices calls for a test, or, where it means the
+those of its name, and those that import the changed module, come first. A mutant that no test notices calls for a test, or, where it means the
 same, for an entry in `EQUIVALENT`. One that outlasts five times what the tests take unchanged is told apart and is no kill.
 """
 
@@ -163,6 +163,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "key = blake2b(np.packbits(known).tobytes(), digest_size=16, key=str(seed).encode()).digest()",
         "key = blake2b(np.packbits(known).tobytes(), digest_size=17, key=str(seed).encode()).digest()",
     ): "a key of the image: any length serves",
+    (
+        "decompclip/operators/noise.py",
+        "one = scales[..., -1] if terms.normalized else torch.ones_like(scales[..., -1])",
+        "one = scales[..., -1] if terms.normalized else torch.ones_like(scales[..., -2])",
+    ): "of what is like, the form alone is read",
+    (
+        "decompclip/operators/noise.py",
+        "return Weights(heads, stream[..., 0, :], one)",
+        "return Weights(heads, stream[..., 1, :], one)",
+    ): "the stream counts alike behind every layer",
+    (
+        "decompclip/operators/probes.py",
+        "along = x @ np.random.default_rng(0).standard_normal(x.shape[1])",
+        "along = x @ np.random.default_rng(1).standard_normal(x.shape[1])",
+    ): "any line serves",
+    (
+        "decompclip/operators/probes.py",
+        "return connected_components(",
+        "return connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)))[1]",
+    ): "its default for directed graphs is to follow edges both ways",
     (
         "decompclip/operators/sweeps.py",
         "counts = torch.zeros(0, dtype=torch.long)",
@@ -372,16 +392,21 @@ def mutants(path: str) -> list[Mutant]:
 
 
 def test_files(room: Room, path: str | None = None) -> list[str]:
-    """The room's test files, those first that import what is changed."""
+    """The room's test files: first the one of the changed file's name, then those that import it."""
     found = [
         str(file.relative_to(ROOT))
         for name in (*room.tests, "tests/test_defaults.py")
         for file in (sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name])
     ]
     module = (path or "").removesuffix(".py").replace("/", ".")
-    return sorted(
-        found, key=lambda name: f"from {module} import" not in (ROOT / name).read_text(encoding="utf-8")
-    )
+    own = f"test_{module.rpartition('.')[2]}.py"
+
+    def away(name: str) -> int:
+        if Path(name).name == own:
+            return 0
+        return 1 if f"from {module} import" in (ROOT / name).read_text(encoding="utf-8") else 2
+
+    return sorted(found, key=away)
 
 
 class Copy:

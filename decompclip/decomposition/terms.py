@@ -434,19 +434,16 @@ class AttentionCapture:
         scale = self.cfg.d_head**-0.5
         if self.edited and self.single:
             return self.seen.pop("pattern")
-        places = range(len(self.layers))
         if self.single:
             scores = self.seen.pop("scores")[:, :, None].mul_(scale)
-            found = [self._bias(place) for place in places]
+            found = [self._bias(place) for place in range(len(self.layers))]
             biases = [bias for bias in found if bias is not None]
             return (scores + torch.cat(biases) if biases else scores).softmax(-1)
         batch = len(rows.weights)
         reads = rows.reads / rows.reads.sum(-1, keepdim=True)
         if not rows.each:  # the weights are of the rows' mean
             reads = (reads / rows.n_rows).expand(-1, -1, -1, rows.n_rows)
-        by_layer = (
-            [reads[:, layer] for layer in self.layers] if reads.shape[1] > 1 else [reads[:, 0]] * len(places)
-        )
+        alike = rows.scales is None  # of all layers
         names = ["pattern"] if self.edited else ["q", "k"]
         lengths = [count * batch for count in self.counts]
         seen = [self.seen.pop(name).flatten(0, 1) for name in names]
@@ -454,8 +451,9 @@ class AttentionCapture:
             seen = [seen[0].mul_(scale), seen[1].mT]
         mixed, spread = [], reads
         for place, parts in enumerate(zip(*(x.split(lengths) for x in seen), strict=True)):
-            read, heads = by_layer[place], self.counts[place]
-            if place == 0 or read is not by_layer[place - 1] or heads != self.counts[place - 1]:
+            heads = self.counts[place]
+            if place == 0 or not alike or heads != self.counts[place - 1]:
+                read = reads[:, 0 if alike else self.layers[place]]
                 spread = read.expand(heads, -1, -1, -1).flatten(0, 1)
             attention = parts[0]
             if not self.edited:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -160,7 +161,6 @@ class Points:
         """`components` None: the heads of each layer together, and the MLPs."""
         self._components = components
         self._maps: TermMaps | None = None
-        self._factors: Float[Tensor, "layer head coord coord"] | None = None
         self._kept: list[list[Tensor]] = []
         self.parts: tuple[Part, ...] = ()
         self.normalized = False
@@ -202,11 +202,11 @@ class Points:
         else:
             self.parts = parts_of(self._components, d)
         self._kept = [[] for _ in self.parts]
-        single = any(part.head is not None for part in self.parts)
-        if single and not d.maps.direct:
-            with one_thread():
-                triangles = torch.linalg.qr(d.maps.heads.double().mT, mode="r").R
-            self._factors = triangles.mT
+
+    @cached_property
+    def _factors(self) -> Float[Tensor, "layer head coord coord"]:
+        with one_thread():
+            return torch.linalg.qr(self.maps.heads.double().mT, mode="r").R.mT
 
     def _points(self, d: Decomposition, part: Part) -> Float[Tensor, "batch point"]:
         if part.kind == "mlps":
@@ -217,7 +217,7 @@ class Points:
         if part.head is None:
             return coords.sum(1) if d.maps.direct else coords.flatten(1) @ maps.flatten(0, 1)
         coords = coords[:, part.head]
-        if self._factors is None:
+        if d.maps.direct:
             return coords.contiguous()
         return coords @ self._factors[part.layer, part.head].to(coords)
 

@@ -136,6 +136,8 @@ def test_a_store_holds_what_the_tower_gives(model: HookedCLIP, built: Path, norm
     assert store.class_names == IMAGES.class_names
     assert store.ids == tuple(f"shapes/31/{place}" for place in range(150))
     assert store.maps.matches(d.maps) and store.normalized and store.convention == "centred"
+    none = Decomposition.load(built / MAPS)
+    assert len(none) == 0 and none.normalized and none.maps.matches(d.maps)
 
 
 @pytest.mark.parametrize(

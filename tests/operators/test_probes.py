@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from decompclip.data.shapes import PROPERTIES, Shapes, shapes_captions
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.naming import agreement, named_property
-from decompclip.operators.probes import Probes, probe
+from decompclip.operators.probes import COPY, Probes, _groups, probe
 from decompclip.tower.vit import HookedViT
 
 N = 120
@@ -137,6 +138,23 @@ def test_copies_of_an_image_are_on_one_side(planted: Decomposition, truth: dict[
         probe(planted[[0] * 5], {"luck": torch.tensor([0, 1, 0, 1, 0])}, components=heads[1, 3])
 
 
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])
+def test_copies_are_told_by_their_distance_as_a_share_of_their_length(length: float) -> None:
+    """Beside the slow reference: every pair is compared. Images that are near, but no copies, stay apart."""
+    draw = torch.Generator().manual_seed(0)
+    one = F.normalize(torch.randn(60, 8, dtype=torch.float64, generator=draw), dim=1)
+    aside = F.normalize(torch.randn(60, 8, dtype=torch.float64, generator=draw), dim=1)
+    features = length * torch.cat([one, one[:20] + 0.3 * COPY * aside[:20], one[20:] + 3 * COPY * aside[20:]])
+    apart = (features[:, None] - features).norm(dim=-1) / length
+    found = torch.from_numpy(_groups(features, None))
+    assert torch.equal(found[:, None] == found, apart < COPY)
+    assert len(found.unique()) == 100
+
+
+def test_images_of_which_nothing_is_left_are_copies() -> None:
+    assert set(_groups(torch.zeros(3, 8), None)) == {0}
+
+
 def test_streams_give_the_same(planted: Decomposition, truth: dict[str, Tensor], probes: Probes) -> None:
     stream = probe((planted[i : i + 50] for i in (0, 50, 100)), truth, components=heads[1] | mlps[0])
     torch.testing.assert_close(stream.accuracy, probes.accuracy, atol=0.03, rtol=0)
@@ -223,6 +241,9 @@ def test_agreement_counts_and_kappa(probes: Probes) -> None:
         probes, {**texts, "heads[1, 0]": ["a ring", "a star", "all red"]}, words, weights=weights
     )
     assert weighted.named[0] == "colour"  # the last text outweighs the others
+    bar = float(probes.explained[2].max())  # what reaches the bar counts
+    left = [agreement(probes, texts, words, least=x).left_out for x in (bar, np.nextafter(bar, 2))]
+    assert ["heads[1, 2]" in map(str, parts) for parts in left] == [False, True]
     alone = agreement(probes, {"heads[1, 0]": ["a star"]}, words, by="accuracy")
     assert np.isnan(alone.kappa) and alone.share == 1
 

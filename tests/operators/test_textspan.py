@@ -322,6 +322,23 @@ def test_a_text_that_says_nothing_is_no_direction() -> None:
     assert picks.texts[0, 0] == 1
 
 
+def test_what_is_past_the_rank_or_as_small_as_rounding_is_not_picked() -> None:
+    """Side by side: of rank 1; a second direction of rounding; nothing that varies; two that do."""
+    spread = torch.tensor([[1.0, 0.5], [100.0, 1e-12], [0.0, 0.0], [1.0, 0.5]]).double()
+    space = Frame(
+        torch.eye(2).double().expand(4, 2, 2),
+        torch.diag_embed(spread),
+        torch.tensor([1, 2, 2, 2]),
+        spread.sum(1),
+    )
+    picks = pick(space, torch.eye(2), 3)
+    assert picks.texts.tolist() == [[0, -1, -1], [0, -1, -1], [-1, -1, -1], [0, 1, -1]]
+    first, second, none = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
+    assert picks.directions.tolist() == [[first, none, none]] * 2 + [[none] * 3, [first, second, none]]
+    shares = torch.tensor([[2 / 3] * 3, [1.0] * 3, [0.0] * 3, [2 / 3, 1, 1]]).double()
+    torch.testing.assert_close(picks.explained, shares)
+
+
 def test_as_many_texts_as_the_rank_explain_everything(spans: TextSpans, drawn: Decomposition) -> None:
     span = spans[-1, 2]
     assert len(span) == span.rank == 16  # of 20 asked for
