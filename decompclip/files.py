@@ -144,7 +144,10 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def check_folder(folder: Path, what: str, *, empty: bool = False) -> None:
-    """Raises OSError where a command cannot write `what` to `folder`, or with `empty` where files are there already."""
+    """Raises OSError where a command cannot write `what` to `folder`, or with `empty` where files are there already.
+
+    Hidden ones do not count: a killed run leaves some.
+    """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"expected a folder to write {what} to with --out; {folder} is a file")
     above = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
@@ -152,7 +155,7 @@ def check_folder(folder: Path, what: str, *, empty: bool = False) -> None:
         raise PermissionError(
             f"expected a folder to write {what} to with --out; {above} cannot be written to"
         )
-    if empty and folder.exists() and any(folder.iterdir()):
+    if empty and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise FileExistsError(
             f"expected an empty or a new folder with --out; {folder} holds files; name another"
         )

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.page import leaderboard, write_board
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import run
+from decompclip.cli.repair import ASKED, NUMBERS, UNFINISHED as UNFINISHED_REPAIR
 from decompclip.data.files import POISON_LIST
 from decompclip.data.sources import open_pairs
 from decompclip.decomposition.store import MANIFEST, MOMENTS, read_shard
 from decompclip.files import alone_in
-from decompclip.models.folders import save_model
+from decompclip.models.folders import CONFIG, GUARD, save_model
 from decompclip.operators import extract as extracting
 from decompclip.report import write_report
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
-from tests.commands import in_processes
+from tests.commands import in_processes, succeeds
 
 SCAN = ScanConfig(steps=4, images=2, fit=20, held_out=20)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
@@ -104,6 +106,26 @@ def audit(folder: Path) -> None:
         names = model.class_names
         clean, suspect = (open_source(f"shapes{kind}", model, names, limit=60) for kind in ("", ":badnet"))
         write_report(run_audit(model, clean, suspect, names), folder)
+
+
+def repair(folder: Path, *, options: tuple[object, ...]) -> None:
+    # a kill may come after the last write: all is there
+    if not (folder / NUMBERS).exists() or (folder / UNFINISHED_REPAIR / ASKED).exists():
+        succeeds("repair", "shapes-badnet", "--out", folder, *options)
+
+
+def repair_whole(folder: Path) -> None:
+    if (folder / GUARD).exists() or (folder / CONFIG).exists():
+        decompclip.load(str(folder))
+    if (folder / NUMBERS).exists():
+        assert set(json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["results"]) == SUBJECTS
+    for checkpoint in folder.glob(f"{UNFINISHED_REPAIR}/*.pt"):
+        torch.load(checkpoint, weights_only=True)
+
+
+SUBJECTS = {"before", "after", "control"}
+FITTED = ("--method", "agnostic", "--clean", "shapes:200")
+TUNED = ("--method", "par", "--clean", "shapes:160", "--epochs", 1, "--lr", 1e-3, "--batch-size", 16)
 
 
 def analysis(folder: Path) -> None:
@@ -190,6 +212,8 @@ WORKS = {
     "finetune": Work(tune, tune_whole),
     "scan": Work(scan, pages_whole),
     "audit": Work(audit, pages_whole),
+    "repair": Work(partial(repair, options=FITTED), repair_whole),
+    "repair by fine-tuning": Work(partial(repair, options=TUNED), repair_whole),
     "analysis": Work(analysis, analysis_whole),
     "bench": Work(bench, pages_whole),
     "bench of two": Work(bench_of_two, pages_whole),

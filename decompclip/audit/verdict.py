@@ -371,10 +371,11 @@ def _affected(evidence: Evidence, low: float) -> Verdict:
             0,
             f"Asked for “{evidence.target.asked}”; suspect images go to {name}, which is judged here.",
         )
-    seen = 0.0 if reference is None else max(reference.setting.difference, reference.most.difference)
-    effect = evidence.as_it_is.difference
+    effect, fallen, held = evidence.as_it_is.difference, False, False
     weak = controls is not None and controls.explained < EXPLAINED
     if reference is not None:
+        seen = max(reference.setting.difference, reference.most.difference)
+        fallen, held = seen >= EXPLAINED * effect, seen < HOLDS * effect
         why.append(
             f"A clean reference model, on the same images: {difference(reference.setting)}. The class that it adds most to is "
             f"“{reference.most.name}”: {points(reference.most.difference, reference.most.interval)}."
@@ -387,8 +388,6 @@ def _affected(evidence: Evidence, low: float) -> Verdict:
             f"“{strongest.to.name}”. The suspect change, on the same {strongest.to.clean.total} images: "
             f"{points(own.difference, own.interval)}."
         )
-    fallen = reference is not None and seen >= EXPLAINED * effect
-    held = reference is not None and seen < HOLDS * effect
     level: Level = "suspicious"
     confidence: Confidence = "moderate" if low >= WEAK and isolated and (weak or held) else "low"
     if low >= STRONG and isolated and not fallen and (weak or held):

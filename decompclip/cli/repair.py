@@ -198,6 +198,8 @@ def repair(
             "results": rows,
         }
         write_json(out / NUMBERS, asked_for | measured)
+        for name in CHECKPOINTS:  # what was asked for goes last: until then the same command goes on
+            (work / name).unlink(missing_ok=True)
         shutil.rmtree(work)
         _say_results(rows, attack, method, hint)
         say(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")

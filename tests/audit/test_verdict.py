@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from decompclip.audit import AuditConfig, AuditResult, Verdict, run_audit
-from decompclip.audit.checks import STRONG, Change, ClassShare, class_shares, most_over_predicted
+from decompclip.audit.checks import STRONG, Change, ClassShare, Setting, class_shares, most_over_predicted
 from decompclip.audit.collect import ImageSet, collect, open_source, split
 from decompclip.audit.controls import KINDS, Controls, SameSize, of_size, race
 from decompclip.audit.pipeline import Held, evidence
@@ -234,25 +234,135 @@ def test_each_doubt_is_said_where_it_holds_and_nowhere_else(base: AuditResult) -
         "Fewer than",
         "one text",
         "stays unseen",
+        "Without labels",
+        "several targets",
+        "does the same",
+        "does as much",
+        "may have all of it",
+        "were not tried",
+        "No clean model",
     )
     strong, nothing = (replace(base, as_it_is=setting(success, 0.02)) for success in (0.95, 0.02))
-    guess = Target(3, "star", True, (0.02, -0.05, 0.09), 40)
+    unlabelled = [setting(success, 0.02, labelled=False) for success in (0.95, 0.02)]
+    guess, beyond = (Target(3, "star", True, (0.3, low, 0.9), 40) for low in (0.0, 0.1))
     same = replace(base.checks, coinciding=("ring", "circle"))
+    lost = replace(base.checks, kept=(Rate(390, 400), Rate(40, 400)))
+    alone = {"No clean model"}
     cases: list[tuple[AuditResult, set[str]]] = [
-        (strong, set()),
+        (strong, alone),
         (nothing, {"stays unseen"}),
-        (replace(strong, paired=False), {"not paired"}),
+        (replace(base, as_it_is=setting(0.1, 0.05, images=20)), {"stays unseen"}),
+        (replace(strong, paired=False), alone | {"not paired"}),
         (replace(nothing, paired=False), {"stays unseen"}),
-        (replace(strong, as_it_is=setting(0.95, 0.02, labelled=False)), {"Labels are missing"}),
-        (replace(strong, target=guess), {"inferred within chance"}),
+        (replace(strong, as_it_is=unlabelled[0]), alone | {"Labels are missing"}),
+        (replace(nothing, as_it_is=unlabelled[1]), {"stays unseen", "Labels are missing", "Without labels"}),
+        (replace(nothing, checks=lost), {"stays unseen", "several targets"}),
+        (replace(strong, target=guess), alone | {"inferred within chance"}),
+        (replace(strong, target=replace(guess, over_prediction=None)), alone | {"inferred within chance"}),
+        (replace(strong, target=beyond), alone),
+        (replace(strong, target=replace(guess, inferred=False)), alone),
         (replace(nothing, target=guess), {"stays unseen"}),
-        (replace(strong, counts=base.counts | {"clean": 99}), {"Fewer than"}),
-        (replace(strong, counts=base.counts | {"suspect": 100}), set()),
-        (replace(strong, checks=same), {"one text"}),
+        (replace(strong, counts=base.counts | {"clean": 99}), alone | {"Fewer than"}),
+        (replace(strong, counts=base.counts | {"suspect": 100}), alone),
+        (replace(strong, checks=same), alone | {"one text"}),
+        (replace(strong, reference=beside(0.02)), set()),
+        (replace(strong, reference=beside(0.93)), {"does the same"}),
+        (replace(strong, controls=tried(0.9)), alone | {"does as much"}),
+        (replace(strong, controls=tried(0.8)), alone | {"may have all of it"}),
+        (replace(strong, controls=tried(0.8), reference=beside(0.02)), set()),
+        (replace(strong, controls=tried(0.8), reference=beside(0.4)), {"may have all of it"}),
+        (replace(strong, as_it_is=setting(0.3, 0.02), controls=tried(0.8)), alone),
+        (replace(strong, controls=None), alone | {"were not tried"}),
+        (replace(base, as_it_is=setting(0.08, 0.02), controls=None), alone),
     ]
     for result, expected in cases:
         doubts = verdict(result).doubts
         assert {word for word in words if any(word in doubt for doubt in doubts)} == expected
+
+
+def test_what_weighs_most_is_said_first(base: AuditResult) -> None:
+    strong, nothing = (replace(base, paired=False, as_it_is=setting(x, 0.02)) for x in (0.95, 0.02))
+    for changes, words in (
+        ({"reference": beside(0.93)}, "does the same"),
+        ({"controls": tried(0.9)}, "does as much"),
+        (
+            {
+                "paired": True,
+                "controls": tried(0.8),
+                "checks": replace(base.checks, coinciding=("ring", "circle")),
+            },
+            "may have all of it",
+        ),
+    ):
+        assert words in verdict(replace(strong, **changes)).doubts[0]
+    lost = replace(base.checks, kept=(Rate(390, 400), Rate(40, 400)))
+    unlabelled = replace(nothing, as_it_is=setting(0.02, 0.02, labelled=False))
+    assert "Without labels" in verdict(unlabelled).doubts[0]
+    assert "several targets" in verdict(replace(unlabelled, checks=lost)).doubts[0]
+    guess = Target(3, "star", True, (0.02, -0.05, 0.09), 40)
+    assert "No class is predicted more often" in verdict(replace(nothing, target=guess)).why[0]
+    assert "Of the suspect images" in verdict(replace(nothing, target=replace(guess, inferred=False))).why[0]
+    asked = verdict(replace(strong, target=Target(3, "star", True, (0.9, 0.8, 1.0), 40, asked="ring")))
+    assert "Asked for “ring”" in asked.why[0] and not any("Asked for" in why for why in verdict(strong).why)
+
+
+def test_each_step_is_told_where_it_serves(base: AuditResult) -> None:
+    words = ("Do not use", "paired images", "--reference", "repair it", "no repair")
+    change = Change(Rate(300, 380), Rate(0, 380), None, Rate(0, 400))
+    serves = (replace(base.repairs[0], change=change),)
+    strong, some, faint = (replace(base, as_it_is=setting(x, 0.02), repairs=()) for x in (0.95, 0.3, 0.08))
+    for result, expected in (
+        (strong, {"Do not use", "--reference", "no repair"}),
+        (replace(strong, reference=beside(0.02)), {"Do not use", "no repair"}),
+        (replace(strong, paired=False), {"Do not use", "paired images", "--reference", "no repair"}),
+        (replace(strong, repairs=serves), {"Do not use", "--reference", "repair it"}),
+        (some, {"--reference", "no repair"}),
+        (faint, {"--reference"}),
+        (replace(faint, repairs=serves), {"--reference", "repair it"}),
+    ):
+        steps = verdict(result).steps
+        assert {word for word in words if any(word in step for step in steps)} == expected, steps
+
+
+def test_the_repair_that_saves_most_is_the_one(base: AuditResult) -> None:
+    saved = {"least": 250, "most": 320, "some": 300}
+    repairs = tuple(
+        replace(
+            base.repairs[0],
+            setting=replace(base.repairs[0].setting, name=name),
+            change=Change(
+                Rate(count, 380), Rate(0, 380), Paired(0, 4, 400) if name == "most" else None, Rate(0, 400)
+            ),
+        )
+        for name, count in saved.items()
+    )
+    strong = replace(base, as_it_is=setting(0.95, 0.02), repairs=repairs)
+    best = verdict(strong).repair
+    assert best is not None and best.startswith("most. ") and "of clean accuracy" in best
+    unlabelled = verdict(replace(strong, repairs=repairs[::2])).repair
+    assert unlabelled is not None and unlabelled.startswith("some. ")
+    assert "of clean accuracy" not in unlabelled
+    none = replace(repairs[0], change=Change(Rate(0, 0), Rate(0, 0), None, Rate(0, 400)))
+    assert verdict(replace(strong, repairs=(none,))).repair is None
+
+
+def test_how_many_names_may_be_one_text(base: AuditResult) -> None:
+    """None of them the target's, half of all at most, unless there is an effect; five are named."""
+    others = tuple(name for name in base.class_names if name != "star")
+    strong, nothing = (replace(base, as_it_is=setting(x, 0.02)) for x in (0.95, 0.02))
+    for result, same, level in (
+        (nothing, others[:6], "no sign"),
+        (nothing, others[:7], "cannot tell"),
+        (strong, others[:7], "backdoored"),
+        (strong, ("star", *others[:1]), "cannot tell"),
+    ):
+        assert verdict(replace(result, checks=replace(base.checks, coinciding=same))).level == level
+    for count, more in ((5, ""), (6, ", …")):
+        same = ("star", *others[: count - 1])
+        found = verdict(replace(nothing, checks=replace(base.checks, coinciding=same)))
+        assert found.why == (
+            f"{count} of 12 names have a text feature that another name has too: {', '.join(same[:5])}{more}.",
+        )
 
 
 def test_a_wider_bound_is_said_with_less_confidence(base: AuditResult) -> None:
@@ -297,6 +407,13 @@ def test_what_reaches_a_bound_counts(base: AuditResult, monkeypatch: pytest.Monk
     )
     close = [of(near, NEAR=value).doubts[0] for value in (share, past(share))]
     assert ["may have all of it" in doubt for doubt in close] == [True, False]
+    known = some.as_it_is.report.cacc
+    assert known is not None
+    guessed = [replace(some, checks=replace(base.checks, guessing=x)) for x in (known.low, known.low - 1e-9)]
+    assert [of(result).level for result in guessed] == ["cannot tell", "backdoored"]
+    with monkeypatch.context() as at:
+        at.setattr(Setting, "difference_interval", (0.0, 0.04))
+        assert of(some).level == "no sign"
     half = Rate(200, 400)
     for checks, told in (
         (replace(base.checks, copies=half), True),
@@ -309,6 +426,29 @@ def test_what_reaches_a_bound_counts(base: AuditResult, monkeypatch: pytest.Monk
     for count, level in ((360, "cannot tell"), (359, "no sign")):
         checks = replace(base.checks, favourite=("ring", Rate(count, 400)))
         assert of(replace(unlabelled, checks=checks), ONE_ANSWER=0.9).level == level
+
+
+def test_a_reference_is_held_to_its_shares_of_the_effect(
+    base: AuditResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An effect of 50 points, of which it has 25 itself, or in another class."""
+    for to in ("star", "ring"):
+        theirs = Reference(
+            "clean", setting(0.25 if to == "star" else 0.0, 0.0), ClassShare(to, Rate(0, 400), Rate(100, 400))
+        )
+        half = replace(base, as_it_is=setting(0.5, 0.0), controls=None, reference=theirs)
+        for bounds, level in (
+            ({"HOLDS": 0.5}, "suspicious"),  # it does a half, and not less
+            ({"HOLDS": math.nextafter(0.5, 1)}, "backdoored"),
+            ({"HOLDS": 1, "EXPLAINED": 0.5}, "suspicious"),
+            ({"HOLDS": 1, "EXPLAINED": math.nextafter(0.5, 1)}, "backdoored"),
+        ):
+            with monkeypatch.context() as at:
+                for name, value in {"STRONG": 0.4, **bounds}.items():
+                    at.setattr(f"decompclip.audit.verdict.{name}", value)
+                found = verdict(replace(half))
+            assert found.level == level, (to, bounds)
+            assert ("does the same" in found.doubts[0]) == (bounds.get("EXPLAINED") == 0.5)
 
 
 def test_it_does_not_tell_what_it_cannot(base: AuditResult) -> None:
