@@ -89,13 +89,16 @@ ROOMS = {
         tuple(f"decompclip/defenses/{name}.py" for name in DEFENSES),
         tuple(
             f"tests/defenses/test_{name}.py"
-            for name in ("agnostic", "class_distance", "decomp", "guard", "bake", "token_rep")
+            for name in ("agnostic", "class_distance", "decomp", "fitted", "guard", "bake", "token_rep")
         ),
     ),
     "verdict": Room(("decompclip/audit/verdict.py",), ("tests/audit/test_verdict.py",)),
 }
 
 ROWS = "the default is dim=1, the last of a matrix"
+ONE = "a constant of every head and layer"
+TINY = "a bound that nothing but rounding is below"
+SEED = "a seed of draws: any number serves"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
@@ -138,6 +141,47 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return lambda features: F.normalize(features, dim=-1) @ along.to(features)",
         "return lambda features: F.normalize(features) @ along.to(features)",
     ): ROWS,
+    (
+        "decompclip/defenses/agnostic.py",
+        "return normalize(classifier - classifier.mean(0), dim=1)",
+        "return normalize(classifier - classifier.mean(0))",
+    ): ROWS,
+    (
+        "decompclip/defenses/agnostic.py",
+        "return normalize(rest - HAIR * rest.norm(dim=1, keepdim=True) * answers, dim=1)",
+        "return normalize(rest - HAIR * rest.norm(dim=1, keepdim=True) * answers)",
+    ): ROWS,
+    **{
+        (
+            "decompclip/defenses/agnostic.py",
+            "return 1 / d.coords[:, 0, 0, -1] if d.maps.extras else d.embed.new_ones(len(d))",
+            f"return 1 / d.coords[:, {place}, -1] if d.maps.extras else d.embed.new_ones(len(d))",
+        ): ONE
+        for place in ("1, 0", "0, 1")
+    },
+    (
+        "decompclip/defenses/agnostic.py",
+        "self.mean_, self.deviation_ = raw.mean(0), raw.std(0).clamp_min(1e-9)",
+        "self.mean_, self.deviation_ = raw.mean(0), raw.std(0).clamp_min(2e-09)",
+    ): TINY,
+    (
+        "decompclip/defenses/agnostic.py",
+        "self.spread_ = views[:, : len(DISTANCES)].sum(1).std().clamp_min(1e-9)",
+        "self.spread_ = views[:, : len(DISTANCES)].sum(1).std().clamp_min(2e-09)",
+    ): TINY,
+    (
+        "decompclip/defenses/guard.py",
+        "isinstance(named, dict) and named and known.keys() >= named.keys()",
+        "isinstance(named, dict) and named and known.keys() > named.keys()",
+    ): "a guard has one defense: never all three of them",
+    **{
+        (
+            "decompclip/defenses/guard.py",
+            "seed = int(torch.randint(2**31, (), generator=self._draws))",
+            f"seed = int(torch.randint({most}, (), generator=self._draws))",
+        ): SEED
+        for most in ("2*31", "3**31", "2**32")
+    },
     (
         "decompclip/defenses/guard.py",
         "features = F.normalize(features, dim=-1) if normalize else features * length",

@@ -157,7 +157,7 @@ def lengths(d: Decomposition) -> Float[Tensor, " batch"]:
     """
     if d.maps.bias_names:
         return 1 / d.bias_coords[:, -1]
-    return 1 / d.coords[:, 0, 0, -1] if d.maps.extras else torch.ones_like(d.embed[:, 0])
+    return 1 / d.coords[:, 0, 0, -1] if d.maps.extras else d.embed.new_ones(len(d))
 
 
 @dataclass(eq=False, repr=False)

@@ -324,7 +324,8 @@ def _or_guard(load: Callable[P, HookedCLIP]) -> Callable[P, HookedCLIP]:
     def either(*args: P.args, **options: P.kwargs) -> Any:
         name = args[0] if args else options.get("name")
         if isinstance(name, str | Path) and (Path(name) / GUARD).is_file():
-            return load_guard(*args, **options)  # pyright: ignore[reportCallIssue]
+            options.pop("name", None)
+            return load_guard(name, *args[1:], **options)
         return load(*args, **options)
 
     return either

@@ -75,6 +75,17 @@ def test_what_two_thirds_of_the_layers_found_and_the_rest_sum_to_the_feature(
     assert torch.allclose(before + rest, clean.features, atol=1e-5)
 
 
+@pytest.mark.parametrize(("n_layers", "first"), [(1, 1), (2, 1), (4, 2), (6, 4)])
+def test_two_thirds_of_the_layers_are_one_at_least(
+    make_tower, images: torch.Tensor, n_layers: int, first: int
+) -> None:
+    d = decompose(make_tower(n_layers=n_layers), images, normalize=True)
+    detector = AgnosticDet(torch.eye(4, d.d_embed))
+    detector.terms_ = d
+    terms = layer_terms(d)[:, :first].sum((1, 2))
+    assert torch.allclose(detector.look(d).before, d.embed + terms, atol=1e-6)
+
+
 @pytest.mark.parametrize("convention", ["centred", "paper"])
 @pytest.mark.parametrize("pool", [False, True])
 def test_lengths_are_those_of_the_features_before_they_were_divided(
@@ -164,7 +175,7 @@ def test_cross_fitting_by_sums_is_fitting_on_the_other_folds(
     odd = views[:, :3].sum(1)
     tails = (odd / odd.std(), *views[:, 3:].unbind(1))
     scores = torch.stack([-torch.special.log_ndtr(-tail) for tail in tails]).sum(0).sort().values
-    assert torch.allclose(detector.scores_, scores, rtol=1e-5)
+    assert torch.allclose(detector.scores_, scores, rtol=1e-5) and detector.scores_.dtype == torch.float64
 
 
 def test_a_class_of_a_single_image_does_no_harm(clean: Decomposition, fresh: Decomposition) -> None:
@@ -381,10 +392,22 @@ def test_no_answer_stays_whatever_the_features(
     assert torch.allclose(found.norm(dim=1), torch.ones(500))
     mean = clean.features.double().mean(0)
     for feature, kind, repaired in zip(features[:50].double(), answers, found, strict=False):
-        direction = (few[kind] - few.mean(0)).double()
+        direction = torch.nn.functional.normalize(few[kind] - few.mean(0), dim=0).double()
         rest = feature - mean
-        rest = rest - rest @ direction / (direction @ direction) * direction
-        assert torch.allclose(repaired.double(), rest / rest.norm(), atol=2e-3)
+        rest = rest - rest @ direction * direction
+        rest = rest - rest.norm() / 1000 * direction  # so that of two classes the other one stands
+        assert torch.allclose(repaired.double(), rest / rest.norm(), atol=1e-5)
+
+
+def test_a_repair_detects_by_its_own_options(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    repair = AgnosticRep(classifier, budget=0.2, folds=4, seed=3).fit(clean)
+    detector = AgnosticDet(classifier, folds=4, seed=3).fit(clean)
+    assert torch.allclose(repair.detector_.scores_, detector.scores_, rtol=1e-6)
+    flags = repair.flags(fresh)
+    assert torch.equal(flags, detector.predict(fresh, fpr=0.2))
+    assert flags.sum() > detector.predict(fresh).sum()  # of one in five, and not in twenty
 
 
 def test_where_restricts_the_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
+from decompclip.defenses.agnostic import AgnosticRep
 from decompclip.defenses.decomp import DecompDet, DecompRep
-from decompclip.defenses.guard import Guard, load, save_guard
+from decompclip.defenses.guard import AtRandom, Guard, load, save_guard
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
@@ -135,6 +137,79 @@ def test_a_saved_guard_is_what_loading_its_folder_gives(tmp_path: Path) -> None:
     torch.testing.assert_close(again.encode_image(images[:4]), guard.encode_image(images[:4]))
     assert not torch.allclose(again.encode_image(images[:4]), model.encode_image(images[:4]))
     assert not isinstance(load(model.to_open_clip(), tokenizer=model.tokenizer), Guard)
+
+
+def drawn_for(model: HookedCLIP) -> Tensor:
+    return torch.randn(30, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_guard_is_written_again_and_again_and_not_where_it_repairs_by_other_things(tmp_path: Path) -> None:
+    model = load("shapes")
+    terms = model.decompose(drawn_for(model), normalize=True)
+    out = tmp_path / "new" / "folder"
+    for repair in (DecompRep(**RULE).fit(terms), DecompRep(similarity="cosine", epsilon=0.5).fit(terms)):
+        save_guard(Guard(model, repair), out)
+        again: Any = load(name=out)
+        assert torch.equal(again.defense.selector_.thresholds_, repair.selector_.thresholds_)
+    detector = DecompDet(**RULE).fit(terms)
+    for guard in (Guard(model, repair, reject=detector), Guard(model, ZeroAblate(mlps[-1]))):
+        with pytest.raises(ValueError, match="repairs by AgnosticRep, DecompRep or TokenRep alone; received"):
+            save_guard(guard, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_guard_s_file_is_not_taken_at_its_word(tmp_path: Path) -> None:
+    model = load("shapes")
+    terms = model.decompose(drawn_for(model), normalize=True)
+    file = save_guard(Guard(model, DecompRep(**RULE).fit(terms)), tmp_path / "a") / "guard.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    digest = about["repairs"]["DecompRep"]
+    for changes in (
+        {"format": "decompclip.guard/0"},
+        {"repairs": []},
+        {"repairs": {}},
+        {"repairs": {"DecompRep": digest, "Other": digest}},
+    ):
+        file.write_text(json.dumps(about | changes), encoding="utf-8")
+        with pytest.raises(ValueError, match="expected a guard of format .* with repairs among DecompRep, "):
+            load(tmp_path / "a")
+    for repairs in ({"DecompRep": "0" * 64}, {"AgnosticRep": digest}):
+        file.write_text(json.dumps(about | {"repairs": repairs}), encoding="utf-8")
+        with pytest.raises(ValueError, match="is missing, or was changed since; repair the model again"):
+            load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("convention", ["centred", "paper"])
+def test_the_control_of_a_guard_replaces_as_many_heads_at_random(clip: HookedCLIP, convention: Any) -> None:
+    options: dict[str, Any] = {"convention": convention, "normalize": True}
+    clean, images = clip.decompose(drawn(30, 1), **options), drawn(12, 2)
+    d, state = clip.decompose(images, **options), torch.get_rng_state()
+
+    def control(seed: int = 3, **rule: Any) -> Tensor:
+        repair = DecompRep(similarity="cosine", convention=convention, **rule).fit(clean)
+        return AtRandom(Guard(clip, repair), seed=seed).encode_image(images)
+
+    torch.testing.assert_close(control(epsilon=-1.0), d.features)  # no head is flagged, and none replaced
+    every = MeanAblate(heads[-1], Moments.of(clean))(d).features
+    torch.testing.assert_close(control(epsilon=1.0), every)  # all that are judged
+    some = control(threshold="quantile", quantile=0.3)
+    assert torch.equal(some, control(threshold="quantile", quantile=0.3))
+    assert not torch.allclose(some, control(4, threshold="quantile", quantile=0.3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_control_of_a_guard_takes_the_answer_out_of_as_many_images(clip: HookedCLIP) -> None:
+    clean, images = clip.decompose(drawn(60, 1), normalize=True), drawn(40, 2)
+    means = torch.stack([clean.features[k::4].mean(0) for k in range(4)])
+    repair = AgnosticRep(F.normalize(means - means.mean(0), dim=1), budget=0.3).fit(clean)
+    own = clip.decompose(images, normalize=True)
+    flags, without = repair.flags(own), repair.without_answer(own.features)
+    found = [AtRandom(Guard(clip, repair), seed=seed).encode_image(images) for seed in (3, 3, 4)]
+    touched = [(features - own.features).norm(dim=1) > 1e-9 for features in found]
+    assert 0 < flags.sum() == touched[0].sum() == touched[2].sum() < 40
+    torch.testing.assert_close(found[0], torch.where(touched[0][:, None], without, own.features))
+    assert torch.equal(touched[0], touched[1]) and not torch.equal(touched[0], touched[2])
+    assert not torch.equal(touched[0], flags)
 
 
 def test_bad_input_is_refused(clip: HookedCLIP) -> None:
