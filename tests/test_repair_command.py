@@ -11,7 +11,6 @@ import torch
 import decompclip
 from decompclip.cli.repair import Method, costly
 from decompclip.data.shapes import Shapes
-from decompclip.defenses.decomp import late_mlps
 from decompclip.defenses.guard import Guard
 from tests.commands import run, succeeds
 
@@ -126,10 +125,6 @@ def test_a_repair_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path: P
         "repair", "shapes-badnet", "--out", tmp_path / "a", "--method", "agnostic", "--clean", "shapes:20"
     )
     assert code == 2 and "clean images" in stderr and not (tmp_path / "a").exists()
-
-
-def test_the_last_mlps_are_the_papers_share_of_the_towers_own() -> None:
-    assert [late_mlps(n) for n in (12, 24, 6, 1)] == [5, 10, 2, 1]
 
 
 def test_a_repair_that_costs_accuracy_says_so_and_what_to_take_instead(tmp_path: Path) -> None:

@@ -86,6 +86,20 @@ def test_relative_positions_count_where_attention_is_made_again(
     assert torch.allclose(d.attention(1, 1), cache["pattern", 1][:, 1, 0], atol=1e-12)
 
 
+def test_a_pattern_that_a_hook_edits_is_the_attention(family: HookedViT, images: Tensor) -> None:
+    def away_from_the_last(pattern: Tensor, hook: Any) -> Tensor:
+        pattern = pattern.clone()
+        pattern[..., -1] = 0
+        return pattern / pattern.sum(-1, keepdim=True)
+
+    for chosen in (True, heads[0, 1] | heads[1, :3] | heads[2, 2]):
+        with family.hooks([("blocks.1.attn.hook_pattern", away_from_the_last)]):
+            d = decompose(family, images.double(), tokens=chosen)  # pyright: ignore[reportArgumentType]
+        for layer, head in ((0, 1), (1, 0), (1, 2), (2, 2)):
+            assert torch.allclose(d.tokens(layer, head).sum(1), d.heads[:, layer, head], atol=1e-12)
+            assert bool((d.attention(layer, head)[:, -1] == 0).all()) == (layer == 1)
+
+
 def test_conventions_differ_in_the_bookkeeping_alone(family: HookedViT, images: Tensor) -> None:
     centred, paper = (decompose(family, images.double(), convention=c) for c in ("centred", "paper"))
     assert torch.allclose(centred.features, paper.features, atol=1e-12)

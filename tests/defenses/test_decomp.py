@@ -16,7 +16,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
-from decompclip.defenses.decomp import DecompDet, DecompRep, fixed_heads, random_heads
+from decompclip.defenses.decomp import DecompDet, DecompRep, fixed_heads, late_mlps, random_heads
 from decompclip.defenses.selector import Selector
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.noise import RandomAblate
@@ -229,6 +229,10 @@ def test_the_last_mlps_of_every_image_are_means(centred) -> None:
     torch.testing.assert_close(repair(suspect).mlps, expected.mlps)
     torch.testing.assert_close(repair(suspect).features, expected.features)
     assert not repair.flags(suspect).any()
+
+
+def test_the_last_mlps_are_the_papers_share_of_the_towers_own() -> None:
+    assert [late_mlps(n) for n in (12, 24, 6, 1)] == [5, 10, 2, 1]
 
 
 def test_the_paper_s_hint(ours_alone: None) -> None:
