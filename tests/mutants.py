@@ -435,12 +435,14 @@ def mutants(path: str) -> list[Mutant]:
 # What the tests say to it
 
 
-def test_files(room: Room, path: str | None = None) -> list[str]:
-    """The room's test files: first the one of the changed file's name, then those that import it."""
+def test_files(room: Room, folder: Path, path: str | None = None) -> list[str]:
+    """The room's test files that lie in a folder: first the one of the changed file's name, then those that import it."""
     found = [
-        str(file.relative_to(ROOT))
+        str(file.relative_to(folder))
         for name in (*room.tests, "tests/test_defaults.py")
-        for file in (sorted((ROOT / name).rglob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name])
+        for file in (
+            sorted((folder / name).rglob("test_*.py")) if (folder / name).is_dir() else [folder / name]
+        )
     ]
     module = (path or "").removesuffix(".py").replace("/", ".")
     own = f"test_{module.rpartition('.')[2]}.py"
@@ -448,7 +450,7 @@ def test_files(room: Room, path: str | None = None) -> list[str]:
     def away(name: str) -> int:
         if Path(name).name == own:
             return 0
-        return 1 if f"from {module} import" in (ROOT / name).read_text(encoding="utf-8") else 2
+        return 1 if f"from {module} import" in (folder / name).read_text(encoding="utf-8") else 2
 
     return sorted(found, key=away)
 
@@ -535,7 +537,7 @@ class Bench:
     def unchanged(self, room: Room) -> float:
         """How long a mutant of the room may take: five times what its tests take on the tree as it is, which they must pass."""
         copy, start = self.free.get(), time.monotonic()
-        answer, log = copy.run(test_files(room), 3600), copy.folder / "mutants.log"
+        answer, log = copy.run(test_files(room, copy.folder), 3600), copy.folder / "mutants.log"
         if answer != "passed":
             raise SystemExit(f"{room.tests} {answer} without any change:\n{log.read_text()[-3000:]}")
         self.free.put(copy)
@@ -547,7 +549,7 @@ class Bench:
         if mutant.key in EQUIVALENT:
             return "equivalent"
         copy, start = self.free.get(), time.monotonic()
-        answer = copy.run(test_files(room, mutant.path), limit, mutant)
+        answer = copy.run(test_files(room, copy.folder, mutant.path), limit, mutant)
         self.free.put(copy)
         word = {"failed": "killed", "passed": "SURVIVED"}.get(answer, answer.upper())
         print(f"{word:<9} {time.monotonic() - start:4.0f} s  {mutant}", flush=True)

@@ -428,6 +428,17 @@ def test_a_scale_of_its_own(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> 
 
 
 @torch.no_grad()
+def test_a_class_token_alone_has_its_own_scale(make_tower: Callable[..., HookedViT], images: Tensor) -> None:
+    _, cache = make_tower().run_with_cache(images)
+    stack = cache.decompose_resid()
+    alone = cache.apply_ln_to_stack(stack[:, :, :1])
+    close(alone[:, :, 0], cache.apply_ln_to_stack(stack[:, :, 0], pos_slice=0))
+    for rows in (slice(0, 2), slice(None)):
+        with pytest.raises(ValueError, match="the class token alone"):
+            cache.apply_ln_to_stack(stack[:, :, rows])
+
+
+@torch.no_grad()
 def test_a_norm_of_the_mean_is_no_rows(make_tower: Callable[..., HookedViT], images: Tensor) -> None:
     _, cache = make_tower(pool="mean", ln_final="pooled").run_with_cache(images)
     with pytest.raises(NotImplementedError, match="reads their mean; take logit_lens"):

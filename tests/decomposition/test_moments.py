@@ -44,6 +44,9 @@ def test_moments_are_means_and_covariances(tower: HookedViT, convention) -> None
     assert moments.scatter is not None and set(moments.scatter) == {"coords", "mlps", "embed", "pool"}
     x = d.mlps[:, 1].double()
     torch.testing.assert_close(moments.covariance("mlps")[1], torch.cov(x.T, correction=0))
+    assert_same(
+        Moments.fit(tower, many().split(9), convention=convention, normalize=True, stream=False), moments
+    )
 
 
 @given(cuts=st.lists(st.integers(1, 23), max_size=4, unique=True))
