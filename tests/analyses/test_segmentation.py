@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,44 +127,68 @@ def test_classes_are_the_folders_or_what_the_model_says(tmp_path: Path) -> None:
     torch.testing.assert_close(said.scores, segmentation.run(model, model.class_names, iter(known)).scores)
 
 
-def as_mat(path: Path, drawings: list[tuple[str, np.ndarray, np.ndarray]], ids: list[str]) -> None:
-    """Cells as MATLAB 7.3 writes them: references to arrays whose axes are reversed; `gt` is a cell of cells."""
+class Stored(dict[str, np.ndarray]):
+    """What h5py's open file is to a reader: arrays by name, or by what a cell holds."""
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def as_mat(drawings: list[tuple[str, np.ndarray, np.ndarray]], ids: list[str]) -> Stored:
+    """Cells as MATLAB 7.3 writes them: names of arrays whose axes are reversed; `gt` is a cell of cells."""
+    stored, cells = Stored(), defaultdict(list)
+    for number, (_, picture, mask) in enumerate(drawings):
+        code = np.array([[ord(letter)] for letter in ids[number]], dtype=np.uint16)
+        arrays = {"img": picture.T, "gt": np.array([[f"m{number}"]], dtype=object), "id": code}
+        stored[f"m{number}"] = mask.astype(np.uint8).T
+        for kind, array in arrays.items():
+            stored[f"{kind}{number}"] = array
+            cells[f"value/{kind}"].append([f"{kind}{number}"])
+    stored.update({name: np.array(cell, dtype=object) for name, cell in cells.items()})
+    return stored
+
+
+def write_mat(path: Path, stored: Stored) -> None:
+    """The same as a file, its names as references."""
     h5py: Any = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
-        cells = {name: [] for name in ("img", "gt", "id")}
-        for number, (_, picture, mask) in enumerate(drawings):
-            image = file.create_dataset(f"#refs#/i{number}", data=picture.T)
-            inner = file.create_dataset(f"#refs#/m{number}", data=mask.astype(np.uint8).T)
-            outer = file.create_dataset(f"#refs#/c{number}", (1, 1), dtype=h5py.ref_dtype)
-            outer[0, 0] = inner.ref
-            code = np.array([[ord(letter)] for letter in ids[number]], dtype=np.uint16)
-            name = file.create_dataset(f"#refs#/n{number}", data=code)
-            for kind, cell in (("img", image), ("gt", outer), ("id", name)):
-                cells[kind].append(cell.ref)
-        for kind, refs in cells.items():
-            cell = file.create_dataset(f"value/{kind}", (len(refs), 1), dtype=h5py.ref_dtype)
-            for row, ref in enumerate(refs):
-                cell[row, 0] = ref
+        for name, array in stored.items():
+            if array.dtype != object:
+                file.create_dataset(name, data=array)
+        for name, array in sorted(stored.items(), key=lambda item: item[0].startswith("value/")):
+            if array.dtype == object:
+                cell = file.create_dataset(name, array.shape, dtype=h5py.ref_dtype)
+                for row, (key,) in enumerate(array):
+                    cell[row, 0] = file[key].ref
 
 
-def test_the_file_of_imagenet_segmentation_is_read(tmp_path: Path) -> None:
-    drawings = outlined(3)
+@pytest.mark.parametrize("library", ["stand-in", "h5py"])
+def test_the_file_of_imagenet_segmentation_is_read(
+    tmp_path: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawings, path = outlined(3), tmp_path / "gt.mat"
     drawings[1] = (drawings[1][0], drawings[1][1][:40], drawings[1][2][:40])  # no square
-    as_mat(tmp_path / "gt.mat", drawings, ["n01440764_36", "n01443537_1", "n99999999_1"])
-    names, samples = segmentation.imagenet_segmentation(tmp_path / "gt.mat", (48, 48))
+    stored = as_mat(drawings, ["n01440764_36", "n01443537_1", "n99999999_1"])
+    if library == "h5py":
+        write_mat(path, stored)
+    else:
+        path.touch()
+        monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=lambda path, mode: stored))
+    names, samples = segmentation.imagenet_segmentation(path, (48, 48))
     found = list(samples)
     assert names[0] == "tench" and [x.label for x in found] == [0, 1, None]
     assert torch.equal(found[0].mask, torch.from_numpy(drawings[0][2]))
     assert torch.equal(found[0].pixels, torch.from_numpy(drawings[0][1]).permute(2, 0, 1) / 255)
-    _, samples = segmentation.imagenet_segmentation(tmp_path / "gt.mat", (40, 48))
+    _, samples = segmentation.imagenet_segmentation(path, (40, 48))
     assert torch.equal(list(samples)[1].mask, torch.from_numpy(drawings[1][2]))
-    h5py: Any = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "other.mat", "w") as file:
-        file.create_dataset("value/img", data=np.zeros(1))
-    with pytest.raises(ValueError, match="it has no value/gt"):
-        segmentation.imagenet_segmentation(tmp_path / "other.mat", (48, 48))
     with pytest.raises(FileNotFoundError, match="gtsegs_ijcv"):
         segmentation.imagenet_segmentation(tmp_path / "none.mat", (48, 48))
+    if library == "stand-in":
+        del stored["value/gt"]
+        with pytest.raises(ValueError, match="it has no value/gt"):
+            segmentation.imagenet_segmentation(path, (48, 48))
 
 
 def test_what_cannot_be_scored_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
