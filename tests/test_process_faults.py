@@ -187,6 +187,21 @@ def test_another_run_in_the_folder_is_told_to_all(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("command", ["audit", "evaluate", "finetune"])
+def test_all_processes_of_a_command_say_that_another_run_is_there(tmp_path: Path, command: str) -> None:
+    """Before, the first one said so, and the others waited for it."""
+    args = {
+        "audit": ("--clean", "shapes:50", "--out", tmp_path),
+        "evaluate": ("shapes:50", "--out", tmp_path / "a.json"),
+        "finetune": ("shapes:8", "--batch-size", 8, "--out", tmp_path),
+    }[command]
+    name = "a.json" if command == "evaluate" else ""
+    with alone_in(tmp_path, name=name):
+        found = in_processes(2, lambda rank: run(command, "shapes", *args, "--device", "cpu"), grace=60)
+    for rank, (code, _, said) in enumerate(found):
+        assert code == 2 and f"process {rank} of 2: error: expected to be alone in writing to " in said
+
+
 def test_two_runs_of_two_processes_at_a_time(tmp_path: Path, built: dict[str, bytes]) -> None:
     """The second is refused in both of its processes, and the first ends as if alone."""
     out, begun, ends = tmp_path / "a", tmp_path / "begun", tmp_path / "ends"

@@ -108,6 +108,7 @@ def audit(
             from decompclip.attacks.registry import remembered
             from decompclip.audit import AuditConfig
             from decompclip.audit.collect import attack_in, check_source
+            from decompclip.data.processes import Processes
 
         clean, limit = options.sized(clean, limit)
         known = remembered(model.model, model.checkpoint)
@@ -126,9 +127,8 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
-        if first_process():
-            held.enter_context(alone_in(out))
         accelerator, device = held.enter_context(options.joined(model.device))
+        Processes(accelerator).in_first(lambda: held.enter_context(alone_in(out)))
         loaded = {name: replace(each, device=device).load() for name, each in models.items()}
         given_options = {"limit": limit, "seed": seed, "on_error": on_error.value, "root": root}
         if suspect is None:

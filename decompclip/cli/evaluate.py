@@ -58,8 +58,6 @@ def evaluate(
         options.check_trigger(trigger, target)
         options.check_images(images)
         options.check_files(classes=classes, templates=templates)
-        if out is not None and first_process() and (not out.exists() or out.is_file()):
-            held.enter_context(alone_in(out.parent, name=out.name))
         with imports(model.model):
             from decompclip.data.processes import Processes
             from decompclip.data.sources import open_labelled
@@ -70,6 +68,9 @@ def evaluate(
         names = options.known_classes(classes, model.model, images)
         label = options.target_index(attack, names)
         accelerator, device = held.enter_context(options.joined(model.device))
+        group = Processes(accelerator)
+        if out is not None and (not out.exists() or out.is_file()):
+            group.in_first(lambda: held.enter_context(alone_in(out.parent, name=out.name)))
         clip = replace(model, device=device).load(guarded=True)
         source = open_labelled(
             images,
@@ -81,7 +82,6 @@ def evaluate(
             on_error=on_error.value,
             root=root,
         )
-        group = Processes(accelerator)
         prompts = None if templates is None else load_texts(templates)
         with progress() as track:
             classifier = clip.zero_shot_classifier(names, prompts, track=track)
