@@ -166,8 +166,8 @@ def alone_in(folder: str | Path, *, name: str = "", patience: float = 0) -> Iter
     """Nobody else who asks for it writes to `folder` (or to the file `name` in it) during the block.
 
     The operating system lets go of the lock when its holder ends, however it ends. What killed runs left is removed. Functions
-    that write to a folder for long take it themselves, so that a call from Python is as safe as a command; it is not given
-    twice, to the same process neither.
+    that write to a folder for long take it themselves, so that a call from Python is as safe as a command; one process does not
+    get it twice either.
 
     Args:
         folder: where to.

@@ -325,6 +325,23 @@ def test_each_process_decodes_its_own_part_of_a_batch(
             assert others == pytest.approx(losses, abs=1e-3)
 
 
+def test_what_is_drawn_in_reading_is_what_one_process_draws(model: HookedCLIP, pictures: Path) -> None:
+    """Code of a user's own reads the whole batch, in each process."""
+
+    def lighter(picture: Any) -> Tensor:
+        return (model.pixels(picture) + 0.5 * torch.rand(())).clamp(0, 1)
+
+    def work(accelerator: Accelerator | None) -> list[float]:
+        torch.manual_seed(3)
+        pairs = FolderPairs(pictures, ["a {}"], lighter)
+        done = finetune(model, pairs, tuning(), log_every=1, accelerator=accelerator)
+        return [entry["loss"] for entry in done.history]
+
+    losses = work(None)
+    for others in spread(2, work):
+        assert others == pytest.approx(losses, abs=1e-3)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (1, 2), (3, 1)])
 def test_a_training_goes_on_with_another_number_of_processes(
     model: HookedCLIP, pictures: Path, tmp_path: Path, before: int, after: int

@@ -26,6 +26,7 @@ from decompclip.data.sources import open_pairs
 from decompclip.decomposition.store import MOMENTS, shard_name
 from decompclip.files import FolderInUse, alone_in, write_text
 from decompclip.operators import extract as extracting
+from decompclip.training import finetune as finetuning
 from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
 from tests.commands import in_processes, run
@@ -327,6 +328,37 @@ def test_a_process_of_a_command_that_is_stopped(
     assert other == 2 and f"process {1 - stopped} of 2: error: expected 2 processes" in heard
     assert [code for code, *_ in in_processes(2, lambda rank: run(*command, tmp_path / "two"))] == [0, 0]
     assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_process_of_a_fine_tuning_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other waits for its gradients, inside torch."""
+    command = (
+        "finetune",
+        "shapes",
+        "shapes:64",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        "--out",
+    )
+
+    def work(rank: int) -> Any:
+        if rank == 1:
+            monkeypatch.setattr(
+                finetuning,
+                "check_pixels",
+                lambda images, where: where.endswith("step 3") and os.kill(os.getpid(), 9),
+            )
+        return run(*command, tmp_path / "a")
+
+    (code, _, said), killed = in_processes(2, work, grace=60)
+    assert killed is None and code == 2
+    assert "process 0 of 2: error: expected 2 processes that go on together; one of them has ended" in said
+    assert [code for code, *_ in in_processes(2, lambda rank: run(*command, tmp_path / "a"))] == [0, 0]
+    assert decompclip.load(str(tmp_path / "a")).name
 
 
 def test_a_process_that_waits_hears_a_signal(tmp_path: Path) -> None:

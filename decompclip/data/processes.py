@@ -71,14 +71,26 @@ class Processes:
         """
         if self.count == 1:
             return
-        try:
+        with self.going_on():
             come, pause = torch.distributed.barrier(async_op=True), 0.0005
             while not come.is_completed():
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
             come.wait()
             exchange()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Where torch's exchange between processes fails in the block, that is said in words.
+
+        Raises:
+            ProcessGone: it fails.
+        """
+        try:
+            yield
         except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
             raise ProcessGone(
                 f"expected {self.count} processes that go on together; one of them has ended: what it said, or what ended it, "
                 "is the reason; run the same again"

@@ -138,8 +138,8 @@ def finetune(
         synonyms: for the text views; see `text_view`.
         penalty: added to the loss; its repr must show all of it, so that a checkpoint is resumed with that penalty only.
         accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
-            the whole batch. Each reads its own part alone, but of a stream, or of a source of your own, all. Every process reads
-            the checkpoint; the first one writes it.
+            the whole batch. Each decodes its own part alone, but of a stream, and where code of your own reads, all. Every
+            process reads the checkpoint; the first one writes it.
         progress: show a bar.
         log: gets each entry of the history, as text.
 
@@ -150,6 +150,7 @@ def finetune(
         MissingTextError: the model has no text tower.
         FloatingPointError: the loss is not finite.
         FolderInUse: another run writes this checkpoint.
+        ProcessGone: another process has ended.
         OSError: a checkpoint cannot be written.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
@@ -212,7 +213,7 @@ def finetune(
     trainee = Trainee(net, model)
     every = log_every or (monitor.every if monitor is not None else None) or max(1, plan.steps // 10)
     net.train()
-    with stack, _bar(plan.steps, pace, shown=progress and group.rank == 0) as update:
+    with stack, group.going_on(), _bar(plan.steps, pace, shown=progress and group.rank == 0) as update:
         if checkpoint is not None:
             stack.enter_context(group.alone_in(Path(checkpoint).parent, name=Path(checkpoint).name))
         history = train(
@@ -271,9 +272,12 @@ def _share(
 ) -> _Share:
     labels, take, expected = None, getattr(pairs, "take", None), recipe.batch_size
     if isinstance(pairs, PairSteps):
-        taken = pairs.take(step, recipe.batch_size, rows=mine, device=device)
+        if is_pure(pairs):  # others may draw as they read: what one process draws takes the whole batch
+            rows, mine, expected = mine, ALL, mine.stop - mine.start
+        else:
+            rows = ALL
+        taken = pairs.take(step, recipe.batch_size, rows=rows, device=device)
         images, texts, labels = taken.images, list(taken.captions), taken.labels
-        expected, mine = mine.stop - mine.start, ALL
     elif recipe.loss == "grouped" and take is not None:
         taken = take(step, recipe.batch_size)
         images, texts, labels = taken.images, list(taken.captions), taken.labels
@@ -332,7 +336,8 @@ def _agreed(
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    images, texts = pairs.batch(0, recipe.batch_size)
+    reads = keeps or is_pure(pairs)  # others may draw as they read, which a look must not change
+    images, texts = pairs.batch(0, recipe.batch_size) if reads else (torch.empty(0), [])
     if group.count > 1:
         found = {"the recipe, the number of pairs or the seed": options, "the penalty": shown(penalty)}
         found["the model"] = digest_of_weights(model.state_dict())
