@@ -1,4 +1,4 @@
-"""What functions of all rooms do with names: old ones work for one more release, with a warning; choices are checked."""
+"""What functions of all rooms do with names: old ones work for one more release, with a warning; choices and counts are checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar, get_args
 
 P = ParamSpec("P")
@@ -78,3 +79,17 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     known = choices if isinstance(choices, tuple) else get_args(choices)
     if value not in known:
         raise ValueError(f"expected {name} of {known}; received {value!r}")
+
+
+def check_count(k: object, of: str) -> None:
+    """Check how many of the first are asked for.
+
+    Args:
+        k: what was given.
+        of: what they are.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"expected k to be a whole number of {of}, at least 1; received {k!r}")

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.decomposition.components import (
     Components,
     everything,
@@ -98,8 +99,7 @@ class Attribution(ByPart):
 
     def top(self, k: int = 10) -> Attribution:
         """The k parts with the largest mean contributions in size (toward any of the texts), the largest first."""
-        if k < 1:
-            raise ValueError(f"expected at least 1 part; received k={k}")
+        check_count(k, "parts")
         order = self.mean.abs().amax(1).argsort(descending=True, stable=True)[:k].tolist()
         parts, tokens = tuple(self.parts[i] for i in order), tuple(self.tokens[i] for i in order)
         return replace(self, parts=parts, tokens=tokens, values=self.values[:, order])

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_count
 from decompclip.decomposition.components import heads as all_heads, mlps as all_mlps
 from decompclip.display import Result
 from decompclip.models.text import ImageOnly
@@ -101,8 +102,7 @@ class MovedClasses(Result):
 
     def top(self, k: int = 10) -> MovedClasses:
         """The k classes with the highest scores, the first first."""
-        if k < 1:
-            raise ValueError(f"expected at least 1 class; received k={k}")
+        check_count(k, "classes")
         at = self.score.argsort(descending=True, stable=True)[:k]
         names = tuple(self.names[i] for i in at.tolist())
         return replace(self, names=names, image=self.image[at], text=self.text[at], score=self.score[at])
@@ -167,8 +167,7 @@ class CheckpointDifference(ByPart):
 
     def top(self, k: int = 10) -> CheckpointDifference:
         """The k parts that changed most, the first first."""
-        if k < 1:
-            raise ValueError(f"expected at least 1 part; received k={k}")
+        check_count(k, "parts")
         order = self.change.argsort(descending=True, stable=True)[:k]
         return replace(self, change=self.change[order], directions=self.directions.select(order.tolist()))
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.components import Components, features, resolve
 from decompclip.decomposition.decomposition import Decomposition
@@ -450,8 +451,7 @@ def top_images(
         IndexError: a feature that the autoencoder does not have.
         ValueError: no images, k below one, names of another number, or an autoencoder or expression as in `feature_terms`.
     """
-    if k < 1:
-        raise ValueError(f"expected k of at least 1; received {k}")
+    check_count(k, "images")
     visual = tower(model)
     site, index = sae.site(visual), _chosen(chosen, sae, visual).to(visual.device)
     sae, read = sae.to(visual.device), _read_rows(sae, visual).nonzero()[:, 0]

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.data.pixels import bytes_of
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition, check_terms
@@ -154,8 +155,9 @@ def nearest(
         raise ValueError(
             f"expected one component, such as {part}; received {component!r}, {len(others) + 1} of them"
         )
-    if k < 1 or not len(d):
-        raise ValueError(f"expected at least one image and k of at least 1; received {len(d)} images, k={k}")
+    check_count(k, "images")
+    if not len(d):
+        raise ValueError("expected at least one image; received none")
     if pixels is not None and len(pixels) != len(d):
         raise ValueError(f"expected pixels of {len(d)} images; received {len(pixels)}")
     labels, pictures = image_names(names, len(d)), _pictures(pixels)
@@ -258,8 +260,7 @@ class PropertyHeads(ByPart):
 
     def top(self, k: int = 10) -> PropertyHeads:
         """The first k."""
-        if k < 1:
-            raise ValueError(f"expected at least 1 part; received k={k}")
+        check_count(k, "parts")
         named = None if self.named is None else self.named[:k]
         return replace(self, parts=self.parts[:k], score=self.score[:k], named=named)
 

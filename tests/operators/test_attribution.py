@@ -320,8 +320,8 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
         stars.heads("a ring")
     with pytest.raises(LookupError, match="an? image of 12"):
         stars.select(images=[12])
-    with pytest.raises(ValueError, match="at least 1 part"):
-        stars.top(0)
+    with pytest.raises(ValueError, match="a whole number of parts, at least 1; received"):
+        stars.top("3")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'bars' or 'map'"):
         stars.figure("pie")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="split into tokens"):

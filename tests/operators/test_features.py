@@ -313,7 +313,7 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
         ("features alone", lambda: feature_terms(tower, sae, images, features[3] | mlps[1])),
         ("features of a sparse autoencoder", lambda: ZeroAblate(features[3]).fwd_hooks(tower)),
         ("have a direct effect", lambda: feature_terms(tower, post, images)),
-        ("k of at least 1", lambda: top_images(tower, mlp, images, k=0)),
+        ("whole number of images, at least 1", lambda: top_images(tower, mlp, images, k=0)),
         ("at least one image", lambda: top_images(tower, mlp, [])),
         ("in one of 3 blocks", lambda: Splice(made("blocks.9.hook_mlp_out")).fwd_hooks(tower)),
     ]

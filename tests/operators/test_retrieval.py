@@ -183,7 +183,10 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
     other = load_bundled("shapes-badnet").decompose(model.normalize(batch.images[:2]), normalize=True)
     mistakes: list[tuple[Any, Any, dict[str, Any], str]] = [
         (heads[1], 3, {}, "one component, such as"),
-        (heads[1, 4], 3, {"k": 0}, "k of at least 1"),
+        *(
+            (heads[1, 4], 3, {"k": k}, f"whole number of images, at least 1; received {k!r}")
+            for k in (0, 1.5, "3", True)
+        ),
         (heads[1, 4], "a star", {}, "model=model"),
         (heads[1, 4], [], {}, "at least one query"),
         (heads[1, 4], 3, {"names": ["a"]}, "a name for each of 160 images; received 1"),
