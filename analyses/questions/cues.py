@@ -12,7 +12,7 @@ Writes:    analyses/results/cues/WORLD.json, WORLD.png
 
 Heads are ranked by how much of the cue they encode (`heads_for`, by texts, which needs no labels of the cue; or by probes), and how
 many of the first of them are mean-ablated, directly, is chosen by worst-group accuracy on validation images: none, if none helps.
-Means are those of the validation images. Numbers are of test images; intervals are over draws of these images within groups.
+Means are those of the validation images. Numbers are of test images; intervals are those of `group_accuracy`.
 Beside it stand all draws of as many random heads of the same layers, and the model with the same heads baked out (`bake`: the causal edit).
 
 shapes: circles and squares under noise, so that the background helps to tell the shape; a copy of the bundled model is
