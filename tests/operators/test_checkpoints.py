@@ -293,7 +293,7 @@ def test_bad_numbers_and_parts_are_refused(clean: HookedCLIP, twin: HookedCLIP) 
     found = compare_checkpoints(twin, clean, class_names=())
     assert found.classes is None
     for few in (lambda: found.top(0), lambda: compare_checkpoints(twin, clean).classes.top(0)):  # pyright: ignore
-        with pytest.raises(ValueError, match="received k=0"):
+        with pytest.raises(ValueError, match="at least 1; received 0"):
             few()
     with pytest.raises(LookupError, match="class"):
         compare_checkpoints(twin, clean).classes.rank("zebra")  # pyright: ignore
