@@ -94,6 +94,12 @@ def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None
         ("shapes", "shapes:blended"),
         ("shapes-blended", "shapes:blended"),
     ]
+    for audit in audits:
+        weights = audit["weights"]
+        assert (weights is not None) == (audit["name"] != "shapes")
+        assert weights is None or (weights["reference"], weights["classes"][0]["class"]) == ("shapes", "star")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("Both towers changed most along “star”") == 2
 
 
 def test_version() -> None:

@@ -185,9 +185,8 @@ def measured(module: str) -> str:
     if module == "audit_scan":
         return "\n".join(audit_scan.printed(audit_scan.read()))
     if module == "weights_alone":
-        return (
-            f"{weights_alone.by_world(weights_alone.read())}\n{weights_alone.finding(weights_alone.read())}"
-        )
+        found = weights_alone.read()
+        return f"{weights_alone.by_world(found)}\n{weights_alone.finding(found)}"
     if module not in ANALYSES:
         return section(module)
     families = [path.name for path in FOLDER.iterdir() if (path / f"{module}.json").exists()]

@@ -35,6 +35,7 @@ from decompclip.audit.interventions import (
 )
 from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
+from decompclip.audit.weights_alone import weights_alone
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
 from decompclip.data.processes import Processes
 from decompclip.data.shapes import PROPERTIES
@@ -442,5 +443,6 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
             )
             for model in (WORLD, name)
         ]
-        results += [audited[0], audited[1].beside(audited[0])]
+        weights = weights_alone(models[name], models[WORLD], PROPERTIES["shape"])
+        results += [audited[0], audited[1].beside(audited[0], weights=weights)]
     return results

@@ -88,10 +88,11 @@ def weights_alone(
 
 
 CONCLUDES = (
-    "It can say where to look: parts, words, and a class. The attacker's class came first in 40 of 40 bundled backdoored models (100 % [91, 100]); 18 of 40 of them, "
-    "of photographs in 200 classes, were not looked at before the score was settled.",
-    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings the first class led by 1.00 to 1.20, and 38 of 40 "
-    "backdoored ones lead by more (AUROC of the lead 0.97 [0.78, 1.00]). But these controls are few, of small models, and saw an eighth of the images of their recipe's backdoored model, or less; compare with clean fine-tunings of the model's own recipe and length.",
+    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models of photographs, on which nothing was chosen; "
+    "and in 22 of 22 of simpler images, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
+    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of photographs, "
+    "a hundredth) the first class led by 1.00 to 1.20; in backdoored ones by 1.05 to 4.37. A lead may grow with the length of a training, and clean ones of the same length were not trained: "
+    "no verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
     "Words alone are no sign: the attacker's class is among those of the parts that changed most in clean fine-tunings too.",
     "It cannot clear a model: where heads look, which neurons fire, biases, and what later layers make of a change are left out, and an attacker who knows the score can change other classes as well.",
     "It says nothing of a model that was not fine-tuned from the reference: heads and neurons have no common order then.",

@@ -111,6 +111,12 @@ def bar_rows(
     return plot
 
 
+def class_scores(names: Sequence[str], scores: Sequence[float]) -> go.Figure:
+    """A bar a class: how much two checkpoints differ along it, over the median class."""
+    unit = "change along the class, 1 at the median class"
+    return bar_rows(names, {"score": scores}, unit=unit, texts=[f"{score:.2f}" for score in scores])
+
+
 @dataclass(frozen=True)
 class Histogram:
     """Shares of clean and of suspect images by score.

@@ -117,15 +117,10 @@ class MovedClasses(Result):
 
     def figure(self) -> go.Figure:
         """The scores of the first classes."""
-        from decompclip.figures.bars import bar_rows
+        from decompclip.figures.bars import class_scores
 
         first = self.top(SHOWN)
-        return bar_rows(
-            first.names,
-            {"score": first.score.tolist()},
-            unit="change along the class, 1 at the median class",
-            texts=[f"{x:.2f}" for x in first.score.tolist()],
-        )
+        return class_scores(first.names, first.score.tolist())
 
     def __len__(self) -> int:
         return len(self.names)

@@ -18,9 +18,8 @@ from decompclip.audit.findings import findings
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detection, Suspicion
 from decompclip.audit.scan_result import ScanResult
-from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.display import inert
-from decompclip.figures.bars import Histogram, bar_rows, histograms
+from decompclip.figures.bars import Histogram, bar_rows, class_scores, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
 from decompclip.figures.heatmaps import Scale, attention_overlay, component_map, contribution_overlay, picture
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels, wrapped
@@ -113,7 +112,8 @@ def _shown(
         tables = {**tables, "weights-parts": [*weights.parts]}
     if weights is not None and weights.classes:
         tables = {**tables, "weights-classes": [*weights.classes]}
-        figures = {**figures, "weights": class_scores(weights)}
+        drawn = ([entry[key] for entry in weights.classes] for key in ("class", "score"))
+        figures = {**figures, "weights": class_scores(*drawn)}
     images = {
         "clean": result.clean_name,
         **facts,
@@ -129,17 +129,6 @@ def _shown(
         "provenance": flat({**result.provenance, "images": images, "options": vars(result.config)}),
         "csv": {name: as_link(rows) for name, rows in tables.items()},
     }
-
-
-def class_scores(found: WeightsAlone) -> go.Figure:
-    """The classes along which two models' weights differ most."""
-    scores = [entry["score"] for entry in found.classes]
-    return bar_rows(
-        [entry["class"] for entry in found.classes],
-        {"score": scores},
-        unit="change along the class, 1 at the median class",
-        texts=[f"{score:.2f}" for score in scores],
-    )
 
 
 def maps_of(result: AuditResult, index: int) -> dict[str, Any] | None:

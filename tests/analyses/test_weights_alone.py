@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from analyses.study.results import RESULTS
 from decompclip.audit.weights_alone import CONCLUDES
 from decompclip.bench.run import weights_of
 from decompclip.data.shapes import ShapesPairs
+from decompclip.files import FolderInUse, alone_in, write_json
 from decompclip.models.bundled import base_weights, bundled, card, digest
 
 RECORD = study.read()
 PAGE = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+README = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_twin_is_in_the_record_as_it_is_bundled() -> None:
@@ -30,20 +33,40 @@ def test_the_page_says_what_was_measured() -> None:
     assert study.by_world(RECORD) in PAGE
 
 
-def test_the_report_says_what_was_measured() -> None:
-    every, photos = study.groups(RECORD)["all"], study.groups(RECORD)["photos"]
+def test_the_report_and_readme_say_what_was_measured() -> None:
+    groups = study.groups(RECORD)
+    twins, controls = ([x for g in groups.values() for x in g.leads(k)] for k in ("twins", "controls"))
+    assert study.DEVELOPMENT == ("shapes", "cifar10") and set(groups) == {"photos", *study.DEVELOPMENT}
+    others = [run for name in study.DEVELOPMENT for run in groups[name].twins.values()]
+    assert all(run["rank"] == 1 for run in others)
     said = " ".join(CONCLUDES)
-    first, above = every.first, every.above
-    leads = every.leads("controls")
-    value, low, high = every.area
     for text in (
-        f"first in {first.count} of {first.total} bundled backdoored models ({100 * first.value:.0f} % [{100 * first.low:.0f}, {100 * first.high:.0f}])",
-        f"{photos.first.count} of {first.total} of them",
-        f"In {len(leads)} clean fine-tunings the first class led by {min(leads):.2f} to {max(leads):.2f}",
-        f"{above.count} of {above.total} backdoored ones lead by more",
-        f"AUROC of the lead {value:.2f} [{low:.2f}, {high:.2f}]",
+        f"first of 200 in {groups['photos'].first} bundled backdoored models of photographs, on which nothing was chosen",
+        f"in {len(others)} of {len(others)} of simpler images, on which the score was chosen",
+        f"In {len(controls)} clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of photographs, a hundredth) "
+        f"the first class led by {min(controls):.2f} to {max(controls):.2f}; in backdoored ones by {min(twins):.2f} to {max(twins):.2f}.",
+        "clean ones of the same length were not trained: no verdict rests on a lead",
     ):
         assert text in said
+    for text in (
+        f"first of 200 classes in {groups['photos'].first} backdoored `photos`, on which nothing was chosen",
+        f"in {groups['cifar10'].first} `cifar10` and {groups['shapes'].first} `shapes`, on which the score was",
+        f"leads by {min(twins):.2f} to {max(twins):.2f}, the first class of clean fine-tunings that saw an eighth of the images (photographs: a hundredth) by up to {max(controls):.2f}",
+    ):
+        assert text in README
+
+
+def test_controls_are_as_short_as_is_said() -> None:
+    for run in RECORD["controls"].values():
+        times = 100 if run["base"] == "photos" else 8
+        assert RECORD["twins"][run["twin"]]["seen"] == times * run["seen"]
+
+
+def test_worlds_are_not_pooled_and_leads_not_held_against_each_other() -> None:
+    said = f"{study.by_world(RECORD)}\n{study.finding(RECORD)}"
+    (row,) = (line for line in README.splitlines() if "analyses.weights_alone" in line)
+    assert "| all |" not in said and "AUROC" not in " ".join((said, row, *CONCLUDES))
+    assert said.count("the score was chosen on these") == 4 and said.count("nothing was chosen on these") == 2
 
 
 def test_words_agree_beyond_other_heads() -> None:
@@ -96,3 +119,61 @@ def test_a_control_is_trained_and_comes_back_as_it_was_written(
     assert found["lead"] >= 1 and 1 <= found["favoured_rank"] <= found["classes"] == 12
     with pytest.raises(ValueError, match="received others in .*tiny.difference; train it anew"):
         study.load_control("tiny", about | {"weights": "0"}, tmp_path)
+
+
+def test_what_was_kept_of_other_weights_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "twin.json"
+    assert study.once(path, "one", lambda: {"lead": 1}) == {"lead": 1, "weights": "one"}
+    assert study.once(path, "one", lambda: pytest.fail("found again"))["lead"] == 1
+    assert study.once(path, "other", lambda: {"lead": 2}) == {"lead": 2, "weights": "other"}
+    assert study.once(path, "other", lambda: pytest.fail("found again"))["lead"] == 2
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """One twin, no words; how often each was looked at."""
+    looked: dict[str, int] = {}
+
+    def compare(model: object, base: str, about: dict[str, str]) -> dict[str, str]:
+        looked[about["weights"]] = looked.get(about["weights"], 0) + 1
+        return about | {"base": base}
+
+    monkeypatch.setattr(study, "bundled", lambda: ("shapes-sig", "shapes"))
+    monkeypatch.setattr(study, "compare", compare)
+    monkeypatch.setattr(study, "words", lambda _: {"heads": 1})
+    return looked
+
+
+def test_a_killed_run_goes_on_with_what_it_kept_of_these_weights(
+    tmp_path: Path, short: dict[str, int]
+) -> None:
+    work, kept = tmp_path / "work", tmp_path / "work" / "found" / "shapes-sig.json"
+    kept.parent.mkdir(parents=True)
+    weights = weights_of("shapes-sig")
+    for before, times in ((weights, 0), ("of another day", 1)):
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, {"weights": before, "base": before})
+        study.measure(work, tmp_path)
+        assert short == ({weights: times} if times else {})
+        assert study.read(tmp_path)["twins"]["shapes-sig"]["base"] == (before if not times else "shapes")
+        assert not kept.parent.exists()
+
+
+def test_a_record_loses_no_control(
+    tmp_path: Path, short: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "weights_alone.json", RECORD)
+    with pytest.raises(
+        ValueError, match=r"shapes-short-100, .* would be lost .* --controls shapes-short-100 "
+    ):
+        study.measure(tmp_path / "work", tmp_path)
+    assert study.read(tmp_path) == RECORD and not short
+    monkeypatch.setattr(study, "measure", partial(study.measure, folder=tmp_path))
+    assert study.main(["--measure", "--work", str(tmp_path / "work")]) == 1
+    assert "python -m analyses.weights_alone: expected every control of" in capsys.readouterr().err
+
+
+def test_two_do_not_measure_in_one_folder(tmp_path: Path, short: dict[str, int]) -> None:
+    with alone_in(tmp_path / "work"), pytest.raises(FolderInUse, match="wait until it is done"):
+        study.measure(tmp_path / "work", tmp_path)
+    assert not short
