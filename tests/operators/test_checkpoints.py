@@ -264,6 +264,15 @@ def test_two_architectures_are_refused(clean: HookedCLIP) -> None:
         compare_checkpoints(load_bundled("cifar10"), clean)
 
 
+def test_a_text_tower_with_more_in_it_is_refused(clean: HookedCLIP) -> None:
+    more = copy.deepcopy(clean)
+    more.text.register_buffer("scale", torch.ones(2))
+    with pytest.raises(ValueError, match=r"scale of the text tower missing and \(2,\)"):
+        compare_checkpoints(more, clean)
+    with pytest.raises(ValueError, match=r"scale of the text tower \(2,\) and missing"):
+        compare_checkpoints(clean, more)
+
+
 def test_two_vocabularies_are_refused(clean: HookedCLIP) -> None:
     other = copy.deepcopy(clean)
     other.tokenizer = type(clean.tokenizer)(tuple(reversed(clean.tokenizer.words)), clean.context_length)  # pyright: ignore
