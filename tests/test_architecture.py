@@ -48,7 +48,7 @@ MAY_IMPORT = {
 }
 
 # Of no room: what every room may import.
-COMMON = {"api", "display", "files", "intervals", "progress"}
+COMMON = {"api", "display", "files", "intervals"}
 
 # Third party: the only rooms that may import it.
 THIRD_PARTY = {

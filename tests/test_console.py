@@ -9,11 +9,11 @@ from itertools import count
 import pytest
 import typer
 
-from decompclip import progress
+from decompclip import display
 from decompclip.attacks.registry import TRIGGERS as REGISTRY
 from decompclip.cli.console import first_process, plain_errors, progress as shown, say
 from decompclip.cli.options import TRIGGERS, most, sized
-from decompclip.progress import span
+from decompclip.display import span
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -69,7 +69,7 @@ def test_where_there_is_no_terminal_a_line_comes_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ticks = count()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(display.time, "monotonic", lambda: float(next(ticks)))
     with shown() as track:
         assert list(track(iter(range(40)), "work\n[x]", 40)) == list(range(40))
     first, *lines = capsys.readouterr().err.splitlines()

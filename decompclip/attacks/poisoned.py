@@ -37,9 +37,8 @@ from decompclip.data.images import class_index
 from decompclip.data.pairs import ALL, Pair, PairBatch, PairEntry, Pairs, PairSteps, entries_of, keyed
 from decompclip.data.pixels import encode_png
 from decompclip.data.shards import UNFINISHED, write_shards
-from decompclip.display import Result
+from decompclip.display import Result, Track, silently
 from decompclip.files import alone_in, digest, write_json, write_text
-from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,8 +24,8 @@ from decompclip.data.feed import feed
 from decompclip.data.files import TRIGGER_FILE, SkippedFile
 from decompclip.data.images import FolderSource
 from decompclip.data.pixels import bytes_of, encode_png
+from decompclip.display import Track, silently
 from decompclip.files import atomic_folder, atomic_write, check_folder, write_json
-from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

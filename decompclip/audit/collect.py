@@ -32,10 +32,10 @@ from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
+from decompclip.display import Track, silently
 from decompclip.models.bundled import bundled, card
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.folders import saved_class_names
-from decompclip.progress import Track, silently
 
 WORLD = "shapes"
 WORLD_SEED = 7_001

@@ -20,7 +20,7 @@ from decompclip import __version__
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.checks import WEAK, ClassShare, Scorer, checks, class_shares, most_over_predicted
 from decompclip.audit.collect import WORLD, ImageSet, Split, SplitNames, collect, datasets, open_source, split
-from decompclip.audit.components import Shift, infection, shift
+from decompclip.audit.components import Shift, infection, shift, weights_alone
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import controls
 from decompclip.audit.interventions import (
@@ -35,17 +35,16 @@ from decompclip.audit.interventions import (
 )
 from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
-from decompclip.audit.weights_alone import weights_alone
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
 from decompclip.data.processes import Processes
 from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
+from decompclip.display import Track, silently
 from decompclip.evaluation.evaluate import classify
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
 from decompclip.operators.attention import pictures_of
-from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,10 +13,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from decompclip.audit.checks import Setting
-from decompclip.audit.components import Infection, Shift
+from decompclip.audit.components import Infection, Shift, WeightsAlone
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.verdict import Evidence, Reference
-from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 from decompclip.operators.sweep_results import Kind, Scheme
@@ -165,7 +164,7 @@ class AuditResult(Evidence):
 
         Args:
             reference: the clean model's audit.
-            weights: what `decompclip.audit.weights_alone.weights_alone` finds between the two models.
+            weights: what `decompclip.audit.components.weights_alone` finds between the two models.
 
         Raises:
             ValueError: the reference was audited on other images, or toward another class.

@@ -27,20 +27,20 @@ from torch.nn import functional as F
 
 from decompclip import __version__
 from decompclip.audit.checks import coinciding, guessing
+from decompclip.audit.components import weights_alone
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.pipeline import provenance_of
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanResult
-from decompclip.audit.weights_alone import weights_alone
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource, split_indices
 from decompclip.data.pixels import Pixels
 from decompclip.data.processes import ALONE, Processes
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.display import Track, silently
 from decompclip.evaluation.metrics import predict
 from decompclip.files import atomic_write
 from decompclip.intervals import Rate, Z
 from decompclip.models.clip import HookedCLIP, differentiable
-from decompclip.progress import Track, silently
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

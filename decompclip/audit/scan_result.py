@@ -11,10 +11,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from decompclip.audit.checks import FEW, rate_columns, share
+from decompclip.audit.components import WeightsAlone
 from decompclip.audit.config import ScanConfig
 from decompclip.audit.result import plain
 from decompclip.audit.verdict import Confidence, Verdict, unusable_classifier
-from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.files import SkippedFile, files_skipped
 from decompclip.intervals import Rate
 

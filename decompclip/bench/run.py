@@ -37,6 +37,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.detector import measure_cost
+from decompclip.display import span
 from decompclip.evaluation.evaluate import DecomposedImages, evaluate
 from decompclip.evaluation.metrics import (
     auroc,
@@ -49,7 +50,6 @@ from decompclip.intervals import Rate, Redrawn
 from decompclip.models.bundled import card, load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.spec import versions
-from decompclip.progress import span
 from decompclip.zoo.recipes import WORLDS
 
 if TYPE_CHECKING:

@@ -204,7 +204,7 @@ def _pair(
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import run_audit
     from decompclip.audit.collect import open_source
-    from decompclip.audit.weights_alone import weights_alone
+    from decompclip.audit.components import weights_alone
 
     results: list[AuditResult] = []
     with progress() as track:

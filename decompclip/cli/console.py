@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from decompclip.display import printable
-from decompclip.progress import Pace, meters, silently
+from decompclip.display import Pace, meters, printable, silently
 
 T = TypeVar("T")
 EXPECTED_ERROR = 2

@@ -14,8 +14,8 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.display import Track
 from decompclip.files import alone_in, check_folder, write_json
-from decompclip.progress import Track
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack

@@ -19,7 +19,7 @@ from decompclip.data.files import PARTS, SkippedFile, SourceSpec, data_folder, o
 from decompclip.data.images import class_places, find_class, image_files, split_indices
 from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions, Pairs, SubsetPairs
 from decompclip.data.pixels import Preprocess, read_image
-from decompclip.progress import Track, silently
+from decompclip.display import Track, silently
 
 VALIDATION, SEED = 0.2, 0
 """The paper's validation part, and the seed that draws it here."""

@@ -34,8 +34,8 @@ from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
 from decompclip.data.tables import CsvPairs
+from decompclip.display import Track, silently
 from decompclip.models.bundled import card
-from decompclip.progress import Track, silently
 
 WORLD_SEED = 8_001
 """Stream of the Shapes world; no bundled model was trained or measured on it."""

@@ -31,10 +31,10 @@ from decompclip.diagnosis.trials import (
     trials,
     weight_faults,
 )
+from decompclip.display import Track, silently
 from decompclip.intervals import Rate, noticeable
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import Template
-from decompclip.progress import Track, silently
 
 NO_ANSWER = -1
 """In place of a class, where a score is not a number."""

@@ -50,10 +50,10 @@ from decompclip.decomposition.store import (
     write_manifest,
     write_shard,
 )
+from decompclip.display import Track, silently
 from decompclip.files import digest
 from decompclip.models.bundled import digest as weights_digest
 from decompclip.models.clip import HookedCLIP
-from decompclip.progress import Track, silently
 from decompclip.tower.vit import hooked
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from markupsafe import Markup, escape
 
 from decompclip import __version__
 from decompclip.audit.checks import cost, difference, plus_minus, points, rate
+from decompclip.audit.components import CONCLUDES as WEIGHTS_CONCLUDE
 from decompclip.audit.controls import KINDS
 from decompclip.audit.findings import alarms, area, findings, gap
 from decompclip.audit.result import AuditResult, jsonable
 from decompclip.audit.scan_result import CONCLUDES, ScanResult
 from decompclip.audit.verdict import LOWERED, RULES
-from decompclip.audit.weights_alone import CONCLUDES as WEIGHTS_CONCLUDE
 from decompclip.display import printable, printable_all, shown
 from decompclip.figures.theme import content_policy, plotly_script
 from decompclip.files import atomic_folder, digest, write_json, write_text

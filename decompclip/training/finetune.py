@@ -20,10 +20,9 @@ from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import ALL, PairSteps, keyed
 from decompclip.data.pixels import check_pixels, onto
 from decompclip.data.processes import Processes, shown
-from decompclip.display import Result
+from decompclip.display import Pace, Result, meters
 from decompclip.models.bundled import digest as digest_of_weights
 from decompclip.models.clip import HookedCLIP, differentiable, plain
-from decompclip.progress import Pace, meters
 from decompclip.training.loop import Monitor, Trainee, train
 from decompclip.training.recipes import (
     FineTuning,

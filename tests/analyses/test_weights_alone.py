@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from analyses.questions import weights_alone as study
 from analyses.study.results import RESULTS
-from decompclip.audit.weights_alone import CONCLUDES
+from decompclip.audit.components import CONCLUDES
 from decompclip.bench.run import weights_of
 from decompclip.data.shapes import ShapesPairs
 from decompclip.files import FolderInUse, alone_in, write_json

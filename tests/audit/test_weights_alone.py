@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from decompclip.audit.weights_alone import SHOWN, weights_alone
+from decompclip.audit.components import SHOWN, weights_alone
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import ImageOnly

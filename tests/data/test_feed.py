@@ -22,11 +22,11 @@ from decompclip.data.images import FolderSource
 from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_images, open_pairs
+from decompclip.display import Pace
 from decompclip.evaluation.evaluate import evaluate
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import open_clip_transform
 from decompclip.operators.inputs import image_batches
-from decompclip.progress import Pace
 
 CLASSES = ("cat", "dog")
 
@@ -294,7 +294,7 @@ def test_batches_are_made_in_the_gradient_mode_of_who_asks(mode: Any) -> None:
 
 def test_the_pace_says_how_long_images_were_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("decompclip.progress.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("decompclip.display.time.perf_counter", lambda: clock.now)
 
     def batches() -> Iterator[Any]:
         for _ in range(4):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from decompclip.audit.checks import Change, Checks, ClassShare, Scorer, Setting
-from decompclip.audit.components import Infection, Shift, infected_parts
+from decompclip.audit.components import Infection, Shift, WeightsAlone, infected_parts
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import Controls, SameSize
 from decompclip.audit.result import (
@@ -25,7 +25,6 @@ from decompclip.audit.result import (
 )
 from decompclip.audit.scan_result import ClassChange, HeadStatistics, ProbeResult, ScanConfig, ScanResult
 from decompclip.audit.verdict import RepairResult, Target
-from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.images import SkippedFile
 from decompclip.intervals import Paired, Rate
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from decompclip.audit.components import WeightsAlone
 from decompclip.audit.result import AuditResult
 from decompclip.audit.scan_result import ScanResult
-from decompclip.audit.weights_alone import WeightsAlone
 from decompclip.data.images import SkippedFile
 from decompclip.report import render, write_report
 from decompclip.report.write import cell, coded, tied
