@@ -321,9 +321,9 @@ def weights_alone(
 
 
 CONCLUDES = (
-    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models of photographs, on which nothing was chosen; "
-    "and in 22 of 22 of simpler images, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
-    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of photographs, "
+    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models, on which nothing was chosen; "
+    "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
+    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of 200 classes, "
     "a hundredth) the first class led by 1.00 to 1.20; in backdoored ones by 1.05 to 4.37. A lead may grow with the length of a training, and clean ones of the same length were not trained: "
     "no verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
     "Words alone are no sign: the attacker's class is among those of the parts that changed most in clean fine-tunings too.",

@@ -38,12 +38,12 @@ def test_the_report_and_readme_say_what_was_measured() -> None:
     twins, controls = ([x for g in groups.values() for x in g.leads(k)] for k in ("twins", "controls"))
     assert study.DEVELOPMENT == ("shapes", "cifar10") and set(groups) == {"photos", *study.DEVELOPMENT}
     others = [run for name in study.DEVELOPMENT for run in groups[name].twins.values()]
-    assert all(run["rank"] == 1 for run in others)
+    assert all(run["rank"] == 1 and run["classes"] in (10, 12) for run in others)
     said = " ".join(CONCLUDES)
     for text in (
-        f"first of 200 in {groups['photos'].first} bundled backdoored models of photographs, on which nothing was chosen",
-        f"in {len(others)} of {len(others)} of simpler images, on which the score was chosen",
-        f"In {len(controls)} clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of photographs, a hundredth) "
+        f"first of 200 in {groups['photos'].first} bundled backdoored models, on which nothing was chosen",
+        f"of 10 or 12 in {len(others)} of {len(others)} others, on which the score was chosen",
+        f"In {len(controls)} clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of 200 classes, a hundredth) "
         f"the first class led by {min(controls):.2f} to {max(controls):.2f}; in backdoored ones by {min(twins):.2f} to {max(twins):.2f}.",
         "clean ones of the same length were not trained: no verdict rests on a lead",
     ):
