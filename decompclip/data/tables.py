@@ -143,13 +143,13 @@ class CuePairs(ListedPairs):
         folder: that the pictures lie in, links resolved.
         rows: of each photograph, its path from there on, class and cue, both counted from 0.
         cue_names: values of the cue.
-        preprocess, options: as `Pairs`; by default a caption is the class's name.
+        preprocess, options: as `Pairs`, `class_names` among them; by default a caption is the class's name.
 
     Attributes:
         cues: of each photograph, the place of its cue in `cue_names`.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or a class or cue without a name.
     """
 
     labels: Int[Tensor, " pair"]
@@ -164,7 +164,15 @@ class CuePairs(ListedPairs):
     ) -> None:
         super().__init__(preprocess, **{"templates": ("a photo of a {}",), **options})
         self.folder, self.cue_names = Path(folder), tuple(cue_names)
-        self.cues = torch.tensor([cue for _, _, cue in rows], dtype=torch.long)
+        places = {"class": [label for _, label, _ in rows], "cue": [cue for _, _, cue in rows]}
+        for (what, own), names in zip(places.items(), (self.class_names, self.cue_names), strict=True):
+            for place, (path, _, _) in zip(own, rows, strict=True):
+                if not 0 <= place < len(names):
+                    raise ValueError(
+                        f"expected the {what} of each photograph as a place in the {len(names)} {what}_names, counted from 0; "
+                        f"received {place} of {path}; name every {what} ({', '.join(names) or 'none is named'})"
+                    )
+        self.cues = torch.tensor(places["cue"], dtype=torch.long)
         entries = (
             PairEntry(path, self._caption("", label, path), label, self.folder / path)
             for path, label, _ in rows
@@ -188,8 +196,10 @@ class CuePairs(ListedPairs):
 
         Raises:
             FileNotFoundError: there is no `metadata.csv`.
-            ValueError: it lacks a column, has another number than 0 or 1 in `y` or `place`, or no row of the split.
+            ValueError: it is empty, lacks a column, has another number than 0 or 1 in `y` or `place`, or no row of the split; an
+                unknown split, or not two class names.
         """
+        check_choice("split", split, CueSplit)
         table = Path(folder) / "metadata.csv"
         rows = _columns(table, ("img_filename", "y", "split", "place"))
         known = [
@@ -222,8 +232,10 @@ class CuePairs(ListedPairs):
 
         Raises:
             FileNotFoundError: a list or the folder of pictures is not there.
-            ValueError: there is no such attribute, a value is neither 1 nor -1, attributes without names, or no row of the split.
+            ValueError: a list is empty, there is no such attribute, a value is neither 1 nor -1, or no row of the split; an unknown
+                split; attributes without names, or not two names of each.
         """
+        check_choice("split", split, CueSplit)
         place = Path(folder)
         attributes, partition = (_list(place, name) for name in ("list_attr_celeba", "list_eval_partition"))
         pictures = next(
@@ -238,9 +250,12 @@ class CuePairs(ListedPairs):
             raise FileNotFoundError(
                 f"expected the pictures of CelebA in {place}: img_align_celeba; it is not there"
             )
-        if (label, cue) != ("Blond_Hair", "Male") and not (options.get("class_names") and cue_names):
+        names = {"class_names": options.get("class_names"), "cue_names": cue_names}
+        missing = [name for name, given in names.items() if not given]
+        if missing and (label, cue) != ("Blond_Hair", "Male"):
             raise ValueError(
-                f"expected class_names and cue_names of {label} and {cue}, each the one without it first; received none"
+                f"expected class_names and cue_names of {label} and {cue}, each the one without it first; received no "
+                f"{' and no '.join(missing)}"
             )
         parts = {name: part for name, part in _columns(partition, ("image_id", "partition"))}
         rows = [
@@ -264,7 +279,13 @@ class CuePairs(ListedPairs):
         if not rows:
             raise ValueError(f"expected photographs of the {split} split in {folder}; the table has none")
         classes, cues = CUE_OPTIONS[kind]
-        return cls(folder, rows, cue_names or cues, preprocess, **{"class_names": classes, **options})
+        names = {"class_names": options.get("class_names") or classes, "cue_names": cue_names or cues}
+        for name, given in names.items():
+            if len(given) != 2:
+                raise ValueError(f"expected two {name}; received {len(given)}: {', '.join(given)}")
+        return cls(
+            folder, rows, names["cue_names"], preprocess, **{**options, "class_names": names["class_names"]}
+        )
 
     def _file(self, index: int) -> Path:
         return self.entries[index].image
@@ -284,6 +305,10 @@ def _list(folder: Path, name: str) -> Path:
 def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Some columns of a table with a header; of CelebA's text, whose first line is a count and whose pictures have no header."""
     lines = [line for line in _text(table).splitlines() if line.strip()]
+    if len(lines) == 1 and lines[0].strip().isdigit():  # a count and no more
+        lines = []
+    if not lines:
+        raise ValueError(f"expected rows in {table}; it is an empty table; fetch it again")
     if table.suffix == ".csv":
         header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines))
     elif len(lines[0].split()) == 1:
@@ -310,7 +335,6 @@ def _number(value: str, table: Path, column: str, known: tuple[str, str]) -> int
 
 
 def _of_split(value: str, split: CueSplit, table: Path, path: str = "") -> bool:
-    check_choice("split", split, CueSplit)
     if value not in _SPLITS:
         of = f" of {path}" if path else ""
         raise ValueError(f"expected a split 0, 1 or 2{of} in {table}; received {value or 'none'}")

@@ -17,6 +17,11 @@ neither the neuron's own term (`neuron_terms`) nor paths through several heads. 
 through later MLPs is left out; `AblateNeurons` in causal mode has all of it.
 
 No `[image, token, neuron, d]` is formed: images leave `c`, with a number a path and neuron, and these leave their moments.
+
+Where this differs from the paper: its principal direction is that of the 100 images in which the effect is farthest from its
+mean, with the sign that most of them have. Here the direction is that of all images, and its sign that of
+`sum_i |e[i]|^2 e[i]` along it (`e`: the effect past its mean), a third moment, in which the strong images count most. Both come
+exactly from one pass over images. Words have weights by non-negative least squares: they name the side of the sign alone.
 """
 
 from __future__ import annotations
@@ -61,6 +66,9 @@ if TYPE_CHECKING:
 
 SHOWN = 30
 """Neurons drawn, those with the largest effects."""
+
+ROUNDING = 8
+"""Times the precision: what varies by less, beside the feature's length or its own mean, has no direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +136,18 @@ class Paths:
         weights = terms.attention * terms.scale[..., None] / scales[:, :, None]
         return d, weights.flatten(1, 2), kept["post"]
 
+    @property
+    def number(self) -> int:
+        """Of paths."""
+        return len(self.read) * (1 if self.fixed.read.out is None else len(self.fixed.read.out))
+
     def coords(
         self, images: Float[Tensor, "batch 3 h w"], normalize: bool
-    ) -> Float[Tensor, "batch path neuron"]:
-        """`c`."""
-        _, weights, post = self.seen(images, normalize)
+    ) -> tuple[Float[Tensor, "batch path neuron"], Float[Tensor, " batch"]]:
+        """`c`, and the features' lengths."""
+        d, weights, post = self.seen(images, normalize)
         with full_precision(post):
-            return weights @ post
+            return weights @ post, d.features.norm(dim=1)
 
     def maps(self, which: slice) -> Float[Tensor, "path neuron d_embed"]:
         """What `c` is multiplied by, of some of the neurons."""
@@ -151,35 +164,56 @@ class Paths:
 
 
 class PathMoments:
-    """Mean and spread of `c` over images, batch after batch; of size [neuron path path], whatever the images."""
+    """Moments of `c` over images, batch after batch; of size [neuron path path], whatever the images.
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.empty(0)
+    Attributes:
+        mean, squares: of `c`, and the sum of `x x^T`, where `x` is `c` past its mean.
+        lean: the sum of `(x G x) x`; `G` has the products of the paths' maps, so that `x G x` is the square of the effect's length.
+        length: the features' mean length.
 
-    def add(self, coords: Float[Tensor, "batch path neuron"]) -> None:
-        """By the update of Chan et al. (1983), which does not subtract large numbers from each other.
+    Raises:
+        ValueError: memory holds no moments of so many neurons and paths.
+    """
 
-        Raises:
-            ValueError: memory holds no moments of so many neurons and paths.
-        """
-        batch, paths, n = coords.shape
-        if not self.count:
-            size, free = n * paths * paths * coords.element_size(), room(coords.device)
-            if size > free:
-                raise ValueError(
-                    f"expected neurons whose moments over {paths} paths fit in {free / 2**30:.1f} GiB; received {n}, which "
-                    f"take {size / 2**30:.1f}; name fewer, such as neurons[layer, :{max(1, n * free // size)}]"
-                )
-            self.mean, self.squares = coords.new_zeros(n, paths), coords.new_zeros(n, paths, paths)
+    def __init__(self, paths: Paths) -> None:
+        n, each, like = len(paths.index), paths.number, paths.written
+        size, free = 2 * n * each * each * like.element_size(), room(like.device)
+        if size > free:
+            raise ValueError(
+                f"expected neurons whose moments over {each} paths fit in {free / 2**30:.1f} GiB; received {n}, which "
+                f"take {size / 2**30:.1f}; name fewer, such as neurons[layer, :{max(1, n * free // size)}]"
+            )
+        self.count, self.length = 0, 0.0
+        self.mean, self.lean = like.new_zeros(n, each), like.new_zeros(n, each)
+        self.squares, self.gram = like.new_zeros(n, each, each), like.new_empty(n, each, each)
+        with full_precision(like):
+            for piece in _blocks(paths):
+                maps = paths.maps(piece).transpose(0, 1)
+                self.gram[piece] = maps @ maps.mT
+
+    def add(self, coords: Float[Tensor, "batch path neuron"], lengths: Float[Tensor, " batch"]) -> None:
+        """By the update of Chan et al. (1983), which does not subtract large numbers from each other, and its like for `lean`."""
+        old, batch = self.count, len(coords)
         self.count += batch
-        mean = coords.mean(0).T
-        moved = coords.permute(2, 0, 1) - mean[:, None]
-        delta = mean - self.mean
-        self.squares.baddbmm_(moved.mT, moved)
         weight = batch / self.count
-        self.squares.baddbmm_(delta[:, :, None], delta[:, None], alpha=(self.count - batch) * weight)
+        mean = coords.mean(0).T
+        x = coords.permute(2, 0, 1) - mean[:, None]
+        delta = mean - self.mean
+        with full_precision(coords):
+            far = self.gram @ delta[..., None]
+            apart = (far[..., 0] * delta).sum(1, keepdim=True)  # the square of the length between the means
+            square = (x @ self.gram * x).sum(2)
+            # sum_i (y G y) y with y = x + a is lean + a sum_i (x G x) + 2 (sum_i x x^T) G a + n (a G a) a: a for the old images, and the new
+            before = (self.squares.flatten(1)[:, None] @ self.gram.flatten(1)[..., None])[..., 0]
+            back, on = -weight, 1 - weight
+            self.lean += (square[:, None] @ x)[:, 0]
+            self.lean += (back * before + on * square.sum(1, keepdim=True)) * delta
+            self.lean += 2 * (back * (self.squares @ far) + on * (x.mT @ (x @ far)))[..., 0]
+            self.lean += (old * back**3 + batch * on**3) * apart * delta
+            self.squares.baddbmm_(x.mT, x)
+            self.squares.baddbmm_(delta[:, :, None], delta[:, None], alpha=old * weight)
         self.mean += delta * weight
+        self.length += (float(lengths.mean()) - self.length) * weight
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,11 +223,13 @@ class SecondOrder(Result):
     Attributes:
         layer, index: which neurons.
         mean: their mean effects, in the joint space.
-        direction: of each neuron the unit vector along which its effect varies most over images (zero where it does not), with
-            the sign that its mean effect has along it.
+        direction: of each neuron the unit vector along which its effect varies most over images, with the sign of the side on
+            which it is strong (see `decompclip.operators.second_order`; of the mean effect, where neither side is stronger).
+            Zero where the effect varies by no more than rounding of features does.
         spread: root mean square length of the effect past its mean.
-        share: of the square of the spread, what lies along the direction: 1 where the effect is of rank one.
-        words: texts with their weights, whose combination comes near the direction; none of a tower without a text tower.
+        share: of the square of the spread, what lies along the direction: 1 where the effect is of rank one, 0 without one.
+        words: texts with their weights, none negative, whose combination comes near the direction, the heaviest first; none
+            of a tower without a text tower, or where there is no direction.
         fidelity: cosine of the two; nan without texts.
         coords: the mean of `c`, which mean-ablation fills in.
         n_images: behind the numbers.
@@ -232,8 +268,14 @@ class SecondOrder(Result):
         return self.select(self.spread.argsort(descending=True, stable=True)[:k].tolist())
 
     def select(self, places: Sequence[int]) -> SecondOrder:
-        """Those of some neurons, by their places."""
+        """Those of some neurons, by their places.
+
+        Raises:
+            ValueError: no places.
+        """
         at = list(places)
+        if not at:
+            raise ValueError("expected places of neurons; received none; name at least one")
         names = ("index", "mean", "direction", "spread", "share", "fidelity")
         own = {name: getattr(self, name)[at] for name in names}
         words = tuple(self.words[i] for i in at)
@@ -280,8 +322,9 @@ class SecondOrder(Result):
             ValueError: another model.
         """
         paths = self._paths(model)
-        coords = paths.coords(images, self.normalized)
-        return torch.einsum("bpn,pnd->bnd", coords, paths.maps(slice(None)))
+        coords, _ = paths.coords(images, self.normalized)
+        with full_precision(coords):
+            return torch.einsum("bpn,pnd->bnd", coords, paths.maps(slice(None)))
 
     @torch.no_grad()
     def project(
@@ -298,12 +341,13 @@ class SecondOrder(Result):
             ValueError: another model, or no images.
         """
         paths, own = self._paths(model), []
-        for piece in _blocks(paths):
-            along = torch.einsum("pnd,nd->pn", paths.maps(piece), self.direction[piece].to(paths.written))
-            own.append(along)
+        with full_precision(paths.written):
+            for piece in _blocks(paths):
+                direction = self.direction[piece].to(paths.written)
+                own.append(torch.einsum("pnd,nd->pn", paths.maps(piece), direction))
         along, mean = torch.cat(own, dim=1), self.coords.to(paths.written)
         batches = image_batches(images, batch_size=batch_size, device=paths.visual.device)
-        found = [((paths.coords(x, self.normalized) - mean) * along).sum(1).cpu() for x in batches]
+        found = [((paths.coords(x, self.normalized)[0] - mean) * along).sum(1).cpu() for x in batches]
         if not found:
             raise ValueError("expected images; received none; check the image source")
         return torch.cat(found)
@@ -371,7 +415,7 @@ def second_order(
     """What neurons do through the heads of later layers: mean effects, principal directions over images, and their words.
 
     Attention, scales of LayerNorms and outputs of MLPs are held at each image's own values: see
-    `decompclip.operators.second_order`. Directions are those of the covariance over all images.
+    `decompclip.operators.second_order`, also for where directions, signs and words differ from the paper's.
 
     Args:
         model: a CLIP; or an image tower, whose directions get no words.
@@ -392,7 +436,7 @@ def second_order(
             out; fewer than two images; texts for a tower alone, or too few; more neurons than memory holds moments of.
     """
     visual = tower(model)
-    paths, moments, pool = Paths.named(visual, chosen), PathMoments(), None
+    paths, pool = Paths.named(visual, chosen), None
     if isinstance(model, HookedViT):
         if texts is not None:
             raise ValueError(
@@ -400,8 +444,9 @@ def second_order(
             )
     else:
         pool = text_pool(model, texts, n_texts, class_names=model.class_names)
+    moments = PathMoments(paths)
     for batch in image_batches(images, batch_size=batch_size, device=visual.device):
-        moments.add(paths.coords(batch, normalize))
+        moments.add(*paths.coords(batch, normalize))
     if moments.count < 2:
         raise ValueError(
             f"expected at least two images, over which effects vary; received {moments.count}; check the image source"
@@ -429,9 +474,9 @@ def second_order(
 
 
 def _blocks(paths: Paths) -> list[slice]:
-    """Neurons in as few slices as their maps may take memory."""
-    path = len(paths.read) * (1 if paths.fixed.read.out is None else len(paths.fixed.read.out))
-    size = path * paths.fixed.maps.heads.shape[-1] * 8 * 3  # fp64, and as much again at work
+    """Neurons in as few slices as their maps and covariances may take memory."""
+    width = paths.fixed.maps.heads.shape[-1]
+    size = paths.number * (width * 3 + paths.number * 4) * 8  # fp64, and what is at work beside
     return list(pieces(len(paths.index), size, temporary(paths.written.device)))
 
 
@@ -444,7 +489,12 @@ def _principal(paths: Paths, moments: PathMoments, which: slice) -> tuple[Tensor
         rows = (vectors * values.clamp_min(0).sqrt()[:, None]).mT @ maps  # rows.T @ rows: the covariance
         values, vectors = torch.linalg.eigh(rows @ rows.mT)
     square = rows.square().sum((1, 2))
+    spread = square.sqrt()
     direction = torch.nn.functional.normalize(torch.einsum("np,npd->nd", vectors[..., -1], rows), dim=1)
-    direction = torch.where((direction * mean).sum(1, keepdim=True) < 0, -direction, direction)
-    tiny = torch.finfo(square.dtype).tiny
-    return mean, direction, square.sqrt(), (values[:, -1] / square.clamp_min(tiny)).clamp(0, 1)
+    lean = torch.einsum("np,npd->nd", moments.lean[which].double() / moments.count, maps)
+    side, eps = (lean * direction).sum(1), torch.finfo(moments.squares.dtype).eps
+    side = torch.where(side.abs() > eps**0.5 * spread**3, side, (mean * direction).sum(1))
+    told = spread > ROUNDING * eps * mean.norm(dim=1).clamp_min(moments.length)
+    direction = direction * torch.where(side < 0, -1.0, 1.0)[:, None] * told[:, None]
+    share = (values[:, -1] / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp(0, 1) * told
+    return mean, direction, spread, share

@@ -130,7 +130,7 @@ class NamedDirections(ByPart):
         parts: heads and MLPs.
         directions: unit vectors, those along which most is written first; zero where nothing is.
         share: of the squares of the map's numbers, what lies along each.
-        words: of each part and direction, texts with their weights, in the order of the picks.
+        words: of each part and direction, texts with their weights, none negative, the heaviest first.
         fidelity: cosine of each direction and the combination of its texts.
     """
 
@@ -345,13 +345,13 @@ def in_words(
 def words_of(
     directions: Float[Tensor, "direction d_embed"], pool: TextPool, n_texts: int, coherence: float
 ) -> tuple[list[tuple[tuple[str, float], ...]], Float[Tensor, " direction"]]:
-    """Of each direction the texts that are picked with their weights, and the cosine of it and their combination."""
+    """Of each direction the texts that are picked with their weights, the heaviest first, and the cosine of it and their combination."""
     picks, weights = pursue(directions, pool.features, n_texts, coherence=coherence)
     combined = torch.einsum("np,npd->nd", weights, pool.features[picks.clamp_min(0)])
-    words = [
-        tuple((pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if i >= 0 and w > 0)
-        for ps, ws in zip(picks.tolist(), weights.tolist(), strict=True)
-    ]
+    words = []
+    for ps, ws in zip(picks.tolist(), weights.tolist(), strict=True):
+        own = [(pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if i >= 0 and w > 0]
+        words.append(tuple(sorted(own, key=lambda word: -word[1])))
     return words, F.cosine_similarity(combined, directions.to(combined), dim=1)
 
 

@@ -303,6 +303,38 @@ def test_celeba_has_classes_cues_and_splits(tmp_path: Path, form: str) -> None:
     assert other.class_names == names["class_names"] and other.cue_names == names["cue_names"]
 
 
+@pytest.mark.parametrize("text", ["", "\n \n", "5\n"])
+def test_empty_tables_are_said_to_be_empty(tmp_path: Path, text: str) -> None:
+    (waterbirds(tmp_path / "w") / "metadata.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.csv; it is an empty table"):
+        CuePairs.waterbirds(tmp_path / "w", "test")
+    for form in ("txt", "csv"):
+        for name in ("list_attr_celeba", "list_eval_partition"):
+            folder = celeba(tmp_path / form / name, form)
+            (folder / f"{name}.{form}").write_text(text, encoding="utf-8")
+            with pytest.raises(ValueError, match=rf"{name}\.{form}; it is an empty table"):
+                CuePairs.celeba(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            ("b.png", -1, 0),
+            "class of each .* 2 class_names.* received -1 of b.png; name every class \\(dog, cat\\)",
+        ),
+        (("b.png", 2, 0), "received 2 of b.png"),
+        (("b.png", 0, -1), "cue of each .* 3 cue_names.* received -1 of b.png"),
+        (("b.png", 0, 3), "received 3 of b.png"),
+    ],
+)
+def test_classes_and_cues_have_names(tmp_path: Path, row: tuple[str, int, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CuePairs(tmp_path, [("a.png", 1, 2), row], ("x", "y", "z"), class_names=["dog", "cat"])
+    with pytest.raises(ValueError, match="none is named"):
+        CuePairs(tmp_path, [("a.png", 0, 0)], ("x",))
+
+
 def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
     for drop in ("img_filename", "y", "split", "place"):
         with pytest.raises(ValueError, match=f"it has no {drop}, but img_id"):
@@ -311,6 +343,10 @@ def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
         CuePairs.waterbirds(waterbirds(tmp_path / "y", y="7"), "test")
     with pytest.raises(ValueError, match="'train', 'validation', 'test'"):
         CuePairs.waterbirds(tmp_path / "y", "val")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="'train', 'validation', 'test'"):  # before the table is looked for
+        CuePairs.celeba(tmp_path / "gone", "val")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="expected two class_names; received 1: bird"):
+        CuePairs.waterbirds(waterbirds(tmp_path / "names"), "test", class_names=["bird"])
     with pytest.raises(FileNotFoundError, match="metadata"):
         CuePairs.waterbirds(tmp_path, "test")
     only = waterbirds(tmp_path / "one")
@@ -326,6 +362,15 @@ def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
         CuePairs.celeba(tmp_path / "c", "test", cue="Moustache", class_names=("a", "b"), cue_names=("c", "d"))
     with pytest.raises(ValueError, match="class_names and cue_names of Bald and Male"):
         CuePairs.celeba(tmp_path / "c", "test", label="Bald")
+    given: list[tuple[Any, str]] = [
+        ({"class_names": ("a", "b")}, "cue_names"),
+        ({"cue_names": ("a", "b")}, "class_names"),
+    ]
+    for names, missing in given:
+        with pytest.raises(ValueError, match=f"received no {missing}$"):
+            CuePairs.celeba(tmp_path / "c", "test", label="Bald", **names)
+    with pytest.raises(ValueError, match="expected two cue_names; received 3"):
+        CuePairs.celeba(celeba(tmp_path / "three", "csv"), "test", cue_names=("a", "b", "c"))
     with pytest.raises(FileNotFoundError, match="list_eval_partition"):
         CuePairs.celeba(celeba(tmp_path / "d", "txt", partition=False), "test")
     (tmp_path / "d/list_eval_partition.txt").write_text("a/0.png 0\n", encoding="utf-8")

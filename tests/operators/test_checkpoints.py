@@ -18,7 +18,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import ImageOnly, MissingTextError
 from decompclip.operators.checkpoints import compare_checkpoints
 from decompclip.operators.inputs import encode_texts
-from decompclip.operators.weights import layer_maps, pursue, weight_directions
+from decompclip.operators.weights import COHERENCE, layer_maps, pursue, text_pool, weight_directions, words_of
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 from tests.conftest import MakeTower
@@ -168,6 +168,7 @@ def test_coherence_prefers_texts_alike() -> None:
 
 def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
     found = weight_directions(clean, heads[5] | mlps[0], n_directions=2)
+    pool = text_pool(clean, None, 5, class_names=clean.class_names)
     assert len(found) == 9
     of_heads, of_mlp = slow_maps(clean.visual, 5)[0], slow_maps(clean.visual, 0)[1]
     for row, matrix in enumerate((*of_heads, of_mlp)):
@@ -179,6 +180,15 @@ def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
     assert found.to_frame().shape == (18, 8)
     assert ((found.fidelity > 0) & (found.fidelity <= 1)).all()
     assert found.of(heads[5, 0]) == tuple(text for text, _ in found.words[0][0])
+    assert words_of(found.directions[:, 0], pool, 5, COHERENCE)[0] == [words[0] for words in found.words]
+    picks, weights = pursue(found.directions[:, 0], pool.features, 5)
+    first = [pool.texts[i] for i in picks[:, 0].tolist()]
+    heaviest = [pool.texts[int(p[int(w.argmax())])] for p, w in zip(picks, weights, strict=True)]
+    assert (
+        [words[0][0][0] for words in found.words] == heaviest != first
+    )  # the refit makes later picks the heaviest
+    for words in (own for part in found.words for own in part):
+        assert [w for _, w in words] == sorted((w for _, w in words), reverse=True)
 
 
 # --- differences
