@@ -20,7 +20,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 PARTIAL = ".partial"
 LOCK = ".decompclip.lock"
@@ -130,7 +133,7 @@ def atomic_folder(folder: str | Path, manifest: str) -> Iterator[Path]:
 
 def sweep(folder: Path, name: str = "") -> None:
     """Remove what killed runs left of the file `name`, or of every file of `folder`."""
-    start = f".{name[:40]}."
+    start = f".{_short(name)}."
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in list(entries):
             if not entry.name.endswith(PARTIAL) or (name and not entry.name.startswith(start)):
@@ -184,10 +187,10 @@ def alone_in(folder: str | Path, *, name: str = "", patience: float = 0) -> Iter
     lock = _lock(folder, name)
     holder = lock.with_suffix(".holder")
     what = folder / name if name else folder
-    with _no_empty(folder, lock):
-        held = FileLock(str(lock))
+    held, made = FileLock(str(lock)), set[Path]()
+    try:
         try:
-            held.acquire(timeout=patience)
+            _enter(held, folder, made, patience)
         except Timeout:
             raise FolderInUse(
                 f"expected to be alone in writing to {what}; {_who(holder)} does so now; wait until it is done, end it, or "
@@ -202,14 +205,33 @@ def alone_in(folder: str | Path, *, name: str = "", patience: float = 0) -> Iter
         }
         with suppress(OSError):  # it only serves the message
             holder.write_text(json.dumps(me), encoding="utf-8")
-        try:
-            yield
-        finally:
+        yield
+    finally:
+        if held.is_locked:
             with suppress(OSError):
                 holder.unlink(missing_ok=True)
-                if name:  # beside somebody's file nothing is left; in a folder of ours the lock stays, as waiters share it
+                # beside somebody's file nothing is left, nor in a folder that came for nothing. It goes while it is held: who
+                # waits then finds that what it opened has gone, and asks anew
+                if name or (made and [file.name for file in folder.iterdir()] == [lock.name]):
                     lock.unlink(missing_ok=True)
             held.release()
+        with suppress(OSError):  # only what is empty goes
+            for above in sorted(made, reverse=True):
+                above.rmdir()
+
+
+def _enter(held: BaseFileLock, folder: Path, made: set[Path], patience: float) -> None:
+    """Hold the lock, and note which folders were `made` for it. Another who made them may remove them while this one waits."""
+    end = time.monotonic() + patience
+    for left in reversed(range(100)):
+        try:
+            made.update(above for above in (folder, *folder.parents) if not above.exists())
+            folder.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=max(0, end - time.monotonic()))
+            return
+        except (FileNotFoundError, FileExistsError):  # what mkdir says of a folder that goes meanwhile
+            if not left:
+                raise
 
 
 def holder_of(folder: Path, name: str = "") -> str:
@@ -221,23 +243,12 @@ def holder_of(folder: Path, name: str = "") -> str:
 
 
 def _lock(folder: Path, name: str) -> Path:
-    return folder / (f".{name[:40]}.lock" if name else LOCK)
+    return folder / (f".{_short(name)}.lock" if name else LOCK)
 
 
-@contextmanager
-def _no_empty(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """`folder` is there in the block; where it was made for it and nothing came (but the lock), it goes again."""
-    made = [above for above in (folder, *folder.parents) if not above.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if made and {file.name for file in folder.iterdir()} <= ({lock.name} if lock else set()):
-            with suppress(OSError):
-                if lock:
-                    lock.unlink(missing_ok=True)
-                for above in made:
-                    above.rmdir()
+def _short(name: str) -> str:
+    """A name that others can be made of, as long as a file's may be; another for each."""
+    return name if len(name) <= 40 else f"{name[:31]}-{digest(name)[:8]}"
 
 
 def _who(holder: Path) -> str:
@@ -249,7 +260,7 @@ def _who(holder: Path) -> str:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name[:40]}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}{PARTIAL}")
+    return path.with_name(f".{_short(path.name)}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}{PARTIAL}")
 
 
 def _lives(process: int) -> bool:

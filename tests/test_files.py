@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -188,3 +192,85 @@ def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path: Path) -> None
     with alone_in(tmp_path / "a" / "b"):
         write_text(tmp_path / "a" / "b" / "file", "")
     assert (tmp_path / "a" / "b" / "file").exists()
+
+
+def test_who_waits_makes_the_folder_anew_where_its_maker_fails(tmp_path: Path) -> None:
+    place, inside = tmp_path / "a" / "b", threading.Event()
+
+    def fail() -> None:
+        with suppress(ValueError), alone_in(place):
+            inside.set()
+            time.sleep(0.3)  # the other waits meanwhile
+            raise ValueError
+
+    first = threading.Thread(target=fail)
+    first.start()
+    inside.wait()
+    with alone_in(place, patience=60):
+        write_text(place / "file", "")
+    first.join()
+    assert (place / "file").exists()
+
+
+CROWD = """
+import os, sys, time
+from pathlib import Path
+from decompclip.files import alone_in
+folder, mark = Path(sys.argv[1]), Path(sys.argv[2])
+for turn in range(40):
+    with alone_in(folder, name=sys.argv[3], patience=60):
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        time.sleep(0.001)
+        mark.unlink()
+"""
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_of_many_that_wait_one_is_inside(tmp_path: Path, name: str) -> None:
+    """Whose lock is removed at the end, with the folder that was made for it."""
+    args = [sys.executable, "-c", CROWD, str(tmp_path / "a" / "b"), str(tmp_path / "mark"), name]
+    crowd = [subprocess.Popen(args, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in crowd] == [(b"", 0)] * 3
+    assert not list(tmp_path.rglob(".*.lock")) or not name
+
+
+def test_a_lock_that_went_is_not_held(tmp_path: Path) -> None:
+    """What somebody waits with is open before it goes: two would be inside."""
+    flock, went = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not went:
+            went.append(how)
+            (tmp_path / ".file.lock").unlink()  # by its holder, who is done
+        flock(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with alone_in(tmp_path, name="file", patience=5):
+            assert went
+            with pytest.raises(FolderInUse), alone_in(tmp_path, name="file"):
+                raise AssertionError("let in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_with_long_names_have_locks_and_leavings_of_their_own(tmp_path: Path) -> None:
+    one, other = (f"{'sweep-of-a-learning-rate-and-a-batch-size-' * 2}seed-{seed}.pt" for seed in (0, 1))
+    with (
+        alone_in(tmp_path, name=one),
+        alone_in(tmp_path, name=other),
+        atomic_write(tmp_path / other) as partial,
+    ):
+        assert len({lock.name for lock in tmp_path.glob(".*.lock")}) == 2
+        with pytest.raises(FolderInUse, match=f"{one}; process"), alone_in(tmp_path, name=one):
+            pass
+        left = partial.with_name(partial.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))  # of the dead
+        left.touch()
+        sweep(tmp_path, one)
+        assert left.exists()
+        sweep(tmp_path, other)
+        assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [other]
+    long = "x" * 250
+    write_text(tmp_path / long, "")
+    with alone_in(tmp_path, name=long):
+        pass
