@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from decompclip.bench import run as running
 from decompclip.bench.plan import Plan
 from decompclip.data.datasets import FolderPairs
 from decompclip.data.images import FolderSource
+from decompclip.data.pairs import batch_places
 from decompclip.data.pixels import encode_png
 from decompclip.data.processes import Processes
 from decompclip.evaluation.evaluate import Evaluation
@@ -382,6 +384,43 @@ def test_a_training_of_processes_that_disagree_is_refused(model: HookedCLIP, pic
 
     options = "the recipe, the number of pairs or the seed"
     assert in_processes(2, work) == [["the model", "the pairs", options, options]] * 2
+
+
+def test_all_pairs_are_compared_and_no_picture(model: HookedCLIP, pictures: Path) -> None:
+    """Of pairs that the first batch does not have."""
+    whole = FolderPairs(pictures, ["a {}"], model.pixels)
+    late = batch_places(len(whole), 2, 6, seed=0)[0]
+
+    def altered(preprocess: Any = model.pixels, **change: Any) -> FolderPairs:
+        pairs = FolderPairs(pictures, ["a {}"], preprocess)
+        pairs.entries = list(pairs.entries)
+        pairs.entries[late] = replace(pairs.entries[late], **change)
+        return pairs
+
+    def lighter(picture: Any) -> Tensor:
+        return (model.pixels(picture) + 0.5 * torch.rand(())).clamp(0, 1)
+
+    def work(rank: int) -> list[bool]:
+        accelerator, refused = Accelerator(cpu=True), []
+        names = dict(enumerate(["one", "other"]))
+        for source in (
+            altered(caption=names[rank]),
+            altered(id=names[rank]),
+            altered(label=rank),
+            altered(lighter, caption=names[rank]),
+            PoisonedPairs(whole, BadNet(), whole.class_names[0], count=2, seed=rank),
+            PoisonedPairs(altered(caption=names[rank]), BadNet(), whole.class_names[0], count=2),
+            altered(lighter),  # draws, and agrees
+        ):
+            try:
+                finetune(model, source, tuning(), accelerator=accelerator)
+                refused.append(False)
+            except ValueError as error:
+                assert "differs from process 0 in the pairs; start all" in str(error)
+                refused.append(True)
+        return refused
+
+    assert in_processes(2, work) == [[True] * 6 + [False]] * 2
 
 
 # Bench

@@ -1,4 +1,4 @@
-"""What befalls several processes: all of them are told, none waits for ever, and the next run ends with the same bytes."""
+"""What befalls several processes: all of them are told, on CPUs none waits for ever, and the next run ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 import decompclip
 from decompclip import Shapes, extract
@@ -386,6 +387,26 @@ def test_a_process_that_waits_hears_a_signal(tmp_path: Path) -> None:
 
     _, waited = in_processes(2, work)
     assert 0 < waited < 2
+
+
+def test_one_that_is_late_is_told_apart_from_one_that_has_ended() -> None:
+    """And what else torch says stays as it is."""
+
+    def work(rank: int) -> None:
+        waits = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
+        group = Processes(Accelerator(cpu=True, kwargs_handlers=[waits]))
+        with pytest.raises(RuntimeError, match=r"^gloo: a shape$"), group.going_on():
+            raise RuntimeError("gloo: a shape")
+        with pytest.raises(RuntimeError, match="^the user's reader timed out$"), group.going_on():
+            raise RuntimeError("the user's reader timed out")
+        group.wait()
+        time.sleep(5 * rank)
+        group.wait()
+
+    late, gone = in_processes(2, work, grace=60)
+    assert type(late) is TimeoutError and "one of them is still at work, or hangs; torch says: " in str(late)
+    assert "InitProcessGroupKwargs(timeout=" in str(late)
+    assert isinstance(gone, ProcessGone)
 
 
 def group_of(path: Path) -> str:

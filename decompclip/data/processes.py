@@ -21,7 +21,7 @@ from torch import Tensor
 from decompclip.data.feed import DeviceSource, ahead, feed, is_pure
 from decompclip.data.files import SkippedFile
 from decompclip.data.images import ListedImages
-from decompclip.data.pairs import Pairs
+from decompclip.data.pairs import ListedPairs, Pairs
 from decompclip.files import alone_in, digest, holder_of
 from decompclip.models.bundled import digest as digest_of_weights
 
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_GONE = re.compile(
+    r"connection (was likely )?(closed|reset|refused|timed out)|broken pipe|(read|write) error|remote process exit",
+    re.I,
+)
+_LATE = re.compile(r"timed out|timeout", re.I)
+"""What gloo, torch's store and NCCL say of a process that has ended, and of one that is late."""
 
 
 class ProcessGone(ConnectionError):
@@ -67,7 +74,7 @@ class Processes:
         """A step that all take: it waits until all have come to it, and a signal ends the wait, which one inside torch does not hear.
 
         Raises:
-            ProcessGone: one of them does not come.
+            ProcessGone, TimeoutError: one of them does not come; as `going_on`.
         """
         if self.count == 1:
             return
@@ -81,20 +88,32 @@ class Processes:
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Where torch's exchange between processes fails in the block, that is said in words.
+        """Where torch's exchange between processes fails in the block, since another has ended or is late, that is said in words.
+
+        Gloo, on CPUs, tells of both at once. NCCL tells of neither: it waits until the group's time is over.
 
         Raises:
-            ProcessGone: it fails.
+            ProcessGone: a connection is closed.
+            TimeoutError: another does not come in the time that the group waits.
         """
         try:
             yield
         except RuntimeError as error:
-            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            said = str(error)
+            if not (isinstance(error, torch.distributed.DistError) or "gloo" in said):
                 raise
-            raise ProcessGone(
-                f"expected {self.count} processes that go on together; one of them has ended: what it said, or what ended it, "
-                "is the reason; run the same again"
-            ) from error
+            if _GONE.search(said):
+                raise ProcessGone(
+                    f"expected {self.count} processes that go on together; one of them has ended: what it said, or what ended "
+                    "it, is the reason; run the same again"
+                ) from error
+            if _LATE.search(said):
+                raise TimeoutError(
+                    f"expected {self.count} processes that come together in the time that their group waits; one of them is "
+                    f"still at work, or hangs; torch says: {said.splitlines()[0]}; in Python give it longer: Accelerator("
+                    "kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])"
+                ) from error
+            raise
 
     def in_first(self, work: Callable[[], T]) -> T:
         """What the first process makes, while the others wait, in all of them; what it raises is raised in all."""
@@ -273,6 +292,22 @@ def _in_turn(lists: Sequence[Iterable[T]]) -> Iterator[T]:
                 yield next(items)
             except StopIteration:
                 left.remove(items)
+
+
+def digest_of_pairs(pairs: object) -> str:
+    """Of names, captions and classes of all pairs, as far as no code of a user's own is asked for them.
+
+    No image is opened. Of a data set of the user's, names alone; empty for streams, and for sources that are no `Pairs`.
+    """
+    if not isinstance(pairs, Pairs):
+        return ""
+    listed: list[Sequence[object]] = [pairs.ids]
+    if pairs.pure or isinstance(pairs, ListedPairs):
+        listed += [pairs.captions, pairs.known_labels]
+    found = hashlib.sha256()
+    for pair in zip(*listed, strict=True):
+        found.update(f"{pair!r}\n".encode())
+    return found.hexdigest()
 
 
 def digest_of_images(data: PlacedImages, *, files: bool = False) -> str:

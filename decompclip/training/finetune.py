@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import ALL, PairSteps, keyed
 from decompclip.data.pixels import check_pixels, onto
-from decompclip.data.processes import Processes, shown
+from decompclip.data.processes import Processes, digest_of_pairs, shown
 from decompclip.display import Pace, Result, meters
 from decompclip.models.bundled import digest as digest_of_weights
 from decompclip.models.clip import HookedCLIP, differentiable, plain
@@ -138,7 +139,9 @@ def finetune(
         penalty: added to the loss; its repr must show all of it, so that a checkpoint is resumed with that penalty only.
         accelerator: of Hugging Face's accelerate, to spread each batch over its processes: gradients are those of
             the whole batch. Each decodes its own part alone, but of a stream, and where code of your own reads, all. Every
-            process reads the checkpoint; the first one writes it.
+            process reads the checkpoint; the first one writes it. They must agree in the model, the recipe, and what the source
+            lists of all pairs (names, captions, classes, poisons); of a stream, and of a source of your own, in the captions
+            of the first batch, where a checkpoint is kept. Pictures are not compared.
         progress: show a bar.
         log: gets each entry of the history, as text.
 
@@ -149,7 +152,8 @@ def finetune(
         MissingTextError: the model has no text tower.
         FloatingPointError: the loss is not finite.
         FolderInUse: another run writes this checkpoint.
-        ProcessGone: another process has ended.
+        ProcessGone: another process has ended; on CPUs, as NCCL does not tell.
+        TimeoutError: another process is later than their group waits; likewise.
         OSError: a checkpoint cannot be written.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
@@ -167,7 +171,8 @@ def finetune(
         raise ValueError(f"expected a batch that {group.count} processes divide; received batch_size {size}")
     identity = _agreed(group, model, pairs, recipe, plan.samples, seed, penalty, keeps=checkpoint is not None)
     net = net.to(device)
-    wrapped = net if accelerator is None else accelerator.prepare_model(net)
+    with group.going_on():
+        wrapped = net if accelerator is None else accelerator.prepare_model(net)
     mine = slice(group.rank * size // group.count, (group.rank + 1) * size // group.count)
 
     pace, coming, stack = Pace(), None, ExitStack()
@@ -338,9 +343,15 @@ def _agreed(
     reads = keeps or is_pure(pairs)  # others may draw as they read, which a look must not change
     images, texts = pairs.batch(0, recipe.batch_size) if reads else (torch.empty(0), [])
     if group.count > 1:
-        found = {"the recipe, the number of pairs or the seed": options, "the penalty": shown(penalty)}
+        found: dict[str, Any] = {
+            "the recipe, the number of pairs or the seed": options,
+            "the penalty": shown(penalty),
+        }
         found["the model"] = digest_of_weights(model.state_dict())
-        found["the pairs"] = "\n".join(texts)  # pixels of a preprocessing that draws need not agree
+        listed = pairs.base if isinstance(pairs, PoisonedPairs) else pairs
+        poisons = pairs.identity if isinstance(pairs, PoisonedPairs) else ""
+        # pixels of a preprocessing that draws need not agree
+        found["the pairs"] = [digest_of_pairs(listed), poisons, texts]
         group.check_equal(found)
     digest.update(images.cpu().contiguous().numpy().tobytes())
     digest.update("\n".join(texts).encode())
