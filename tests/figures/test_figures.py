@@ -123,7 +123,7 @@ def test_the_roc_curve_holds_the_area_that_it_should() -> None:
     assert area == pytest.approx(Area(clean, suspect).value())
     own = int(np.argmax(curve.marker.size))
     assert (curve.x[own], curve.y[own]) == pytest.approx((10, 70))
-    counts = flag_counts([detector] * 4, ["a", "b", "c", "d"])
+    counts: Any = flag_counts([detector] * 4, ["a", "b", "c", "d"])
     assert [note.text for note in counts.layout.annotations] == ["a", "b", "c", "d"]
     bars = traces(counts)
     assert len(bars) == 8 and list(bars[0].y) == pytest.approx([60, 30, 10, 0])
