@@ -464,4 +464,4 @@ def test_of_a_stream_the_list_is_written_once_it_was_gone_through(
     assert len(ShardPairs(tmp_path)) == 300
     alone = write_poisoned(PoisonedPairs(shapes, TRIGGER, TARGET, count=1), tmp_path / "list", shards=False)
     assert alone.shards == ()
-    assert [path.name for path in (tmp_path / "list").iterdir()] == ["poisons.json"]
+    assert [path.name for path in (tmp_path / "list").glob("[!.]*")] == ["poisons.json"]
