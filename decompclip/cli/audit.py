@@ -168,7 +168,7 @@ def demo(
                 config=AuditConfig(batch_size=250, seed=seed),
                 track=track,
             )
-        _finish(results, out, title="Two backdoored CLIPs beside their clean twin")
+        _finish(results, out, title="Two backdoored CLIPs beside their clean model")
 
 
 def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Shares and hits equal plain loops; chance and the clean twin stand beside what a backdoored model shows."""
+"""Shares and hits equal plain loops; chance and the clean model stand beside what a backdoored model shows."""
 
 from __future__ import annotations
 
