@@ -20,7 +20,8 @@ from decompclip.display import span
 def test_a_stopped_command_says_what_is_kept(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a shell started in the background ignores it
+    # a job that a shell started in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before, cleared = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(typer.Exit) as end, plain_errors(lambda: "half of it is kept") as held:
         held.callback(cleared.append, "lock")
