@@ -10,12 +10,15 @@ Whoever opens a notebook in Jupyter and runs it gets interactive figures; their 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from decompclip.data.files import open_rgb
 from decompclip.files import write_text
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -49,7 +52,16 @@ def execute(path: Path) -> None:
                 output.execution_count = number
             if "data" in output:
                 output.data = {kind: output.data[kind] for kind in KEPT if kind in output.data}
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = opaque(output.data["image/png"])
     write_text(path, nbformat.writes(notebook, indent=1) + "\n")
+
+
+def opaque(picture: str) -> str:
+    """A PNG in base64 without its transparency, which nothing here has: a quarter less."""
+    out = io.BytesIO()
+    open_rgb(io.BytesIO(base64.b64decode(picture))).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
