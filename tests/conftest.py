@@ -110,6 +110,15 @@ def few_kept() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def single_thread() -> Iterator[None]:
+    """As forked processes compute."""
+    from decompclip.decomposition.maps import one_thread
+
+    with one_thread():
+        yield
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file grows beyond 100 kB: what a full disk does to a writer."""

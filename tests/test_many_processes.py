@@ -38,19 +38,13 @@ from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
 from tests.commands import in_processes, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes"),
+    pytest.mark.usefixtures("single_thread"),
+]
 
 IMAGES = Shapes(90, seed=31)
 CLASSES = IMAGES.class_names
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As forked processes compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

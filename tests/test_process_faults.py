@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 import decompclip
@@ -32,21 +31,15 @@ from decompclip.training.finetune import finetune
 from decompclip.training.recipes import FineTuning
 from tests.commands import in_processes, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes"),
+    pytest.mark.usefixtures("single_thread"),
+]
 
 IMAGES = Shapes(150, seed=31)
 PLAN = Plan(
     models=("shapes", "shapes-badnet"), detectors=(), repairs=("none",), images=40, draws=2, seeds=(0, 1)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As forked processes compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def store(folder: Path, accelerator: Accelerator | None = None, **options: Any) -> None:

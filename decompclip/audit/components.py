@@ -320,7 +320,7 @@ def weights_alone(
     )
 
 
-CONCLUDES = (
+WEIGHTS_CONCLUDE = (
     "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models, on which nothing was chosen; "
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
     "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of 200 classes, "

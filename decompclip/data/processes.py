@@ -238,11 +238,11 @@ class Processes:
         weights = [] if tower is None else [digest_of_weights(tower.state_dict()), tower.cfg.to_dict()]
         self.check_equal(
             {
-                "the model": digest([*weights, shown(model)]),
+                "the model": digest([*weights, stable_repr(model)]),
                 "the classes or their prompts": own.shape == first.shape
                 and torch.allclose(own, first, atol=1e-3),
                 **{name: digest_of_images(images) for name, images in data.items()},
-                **{name: shown(x) for name, x in about.items()},
+                **{name: stable_repr(x) for name, x in about.items()},
             }
         )
 
@@ -278,7 +278,7 @@ def _placed(data: Any) -> PlacedImages:
     return data
 
 
-def shown(x: object) -> str:
+def stable_repr(x: object) -> str:
     """Its `repr`, without where it lies in memory, which is another place in each process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
 
@@ -319,7 +319,7 @@ def digest_of_images(data: PlacedImages, *, files: bool = False) -> str:
     """
     places = range(len(data))
     found = hashlib.sha256(
-        (shown(data.preprocess) if isinstance(data, ListedImages) else str(len(data))).encode()
+        (stable_repr(data.preprocess) if isinstance(data, ListedImages) else str(len(data))).encode()
     )
     listed: Iterable[Any] = ()
     written = [""] * len(data)

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads
 from decompclip.decomposition.decomposition import Decomposition
@@ -261,10 +262,9 @@ class SecondOrder(Result):
         """The k neurons whose effects vary most, those first.
 
         Raises:
-            ValueError: k is below 1.
+            ValueError: k is no whole number of at least 1.
         """
-        if k < 1:
-            raise ValueError(f"expected at least 1 neuron; received k={k}")
+        check_count(k, "neurons")
         return self.select(self.spread.argsort(descending=True, stable=True)[:k].tolist())
 
     def select(self, places: Sequence[int]) -> SecondOrder:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from decompclip import __version__
 from decompclip.audit.checks import cost, difference, plus_minus, points, rate
-from decompclip.audit.components import CONCLUDES as WEIGHTS_CONCLUDE
+from decompclip.audit.components import WEIGHTS_CONCLUDE
 from decompclip.audit.controls import KINDS
 from decompclip.audit.findings import alarms, area, findings, gap
 from decompclip.audit.result import AuditResult, jsonable

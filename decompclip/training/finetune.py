@@ -20,7 +20,7 @@ from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.pairs import ALL, PairSteps, keyed
 from decompclip.data.pixels import check_pixels, onto
-from decompclip.data.processes import Processes, digest_of_pairs, shown
+from decompclip.data.processes import Processes, digest_of_pairs, stable_repr
 from decompclip.display import Pace, Result, meters
 from decompclip.models.bundled import digest as digest_of_weights
 from decompclip.models.clip import HookedCLIP, differentiable, plain
@@ -345,7 +345,7 @@ def _agreed(
     if group.count > 1:
         found: dict[str, Any] = {
             "the recipe, the number of pairs or the seed": options,
-            "the penalty": shown(penalty),
+            "the penalty": stable_repr(penalty),
         }
         found["the model"] = digest_of_weights(model.state_dict())
         listed = pairs.base if isinstance(pairs, PoisonedPairs) else pairs

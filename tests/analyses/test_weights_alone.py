@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from analyses.questions import weights_alone as study
 from analyses.study.results import RESULTS
-from decompclip.audit.components import CONCLUDES
+from decompclip.audit.components import WEIGHTS_CONCLUDE
 from decompclip.bench.run import weights_of
 from decompclip.data.shapes import ShapesPairs
 from decompclip.files import FolderInUse, alone_in, write_json
@@ -39,7 +39,7 @@ def test_the_report_and_readme_say_what_was_measured() -> None:
     assert study.DEVELOPMENT == ("shapes", "cifar10") and set(groups) == {"photos", *study.DEVELOPMENT}
     others = [run for name in study.DEVELOPMENT for run in groups[name].twins.values()]
     assert all(run["rank"] == 1 and run["classes"] in (10, 12) for run in others)
-    said = " ".join(CONCLUDES)
+    said = " ".join(WEIGHTS_CONCLUDE)
     for text in (
         f"first of 200 in {groups['photos'].first} bundled backdoored models, on which nothing was chosen",
         f"of 10 or 12 in {len(others)} of {len(others)} others, on which the score was chosen",
@@ -65,7 +65,7 @@ def test_controls_are_as_short_as_is_said() -> None:
 def test_worlds_are_not_pooled_and_leads_not_held_against_each_other() -> None:
     said = f"{study.by_world(RECORD)}\n{study.finding(RECORD)}"
     (row,) = (line for line in README.splitlines() if "analyses.weights_alone" in line)
-    assert "| all |" not in said and "AUROC" not in " ".join((said, row, *CONCLUDES))
+    assert "| all |" not in said and "AUROC" not in " ".join((said, row, *WEIGHTS_CONCLUDE))
     assert said.count("the score was chosen on these") == 4 and said.count("nothing was chosen on these") == 2
 
 

@@ -314,6 +314,7 @@ def test_tables_and_figures_say_the_same(found: SecondOrder) -> None:
     assert top.labels[0] in repr(found) and top.labels[0] in found._repr_html_()
 
 
+@pytest.mark.usefixtures("ours_alone")
 def test_mistakes_are_told(
     make_tower: Callable[..., HookedViT], model: HookedCLIP, pixels: Tensor, found: SecondOrder
 ) -> None:
@@ -343,8 +344,9 @@ def test_mistakes_are_told(
             use(other, images)
     with pytest.raises(ValueError, match="received none"):
         found.project(model, [])
-    with pytest.raises(ValueError, match="at least 1 neuron"):
-        found.top(0)
+    for k in (0, "3"):
+        with pytest.raises(ValueError, match=f"a whole number of neurons, at least 1; received {k!r}"):
+            found.top(k)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="expected places of neurons"):
         found.select([])
 
