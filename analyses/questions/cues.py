@@ -41,6 +41,7 @@ from decompclip.data.pairs import Pairs, SubsetPairs
 from decompclip.data.shapes import PROPERTIES, ShapesPairs
 from decompclip.data.tables import CuePairs
 from decompclip.evaluation.metrics import GroupAccuracy, group_accuracy, predict
+from decompclip.figures.theme import write_figure
 from decompclip.files import write_json
 
 if TYPE_CHECKING:
@@ -413,7 +414,7 @@ def main() -> None:
     said = run(config, world)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{config.world}.json", said)
-    plot(said).write_image(out / f"{config.world}.png", scale=1.5)
+    write_figure(plot(said), out / f"{config.world}.png")
     print(finding(said))
 
 

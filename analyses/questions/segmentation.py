@@ -36,6 +36,7 @@ from torch import Tensor
 from analyses.study.results import RESULTS
 from decompclip.data.files import open_image, open_rgb
 from decompclip.data.images import image_files
+from decompclip.figures.theme import write_figure
 from decompclip.files import write_json
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def main() -> None:
     said = record(found, config)
     given.out.mkdir(parents=True, exist_ok=True)
     write_json(given.out / "segmentation.json", said)
-    found.figure().write_image(given.out / "segmentation.png", scale=1.5)
+    write_figure(found.figure(), given.out / "segmentation.png")
     print(found.to_frame().to_string(), finding(said), sep="\n")
 
 

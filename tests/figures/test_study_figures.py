@@ -10,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from PIL import Image
 
 from decompclip.figures.curves import Curve, LinePanel, line_panels
 from decompclip.figures.gallery import HeadPair, head_pairs
@@ -137,3 +138,11 @@ def test_images_are_drawn(tmp_path: Path) -> None:
     assert write_figure(figure, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in write_figure(figure, tmp_path / "a.svg").read_text(encoding="utf-8")
     assert write_figure(figure, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_committed_figures_are_on_white() -> None:
+    """`write_figure` puts them there: on a page that is dark, a transparent one cannot be read."""
+    pictures = sorted((Path(__file__).parents[2] / "analyses" / "results").rglob("*.png"))
+    assert len(pictures) > 70
+    corners = {path.name: Image.open(path).convert("RGBA").getpixel((0, 0)) for path in pictures}
+    assert {name: colour for name, colour in corners.items() if colour != (255, 255, 255, 255)} == {}
