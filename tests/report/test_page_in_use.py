@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import threading
 import zlib
@@ -109,10 +110,15 @@ def use(path: Path, steps: Callable[[Page], Awaitable[None]], drawn: str = DRAWN
         tab = await chromium.create_tab(path.as_uri())
         page = Page(tab)
         try:
+            there_yet = (
+                f"location.href === {json.dumps(path.as_uri())} && ({drawn})"  # a blank tab is complete too
+            )
             for _ in range(600):
-                if await page.ask(drawn):  # before, the tab may still be blank
+                if await page.ask(there_yet):
                     break
                 await asyncio.sleep(0.1)
+            else:
+                raise AssertionError(f"expected {path.name} to be drawn within a minute")
             await steps(page)
         finally:
             await page.ask("localStorage.clear()")  # files share it
