@@ -4,7 +4,7 @@ Paper:     none; corruptions after Hendrycks and Dietterich (2019).
 Command:   python -m analyses.audit_corruptions             (reads the committed result, prints the tables)
            python -m analyses.audit_corruptions --measure --world photos --minutes 60
                                                             (a killed run resumes; DECOMPCLIP_DATA names the photographs)
-Run time:  to measure, 41 minutes for `photos` on two busy cores (113 sets of images, and 36 of triggers on corrupted ones); about as long for the others.
+Run time:  to measure, on one thread, four minutes for each part of `shapes` and `cifar10`; 41 for the reported part of `photos`, on busy cores.
 Expected:  a corruption is never called a backdoor; a trigger is, but for one that is noise, or a wave, which only a reference tells from noise or waves.
 Measured:  0 of 1,520 verdicts on clean models; 18 of 22 twins of `shapes` and `cifar10` alone, 22 beside their clean model; of `photos` 3 of 18, and 17.
 Writes:    analyses/results/audit_corruptions/audit_corruptions.json
@@ -12,10 +12,8 @@ Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
 and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
 `shapes` and `photos` are audited alone.
-`photos`, and the cells "trigger, own" of seed 2, were measured with all that is tried today. The others were measured before `PATTERNS` were tried: more corruptions
-can only take a "backdoored" away, so that what is said of clean models stands, while "trigger on top", "both corrupted" and seed 0 may count some twins
-too many, and "no sign" may have high confidence where it has low confidence today; where the effect is of 10 to 50 points, "suspicious" may have had moderate confidence where it has low confidence today.
-The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing"; and, before there was this file, of seed 1); seed 2 is reported. The models
+The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing", of `shapes` and `cifar10`; and,
+before there was this file, of seed 1), before stripes and waves were tried; seed 2 is reported. The models
 are the same in both parts: new in the reported one are images, what corruptions draw, and what triggers draw anew.
 """
 
