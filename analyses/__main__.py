@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from analyses.study.command import FAMILY
 from analyses.study.family import open_family
 from analyses.study.index import write_index
 from analyses.study.registry import ANALYSES, READERS, load
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analyses", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(ANALYSES)}")
     parser.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--model-family", default="shapes", help="shapes, cifar10, or a JSON file")
+    parser.add_argument("--model-family", default=FAMILY, help="photos, shapes, cifar10, or a JSON file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results and of the index")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="analyses at a time")
     parser.add_argument("--formats", default="png", help="of figures, as the analyses take them")

@@ -20,6 +20,9 @@ from analyses.study.family import Family, open_family
 from analyses.study.results import RESULTS, MissingResult, is_current, place, read, save
 from decompclip.files import alone_in, write_json
 
+FAMILY = "photos"
+"""Of the commands, unless another is asked for: the largest of the bundled ones."""
+
 
 class Analysis(Protocol):
     """What a module of `analyses/` defines: one figure or table of the paper, or one question of ours.
@@ -94,7 +97,7 @@ def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model-family", default="shapes", help="shapes, cifar10, or a JSON file")
+    parser.add_argument("--model-family", default=FAMILY, help="photos, shapes, cifar10, or a JSON file")
     parser.add_argument("--models", default="", help="names or attacks, with commas between; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--redraw", action="store_true", help="draw what was measured before")
@@ -103,12 +106,14 @@ def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
         "--formats", default="png", help="of figures: html, png, svg, pdf, with commas between; '' draws none"
     )
     for field in fields(module.Config):
-        add_option(parser, field.name, field.default)
+        add_option(parser, field.name, field.default).default = argparse.SUPPRESS  # given, or not there
+    parser.epilog = "Options of the measurement that are not given are those of the result that is there, else the analysis's own."
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        config = module.Config(**{f.name: getattr(options, f.name) for f in fields(module.Config)})
         family = open_family(options.model_family)
+        given = {f.name: getattr(options, f.name) for f in fields(module.Config) if hasattr(options, f.name)}
+        config = module.Config(**(measured_with(module, family, options.out) | given))
         if options.redraw:
             record = read(name_of(module), family.name, folder=options.out)
         else:
@@ -123,16 +128,31 @@ def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+def measured_with(analysis: Any, family: Family, folder: Path = RESULTS) -> dict[str, Any]:
+    """Fields of the configuration of the result that is there; none without a result."""
+    try:
+        config = read(name_of(analysis), family.name, folder=folder)["config"]
+    except MissingResult:
+        return {}
+    known = {field.name: field.default for field in fields(analysis.Config)}
+    return {
+        name: tuple(value) if isinstance(known[name], tuple) else value
+        for name, value in config.items()
+        if name in known
+    }
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> argparse.Action:
     """Of a field; a tuple takes several values."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(default, bool):
-        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
-    elif isinstance(default, tuple):
+        return parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+    if isinstance(default, tuple):
         kind = type(default[0]) if default else str
-        parser.add_argument(option, type=lambda text: tuple(map(kind, text.split(","))), default=default)
-    else:
-        parser.add_argument(option, type=type(default), default=default)
+        return parser.add_argument(
+            option, type=lambda text: tuple(map(kind, text.split(","))), default=default
+        )
+    return parser.add_argument(option, type=type(default), default=default)
 
 
 def show(analysis: Analysis, record: Mapping[str, Any]) -> None:

@@ -96,8 +96,11 @@ def test_results_of_another_version_name_the_command(tmp_path: Path) -> None:
         read("figure1", "shapes", folder=tmp_path)
 
 
-def test_the_command_measures_says_and_redraws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--models", "shapes-badnet,shapes-sig", "--out", str(tmp_path), "--formats", "html"]
+def test_the_command_measures_says_and_redraws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model-family", "shapes", "--models", "shapes-badnet,shapes-sig"]
+    words += ["--out", str(tmp_path), "--formats", "html"]
     assert main(figure1, [*words, "--images", "60"]) == 0
     said = capsys.readouterr().out
     assert "| BadNet | local, structured | as it is |" in said and "Finding 1" in said
@@ -105,6 +108,12 @@ def test_the_command_measures_says_and_redraws(tmp_path: Path, capsys: pytest.Ca
     drawn.unlink()
     assert main(figure1, [*words, "--redraw"]) == 0
     assert "plotly" in drawn.read_text(encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setattr(figure1, "run", None)
+        assert main(figure1, words) == 0  # what is there, with the options that it was measured with
+        assert main(figure1, [*words, "--seed", "0"]) == 0
+        with pytest.raises(TypeError):
+            main(figure1, [*words, "--images", "61"])
     assert main(figure6, [*words, "--redraw"]) == 1
     assert "run: python -m analyses.figure6 --model-family shapes" in capsys.readouterr().err
     assert main(figure6, [*words, "--epsilons", "0.1,0"]) == 1
