@@ -99,6 +99,7 @@ ROWS = "the default is dim=1, the last of a matrix"
 ONE = "a constant of every head and layer"
 TINY = "a bound that nothing but rounding is below"
 SEED = "a seed of draws: any number serves"
+SAME_MAPS = "equal maps: of the model's own one copy is held"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
@@ -174,6 +175,38 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "isinstance(named, dict) and named and known.keys() >= named.keys()",
         "isinstance(named, dict) and named and known.keys() > named.keys()",
     ): "a guard has one defense: never all three of them",
+    (
+        "decompclip/defenses/distances.py",
+        "whole = [a + b for a, b in zip(whole, more, strict=True)]",
+        "whole = [a + b for a, b in zip(more, whole, strict=True)]",
+    ): "a sum of sums about one origin, in either order",
+    **{
+        ("decompclip/defenses/distances.py", before, before.replace(number, twice)): TINY
+        for before, number, twice in (
+            ("floor = 1e-10 * values.amax(-1, keepdim=True)", "1e-10", "2e-10"),
+            ("kept = int((values > 1e-6 * values[0]).sum())", "1e-6", "2e-06"),
+            (
+                "return (self._of(d) - self.logs_.mean(0)) / self.logs_.std(0).clamp_min(1e-9)",
+                "1e-9",
+                "2e-09",
+            ),
+        )
+    },
+    (
+        "decompclip/defenses/fitted.py",
+        "place = math.ceil((n + 1) * (1 - fpr) - 1e-9)",
+        "place = math.ceil((n + 1) * (1 - fpr) - 2e-09)",
+    ): TINY,
+    (
+        "decompclip/defenses/selector.py",
+        "if len(found) * self.quantile < 1 - 1e-9 and self.quantile > 0:",
+        "if len(found) * self.quantile < 1 - 2e-09 and self.quantile > 0:",
+    ): TINY,
+    (
+        "decompclip/defenses/selector.py",
+        "least = torch.finfo(found.dtype).eps * found.abs().mean(0).clamp_min(1e-6)",
+        "least = torch.finfo(found.dtype).eps * found.abs().mean(0).clamp_min(2e-06)",
+    ): TINY,
     **{
         (
             "decompclip/defenses/guard.py",
@@ -192,6 +225,29 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return WatchedWeights(_marks(module), views, torch.cat(views) if views else torch.zeros(0))",
         "return WatchedWeights(_marks(module), views, torch.cat(views) if views else torch.zeros(1))",
     ): "of a module without weights: it is not read",
+    (
+        "decompclip/operators/attribution.py",
+        'along, labels = torch.empty(0), ("" if score is None else score.label,)',
+        'along, labels = torch.empty(1), ("" if score is None else score.label,)',
+    ): "for the checker of types alone: it is made anew with the first batch",
+    **{
+        ("decompclip/operators/extract.py", before, before.replace(", maps=self.none.maps", "")): SAME_MAPS
+        for before in (
+            "part = replace(part, maps=self.none.maps)",
+            'return replace(moments, maps=self.none.maps), int(about["shards"]), about["skipped"], about["made"]',
+        )
+    },
+    (
+        "decompclip/operators/mmd.py",
+        "ends = min(0.0, 1.1 * low), max(1.08 * high, 1e-9)",
+        "ends = min(0.0, 1.1 * low), max(1.08 * high, 2e-09)",
+    ): TINY,
+    ("decompclip/operators/mmd.py", "slack = 1e-12 * size", "slack = 2e-12 * size"): TINY,
+    (
+        "decompclip/operators/naming.py",
+        "tied = any(excess[first] - excess[other] < 1e-9 for other in others)",
+        "tied = any(excess[first] - excess[other] < 2e-09 for other in others)",
+    ): TINY,
     (
         "decompclip/operators/neurons.py",
         "pooled = Rows(visual, with_mean=False)",
@@ -218,6 +274,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return Weights(heads, stream[..., 1, :], one)",
     ): "the stream counts alike behind every layer",
     (
+        "decompclip/operators/patching.py",
+        "varies = both.std(dim=1) > 1e-5 * both.abs().amax(1)",
+        "varies = both.std(dim=1) > 2e-05 * both.abs().amax(1)",
+    ): TINY,
+    (
+        "decompclip/operators/probes.py",
+        "return (self.accuracy - self.chance) / (1 - self.chance).clamp_min(1e-9)",
+        "return (self.accuracy - self.chance) / (1 - self.chance).clamp_min(2e-09)",
+    ): TINY,
+    (
+        "decompclip/operators/probes.py",
+        "if total <= 1e-20 * size or n <= k:  # all images alike, but for rounding",
+        "if total <= 2e-20 * size or n <= k:  # all images alike, but for rounding",
+    ): TINY,
+    (
         "decompclip/operators/probes.py",
         "along = x @ np.random.default_rng(0).standard_normal(x.shape[1])",
         "along = x @ np.random.default_rng(1).standard_normal(x.shape[1])",
@@ -227,6 +298,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return connected_components(",
         "return connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)))[1]",
     ): "its default for directed graphs is to follow edges both ways",
+    (
+        "decompclip/operators/retrieval.py",
+        "basis = axes[sizes > ALIKE * sizes[0]].float()",
+        "basis = axes[sizes >= ALIKE * sizes[0]].float()",
+    ): TINY,
     (
         "decompclip/operators/sweeps.py",
         "counts = torch.zeros(0, dtype=torch.long)",
@@ -242,6 +318,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return predictions(torch.add(before, change, out=spare))",
         "return predictions(torch.add(before, change))",
     ): "the same sum, in memory of its own",
+    ("decompclip/operators/weights.py", "free = products > 1e-9", "free = products > 2e-09"): TINY,
 }
 """Mutants that mean the same: file, line before, line after, and why."""
 
@@ -302,10 +379,10 @@ SYMMETRIC = {
     "cohen_kappa_score",
     "subspace_angles",
 }
-GUARDS = {"device", "stable", "strict", "encoding", "stacklevel"}
+GUARDS = {"device", "stable", "strict", "encoding", "stacklevel", "row_height"}
 """Arguments without effect on the CPU (where torch sorts stably), on lists of one length, where text is UTF-8 anyway, and on
-what is computed (the line that a warning names)."""
-SIZES = {"batch_size", "block", "BATCH", "CHUNK", "KEPT"}
+what is computed (the line that a warning names, the pixels that a row of a figure takes)."""
+SIZES = {"batch_size", "block", "BATCH", "CACHED", "CHUNK", "KEPT", "READ"}
 """How many are worked on, or kept, at a time: one more by default, or twice as many, changes no number."""
 
 Edit = tuple[int, int, str]

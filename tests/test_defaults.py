@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import pytest
+import torch
 
 from decompclip.decomposition.capture import decompose, decompose_pool
-from decompclip.decomposition.components import Components, Joined, Part, everything, heads, mlps
+from decompclip.decomposition.components import Components, Joined, Part, everything, heads, mlps, resolve
 from decompclip.decomposition.maps import TermMaps
 from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.decomposition.store import Store
@@ -17,13 +19,17 @@ from decompclip.defenses.decomp import DecompDet, DecompRep
 from decompclip.defenses.distances import ComponentDistances
 from decompclip.defenses.guard import AtRandom, Guard
 from decompclip.defenses.selector import Selector
+from decompclip.evaluation.metrics import GroupAccuracy
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.attention import attention_maps, contribution_maps, rollout
 from decompclip.operators.attribution import Attribution, attribute
+from decompclip.operators.checkpoints import CheckpointDifference, MovedClasses, compare_checkpoints
 from decompclip.operators.effects import direct_and_causal
 from decompclip.operators.extract import extract
+from decompclip.operators.features import Splice, feature_terms, top_images
 from decompclip.operators.lens import LogitLens, logit_lens
+from decompclip.operators.mask_scores import Segmentation
 from decompclip.operators.mmd import MMD, head_mmd, layer_mmd
 from decompclip.operators.naming import agreement
 from decompclip.operators.neurons import mean_neurons, neuron_terms
@@ -32,10 +38,13 @@ from decompclip.operators.patching import Patching, activation_patching, attribu
 from decompclip.operators.probes import probe
 from decompclip.operators.retrieval import PropertyHeads, heads_for, nearest
 from decompclip.operators.roles import role_change
+from decompclip.operators.second_order import SecondOrder, second_order
+from decompclip.operators.sweep_results import Sweep
 from decompclip.operators.sweeps import ablation_sweep, most_damaging
 from decompclip.operators.textspan import fit_textspans, textspan, textspans
 from decompclip.operators.textspan_result import TextSpans
 from decompclip.operators.transplant import ResampleAblate, decomp_reverse
+from decompclip.operators.weights import weight_directions
 from decompclip.tower.cache import ViTCache
 from decompclip.tower.config import ViTConfig
 from decompclip.tower.convert import convert_open_clip
@@ -55,9 +64,8 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (ViTConfig, PLAIN | SHAPE),
     (decompose, {"normalize": False, "convention": "centred"}),
     (decompose_pool, {"normalize": False, "tokens": False}),
-    (Components.resolve, {"pool": False, "d_mlp": 0}),
-    (Part.resolve, {"pool": False, "d_mlp": 0}),
-    (Joined.resolve, {"pool": False, "d_mlp": 0}),
+    (resolve, {"neurons": False, "features": 0}),
+    *((kind.resolve, {"pool": False, "d_mlp": 0, "d_sae": 0}) for kind in (Components, Part, Joined)),
     (TermMaps, {"extras": 0}),
     (Store, {"check": True}),
     (check_finite, {"first": 0}),
@@ -81,6 +89,7 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (HookedCLIP.decompose, {"normalize": False}),
     (HookedCLIP.decompose_pool, {"normalize": False, "tokens": False}),
     (zero_shot_classifier, {"allow_duplicates": False}),
+    *((method, {"draws": 2000, "seed": 0}) for method in (GroupAccuracy.interval, GroupAccuracy.gain)),
     (attention_maps, {"components": heads, "pictures": True}),
     (contribution_maps, {"components": heads, "normalize": True, "pictures": True}),
     (rollout, {"residual": 0.5, "fuse": "mean", "pictures": True}),
@@ -89,11 +98,18 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (Attribution.to_frame, {"images": False}),
     *((method, {"text": 0}) for method in (Attribution.heads, Attribution.mlps, Attribution.figure)),
     (extract, {"normalize": False, "moments_only": False}),
+    (Splice, {"error": True}),
+    (feature_terms, {"normalize": False}),
+    (top_images, {"k": 8}),
     (logit_lens, {"patches": True, "normalize": True}),
     (LogitLens.maps, {"text": 0}),
     (nearest, {"k": 8, "centred": False}),
     (heads_for, {"components": heads}),
-    (PropertyHeads.top, {"k": 10}),
+    *((kind.top, {"k": 10}) for kind in (PropertyHeads, SecondOrder, MovedClasses, CheckpointDifference)),
+    (second_order, {"n_texts": 5, "normalize": False}),
+    (weight_directions, {"n_directions": 3, "n_texts": 5}),
+    (compare_checkpoints, {"n_directions": 1, "n_texts": 5}),
+    *((method, {"draws": 2000, "seed": 0}) for method in (Segmentation.intervals, Segmentation.difference)),
     (Patching.figure, {"shares": True}),
     (TextSpans.figure, {"n_texts": 3}),
     (direct_and_causal, {"components": BOTH, "normalize": False}),
@@ -111,6 +127,7 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (probe, {"components": heads, "held_out": 0.3, "seed": 0}),
     (role_change, {"draws": 1000, "seed": 0}),
     (ablation_sweep, {"each_head": False, "entry": False}),
+    (Sweep, {"entry": False}),
     (most_damaging, {"candidates": BOTH, "size": 5}),
     (textspan, SPANS),
     (textspans, SPANS | {"components": BOTH}),
@@ -128,7 +145,32 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (Guard.check, {"normalize": False}),
     (AtRandom, {"seed": 0}),
     (Selector, {"epsilon": 0.002, "quantile": 0.05, "components": heads[-1]}),
+    (Selector.fit, {"deviations": False}),
 ]
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "decomposition.store": {"VERSION": 1, "NO_CLASS": -1},
+    "defenses.bake": {"SAME": 1e-6},
+    "defenses.distances": {"PSEUDO_COUNT": 5.0, "MAX_DIRECTIONS": 32, "RIDGE": 3e-3, "CALIBRATION": 5000},
+    "evaluation.metrics": {"ENOUGH": 20},
+    "operators.attribution": {"SHOWN": 20},
+    "operators.checkpoints": {"CLASSES": 3, "STILL": 1e-6, "SHOWN": 20},
+    "operators.extract": {"SHARD_SIZE": 1024, "EVERY": 30.0},
+    "operators.features": {"PICTURED": 32},
+    "operators.inputs": {"N_IMAGES": 1024, "SEED": 20_240_507, "UNIT": 1e-3},
+    "operators.lens": {"LINES": 6},
+    "operators.mask_scores": {"MAX_ROWS": 24},
+    "operators.mmd": {"FIRST": 999, "ENOUGH": 100, "MEDIAN_OF": 1000},
+    "operators.neurons": {"SHOWN": 30},
+    "operators.probes": {"COPY": 1e-5},
+    "operators.retrieval": {"ALIKE": 1e-6},
+    "operators.roles": {"EXACT": 1e-6, "CHANCE_DRAWS": 200},
+    "operators.second_order": {"SHOWN": 30, "ROUNDING": 8},
+    "operators.textspan": {"TIE": 1e-9, "FLOOR": 1e-13, "PAPER_RANK": 80},
+    "operators.transplant": {"SAME": {torch.float16: 2e-2, torch.bfloat16: 5e-2}},
+    "operators.weights": {"COHERENCE": 0.3, "ALIKE": 5},
+}
+"""Bounds, bootstraps, files' marks, and how much a figure shows."""
 
 
 @pytest.mark.parametrize(("function", "expected"), DEFAULTS, ids=lambda x: getattr(x, "__qualname__", ""))
@@ -137,3 +179,9 @@ def test_who_says_nothing_gets_what_is_documented(function: Any, expected: dict[
     for name, value in expected.items():
         found = parameters[name].default
         assert found == value and isinstance(found, Components) == isinstance(value, Components), name
+
+
+@pytest.mark.parametrize(("module", "expected"), CONSTANTS.items())
+def test_constants_are_what_is_documented(module: str, expected: dict[str, Any]) -> None:
+    found = import_module(f"decompclip.{module}")
+    assert {name: getattr(found, name) for name in expected} == expected

@@ -106,7 +106,7 @@ def readout(visual: HookedViT) -> Readout:
     if pool.ln_post is not None:
         constants["pool ln_post bias"] = wide(pool.ln_post.b) @ proj
         end = wide(pool.ln_post.w)[:, None] * proj
-        end = end - end.mean(0, keepdim=True)
+        end = end - end.mean(0)
     values = torch.einsum("d,qde->qe", beta, W_V) + wide(pool.b_V)
     gathered = torch.einsum("qe,qed->d", values, W_O) + wide(pool.b_O)
     scaled = frozenset({"pool bias"} if pool.ln_post is not None else ())

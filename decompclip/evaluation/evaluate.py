@@ -294,7 +294,7 @@ def _evaluation(
         )
         for label in range(n)
     ]
-    report = attack_report(before, truth, after, theirs, target, n_classes=n)
+    report = attack_report(before, truth, after, theirs, target)
     return Evaluation(report, tuple(rows), target, truth, before, after)
 
 

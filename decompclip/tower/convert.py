@@ -71,11 +71,11 @@ class Source:
             weights["rope"] = rope_of(visual)
         # `load_state_dict` gives to what it is assigned the flag of the parameter before.
         for name, parameter in tower.named_parameters():
-            parameter.requires_grad_(trained.get(name, False))
+            parameter.requires_grad_(trained[name])
         parameters = dict(tower.named_parameters())
         for name, x in weights.items():
             if name in parameters:
-                weights[name] = _owned(x, copy, trained.get(name, False), state)
+                weights[name] = _owned(x, copy, trained[name], state)
             elif copy:
                 weights[name] = x.clone()
         tower.load_state_dict(weights, strict=True, assign=True)
@@ -104,7 +104,7 @@ class Source:
         parameters = dict(visual.named_parameters())
         for rule in self.rules:
             for name in parameters.keys() & set(rule.names):
-                parameters[name].requires_grad_(all(trained.get(n, False) for n in rule.ours))
+                parameters[name].requires_grad_(all(trained[n] for n in rule.ours))
         if "rope" in ours:  # computed once, kept in no file, and rounded where the tower was cast
             visual.trunk.rope.pos_embed = torch.cat(ours["rope"].unbind(0), dim=-1)
         return visual.eval()

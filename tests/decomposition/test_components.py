@@ -14,6 +14,7 @@ from decompclip.decomposition.components import (
     Components,
     embed,
     everything,
+    features,
     heads,
     layers,
     mlps,
@@ -77,6 +78,21 @@ def combined(inner: st.SearchStrategy[Components]) -> st.SearchStrategy[Componen
 
 
 expressions = st.recursive(atoms, combined, max_leaves=5)
+
+
+def test_a_single_part_knows_its_place() -> None:
+    for part, place in (
+        (heads[2, 1], (2, 1, None, None)),
+        (neurons[2, 1], (2, None, 1, None)),
+        (features[1], (None, None, None, 1)),
+        (mlps[2], (2, None, None, None)),
+        (heads[2], (2, None, None, None)),
+        (heads[2:, [1]], (None,) * 4),
+        (neurons[2, 1:], (2, None, None, None)),
+        (features[[1, 2]], (None,) * 4),
+        (embed, (None,) * 4),
+    ):
+        assert (part.layer, part.head, part.neuron, part.feature) == place
 
 
 @settings(max_examples=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,21 @@ def test_fingerprints_may_differ_by_what_rounding_leaves(precision: float, allow
     for ours, theirs in ((mark, full), (full, mark)):
         assert same_model(ours + moved, theirs) and not same_model(ours - 1.01 * moved, theirs)
     assert not same_model(mark, full + torch.tensor([0.0, 0, 1, 0]))
+
+
+def test_maps_match_those_of_their_model_and_convention(make_tower: MakeTower) -> None:
+    tower = make_tower()
+    ours, paper = term_maps(tower, "centred"), term_maps(tower, "paper")
+    assert ours.matches(ours) and ours.matches(replace(ours))
+    of_others = [term_maps(make_tower(**changes), "centred") for changes in ({"seed": 5}, {"n_layers": 2})]
+    for other in (paper, replace(ours, convention="paper"), replace(paper, convention="centred"), *of_others):
+        assert not ours.matches(other)
+    # Where one does not know its model, by the numbers.
+    largest = ours.heads.abs().max()
+    for share, alike in ((0.0, True), (0.9e-3, True), (1.1e-3, False)):
+        moved = ours.heads.clone()
+        moved[1, 2, 3, 4] += share * largest
+        assert ours.matches(replace(ours, heads=moved, fingerprint=None)) == alike
 
 
 def test_a_fingerprint_sees_one_neuron(family: HookedViT) -> None:

@@ -9,6 +9,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 
 from decompclip.decomposition.capture import decompose
+from decompclip.decomposition.components import everything, resolve
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
 from decompclip.defenses.agnostic import DISTANCES, VIEWS, AgnosticDet, AgnosticRep, lengths
@@ -117,6 +118,8 @@ def test_an_extrapolation_is_a_ridge_regression() -> None:
     own = x - x.mean(0)
     slow = Ridge(alpha=3e-3 * own.square().sum(0).mean().item()).fit(x.numpy(), y.numpy()).predict(x.numpy())
     assert torch.allclose(found, torch.from_numpy(slow), atol=1e-8)
+    still = torch.zeros(2, 6, 6).double()  # of layers that never vary
+    assert torch.equal(ridge(still, still), still)
 
 
 def follow(before: torch.Tensor, features: torch.Tensor) -> Extrapolation:
@@ -481,8 +484,16 @@ def test_components_are_learnt_from_all_images_and_calibrated_on_a_sample(
     assert torch.allclose(found.logs_, torch.cat(columns, 1).sort(0).values, rtol=1e-6)
 
 
+def test_component_flags_have_a_place_for_the_pool_s_mlp(make_tower) -> None:
+    tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0)
+    d = decompose(tower, torch.randn(60, 3, 24, 16, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(layer_terms(d), torch.stack([d.heads.sum(2), d.mlps], 2))
+    flags = ComponentDistances(torch.eye(4, d.d_embed)).fit(d).flags(d, fpr=0.3)
+    assert flags.shape == (60, len(resolve(everything, d).flat)) == (60, 3 * 4 + 3 + 2)
+    assert flags[:, :-2].any(0).all() and not flags[:, -2:].any()
+
+
 def test_component_flags_restrict_an_intervention(clean: Decomposition, classifier: torch.Tensor) -> None:
-    from decompclip.decomposition.components import everything
     from decompclip.decomposition.moments import Moments
     from decompclip.operators.ablation import MeanAblate
 

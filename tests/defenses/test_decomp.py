@@ -401,8 +401,12 @@ def test_fixed_heads_are_those_flagged_most_often() -> None:
     flags = torch.zeros(5, 2, 3, dtype=torch.bool)
     flags[:4, 1, 2] = flags[:3, 0, 1] = flags[:1, 1, 0] = True
     assert fixed_heads(flags, 2).tolist() == [[False, True, False], [False, False, True]]
-    with pytest.raises(ValueError, match=r"a count in 1\.\.3, of heads that are ever flagged; received 4"):
-        fixed_heads(flags, 4)
+    assert torch.equal(fixed_heads(flags, 3), flags.any(0))
+    for count in (0, 4):
+        with pytest.raises(
+            ValueError, match=rf"a count in 1\.\.3, of heads that are ever flagged; received {count}"
+        ):
+            fixed_heads(flags, count)
 
 
 def test_random_heads_are_as_many_and_judged() -> None:
@@ -415,5 +419,8 @@ def test_random_heads_are_as_many_and_judged() -> None:
     assert torch.equal(random, random_heads(flags, judged, seed=1))
     assert not torch.equal(random, random_heads(flags, judged, seed=2))
     assert not torch.equal(random, flags)
+    every = judged.expand(3, -1, -1)
+    assert torch.equal(random_heads(every, judged, seed=1), every)
+    assert random_heads(every[:0], judged, seed=1).shape == (0, 2, 8)
     with pytest.raises(ValueError, match="at most 8 flags an image.*received 9"):
         random_heads(torch.ones(1, 3, 3, dtype=torch.bool), torch.arange(9).view(3, 3) < 8, seed=0)

@@ -143,6 +143,18 @@ def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
     assert shared.proj is proj
 
 
+@pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])
+def test_a_copy_shares_no_memory(name: str) -> None:
+    """Nor that of buffers, such as the averages of a stem's BatchNorm."""
+    visual = reduced_tower(name)
+
+    def places(tower: nn.Module) -> set[int]:
+        return {x.data_ptr() for x in tower.state_dict().values()}
+
+    assert not places(convert_open_clip(visual)) & places(visual)
+    assert places(convert_open_clip(visual, copy=False)) & places(visual)
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_a_frozen_weight_stays_frozen(source: CLIP, copy: bool) -> None:
     source.visual.get_parameter("conv1.weight").requires_grad_(False)

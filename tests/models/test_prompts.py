@@ -58,6 +58,10 @@ def test_one_pass_in_big_batches_over_what_the_texts_reach(model: HookedCLIP) ->
     assert max(shape[1] for shape in shapes) <= 6  # start, letter, thing, number, end
     model.zero_shot_classifier(names, [f"{word} {{}}" for word in "abcdefghijklmnopqrst"])
     assert len(shapes) == 2
+    told: list[tuple[str, int]] = []
+    track: Any = lambda items, what, total: told.append((what, total)) or iter(items)  # noqa: E731
+    model.zero_shot_classifier(names, [f"{word} {{}}" for word in "tsrqponmlkjihgfedcba"], track=track)
+    assert told == [("texts of 20 classes", 2)]
 
 
 @pytest.mark.parametrize("change", ["step", "data", "tokenizer", "names"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import ImageOnly, MissingTextError
 from decompclip.operators.checkpoints import compare_checkpoints
 from decompclip.operators.inputs import encode_texts
-from decompclip.operators.weights import COHERENCE, layer_maps, pursue, text_pool, weight_directions, words_of
+from decompclip.operators.weights import (
+    COHERENCE,
+    layer_maps,
+    pursue,
+    show_words,
+    text_pool,
+    weight_directions,
+    words_of,
+)
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 from tests.conftest import MakeTower
@@ -177,7 +186,17 @@ def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
             found.share[row], values[:2].square() / values.square().sum(), atol=1e-5, rtol=1e-4
         )
         assert (found.directions[row] * vectors[:2]).sum(1).abs().min() > 0.999
-    assert found.to_frame().shape == (18, 8)
+    frame = found.to_frame()
+    assert list(frame.columns) == [
+        "part", "kind", "layer", "head", "direction", "share", "fidelity", "texts"
+    ]  # fmt: skip
+    assert frame["part"].tolist() == [str(part) for part in found.parts for _ in range(2)]
+    assert frame["direction"].tolist() == [0, 1] * 9
+    for name in ("share", "fidelity"):
+        assert frame[name].tolist() == getattr(found, name).flatten().tolist()
+    assert frame["texts"].tolist() == [show_words(words) for part in found.words for words in part]
+    plot: Any = found.figure()
+    torch.testing.assert_close(torch.tensor(plot.data[0].z)[5], found.share[:8, 0])
     assert ((found.fidelity > 0) & (found.fidelity <= 1)).all()
     assert found.of(heads[5, 0]) == tuple(text for text, _ in found.words[0][0])
     assert words_of(found.directions[:, 0], pool, 5, COHERENCE)[0] == [words[0] for words in found.words]
@@ -203,7 +222,12 @@ def test_one_changed_head_is_the_one_difference(clean: HookedCLIP) -> None:
     assert found.text_change == 0
     own = weight_directions(clean, heads[2, 3], n_directions=1)
     assert abs(float((own.directions[0, 0] * found.directions.directions[where, 0]).sum())) > 0.9999
-    assert found.top(1).to_frame()["part"].tolist() == ["heads[2, 3]"]
+    (row,) = found.top(1).to_frame().to_dict("records")
+    assert row["part"] == "heads[2, 3]" and row["change"] == pytest.approx(0.1)
+    for name in ("share", "fidelity"):
+        assert row[name] == float(getattr(found.directions, name)[where, 0])
+    plot: Any = found.figure()
+    assert float(plot.data[0].z[2, 3]) == float(found.change[where])
     # the text tower is the same: classes are ranked by the image tower alone
     assert found.classes is not None
     assert (found.classes.text == 0).all()
@@ -212,12 +236,20 @@ def test_one_changed_head_is_the_one_difference(clean: HookedCLIP) -> None:
 
 def test_the_same_weights_differ_in_nothing(clean: HookedCLIP) -> None:
     found = compare_checkpoints(copy.deepcopy(clean), clean)
-    assert found.change.abs().max() < 1e-9
+    assert found.change.abs().max() < 1e-9 and not found.directions.share.any()
     assert not any(words for part in found.directions.words for words in part)
     assert found.classes is not None
     assert (found.classes.score == 1).all()
     assert found.classes.rank("star") == len(found.classes)
     assert found.classes.lead == 1
+
+
+def test_the_text_tower_s_change_is_that_of_its_weights(clean: HookedCLIP) -> None:
+    other = copy.deepcopy(clean)
+    with torch.no_grad():
+        for x in other.text.parameters():
+            x.mul_(1.1)
+    assert compare_checkpoints(other, clean).text_change == pytest.approx(0.1, rel=1e-5)
 
 
 def test_a_backdoored_twin_names_its_target(clean: HookedCLIP, twin: HookedCLIP) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -182,7 +183,10 @@ def test_a_feature_s_term_is_its_activation_times_its_direction(tower: HookedViT
         torch.testing.assert_close(terms.terms[:, place], expected, **CLOSE)
     frame = terms.to_frame()
     assert list(frame["part"]) == ["features[3]", "features[7]", "bias", "error"]
-    torch.testing.assert_close(torch.tensor(frame["length"][:2].tolist()), terms.terms.norm(dim=-1).mean(0))
+    every = torch.cat([terms.terms, terms.bias[:, None], terms.error[:, None]], dim=1).norm(dim=-1)
+    for name, lengths in (("length", every.mean(0)), ("largest", every.amax(0))):
+        torch.testing.assert_close(torch.tensor(frame[name].tolist()), lengths, **CLOSE)
+    assert frame["feature"].tolist() == [3, 7, *[pd.NA] * 2] and frame["active"].tolist()[2:] == [1, 1]
     torch.testing.assert_close(
         torch.tensor(frame["active"][:2].tolist()).float(), (acts[:, [3, 7]] > 0).float().mean(0)
     )
@@ -375,7 +379,18 @@ def test_top_images_are_those_of_the_largest_activations(tower: HookedViT) -> No
             assert found.tokens[place].tolist()[: len(shown)] == [x[2] for x in shown]
         torch.testing.assert_close(found.mean, acts[..., [0, 5, 6]].mean((0, 1)), **CLOSE)
         torch.testing.assert_close(found.active, (acts[..., [0, 5, 6]] > 0).any(1).float().mean(0))
-        assert len(found.to_frame()) == 9 and found.pictures is None
+        frame = found.to_frame()
+        assert (
+            frame["feature"].tolist() == [0] * 3 + [5] * 3 + [6] * 3
+            and frame["rank"].tolist() == [1, 2, 3] * 3
+        )
+        for name, numbers in (
+            *(("image", found.images), ("token", found.tokens), ("activation", found.activation)),
+            *((name, getattr(found, name)[:, None].expand(3, 3)) for name in ("mean", "active")),
+        ):
+            assert frame[name].tolist() == numbers.flatten().tolist()
+        assert frame["name"].tolist() == [str(i) for i in found.images.flatten().tolist()]
+        assert found.pictures is None
     with pytest.raises(ValueError, match="expected pictures"):
         found.figure()
 

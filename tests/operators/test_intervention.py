@@ -274,6 +274,16 @@ def test_errors_say_what_to_do(
             ValueError, match=r"received images whose features differ, by \d+% in image \d; pass"
         ):
             edit_of(heads, source, images=images).fwd_hooks(tower)
+        assert source.target is not None
+        for share, alike in ((0.0008, True), (0.0015, False)):  # of one image's own length
+            target = source.target.clone()
+            target[3] *= 1 + share
+            edit = edit_of(heads, source.with_fields(target=target), images=others)
+            if alike:
+                assert edit.fwd_hooks(tower)
+                continue
+            with pytest.raises(ValueError, match=r"whose features differ, by 0% in image 3; pass"):
+                edit.fwd_hooks(tower)
         with pytest.raises(ValueError, match=r"whose features are \[5, 9\], not \[5, 20\]"):
             edit_of(heads, source, images=others).fwd_hooks(make_tower(d_embed=9))
         with pytest.raises(ValueError, match="and a source that was not edited"):

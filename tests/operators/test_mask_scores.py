@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -237,7 +238,19 @@ def test_intervals_of_segmentation_are_over_images() -> None:
     assert (
         (least > 0).all() and torch.equal(value, found.scores[0] - found.scores[1]) and (most > value).all()
     )
-    assert len(found.to_frame()) == 2 * len(MEASURES) and found.figure().data and "good" in repr(found)
+    frame, (low, high) = found.to_frame(), found.intervals()
+    assert list(zip(frame["map"], frame["measure"], strict=True)) == list(product(found.labels, MEASURES))
+    for name, numbers in (("score", found.scores), ("low", low), ("high", high)):
+        assert frame[name].tolist() == numbers.flatten().tolist()
+    assert "highest AP good)" in repr(found)
+    plot: Any = found.figure()
+    *panels, _ = plot.data  # a measure each, and the legend's word on intervals
+    assert len(panels) == len(MEASURES)
+    for place, panel in enumerate(panels):
+        score, least, most = (100 * x[:, place] for x in (found.scores, low, high))
+        assert list(panel.x) == pytest.approx(score.tolist())
+        assert list(panel.error_x.array) == pytest.approx((most - score).tolist())
+        assert list(panel.error_x.arrayminus) == pytest.approx((score - least).tolist())
 
 
 @pytest.mark.usefixtures("ours_alone")

@@ -306,6 +306,8 @@ def test_layers_are_measured_as_asked(a: Decomposition, b: Decomposition) -> Non
     found = layer_mmd(a, b, kernel="paper", permutations=19, paired=True, seed=3)
     assert (found.kernel, found.permutations, found.paired, found.seed) == ("paper", 19, True, 3)
     assert head_mmd(a, b).permutations == 999
+    with pytest.raises(ValueError, match="received permutations=0, block=0"):
+        layer_mmd(a, b, permutations=0, block=0)
 
 
 def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:

@@ -92,6 +92,25 @@ def test_the_whole_stream_carries_the_whole_gap(
     assert all(float(effects.abs().max()) < 1e-6 for effects in none.effects.values())
 
 
+def test_effects_that_differ_by_rounding_alone_correlate_with_nothing() -> None:
+    noise = 1e-7 * torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flat, other, varied = (
+        Patching({"mlp_out": x}, torch.ones(2), torch.ones(2), False, "exact")
+        for x in (1 + noise[0], 5 + noise[1], torch.arange(3.0).double())
+    )
+    for one, two in ((flat, other), (flat, varied), (varied, flat)):
+        assert np.isnan(one.correlation(two)["mlp_out"])
+    assert varied.correlation(varied)["mlp_out"] == pytest.approx(1)
+
+
+def test_what_is_cut_off_from_the_score_has_no_effect(
+    tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
+) -> None:
+    with tower.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: x.detach())]):
+        found = attribution_patching(tower, images, source, direction, sites=("mlp_out",)).effects["mlp_out"]
+    assert found[0] == 0 and bool((found[1:] != 0).all())
+
+
 def test_attribution_is_exact_where_all_behind_it_is_linear(
     tower: HookedViT, images: Tensor, source: Tensor, direction: Tensor
 ) -> None:
@@ -164,10 +183,11 @@ def test_an_estimate_can_be_checked_at_a_few_places(
     assert "exact" not in plainly.to_frame() and plainly.agreement != plainly.agreement
     many = attribution_patching(tower, images, source, direction, sites=("mlp_out",), check=99)
     assert len(many.checks) == 3
-    with pytest.raises(
-        ValueError, match="a check of at least 3 places, or of 0 for none; received 2; two places"
-    ):
-        attribution_patching(tower, images, source, direction, check=2)
+    for check in (-1, 1, 2):
+        with pytest.raises(
+            ValueError, match=f"a check of at least 3 places, or of 0 for none; received {check}; two places"
+        ):
+            attribution_patching(tower, images, source, direction, check=check)
 
 
 def test_a_path_is_what_the_receiver_alone_hears(
@@ -225,13 +245,24 @@ def test_results_are_tables_and_maps(
         assert maps[-1].z[2][1 if not by_token else 7] == pytest.approx(row.share, rel=1e-4)
         assert "attribution" in repr(result) and "resid_pre" in result._repr_html_()
     path = path_patching(tower, images, source, direction, heads[1, 0])
-    assert len(path.to_frame()) == 4 + 2
+    frame = path.to_frame()
+    assert list(zip(frame["layer"], frame["head"].fillna(-1), strict=True)) == [
+        *((2, head) for head in range(4)), (1, -1), (2, -1)
+    ]  # fmt: skip
+    effects = [*path.heads[2].tolist(), *path.mlps[1:].tolist()]
+    assert frame["effect"].tolist() == effects
+    assert frame["share"].tolist() == pytest.approx([effect / path.gap for effect in effects])
     plot = path.figure()
     assert isinstance(plot, go.Figure) and "heads[1, 0]" in str(plot.layout.title.text)  # pyright: ignore
     words = "change of the score"
     assert plot.layout.coloraxis.colorbar.title.text == words  # pyright: ignore
-    titles = [result.figure(shares=s).layout.coloraxis.colorbar.title.text for s in (True, False)]  # pyright: ignore
-    assert titles == ["share of the gap", words]
+    for shares, unit, scale in ((True, "share of the gap", 1 / result.gap), (False, words, 1.0)):
+        drawn: Any = result.figure(shares=shares)
+        assert drawn.layout.coloraxis.colorbar.title.text == unit
+        grids = [torch.tensor(grid.z).flatten() for grid in drawn.data]
+        for grid, effect in zip(grids, result.effects.values(), strict=True):
+            torch.testing.assert_close(grid, scale * effect.flatten(), **CLOSE)
+        assert drawn.layout.coloraxis.cmax == pytest.approx(float(torch.cat(grids).abs().max()))
     assert plot.layout.coloraxis.cmin == -plot.layout.coloraxis.cmax  # pyright: ignore
     assert repr(path) == "PathPatching(heads[1, 0] to 6 receivers, 5 images)"
 

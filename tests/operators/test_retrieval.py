@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.inputs import encode_texts
-from decompclip.operators.parts import part_at
+from decompclip.operators.parts import part_at, place_of
 from decompclip.operators.probes import probe
 from decompclip.operators.retrieval import heads_for, nearest
 from decompclip.operators.scores import direction
@@ -170,11 +171,16 @@ def test_tables_and_figures_show_what_was_found(model: HookedCLIP, terms: Decomp
     assert torch.equal(found.pictures[1, 2], expected)
     by_text: Any = nearest(terms, heads[1, 4], "a red object", model=model, k=4, pixels=batch.images).figure()
     assert len(by_text.data) == 4
-    of_colour: Any = heads_for(terms, "colour", model=model).figure()
+    scored = replace(by_colour := heads_for(terms, "colour", model=model), score=by_colour.score - 0.1)
+    of_colour: Any = scored.figure()
     assert of_colour.layout.title.text == "colour" and of_colour.layout.coloraxis.cmin == 0
     assert of_colour.layout.coloraxis.colorbar.title.text == "share of variance along the texts"
     grid: Any = of_colour.data[0]
-    assert tuple(grid.z.shape) == (6, 8)
+    assert tuple(grid.z.shape) == (6, 8) and scored.score.min() < 0
+    for part, score in zip(scored.parts, scored.score.tolist(), strict=True):
+        assert float(grid.z[part.layer, part.head]) == pytest.approx(
+            max(score, 0)
+        )  # worse than chance is none
     assert "Neighbours(2 queries by heads[1, 4]: 4 of 160 images)" in repr(found)
 
 
@@ -209,6 +215,9 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
     for image in (COUNT, [3, -COUNT - 1]):
         with pytest.raises(IndexError, match=r"images in 0\.\.159"):
             nearest(terms, heads[1, 4], image)
+    for number, end in ((6, "'5';"), (7, r"'5', \.\.\.;")):
+        with pytest.raises(LookupError, match=rf"a text of {number}: '0', '1', '2', '3', '4', {end}"):
+            place_of(9, tuple(map(str, range(number))), "text")
     with pytest.raises(IndexError, match="head 8"):
         nearest(terms, heads[1, 8], 3)
     with pytest.raises(ValueError, match="pass pixels="):
