@@ -207,6 +207,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "least = torch.finfo(found.dtype).eps * found.abs().mean(0).clamp_min(1e-6)",
         "least = torch.finfo(found.dtype).eps * found.abs().mean(0).clamp_min(2e-06)",
     ): TINY,
+    (
+        "decompclip/defenses/selector.py",
+        "return torch.where(lengths > 0, judged / lengths.clamp_min(torch.finfo(lengths.dtype).tiny).sqrt(), 0)",
+        "return torch.where(lengths >= 0, judged / lengths.clamp_min(torch.finfo(lengths.dtype).tiny).sqrt(), 0)",
+    ): "nothing over the least number is nothing too",
     **{
         (
             "decompclip/defenses/guard.py",
@@ -303,6 +308,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "basis = axes[sizes > ALIKE * sizes[0]].float()",
         "basis = axes[sizes >= ALIKE * sizes[0]].float()",
     ): TINY,
+    (
+        "decompclip/operators/retrieval.py",
+        "score = torch.where(variance > 0, within / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0)",
+        "score = torch.where(variance >= 0, within / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0)",
+    ): "nothing over the least number is nothing too",
     (
         "decompclip/operators/sweeps.py",
         "counts = torch.zeros(0, dtype=torch.long)",

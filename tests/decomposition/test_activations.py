@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 import decompclip
-from decompclip.tower.cache import ViTCache
+from decompclip.tower.cache import ViTCache, nearest_names
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
@@ -475,6 +475,13 @@ def test_a_model_takes_a_stream_too() -> None:
     features, cache = model.run_with_cache(images)
     close(model.run_with_hooks(cache["resid_pre", 3], start_at_layer=3), features)
     close(model.run_with_cache(images, stop_at_layer=3)[0], cache["resid_pre", 3])
+
+
+def test_near_names_end_so_or_hold_it_or_are_spelt_alike() -> None:
+    known = ["a.hook_pre_linear", "b.hook_pre", "c.hook_pre", "d.hook_pre", "e.hook_pre", "hook_z"]
+    assert nearest_names("hook_pre", known) == ["b.hook_pre", "c.hook_pre", "d.hook_pre"]
+    assert nearest_names("pre_lin", known) == ["a.hook_pre_linear"]
+    assert nearest_names("b.hok_pre", known)[0] == "b.hook_pre" and nearest_names("?", known) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,15 @@ from torch import Tensor
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, fingerprint, one_thread, same_model, term_maps
+from decompclip.decomposition.maps import (
+    Convention,
+    WatchedWeights,
+    _spread,
+    fingerprint,
+    one_thread,
+    same_model,
+    term_maps,
+)
 from decompclip.decomposition.moments import Moments
 from decompclip.tower.vit import HookedViT
 
@@ -211,12 +219,6 @@ def test_maps_match_those_of_their_model_and_convention(make_tower: MakeTower) -
     of_others = [term_maps(make_tower(**changes), "centred") for changes in ({"seed": 5}, {"n_layers": 2})]
     for other in (paper, replace(ours, convention="paper"), replace(paper, convention="centred"), *of_others):
         assert not ours.matches(other)
-    # Where one does not know its model, by the numbers.
-    largest = ours.heads.abs().max()
-    for share, alike in ((0.0, True), (0.9e-3, True), (1.1e-3, False)):
-        moved = ours.heads.clone()
-        moved[1, 2, 3, 4] += share * largest
-        assert ours.matches(replace(ours, heads=moved, fingerprint=None)) == alike
 
 
 def test_a_fingerprint_sees_one_neuron(family: HookedViT) -> None:
@@ -253,6 +255,18 @@ def test_a_fingerprint_is_the_same_in_whatever_order_fields_stand(
     mark, fields = fingerprint(tower), list(tower.cfg.to_dict().items())
     monkeypatch.setattr(type(tower.cfg), "to_dict", lambda cfg: dict(fields[::-1]))
     assert torch.equal(fingerprint(tower), mark)
+
+
+def test_every_number_of_a_small_weight_is_watched_and_some_of_a_large_one() -> None:
+    module = torch.nn.Linear(5, 4)
+    for place in range(20):
+        watched = WatchedWeights.of(module)
+        assert watched.are_those_of(module)
+        module.weight.data.view(-1)[place] += 1
+        assert not watched.are_those_of(module)
+    columns = torch.arange(24.0).view(4, 6)[:, ::2]
+    assert _spread(columns).tolist() == list(range(23))  # where it lies, what is between them too
+    assert _spread(torch.arange(1000.0)).tolist() == list(range(0, 1000, 62))
 
 
 def test_weights_written_past_autograd_are_noticed(family: HookedViT, images: Tensor) -> None:

@@ -117,6 +117,17 @@ def test_matched_noise_is_as_long_as_the_mean_and_of_its_seed(
     )
 
 
+def test_a_head_that_writes_nothing_has_no_noise(
+    make_tower: Callable[..., HookedViT], images: Tensor
+) -> None:
+    tower = make_tower()
+    with torch.no_grad():
+        tower.get_parameter("blocks.1.attn.W_out")[:, 16:24] = 0  # of head 2
+    noise = RandomAblate(heads[1], Moments.fit(tower, [drawn(16, 5)]))(decompose(tower, images))
+    assert noise.coords.isfinite().all() and not noise.coords[:, 1, 2].any()
+    assert (noise.coords[:, 1, [0, 1, 3]] != 0).all()
+
+
 @pytest.mark.parametrize("convention", ["centred", "paper"])
 def test_unit_noise_is_standard_normal_in_all_dimensions_of_the_term(
     make_tower: Callable[..., HookedViT], images: Tensor, convention: Any
