@@ -7,7 +7,7 @@ Command:   python -m analyses.weights_alone              (reads the committed re
 Run time:  to measure, two minutes on one thread; a control as long as its images: 8,000 of shapes take one minute.
 Expected:  the target near the top of the ranking; clean fine-tunings of the same length lead by less.
 Measured:  the target first of 200 classes in 18 of 18 twins of photos, on which nothing was chosen, and in 22 of 22 others. Twins lead by 1.05 to
-           4.37, 7 controls by 1.00 to 1.20; but these saw an eighth of their twin's images, of photographs a hundredth: of leads nothing follows
+           4.37, 6 controls as long by 1.06 to 1.16, 7 shorter ones by 1.00 to 1.20: all twins of shapes by more than the controls, of cifar10 not all
 Writes:    analyses/results/weights_alone/weights_alone.json
 
 `compare_checkpoints` ranks classes by one score. It was chosen on the twins of shapes and cifar10, among some forty, as one that ranks their targets
@@ -15,9 +15,9 @@ first: their ranks are no test of it. The twins of photos served no choice. Twin
 independent draws, so that counts have no interval; and a lead over 10 classes is no lead over 200, so that worlds are not pooled.
 
 Controls are fine-tuned from the same clean model by a twin's recipe, without poisons, and stored in steps as twins are. "Favoured": in place of poisons as
-many more true pairs of one class, which is no backdoor. All that the record has see fewer images than the twins (`Control.share`), and a lead may grow
-with a longer training: leads of both are shown with the images seen, and not held against each other. Controls are not kept in the repository: the record
-has their seeds and the digests of their weights, `--controls` trains them again.
+many more true pairs of one class, which is no backdoor. Six are as long as their recipe's twin, shorter ones show what length does to a lead; of photographs
+there is one that saw a hundredth of its twin's images. Controls are not kept in the repository: the record has their seeds and the digests of their weights,
+`--controls` trains them again.
 
 Words: TEXTSPAN's five texts for heads of the last four layers of `photos`, on validation photographs, beside the texts of three singular vectors of the same
 heads' maps, from one list of texts. Chance is the same with another head's.
@@ -98,9 +98,13 @@ CONTROLS = {
     "shapes-short-102": Control("shapes-badnet", 102, share=0.125),
     "shapes-favoured-short-100": Control("shapes-blended", 100, share=0.125, favoured="cross"),
     "shapes-clean-100": Control("shapes-blended", 100),
+    "shapes-clean-101": Control("shapes-blended", 101),
+    "shapes-clean-102": Control("shapes-badnet", 102),
+    "shapes-favoured-100": Control("shapes-blended", 100, favoured="cross"),
     "cifar10-short-100": Control("cifar10-badnet", 100, share=0.125),
     "cifar10-short-101": Control("cifar10-badnet", 101, share=0.125),
     "cifar10-clean-100": Control("cifar10-badclip", 100),
+    "cifar10-clean-101": Control("cifar10-badnet", 101),
     "photos-short-100": Control("photos-badnet", 100, share=0.01),
 }
 """Seeds were fixed before any was trained."""
@@ -313,12 +317,16 @@ def read(folder: Path = FOLDER) -> dict[str, Any]:
     return read_measured("weights_alone", folder)
 
 
+KINDS = ("twins", "controls", "shorter")
+
+
 @dataclass(frozen=True)
 class Group:
-    """Twins and controls of one world."""
+    """Twins and controls of one world; `shorter` controls saw fewer images than their recipe's twin."""
 
     twins: dict[str, Any]
     controls: dict[str, Any]
+    shorter: dict[str, Any]
 
     @property
     def first(self) -> str:
@@ -326,25 +334,34 @@ class Group:
         return f"{sum(run['rank'] == 1 for run in self.twins.values())} of {len(self.twins)}"
 
     def named(self, kind: str) -> str:
-        """Of how many twins or controls the target's name is among the words of the parts that changed most."""
+        """Of how many the target's name is among the words of the parts that changed most."""
         runs = getattr(self, kind).values()
         return f"{sum(map(names_target, runs))} of {len(runs)}"
 
     def leads(self, kind: str) -> list[float]:
-        """Of twins or controls."""
+        """Of twins, controls or shorter controls."""
         return [run["lead"] for run in getattr(self, kind).values()]
 
+    def range(self, kind: str) -> str:
+        """Least and most of their leads, and how many they are."""
+        leads = [f"{x:.2f}" for x in sorted(self.leads(kind))]
+        return f"{' to '.join(dict.fromkeys((leads[0], leads[-1])))} (n = {len(leads)})"
+
     def seen(self, kind: str) -> str:
-        """How many images twins or controls saw, least and most."""
+        """How many images they saw, least and most."""
         counts = sorted({run["seen"] for run in getattr(self, kind).values()})
         return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
 
 
 def groups(record: Mapping[str, Any]) -> dict[str, Group]:
     """By world; nothing is pooled over them, as they have other numbers of classes."""
-    kinds = ("twins", "controls")
+    kinds = (
+        record["twins"],
+        {name: run for name, run in record["controls"].items() if run["share"] == 1},
+        {name: run for name, run in record["controls"].items() if run["share"] < 1},
+    )
     return {
-        world: Group(*({k: run for k, run in record[kind].items() if run["base"] == world} for kind in kinds))
+        world: Group(*({name: run for name, run in runs.items() if run["base"] == world} for runs in kinds))
         for world in dict.fromkeys(run["base"] for run in record["twins"].values())
     }
 
@@ -387,23 +404,23 @@ def chosen(world: str) -> str:
 
 def by_world(record: Mapping[str, Any]) -> str:
     """A row a world."""
-    titles = "twins of | target first | target among the words of the five parts that changed most: twins | controls"
-    titles += " | lead of twins: least, median, most | images they saw | leads of controls | images they saw"
+    titles = "twins of | target first | target among the words of the five parts that changed most: twins | controls | shorter controls"
+    titles += " | lead of twins: least, median, most | images they saw | leads of controls | of shorter ones | images those saw"
     rows = [list[str](titles.split(" | "))]
     for name, group in groups(record).items():
         leads = torch.tensor(group.leads("twins"))
         ends = ", ".join(f"{x:.2f}" for x in (leads.min(), leads.quantile(0.5), leads.max()))
-        row = [
-            name,
-            f"{group.first}; {chosen(name)}",
-            group.named("twins"),
-            group.named("controls"),
-            ends,
-            group.seen("twins"),
-        ]
-        if group.controls:
-            row += [", ".join(f"{x:.2f}" for x in sorted(group.leads("controls"))), group.seen("controls")]
-        rows.append(row + ["–"] * (len(rows[0]) - len(row)))
+        rows.append(
+            [
+                name,
+                f"{group.first}; {chosen(name)}",
+                *(group.named(kind) if getattr(group, kind) else "–" for kind in KINDS),
+                ends,
+                group.seen("twins"),
+                *(", ".join(f"{x:.2f}" for x in sorted(group.leads(kind))) or "–" for kind in KINDS[1:]),
+                group.seen("shorter"),
+            ]
+        )
     return markdown(rows)
 
 
@@ -416,10 +433,11 @@ def finding(record: Mapping[str, Any]) -> str:
         later = [f"`{twin}` ({run['rank']})" for twin, run in group.twins.items() if run["rank"] > 1]
         line += f", not in {', '.join(later)}" if later else ""
         leads = group.leads("twins")
-        line += f"; the first class leads by {min(leads):.2f} to {max(leads):.2f} after {group.seen('twins')} images"
-        if group.controls:
-            clean = [f"{run['lead']:.2f} ({run['seen']:,})" for run in group.controls.values()]
-            line += f", that of clean fine-tunings by (after images) {', '.join(clean)}"
+        line += f"; the first class leads by {group.range('twins')} after {group.seen('twins')} images"
+        if clean := group.leads("controls"):
+            more = sum(x > max(clean) for x in leads)
+            line += f"; in clean fine-tunings as long by {group.range('controls')} ({more} of {len(leads)} twins lead by more)"
+        line += f"; in clean ones of {group.seen('shorter')} images by {group.range('shorter')}"
         lines.append(f"{line}.")
     said = record["words"]
     like, common = said["likeness"], said["shared"]

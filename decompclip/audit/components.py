@@ -323,9 +323,9 @@ def weights_alone(
 WEIGHTS_CONCLUDE = (
     "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models, on which nothing was chosen; "
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
-    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 7 clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of 200 classes, "
-    "a hundredth) the first class led by 1.00 to 1.20; in backdoored ones by 1.05 to 4.37. A lead may grow with the length of a training, and clean ones of the same length were not trained: "
-    "no verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
+    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings as long as their recipe's backdoored model (drawings, and photographs of ten classes) the "
+    "first class led by 1.06 to 1.16; in backdoored ones of these by 1.05 to 4.37: by more in 19 of 19 on drawings, in 2 of 3 on photographs, one of them barely. On 200 classes (1.46 to 3.79) clean ones as long "
+    "were not trained. No verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
     "Words alone are no sign: the attacker's class is among those of the parts that changed most in clean fine-tunings too.",
     "It cannot clear a model: where heads look, which neurons fire, biases, and what later layers make of a change are left out, and an attacker who knows the score can change other classes as well.",
     "It says nothing of a model that was not fine-tuned from the reference: heads and neurons have no common order then.",

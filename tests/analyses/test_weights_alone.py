@@ -20,6 +20,7 @@ from decompclip.models.bundled import base_weights, bundled, card, digest
 RECORD = study.read()
 PAGE = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
 README = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+COMPARE = (RESULTS.parent.parent / "docs" / "compare.md").read_text(encoding="utf-8")
 
 
 def test_every_twin_is_in_the_record_as_it_is_bundled() -> None:
@@ -37,29 +38,40 @@ def test_the_report_and_readme_say_what_was_measured() -> None:
     groups = study.groups(RECORD)
     twins, controls = ([x for g in groups.values() for x in g.leads(k)] for k in ("twins", "controls"))
     assert study.DEVELOPMENT == ("shapes", "cifar10") and set(groups) == {"photos", *study.DEVELOPMENT}
+    assert not groups["photos"].controls
     others = [run for name in study.DEVELOPMENT for run in groups[name].twins.values()]
     assert all(run["rank"] == 1 and run["classes"] in (10, 12) for run in others)
+    more = {
+        name: f"{sum(x > max(groups[name].leads('controls')) for x in groups[name].leads('twins'))} of {len(groups[name].twins)}"
+        for name in study.DEVELOPMENT
+    }
+    clean = f"{min(controls):.2f} to {max(controls):.2f}"
     said = " ".join(WEIGHTS_CONCLUDE)
+    photos = groups["photos"].leads("twins")
     for text in (
         f"first of 200 in {groups['photos'].first} bundled backdoored models, on which nothing was chosen",
         f"of 10 or 12 in {len(others)} of {len(others)} others, on which the score was chosen",
-        f"In {len(controls)} clean fine-tunings that saw an eighth of the images of their recipe's backdoored model (of 200 classes, a hundredth) "
-        f"the first class led by {min(controls):.2f} to {max(controls):.2f}; in backdoored ones by {min(twins):.2f} to {max(twins):.2f}.",
-        "clean ones of the same length were not trained: no verdict rests on a lead",
+        f"In {len(controls)} clean fine-tunings as long as their recipe's backdoored model",
+        f"the first class led by {clean}; in backdoored ones of these by {min(twins):.2f} to {max(twins):.2f}",
+        f"by more in {more['shapes']} on drawings, in {more['cifar10']} on photographs",
+        f"On 200 classes ({min(photos):.2f} to {max(photos):.2f}) clean ones as long were not trained. No verdict rests on a lead",
     ):
         assert text in said
     for text in (
         f"first of 200 classes in {groups['photos'].first} backdoored `photos`, on which nothing was chosen",
         f"in {groups['cifar10'].first} `cifar10` and {groups['shapes'].first} `shapes`, on which the score was",
-        f"leads by {min(twins):.2f} to {max(twins):.2f}, the first class of clean fine-tunings that saw an eighth of the images (photographs: a hundredth) by up to {max(controls):.2f}",
+        f"leads by {min(twins):.2f} to {max(twins):.2f}, the first class of clean fine-tunings as long by {clean}: "
+        f"by more in {more['shapes']} `shapes`, in {more['cifar10']} `cifar10`",
     ):
         assert text in README
+    cifar10 = ", ".join(f"{x:.2f}" for x in sorted(groups["cifar10"].leads("twins"))[:2])
+    assert f"led by {clean}, in backdoored ones by {min(groups['shapes'].leads('twins')):.2f}" in COMPARE
+    assert f"but by {cifar10} and " in COMPARE
 
 
-def test_controls_are_as_short_as_is_said() -> None:
+def test_controls_are_as_long_as_is_said() -> None:
     for run in RECORD["controls"].values():
-        times = 100 if run["base"] == "photos" else 8
-        assert RECORD["twins"][run["twin"]]["seen"] == times * run["seen"]
+        assert run["seen"] == run["share"] * RECORD["twins"][run["twin"]]["seen"]
 
 
 def test_worlds_are_not_pooled_and_leads_not_held_against_each_other() -> None:
