@@ -98,6 +98,7 @@ ROOMS = {
 ROWS = "the default is dim=1, the last of a matrix"
 ONE = "a constant of every head and layer"
 TINY = "a bound that nothing but rounding is below"
+SQUARE = "of a square matrix, either side"
 SEED = "a seed of draws: any number serves"
 SAME_MAPS = "equal maps: of the model's own one copy is held"
 
@@ -181,10 +182,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "whole = [a + b for a, b in zip(more, whole, strict=True)]",
     ): "a sum of sums about one origin, in either order",
     **{
+        ("decompclip/defenses/distances.py", before, after): SQUARE
+        for before, after in (
+            ("dim = covariance.shape[-1]", "dim = covariance.shape[-2]"),
+            (
+                "penalised = gram + penalty * torch.eye(gram.shape[-1]).to(gram)",
+                "penalised = gram + penalty * torch.eye(gram.shape[-2]).to(gram)",
+            ),
+        )
+    },
+    (
+        "decompclip/defenses/distances.py",
+        "flagged = self._of(d) > calibrated(self.logs_, fpr)",
+        "flagged = self._of(d) >= calibrated(self.logs_, fpr)",
+    ): "two such numbers are equal by accident alone",
+    **{
         ("decompclip/defenses/distances.py", before, before.replace(number, twice)): TINY
         for before, number, twice in (
             ("floor = 1e-10 * values.amax(-1, keepdim=True)", "1e-10", "2e-10"),
             ("kept = int((values > 1e-6 * values[0]).sum())", "1e-6", "2e-06"),
+            ("kept = int((values > 1e-6 * values[0]).sum())", "values >", "values >="),
             (
                 "return (self._of(d) - self.logs_.mean(0)) / self.logs_.std(0).clamp_min(1e-9)",
                 "1e-9",
@@ -242,6 +259,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
             'return replace(moments, maps=self.none.maps), int(about["shards"]), about["skipped"], about["made"]',
         )
     },
+    (
+        "decompclip/operators/extract.py",
+        '"pool": (int(self.model.cfg.pool_mlp > 0), d_embed),',
+        '"pool": (int(self.model.cfg.pool_mlp > 1), d_embed),',
+    ): "no MLP is of one neuron",
     (
         "decompclip/operators/mmd.py",
         "ends = min(0.0, 1.1 * low), max(1.08 * high, 1e-9)",
@@ -388,6 +410,7 @@ SYMMETRIC = {
     "same_model",
     "cohen_kappa_score",
     "subspace_angles",
+    "suppress",
 }
 GUARDS = {"device", "stable", "strict", "encoding", "stacklevel", "row_height"}
 """Arguments without effect on the CPU (where torch sorts stably), on lists of one length, where text is UTF-8 anyway, and on

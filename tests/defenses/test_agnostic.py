@@ -105,6 +105,12 @@ def test_lengths_are_those_of_the_features_before_they_were_divided(
 def test_class_directions_span_the_differences_of_classes(classifier: torch.Tensor) -> None:
     basis = class_directions(classifier)
     assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-5)
+    assert len(basis) == len(classifier) - 1
+    many = torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
+    assert len(class_directions(many)) == 32  # the leading ones of 39
+    for size in (1e-6, 1e6):
+        few = size * torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+        assert len(class_directions(few)) == 3
     differences = classifier - classifier[:1]
     assert torch.allclose(differences @ basis.T @ basis, differences, atol=1e-5)
 
@@ -120,6 +126,10 @@ def test_an_extrapolation_is_a_ridge_regression() -> None:
     assert torch.allclose(found, torch.from_numpy(slow), atol=1e-8)
     still = torch.zeros(2, 6, 6).double()  # of layers that never vary
     assert torch.equal(ridge(still, still), still)
+    gram = own.T @ own
+    grams = torch.stack([gram, 1e-9 * gram, still[0]])  # each at its own size
+    weights = ridge(grams, grams)
+    assert torch.allclose(weights[0], weights[1]) and not torch.allclose(weights[0], torch.eye(6).double())
 
 
 def follow(before: torch.Tensor, features: torch.Tensor) -> Extrapolation:
@@ -481,7 +491,13 @@ def test_components_are_learnt_from_all_images_and_calibrated_on_a_sample(
             distance = ClassDistance.fit(x[rest], classes[rest], len(classifier))
             logs[fold == held] = distance(x[own], classes[own]).log()
         columns.append(logs)
-    assert torch.allclose(found.logs_, torch.cat(columns, 1).sort(0).values, rtol=1e-6)
+    logs = torch.cat(columns, 1)
+    assert torch.allclose(found.logs_, logs.sort(0).values, rtol=1e-6)
+    own = [ClassDistance.fit(x, classes, len(classifier)) for x in (clean.coords.flatten(1, 2), clean.mlps)]
+    some = clean[:7]
+    far = [fit(x, classes[:7]) for fit, x in zip(own, (some.coords.flatten(1, 2), some.mlps), strict=True)]
+    expected = (torch.cat(far, 1).log() - logs.mean(0)) / logs.std(0)
+    assert torch.allclose(found.score(some), expected, rtol=1e-5)
 
 
 def test_component_flags_have_a_place_for_the_pool_s_mlp(make_tower) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,14 @@ def test_a_baked_model_is_the_model_under_the_edit(make_tower, kind: str, dtype:
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize("size", [(24, 16), (8, 8)], ids=["seven tokens", "two"])
 @pytest.mark.parametrize("components", [heads[-1], mlps[-1], heads[-1, 1] | mlps[-1]])
-def test_the_last_block_of_a_class_token_needs_no_even_means(make_tower, components: Components) -> None:
-    model = around(make_tower(layer_scale=True))
-    moments = fitted(model, drawn(16, torch.float32, 2))
-    edit, images = MeanAblate(components, moments, rows="pooled"), drawn(5, torch.float32, 1)
+def test_the_last_block_of_a_class_token_needs_no_even_means(
+    make_tower, components: Components, size: tuple[int, int]
+) -> None:
+    model = around(make_tower(layer_scale=True, image_size=size))
+    moments = fitted(model, drawn(16, torch.float32, 2, *size))
+    edit, images = MeanAblate(components, moments, rows="pooled"), drawn(5, torch.float32, 1, *size)
     expected = under(model, edit, images)
     for wanted in (edit, MeanAblate(components, moments), average_over_tokens(edit, model)):
         with torch.no_grad():
@@ -96,6 +100,23 @@ def test_even_means_are_the_means_over_tokens(make_tower) -> None:
     for token in range(7):
         torch.testing.assert_close(streams.mlp_out[0, token], moments.streams.mlp_out[0].mean(0))
     torch.testing.assert_close(streams.mlp_out[-1], moments.streams.mlp_out[-1])  # one token counts there
+
+
+def test_means_are_one_up_to_rounding_of_their_own_size(make_tower) -> None:
+    model = around(make_tower(dtype=torch.float64))
+    edit = average_over_tokens(MeanAblate(mlps[0], fitted(model, drawn(16, torch.float64, 2))), model)
+    moments: Any = edit.steps[0].moments  # pyright: ignore[reportAttributeAccessIssue]
+    for size, apart in ((1e4, 1e-3), (1e-4, 1e-11)):
+        for factor, alike in ((1, True), (100, False)):
+            out = torch.zeros_like(moments.streams.mlp_out)
+            out[0] = size
+            out[0, 3, 5] += factor * apart
+            step = MeanAblate(mlps[0], replace(moments, streams=replace(moments.streams, mlp_out=out)))
+            if alike:
+                bake(model, step)
+                continue
+            with pytest.raises(ValueError, match="one mean for all tokens"):
+                bake(model, step)
 
 
 def test_a_dead_channel_of_layer_scale_can_still_hold_a_mean(make_tower) -> None:
@@ -123,7 +144,12 @@ def test_it_leaves_as_an_ordinary_open_clip_model_and_comes_back(tmp_path: Path)
     images = drawn(4, torch.float64, 1, SIDE, SIDE)
     moments = fitted(clip, drawn(16, torch.float64, 2, SIDE, SIDE))
     edit = average_over_tokens(MeanAblate(mlps[0] | heads[1, 0], moments), clip)
+    clip.provenance |= {"pretrained": "own", "sha256": "0", "files": {}, "files_not_read": []}
     expected, baked = under(clip, edit, images), bake(clip, edit)
+    assert baked.provenance.keys() == clip.provenance.keys() - {"sha256", "files", "files_not_read"} | {
+        "baked"
+    }
+    assert baked.provenance["pretrained"] == "own"
     net: Any = baked.to_open_clip()
     with torch.no_grad():
         torch.testing.assert_close(net.encode_image(images), expected, rtol=0, atol=1e-10)
@@ -168,3 +194,9 @@ def test_what_cannot_be_folded_is_refused(make_tower) -> None:
         pytest.raises(ValueError, match="without hooks; received one under some"),
     ):
         bake(model, ZeroAblate(mlps[0]))
+
+
+def test_its_older_name_is_found() -> None:
+    module: Any = import_module("decompclip.defenses.bake")
+    with pytest.warns(Warning, match=r"bake\.even is now .*average_over_tokens"):
+        assert module.even is average_over_tokens

@@ -27,6 +27,22 @@ def test_the_shrinkage_is_scikit_learn_s(n: int, dim: int) -> None:
     assert torch.allclose(white @ white, torch.linalg.inv(torch.from_numpy(shrunk)), rtol=1e-6)
 
 
+def test_a_nearly_round_covariance_is_made_round_and_no_more() -> None:
+    nearly = torch.diag(torch.tensor([1.0, 1.01]).double())
+    for size in (1e-3, 1.0, 1e3):
+        assert oas_shrinkage(size * nearly[None], 3).item() == 1
+        long = torch.diag(torch.tensor([1.0, 9.0]).double())
+        spread, scale = 82 / 4, 5.0
+        expected = (spread + scale**2) / (101 * (spread - scale**2 / 2))
+        assert oas_shrinkage(size * long[None], 100).item() == pytest.approx(expected)
+
+
+def test_each_component_is_whitened_in_its_own_units() -> None:
+    covariances = torch.eye(3).double() * torch.tensor([1.0, 1e-12, 1e12]).double()[:, None, None]
+    found = whitener(covariances, 50) * torch.tensor([1.0, 1e-6, 1e6]).double()[:, None, None]
+    torch.testing.assert_close(found, torch.eye(3).double().expand(3, 3, 3))
+
+
 def test_it_is_mahalanobis_to_the_class_s_mean() -> None:
     x, classes = points(400, 5), torch.arange(400) % 4
     x[:, 0] += classes[:, None].double() * 3
@@ -77,6 +93,8 @@ def test_directions_without_spread_do_no_harm() -> None:
 def test_one_point_has_no_spread() -> None:
     with pytest.raises(ValueError, match=r"at least 2 points; received 1; fit on more"):
         ClassDistance.fit(torch.zeros(1, 1, 2), torch.zeros(1, dtype=torch.long), 1)
+    two = ClassDistance.fit(torch.eye(2)[:, None], torch.zeros(2, dtype=torch.long), 1)
+    assert two.means.tolist() == [[[0.5, 0.5]]] and two.whitener.isfinite().all()
 
 
 def test_sums_less_a_fold_s_are_those_of_the_others() -> None:

@@ -401,6 +401,7 @@ def test_fixed_heads_are_those_flagged_most_often() -> None:
     flags = torch.zeros(5, 2, 3, dtype=torch.bool)
     flags[:4, 1, 2] = flags[:3, 0, 1] = flags[:1, 1, 0] = True
     assert fixed_heads(flags, 2).tolist() == [[False, True, False], [False, False, True]]
+    assert fixed_heads(flags, 1).nonzero().tolist() == [[1, 2]]
     assert torch.equal(fixed_heads(flags, 3), flags.any(0))
     for count in (0, 4):
         with pytest.raises(

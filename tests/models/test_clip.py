@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from open_clip.model import CLIP
 from PIL import Image
 from torch.nn import functional as F
 
-from decompclip.models.clip import HookedCLIP
-from decompclip.models.text import WordTokenizer
+from decompclip.models.clip import HookedCLIP, differentiable
+from decompclip.models.text import ImageOnly, MissingTextError, WordTokenizer
 from decompclip.tower.vit import HookedViT
 
 TEMPLATES = {"shape": ["a {}", "a photo of a {}"], "colour": ["a {} thing"]}
@@ -149,6 +150,81 @@ def test_a_small_vocabulary_sets_the_context(make_source: Any) -> None:
     tokenizer = WordTokenizer(("a", "star"), 77)
     model = HookedCLIP.from_open_clip(make_source(), tokenizer=tokenizer)
     assert model.encode_text("a star").shape == (1, 20)
+
+
+def test_pixels_come_back_in_full_precision_and_within_bounds(model: HookedCLIP) -> None:
+    pixels = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.denormalize(model.normalize(pixels)), pixels)
+    half = model.denormalize(model.normalize(pixels).bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, pixels, atol=0.01, rtol=0)
+    ends = torch.stack([torch.full((3, 24, 16), value) for value in (-0.5, 1.5)])
+    assert torch.equal(model.denormalize(model.normalize(ends)), ends.clamp(0, 1))
+
+
+def test_the_context_is_the_text_tower_s_or_else_the_tokenizer_s(model: HookedCLIP) -> None:
+    def context(of_text: int | None, of_tokenizer: int | None) -> int:
+        owners: tuple[Any, Any] = torch.nn.Module(), SimpleNamespace()
+        for owner, length in zip(owners, (of_text, of_tokenizer), strict=True):
+            if length is not None:
+                owner.context_length = length
+        text, tokenizer = owners
+        facts: Any = {"tokenizer": tokenizer, "preprocess": {}, "provenance": {"name": "t"}}
+        return HookedCLIP(model.visual, text, **facts).context_length
+
+    assert [context(*given) for given in ((8, 9), (8, None), (None, 9), (None, None))] == [8, 8, 9, 77]
+
+
+@torch.no_grad()
+def test_it_goes_back_to_open_clip_from_where_it_came(
+    source: CLIP, model: HookedCLIP, images: torch.Tensor
+) -> None:
+    tokens = model.tokenize("a star")
+    model.visual.get_parameter("proj").mul_(2)
+    back: Any = model.to_open_clip()
+    torch.testing.assert_close(back.encode_image(images), 2 * source.encode_image(images))
+    assert torch.equal(back.encode_text(tokens), source.encode_text(tokens))
+    facts: Any = {"tokenizer": model.tokenizer, "preprocess": {}, "provenance": {"name": "t"}}
+    with pytest.raises(ValueError, match="converted from open_clip's; received one around a HookedViT"):
+        HookedCLIP(model.visual, model.text, **facts).to_open_clip()
+    model.text = ImageOnly(torch.nn.Identity(), torch.tensor(1.0), why="loaded with text=False")
+    with pytest.raises(MissingTextError, match="this one has none: loaded with text=False"):
+        model.to_open_clip()
+
+
+def test_a_model_that_is_no_copy_shares_its_source_s_weights(source: CLIP) -> None:
+    for copy in (True, False):
+        model = HookedCLIP.from_open_clip(source, tokenizer=open_clip.get_tokenizer("ViT-tiny-8"), copy=copy)
+        for ours, theirs in (
+            (model.visual.proj, source.visual.get_parameter("proj")),
+            (model.text.get_parameter("text_projection"), source.text_projection),
+        ):
+            assert (ours is theirs) != copy
+
+
+@torch.no_grad()
+def test_the_pool_s_heads_are_decomposed_as_asked(make_source: Any, images: torch.Tensor) -> None:
+    source = make_source(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=3)
+    model = HookedCLIP.from_open_clip(source, tokenizer=open_clip.get_tokenizer("ViT-tiny-8"))
+    plain, asked = (model.decompose_pool(images, **o) for o in ({}, {"normalize": True, "tokens": True}))
+    assert (plain.normalized, plain.token_terms) == (False, None)
+    assert asked.normalized and asked.token_terms is not None
+    torch.testing.assert_close(asked.features, model.encode_image(images, normalize=True))
+
+
+def test_what_needs_gradients_has_them_in_any_mode() -> None:
+    @differentiable
+    def slope(x: torch.Tensor, *, factor: torch.Tensor, name: str) -> tuple[torch.Tensor, str]:
+        (factor * x.requires_grad_().square()).sum().backward()
+        assert x.grad is not None
+        return x.grad, name
+
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            found, name = slope(torch.tensor([1.0, 2.0]), factor=torch.tensor(3.0), name="x")
+        assert found.tolist() == [6, 12] and name == "x"
+    x = torch.ones(2)
+    assert differentiable(lambda given: given)(x) is x
 
 
 # hooks

@@ -73,7 +73,7 @@ from decompclip.decomposition.store import (
 from decompclip.defenses.distances import ComponentDistances
 from decompclip.evaluation.evaluate import DecomposedImages
 from decompclip.files import FolderInUse, alone_in
-from decompclip.operators.extract import NAME
+from decompclip.operators.extract import NAME, _size
 from decompclip.operators.sweeps import most_damaging
 from tests.commands import in_processes, refused, succeeds
 
@@ -228,6 +228,12 @@ def test_the_size_is_told_as_it_will_be(model: HookedCLIP, tmp_path: Path, dtype
     )
     there = sum(len(x) for x in files(tmp_path / "a").values())
     assert there == pytest.approx(150 * (each + NAME) + len(files(tmp_path / "a")[MAPS]), rel=0.05)
+
+
+def test_sizes_are_told_in_the_larger_unit_from_one_of_it_on() -> None:
+    assert [_size(n) for n in (0, 123_456, 999_900_000, 10**9, 2_345_000_000)] == [
+        "0.0 MB", "0.1 MB", "999.9 MB", "1.00 GB", "2.35 GB"
+    ]  # fmt: skip
 
 
 def test_the_page_on_capacity_holds_what_the_formula_gives() -> None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.inputs import (
+    SEED,
     TextFeatures,
     default_images,
     encode_texts,
@@ -472,15 +474,22 @@ def other_tokenizer(model: HookedCLIP) -> HookedCLIP:
     return copied
 
 
-def test_drawings_take_the_shape_of_the_tower_s_images(model: HookedCLIP) -> None:
-    class Wide:  # as a model whose images are no squares
-        image_size, cfg, tokenizer, name = (32, 56), model.cfg, model.tokenizer, model.name
-        normalize = staticmethod(model.normalize)
-
-    stand_in: Any = Wide()
-    first = next(default_images(stand_in, batch_size=4))
-    assert first.shape == (4, 3, 32, 56)
-    assert first.std() > 0.3
+@pytest.mark.parametrize("size", [(32, 56), (40, 40)])
+def test_drawings_take_the_shape_of_the_tower_s_images(
+    model: HookedCLIP, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    """At least so many, and twice as many as a term has coordinates; drawn at the longer side."""
+    monkeypatch.setattr("decompclip.operators.inputs.N_IMAGES", 5)
+    stand_in: Any = SimpleNamespace(
+        image_size=size, tokenizer=model.tokenizer, name="t", normalize=model.normalize, cfg=None
+    )
+    for width, count in ((1, 5), (4, 8)):
+        stand_in.cfg = SimpleNamespace(d_embed=width)
+        found = torch.cat(list(default_images(stand_in, batch_size=3)))
+        pixels = Shapes(count, seed=SEED, resolution=max(size)).draw(range(count)).images
+        if size[0] != size[1]:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        assert torch.equal(found, model.normalize(pixels)) and found.shape == (count, 3, *size)
 
 
 def test_a_model_of_photographs_is_warned_about_drawings(model: HookedCLIP) -> None:
