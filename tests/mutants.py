@@ -260,6 +260,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         )
     },
     (
+        "decompclip/operators/checkpoints.py",
+        "moved, along = _past_common(after - before), F.normalize(after - after.mean(0), dim=1)",
+        "moved, along = _past_common(after - before), F.normalize(after - after.mean(0))",
+    ): ROWS,
+    (
         "decompclip/operators/extract.py",
         '"pool": (int(self.model.cfg.pool_mlp > 0), d_embed),',
         '"pool": (int(self.model.cfg.pool_mlp > 1), d_embed),',

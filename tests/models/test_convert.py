@@ -34,6 +34,7 @@ VARIANTS = {
     "attention pool": {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3},
     "frozen positions": {"pos_embed_type": "sin_cos_2d", "image_size": [24, 24]},
     "one wide head": {"head_width": 32},
+    "one block": {"layers": 1},
     "ragged patches": {"image_size": [27, 19]},
     "another epsilon": {"norm_kwargs": {"eps": 1e-3}},
 }
@@ -89,6 +90,12 @@ KIN = {
     "registers, mean of patches": ("vit_medium_patch16_reg1_gap_256", {"pool": "avg"}, 1),
     "registers, rotary positions": ("vit_medium_patch16_rope_reg1_gap_256", {"pool": "avg"}, 1),
     "norm of the mean": ("vit_base_patch16_224", {"pool": "avg"}, 1),
+    "norm of the mean of all tokens": (
+        "vit_base_patch16_224",
+        {"pool": "avg", "pool_include_prefix": True, "class_token": False},
+        0,
+    ),
+    "one block": ("vit_base_patch16_224", {"pool": "token", "depth": 1}, 1),
     "norm before block 0": ("vit_base_patch16_clip_224", {"pool": "token"}, 1),
     "projection with a bias": (
         "vit_base_patch16_224",
@@ -111,7 +118,9 @@ def of_timm(monkeypatch: pytest.MonkeyPatch, name: str, pool: str, **options: An
     }
     create = timm.create_model
     with monkeypatch.context() as patched:
-        patched.setattr(timm, "create_model", lambda name, **given: create(name, **given, **shape, **options))
+        patched.setattr(
+            timm, "create_model", lambda name, **given: create(name, **given, **(shape | options))
+        )
         visual = TimmModel(name, embed_dim=20, pool=pool, **proj)
     fill(visual, torch.Generator().manual_seed(0))
     return visual.double().eval()
@@ -236,6 +245,7 @@ def test_odd_towers_are_refused_with_the_reason(
         ("vit_base_patch16_224", {"pool": "token", "qk_norm": True}, "norms, gates or scales"),
         ("vit_base_patch16_224", {"pool": "avg", "final_norm": False}, "pooled in a way"),
         ("vit_base_patch16_224", {"pool": "max"}, "pooled in a way"),
+        ("vit_base_patch16_224", {"pool": "avg", "pool_include_prefix": True}, "pooled in a way"),
         (
             "vit_base_patch16_siglip_224",
             {"pool": "map", "class_token": True, "act_layer": "relu"},
