@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jaxtyping
+import open_clip  # noqa: F401 - beneath the hook below, a library's bytecode would not be found, and all be compiled anew
 import pytest
+import scipy.stats  # noqa: F401
+import sklearn.metrics  # noqa: F401
 import torch
+import transformer_lens  # noqa: F401
 from hypothesis import Phase, settings
 
 # A property that fails says so with the first example found, the same on every machine: a search for the smallest one
@@ -45,6 +50,17 @@ SLOW = (
     "cifar10_recipe",
     "study",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is made until the tests begin stays to the end: it is not looked at for what has gone, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,36 +2,80 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from decompclip.training import finetune as module
 from decompclip.training.finetune import finetune
+from decompclip.training.recipes import FineTuning
+from tests.commands import in_processes
 
 from .conftest import RandomPairs, small_clip
-from .spread import RECIPES, gradients_of_first_step
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes"),
+    pytest.mark.usefixtures("single_thread"),
+]
+
+RECIPES = {
+    name: FineTuning(epochs=1, batch_size=8, lr=1e-3, loss=name)  # pyright: ignore[reportArgumentType]
+    for name in ("clip", "grouped", "cleanclip")
+}
+
+
+def gradients_of_first_step(
+    recipe: FineTuning, accelerator: Accelerator | None = None
+) -> dict[str, torch.Tensor]:
+    """What the first backward pass leaves, before any update."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def one_step(modules: Any, loss: Any, *_: Any, **__: Any) -> list[dict[str, float]]:
+        loss(0).backward()
+        kept.update({name: p.grad.clone() for name, p in modules["clip"].named_parameters()})
+        return [{"step": 1, "loss": 0.0}]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", one_step)
+        finetune(small_clip(), RandomPairs(), recipe, accelerator=accelerator)
+    return kept
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(single_thread: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("spread.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(script), str(folder)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    def work(_: int) -> dict[str, Any]:
+        accelerator = Accelerator(cpu=True)
+        found: dict[str, Any] = {"processes": accelerator.num_processes}
+        for name, recipe in RECIPES.items():
+            checkpoint = folder / f"{name}.pt"
+            found[name] = gradients_of_first_step(recipe, accelerator)
+            done = finetune(
+                small_clip(),
+                RandomPairs(),
+                recipe,
+                accelerator=accelerator,
+                checkpoint=checkpoint,
+                log_every=1,
+            )
+            found[f"{name} weights"] = done.model.to_open_clip().state_dict()
+            found[f"{name} losses"] = [entry["loss"] for entry in done.history]
+        with pytest.raises(ValueError) as refused:
+            finetune(small_clip(), RandomPairs(), FineTuning(epochs=1, batch_size=7), accelerator=accelerator)
+        return found | {"error": str(refused.value)}
+
+    return in_processes(2, work, grace=60)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
-    whole = gradients_of_first_step(RECIPES[name], None)
+    whole = gradients_of_first_step(RECIPES[name])
     assert sum(gradient.abs().sum() for gradient in whole.values()) > 1
     for found in ranks:
         assert found["processes"] == 2
