@@ -410,7 +410,7 @@ def group_of(path: Path) -> str:
 
 def test_a_launcher_that_is_stopped(tmp_path: Path) -> None:
     """`torchrun`, which hands SIGTERM on: it ends, what is kept is said, and the next run ends with the same bytes."""
-    args = ("extract", "shapes", "shapes:2000", "--shard-size", "40", "--device", "cpu", "--out")
+    args = ("extract", "shapes", "shapes:1000", "--shard-size", "20", "--device", "cpu", "--out")
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with subprocess.Popen(
         [*launch, "-m", "decompclip", *args, str(tmp_path / "a")],

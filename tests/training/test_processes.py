@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +65,7 @@ def ranks(single_thread: None, tmp_path_factory: pytest.TempPathFactory) -> list
             )
             found[f"{name} weights"] = done.model.to_open_clip().state_dict()
             found[f"{name} losses"] = [entry["loss"] for entry in done.history]
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match="expected a batch") as refused:
             finetune(small_clip(), RandomPairs(), FineTuning(epochs=1, batch_size=7), accelerator=accelerator)
         return found | {"error": str(refused.value)}
 
