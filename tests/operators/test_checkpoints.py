@@ -21,6 +21,7 @@ from decompclip.operators.checkpoints import MovedClasses, compare_checkpoints
 from decompclip.operators.inputs import encode_texts
 from decompclip.operators.weights import (
     COHERENCE,
+    TextPool,
     layer_maps,
     pursue,
     show_words,
@@ -160,6 +161,15 @@ def test_pursuit_step_by_step() -> None:
                 chosen.append(pick)
                 fitted, _ = nnls(texts[chosen].T.numpy(), direction.numpy())
                 left = direction - torch.from_numpy(fitted) @ texts[chosen]
+
+
+def test_a_direction_is_named_by_its_texts_the_heaviest_first() -> None:
+    texts = torch.eye(4, 6).double()
+    directions = F.normalize(torch.stack([0.6 * texts[0] + 0.8 * texts[3], texts[2], -texts[1]]), dim=1)
+    named, cosines = words_of(directions, TextPool(("a", "b", "c", "d"), texts), 2, 0.0)
+    assert [[text for text, _ in one] for one in named] == [["d", "a"], ["c"], []]
+    assert [weight for _, weight in named[0]] == pytest.approx([0.8, 0.6])
+    assert cosines.tolist() == pytest.approx([1, 1, 0])
 
 
 def test_coherence_prefers_texts_alike() -> None:
