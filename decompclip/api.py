@@ -81,15 +81,16 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise ValueError(f"expected {name} of {known}; received {value!r}")
 
 
-def check_count(k: object, of: str) -> None:
-    """Check how many of the first are asked for.
+def check_count(k: object, of: str, name: str = "k") -> None:
+    """Check how many of something are asked for.
 
     Args:
         k: what was given.
         of: what they are.
+        name: of the argument.
 
     Raises:
         ValueError: it is no whole number of at least 1.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"expected k to be a whole number of {of}, at least 1; received {k!r}")
+        raise ValueError(f"expected {name} to be a whole number of {of}, at least 1; received {k!r}")

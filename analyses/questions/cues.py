@@ -282,6 +282,8 @@ def scores(world: World, part: Part, *, terms: bool = False) -> tuple[Scores, An
         places.append(at)
         if terms:
             kept.append(d)
+    if not places:
+        raise ValueError("expected photographs that can be read; received none; check the folder's pictures")
     at = torch.cat(places)
     found = Scores(torch.cat(whole), torch.cat(heads), part.labels[at], part.cues[at], world)
     return found, Decomposition.cat(kept) if terms else None

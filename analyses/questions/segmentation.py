@@ -89,7 +89,7 @@ def sample(picture: Image.Image, mask: np.ndarray, label: int | None, size: tupl
     """Both scaled to a size.
 
     Raises:
-        ValueError: they are of different sizes, or the mask names no object, or nothing else.
+        ValueError: they are of different sizes.
     """
     if mask.shape != picture.size[::-1]:
         raise ValueError(
@@ -172,7 +172,8 @@ def folders(
     def samples() -> Iterator[Sample]:
         for file in files:
             with open_image((masks / file).with_suffix(".png")) as opened:
-                mask = np.asarray(opened.convert("L"))
+                wide = opened.mode.startswith("I")  # 16 bits and more, of which "L" keeps the high ones
+                mask = np.asarray(opened if wide else opened.convert("L"))
             label = sorted_in.index(file.parts[0]) if len(file.parts) > 1 else None
             yield sample(open_rgb(images / file), mask, label, size)
 

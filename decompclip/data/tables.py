@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -310,10 +310,15 @@ def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     if not lines:
         raise ValueError(f"expected rows in {table}; it is an empty table; fetch it again")
     if table.suffix == ".csv":
-        header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines))
+        marks: dict[str, Any] = {"delimiter": max(",;\t", key=lines[0].count), "skipinitialspace": True}
+        header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines, **marks))
     elif len(lines[0].split()) == 1:
         header, *rows = (line.split() for line in lines[1:])
         header = ["image_id", *header]
+        if lines[0].strip().isdecimal() and int(lines[0]) != len(rows):
+            raise ValueError(
+                f"expected {lines[0].strip()} rows in {table}, as its first line says; it has {len(rows)}; fetch it again"
+            )
     else:  # the partition's: no header
         header, rows = list(names), [line.split() for line in lines]
     if missing := [name for name in names if name not in header]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.data.feed import Labelled
 from decompclip.data.pixels import check_pixels
 from decompclip.data.processes import Processes
@@ -223,8 +224,7 @@ def evaluate(
             f"expected a name for each of the classifier's {n} classes; received {len(names)}; pass the names "
             "that the classifier was built from"
         )
-    if batch_size < 1:
-        raise ValueError(f"expected batches of at least 1 image; received {batch_size}")
+    check_count(batch_size, "images", "batch_size")
     group = Processes(accelerator)
     about = {"the trigger": trigger, "the target": target, "the size of batches": batch_size}
     group.check_work(model, classifier, {"the images or their preprocessing": data}, about)

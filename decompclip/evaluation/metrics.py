@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.display import Result
 from decompclip.intervals import CONFIDENCE, Rate, difference_interval, wilson
 
@@ -149,6 +150,7 @@ class GroupAccuracy(Result):
         self, right: Bool[Tensor, "way image"], draws: int, seed: int
     ) -> Float[np.ndarray, "way draw"]:
         """The worst group's accuracy, of several answers to the same images."""
+        check_count(draws, "draws", "draws")
         generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
         outcomes = np.indices((2,) * len(right)).reshape(len(right), -1)  # each way right or wrong, together
         codes, worst = right.cpu().numpy(), np.ones((len(right), draws))
@@ -222,8 +224,8 @@ def group_accuracy(
         The groups, class by class.
 
     Raises:
-        ValueError: no images, not a label and cue for each, a number that has no name, or a group without images, of which no
-            accuracy can be told.
+        ValueError: no images, not a label and cue for each, a number that has no name, a name that comes twice, or a group without
+            images, of which no accuracy can be told.
     """
     _check(predictions, labels)
     _check(predictions, cues)
@@ -231,13 +233,17 @@ def group_accuracy(
     for what, places, given in (("labels", labels, class_names), ("cues", cues, cue_names)):
         least, most = int(places.min()), int(places.max())
         known = list(map(str, range(most + 1))) if given is None else list(given)
+        if isinstance(given, str) or not known or len(set(known)) < len(known):
+            raise ValueError(
+                f"expected a list of names of {what}, each once; received {given!r}; tell them apart in words"
+            )
         if least < 0 or most >= len(known):
             raise ValueError(
                 f"expected {what} in 0..{len(known) - 1}, one of {', '.join(known)}; received {least}..{most}"
             )
         names.append(known)
     pairs = tuple((name, cue) for name in names[0] for cue in names[1])
-    group = labels.cpu() * len(names[1]) + cues.cpu()
+    group = labels.cpu().long() * len(names[1]) + cues.cpu().long()
     counts = group.bincount(minlength=len(pairs))
     if empty := [f"{name}, {cue}" for (name, cue), n in zip(pairs, counts.tolist(), strict=True) if not n]:
         shown = "; ".join(empty[:3]) + ("; ..." if len(empty) > 3 else "")
@@ -413,6 +419,12 @@ def _check(
             f"expected one label for each prediction; received {len(predictions)} predictions and {len(labels)} "
             "labels; take both from the same batches"
         )
+    for x in (predictions, labels):
+        if not isinstance(x, Tensor) or x.ndim != 1 or x.is_floating_point():
+            found = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"expected a whole number an image, the place of its class, as a tensor; received {found}; of scores take .argmax(1)"
+            )
     if not len(predictions):
         raise ValueError("expected predictions of at least one image; received none; check the image source")
     if target is not None:

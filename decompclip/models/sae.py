@@ -118,8 +118,10 @@ class SparseAutoencoder:
                 )
         if odd := [name for name, weight in self._weights().items() if not weight.isfinite().all()]:
             raise ValueError(f"expected finite weights; received nan or inf in {', '.join(odd)}")
-        if self.k is not None and not 1 <= self.k <= d_sae:
-            raise ValueError(f"expected k in 1..{d_sae}, the number of features; received {self.k}")
+        if self.k is not None and (type(self.k) is not int or not 1 <= self.k <= d_sae):
+            raise ValueError(f"expected k in 1..{d_sae}, the number of features; received {self.k!r}")
+        if not isinstance(self.hook, str):
+            raise ValueError(f"expected a hook point such as 'blocks.9.hook_mlp_out'; received {self.hook!r}")
         for name, known in (("normalization", Normalization), ("tokens", Read)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"expected {name} of {get_args(known)}; received {getattr(self, name)!r}")
@@ -376,6 +378,7 @@ def _kind(about: Mapping[str, Any], inner: Mapping[str, Any], source: str) -> tu
         f"activation function {function!r}": function not in ("relu", "topk"),
         "a single head's activations": any(head is not None for head in heads_of),
         "a transcoder, which reads one hook point and writes another": about.get("is_transcoder"),
+        "class tokens alone and patches alone": about.get("cls_token_only") and about.get("use_patches_only"),
         "TopK without its k": kind == "topk" and k is None,
     }
     if odd := [what for what, true in why.items() if true]:
@@ -392,7 +395,7 @@ def _named(state: Mapping[str, Tensor], kind: str, source: Path) -> dict[str, Te
     state = {
         name: x for name, x in state.items() if not (kind == "gated" and name == "b_enc")
     }  # which Prisma leaves idle
-    if "log_threshold" in state:
+    if "log_threshold" in state and "threshold" not in state:
         state = {**state, "threshold": state["log_threshold"].exp()}
         del state["log_threshold"]
     missing, odd = [n for n in wanted if n not in state], sorted({*state} - {*wanted, *_SCALES})

@@ -155,6 +155,8 @@ def _check_names(class_names: Sequence[str], *, allow_duplicates: bool) -> None:
         raise ValueError(f"expected a list of class names; received the single string {class_names!r}")
     if not class_names:
         raise ValueError("expected at least one class name; received an empty list; check the class file")
+    if odd := [name for name in class_names if not isinstance(name, str) or not name.strip()]:
+        raise ValueError(f"expected class names in words; received {odd[0]!r}; name every class")
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated and not allow_duplicates:
         raise ValueError(

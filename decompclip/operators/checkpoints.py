@@ -38,6 +38,7 @@ from decompclip.operators.weights import (
     COHERENCE,
     Factors,
     NamedDirections,
+    check_model,
     in_words,
     layer_maps,
     show_words,
@@ -57,7 +58,7 @@ CLASSES = 3
 """Classes of which a ranking can say something: the centred features of two are opposite, and move alike."""
 
 STILL = 1e-6
-"""Changes up to this are rounding."""
+"""Changes up to this are rounding: of checkpoints in one precision."""
 
 SHOWN = 20
 """Classes drawn, the first."""
@@ -138,7 +139,7 @@ class CheckpointDifference(ByPart):
 
     Attributes:
         model, reference: names of the two.
-        change: of each head's or MLP's map, over the reference's: 0.1 is a change by a tenth.
+        change: of each head's or MLP's map, over the reference's: 0.1 is a change by a tenth; 1 where the reference's is zero.
         directions: along which each changed, in words.
         classes: by how much they moved; None where no classes are known.
         text_change: of the text tower's weights, over the reference's; 0 where it is the same.
@@ -186,7 +187,9 @@ class CheckpointDifference(ByPart):
         parts = ", ".join(
             f"{part} {change:.1%}" for part, change in zip(first.parts, first.change.tolist(), strict=True)
         )
-        classes = "" if self.classes is None else f"; first classes {', '.join(self.classes.order[:3])}"
+        classes = ""
+        if self.classes is not None and len(self.classes.score.unique()) > 1:
+            classes = f"; first classes {', '.join(self.classes.order[:3])}"
         return (
             f"CheckpointDifference({self.model!r} against {self.reference!r}: {parts}; text tower "
             f"{self.text_change:.1%}{classes})"
@@ -210,7 +213,7 @@ def compare_checkpoints(
     Words are the reference's: its text tower encodes them.
 
     Args:
-        model: the checkpoint that is looked at.
+        model: the checkpoint that is looked at; a guard counts as its model.
         reference: the one that it is held against, of the same architecture.
         class_names: to rank by how much the checkpoints differ along them; by default those that the reference (or else the
             model) brings. None are ranked where there are none.
@@ -226,16 +229,22 @@ def compare_checkpoints(
 
     Raises:
         MissingTextError: a model without its text tower.
-        ValueError: two architectures or vocabularies, fewer than three classes, or texts too few to name anything.
+        TypeError: no CLIP.
+        ValueError: two architectures or vocabularies, weights that are not finite, fewer than three classes or texts that are not
+            told apart, or texts too few to name anything.
     """
+    for of in (model, reference):
+        check_model(of)
     _check_alike(model, reference)
     names = class_names if class_names is not None else reference.class_names or model.class_names
     if templates is None or isinstance(templates, str):
         templates = reference._templates(templates)
+    precisions = {of.visual.dtype for of in (model, reference)}
+    still = max([STILL, *(torch.finfo(x).eps for x in precisions)]) if len(precisions) > 1 else STILL
     moved = along = None
     if len(names):
         before, after = _classifiers(model, reference, names, templates)
-        moved, along = _past_common(after - before), F.normalize(after - after.mean(0), dim=1)
+        moved, along = _past_common(after - before, still), F.normalize(after - after.mean(0), dim=1)
     parts = parts_of(all_heads | all_mlps, reference.cfg)
     pool = text_pool(reference, texts, n_texts, class_names=names, templates=templates)
     usual: dict[str, Tensor] = {}
@@ -255,17 +264,19 @@ def compare_checkpoints(
             yield new
 
     found = singular(differences(), parts, n_directions)
-    change = found.length / torch.stack([usual[str(part)] for part in parts])
-    still = (change <= STILL)[:, None]  # rounding has directions too, of which nothing is to be said
+    length = torch.stack([usual[str(part)] for part in parts])
+    change = torch.where(length > 0, found.length / length, (found.length > 0).double())
+    same = (change <= still)[:, None]  # rounding has directions too, of which nothing is to be said
     found = replace(
         found,
-        directions=found.directions.masked_fill(still[..., None], 0.0),
-        share=found.share.masked_fill(still, 0.0),
+        directions=found.directions.masked_fill(same[..., None], 0.0),
+        share=found.share.masked_fill(same, 0.0),
     )
     classes = None
     if moved is not None:
         image = (changed / written).sqrt().cpu()
-        classes = MovedClasses(tuple(names), image, moved, _over_median(image) * _over_median(moved))
+        score = _over_median(image, still) * _over_median(moved, still)
+        classes = MovedClasses(tuple(names), image, moved, score)
     return CheckpointDifference(
         model=model.name,
         reference=reference.name,
@@ -287,19 +298,25 @@ def _classifiers(
             f"expected at least {CLASSES} classes to rank; received {len(names)}; name more, or class_names=() for none"
         )
     before, after = (of.zero_shot_classifier(names, templates).double().cpu() for of in (reference, model))
+    for own in (before, after):
+        if (apart := len(own.float().unique(dim=0))) < CLASSES:
+            raise ValueError(
+                f"expected at least {CLASSES} classes that the text tower tells apart; received {len(names)}, of which {apart} are "
+                "apart; name them in words that the model knows, or class_names=() for none"
+            )
     return before, after
 
 
-def _past_common(moved: Float[Tensor, "class d_embed"]) -> Float[Tensor, " class"]:
+def _past_common(moved: Float[Tensor, "class d_embed"], still: float) -> Float[Tensor, " class"]:
     """How far each moved past the mean; zero where it is rounding."""
     length = (moved - moved.mean(0)).norm(dim=1)
-    return torch.where(length > STILL, length, 0.0)
+    return torch.where(length > still, length, 0.0)
 
 
-def _over_median(x: Float[Tensor, " class"]) -> Float[Tensor, " class"]:
+def _over_median(x: Float[Tensor, " class"], still: float) -> Float[Tensor, " class"]:
     """Ones where nothing moved."""
     median = x.median()
-    return x / median if median > STILL else torch.ones_like(x)
+    return x / median if median > still else torch.ones_like(x)
 
 
 def _text_change(model: HookedCLIP, reference: HookedCLIP) -> float:

@@ -56,7 +56,7 @@ class Splice:
 
     Attributes:
         sae: of one of the tower's hook points.
-        edit: what to make of the features' activations; None leaves them.
+        edit: what to make of the features' activations, all of them, in their shape; None leaves them.
         error: whether to keep what the autoencoder misses. With it an edit that changes nothing leaves the activations as they
             are, to the last bit; without it the tower runs on what the autoencoder makes of its activations.
     """
@@ -67,7 +67,7 @@ class Splice:
     error: bool = True
 
     def fwd_hooks(self, visual: HookedViT) -> list[Hook]:
-        """The hook.
+        """The hook, which raises ValueError where the edit gives something else than activations.
 
         Args:
             visual: the tower that is to run with it.
@@ -84,7 +84,13 @@ class Splice:
                 return None
             rows = wide(x.flatten(2))  # the heads of a token stand side by side
             code = sae.read(rows)
-            new = code._replace(acts=code.acts if self.edit is None else self.edit(code.acts))
+            acts = code.acts if self.edit is None else self.edit(code.acts)
+            if not isinstance(acts, Tensor) or acts.shape != code.acts.shape:
+                found = list(acts.shape) if isinstance(acts, Tensor) else type(acts).__name__
+                raise ValueError(
+                    f"expected an edit that gives activations {list(code.acts.shape)}, as it gets them; received {found}; return all"
+                )
+            new = code._replace(acts=acts)
             with full_precision(rows):
                 if self.error:
                     made = rows + ((new.acts - code.acts) @ sae.W_dec * code.scale).to(rows)
@@ -100,6 +106,12 @@ def _read_rows(sae: SparseAutoencoder, visual: HookedViT) -> Bool[Tensor, " toke
     """Which tokens the autoencoder reads."""
     tokens: dict[str, TokenChoice] = {"all": "all", "class": (0,), "patches": "patches"}
     return token_mask(tokens[sae.tokens], visual.cfg.n_tokens, visual.cfg).to(visual.device)
+
+
+def _finite(x: Tensor, what: str) -> Tensor:
+    if not x.isfinite().all():
+        raise ValueError(f"expected finite {what}; received nan or inf; check the images, and run in fp32")
+    return x
 
 
 def _chosen(components: Components, sae: SparseAutoencoder, visual: HookedViT) -> Int[Tensor, " feature"]:
@@ -184,7 +196,7 @@ def feature_terms(
     Raises:
         IndexError: a feature that the autoencoder does not have.
         ValueError: the autoencoder is of another width or hook point, of one that is no part of the stream, or of tokens
-            that are not pooled; the expression names something else than features.
+            that are not pooled; no images, or activations that are not finite; the expression names something else than features.
     """
     visual = tower(model)
     site, cfg, digest = sae.site(visual), visual.cfg, sae.digest
@@ -193,6 +205,8 @@ def feature_terms(
             f"expected an autoencoder of what is written to the stream, whose features have a direct effect; received {sae!r}; "
             "ablate its features causally, `model.hooks(AblateFeatures(...))`"
         )
+    if not len(images):
+        raise ValueError("expected at least one image; received none; check the image source")
     index = _chosen(chosen, sae, visual)
     read = _read_rows(sae, visual)[cfg.pooled_rows]
     if not read.any():
@@ -205,9 +219,9 @@ def feature_terms(
     ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
     keep: Hook = (sae.hook, lambda x, hook: seen.append(wide(pooled_rows(cfg, x)).clone()))
     with visual.hooks(fwd_hooks=[*ends, keep]):
-        feature = wide(visual(images))
+        feature = _finite(wide(visual(images)), "features")
     length = feature.norm(dim=-1) if normalize else feature.new_ones(len(feature))
-    sae, x = sae.to(visual.device), seen[0]
+    sae, x = sae.to(visual.device), _finite(seen[0], f"activations at {sae.hook}")
     weights = pooled.weights / length[:, None, None]
     if weights.shape[-1] != x.shape[1]:  # the mean of rows over one scale
         weights = weights.expand(-1, -1, x.shape[1]) / x.shape[1]
@@ -276,10 +290,14 @@ class AblateFeatures(Intervention):
     def _filled(self, count: int) -> Float[Tensor, " feature"]:
         if self.fill is None:
             return torch.zeros(count)
-        if len(self.fill) != count:
+        if (
+            not isinstance(self.fill, Tensor)
+            or list(self.fill.shape) != [count]
+            or not self.fill.isfinite().all()
+        ):
             raise ValueError(
-                f"expected a fill of {count} features, {self.components!r}; received {len(self.fill)} numbers; give one a "
-                "feature, in rising order"
+                f"expected a fill of {count} features, {self.components!r}: finite numbers in a tensor [{count}]; received "
+                f"{self.fill!r}; give one a feature, in rising order"
             )
         return self.fill
 
@@ -463,7 +481,7 @@ def top_images(
     often = torch.zeros_like(total)
 
     def keep(x: Tensor, hook: Any) -> None:
-        rows = x.flatten(2)[:, read]
+        rows = _finite(x, f"activations at {sae.hook}").flatten(2)[:, read]
         found = []
         for piece in pieces(len(rows), rows.shape[1] * len(sae) * 8, temporary(x.device)):
             acts = sae.read(rows[piece]).acts[..., index]

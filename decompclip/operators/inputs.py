@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_count
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource
 from decompclip.data.pairs import Pairs
 from decompclip.data.shapes import PROPERTIES, vocabulary, with_article
 from decompclip.decomposition.maps import term_maps
-from decompclip.models.text import WordTokenizer
+from decompclip.models.text import WordTokenizer, texts_of
 
 if TYPE_CHECKING:
     from decompclip.models.clip import HookedCLIP
@@ -40,10 +41,9 @@ def image_batches(
         device: where a source's images go; see `decompclip.data.feed.feed`.
 
     Raises:
-        ValueError: a batch size below one, or something else than batches of images.
+        ValueError: a batch size that is no whole number of at least one, or something else than batches of images.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1; received {batch_size}")
+    check_count(batch_size, "images", "batch_size")
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else ()
     if isinstance(images, ImageSource) and not isinstance(images, Pairs):  # whose pixels are not normalised
         batches = (batch.images for batch in feed(images, batch_size, device=device))
@@ -126,7 +126,7 @@ def encode_texts(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there are no texts, a single string, or the file holds none.
+        ValueError: there are no texts, an empty one, a single string, or the file holds none.
     """
     if isinstance(texts, TextFeatures):
         return texts
@@ -140,6 +140,10 @@ def encode_texts(
     texts = default_texts(model) if texts is None else tuple(texts)
     if not texts:
         raise ValueError("expected at least one text; received none; leave texts out for the default pool")
+    if "" in map(str.strip, texts_of(texts)):
+        raise ValueError(
+            f"expected texts that say something; received an empty one among {len(texts)}; leave it out"
+        )
     with torch.no_grad():
         parts = [
             F.normalize(model.encode_text(texts[start : start + batch_size]).float(), dim=-1)

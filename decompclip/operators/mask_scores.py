@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from decompclip.api import check_choice
+from decompclip.api import check_choice, check_count
 from decompclip.display import Result
 from decompclip.intervals import Rate, Z
 from decompclip.operators.tokens import MapKind, TokenMaps
@@ -266,6 +266,7 @@ class Segmentation(Result):
         return torch.cat([(self.scores[first] - self.scores[second])[None], ends])
 
     def _drawn(self, draws: int, seed: int) -> Float[Tensor, "draw map measure"]:
+        check_count(draws, "draws", "draws")
         n, generator = len(self), torch.Generator().manual_seed(seed)
         counts = torch.zeros(draws, n, dtype=torch.float64)
         chosen = torch.randint(n, (draws, n), generator=generator)
@@ -318,8 +319,11 @@ def box_masks(boxes: Int[Tensor, "batch 4"], height: int, width: int) -> Bool[Te
         height, width: of the images.
 
     Raises:
-        ValueError: a box that is empty, or not within the image.
+        ValueError: boxes of another shape, or one that is empty, or not within the image.
     """
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"expected boxes [batch, 4]; received {list(boxes.shape)}; give one an image")
+    boxes = boxes.cpu()
     left, top, right, bottom = boxes.T[..., None]
     within = (
         (left >= 0) & (top >= 0) & (left <= right) & (top <= bottom) & (right < width) & (bottom < height)
@@ -354,10 +358,24 @@ def segment(
         The scores, map by map.
 
     Raises:
-        ValueError: no maps or images, maps that are not finite, or maps and masks of other numbers of images.
+        ValueError: no maps or images, maps or masks of another shape, maps that are not finite, masks that are not boolean, or maps
+            and masks of other numbers of images.
     """
     from sklearn.metrics import average_precision_score
 
+    if not isinstance(maps, Mapping) or not all(isinstance(x, Tensor) and x.ndim == 3 for x in maps.values()):
+        found = maps if isinstance(maps, Mapping) else {type(maps).__name__: maps}
+        shapes = {name: list(getattr(x, "shape", ())) for name, x in found.items()}
+        raise ValueError(
+            f"expected maps [batch, row, column] by name; received {shapes}; of TokenMaps take patches of one map, or their sum "
+            "over maps: {'attention': maps.patches.mean(0)}"
+        )
+    if masks.dtype != torch.bool or masks.ndim != 3:
+        raise ValueError(
+            f"expected boolean masks [batch, h, w]; received {masks.dtype} {list(masks.shape)}; say which numbers are the object, such "
+            "as masks > 0; pixels that are to be ignored have no place here: leave those images out"
+        )
+    masks, maps = masks.cpu(), {name: x.detach().cpu() for name, x in maps.items()}
     if not maps or not len(masks) or any(len(x) != len(masks) for x in maps.values()):
         sizes = {name: len(x) for name, x in maps.items()}
         raise ValueError(

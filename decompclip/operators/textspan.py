@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decompclip.api import check_count
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, one_thread, same_model, term_maps
@@ -408,8 +409,7 @@ def _chunks(parts: Sequence[Part], moments: Moments, n_texts: int) -> Iterator[l
 
 
 def _check_numbers(n_texts: int, rank: Rank, tolerance: float | None) -> None:
-    if n_texts < 1:
-        raise ValueError(f"expected to pick at least 1 text; received n_texts={n_texts}; the paper picks 20")
+    check_count(n_texts, "texts", "n_texts")
     if rank not in ("auto", "paper") and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"expected a rank of 'auto', 'paper' or a number of at least 1; received {rank!r}")
     if tolerance is not None and not 0 <= tolerance < 1:

@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +31,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_count
 from decompclip.decomposition.components import Components, heads as all_heads, mlps as all_mlps
 from decompclip.decomposition.maps import frozen, one_thread, term_maps, wide
 from decompclip.operators.inputs import TextFeatures, default_texts, encode_texts
 from decompclip.operators.parts import ByPart, Part, parts_of, position
 from decompclip.operators.scores import features_of
 from decompclip.tower.layers import blocks
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,7 +185,7 @@ class NamedDirections(ByPart):
         return component_map(heads, mlps, unit="share along the first direction", scale="sequential")
 
     def __repr__(self) -> str:
-        first = "; ".join(f"{p}: {', '.join(self.of(p)[:2])}" for p in self.parts[:2])
+        first = "; ".join(f"{p}: {', '.join(self.of(p)[:2]) or 'nothing'}" for p in self.parts[:2])
         return f"NamedDirections({len(self)} parts, {self.share.shape[1]} directions each: {first})"
 
 
@@ -217,12 +220,27 @@ def weight_directions(
 
     Raises:
         IndexError: a component that the tower does not have.
-        ValueError: other components than heads and MLPs, or texts too few to name anything.
+        TypeError: no CLIP.
+        ValueError: other components than heads and MLPs, weights that are not finite, or texts too few to name anything.
     """
+    check_model(model)
     parts = heads_and_mlps(components, model)
     pool = text_pool(model, texts, n_texts, class_names=model.class_names)
     found = singular((maps.factors() for maps in layer_maps(model.visual)), parts, n_directions)
     return in_words(parts, found, pool, n_texts, coherence, model)
+
+
+def check_model(model: HookedCLIP) -> None:
+    """Raises TypeError where there is no CLIP, and ValueError where its weights are not finite."""
+    if tower(model) is model:
+        raise TypeError(
+            "expected a CLIP, whose texts name directions; received an image tower; pass the model"
+        )
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"expected finite weights; received nan or inf in {name} of {model.name!r}; fetch or save it again, in fp32"
+            )
 
 
 def heads_and_mlps(components: Components, model: HookedCLIP) -> tuple[Part, ...]:
@@ -247,10 +265,9 @@ def singular(layers: Iterable[Factors], parts: Sequence[Part], n_directions: int
     """Singular vectors of some parts; `layers` gives the factors of one layer after another.
 
     Raises:
-        ValueError: no directions are asked for.
+        ValueError: a number of directions that is none.
     """
-    if n_directions < 1:
-        raise ValueError(f"expected at least 1 direction; received n_directions={n_directions}")
+    check_count(n_directions, "directions", "n_directions")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for layer, factors in enumerate(layers):
         for part in parts:
@@ -287,8 +304,7 @@ def text_pool(
     Raises:
         ValueError: no more than `n_texts` that are apart.
     """
-    if n_texts < 1:
-        raise ValueError(f"expected at least 1 text a direction; received n_texts={n_texts}")
+    check_count(n_texts, "texts", "n_texts")
     if texts is None:
         template = next(
             (x for x in (*templates, *chain(*model.templates.values())) if isinstance(x, str)), "{}"
@@ -376,9 +392,14 @@ def pursue(
 
     Returns:
         Numbers of the texts, [direction pick], -1 where there was no pick; and their weights.
+
+    Raises:
+        ValueError: a coherence that is no finite number.
     """
     from scipy.optimize import nnls
 
+    if not isinstance(coherence, Real) or not isfinite(coherence):
+        raise ValueError(f"expected a finite coherence, {COHERENCE} by default; received {coherence!r}")
     directions, texts = directions.double(), texts.double()
     picks = torch.full((len(directions), n_texts), -1)
     weights = directions.new_zeros(len(directions), n_texts)

@@ -37,8 +37,14 @@ class HasTower(Protocol):
 
 
 def tower(model: HookedViT | HasTower) -> HookedViT:
-    """The image tower of a model, or the tower itself."""
-    return model if isinstance(model, HookedViT) else model.visual
+    """The image tower of a model, or the tower itself; TypeError where there is none."""
+    visual = model if isinstance(model, HookedViT) else getattr(model, "visual", None)
+    if not isinstance(visual, HookedViT):
+        raise TypeError(
+            f"expected a model or image tower, as decompclip.load gives it; received {type(model).__name__}: {str(model)[:60]!r}; "
+            "load it first"
+        )
+    return visual
 
 
 class Causal(Protocol):

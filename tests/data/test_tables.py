@@ -335,6 +335,38 @@ def test_classes_and_cues_have_names(tmp_path: Path, row: tuple[str, int, int], 
         CuePairs(tmp_path, [("a.png", 0, 0)], ("x",))
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "img_filename,y,split,place",
+        '"img_filename", "y", "split", "place"',
+        "img_filename;y;split;place",
+        "img_filename\ty \tsplit\tplace",
+    ],
+)
+def test_tables_may_have_blanks_quotes_and_other_separators(tmp_path: Path, header: str) -> None:
+    folder = waterbirds(tmp_path)
+    row = (
+        header.replace("img_filename", "b/3.png")
+        .replace("y", "1")
+        .replace("split", "2")
+        .replace("place", "0")
+    )
+    (folder / "metadata.csv").write_text(f"{header}\r\n{row}\r\n", encoding="utf-8-sig")
+    pairs = CuePairs.waterbirds(folder, "test")
+    assert (list(pairs.ids), pairs.labels.tolist(), pairs.cues.tolist()) == (["b/3.png"], [1], [0])
+
+
+def test_a_list_that_was_cut_off_is_told(tmp_path: Path) -> None:
+    (celeba(tmp_path, "txt") / "list_attr_celeba.txt").write_text(
+        "5\nBlond_Hair Male\na/0.png 1 1\n", encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError, match=r"expected 5 rows in .*list_attr_celeba\.txt, .* it has 1; fetch it again"
+    ):
+        CuePairs.celeba(tmp_path, "test")
+
+
 def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
     for drop in ("img_filename", "y", "split", "place"):
         with pytest.raises(ValueError, match=f"it has no {drop}, but img_id"):

@@ -242,7 +242,7 @@ def test_holds_no_gradient() -> None:
         ),
         ({"trigger": blue_corner, "target": -1}, "received -1"),
         ({"class_names": ["a"]}, "a name for each of the classifier's 3 classes; received 1; pass the names"),
-        ({"batch_size": 0}, "expected batches of at least 1 image; received 0"),
+        ({"batch_size": 0}, "batch_size to be a whole number of images, at least 1; received 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], words: str) -> None:

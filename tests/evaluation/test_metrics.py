@@ -448,6 +448,25 @@ def test_a_gain_is_of_the_same_images() -> None:
         after.gain(group_accuracy(predictions, labels, cues.flip(0)))
 
 
+def test_a_place_of_a_class_is_a_whole_number_an_image(ours_alone: None) -> None:
+    """Scores in the place of predictions gave a share of all scores; small whole numbers counted groups past 255 from 0 again."""
+    labels, cues = torch.arange(200).repeat(2), torch.arange(2).repeat_interleave(200)
+    small = group_accuracy(labels.byte(), labels.byte(), cues.byte())
+    assert len(small) == 400 and small.worst == 1 and torch.equal(small.group, labels * 2 + cues)
+    assert group_accuracy(labels, labels, cues.bool()).names == small.names
+    for odd in (torch.rand(400, 400), torch.rand(400), labels[:, None], labels.tolist()):
+        for answers_of in ((odd, labels, cues), (labels, odd, cues), (labels, labels, odd)):
+            with pytest.raises(ValueError, match=r"a whole number an image, .* of scores take \.argmax"):
+                group_accuracy(*answers_of)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="a whole number an image"):
+            clean_accuracy(odd, labels)  # pyright: ignore[reportArgumentType]
+    for names in (["a", "a"], "ab", []):
+        with pytest.raises(ValueError, match="a list of names of cues, each once; received"):
+            group_accuracy(labels, labels, cues, cue_names=names)
+    with pytest.raises(ValueError, match="draws to be a whole number of draws, at least 1; received 0"):
+        small.interval(draws=0)
+
+
 def test_groups_without_images_are_refused(ours_alone: None) -> None:
     predictions, labels, cues = answers(3)
     none = (labels == 1) & (cues == 2)

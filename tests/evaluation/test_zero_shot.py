@@ -105,6 +105,8 @@ def test_equal_names_are_taken_only_on_request() -> None:
         (NAMES, [], "at least one template; received none; the plainest"),
         (NAMES, ["a {}", "a photo"], "a slot {} for the class's name in every template; received 'a photo'"),
         ("cat", TEMPLATES, "expected a list of class names; received the single string 'cat'"),
+        (["cat", " "], TEMPLATES, "expected class names in words; received ' '; name every class"),
+        (["cat", 5], TEMPLATES, "expected class names in words; received 5"),
         (NAMES, "a {}", "expected a list of templates; received the single string 'a {}'"),
     ],
 )

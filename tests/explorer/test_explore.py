@@ -361,7 +361,11 @@ Make = Callable[[HookedCLIP, torch.Tensor], object]
             "expected a name for each of 3 images; received 1",
         ),
         (lambda m, x: explore(m, x, moments=Moments.fit(m, [x])), ValueError, "normalize=False"),
-        (lambda m, x: explore(m, x, batch_size=0), ValueError, "expected a batch_size of at least 1"),
+        (
+            lambda m, x: explore(m, x, batch_size=0),
+            ValueError,
+            "expected batch_size to be a whole number of images, at least 1",
+        ),
     ],
 )
 def test_a_mistake_is_named(model: HookedCLIP, make: Make, error: type[Exception], message: str) -> None:

@@ -180,6 +180,16 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "norm as a flag": ({"normalize_activations": True}, {}, "fold it in SAELens"),
     "factor": ({}, {"scaling_factor": torch.full((FEATURES,), 2.0)}, "factors of features"),
     "factor of another size": ({}, {"scaling_factor": torch.ones(3)}, "do not fit each other"),
+    "two kinds of tokens": (
+        {"cls_token_only": True, "use_patches_only": True},
+        {},
+        "class tokens alone and patches alone",
+    ),
+    "two thresholds": (
+        {"architecture": "jumprelu"},
+        {"threshold": torch.ones(FEATURES), "log_threshold": torch.ones(FEATURES)},
+        "log_threshold besides",
+    ),
     "no hook": ({"metadata": {}}, {}, "names no hook point"),
     "metadata": ({"metadata": [1]}, {}, "expected metadata to be an object"),
 }
@@ -270,6 +280,9 @@ def test_an_autoencoder_of_another_tower(make_tower: Callable[..., HookedViT]) -
     [
         ({"threshold": torch.ones(3)}, r"threshold \[8\]"),
         ({"k": 0}, "k in 1..8"),
+        ({"k": True}, "k in 1..8, the number of features; received True"),
+        ({"k": 2.0}, "received 2.0"),
+        ({"hook": 5}, "a hook point such as 'blocks.9.hook_mlp_out'; received 5"),
         ({"normalization": "unit"}, "normalization of"),
         ({"tokens": "cls"}, "tokens of"),
     ],

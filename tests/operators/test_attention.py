@@ -231,7 +231,9 @@ def test_errors_say_what_to_do(
             attention_maps(tower, none, heads[0])
     with pytest.raises(ValueError, match="expected a name for each of 5 images; received 1; pass as many"):
         attention_maps(tower, images, heads[0], names=["a"])
-    with pytest.raises(ValueError, match="expected a batch_size of at least 1; received 0"):
+    with pytest.raises(
+        ValueError, match="expected batch_size to be a whole number of images, at least 1; received 0"
+    ):
         attention_maps(tower, images, batch_size=0)
     with pytest.raises(
         ValueError, match=r"expected a direction \[20\], .*; received \[1, 20\]; take one row"

@@ -34,6 +34,7 @@ from decompclip.tower.vit import HookedViT
 from tests.conftest import MakeTower
 from tests.decomposition.test_families import FAMILIES
 
+FEW = ("a star", "a ring", "a circle", "a square", "a red star", "a blue ring")
 CLASSES = ("circle", "square", "star", "ring")
 
 
@@ -361,13 +362,19 @@ def test_too_few_texts_name_nothing(clean: HookedCLIP, twin: HookedCLIP) -> None
         weight_directions(twin, heads[-1], texts=unknown)
 
 
+@pytest.mark.usefixtures("ours_alone")
 def test_bad_numbers_and_parts_are_refused(clean: HookedCLIP, twin: HookedCLIP) -> None:
     with pytest.raises(ValueError, match="at least 3 classes to rank; received 2"):
         compare_checkpoints(twin, clean, class_names=["star", "ring"])
-    with pytest.raises(ValueError, match="at least 1 direction"):
-        weight_directions(clean, n_directions=0)
-    with pytest.raises(ValueError, match="at least 1 text"):
-        weight_directions(clean, n_texts=0)
+    for name in ("n_directions", "n_texts"):
+        for odd in (0, 2.5, "3", True):
+            with pytest.raises(
+                ValueError, match=f"{name} to be a whole number of .*, at least 1; received {odd!r}"
+            ):
+                weight_directions(clean, heads[0, 0], texts=FEW, **{name: odd})  # pyright: ignore[reportArgumentType]
+    for odd in (float("nan"), "x"):
+        with pytest.raises(ValueError, match=f"a finite coherence, 0.3 by default; received {odd!r}"):
+            weight_directions(clean, heads[0, 0], texts=FEW, coherence=odd)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="heads and MLPs, which write by a matrix; received embed"):
         weight_directions(clean, heads[0] | embed)
     found = compare_checkpoints(twin, clean, class_names=())
@@ -377,6 +384,62 @@ def test_bad_numbers_and_parts_are_refused(clean: HookedCLIP, twin: HookedCLIP) 
             few()
     with pytest.raises(LookupError, match="class"):
         compare_checkpoints(twin, clean).classes.rank("zebra")  # pyright: ignore
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_what_is_no_clip_or_not_finite_is_refused(clean: HookedCLIP) -> None:
+    given: list[tuple[Any, str]] = [
+        ("shapes", "received str: 'shapes'; load"),
+        (clean.visual, "image tower; pass the model"),
+    ]
+    for odd, words in given:
+        for call in (
+            lambda x: compare_checkpoints(clean, x),
+            lambda x: compare_checkpoints(x, clean),
+            weight_directions,
+        ):
+            with pytest.raises(TypeError, match=words):
+                call(odd)
+    for part in ("visual.blocks.2.attn.W_out", "text.ln_final.weight"):
+        torn = copy.deepcopy(clean)
+        with torch.no_grad():
+            torn.get_parameter(part).view(-1)[3] = torch.nan
+        for pair in ((torn, clean), (clean, torn)):
+            with pytest.raises(
+                ValueError, match=f"finite weights; received nan or inf in {part} of 'shapes'"
+            ):
+                compare_checkpoints(*pair)
+
+
+def test_classes_that_are_one_text_are_not_ranked(clean: HookedCLIP, twin: HookedCLIP) -> None:
+    names = ["zebra", "gnu", "yak", "star"]  # three of them one unknown word
+    with (
+        pytest.warns(UserWarning, match="unknown"),
+        pytest.raises(
+            ValueError, match="3 classes that the text tower tells apart; received 4, of which 2 are apart"
+        ),
+    ):
+        compare_checkpoints(twin, clean, class_names=names)
+
+
+def test_a_head_that_the_reference_has_not(clean: HookedCLIP) -> None:
+    """A baked head writes nothing: all that the other has of it is the change, and of two such heads there is none."""
+    without = copy.deepcopy(clean)
+    with torch.no_grad():
+        blocks(without.visual)[2].attn.W_O[3] = 0
+    for pair, expected in (((clean, without), 1.0), ((without, clean), 1.0), ((without, without), 0.0)):
+        found = compare_checkpoints(*pair, class_names=(), texts=FEW, n_texts=2)
+        place = [str(part) for part in found.parts].index("heads[2, 3]")
+        assert found.change.isfinite().all() and float(found.change[place]) == pytest.approx(expected)
+        assert str(found.top(1).parts[0]) == "heads[2, 3]" or not expected
+        assert bool(found.directions.of("heads[2, 3]")) == bool(expected)
+
+
+def test_rounding_to_half_precision_is_no_change(clean: HookedCLIP) -> None:
+    """Weights and text features of bfloat16 differ by its rounding, of which nothing is said."""
+    found = compare_checkpoints(copy.deepcopy(clean).bfloat16(), clean, texts=FEW, n_texts=2)
+    assert found.classes is not None and found.classes.lead == 1 and found.change.max() > 1e-4
+    assert not any(any(words) for words in found.directions.words) and "first classes" not in repr(found)
 
 
 def test_an_image_tower_alone_is_refused(clean: HookedCLIP) -> None:

@@ -300,6 +300,7 @@ def test_direct_ablation_takes_the_term_off(
     assert len(both.fwd_hooks(tower)) == 2
 
 
+@pytest.mark.usefixtures("ours_alone")
 def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
     sae, d = made("blocks.1.hook_resid_post"), decompose(tower, images)
     terms = feature_terms(tower, sae, images, features[3])
@@ -324,6 +325,33 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
             call()
+    fills: list[Any] = [0.5, [0.5], torch.ones(1, 1), torch.tensor([torch.nan])]
+    for fill in fills:
+        with pytest.raises(
+            ValueError, match=r"a fill of 1 features, features\[3\]: finite numbers in a tensor \[1\]"
+        ):
+            run(tower, images, AblateFeatures(sae, features[3], fill=fill).fwd_hooks(tower))
+    edits: list[tuple[Any, str]] = [
+        (lambda acts: None, "NoneType"),
+        (lambda acts: acts[:, :1], r"\[5, 1, 24\]"),
+    ]
+    for edit, found in edits:
+        with pytest.raises(
+            ValueError, match=rf"gives activations \[5, 7, 24\], as it gets them; received {found}"
+        ):
+            run(tower, images, Splice(sae, edit).fwd_hooks(tower))
+    black = images.clone()
+    black[2] = torch.nan
+    for call, what in (
+        (lambda: feature_terms(tower, sae, black), "features"),
+        (lambda: top_images(tower, sae, black), "activations at blocks.1.hook_resid_post"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"expected finite {what}; received nan or inf; check the images"
+        ):
+            call()
+    with pytest.raises(ValueError, match="at least one image"):
+        feature_terms(tower, sae, images[:0])
     with pytest.raises(IndexError, match=r"a feature in 0..23 .*the sparse autoencoder has 24 features"):
         AblateFeatures(sae, features[24]).fwd_hooks(tower)
 

@@ -260,6 +260,21 @@ def test_boxes_and_what_segmentation_refuses() -> None:
     for box in ([0, 0, 4, 1], [2, 0, 1, 1], [0, -1, 1, 1]):
         with pytest.raises(ValueError, match=r"within 3 x 4 pixels; received .* of image 0"):
             box_masks(torch.tensor([box]), 3, 4)
+    for boxes in (torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 0, 1, 1, 1]])):
+        with pytest.raises(ValueError, match=r"expected boxes \[batch, 4\]; received"):
+            box_masks(boxes, 3, 4)
+    maps = torch.rand(2, 2, 2)
+    odd_masks = (masks.byte(), 255 * masks.byte(), masks.float(), masks[:, None], masks[0])
+    for odd in odd_masks:  # of bytes `~` is no "not": numbers were wrong, and nothing said so
+        with pytest.raises(ValueError, match=r"boolean masks \[batch, h, w\]; received .* masks > 0"):
+            segment({"a": maps}, odd)
+    for odd in (maps, {"a": maps[None]}, {"a": [1, 2]}):
+        with pytest.raises(
+            ValueError, match=r"maps \[batch, row, column\] by name; received {.*maps\.patches"
+        ):
+            segment(odd, masks)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="draws to be a whole number of draws, at least 1; received 0"):
+        segment({"a": maps}, masks).intervals(draws=0)
     with pytest.raises(ValueError, match="a map for each of 2 masks"):
         segment({"a": torch.rand(3, 2, 2)}, masks)
     with pytest.raises(ValueError, match="no maps"):

@@ -324,7 +324,8 @@ def test_mistakes_are_told(
         (neurons[1:3], {}, "layers 1, 2"),
         (heads[1], {}, "expected neurons alone"),
         (neurons[1, 0], {"texts": ["a star"]}, "texts that the text tower tells apart"),
-        (neurons[1, 0], {"batch_size": 0}, "batch_size of at least 1"),
+        (neurons[1, 0], {"batch_size": 0}, "batch_size to be a whole number of images, at least 1"),
+        (neurons[1, 0], {"batch_size": 2.5}, "at least 1; received 2.5"),
     ]
     for chosen, options, words in mistakes:
         with pytest.raises(ValueError, match=words):
@@ -332,6 +333,8 @@ def test_mistakes_are_told(
     for few in (images[:1], images[:0], []):
         with pytest.raises(ValueError, match="at least two images"):
             second_order(model, few, neurons[1, 0])
+    with pytest.raises(TypeError, match="a model or image tower, .* received str: 'shapes'; load it"):
+        second_order("shapes", images, neurons[1, 0])  # pyright: ignore[reportArgumentType]
     with pytest.raises(IndexError, match="neuron"):
         second_order(model, images, neurons[1, 10_000])
     with pytest.raises(ValueError, match="an image tower"):

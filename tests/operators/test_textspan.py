@@ -586,13 +586,18 @@ def test_too_few_images(model: HookedCLIP, drawn: Decomposition, described: Text
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_texts": 0}, "at least 1 text; received n_texts=0"),
+        ({"n_texts": 0}, "n_texts to be a whole number of texts, at least 1; received 0"),
+        ({"n_texts": 2.5}, "at least 1; received 2.5"),
+        ({"texts": ["a star", " "]}, "texts that say something; received an empty one among 2"),
         ({"rank": "full"}, "rank of 'auto', 'paper' or a number of at least 1; received 'full'"),
         ({"rank": 0}, "received 0"),
         ({"texts": []}, "expected at least one text; received none; leave texts out for the default pool"),
         ({"texts": "a star"}, "expected a list of texts; received the single string 'a star'"),
         ({"images": torch.zeros(0, 3, 48, 48)}, "batches of images; received none; check the image source"),
-        ({"images": torch.zeros(4, 3, 48, 48), "batch_size": 0}, "a batch_size of at least 1; received 0"),
+        (
+            {"images": torch.zeros(4, 3, 48, 48), "batch_size": 0},
+            "batch_size to be .* at least 1; received 0",
+        ),
         ({"tolerance": 1.0}, r"a tolerance in \[0, 1\), a share of the largest singular value; received 1.0"),
         ({"images": torch.zeros(3, 48, 48)}, r"received \[3, 48, 48\]; preprocess pictures"),
         ({"images": WORLD}, "received tuple; preprocess pictures with model.preprocess"),
