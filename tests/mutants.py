@@ -261,8 +261,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     },
     (
         "decompclip/operators/checkpoints.py",
-        "moved, along = _past_common(after - before), F.normalize(after - after.mean(0), dim=1)",
-        "moved, along = _past_common(after - before), F.normalize(after - after.mean(0))",
+        "moved, along = _past_common(after - before, still), F.normalize(after - after.mean(0), dim=1)",
+        "moved, along = _past_common(after - before, still), F.normalize(after - after.mean(0))",
     ): ROWS,
     (
         "decompclip/operators/extract.py",
