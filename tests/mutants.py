@@ -423,6 +423,9 @@ what is computed (the line that a warning names, the pixels that a row of a figu
 SIZES = {"batch_size", "block", "BATCH", "CACHED", "CHUNK", "KEPT", "READ"}
 """How many are worked on, or kept, at a time: one more by default, or twice as many, changes no number."""
 
+FIRST = {"isinstance", "cast", "warnings.warn", "pieces"}
+"""Calls of which the first argument alone is mutated: of the others, types, words, and how much memory a piece may take."""
+
 Edit = tuple[int, int, str]
 """From and to which byte of the file, and what stands there instead."""
 
@@ -474,7 +477,7 @@ class Sites:
             below = [node.value] if node.value else []
         elif isinstance(node, ast.ClassDef):
             below = list(node.body)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "cast", "warnings.warn"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in FIRST:
             below = node.args[:1]
         else:
             below = list(ast.iter_child_nodes(node))
