@@ -107,6 +107,8 @@ def test_a_restricted_edit_is_one_with_where(tower: HookedViT, images: Tensor, d
     torch.testing.assert_close(causal(tower, images, edit.on(a)), causal(tower, images, edit, where=a))
     torch.testing.assert_close((edit.on(a) | edit)(d).features, edit(d).features)
     assert repr(edit.on(a)) == f"(ZeroAblate(layers[1:])).on(mask {list(a.shape)})"
+    every = torch.rand(5, N_COMPONENTS, generator=generator) < 0.6
+    torch.testing.assert_close(edit.on(every)(d).features, edit(d, where=every).features)
     with pytest.raises(ValueError, match=r"of the shape \[5, 3, 4\] that .* received \[5, 16\]; give both"):
         edit.on(a)(d, where=torch.ones(5, 16, dtype=torch.bool))
     for no_mask in ([True] * 5, torch.ones(5, dtype=torch.bool), torch.ones(5, 16)):
