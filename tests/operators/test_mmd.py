@@ -339,6 +339,7 @@ def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     assert low <= min(float(layers.values.min()), 0) and float(layers.values.max()) < high
     assert high < 1.5 * float(layers.values.max())
     assert [list(curve.y) for curve in curves] == [layers.values[:3].tolist(), layers.values[3:].tolist()]
+    assert [list(curve.x) for curve in curves] == [[0, 1, 2]] * 2
     open_ = sum(str(symbol).endswith("-open") for curve in curves for symbol in curve.marker.symbol)
     assert open_ == 6 - len(layers.significant())
     some: Any = head_mmd(a, b, components=heads[0], permutations=0).figure().data
