@@ -9,11 +9,14 @@ about: `("maps", "a dog", 3)`. Each has one `Answer` of a few kilobytes; a saved
 
 from __future__ import annotations
 
+import base64
+import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,7 @@ from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import room
 from decompclip.decomposition.moments import Moments
-from decompclip.explorer.answers import Answer, numbers, shares_of
+from decompclip.display import printable, printable_all
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import WordTokenizer
 from decompclip.operators.ablation import MeanAblate
@@ -354,8 +357,6 @@ class Explorer:
 
     def html(self, *, note: str = "") -> str:
         """What `save_html` writes, with a note above all else."""
-        from decompclip.explorer.answers import page
-
         said = (
             note
             or "A saved page: of texts, those below. For others run explore(model, images) in a notebook."
@@ -414,3 +415,61 @@ def _bytes(d: Decomposition) -> int:
     """Of a batch's own tensors."""
     held = [getattr(x, f.name) for x in (d, d.token_terms) if x is not None for f in fields(x)]
     return sum(x.nbytes for x in held if isinstance(x, Tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the view shows of one question: facts that go through JSON, and arrays.
+
+    Maps are in 8 bits, a share of the head's largest patch, whose size stands beside them.
+    """
+
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+    def described(self) -> dict[str, Any]:
+        """Facts, and name, type and shape of each array; their bytes go apart."""
+        return {**self.facts, "arrays": [[name, x.dtype.name, x.shape] for name, x in self.arrays.items()]}
+
+    def written(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        arrays = [
+            [n, x.dtype.name, x.shape, base64.b64encode(x.tobytes()).decode()] for n, x in self.arrays.items()
+        ]
+        return {**self.facts, "arrays": arrays}
+
+
+def numbers(x: Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()
+
+
+def shares_of(patches: Float[Tensor, "head rows columns"]) -> dict[str, np.ndarray]:
+    """Maps in 8 bits, as shares of each head's largest patch."""
+    largest = patches.abs().amax((1, 2))
+    shares = (127 * patches / largest.clamp_min(torch.finfo(patches.dtype).tiny)[:, None, None]).round()
+    return {"patches": shares.to(torch.int8).flatten(1).cpu().numpy(), "largest": numbers(largest)}
+
+
+def _text(name: str) -> str:
+    return (files("decompclip.explorer") / name).read_text(encoding="utf-8")
+
+
+JS, CSS = _text("explore.js"), _text("explore.css")
+
+
+def page(title: str, state: Mapping[str, Any], answers: Sequence[Sequence[Any]]) -> str:
+    """One HTML file with everything in it: nothing is fetched, and only this script may run."""
+    from decompclip.figures.theme import content_policy
+
+    script = f"{JS}\nopenSaved(document);\n"
+    data = json.dumps(
+        printable_all({"state": state, "answers": answers}), separators=(",", ":"), allow_nan=False
+    )
+    parts = {
+        "policy": escape(content_policy(styles=[CSS], scripts=[script])),
+        "title": escape(printable(title)),
+        "css": CSS,
+        "data": data.replace("<", "\\u003c"),
+        "script": script,
+    }
+    return _text("page.html").format(**parts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anywidget
 import traitlets
 
-from decompclip.explorer.answers import CSS, JS
+from decompclip.explorer.explore import CSS, JS
 
 if TYPE_CHECKING:
     from decompclip.explorer.explore import Explorer

@@ -20,8 +20,7 @@ import decompclip
 from decompclip import MeanAblate, Moments, attention_maps, contribution_maps, explore, heads, textspan
 from decompclip.data.shapes import Shapes, ShapesSource
 from decompclip.explorer import explore as home
-from decompclip.explorer.answers import Answer
-from decompclip.explorer.explore import EXACT, PICTURE, Explorer
+from decompclip.explorer.explore import EXACT, PICTURE, Answer, Explorer
 from decompclip.figures.heatmaps import picture_uri
 from decompclip.models.clip import HookedCLIP
 from tests.explorer.conftest import EVIL

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from decompclip.explorer import explore as home
-from decompclip.explorer.answers import CSS, JS
-from decompclip.explorer.explore import Explorer
+from decompclip.explorer.explore import CSS, JS, Explorer
 from tests.report.test_browser import BROWSER, visit
 from tests.report.test_page_in_use import Page, one_browser, use  # noqa: F401
 
