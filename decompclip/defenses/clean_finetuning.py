@@ -10,12 +10,13 @@ paper's plug-and-play rows (He et al. 2025, table 1) are `DecompRep` fitted on `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decompclip.defenses.inversion import InvertedTrigger
 from decompclip.models.clip import HookedCLIP
 from decompclip.training.finetune import FineTuned, PairSource, finetune
 from decompclip.training.recipes import FineTuning, TrainingStep, features_of, recipe_named
@@ -165,9 +166,75 @@ class PAR(TuningDefense):
         return super().apply(model, pairs, penalty=push, **options)
 
 
+@dataclass(frozen=True, eq=False)
+class Unlearn:
+    """A penalty for `finetune`: how far features of images, as they are and with triggers, are from a frozen model's of the former.
+
+    InverTune (Sun et al. 2025) holds the activations of the layers that a trigger moves most; here it is what they sum to.
+
+    Attributes:
+        frozen: the model as it was.
+        triggers: of n, each is put on every n-th image.
+        weight: of both mean squared distances of unit features.
+
+    Raises:
+        ValueError: no trigger, or a weight that is not above 0.
+    """
+
+    frozen: HookedCLIP = field(repr=False)
+    triggers: tuple[InvertedTrigger, ...]
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not (self.triggers and self.weight > 0):
+            raise ValueError(
+                f"expected triggers to unlearn, of `invert_trigger`, and a weight above 0; received {len(self.triggers)} and {self.weight}"
+            )
+
+    def __call__(self, seen: TrainingStep) -> Float[Tensor, ""]:
+        net, frozen, n = cast(Any, seen.net), self.frozen, len(self.triggers)
+        hit = frozen.denormalize(seen.images).clamp(0, 1)
+        for place, trigger in enumerate(self.triggers):
+            hit[place::n] = trigger(hit[place::n])
+        with torch.no_grad():
+            then = frozen.encode_image(seen.images.to(frozen.device), normalize=True).to(seen.image)
+        triggered = net.encode_image(frozen.normalize(hit), normalize=True).float()
+        far = [(now - then).square().sum(1).mean() for now in (seen.image, triggered)]
+        return self.weight * (far[0] + far[1])
+
+
+INVERSION_RECIPE = FineTuning(epochs=2, batch_size=32, lr=5e-4, weight_decay=0.0)
+"""Few steps at a high rate: the images hold the features where they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionTuning(TuningDefense):
+    """Against inverted triggers: images with one shall have the features of those without. See `TuningDefense`.
+
+    Attributes:
+        recipe: as `TuningDefense`.
+        triggers: of `invert_trigger`, for the classes suspected.
+        weight: of `Unlearn`, beside CLIP's loss.
+    """
+
+    recipe: FineTuning | str = INVERSION_RECIPE
+    triggers: tuple[InvertedTrigger, ...]
+    weight: float = 10.0
+
+    def apply(self, model: HookedCLIP, pairs: PairSource, **options: Any) -> FineTuned:
+        """See `TuningDefense.apply`; raises as `Unlearn` too.
+
+        Args:
+            model: to repair.
+            pairs: clean.
+            **options: as `TuningDefense.apply`.
+        """
+        return super().apply(model, pairs, penalty=Unlearn(model, self.triggers, self.weight), **options)
+
+
 TUNING_DEFENSES: dict[str, type[TuningDefense]] = {
     "clean": CleanFineTuning,
     "cleanclip": CleanCLIP,
     "par": PAR,
 }
-"""By name."""
+"""By name, those that need no more than pairs."""
