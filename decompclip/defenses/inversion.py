@@ -43,6 +43,9 @@ SHARPNESS = 30.0
 START, RATE, PACE = 8 / 255, 2 / 255, 0.1
 """First size, Adam's rate, and the most by which the logarithm of the size moves in a step."""
 
+LARGEST = 64 / 255
+"""Size at which a search gives up growing: a pattern of a quarter of the range hides the image. A class that it does not reach has this size."""
+
 BATCH = 64
 
 
@@ -94,7 +97,8 @@ class InvertedTrigger(Result):
 class Inversion(Result):
     """The triggers of several classes: evidence about each, and no verdict.
 
-    A size counts where `success` is high; else the search was too short. A class may be easy to reach in a clean model too; and a
+    A size counts where `success` is high; else the class was not reached, and its size is a lower bound: the search was too short, or came to
+    its largest size. A class may be easy to reach in a clean model too; and a
     backdoor's need not stand out: the search may end in another way there, and a patch or a warp is no small pattern.
     """
 
@@ -195,7 +199,7 @@ def invert_trigger(
         scores = scores.detach()
         lead = scores[:, target] - scores.index_fill(1, wanted[:1], -math.inf).amax(1)
         missing = reach - (lead / usual).clamp(0, 1).mean().item()
-        size *= math.exp(PACE * max(-1.0, min(1.0, missing / (1 - reach))))
+        size = min(LARGEST, size * math.exp(PACE * max(-1.0, min(1.0, missing / (1 - reach)))))
         pattern *= size / pattern.square().mean().sqrt().clamp_min(1e-12)
         found.append(math.log(size))
     last = found[-max(1, steps // 3) :]  # the size swings around the one that reaches so many
