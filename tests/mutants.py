@@ -98,6 +98,8 @@ ROOMS = {
 ROWS = "the default is dim=1, the last of a matrix"
 ONE = "a constant of every head and layer"
 TINY = "a bound that nothing but rounding is below"
+GRAM = "R and what it is made from have one Gram matrix, and no more of it is read"
+NONZERO = "read by its places alone, which are those of numbers too"
 SQUARE = "of a square matrix, either side"
 SEED = "a seed of draws: any number serves"
 SAME_MAPS = "equal maps: of the model's own one copy is held"
@@ -356,6 +358,45 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return predictions(torch.add(before, change))",
     ): "the same sum, in memory of its own",
     ("decompclip/operators/weights.py", "free = products > 1e-9", "free = products > 2e-09"): TINY,
+    (
+        "decompclip/operators/weights.py",
+        "at = sorted(i for i in first.tolist() if centred[i].norm() > 10.0**-ALIKE)",
+        "at = sorted(i for i in first.tolist() if centred[i].norm() >= 10.0**-ALIKE)",
+    ): TINY,
+    (
+        "decompclip/operators/weights.py",
+        "return TextPool(tuple(names[i] for i in at), F.normalize(centred[at], dim=1))",
+        "return TextPool(tuple(names[i] for i in at), F.normalize(centred[at]))",
+    ): ROWS,
+    **{
+        ("decompclip/operators/weights.py", before, before.replace(old, new)): GRAM
+        for before in (
+            'out = torch.linalg.qr(self.out, mode="r").R if len(self.out) > self.out.shape[1] else self.out',
+        )
+        for old, new in (
+            (', mode="r"', ""),
+            ("out) >", "out) >="),
+            ("len(self.out) > self.out.shape[1]", "(not (len(self.out) > self.out.shape[1]))"),
+        )
+    },
+    **{
+        ("decompclip/operators/neurons.py", before, before.replace(", dtype=torch.bool", "")): NONZERO
+        for before in (
+            "layers = torch.zeros(d.n_layers, dtype=torch.bool).index_fill(0, terms.layers.cpu(), True)",
+            "named = torch.zeros(visual.cfg.n_layers, dtype=torch.bool).index_fill(0, layers, True)",
+        )
+    },
+    **{
+        (
+            "decompclip/operators/mmd.py",
+            "size = total.abs() / len(points) ** 2  # no entry is above zero",
+            after,
+        ): TINY
+        for after in (
+            "size = total.abs() / len(points) * 2  # no entry is above zero",
+            "size = total.abs() / len(points) ** 3  # no entry is above zero",
+        )
+    },
 }
 """Mutants that mean the same: file, line before, line after, and why."""
 

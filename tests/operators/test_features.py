@@ -440,11 +440,13 @@ def test_their_pictures_are_the_images_found() -> None:
     model = load("shapes")
     pixels = Shapes(12, seed=2).draw(range(12)).images
     sae = made("blocks.1.hook_resid_post", model.cfg.d_model, k=4)
-    found = top_images(model, sae, model.normalize(pixels), features[:4], k=2, batch_size=5)
-    assert found.pictures is not None
-    for pictures, images in zip(found.pictures, found.images, strict=True):
-        expected = pixels[images].permute(0, 2, 3, 1) * 255
-        torch.testing.assert_close(pictures.float(), expected, rtol=0, atol=1.0)
+    # all images of one feature: the first and last of every batch are among them
+    for chosen, k in ((features[2], 12), (features[:4], 2)):
+        found = top_images(model, sae, model.normalize(pixels), chosen, k=k, batch_size=5)
+        assert found.pictures is not None and found.images.shape[1] == k
+        for pictures, images in zip(found.pictures, found.images, strict=True):
+            expected = pixels[images].permute(0, 2, 3, 1) * 255
+            torch.testing.assert_close(pictures.float(), expected, rtol=0, atol=1.0)
     assert found.figure().data and "4 features" in repr(found)
     terms: FeatureTerms = feature_terms(model, sae, model.normalize(pixels))
     assert attribute(model.decompose(model.normalize(pixels)), "a star", features=terms, model=model).top(3)

@@ -129,6 +129,17 @@ def test_a_figure_has_the_best_maps_with_intervals_and_the_control(maps: TokenMa
     assert shares.error_x.arrayminus[0] == pytest.approx(100 * (share - max(0, share - half)), rel=1e-3)
     whole: Any = scores.figure()
     assert whole.layout.xaxis.title.text == f"%; dotted: chance, {chance:.1f} %" and len(whole.data) == 4
+    assert (shares.marker.symbol, hits.marker.symbol) == ("circle", "diamond")
+    assert (others.marker.symbol, other_hits.marker.symbol) == ("circle-open", "diamond-open")
+    # of one image there is no error, and no interval; of two far apart it ends at 0 and 1
+    single: Any = score_masks(maps.select(images=[0]), masks[:1]).figure(count=1).data[0]
+    assert list(single.error_x.array) == list(single.error_x.arrayminus) == [0.0]
+    patches = torch.zeros(1, 2, ROWS, COLUMNS)
+    patches[0, 0, 0, 0] = patches[0, 1, -1, -1] = 0.5  # at the mask, and away from it
+    apart = score_masks(maps_of(patches), masks[[0, 0]])
+    ends: Any = apart.figure().data[0]
+    assert apart.hit.tolist() == [[True, False]] and list(ends.x) == [50.0]
+    assert list(ends.error_x.array) == list(ends.error_x.arrayminus) == pytest.approx([50.0])
     with pytest.raises(ValueError, match="a control of the same maps"):
         scores.figure(control=score_masks(maps.select([0]), masks))
 
@@ -257,9 +268,12 @@ def test_intervals_of_segmentation_are_over_images() -> None:
 def test_boxes_and_what_segmentation_refuses() -> None:
     masks = box_masks(torch.tensor([[0, 0, 0, 0], [1, 2, 3, 2]]), 3, 4)
     assert masks[0].nonzero().tolist() == [[0, 0]] and masks[1].nonzero().tolist() == [[2, 1], [2, 2], [2, 3]]
-    for box in ([0, 0, 4, 1], [2, 0, 1, 1], [0, -1, 1, 1]):
-        with pytest.raises(ValueError, match=r"within 3 x 4 pixels; received .* of image 0"):
-            box_masks(torch.tensor([box]), 3, 4)
+    whole = [0, 0, 3, 2]
+    assert box_masks(torch.tensor([whole]), 3, 4).all()
+    for box in ([0, 0, 4, 1], [0, 0, 1, 3], [2, 0, 1, 1], [0, 2, 1, 1], [0, -1, 1, 1], [-1, 0, 1, 1]):
+        for place, boxes in ((0, [box, whole]), (1, [whole, box, box])):
+            with pytest.raises(ValueError, match=rf"within 3 x 4 pixels; received .* of image {place};"):
+                box_masks(torch.tensor(boxes), 3, 4)
     for boxes in (torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 0, 1, 1, 1]])):
         with pytest.raises(ValueError, match=r"expected boxes \[batch, 4\]; received"):
             box_masks(boxes, 3, 4)

@@ -338,6 +338,7 @@ def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     low, high = plot.layout.yaxis.range
     assert low <= min(float(layers.values.min()), 0) and float(layers.values.max()) < high
     assert high < 1.5 * float(layers.values.max())
+    assert [list(curve.x) for curve in curves] == [[0, 1, 2]] * 2
     assert [list(curve.y) for curve in curves] == [layers.values[:3].tolist(), layers.values[3:].tolist()]
     assert [list(curve.x) for curve in curves] == [[0, 1, 2]] * 2
     open_ = sum(str(symbol).endswith("-open") for curve in curves for symbol in curve.marker.symbol)

@@ -169,6 +169,9 @@ def test_tables_and_figures_show_what_was_found(model: HookedCLIP, terms: Decomp
     assert found.pictures is not None and found.query_pictures is not None
     expected = (255 * batch.images[int(found.indices[1, 2])]).round().byte().permute(1, 2, 0)
     assert torch.equal(found.pictures[1, 2], expected)
+    for edge in (0.0, 1.0):  # both belong to pixels
+        flat = nearest(terms, heads[1, 4], 3, k=2, pixels=torch.full_like(batch.images, edge))
+        assert flat.pictures is not None and (flat.pictures == int(255 * edge)).all()
     by_text: Any = nearest(terms, heads[1, 4], "a red object", model=model, k=4, pixels=batch.images).figure()
     assert len(by_text.data) == 4
     scored = replace(by_colour := heads_for(terms, "colour", model=model), score=by_colour.score - 0.1)
@@ -198,7 +201,15 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
         (heads[1, 4], 3, {"names": ["a"]}, "a name for each of 160 images; received 1"),
         (heads[1, 4], 3, {"names": []}, "a name for each of 160 images; received 0"),
         (heads[1, 4], 3, {"pixels": batch.images[:3]}, "pixels of 160 images; received 3"),
-        (heads[1, 4], 3, {"pixels": model.normalize(batch.images)}, r"in \[0, 1\]"),
+        *(
+            (heads[1, 4], 3, {"pixels": odd}, r"in \[0, 1\]")
+            for odd in (
+                model.normalize(batch.images),
+                batch.images - 0.01,
+                1.01 * batch.images.clamp_min(1),
+                batch.images[:, 0],
+            )
+        ),
         (heads[1, 4], other, {}, "model"),
         (heads[1, 4], terms[:2], {"query_pixels": batch.images[:3]}, "query_pixels of 2 queries; received 3"),
     ]

@@ -167,6 +167,41 @@ def test_moments_of_a_stream_are_those_of_all_effects(family: HookedViT, normali
     torch.testing.assert_close(mixed.direction, found.direction, rtol=0, atol=1e-8)
 
 
+def test_moments_of_uneven_batches_are_those_of_all(make_tower: Callable[..., HookedViT]) -> None:
+    """Beside plain means and sums; fewer neurons than paths, and none of the batches as long as another."""
+    visual = make_tower(dtype=torch.float64)
+    paths = module.Paths.named(visual, neurons[0, CHOSEN])
+    draws = torch.Generator().manual_seed(4)
+    coords = 3 + torch.randn(12, paths.number, len(CHOSEN), dtype=torch.float64, generator=draws)
+    lengths = 1 + torch.rand(12, dtype=torch.float64, generator=draws)
+    moments = module.PathMoments(paths)
+    for x, length in zip(coords.split([1, 7, 4]), lengths.split([1, 7, 4]), strict=True):
+        moments.add(x, length)
+    past = (coords - coords.mean(0)).permute(2, 0, 1)  # [neuron image path]
+    assert moments.count == 12 and moments.length == pytest.approx(float(lengths.mean()), rel=1e-12)
+    torch.testing.assert_close(moments.mean, coords.mean(0).T)
+    torch.testing.assert_close(moments.squares, past.mT @ past)
+    square = (torch.einsum("nip,pnd->nid", past, paths.maps(slice(None)))).square().sum(2, keepdim=True)
+    torch.testing.assert_close(moments.lean, (square * past).sum(1), rtol=1e-9, atol=1e-9)
+
+
+def test_a_side_counts_as_stronger_past_rounding(family: HookedViT, batch: Tensor) -> None:
+    """The mean lean, beside the cube of the spread: against the mean effect past the root of the precision, with it below."""
+    paths, eps = module.Paths.named(family, neurons[1, CHOSEN]), torch.finfo(torch.float64).eps
+    moments = module.PathMoments(paths)
+    moments.add(*paths.coords(batch, False))
+    mean, direction, spread, _ = module._principal(paths, moments, slice(None))
+    lean = torch.einsum("np,pnd->nd", moments.lean / moments.count, paths.maps(slice(None)))
+    side, with_mean = (lean * direction).sum(1), (mean * direction).sum(1)
+    for times, expected in ((0.5, 1.0), (2.0, -1.0)):
+        factor = -times * eps**0.5 * spread**3 / side * with_mean.sign()  # on the other side than the mean's
+        held, moments.lean = moments.lean, moments.lean * factor[:, None]
+        _, found, _, _ = module._principal(paths, moments, slice(None))
+        moments.lean = held
+        torch.testing.assert_close((found * mean).sum(1).sign(), torch.full_like(side, expected))
+        torch.testing.assert_close(found.norm(dim=1), torch.ones_like(side))
+
+
 def test_without_a_stronger_side_the_sign_is_that_of_the_mean(family: HookedViT, batch: Tensor) -> None:
     """Two images lie as far from their mean on the one side as on the other."""
     found = second_order(family, batch[:2], neurons[1, CHOSEN])
