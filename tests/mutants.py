@@ -107,6 +107,11 @@ SAME_MAPS = "equal maps: of the model's own one copy is held"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "decompclip/models/zero_shot.py",
+        "length = int(ends.max()) + 1",
+        "length = int(ends.max()) + 2",
+    ): "a position behind the last end, which no text reads",
+    (
+        "decompclip/models/zero_shot.py",
         "return F.normalize(sums, dim=-1)  # a mean's direction is its sum's",
         "return F.normalize(sums)  # a mean's direction is its sum's",
     ): ROWS,

@@ -184,7 +184,8 @@ def test_a_cache_of_the_pooled_row(visual: HookedViT, images: Tensor, run: tuple
     _, cache = run
     with torch.no_grad():
         feature, pooled = visual.run_with_cache(images, pooled_rows=True)
-    assert pooled["z", -1].shape[1] == 1
+    for name in ("z", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+        assert pooled[name, -1].shape[1] == 1
     close(pooled.decompose_resid(pos_slice=0), cache.decompose_resid(pos_slice=0), rtol=1e-4, atol=1e-5)
     close(
         (pooled.decompose_resid(apply_ln=True, pos_slice=0).sum(0) + visual.ln_final.b) @ visual.proj, feature

@@ -74,6 +74,9 @@ def test_little_memory_makes_parts_and_changes_nothing(
     # Of the 48 heads, what the products of one take with all images.
     one = whole.token_terms.scale.shape[2] * whole.token_terms.values[:, 0].nbytes
     assert (48, one) in budgets
+    # And the batch, where a run holds something of each of its images.
+    held = _held(visual, images, whole.token_terms.kept)
+    assert ((len(images), held) in budgets) == (held > 0)
 
 
 @torch.no_grad()

@@ -104,3 +104,12 @@ def test_mistakes_are_told(make_tower: MakeTower, tower: HookedViT, images: Tens
         pytest.raises(DecompositionError, match="edit pool.hook_z"),
     ):
         decompose_pool(visual, images)
+
+
+def test_a_miss_as_large_as_the_tolerance_is_allowed(make_tower: MakeTower, images: Tensor) -> None:
+    visual = make_tower(**FAMILIES["PE"])
+    for decomposed in (decompose, decompose_pool):
+        miss = decomposed(visual, images).sum_error
+        assert decomposed(visual, images, tolerance=miss).sum_error == miss > 0
+        with pytest.raises(DecompositionError, match="a miss of"):
+            decomposed(visual, images, tolerance=0.9 * miss)

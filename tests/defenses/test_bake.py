@@ -117,6 +117,8 @@ def test_means_are_one_up_to_rounding_of_their_own_size(make_tower) -> None:
                 continue
             with pytest.raises(ValueError, match="one mean for all tokens"):
                 bake(model, step)
+    nothing = replace(moments.streams, mlp_out=torch.zeros_like(moments.streams.mlp_out))
+    bake(model, MeanAblate(mlps[0], replace(moments, streams=nothing)))  # means of a dead MLP, one and all 0
 
 
 def test_a_dead_channel_of_layer_scale_can_still_hold_a_mean(make_tower) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decompclip.decomposition.capture import decompose
-from decompclip.defenses.fitted import Sample, blocks
+from decompclip.defenses.fitted import Sample, blocks, held_out
 from decompclip.tower.vit import HookedViT
 
 
@@ -38,3 +38,15 @@ def test_blocks_hold_all_images_in_order(tower: HookedViT, monkeypatch: pytest.M
     assert [len(part) for part in found] == [12, 12, 12, 12, 5]
     assert torch.equal(torch.cat([part.coords for part in found]), d.coords)
     assert not [*blocks([])]
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_each_image_is_left_out_of_one_fold(folds: int) -> None:
+    found = [*held_out(11, folds, 4, torch.device("cpu"))]
+    assert torch.equal(torch.stack(found).sum(0), torch.ones(11, dtype=torch.long))
+    assert [int(fold.sum()) for fold in found] == {2: [6, 5], 3: [4, 4, 3]}[folds]
+    again, other = ([*held_out(11, folds, seed, torch.device("cpu"))] for seed in (4, 5))
+    assert torch.equal(torch.stack(found), torch.stack(again))
+    assert not torch.equal(torch.stack(found), torch.stack(other))
+    with pytest.raises(ValueError, match="expected at least 2 folds; received 1"):
+        held_out(11, 1, 4, torch.device("cpu"))

@@ -263,6 +263,34 @@ def test_odd_towers_of_timm_are_refused_with_the_reason(
         convert_open_clip(of_timm(monkeypatch, name, **options))
 
 
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_a_block_of_which_one_part_is_another_is_refused(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    tower = of_timm(monkeypatch, "vit_base_patch16_224", pool="token")
+    module: Any = tower.get_submodule(f"trunk.blocks.{DEPTH - 1}.{part}")
+    module.__class__ = type("Other", (type(module),), {})
+    with pytest.raises(UnsupportedTowerError, match="norms, gates or scales"):
+        convert_open_clip(tower)
+
+
+@pytest.mark.parametrize(
+    ("part", "odd"),
+    [
+        ("pos_embed", nn.Parameter(torch.zeros(1))),
+        ("latent_len", 2),
+        ("q_norm", nn.LayerNorm(8)),
+        ("mlp", None),
+        ("pool", "avg"),
+    ],
+)
+def test_an_attention_pool_of_which_one_part_is_odd_is_refused(
+    monkeypatch: pytest.MonkeyPatch, part: str, odd: object
+) -> None:
+    tower = of_timm(monkeypatch, "vit_base_patch16_siglip_224", pool="map")
+    setattr(tower.get_submodule("trunk.attn_pool"), part, odd)
+    with pytest.raises(UnsupportedTowerError, match="pooled in a way"):
+        convert_open_clip(tower)
+
+
 def test_weights_of_unknown_use_are_refused(source: CLIP) -> None:
     source.visual.register_parameter("temperature", nn.Parameter(torch.ones(())))
     with pytest.raises(UnsupportedTowerError, match="has weights of unknown use: temperature"):

@@ -295,6 +295,10 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
         ViTConfig(**CONFIG.to_dict() | changes)
 
 
+def test_an_image_may_be_one_patch() -> None:
+    assert ViTConfig(**CONFIG.to_dict() | {"image_size": (8, 8)}).n_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("stem", "message"), [("conv", "expected a stem module"), ("patch", "expected no stem")]
 )
