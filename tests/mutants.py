@@ -106,6 +106,11 @@ SAME_MAPS = "equal maps: of the model's own one copy is held"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "decompclip/tower/convert.py",
+        "return nn.Parameter(x.clone() if copy else x, requires_grad=trained)",
+        "return nn.Parameter(x.clone() if copy else x)",
+    ): "load_state_dict gives what it assigns the mark of the parameter that was there, which has it already",
+    (
         "decompclip/models/zero_shot.py",
         "length = int(ends.max()) + 1",
         "length = int(ends.max()) + 2",
