@@ -296,7 +296,8 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
 
 
 def test_an_image_may_be_one_patch() -> None:
-    assert ViTConfig(**CONFIG.to_dict() | {"image_size": (8, 8)}).n_tokens == 2
+    changes: dict[str, Any] = {"image_size": (8, 8)}
+    assert ViTConfig(**CONFIG.to_dict() | changes).n_tokens == 2
 
 
 @pytest.mark.parametrize(
