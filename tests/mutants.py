@@ -293,6 +293,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "tied = any(excess[first] - excess[other] < 2e-09 for other in others)",
     ): TINY,
     (
+        "decompclip/decomposition/terms.py",
+        "return replace(parts[0], **joined)",
+        "return replace(parts[1], **joined)",
+    ): "what is not joined is alike in all parts, and a single one is not joined",
+    (
         "decompclip/operators/neurons.py",
         "pooled = Rows(visual, with_mean=False)",
         "pooled = Rows(visual, with_mean=True)",

@@ -18,7 +18,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
-from decompclip.operators.sweeps import Shared, ablation_sweep, most_damaging
+from decompclip.operators.sweeps import Shared, ablation_sweep, most_damaging, predictions
 from decompclip.tower.vit import HookedViT
 
 
@@ -48,6 +48,12 @@ def d(tower: HookedViT, images: Tensor) -> Decomposition:
 @pytest.fixture(scope="module")
 def many(tower: HookedViT) -> Decomposition:
     return decompose(tower, drawn(40, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_prediction(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0, 2, 2, 1], [3, 0, 3, 3]], dtype=dtype)
+    assert predictions(logits).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("fill", ["mean", "zero"])
