@@ -177,10 +177,10 @@ def test_a_feature_s_term_is_its_activation_times_its_direction(tower: HookedViT
     acts = sae.read(cache["blocks.1.hook_mlp_out"][:, 0]).acts
     scale = cache["ln_final.hook_scale"].reshape(5, -1)[:, :1]
     assert tower.proj is not None
-    for place, j in enumerate((3, 7)):
-        row = acts[:, j, None] * sae.W_dec[j]
+    rows = [*(acts[:, j, None] * sae.W_dec[j] for j in (3, 7)), sae.b_dec.expand(5, -1)]
+    for row, found in zip(rows, [*terms.terms.unbind(1), terms.bias], strict=True):
         expected = (row - row.mean(1, keepdim=True)) / scale * tower.ln_final.w @ tower.proj
-        torch.testing.assert_close(terms.terms[:, place], expected, **CLOSE)
+        torch.testing.assert_close(found, expected, **CLOSE)
     frame = terms.to_frame()
     assert list(frame["part"]) == ["features[3]", "features[7]", "bias", "error"]
     every = torch.cat([terms.terms, terms.bias[:, None], terms.error[:, None]], dim=1).norm(dim=-1)
