@@ -5,8 +5,8 @@ Command:   python -m analyses.trigger_inversion             (reads the committed
            python -m analyses.trigger_inversion --measure   (a killed run goes on; DECOMPCLIP_DATA names the photographs)
 Run time:  see the tables, in seconds of one thread; `--minutes` begins nothing after so many.
 Expected:  the attacker's class has the highest score; a few images repair.
-Measured:  the attacker's class first of five in every twin looked at, alone too, and not in the clean model; fine-tuning against it leaves no attack on a patch,
-           where PAR in as many steps leaves all. The record says which steps are left.
+Measured:  the attacker's class first of five in 12 of 12 twins looked at, alone too, and fourth in the clean model; on photos-badnet fine-tuning against it leaves
+           0.0 % of the attack, where PAR and CleanCLIP in as many steps leave 100 and 92 %. The record says which steps are left.
 Writes:    analyses/results/trigger_inversion/FAMILY.json
 
 Chosen on the twins of cifar10: one pattern over the whole image (a mask with pixels told less), how surely it is to send images, and of the repair the weight,
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from analyses.study.case import BATCH, Case
+from analyses.study.case import Case
 from analyses.study.family import BundledFamily
 from analyses.study.results import RESULTS
 from analyses.study.summary import markdown, rate
@@ -42,7 +42,6 @@ from decompclip.audit.config import ScanConfig
 from decompclip.audit.scan import Search, probes
 from decompclip.bench.run import versions, weights_of
 from decompclip.data.pairs import permuted
-from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.clean_finetuning import (
     INVERSION_RECIPE,
     PAR,
@@ -50,7 +49,7 @@ from decompclip.defenses.clean_finetuning import (
     InversionTuning,
     TuningDefense,
 )
-from decompclip.defenses.inversion import invert_classes, invert_trigger
+from decompclip.defenses.inversion import invert_classes, invert_trigger, scores
 from decompclip.files import alone_in, write_json
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
@@ -143,19 +142,13 @@ def scanned(model: HookedCLIP, fit: Tensor, classifier: Tensor, classes: list[in
     return {"losses": found}
 
 
-@torch.no_grad()
 def true_moves(case: Case, images: int = 100) -> list[float]:
     """How far the attacker's own trigger moves each component toward the target."""
-    pair = [
-        Decomposition.cat(
-            [
-                case.model.decompose(case.model.normalize(x), normalize=True)
-                for x in part[:images].split(BATCH)
-            ]
-        )
-        for part in (case.clean, case.triggered)
-    ]
-    before, after = (attribute(d, case.classifier, case.target).mean[:, 0] for d in pair)
+    few = replace(case, clean=case.clean[:images], labels=case.labels[:images], _seen={})
+    before, after = (
+        attribute(few.terms(part, "centred"), few.classifier, few.target).mean[:, 0]
+        for part in ("clean", "triggered")
+    )
     return [round(x, 5) for x in (after - before).tolist()]
 
 
@@ -213,16 +206,6 @@ def read(family: str = "photos", folder: Path = FOLDER) -> dict[str, Any]:
             f"expected {path}; it is not there; run: python -m analyses.trigger_inversion --model-family {family} --measure"
         )
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def scores(values: Sequence[float], reference: Sequence[float] | None = None) -> list[float]:
-    """As `Inversion.scores`, of sizes or of losses."""
-    logs = torch.tensor(values, dtype=torch.float64).log()
-    logs = logs if reference is None else logs - torch.tensor(reference, dtype=torch.float64).log()
-    return [
-        statistics.median(x for i, x in enumerate(logs.tolist()) if i != own) - logs[own].item()
-        for own in range(len(logs))
-    ]
 
 
 def ranked(found: list[float]) -> str:

@@ -36,6 +36,7 @@ from decompclip.data.images import ImageSource, split_indices
 from decompclip.data.pixels import Pixels
 from decompclip.data.processes import ALONE, Processes
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.defenses.inversion import SHARPNESS
 from decompclip.display import Track, silently
 from decompclip.evaluation.metrics import predict
 from decompclip.files import atomic_write
@@ -52,9 +53,6 @@ SHOWN = 3
 
 FEWEST = 40
 """Images without which there is no scan."""
-
-SHARPNESS = 30.0
-"""Factor of cosines before the softmax: of the order of trained CLIPs' logit scales, and one for all models."""
 
 GLIMPSE = 8
 """Images of the one step that many classes are told apart by first."""

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ FEWEST = 32
 """Images without which there is no inversion: half of them measure."""
 
 SHARPNESS = 30.0
-"""Factor of cosines before the softmax, as in the scan: one for all models."""
+"""Factor of cosines before the softmax, here and in the scan: of the order of trained CLIPs' logit scales, and one for all models."""
 
 START, RATE, PACE = 8 / 255, 2 / 255, 0.1
 """First size, Adam's rate, and the most by which the logarithm of the size moves in a step."""
@@ -93,6 +94,14 @@ class InvertedTrigger(Result):
         )
 
 
+def scores(values: Sequence[float | int], reference: Sequence[float | int] | None = None) -> list[float]:
+    """Of each: log of the others' median over its own, all first divided by the reference's."""
+    logs = [math.log(x) for x in values]
+    if reference is not None:
+        logs = [x - math.log(usual) for x, usual in zip(logs, reference, strict=True)]
+    return [median(logs[:own] + logs[own + 1 :]) - x for own, x in enumerate(logs)]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Inversion(Result):
     """The triggers of several classes: evidence about each, and no verdict.
@@ -117,13 +126,10 @@ class Inversion(Result):
         classes = [t.name for t in self.triggers]
         if len(classes) < 3:
             raise ValueError(f"expected at least three classes, for one to stand out; received {classes}")
-        logs = torch.tensor([math.log(t.size) for t in self.triggers])
-        if reference is not None:
-            if (theirs := [t.name for t in reference.triggers]) != classes:
-                raise ValueError(f"expected a reference of the same classes, {classes}; received {theirs}")
-            logs = logs - torch.tensor([math.log(t.size) for t in reference.triggers])
-        others = [torch.cat([logs[:own], logs[own + 1 :]]).quantile(0.5) for own in range(len(logs))]
-        return torch.stack(others) - logs
+        if reference is not None and (theirs := [t.name for t in reference.triggers]) != classes:
+            raise ValueError(f"expected a reference of the same classes, {classes}; received {theirs}")
+        usual = None if reference is None else [t.size for t in reference.triggers]
+        return torch.tensor(scores([t.size for t in self.triggers], usual))
 
     def to_frame(self, reference: Inversion | None = None) -> pd.DataFrame:
         """One row a class, the highest score first. Args and errors as `scores`."""
