@@ -85,7 +85,8 @@ class InvertedTrigger(Result):
 
     def figure(self) -> go.Figure:
         """Layers by heads, and MLPs: how far the trigger moves each."""
-        return self.moves.figure("map")
+        plot = self.moves.figure("map")
+        return plot.update_layout(coloraxis_colorbar_title_text="move of the contribution to the cosine")
 
     def __repr__(self) -> str:
         digest = hashlib.sha256(self.pattern.numpy().tobytes()).hexdigest()[:8]
@@ -228,7 +229,8 @@ def _measured(
         raise ValueError(
             f"expected images of other classes than {name!r}; the model takes all {len(held)} that measure for it; give others"
         )
-    before, after = (attribute(d, classifier, target, label=name).select(images=others) for d in terms)
+    label = f"move toward {name}"
+    before, after = (attribute(d, classifier, target, label=label).select(images=others) for d in terms)
     moves = replace(after, values=after.values - before.values, score=after.score - before.score)
     return InvertedTrigger(target, name, pattern.cpu(), Rate.of(answers[1][others] == target), moves)
 
