@@ -106,11 +106,6 @@ SAME_MAPS = "equal maps: of the model's own one copy is held"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "decompclip/tower/convert.py",
-        "return nn.Parameter(x.clone() if copy else x, requires_grad=trained)",
-        "return nn.Parameter(x.clone() if copy else x)",
-    ): "load_state_dict gives what it assigns the mark of the parameter that was there, which has it already",
-    (
         "decompclip/models/zero_shot.py",
         "length = int(ends.max()) + 1",
         "length = int(ends.max()) + 2",
@@ -130,6 +125,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return F.normalize(features, dim=-1) if normalize else features",
         "return F.normalize(features) if normalize else features",
     ): ROWS,
+    (
+        "decompclip/models/clip.py",
+        "key = key_of(names, chosen, self.tokenizer)",
+        "key = key_of(chosen, names, self.tokenizer)",
+    ): "a key: names and templates in either order",
     (
         "decompclip/operators/inputs.py",
         "F.normalize(model.encode_text(texts[start : start + batch_size]).float(), dim=-1)",

@@ -21,6 +21,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
@@ -66,7 +67,7 @@ class ViTCache(ActivationCache):
                     f"expected a layer in 0..{n - 1} (or -{n}..-1 from the end); received {rest[0]} in {key!r}"
                 )
             rest[0] %= n
-        full = name if name in self.cache_dict and not rest else get_act_name(name, *rest)
+        full = get_act_name(name, *rest)
         if full not in self.cache_dict:
             raise KeyError(
                 f"expected the name of a cached activation; received {key!r} ({full}); cached are {len(self)} activations, "
@@ -331,7 +332,7 @@ class ViTCache(ActivationCache):
             residual_stack, None, False, pos_slice, batch_slice, has_batch_dim=has_batch_dim
         )
         proj = self.model.proj
-        return (stack if proj is None else stack @ proj) @ along.to(stack).movedim(-1, 0)
+        return F.linear(stack if proj is None else stack @ proj, along.to(stack))
 
     def apply_ln_to_stack(
         self,
@@ -386,7 +387,7 @@ class ViTCache(ActivationCache):
                 )
             return norm(residual_stack)
         if self.has_batch_dim:
-            scale = batch.apply(scale, dim=0)
+            scale = batch.apply(scale)
         if final:
             scale = self._final_scale(scale, pos_slice, residual_stack)
         else:
@@ -413,7 +414,7 @@ class ViTCache(ActivationCache):
                 f"expected rows that the tower pools, {pooled[0]}..{pooled[-1]}; received {chosen[:3]}..., among them prefix "
                 f"tokens, whose stream ends unread; pass pos_slice=({pooled[0]}, {pooled[-1] + 1})"
             )
-        if scale.shape[-2] > 1:
+        if scale.shape[-2] != 1:
             rows = torch.tensor([row - pooled[0] for row in chosen], device=scale.device)
             scale = scale.index_select(-2, rows)
         return scale[..., 0, :] if one else scale
@@ -480,7 +481,7 @@ class ViTCache(ActivationCache):
             # Where the last block kept token 0 alone, any other slice would take it for another token.
             self._rows(part, pos_slice)
         if not parts:
-            return _cut(pos_slice).apply(self["resid_pre", 0], dim=-2)[None][:0]
+            return _cut(pos_slice).apply(self["embed"], dim=-2)[None][:0]
         return torch.stack([_cut(pos_slice).apply(part, dim=-2) for part in parts])
 
     def _only_class_token(self, pos_slice: Position) -> None:
@@ -508,4 +509,4 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     """Up to three of the known names: those that have the given one as their end or inside them, or are spelt alike."""
     names = list(known)
     held = [other for other in names if other.endswith(name)] or [other for other in names if name in other]
-    return (held or get_close_matches(name, names, n=3))[:3]
+    return (held or get_close_matches(name, names))[:3]

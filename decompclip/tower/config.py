@@ -28,7 +28,7 @@ Rope = Literal["interleaved", "half"]
 class ViTConfig:
     """Shape and variant of an image tower.
 
-    TransformerLens' helpers read `n_layers`, `n_heads`, `normalization_type` and `attn_only` from it.
+    TransformerLens' helpers read `n_layers` and `n_heads` from it.
 
     Attributes:
         image_size: height and width of the input, pixels.
@@ -142,15 +142,7 @@ class ViTConfig:
     @property
     def has_pool(self) -> bool:
         """Whether the attention pooling has an MLP of its own, a component."""
-        return self.pool_mlp > 0
-
-    @property
-    def normalization_type(self) -> str:
-        return "LN"
-
-    @property
-    def attn_only(self) -> bool:
-        return False
+        return bool(self.pool_mlp)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -44,11 +44,10 @@ class Source:
         self.skeleton = _skeleton(visual)
         state = visual.state_dict(keep_vars=True)
         self.dtypes = {name: x.dtype for name, x in state.items()}
-        # open_clip keeps norms of half models in fp32; a HookedViT has one type, that of its matrices.
-        self.dtype = next(x.dtype for x in state.values() if x.ndim > 1 and x.is_floating_point())
+        # open_clip keeps norms and embeddings of half models in fp32; a HookedViT has one type, that of the patches' map.
+        self.dtype = next(x.dtype for x in state.values() if x.ndim == 4)
         trainable = {name: x.requires_grad for name, x in state.items()}
         if any(x.is_floating_point() and x.dtype != self.dtype for x in state.values()):
-            copy = True
             state = {n: x.to(self.dtype) if x.is_floating_point() else x for n, x in state.items()}
             state = {n: x.detach().requires_grad_(trainable[n]) for n, x in state.items()}
         unknown = set(state) - {name for rule in self.rules for name in rule.names}
@@ -69,15 +68,10 @@ class Source:
         trained = {name: all(trainable[n] for n in rule.names) for rule in self.rules for name in rule.ours}
         if tower.rope is not None:
             weights["rope"] = rope_of(visual)
-        # `load_state_dict` gives to what it is assigned the flag of the parameter before.
+        # `load_state_dict` makes parameters of what it is assigned, with the flags of those before.
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_(trained[name])
-        parameters = dict(tower.named_parameters())
-        for name, x in weights.items():
-            if name in parameters:
-                weights[name] = _owned(x, copy, trained[name], state)
-            elif copy:
-                weights[name] = x.clone()
+        weights = {name: x.clone() if copy else _shared(x, state) for name, x in weights.items()}
         tower.load_state_dict(weights, strict=True, assign=True)
         self._tower: HookedViT | None = tower.eval()
 
@@ -110,14 +104,9 @@ class Source:
         return visual.eval()
 
 
-def _owned(x: Tensor, copy: bool, trained: bool, state: Mapping[str, Tensor]) -> Tensor:
-    """A parameter of these numbers: the source's own where they are shared and of one shape."""
-    if not copy:
-        for theirs in state.values():
-            same = theirs.data_ptr() == x.data_ptr() and theirs.shape == x.shape
-            if same and isinstance(theirs, nn.Parameter):
-                return theirs
-    return nn.Parameter(x.clone() if copy else x, requires_grad=trained)
+def _shared(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """The source's own of these numbers where it has one of their shape, else the numbers."""
+    return next((own for own in state.values() if (own.data_ptr(), own.shape) == (x.data_ptr(), x.shape)), x)
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

@@ -357,8 +357,8 @@ def _timm_rules(tower: TimmModel) -> list[Rule]:
         rules += [*inner.norm("ln", "norm"), *_timm_mlp(inner.under("mlp.", "mlp."), pool.mlp)]
     if (head := _head_of(tower)) is not None:
         path, linear = head
-        rules += [Rule("proj", f"{path}.weight", turned=True)]
-        rules += [Rule("b_proj", f"{path}.bias")] if linear.bias is not None else []
+        rules += [Names().rule("proj", f"{path}.weight", turned=True)]
+        rules += [Names().rule("b_proj", f"{path}.bias")] if linear.bias is not None else []
     return rules
 
 
@@ -414,15 +414,13 @@ Piece = str | int
 """A weight's name, or a number of zeros that have no weight."""
 
 
+@dataclass(frozen=True)
 class Rule:
     """Our weights and theirs that hold the same numbers; `turned` where one is the transpose of the other."""
 
-    def __init__(
-        self, ours: str | Sequence[str], theirs: str | Sequence[Piece], *, turned: bool = False
-    ) -> None:
-        self.ours = (ours,) if isinstance(ours, str) else tuple(ours)
-        self.theirs: tuple[Piece, ...] = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-        self.turned = turned
+    ours: Sequence[str]
+    theirs: Sequence[Piece]
+    turned: bool = False
 
     @property
     def names(self) -> Iterator[str]:
@@ -430,10 +428,9 @@ class Rule:
 
     def forward(self, source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Our weights."""
-        if len(self.ours) == 1 and isinstance(name := self.theirs[0], str) and len(self.theirs) == 1:
-            (ours,) = self.ours
-            weight = source[name].detach()
-            return {ours: (weight.T.contiguous() if self.turned else weight).view(shapes[ours])}
+        if self.turned:
+            (name,), (ours,) = self.names, self.ours
+            return {ours: source[name].detach().T.contiguous().view(shapes[ours])}
         like = source[next(self.names, next(iter(source)))]
         parts = [
             like.new_zeros(piece) if isinstance(piece, int) else source[piece].detach().flatten()
@@ -448,8 +445,8 @@ class Rule:
             ValueError: numbers that the source has no weight for were changed from zero.
         """
         if self.turned:
-            (name,) = self.names
-            return {name: ours[self.ours[0]].detach().T.contiguous().view(shapes[name])}
+            (name,), (own,) = self.names, self.ours
+            return {name: ours[own].detach().T.contiguous().view(shapes[name])}
         keys = [piece if isinstance(piece, str) else f"zeros {i}" for i, piece in enumerate(self.theirs)]
         sizes = {
             key: torch.Size([piece])
@@ -483,10 +480,10 @@ class Names:
         return Names(self.ours + ours, self.theirs + theirs)
 
     def rule(self, ours: str | Sequence[str], theirs: str | Sequence[Piece], *, turned: bool = False) -> Rule:
-        ours = (ours,) if isinstance(ours, str) else ours
-        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        ours = [ours] if isinstance(ours, str) else ours
+        theirs = [theirs] if isinstance(theirs, str) else theirs
         pieces = [self.theirs + piece if isinstance(piece, str) else piece for piece in theirs]
-        return Rule([self.ours + name for name in ours], pieces, turned=turned)
+        return Rule([self.ours + name for name in ours], pieces, turned)
 
     def rules(self, pairs: Mapping[str, str | Sequence[Piece]]) -> list[Rule]:
         """One of each pair of ours and theirs."""

@@ -311,7 +311,7 @@ class AttentionPool(nn.Module):
         # CoCa normalises its queries, and what they gather; the others add an MLP.
         self.ln_q = LayerNorm(d, config.ln_eps) if config.pool_norm else None
         self.ln_post = LayerNorm(d, config.ln_eps) if config.pool_norm else None
-        has_mlp = config.pool_mlp > 0
+        has_mlp = config.has_pool
         self.ln = LayerNorm(d, config.ln_eps) if has_mlp else None
         self.mlp = MLP(d, config.pool_mlp, config.pool_activation, eps=config.ln_eps) if has_mlp else None
         self.hook_q = HookPoint()
@@ -352,7 +352,8 @@ class AttentionPool(nn.Module):
             z = F.scaled_dot_product_attention(q, k, v)
         z = self.hook_z(rearrange(z, "b h n e -> b n h e"))
         out = self.hook_attn_out(F.linear(rearrange(z, "b n h e -> b n (h e)"), self.W_out, self.b_O))
-        if self.mlp is not None and self.ln is not None:
+        if self.mlp is not None:
+            assert self.ln is not None, "an MLP has a LayerNorm before it"
             out = out + self.hook_mlp_out(self.mlp(self.ln(out)))
         return (out if self.ln_post is None else self.ln_post(out))[:, 0]
 
@@ -379,9 +380,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch token d_model"],
-        rope: Float[Tensor, "2 patch d_head"] | None = None,
+        rope: Float[Tensor, "2 patch d_head"] | None,
         *,
-        pooled_row_only: bool = False,
+        pooled_row_only: bool,
     ) -> Float[Tensor, "batch row d_model"]:
         x = self.hook_resid_pre(x)
         attn = self.attn(x if self.post_norm else self.ln1(x), rope, pooled_row_only=pooled_row_only)

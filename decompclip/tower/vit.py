@@ -181,7 +181,7 @@ class HookedViT(HookedRootModule):
 
     def _stream(self, x: Tensor) -> Float[Tensor, "batch token d_model"]:
         expected = [self.cfg.n_tokens, self.cfg.d_model]
-        if x.ndim != 3 or list(x.shape[1:]) != expected:
+        if list(x.shape[1:]) != expected:
             raise ValueError(
                 f"expected with start_at_layer the stream [batch, {expected[0]}, {expected[1]}]; received "
                 f'{list(x.shape)}; take cache["resid_pre", layer], or what stop_at_layer returned'
@@ -213,7 +213,7 @@ class HookedViT(HookedRootModule):
 
     def _check(self, images: Tensor) -> None:
         expected = (3, *self.cfg.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        if tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"expected images [batch, {', '.join(map(str, expected))}], got {list(images.shape)}; "
                 "pass them through the model's `preprocess` first"

@@ -134,9 +134,13 @@ def test_positions_of_a_stack_that_every_row_counts_in(
 ) -> None:
     """Each row at its own scale, or all of them at that of their mean."""
     visual = make_tower(pool="mean", ln_final=ln_final, n_prefix=0)
-    _, cache = visual.run_with_cache(images)
+    features, cache = visual.run_with_cache(images)
     whole = cache.decompose_resid(apply_ln=True)
     close(cache.decompose_resid(apply_ln=True, pos_slice=(2, 5)), whole[:, :, 2:5])
+    if ln_final == "rows":
+        end = cache.accumulated_resid(apply_ln=True)[-1]
+        close(end.mean(1) @ visual.proj, features)
+        close(cache.apply_ln_to_stack(cache.accumulated_resid(), recompute_ln=True)[-1], end)
     scale = cache["ln_final.hook_scale"]
     assert scale.shape[1] == (6 if ln_final == "rows" else 1)
     stack = cache.decompose_resid()
@@ -160,6 +164,7 @@ def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, 
     one = cache.apply_ln_to_stack(cache.decompose_resid(1)[:, 2], 1, batch_slice=2, has_batch_dim=False)
     normed = cache.decompose_resid(1, apply_ln=True)
     close(one, normed[:, 2])
+    close(cache.decompose_resid(1, apply_ln=True, pos_slice=3), normed[:, :, 3])
     for batch_slice in (2, (1, 3), [3, 0]):  # cuts the stack of all images
         rows = slice(*batch_slice) if isinstance(batch_slice, tuple) else batch_slice
         close(cache.apply_ln_to_stack(cache.decompose_resid(1), 1, batch_slice=batch_slice), normed[:, rows])
@@ -171,6 +176,7 @@ def test_a_normed_stack_is_a_blocks_input(visual: HookedViT, run: tuple[Tensor, 
 
 def test_accumulated_streams(visual: HookedViT, run: tuple[Tensor, ViTCache]) -> None:
     feature, cache = run
+    assert cache.accumulated_resid(1, incl_mid=True, return_labels=True)[1] == ["0_pre", "0_mid", "1_pre"]
     stack, labels = cache.accumulated_resid(incl_mid=True, return_labels=True, pos_slice=0)
     assert labels == ["0_pre", "0_mid", "1_pre", "1_mid", "2_pre", "2_mid", "final_post"]
     close(stack[3], cache["resid_mid", 1][:, 0])
@@ -352,6 +358,8 @@ def test_a_full_decomposition_is_of_heads_neurons_embedding_and_biases(
 ) -> None:
     visual = make_tower(dtype=torch.float64, **POOLS[name])
     _, cache = visual.run_with_cache(images.double())
+    without = ViTCache({name: x for name, x in cache.items() if "hook_result" not in name}, visual)
+    close(without.stack_head_results(), cache.stack_head_results())
     at: Any = (1, 4)
     for layer, mlp_input in ((2, False), (1, True), (None, False), (0, False)):
         stack, labels = cache.get_full_resid_decomposition(layer, mlp_input, pos_slice=at, return_labels=True)
@@ -361,6 +369,11 @@ def test_a_full_decomposition_is_of_heads_neurons_embedding_and_biases(
         )
         close(stack.sum(0), stream[:, 1:4])
         assert len(labels) == len(stack) and labels[-1] == "bias"
+        some, chosen = cache.stack_neuron_results(
+            layer, at, [3, 40], True, incl_remainder=True, mlp_input=mlp_input
+        )
+        close(some.sum(0), stream[:, 1:4])
+        assert chosen == [f"L{number}N{neuron}" for number in range(n) for neuron in (3, 40)] + ["remainder"]
         heads = cache.stack_head_results(n + mlp_input or 0, pos_slice=at)
         close(stack[: len(heads)], heads)
         for number in range(n):
@@ -413,6 +426,8 @@ def test_logit_attributions_sum_to_the_logit(
     some = cache.logit_attrs(cache.decompose_resid(pos_slice=rows), texts[1], None, rows, [3, 1])
     some = some if rows == 0 else some.mean(2)
     close(some, found[:, [3, 1], 1])
+    alone = cache.logit_attrs(stack[:, 2], texts, None, rows, 2, has_batch_dim=False)
+    close(alone if rows == 0 else alone.mean(1), found[:, 2])
 
 
 @torch.no_grad()

@@ -95,4 +95,6 @@ def test_a_turned_tower_sees_offsets_alone(make_tower: Callable[..., HookedViT],
         return seen[0]
 
     torch.testing.assert_close(scores(0, 1), scores(3, 4))
+    still = torch.stack([torch.zeros(2, 8), torch.ones(2, 8)])
+    torch.testing.assert_close(attention(x), attention(x, still))  # whoever gives no angles turns nothing
     assert not torch.allclose(scores(0, 1), scores(0, 2), atol=1e-3)

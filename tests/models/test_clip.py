@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from decompclip.models.clip import HookedCLIP, differentiable
 from decompclip.models.text import ImageOnly, MissingTextError, WordTokenizer
-from decompclip.tower.vit import HookedViT
+from decompclip.tower.vit import HookedViT, tower
 
 TEMPLATES = {"shape": ["a {}", "a photo of a {}"], "colour": ["a {} thing"]}
 
@@ -144,6 +145,14 @@ def test_facts_are_plain(model: HookedCLIP) -> None:
     assert model.logit_scale.shape == ()
     assert model.context_length == 77
     assert not model.training
+
+
+def test_a_tower_is_its_own_and_that_of_a_model(model: HookedCLIP) -> None:
+    assert tower(model) is tower(model.visual) is model.visual
+    for other in ("ViT-B-32", model.text):
+        told = f"as decompclip.load gives it; received {type(other).__name__}: {str(other)[:60]!r}; load it first"
+        with pytest.raises(TypeError, match=re.escape(told)):
+            tower(other)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_small_vocabulary_sets_the_context(make_source: Any) -> None:

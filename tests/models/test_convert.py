@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.timm_model import TimmModel
 from torch import nn
 
@@ -131,6 +131,8 @@ def of_timm(monkeypatch: pytest.MonkeyPatch, name: str, pool: str, **options: An
 def test_kin_of_open_clip_s_towers_are_taken(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     name, options, n_prefix = KIN[kind]
     visual = of_timm(monkeypatch, name, **options)
+    for block in visual.get_submodule("trunk.blocks").children():
+        vars(block.attn).pop("rotate_half", None)  # older releases of timm have no such attribute
     source = Source(visual)
     tower = source.adopt()
     images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -141,6 +143,10 @@ def test_kin_of_open_clip_s_towers_are_taken(monkeypatch: pytest.MonkeyPatch, ki
 
 
 # The weights
+
+
+def places(tower: nn.Module) -> set[int]:
+    return {x.data_ptr() for x in tower.state_dict().values()}
 
 
 def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
@@ -154,13 +160,12 @@ def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
 
 @pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])
 def test_a_copy_shares_no_memory(name: str) -> None:
-    """Nor that of buffers, such as the averages of a stem's BatchNorm."""
+    """Nor that of buffers, such as the averages of a stem's BatchNorm; nor does the way back."""
     visual = reduced_tower(name)
-
-    def places(tower: nn.Module) -> set[int]:
-        return {x.data_ptr() for x in tower.state_dict().values()}
-
-    assert not places(convert_open_clip(visual)) & places(visual)
+    source = Source(visual)
+    tower = source.adopt()
+    assert not places(tower) & places(visual)
+    assert not places(source.filled(tower)) & places(tower)
     assert places(convert_open_clip(visual, copy=False)) & places(visual)
 
 
@@ -243,6 +248,8 @@ def test_odd_towers_are_refused_with_the_reason(
     ("name", "options", "reason"),
     [
         ("vit_base_patch16_224", {"pool": "token", "qk_norm": True}, "norms, gates or scales"),
+        ("vit_base_patch16_224", {"pool": "token", "scale_attn_norm": True}, "norms, gates or scales"),
+        ("vit_base_patch16_224", {"pool": "token", "scale_mlp_norm": True}, "norms, gates or scales"),
         ("vit_base_patch16_224", {"pool": "avg", "final_norm": False}, "pooled in a way"),
         ("vit_base_patch16_224", {"pool": "max"}, "pooled in a way"),
         ("vit_base_patch16_224", {"pool": "avg", "pool_include_prefix": True}, "pooled in a way"),
@@ -304,6 +311,18 @@ def test_norms_of_several_epsilons_are_refused(source: CLIP) -> None:
         convert_open_clip(source.visual)
 
 
+@torch.no_grad()
+def test_norms_of_a_stem_keep_their_own_epsilon() -> None:
+    visual = reduced_tower("ViTamin-S")
+    stem = visual.get_submodule("trunk.patch_embed")
+    norms = [module for module in stem.modules() if isinstance(module, nn.LayerNorm)]
+    for norm in norms:
+        norm.eps = 0.5
+    tower = convert_open_clip(visual)
+    images = torch.randn(2, 3, *tower.cfg.image_size, dtype=torch.float64)
+    assert norms and relative_error(tower(images), visual(images)) <= 1e-12
+
+
 def test_no_tower_at_all_is_refused() -> None:
     with pytest.raises(
         UnsupportedTowerError, match="'Linear' is not supported: it is no image tower of open_clip's"
@@ -324,7 +343,24 @@ def test_a_configuration_is_taken_or_refused_before_anything_is_built() -> None:
         refuse("RN50", ["resnet"])
 
 
-def test_a_towers_type_is_that_of_its_matrices(make_source: Callable[..., CLIP]) -> None:
-    visual: Any = make_source().bfloat16().visual
-    visual.class_embedding.data = visual.class_embedding.data.float()
-    assert Source(visual).dtype == torch.bfloat16
+@pytest.mark.parametrize("copy", [True, False])
+@torch.no_grad()
+def test_a_half_model_has_one_type_and_goes_back_into_its_two(
+    source: CLIP, images: torch.Tensor, copy: bool
+) -> None:
+    """open_clip keeps norms and embeddings in fp32."""
+    convert_weights_to_lp(source, torch.bfloat16)
+    visual = source.visual
+    before = Source(visual, copy=copy)
+    tower = before.adopt()
+    assert {x.dtype for x in tower.state_dict().values()} == {torch.bfloat16}
+    assert relative_error(tower(images.bfloat16()), visual(images.bfloat16())) < 0.05
+    assert bool(places(tower) & places(visual)) != copy
+
+    def types(module: nn.Module) -> dict[str, torch.dtype]:
+        return {name: x.dtype for name, x in module.state_dict().items()}
+
+    back = before.filled(tower)
+    assert types(back) == types(visual) and len(set(types(back).values())) == 2
+    assert relative_error(back(images.bfloat16()), visual(images.bfloat16())) < 0.05
+    assert set(types(before.filled(tower.double())).values()) == {torch.float64}

@@ -295,9 +295,22 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
         ViTConfig(**CONFIG.to_dict() | changes)
 
 
-def test_an_image_may_be_one_patch() -> None:
-    changes: dict[str, Any] = {"image_size": (8, 8)}
-    assert ViTConfig(**CONFIG.to_dict() | changes).n_tokens == 2
+@torch.no_grad()
+def test_a_patch_may_be_oblong_or_the_whole_image_and_a_pool_of_one_head(
+    make_tower: Callable[..., HookedViT], images: torch.Tensor
+) -> None:
+    for patch, grid in (((8, 16), (3, 1)), ((24, 16), (1, 1)), ((6, 4), (4, 4))):
+        tower = make_tower(patch_size=patch, pool="attention", pool_heads=1)
+        assert (tower.cfg.grid, tower.cfg.n_tokens) == (grid, 1 + grid[0] * grid[1])
+        assert tower(images).shape == (5, 20)
+
+
+def test_a_new_tower_is_drawn_at_the_scale_of_its_stream() -> None:
+    config = replace(CONFIG, pool="attention", pool_heads=4, pool_queries=16, n_prefix=8)
+    with torch.random.fork_rng(devices=[]):
+        tower = HookedViT(config)
+    for name in ("W_E", "prefix", "W_pos", "proj", "pool.query"):
+        assert tower.get_parameter(name).std().item() == pytest.approx(32**-0.5, rel=0.25), name
 
 
 @pytest.mark.parametrize(
