@@ -70,6 +70,11 @@ def inert(text: str) -> str:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
+def some(names: Sequence[str], most: int = 3, *, comma: str = ", ") -> str:
+    """The first few names of a list, in words."""
+    return (comma.join(names[:most]) or "none") + f"{comma}..." * (len(names) > most)
+
+
 ROWS = 20
 """Rows that a notebook shows."""
 

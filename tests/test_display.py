@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from decompclip.display import inert, printable, printable_all, shown
+from decompclip.display import inert, printable, printable_all, shown, some
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,8 @@ def test_our_own_markup_is_left_alone() -> None:
     assert shown(Markup("<b>\n</b>")) == "<b>\n</b>"
     assert shown("a\nb") == "a\\nb"
     assert shown(3) == 3
+
+
+def test_of_many_names_the_first_are_said() -> None:
+    assert [some("abcd"[:n], 2) for n in range(4)] == ["none", "a", "a, b", "a, b, ..."]
+    assert some("abc") == "a, b, c" and some("abcd", comma="; ") == "a; b; c; ..."

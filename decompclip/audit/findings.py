@@ -26,6 +26,7 @@ from decompclip.audit.components import short
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import AuditResult, Detection, Suspicion
 from decompclip.audit.verdict import numbers
+from decompclip.display import some
 from decompclip.intervals import difference_interval
 
 Weight = Literal["evidence", "no evidence", "unclear", "note"]
@@ -110,7 +111,7 @@ def _components(result: AuditResult) -> Finding:
         text = f"None of {len(parts)} heads and MLPs contributes to the target beyond chance and more than an equal share."
         return Finding("unclear", f"No {'infected ' if backdoored(result) else ''}component stands out", text)
     n_heads = sum(part.part.kind == "heads" for part in infected)
-    names = ", ".join(short(part.part) for part in infected[:5]) + (", …" if len(infected) > 5 else "")
+    names = some([short(part.part) for part in infected], 5)
     text = f"Of {len(parts)} heads and MLPs, {count(n_heads, 'head')} and {count(len(infected) - n_heads, 'MLP')} contribute to the "
     text += f"target beyond chance and more than an equal share: {names}. Together they make "
     text += f"{100 * sum(part.share for part in infected):.0f} % of all contributions to it (direct effect)."

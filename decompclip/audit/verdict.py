@@ -23,6 +23,7 @@ from decompclip.audit.checks import (
     share,
 )
 from decompclip.audit.controls import Controls
+from decompclip.display import some
 from decompclip.intervals import Rate
 
 Level = Literal["backdoored", "suspicious", "no sign", "cannot tell"]
@@ -259,10 +260,9 @@ def unusable_classifier(
     """
     remedy = "Run `decompclip diagnose` on the clean images and correct what it finds; then start again."
     if alike:
-        shown = ", ".join(coinciding[:5]) + (", …" if len(coinciding) > 5 else "")
         return cannot_tell(
             f"{name} does not tell these class names apart",
-            f"{len(coinciding)} of {len(class_names)} names have a text feature that another name has too: {shown}.",
+            f"{len(coinciding)} of {len(class_names)} names have a text feature that another name has too: {some(coinciding, 5)}.",
             "Names that the model does not know, or the wrong vocabulary, look like this.",
             "Name classes in words that the model was trained on, each once.",
         )

@@ -9,7 +9,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import EXPECTED_ERROR, imports, plain_errors, progress, say, skipped_files
-from decompclip.display import printable_all
+from decompclip.display import printable_all, some
 
 
 def diagnose(
@@ -61,5 +61,5 @@ def _check_labels(images: str, names: tuple[str, ...]) -> None:
     if not labelled(open_images(images, lambda _: torch.zeros(3, 1, 1), names)):
         raise ValueError(
             f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
-            f"one; name them as the classes are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            f"one; name them as the classes are: {some(names)}"
         )

@@ -24,6 +24,7 @@ from typing_extensions import Unpack
 from decompclip.data.files import SkippedFile, is_bookkeeping, open_regular, reason
 from decompclip.data.pairs import ListedPairs, Pair, PairEntry, PairOptions
 from decompclip.data.pixels import Preprocess, encode_png, read_image
+from decompclip.display import some
 from decompclip.files import atomic_write
 
 UNFINISHED = "poisons.unfinished.json"
@@ -129,8 +130,7 @@ class ShardPairs(ListedPairs):
         if broken is not None:
             self._leave_out(str(shard), f"broken shard, {kept} pairs kept: {broken}")
         if foreign:
-            shown = ", ".join(list(dict.fromkeys(foreign))[:3]) + (", ..." if len(foreign) > 3 else "")
-            path = f"{shard}: {shown}"
+            path = f"{shard}: {some(list(dict.fromkeys(foreign)))}"
             many = f"{len(foreign)} file{'s' if len(foreign) > 1 else ''}"
             self._left_out[path] = SkippedFile(
                 path, f"{many} of no pair: no key and kind in the name, or a link"

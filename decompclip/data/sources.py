@@ -34,7 +34,7 @@ from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.data.shards import ShardPairs, check_finished, expand_shards
 from decompclip.data.tables import CsvPairs
-from decompclip.display import Track, silently
+from decompclip.display import Track, silently, some
 from decompclip.models.bundled import card
 
 WORLD_SEED = 8_001
@@ -335,10 +335,9 @@ def check_world_classes(spec: str, class_names: Sequence[str]) -> None:
     """Raises ValueError where a world, whose classes are numbers alone, has other classes."""
     known = () if parse_source(spec).kind in KNOWN else classes_of(spec)
     if known and tuple(class_names) != known:
-        few = f"{', '.join(class_names[:12])}{', ...' if len(class_names) > 12 else ''}"
         raise ValueError(
             f"expected the {len(known)} classes of {parse_source(spec).kind}, {', '.join(known)}; received "
-            f"{len(class_names)}: {few}; leave --classes out"
+            f"{len(class_names)}: {some(class_names, 12)}; leave --classes out"
         )
 
 

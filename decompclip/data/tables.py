@@ -23,6 +23,7 @@ from decompclip.data.files import SUFFIXES, open_regular, reason
 from decompclip.data.images import class_places, find_class
 from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions
 from decompclip.data.pixels import Preprocess, read_image
+from decompclip.display import some
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
 CAPTION_COLUMNS = ("title", "caption", "text")
@@ -322,9 +323,8 @@ def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     else:  # the partition's: no header
         header, rows = list(names), [line.split() for line in lines]
     if missing := [name for name in names if name not in header]:
-        shown = ", ".join(header[:8]) + (", ..." if len(header) > 8 else "")
         raise ValueError(
-            f"expected columns {', '.join(names)} in {table}; it has no {', '.join(missing)}, but {shown}"
+            f"expected columns {', '.join(names)} in {table}; it has no {', '.join(missing)}, but {some(header, 8)}"
         )
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decompclip.diagnosis.result import FEWEST, Fault, Measurement
+from decompclip.display import some
 from decompclip.intervals import Paired, Rate
 
 SIMPLE = 0.9
@@ -75,8 +76,7 @@ def name_faults(class_names: Sequence[str]) -> Iterator[Fault]:
     """Class names that no text tower was trained on."""
     odd = [name for name in class_names if WORDLESS.fullmatch(name.strip())]
     if odd:
-        shown = f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
-        what = f"class names are identifiers, not words: {shown}"
+        what = f"class names are identifiers, not words: {some(odd)}"
         remedy = "give each class a name in words: the text tower reads them"
         yield Fault("class names", what, remedy, (Measurement("of them", len(odd)),), "warning")
 
@@ -124,7 +124,7 @@ def other_order(
         if label != int(cls) and bool((labels == label).any())
     ]
     kind = "off by one" if name in _BY_ONE else "in another order than the class names"
-    what = f"the labels are {kind}{f' ({name})' if name else ''}: {'; '.join(moved[:3])}{'; ...' if len(moved) > 3 else ''}"
+    what = f"the labels are {kind}{f' ({name})' if name else ''}: {some(moved, comma='; ')}"
     numbers = (
         Measurement.of("accuracy", Rate.of(labels == answers)),
         Measurement.of("in that order", ordered),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from decompclip.diagnosis.pictures import NORMALISATIONS, Views, normalise
 from decompclip.diagnosis.result import Comparison, Fault, Measurement
+from decompclip.display import some
 from decompclip.intervals import Paired, Rate, mean_interval
 from decompclip.models.clip import HookedCLIP
 from decompclip.tower.layers import ACTIVATIONS, MLP
@@ -45,7 +46,7 @@ def weight_faults(model: HookedCLIP) -> Iterator[Fault]:
 def _not_finite(model: HookedCLIP) -> Iterator[Fault]:
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
-        what = f"weights are not finite: {', '.join(bad[:SHOWN])}{', ...' if len(bad) > SHOWN else ''}"
+        what = f"weights are not finite: {some(bad, SHOWN)}"
         remedy = "load the checkpoint again in float32; if they are so in the file, the training diverged"
         yield Fault("weights", what, remedy, (Measurement("weights", len(bad)),))
 

@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from decompclip.api import check_count
-from decompclip.display import Result
+from decompclip.display import Result, some
 from decompclip.intervals import CONFIDENCE, Rate, difference_interval, wilson
 
 if TYPE_CHECKING:
@@ -246,10 +246,9 @@ def group_accuracy(
     group = labels.cpu().long() * len(names[1]) + cues.cpu().long()
     counts = group.bincount(minlength=len(pairs))
     if empty := [f"{name}, {cue}" for (name, cue), n in zip(pairs, counts.tolist(), strict=True) if not n]:
-        shown = "; ".join(empty[:3]) + ("; ..." if len(empty) > 3 else "")
         raise ValueError(
-            f"expected images in each of the {len(pairs)} groups of a class and a cue; received none in {len(empty)}: {shown}; "
-            "take more images, or only classes and cues that come together"
+            f"expected images in each of the {len(pairs)} groups of a class and a cue; received none in {len(empty)}: "
+            f"{some(empty, comma='; ')}; take more images, or only classes and cues that come together"
         )
     return GroupAccuracy(pairs, group, predictions.cpu() == labels.cpu())
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from decompclip.models.errors import CheckpointError, UnknownModelError, first_line, some, warn_caller
+from decompclip.display import some
+from decompclip.models.errors import CheckpointError, UnknownModelError, first_line, warn_caller
 from decompclip.models.torchscript import (
     OPENAI_NUMBERS,
     check_archive,

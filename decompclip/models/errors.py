@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 
 from decompclip.tower.config import ModelError, UnsupportedTowerError
 
@@ -22,11 +21,6 @@ class CheckpointError(ModelError):
 def first_line(error: Exception) -> str:
     """What an error of another package says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few names of a list, in words."""
-    return f"{', '.join(names[:most]) or 'none'}{', ...' if len(names) > most else ''}"
 
 
 def warn_caller(message: str) -> None:

@@ -15,7 +15,8 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompclip.models.errors import CheckpointError, some
+from decompclip.display import some
+from decompclip.models.errors import CheckpointError
 
 # What older versions saved among the weights, and no model needs: it follows from the shapes.
 _FOLLOWS = re.compile(r"(.*\.)?(position_ids|attn_mask)")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompclip.display import some
 from decompclip.models.architecture import Tower, patches_of
-from decompclip.models.errors import CheckpointError, some
+from decompclip.models.errors import CheckpointError
 from decompclip.models.json_files import (
     EPSILON,
     FLAG,

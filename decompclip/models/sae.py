@@ -23,8 +23,9 @@ from torch import Tensor
 
 from decompclip.decomposition.components import Components, embed, heads, layers, mlps
 from decompclip.decomposition.maps import full_precision
+from decompclip.display import some
 from decompclip.models.checkpoint import read_checkpoint
-from decompclip.models.errors import CheckpointError, some
+from decompclip.models.errors import CheckpointError
 from decompclip.models.json_files import (
     FLAG,
     SIZE,

@@ -22,7 +22,7 @@ from decompclip.decomposition.components import (
 from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
 from decompclip.decomposition.maps import TermMaps, one_thread
 from decompclip.decomposition.moments import check_finite
-from decompclip.display import Result
+from decompclip.display import Result, some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,8 +88,9 @@ def place_of(which: int | str, known: Sequence[str], what: str) -> int:
     if isinstance(which, str) and which in known:
         return list(known).index(which)
     if isinstance(which, str) or not -len(known) <= which < len(known):
-        shown = ", ".join(map(repr, known[:6])) + (", ..." if len(known) > 6 else "")
-        raise LookupError(f"expected a {what} of {len(known)}: {shown}; received {which!r}")
+        raise LookupError(
+            f"expected a {what} of {len(known)}: {some([*map(repr, known)], 6)}; received {which!r}"
+        )
     return which % len(known)
 
 

@@ -18,7 +18,7 @@ from decompclip.audit.findings import findings
 from decompclip.audit.interventions import rule_name
 from decompclip.audit.result import KINDS, SCHEMES, Ablations, AuditResult, Detection, Suspicion
 from decompclip.audit.scan_result import ScanResult
-from decompclip.display import inert
+from decompclip.display import inert, some
 from decompclip.figures.bars import Histogram, bar_rows, class_scores, histograms
 from decompclip.figures.curves import Curve, LinePanel, line_panels, sweep_panels
 from decompclip.figures.heatmaps import Scale, attention_overlay, component_map, contribution_overlay, picture
@@ -117,7 +117,7 @@ def _shown(
     images = {
         "clean": result.clean_name,
         **facts,
-        "classes": f"{len(names)}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}",
+        "classes": f"{len(names)}: {some(names, 20)}",
     }
     return {
         "id": f"audit{index}",
