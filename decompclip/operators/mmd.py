@@ -205,7 +205,6 @@ class MMD(ByPart):
             self.mlps,
             unit=self._unit,
             scale="sequential",
-            top=float(self.values.abs().max()),
             **shown,
         )
 
@@ -297,6 +296,7 @@ def head_mmd(
         permutations = max(FIRST, math.ceil(len(one.parts) / RATE))
     generator = torch.Generator().manual_seed(seed)
     labels = labellings(n, m, permutations, paired, generator)
+    first, rest = labels[:, : FIRST + 1], labels[:, FIRST + 1 :]
     subset = torch.randperm(n + m, generator=generator)[:MEDIAN_OF]
     values, p_values, bandwidths = [], [], []
     for index in range(len(one.parts)):
@@ -304,15 +304,13 @@ def head_mmd(
         points = points - points.mean(0)  # distances stay, and lose fewer digits
         sigma = PAPER_BANDWIDTH if kernel == "paper" else median_distance(points[subset])
         options = (sigma, n, kernel == "unbiased", paired, block)
-        found, size = statistics(points, labels[:, : FIRST + 1], *options)
-        p_value = _p_value(found, size)
-        if permutations > FIRST and p_value * (FIRST + 1) <= ENOUGH:
-            found = torch.cat([found, statistics(points, labels[:, FIRST + 1 :], *options)[0]])
-            p_value = _p_value(found, size)
+        found, size = statistics(points, first, *options)
+        if rest.numel() and _as_large(found, size) <= ENOUGH:
+            found = torch.cat([found, statistics(points, rest, *options)[0]])
         values.append(found[0] * (PAPER_SCALE if kernel == "paper" else 1))
-        p_values.append(p_value)
+        p_values.append(_as_large(found, size) / len(found))
         bandwidths.append(sigma)
-    p = torch.stack(p_values) if permutations else None
+    p = torch.tensor(p_values, dtype=torch.float64) if permutations else None
     return MMD(
         parts=one.parts,
         values=torch.stack(values),
@@ -358,12 +356,11 @@ def layer_mmd(
     )
 
 
-def _p_value(found: Float[Tensor, " labelling"], size: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Share of values as large as the first, which is the observed one.
+def _as_large(found: Float[Tensor, " labelling"], size: Float[Tensor, ""]) -> int:
+    """How many values are as large as the first, which is the observed one, itself counted.
 
     Args:
         size: of an entry of the kernel matrix. Values that differ by a 10^12th of it are ties, apart by rounding
             alone: all of them where both sets are the same images, and p is then one.
     """
-    slack = 1e-12 * size
-    return (found >= found[0] - slack).double().mean()
+    return int((found >= found[0] - 1e-12 * size).sum())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from decompclip.api import check_choice
 from decompclip.display import Result
@@ -111,8 +114,7 @@ def named_property(
     for name, words in vocabulary.items():
         if isinstance(words, str) or not words or not all(words):
             raise ValueError(f"expected a list of the values of {name!r} in words; received {words!r}")
-    weights = [1.0] * len(texts) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(texts) or min(weights) < 0 or not sum(weights) > 0:
+    if weights is not None and (len(weights) != len(texts) or min(weights) < 0 or not sum(weights) > 0):
         raise ValueError(
             f"expected one weight for each of {len(texts)} texts, none negative, not all zero; received "
             f"{len(weights)} weights; leave weights out for equal ones"
@@ -120,10 +122,7 @@ def named_property(
     values = {name: _mentions(texts, words) for name, words in vocabulary.items()}
     usual = {name: _mentions(pool or (), words) for name, words in vocabulary.items()}
     return Naming(
-        shares={
-            name: sum(w for w, m in zip(weights, found, strict=True) if m) / sum(weights)
-            for name, found in values.items()
-        },
+        shares={name: float(np.average(list(map(bool, m)), weights=weights)) for name, m in values.items()},
         usual={name: sum(map(bool, found)) / len(found) if found else 0.0 for name, found in usual.items()},
         values={name: tuple(dict.fromkeys(v for m in found for v in m)) for name, found in values.items()},
     )
@@ -160,7 +159,7 @@ class Agreement(Result):
     @property
     def agree(self) -> list[bool]:
         """Whether both name one property, part by part."""
-        return [a == b for a, b in zip(self.probed, self.named, strict=True)]
+        return list(map(eq, self.probed, self.named))
 
     @property
     def count(self) -> int:
@@ -186,8 +185,6 @@ class Agreement(Result):
 
     def figure(self) -> go.Figure:
         """How often each probed property goes with each named one."""
-        import numpy as np
-
         from decompclip.figures.heatmaps import matrix
 
         rows = sorted(set(self.probed))

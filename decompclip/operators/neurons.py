@@ -204,14 +204,13 @@ def neuron_terms(
         kept[hook.name] = wide(x[..., index[layers == layer].to(x.device)]).clone()
 
     pooled = Rows(visual, with_mean=False)
-    ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
+    ends = [(name, hook) for name, hook in pooled.hooks() if not str(name).startswith("blocks.")]
     with visual.hooks(fwd_hooks=[*ends, *((name, keep) for name in names)]):
         feature = wide(visual(images))
-    length = feature.norm(dim=-1) if normalize else feature.new_ones(len(feature))
+    pooled.length = feature.norm(dim=-1) if normalize else None
     post = torch.cat([kept[name] for name in names], dim=-1)
     rows = post[:, visual.cfg.pooled_rows]
-    rows = rows if pooled.each or visual.cfg.pool == "cls" else rows.mean(1, keepdim=True)
-    coords = (pooled.weights / length[:, None, None]) @ rows
+    coords = pooled.weights @ (rows if pooled.each else rows.mean(1, keepdim=True))
     fixed = frozen(visual, convention)
     into = torch.einsum("jd,qdp->qjp", neuron_writes(visual, layers, index), fixed.into)
     maps = into if fixed.read.out is None else into @ fixed.read.out

@@ -98,9 +98,9 @@ class Writes:
             write, goal = getattr(self, name), getattr(moments, name)
             if write is not None and isinstance(term, Tensor) and goal.numel():
                 found = term.norm(dim=-1, keepdim=True)
-                # A head that adds nothing has no noise either.
-                length = torch.where(found > 0, goal.to(found).norm(dim=-1, keepdim=True) / found, 0)
-                changed[name] = write * length.to(write)
+                # A head that adds nothing has no noise either: its goal is zero.
+                found = found.clamp_min(torch.finfo(found.dtype).tiny)
+                changed[name] = write * (goal.to(found).norm(dim=-1, keepdim=True) / found).to(write)
         return replace(self, **changed)
 
     def terms(self, weights: Weights, maps: TermMaps, visual: HookedViT | None) -> Fill:
@@ -142,7 +142,7 @@ def as_terms(d: Decomposition) -> Decomposition:
     eye = torch.eye(d_embed).to(maps.heads).expand(*maps.heads.shape[:2], -1, -1)
     # Token maps of no pooling head say that coordinates are terms; the tokens themselves go with the edit.
     tokens = maps.heads.new_empty(*maps.heads.shape[:2], 0, maps.d_head, 0)
-    wide_maps = replace(maps, heads=eye, extras=0, tokens=tokens, out=None)
+    wide_maps = replace(maps, heads=eye, extras=0, tokens=tokens)
     return d.with_fields(coords=d.heads, maps=wide_maps, token_terms=None)
 
 

@@ -20,7 +20,7 @@ from decompclip.decomposition.components import (
     resolve,
 )
 from decompclip.decomposition.decomposition import Decomposition, batches, check_alike
-from decompclip.decomposition.maps import TermMaps, one_thread
+from decompclip.decomposition.maps import one_thread
 from decompclip.decomposition.moments import check_finite
 from decompclip.display import Result, some
 
@@ -158,13 +158,14 @@ class Points:
     one by one: kept are the points alone.
     """
 
-    def __init__(self, components: Components | None) -> None:
-        """`components` None: the heads of each layer together, and the MLPs."""
-        self._components = components
-        self._maps: TermMaps | None = None
-        self._kept: list[list[Tensor]] = []
-        self.parts: tuple[Part, ...] = ()
-        self.normalized = False
+    def __init__(self, like: Decomposition, components: Components | None) -> None:
+        """Without images yet. `components` None: the heads of each layer together, and the MLPs."""
+        self.maps, self.normalized = like.maps, like.normalized
+        if components is None:
+            self.parts = tuple(kind[layer] for kind in (heads, mlps) for layer in range(like.n_layers))
+        else:
+            self.parts = parts_of(components, like)
+        self._kept: list[list[Tensor]] = [[] for _ in self.parts]
 
     @staticmethod
     def of(d: Decomposition | Iterable[Decomposition], components: Components | None) -> Points:
@@ -175,34 +176,22 @@ class Points:
             TypeError: what the stream gives is no decomposition.
             ValueError: no images, terms that are not finite, or batches of different models or options.
         """
-        points = Points(components)
+        points = None
         for batch in batches(d):
-            points.add(batch)
-        if not len(points):
+            if not isinstance(batch, Decomposition):
+                raise TypeError(
+                    f"expected a Decomposition, or an iterable of them; received {type(batch).__name__} in it; make "
+                    "one with model.decompose(images)"
+                )
+            if points is None:
+                points = Points(batch, components)
+            check_alike(points, batch)
+            check_finite(batch, first=len(points))
+            for kept, part in zip(points._kept, points.parts, strict=True):
+                kept.append(points._points(batch, part))
+        if points is None or not len(points):
             raise ValueError("expected at least one image; received none; check the image source")
         return points
-
-    def add(self, d: Decomposition) -> None:
-        """Raises as `of`."""
-        if not isinstance(d, Decomposition):
-            raise TypeError(
-                f"expected a Decomposition, or an iterable of them; received {type(d).__name__} in it; make one "
-                "with model.decompose(images)"
-            )
-        if self._maps is None:
-            self._begin(d)
-        check_alike(self, d)
-        check_finite(d, first=len(self))
-        for kept, part in zip(self._kept, self.parts, strict=True):
-            kept.append(self._points(d, part))
-
-    def _begin(self, d: Decomposition) -> None:
-        self._maps, self.normalized = d.maps, d.normalized
-        if self._components is None:
-            self.parts = tuple(kind[layer] for kind in (heads, mlps) for layer in range(d.n_layers))
-        else:
-            self.parts = parts_of(self._components, d)
-        self._kept = [[] for _ in self.parts]
 
     @cached_property
     def _factors(self) -> Float[Tensor, "layer head coord coord"]:
@@ -224,15 +213,8 @@ class Points:
 
     def __getitem__(self, index: int) -> Float[Tensor, "image point"]:
         """All images' points of one part."""
-        if len(self._kept[index]) > 1:
-            self._kept[index] = [torch.cat(self._kept[index])]
-        return self._kept[index][0]
+        return torch.cat(self._kept[index])
 
     def __len__(self) -> int:
         """Number of images."""
-        return sum(len(batch) for batch in self._kept[0]) if self._kept else 0
-
-    @property
-    def maps(self) -> TermMaps:
-        assert self._maps is not None
-        return self._maps
+        return sum(map(len, self._kept[0]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
@@ -175,19 +176,11 @@ class Patching(TwoRuns):
         scale = 1 / self.gap if shares and self.gap else 1.0
         grids = []
         for site, effects in self.effects.items():
-            columns, axis = self._columns(site)
-            names = columns if axis else [""]
-            grids.append(Grid(SITE_NAMES[site], scale * effects.reshape(len(effects), -1), names, axis))
+            names = [".".join(map(str, place)) for place in product(*map(range, effects.shape[1:]))]
+            axis = ".".join(["head"] * (site == "z") + ["token"] * self.by_token)
+            grids.append(Grid(SITE_NAMES[site], scale * effects.reshape(-1, len(names)), names, axis))
         top = max(float(grid.values.abs().max()) for grid in grids)
         return grid_maps(grids, unit="share of the gap" if shares else "change of the score", top=top)
-
-    def _columns(self, site: str) -> tuple[list[str], str]:
-        """Names of what a site is taken apart into, and what they are; heads token by token stand side by side."""
-        shape = self.effects[site].shape[1:]
-        if site == "z" and self.by_token:
-            return [f"{head}.{token}" for head in range(shape[0]) for token in range(shape[1])], "head.token"
-        axis = "head" if site == "z" else "token" if self.by_token else ""
-        return [str(place) for place in range(shape[0] if shape else 1)], axis
 
     def __repr__(self) -> str:
         places = {site: "x".join(map(str, effects.shape)) for site, effects in self.effects.items()}
@@ -242,13 +235,14 @@ def _patch_all(
     before = judge(visual(base))
     effects = {}
     for site, of_layers in names.items():
-        found = []
+        layers = []
         for name in of_layers:
-            given = donor[name]
+            given, found = donor[name], []
             for place in _places(given, site, by_token):
                 with visual.hooks(fwd_hooks=[(name, writing(given, place))]):
                     found.append((judge(visual(base)) - before).mean())
-        effects[site] = torch.stack(found).view(n_layers, *_units(donor[of_layers[0]], site, by_token))
+            layers.append(torch.stack(found).view(_units(given, site, by_token)))
+        effects[site] = torch.stack(layers)
     after = judge(visual(source))
     return Patching(effects, before, after, by_token, "exact")
 

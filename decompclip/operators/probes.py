@@ -228,9 +228,7 @@ def _groups(features: Float[Tensor, "image d_embed"], given: Tensor | None) -> n
         alike = np.diff(values[by_value]) == 0
         links.append((by_value[:-1][alike], by_value[1:][alike]))
     rows, columns = (np.concatenate(ends) for ends in zip(*links, strict=True))
-    return connected_components(
-        coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)), directed=False
-    )[1]
+    return connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)))[1]
 
 
 def _labels(properties: Mapping[str, Tensor], count: int) -> dict[str, np.ndarray]:

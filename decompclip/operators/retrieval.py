@@ -186,7 +186,7 @@ def nearest(
         similarity[range(len(known)), known] = -torch.inf
     if not queries:
         raise ValueError("expected at least one query; received none")
-    found = similarity.topk(min(k, len(d) - bool(known)), dim=1)
+    found = similarity.topk(min(k, len(d) - bool(known)))
     return Neighbours(
         part=part,
         queries=queries,
@@ -331,7 +331,7 @@ def heads_for(
             raise ValueError(
                 f"expected labels, or values in words; received both, labels and {', '.join(idle)}; leave one out"
             )
-        found = probe(d, {property: labels}, components=components, seed=0 if seed is None else seed)
+        found = probe(d, {property: labels}, components=components, seed=seed or 0)
         parts, score, words, named = found.parts, found.gain[:, 0], (), None
     else:
         words = _values(property, values)
@@ -348,18 +348,18 @@ def heads_for(
         texts = model.zero_shot_classifier(words, chosen).double()
         apart = texts - texts.mean(0)
         _, sizes, axes = torch.linalg.svd(apart, full_matrices=False)
-        if float(sizes[0]) < ALIKE:
+        basis = axes[sizes > ALIKE].float()
+        if not len(basis):
             raise ValueError(
                 f"expected values that the text tower tells apart; received {', '.join(map(repr, words))}, whose texts have "
                 "one feature; use words that the model knows"
             )
-        basis = axes[sizes > ALIKE * sizes[0]].float()
         along = attribute(d, basis, components=components)
         points, parts = Points.of(d, components), along.parts
         spread = [points[i].double().cpu() for i in range(len(parts))]
         variance = torch.stack([(x - x.mean(0)).square().sum() for x in spread])
         within = (along.values - along.mean).double().square().sum((0, 2))
-        score = torch.where(variance > 0, within / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0)
+        score = torch.where(variance > 0, within / variance, 0)
         named = None if spans is None else _named(spans, parts, property, words)
     order = score.argsort(descending=True, stable=True)
     return PropertyHeads(

@@ -15,7 +15,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import embed, everything, heads, mlps, neurons
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
-from decompclip.operators.mmd import MMD, head_mmd, labellings, layer_mmd, statistics
+from decompclip.operators.mmd import MMD, head_mmd, labellings, layer_mmd, median_distance, statistics
 from decompclip.operators.parts import Points
 from decompclip.tower.vit import HookedViT
 
@@ -61,6 +61,7 @@ def reference(x: Tensor, y: Tensor, kernel: str, *, paired: bool = False) -> flo
 def test_blocks_give_the_sums_over_pairs(
     a: Decomposition, b: Decomposition, kernel: Any, paired: bool, block: int
 ) -> None:
+    b = b if paired else b[:2]
     found = head_mmd(a, b, kernel=kernel, paired=paired, block=block, permutations=0, components=everything)
     assert len(found) == 3 * 4 + 3 + 1
     for layer in range(3):
@@ -99,11 +100,36 @@ def test_points_keep_the_distances_of_terms(a: Decomposition) -> None:
 def test_the_paper_s_kernel_is_ten_times_the_squared_distance_of_means(
     a: Decomposition, b: Decomposition
 ) -> None:
-    small = [d.edit(coords=d.coords / 100, mlps=d.mlps / 100) for d in (a, b)]
-    found = head_mmd(*small, kernel="paper", permutations=0)
-    gap = small[0].heads.double().mean(0) - small[1].heads.double().mean(0)
-    torch.testing.assert_close(found.heads, 10 * gap.square().sum(-1), rtol=1e-3, atol=0)
+    small = [d.edit(coords=d.coords / 1e4, mlps=d.mlps / 1e4) for d in (a, b)]
+    found = head_mmd(*small, kernel="paper", permutations=19)
+    terms = torch.cat([d.heads.double() for d in small])
+    first = labellings(9, 9, 19, False, torch.Generator().manual_seed(0)).T.double()
+    gaps = torch.einsum("pi,ilhd->plhd", first / 9 - (1 - first) / 9, terms).square().sum(-1)
+    torch.testing.assert_close(found.heads, 10 * gaps[0], rtol=1e-3, atol=0)
     assert set(found.bandwidths.tolist()) == {10.0}
+    assert found.p_values is not None  # of numbers however small
+    p = replace(found, values=found.p_values).heads
+    torch.testing.assert_close(p, (gaps >= gaps[0] * (1 - 1e-6)).double().mean(0))
+
+
+def test_what_all_images_share_costs_no_digits(a: Decomposition, b: Decomposition) -> None:
+    """Whole numbers stay exact in fp32 however far they are moved."""
+    near = [d.edit(mlps=(8 * d.mlps).round()) for d in (a, b)]
+    values = [
+        head_mmd(*(d.edit(mlps=d.mlps + shift) for d in near), components=mlps, permutations=0).values
+        for shift in (0, 2**20)
+    ]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_bandwidth_is_the_median_distance_of_some_images(
+    a: Decomposition, b: Decomposition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decompclip.operators.mmd.MEDIAN_OF", 5)
+    found = [head_mmd(a, b, permutations=0, seed=seed).bandwidths for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    few = torch.tensor([[0.0], [0.0], [0.0], [0.6]])  # half of the distances are zero: their mean
+    assert [median_distance(x) for x in (few, 0 * few)] == [pytest.approx(0.3), 1]
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -192,7 +218,10 @@ def test_only_small_p_values_take_more_relabellings(a: Decomposition, b: Decompo
     counts = set()
     for part, p, sigma in zip(found.parts, found.p_values.tolist(), found.bandwidths.tolist(), strict=True):
         points = torch.cat([x.heads[:, part.layer, part.head] for x in (a, mixed)]).double()
-        values, _ = statistics(points - points.mean(0), labels, sigma, 9, True, False, 8)
+        values, size = statistics(points - points.mean(0), labels, sigma, 9, True, False, 8)
+        assert float(size) == pytest.approx(
+            float(1 - torch.cdist(points, points).square().div(-2 * sigma**2).exp().mean())
+        )
         large = values >= values[0] - 1e-9
         count = 2501 if int(large[:1000].sum()) <= 100 else 1000
         counts.add(count)
@@ -241,7 +270,7 @@ def test_identical_sets_have_a_p_value_of_one(a: Decomposition, kernel: Any, pai
 def test_terms_that_never_vary_are_not_apart(a: Decomposition) -> None:
     still = a.edit(coords=torch.ones_like(a.coords))
     found = head_mmd(still, still[:5], components=heads, permutations=20)
-    assert not found.values.any()
+    assert not found.values.any() and (found.bandwidths == 1).all()
     assert found.p_values is not None and (found.p_values == 1).all()
 
 
@@ -285,6 +314,9 @@ def test_the_result_speaks(a: Decomposition, b: Decomposition) -> None:
     assert "heads[2, 0]" in found._repr_html_()
     assert found.heads[:2].isnan().all() and not found.heads[2].isnan().any()
     assert [repr(part) for part in found.parts] == frame["part"].tolist()
+    for part, missing in ((mlps, "head"), (embed, "layer")):  # numbers that there are none of stay numbers
+        bare = head_mmd(a, b, components=part, permutations=0).to_frame()[missing]
+        assert str(bare.dtype) == "Int64" and bare.isna().all()
     plain = head_mmd(a, b, permutations=0)
     assert "p" not in plain.to_frame() and "no p-values" in repr(plain)
 
@@ -305,7 +337,7 @@ def test_small_p_values_alone_are_told_by_all_permutations(
 def test_layers_are_measured_as_asked(a: Decomposition, b: Decomposition) -> None:
     found = layer_mmd(a, b, kernel="paper", permutations=19, paired=True, seed=3)
     assert (found.kernel, found.permutations, found.paired, found.seed) == ("paper", 19, True, 3)
-    assert head_mmd(a, b).permutations == 999
+    assert layer_mmd(a, b[:4], permutations=0).counts == (9, 4)
     with pytest.raises(ValueError, match="received permutations=0, block=0"):
         layer_mmd(a, b, permutations=0, block=0)
 
@@ -335,10 +367,12 @@ def test_figures_show_the_values(a: Decomposition, b: Decomposition) -> None:
     plot = layers.figure()
     curves = plot.data
     assert (plot.layout.xaxis.title.text, plot.layout.yaxis.title.text) == ("layer", "MMD² (unbiased)")
-    low, high = plot.layout.yaxis.range
-    assert low <= min(float(layers.values.min()), 0) and float(layers.values.max()) < high
-    assert high < 1.5 * float(layers.values.max())
-    assert [list(curve.x) for curve in curves] == [[0, 1, 2]] * 2
+    assert plot.layout.xaxis.dtick == 1 and list(plot.layout.xaxis.domain) == [0, 1]
+    for least, low in ((-0.2, -0.22), (0.1, 0)):  # zero is shown, and a little more than the values
+        spread = torch.linspace(least, 0.5, 6, dtype=torch.float64)
+        edge: Any = replace(layers, values=spread, adjusted=0.05 + 0 * spread).figure()
+        assert edge.layout.yaxis.range == pytest.approx((low, 0.54))
+        assert not any(str(symbol).endswith("-open") for curve in edge.data for symbol in curve.marker.symbol)
     assert [list(curve.y) for curve in curves] == [layers.values[:3].tolist(), layers.values[3:].tolist()]
     assert [list(curve.x) for curve in curves] == [[0, 1, 2]] * 2
     open_ = sum(str(symbol).endswith("-open") for curve in curves for symbol in curve.marker.symbol)

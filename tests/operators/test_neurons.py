@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -73,10 +73,13 @@ def test_all_neurons_and_the_bias_sum_to_the_mlps_term(
     # What is left is the output bias: the same for all layers' images up to their scale, plus shared constants.
     gone = AblateNeurons(neurons, terms=terms)(d)
     torch.testing.assert_close(gone.mlps, silent, **CLOSE)
-    if convention == "centred" and not normalize:
-        _, cache = tower.run_with_cache(images)
-        scaled = silent * cache["ln_final.hook_scale"][:, 0, None]
+    feature, cache = tower.run_with_cache(images)
+    length = feature.norm(dim=-1)[:, None, None] if normalize else torch.ones(5, 1, 1)
+    if convention == "centred":
+        scaled = silent * cache["ln_final.hook_scale"][:, 0, None] * length
         torch.testing.assert_close(scaled, scaled[:1].expand(5, -1, -1), **CLOSE)
+    plain = neuron_terms(tower, images, neurons, convention=convention)
+    torch.testing.assert_close(terms.terms * length, plain.terms)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +160,15 @@ def test_neuron_terms_are_a_table_and_bars(make_tower: Callable[..., HookedViT],
         torch.testing.assert_close(torch.tensor(frame["length"].to_numpy()), lengths.mean(0), **CLOSE)
         torch.testing.assert_close(torch.tensor(frame["largest"].to_numpy()), lengths.amax(0), **CLOSE)
         assert float(frame["activation"][2]) == pytest.approx(float(terms.post[..., 2].mean()), rel=1e-5)
-        bars: Any = next(iter(terms.figure().data))
-        assert sorted(bars.x) == pytest.approx(sorted(frame["length"]))
-        largest: Any = list(terms.figure().data)[1]
-        assert sorted(largest.x) == pytest.approx(sorted(frame["largest"]))
+        longest = frame.sort_values("length", ascending=False)
+        bars, largest = cast(Any, terms.figure().data)
+        assert list(bars.x) == pytest.approx(list(longest["length"]))
+        assert list(largest.x) == pytest.approx(list(longest["largest"]))
         layout: Any = terms.figure().layout
+        assert layout.yaxis.ticktext == tuple(
+            f"neurons[{layer}, {neuron}]"
+            for layer, neuron in zip(longest["layer"], longest["neuron"], strict=True)
+        )
         assert layout.xaxis.title.text == "length of the term"
         assert "4 neurons, 5 images" in terms._repr_html_()
 
@@ -272,7 +279,13 @@ def test_tokens_are_filled_with_their_means(
 
 
 @pytest.mark.usefixtures("ours_alone")
-def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, d: Decomposition, moments: Moments) -> None:
+def test_errors_say_what_to_do(
+    make_tower: Callable[..., HookedViT],
+    tower: HookedViT,
+    images: Tensor,
+    d: Decomposition,
+    moments: Moments,
+) -> None:
     with pytest.raises(
         ValueError, match=r"pass terms=neuron_terms\(visual, images, neurons\[0\]\) of the same"
     ):
@@ -286,6 +299,9 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor, d: Decompositio
         ValueError, match="neuron terms of 3 images, convention='centred', normalize=False; received"
     ):
         AblateNeurons(neurons[0, 4], terms=terms)(d[:3])
+    other = decompose(make_tower(seed=8), images)
+    with pytest.raises(ValueError, match="terms of the model that was decomposed; .* of other weights; make"):
+        AblateNeurons(neurons[0, 4], terms=terms)(other)
     with pytest.raises(ValueError, match="expected a fill of the neurons of the terms"):
         AblateNeurons(neurons[0, 4], terms=terms, fill=neuron_terms(tower, images, neurons[0, 5]))
     with pytest.raises(ValueError, match=r"a fill of the neurons neurons\[0, 5\]; received .* of others"):

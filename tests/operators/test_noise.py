@@ -46,11 +46,12 @@ TOWERS: list[dict[str, Any]] = [
     {"pool": "mean", "n_prefix": 0},
     {"pool": "mean", "ln_final": "pooled", "n_prefix": 1},
     {"pool": "attention", "pool_heads": 4, "pool_mlp": 24, "n_prefix": 0},
+    {"attn_norm": True},
 ]
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("changes", TOWERS, ids=["cls", "mean", "mean_then_norm", "attention"])
+@pytest.mark.parametrize("changes", TOWERS, ids=["cls", "mean", "mean_then_norm", "attention", "attn_norm"])
 def test_noise_is_one_draw_in_both_modes(
     make_tower: Callable[..., HookedViT], images: Tensor, changes: Any, normalize: bool
 ) -> None:
@@ -60,6 +61,7 @@ def test_noise_is_one_draw_in_both_modes(
     d = decompose(tower, images, normalize=normalize)
     length = tower(images).norm(dim=-1, keepdim=True) if normalize else 1.0
     reading = ["ln_final.hook_scale", *(["pool.hook_pattern"] if tower.cfg.pool == "attention" else [])]
+    reading += ["blocks.2.attn.ln.hook_scale"] if tower.cfg.attn_norm else []
     seen: dict[str, Tensor] = {}
     with tower.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in reading]):
         tower(images)
@@ -81,9 +83,15 @@ def test_noise_of_the_embedding_and_the_pool_is_what_is_written(
     make_tower: Callable[..., HookedViT], images: Tensor
 ) -> None:
     tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0)
-    moments = Moments.fit(tower, [drawn(16, 5)])
-    d, edit = decompose(tower, images), RandomAblate(pool, moments, model=tower)
-    torch.testing.assert_close(causal(tower, images, edit), edit(d).features, **CLOSE)
+    for normalize in (False, True):
+        d = decompose(tower, images, normalize=normalize)
+        edit = RandomAblate(pool, Moments.fit(tower, [drawn(16, 5)], normalize=normalize), model=tower)
+        length = tower(images).norm(dim=-1, keepdim=True) if normalize else 1.0
+        torch.testing.assert_close(causal(tower, images, edit), edit(d).features * length, **CLOSE)
+    unit = RandomAblate(pool | mlps[0], scale="unit")(d)
+    assert torch.equal(unit.heads, d.heads) and float((unit.pool - d.pool).norm(dim=-1).min()) > 2
+    assert torch.equal(unit.pool, RandomAblate(pool, scale="unit")(d).pool)
+    assert torch.equal(RandomAblate(heads, scale="unit")(d).pool, d.pool)
     cls = make_tower(layer_scale=True)
     edit = RandomAblate(embed, Moments.fit(cls, [drawn(16, 5)]), model=cls)
     with cls.hooks(fwd_hooks=edit.fwd_hooks(cls)):
@@ -107,6 +115,10 @@ def test_matched_noise_is_as_long_as_the_mean_and_of_its_seed(
         expected = lengths * share.view(-1, *[1] * (lengths.ndim - 1))
         torch.testing.assert_close(ours.norm(dim=-1), expected.float(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(RandomAblate(heads[1], moments)(d).coords[:, 1], noise.coords[:, 1], **CLOSE)
+    where = torch.zeros(5, 16, dtype=torch.bool)
+    where[2, 6] = True
+    changed = (RandomAblate(everything, moments, model=tower)(d, where=where).heads != d.heads).any(-1)
+    assert changed.nonzero().tolist() == [[2, 1, 2]]
     other = RandomAblate(everything, moments, model=tower, seed=1)(d)
     assert torch.cosine_similarity(other.mlps[0], noise.mlps[0], dim=-1).abs().max() < 0.99
     with tower.hooks(fwd_hooks=RandomAblate(heads[1, 2] | mlps[0], moments).fwd_hooks(tower)):
@@ -135,6 +147,9 @@ def test_unit_noise_is_standard_normal_in_all_dimensions_of_the_term(
     tower = make_tower(d_embed=300)
     d = decompose(tower, images, convention=convention)
     unit = RandomAblate(everything, scale="unit")(d)
+    assert unit.maps.direct and not unit.maps.extras and torch.equal(unit.coords, unit.heads)
+    products = torch.einsum("blhr,lhrs,blhs->blh", unit.coords, unit.maps.grams, unit.coords)
+    torch.testing.assert_close(products, unit.heads.square().sum(-1))
     for terms in (unit.heads, unit.mlps, unit.embed[:, None]):
         assert torch.corrcoef(terms[:, 0].flatten(1))[~torch.eye(5, dtype=torch.bool)].abs().max() < 0.2
         torch.testing.assert_close(terms.std(dim=-1), torch.ones(terms.shape[:-1]), rtol=0.15, atol=0)
@@ -162,6 +177,13 @@ def test_unit_noise_is_the_image_s_own_whatever_the_batch(tower: HookedViT, imag
         assert torch.equal(getattr(permuted, name), getattr(whole, name)[order])
         torch.testing.assert_close(getattr(alone, name), getattr(whole, name), **CLOSE)
     assert not torch.equal(RandomAblate(heads[1], scale="unit", seed=5)(d).heads[:, 1], whole.heads[:, 1])
+    # The image is known by its feature and its last MLP's term alone; tokens' terms go with the edit.
+    turned = decompose(tower, images, tokens=True).with_fields(mlps=d.mlps[:, [1, 0, 2]])
+    assert torch.equal(noise(turned).heads[:, 1], whole.heads[:, 1])
+    where = torch.zeros(5, 16, dtype=torch.bool)
+    where[:, 12] = True  # the first MLP
+    assert noise(turned, where=where).token_terms is None
+    assert repr(noise).endswith(", scale='unit', seed=4)")
 
 
 @pytest.mark.usefixtures("ours_alone")

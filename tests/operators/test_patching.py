@@ -96,7 +96,7 @@ def test_effects_that_differ_by_rounding_alone_correlate_with_nothing() -> None:
     noise = 1e-7 * torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     flat, other, varied = (
         Patching({"mlp_out": x}, torch.ones(2), torch.ones(2), False, "exact")
-        for x in (1 + noise[0], 5 + noise[1], torch.arange(3.0).double())
+        for x in (1e3 * (1 + noise[0]), 5 + noise[1], torch.arange(3.0).double())
     )
     for one, two in ((flat, other), (flat, varied), (varied, flat)):
         assert np.isnan(one.correlation(two)["mlp_out"])
@@ -175,7 +175,8 @@ def test_an_estimate_can_be_checked_at_a_few_places(
         pairs.append((float(plainly.effects[site][place]), effect))
     sizes = [abs(estimate) for estimate, _ in pairs]
     every = torch.cat([effect.flatten().abs() for effect in result.effects.values()])
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == float(every.max())
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (float(every.max()), float(every.min()))
     assert result.agreement == pytest.approx(float(np.corrcoef(np.array(pairs).T)[0, 1]), abs=1e-4)
     assert f"attribution, correlation {result.agreement:.2f} with 6 exact runs: mlp_out" in repr(result)
     frame = result.to_frame()
@@ -243,6 +244,11 @@ def test_results_are_tables_and_maps(
         maps: list[Any] = list(plot.data)
         assert len(maps) == len(SITES)
         assert maps[-1].z[2][1 if not by_token else 7] == pytest.approx(row.share, rel=1e-4)
+        tokens = [str(token) for token in range(7)] if by_token else [""]
+        units = [f"{head}.{token}" if by_token else str(head) for head in range(4) for token in tokens]
+        assert [list(grid.x) for grid in maps] == [*([tokens] * 5), units]
+        axes = [axis.title.text or "" for axis in plot.select_xaxes()]
+        assert axes == ["token" * by_token] * 5 + ["head.token" if by_token else "head"]
         assert "attribution" in repr(result) and "resid_pre" in result._repr_html_()
     path = path_patching(tower, images, source, direction, heads[1, 0])
     frame = path.to_frame()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +18,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.operators.naming import agreement, named_property
-from decompclip.operators.probes import COPY, Probes, _groups, probe
+from decompclip.operators.probes import COPY, Probes, _explained, _groups, probe
 from decompclip.tower.vit import HookedViT
 
 N = 120
@@ -63,8 +66,9 @@ def test_probes_find_what_was_planted(probes: Probes) -> None:
     assert explained[2, 1] > explained[2, 0] > 0.02  # predicted as well, but a smaller share
     assert (explained[3].abs() < 0.1).all()
     assert explained[4].tolist() == [0, 0, 0]  # an MLP that never varies
-    torch.testing.assert_close(probes.heads("colour")[1], gain[:4, 1])
-    assert probes.heads("colour")[[0, 2]].isnan().all()
+    absent = torch.full((4,), torch.nan, dtype=torch.float64)
+    expected = torch.stack([absent, gain[:4, 1], absent])
+    torch.testing.assert_close(probes.heads("colour"), expected, equal_nan=True)
 
 
 def test_accuracy_is_that_of_a_plain_fit_on_the_terms(
@@ -85,6 +89,10 @@ def test_accuracy_is_that_of_a_plain_fit_on_the_terms(
             y = truth[name].numpy()
             plain = LinearDiscriminantAnalysis().fit(x[train], y[train]).score(x[test], y[test])
             assert float(found.accuracy[head, j]) == pytest.approx(plain)
+            groups = [x[y == value] for value in np.unique(y)]
+            within = sum(np.square(group - group.mean(0)).sum() for group in groups) / (N - len(groups))
+            share = 1 - within / x.var(0, ddof=1).sum()
+            assert float(found.explained[head, j]) == pytest.approx(share, abs=1e-5)
             mode = np.bincount(y[train]).argmax()
             assert float(found.chance[j]) == pytest.approx((y[test] == mode).mean())
 
@@ -106,6 +114,28 @@ def test_the_explained_share_is_zero_for_chance_and_one_for_identity(
         for i in range(30)
     ]  # fmt: skip
     assert abs(np.mean(shares)) < 3 * np.std(shares) / 30**0.5 + 1e-3
+
+
+def test_what_tells_nothing_explains_nothing(planted: Decomposition, truth: dict[str, Tensor]) -> None:
+    """Terms that are zero, or alike but for rounding; and values of one image each, of which none is left to adjust by."""
+    luck = {"luck": truth["luck"]}
+    assert not probe(planted.edit(mlps=0 * planted.mlps), luck, components=mlps[0]).explained.any()
+    assert not probe(planted[:10], {"number": torch.arange(10)}, components=heads[1, 3]).explained.any()
+    alike = 1e6 * (1 + 1e-13 * np.random.default_rng(0).standard_normal((N, 3)))
+    assert _explained(alike, truth["luck"].numpy()) == 0
+
+
+def test_a_probe_goes_on_until_it_has_converged(planted: Decomposition) -> None:
+    """Axes of very different lengths, all of which matter: more steps than scikit-learn takes by default."""
+    draw = torch.Generator().manual_seed(0)
+    plain = torch.randn(2000, 20, generator=draw)
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=draw)).Q
+    terms = plain * torch.logspace(0, -3, 20) @ turn
+    answers = (plain @ torch.randn(20, 5, generator=draw)).argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        d = planted[[0] * 2000].edit(mlps=terms[:, None].expand(-1, 3, -1))
+        assert float(probe(d, {"answer": answers}, components=mlps[0], held_out=0.1).gain) > 0.3
 
 
 @pytest.mark.usefixtures("ours_alone")
@@ -171,9 +201,12 @@ def test_texts_name_a_property() -> None:
     # "stars" is no "star", and "ring" does not stand in "string".
     assert named_property(["a string of stars"], vocabulary).values["shape"] == ()
     assert named_property(["nothing at all"], vocabulary).property == "none"
+    assert named_property(["nothing at all"], {"colour": ["red"]}).property == "none"
     assert named_property(["red"], {"colour": ["red"], "warning": ["red"]}).property == "none"  # a tie
     heavy = named_property(["red", "small"], vocabulary, weights=[1.0, 3.0])
     assert heavy.shares["size"] == 0.75 and heavy.property == "size"
+    alone = named_property(["red", "small"], vocabulary, weights=[0.0, 0.5])
+    assert alone.shares == {name: float(name == "size") for name in vocabulary}
 
 
 def test_what_all_texts_name_says_nothing() -> None:
@@ -186,7 +219,7 @@ def test_what_all_texts_name_says_nothing() -> None:
 
 
 def test_a_longer_value_comes_before_the_one_that_it_begins_with() -> None:
-    found = named_property(["a red star"], {"thing": ["red", "red star"], "colour": ["blue"]})
+    found = named_property(["a red star"], {"thing": ["red", "Red star"], "colour": ["blue"]})
     assert found.values["thing"] == ("red star",)
 
 
@@ -241,6 +274,8 @@ def test_agreement_counts_and_kappa(probes: Probes) -> None:
         probes, {**texts, "heads[1, 0]": ["a ring", "a star", "all red"]}, words, weights=weights
     )
     assert weighted.named[0] == "colour"  # the last text outweighs the others
+    common = agreement(probes, {"heads[1, 0]": texts["heads[1, 0]"]}, words, pool=["a ring", "a star"])
+    assert common.named == ("colour",)  # what all of the pool's texts name says nothing
     bar = float(probes.explained[2].max())  # what reaches the bar counts
     left = [agreement(probes, texts, words, least=x).left_out for x in (bar, np.nextafter(bar, 2))]
     assert ["heads[1, 2]" in map(str, parts) for parts in left] == [False, True]
@@ -258,7 +293,9 @@ def test_the_result_speaks(probes: Probes) -> None:
     assert "heads[1, 1]" in probes._repr_html_()
     plot: Any = probes.figure()
     (heat,), layout = plot.data, plot.layout
-    assert (layout.coloraxis.cmin, layout.coloraxis.cmax) == (0, 1) and layout.xaxis.side == "top"
+    assert layout.xaxis.side == "top"
+    low: Any = replace(probes, accuracy=0.9 * probes.accuracy).figure().layout
+    assert (low.coloraxis.cmin, low.coloraxis.cmax) == (0, 1)  # whatever the largest gain
     np.testing.assert_array_equal(heat.customdata, torch.stack([probes.accuracy, probes.explained], -1))
     assert probes.accuracy.dtype == probes.chance.dtype == torch.float64
     np.testing.assert_allclose(heat.z, probes.gain.clamp_min(0).numpy())
@@ -277,6 +314,12 @@ def test_errors_say_what_to_do(planted: Decomposition, truth: dict[str, Tensor],
         lambda: probe(planted[:100], truth),
     )
     fails(ValueError, "received 120 images and held_out=1.5", lambda: probe(planted, truth, held_out=1.5))
+    three = {name: values[:3] for name, values in truth.items()}
+    fails(
+        ValueError,
+        "two values of 'shape' among the 1 images",
+        lambda: probe(planted[:3], three, held_out=0.7),
+    )
     still = {"shape": torch.zeros(N, dtype=torch.long)}
     fails(
         ValueError,

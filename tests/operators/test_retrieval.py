@@ -68,9 +68,9 @@ def test_neighbours_are_those_of_the_terms(make_tower: MakeTower, name: str) -> 
     ):
         for centred in (False, True):
             shift = of(d).mean(0) if centred else 0.0
-            found = nearest(d, part, [4, -1], k=3, centred=centred)
+            found = nearest(d, part, [4, -1], k=9, centred=centred)  # all but the image itself
             for place, image in enumerate((4, 6)):
-                order, values = ranked(of(d) - shift, of(d)[image] - shift, 3, image)
+                order, values = ranked(of(d) - shift, of(d)[image] - shift, 6, image)
                 assert part is embed or found.indices[place].tolist() == order  # class tokens are all alike
                 assert found.similarity[place].tolist() == pytest.approx(values, abs=1e-9)
             foreign = nearest(d, part, others, k=9, centred=centred)
@@ -124,6 +124,9 @@ def test_heads_of_a_property_find_images_alike_in_it(
     by_probe, by_texts = heads_for(terms, name, labels=y), heads_for(terms, name, model=model)
     assert (by_probe.by, by_texts.by, by_texts.values) == ("probe", "texts", PROPERTIES[name])
     assert bool((by_probe.score.diff() <= 0).all()) and bool((by_texts.score.diff() <= 0).all())
+    few = heads_for(terms, name, labels=y, components=mlps, seed=3)
+    other = probe(terms, {name: y}, components=mlps, seed=3)
+    torch.testing.assert_close(few.score, other.gain[:, 0].sort(descending=True).values)
     found = probe(terms, {name: y})
     for part, score in zip(by_probe.parts, by_probe.score, strict=True):
         assert float(found.gain[found.parts.index(part), 0]) == pytest.approx(float(score))
@@ -147,13 +150,35 @@ def test_a_score_by_texts_is_the_variance_along_their_differences(
         x = terms.heads[:, part.layer, part.head].double()
         x = x - x.mean(0)
         assert score == pytest.approx(float((x @ basis).square().sum() / x.square().sum()), rel=1e-4)
-    assert found.n_images == COUNT and len(found.top(4)) == 4
+    assert found.n_images == COUNT
+    two = heads_for(terms, "paint", values[:2], model=model, templates=prompts)
+    along = F.normalize(texts[1] - texts[0], dim=0)
+    x = terms.heads[:, two.parts[0].layer, two.parts[0].head].double()
+    share = ((x - x.mean(0)) @ along).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(two.score[0]) == pytest.approx(float(share), rel=1e-4)
+    # It does not depend on how long the terms are; of terms that never vary it is zero.
+    coords = terms.coords.clone()
+    coords[:, 1] *= 1e-3
+    coords[:, 0] = 1
+    scaled = heads_for(terms.edit(coords=coords), "paint", values, model=model, templates=prompts)
+    for part, score in zip(found.parts, found.score.tolist(), strict=True):
+        again = float(scaled.score[scaled.parts.index(part)])
+        assert again == pytest.approx(score if part.layer else 0, rel=1e-3)
     spans = textspans(model, heads[1:3], images=terms, n_texts=6)
     named = heads_for(terms, "colour", model=model, spans=spans, components=heads[1:3])
     assert named.named is not None
     at = [str(part) for part in named.parts].index("heads[1, 4]")  # colour's own head speaks of colours
     assert float(named.named[at]) > 0.5 and at == 0
-    assert list(named.to_frame().columns) == ["part", "kind", "layer", "head", "score", "named"]
+    colours, shares = set(PROPERTIES["colour"]), []
+    for part in named.parts:
+        (span,) = (span for span in spans.spans if span.part == part)
+        gains = span.variance_explained.diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp_min(0)
+        says = torch.tensor([bool(colours & set(text.split())) for text in span.texts])
+        shares.append(gains[says].sum() / gains.sum())
+    torch.testing.assert_close(named.named, torch.stack(shares))
+    frame = named.to_frame()
+    assert list(frame.columns) == ["part", "kind", "layer", "head", "score", "named"]
+    assert named.top(4).to_frame().equals(frame.head(4))
 
 
 def test_tables_and_figures_show_what_was_found(model: HookedCLIP, terms: Decomposition, batch: Any) -> None:

@@ -39,12 +39,14 @@ def test_a_description_has_not_changed_from_itself(pool: Tensor) -> None:
 def test_the_order_length_and_side_of_texts_do_not_matter(pool: Tensor) -> None:
     x, y = features(0, 5), features(1, 7)
     base = role_change(described(x), described(y), pool=pool, draws=1)
-    scaled = role_change(described(3 * x.flip(0)), described(0.5 * y), pool=pool, draws=1)
+    lengths = torch.linspace(1e-2, 10, len(pool))[:, None]
+    scaled = role_change(described(3 * x.flip(0)), described(0.5 * y), pool=lengths * pool, draws=1)
     mirrored = role_change(described(y), described(x), pool=pool, draws=1)
     names = list(base.measures)
     crossed = ["text similarity", "span overlap", "after by before", "before by after"]
     for name, other in zip(names, crossed, strict=True):
         assert scaled.measures[name].value == pytest.approx(base.measures[name].value)
+        assert scaled.measures[name].chance == pytest.approx(base.measures[name].chance)
         assert mirrored.measures[other].value == pytest.approx(base.measures[name].value)
 
 
@@ -129,13 +131,41 @@ def test_an_interval_has_the_width_of_its_confidence() -> None:
 def test_rounding_is_no_axis_and_a_small_difference_is_one() -> None:
     """Two texts that differ by less than features are computed to span one axis; by more, two."""
     x = torch.eye(8, dtype=torch.double)[:2]
-    for shift, axes in ((1e-9, 1), (1e-3, 2)):
+    for shift, axes in ((1e-9, 1), (1.5e-6, 1), (4e-6, 2), (1e-3, 2)):  # half of it, against the other axis
         alike = torch.stack([x[0], x[0] + shift * x[1]])
         found = role_change(described(alike), described(x[:1]), draws=1)
         assert found.overlap.value == pytest.approx((1 / axes + 1) / 2, abs=1e-6)
         assert found.measures["before by after"].value == pytest.approx(1, abs=1e-5)
         other = role_change(described(x[1:]), described(alike), draws=1)
         assert other.measures["before by after"].value == pytest.approx(axes - 1, abs=1e-6)
+        assert other.overlap.value == pytest.approx(0.75 * (axes - 1), abs=1e-6)
+
+
+def test_few_texts_have_the_interval_of_student_s_t() -> None:
+    """Shares .2, .2 and .5 in an axis: redrawn they give .2 to .5, and 4.303 / 1.960 times as much of it, by the root of 3/2."""
+    shares = torch.tensor([0.2, 0.2, 0.5], dtype=torch.float64)
+    three = torch.zeros(3, 5, dtype=torch.float64)
+    three[:, 0], three[range(3), [1, 2, 3]] = shares.sqrt(), (1 - shares).sqrt()
+    found = role_change(described(three), described(torch.eye(5)[:1]), draws=4000).measures["before by after"]
+    wider = 4.30265 / 1.95996 * 1.5**0.5
+    expected = 0.3, 0.3 - 0.1 * wider, 0.3 + 0.2 * wider
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-5)
+
+
+def test_intervals_end_where_the_measures_do() -> None:
+    """One text, or image, does not show how much they differ; two do."""
+    axes = torch.eye(4)
+    for before, measure, expected in (
+        (torch.stack([axes[0], -axes[0]]), "text similarity", (0.5, -1, 1)),
+        (torch.stack([axes[0], -axes[0]]), "before by after", (1, 1, 1)),
+        (axes[:2], "before by after", (0.5, 0, 1)),
+        (axes[:1], "text similarity", (1, -1, 1)),
+        (axes[:1], "before by after", (1, 0, 1)),
+    ):
+        found = role_change(described(before), described(axes[[0, 0]]), draws=200).measures[measure]
+        assert (found.value, found.low, found.high) == pytest.approx(expected)
+    two = role_change(described(axes[:1]), described(axes[:1]), terms=(axes[:2], axes[:2]), draws=200)
+    assert two.measures["before by before"].value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("measure", ["text similarity", "span overlap", "before by after", "after by before"])
