@@ -103,6 +103,7 @@ NONZERO = "read by its places alone, which are those of numbers too"
 SQUARE = "of a square matrix, either side"
 SEED = "a seed of draws: any number serves"
 KEY = "a key of the image: any length serves"
+ACCIDENT = "two such numbers are equal by accident alone"
 SAME_MAPS = "equal maps: of the model's own one copy is held"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -208,7 +209,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "decompclip/defenses/distances.py",
         "flagged = self._of(d) > calibrated(self.logs_, fpr)",
         "flagged = self._of(d) >= calibrated(self.logs_, fpr)",
-    ): "two such numbers are equal by accident alone",
+    ): ACCIDENT,
     **{
         ("decompclip/defenses/distances.py", before, before.replace(number, twice)): TINY
         for before, number, twice in (
@@ -277,6 +278,42 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "moved, along = _past_common(after - before, still), F.normalize(after - after.mean(0), dim=1)",
         "moved, along = _past_common(after - before, still), F.normalize(after - after.mean(0))",
     ): ROWS,
+    **{
+        ("decompclip/operators/checkpoints.py", before, before.replace(*swap)): ACCIDENT
+        for before, swap in (
+            (
+                "same = (change <= still)[:, None]  # rounding has directions too, of which nothing is to be said",
+                ("<=", "<"),
+            ),
+            ("return torch.where(length > still, length, 0.0)", (">", ">=")),
+            ("return x / median if median > still else torch.ones_like(x)", (">", ">=")),
+        )
+    },
+    (
+        "decompclip/operators/extract.py",
+        "due = end == self.n_shards or time.monotonic() - written > EVERY",
+        "due = end == self.n_shards or time.monotonic() - written >= EVERY",
+    ): ACCIDENT,
+    (
+        "decompclip/operators/inputs.py",
+        "if off[worst] > UNIT:",
+        "if off[worst] >= UNIT:",
+    ): "1e-3 is no difference of one and a float",
+    (
+        "decompclip/operators/lens.py",
+        "reading = F.normalize(reading, dim=-1) if normalize else reading",
+        "reading = F.normalize(reading) if normalize else reading",
+    ): ROWS,
+    (
+        "decompclip/operators/features.py",
+        "pooled = Rows(visual, with_mean=False)",
+        "pooled = Rows(visual, with_mean=True)",
+    ): "one hook more, of a block: those are left out in the next line",
+    (
+        "decompclip/operators/features.py",
+        "best = [torch.cat(pair, dim=1) for pair in zip(best, new, strict=True)] if best else new",
+        "best = [torch.cat(pair, dim=1) for pair in zip(new, best, strict=True)] if best else new",
+    ): "both are sorted anew, and of equal ones any may be first",
     (
         "decompclip/operators/extract.py",
         '"pool": (int(self.model.cfg.pool_mlp > 0), d_embed),',

@@ -88,7 +88,7 @@ class Fill:
     Axes of terms: `[*batch layer head coord]`, `[*batch layer d_embed]`, `[*batch d_embed]` for the embedding, and
     `[*batch pool d_embed]`. Of the stream: `[layer *batch token head d_head]`, `[layer *batch token d_model]`,
     `[*batch token d_model]` and `[*batch row d_pool]`, where a token axis of length 1 serves for all (only the layers
-    that are edited need be there). None: unknown.
+    that are edited need be there). What is shorter is broadcast. None: unknown.
     """
 
     heads: Float[Tensor, "*heads"] | Mapping[int, Tensor]
@@ -286,13 +286,13 @@ class ZeroAblate(Replacement):
     """
 
     def term_fill(self, d: Decomposition, mask: ComponentMask) -> Fill:
-        none = d.embed.new_zeros(d.d_embed)
-        return Fill(none.new_zeros(d.coords.shape[1:]), none.expand(d.n_layers, -1), none, none[None])
+        zero = d.embed.new_zeros(())
+        return Fill(zero, zero, zero, zero)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
         z = value_biases(visual)
-        none = z.new_zeros(visual.cfg.n_layers, 1, visual.cfg.d_model)
-        return Fill(z, none, none[0], z.new_zeros(1, visual.cfg.d_pool))
+        zero = z.new_zeros(1, 1)
+        return Fill(z, zero.expand(len(z), -1, -1), zero, zero)
 
 
 def value_biases(visual: HookedViT) -> Float[Tensor, "layer 1 head d_head"]:

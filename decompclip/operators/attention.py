@@ -81,15 +81,15 @@ def contribution_maps(
     model: HookedViT | HookedCLIP,
     images: Images,
     toward: Text,
-    components: Components = all_heads,
+    components: Components = ...,
     *,
-    against: Text | None = None,
-    normalize: bool = True,
-    convention: Convention = "centred",
-    label: str | None = None,
-    names: Sequence[str] | None = None,
-    pictures: bool = True,
-    batch_size: int = BATCH,
+    against: Text | None = ...,
+    normalize: bool = ...,
+    convention: Convention = ...,
+    label: str | None = ...,
+    names: Sequence[str] | None = ...,
+    pictures: bool = ...,
+    batch_size: int = ...,
 ) -> TokenMaps: ...
 @overload
 def contribution_maps(
@@ -97,8 +97,8 @@ def contribution_maps(
     texts: Float[Tensor, "text d_embed"],
     /,
     *,
-    label: Sequence[str] | None = None,
-    names: Sequence[str] | None = None,
+    label: Sequence[str] | None = ...,
+    names: Sequence[str] | None = ...,
 ) -> Iterator[TokenMaps]: ...
 def contribution_maps(
     model: HookedViT | HookedCLIP | Decomposition,
@@ -201,8 +201,8 @@ def _each(
     image_size, patch_size = cast(tuple[int, int], terms.image_size), cast(tuple[int, int], terms.patch_size)
     rows, columns = (size // patch for size, patch in zip(image_size, patch_size, strict=True))
     heads = tuple((layer, head) for layer, head in terms.kept.nonzero().tolist())
-    size = 3 * terms.attention[:, :, 0].numel() * 4  # the product, its copy, and the copy on the CPU
-    for piece in pieces(len(texts), size, room(d.embed.device)):
+    # in bytes of a text: the product, its copy, and the copy on the CPU
+    for piece in pieces(len(texts), 12 * terms.attention[:, :, 0].numel(), room(d.embed.device)):
         found = d.token_logits(texts[piece].to(d.embed)).float().permute(3, 1, 0, 2).cpu().contiguous()
         prefix, patches = found.split([found.shape[-1] - rows * columns, rows * columns], dim=-1)
         laid = patches.unflatten(-1, (rows, columns))

@@ -155,7 +155,7 @@ class Attribution(ByPart):
                 numbers = [getattr(part, name) for part in self.parts]
                 own[name] = pd.array([*numbers, None], dtype="Int64")
         if any(token is not None for token in self.tokens):
-            own["token"] = pd.array([*self.tokens, None], dtype="Int64")
+            own["token"] = pd.array([*self.tokens, None])
         whole = torch.cat([self.values, self.rest[:, None]], dim=1).double()
         frames = []
         for place, text in enumerate(self.texts):
@@ -332,7 +332,7 @@ def attribute(
             if fine is not None:
                 fine.check(batch)
         if score is None:
-            each, which = along[None], torch.zeros(len(batch), dtype=torch.long)
+            each, which = along[None], torch.zeros(len(batch))
         else:
             each, which = score.directions(rows).unique(dim=0, return_inverse=True)
             each, which = each[:, None], which.expand(len(batch))
@@ -347,7 +347,7 @@ def attribute(
         back = torch.cat(places).argsort()
         values.append(torch.cat([x for x, _ in found])[back].cpu())
         totals.append(torch.cat([x for _, x in found])[back].cpu())
-    if first is None or not start:
+    if first is None:
         raise ValueError("expected at least one image; received none; check the image source")
     if score is not None:
         score.check(start)

@@ -237,8 +237,7 @@ def compare_checkpoints(
         check_model(of)
     _check_alike(model, reference)
     names = class_names if class_names is not None else reference.class_names or model.class_names
-    if templates is None or isinstance(templates, str):
-        templates = reference._templates(templates)
+    templates = reference._templates(templates)
     precisions = {of.visual.dtype for of in (model, reference)}
     still = max([STILL, *(torch.finfo(x).eps for x in precisions)]) if len(precisions) > 1 else STILL
     moved = along = None
@@ -330,7 +329,7 @@ def _text_change(model: HookedCLIP, reference: HookedCLIP) -> float:
     changed, usual = (
         sum(float(x.square().sum()) for x in xs) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
-    return (changed / usual) ** 0.5 if usual else 0.0
+    return (changed / usual) ** 0.5
 
 
 def _check_alike(model: HookedCLIP, reference: HookedCLIP) -> None:

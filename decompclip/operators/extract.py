@@ -7,6 +7,7 @@ the order of the shards, and so come out the same to the last bit.
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from decompclip import __version__
+from decompclip.api import check_count
 from decompclip.data.datasets import PairStream
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
@@ -128,9 +130,8 @@ def extract(
         ValueError: no image could be read, images that are normalised already, a model with hooks, unusable options, fewer images than processes, or processes that disagree.
         DecompositionError: a feature is not the sum of its terms.
     """
-    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"expected {name} of at least 1; received {value}")
+    check_count(shard_size, "images", "shard_size")
+    check_count(batch_size, "images", "batch_size")
     if any(hooked(module) for module in model.visual.modules()):
         raise ValueError(
             "expected a model without hooks, whose terms are the model's own; received one with some; call it outside "
@@ -269,15 +270,14 @@ class Job:
         """Say what the run will take; raises OSError where the disk is too small."""
         maps, cfg, count = self.none.maps, self.model.cfg, len(self.images)
         fixed = sum(x.nbytes for x in vars(maps).values() if isinstance(x, Tensor))
-        n_pool = self.none.pool.shape[1]
         if self.run["holds"] == "moments":
-            layers, heads, coord, d_embed = maps.heads.shape
-            second = layers * heads * coord**2 + (layers + 1 + n_pool) * d_embed**2
-            streams = cfg.n_tokens * (layers * (heads * cfg.d_head + cfg.d_model) + cfg.d_model)
+            terms = (self.none.coords, self.none.mlps, self.none.embed, self.none.pool)
+            second = sum(math.prod(x.shape[1:]) * x.shape[-1] for x in terms)
+            streams = cfg.n_tokens * (cfg.n_layers * (cfg.n_heads * cfg.d_head + cfg.d_model) + cfg.d_model)
             # the new file stands beside the old one until it takes its place
             needed, words = 2 * (fixed + 8 * (second + streams)), "whatever the number of images"
         else:
-            each = bytes_per_image(maps, n_pool, self.run["dtype"]) + NAME
+            each = bytes_per_image(maps, self.none.pool.shape[1], self.run["dtype"]) + NAME
             needed, words = fixed + count * each, f"{each:,} bytes an image"
         there = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         free = shutil.disk_usage(self.folder).free
@@ -362,7 +362,7 @@ class Job:
         ids: list[str] = []
         for shard, batch in self._steps(shards):
             if batch is None:
-                if whole is not None and self.group.count > 1:  # maps need not go through the wire
+                if whole is not None:  # maps need not go through the wire
                     whole = replace(whole, maps=replace(whole.maps, heads=whole.maps.heads[:0]))
                 yield whole, self._left_out(shard, ids)
                 whole, ids = None, []

@@ -131,7 +131,7 @@ class FeatureTerms(FineTerms):
     Attributes:
         of: the components whose sum the autoencoder's activations are.
         unit: what coordinates would be, were an activation one at every token.
-        bias: terms of the decoder's bias, and of the means of normalised activations.
+        bias: terms of the decoder's bias.
         error: terms of what the autoencoder misses, and of tokens that it does not read.
         hook: of the autoencoder.
         sae: its digest.
@@ -162,7 +162,7 @@ class FeatureTerms(FineTerms):
         return pd.DataFrame(
             {
                 "part": [*self.labels, "bias", "error"],
-                "feature": pd.array([*self.index.tolist(), None, None], dtype="Int64"),
+                "feature": pd.array([*self.index.tolist(), None, None]),
                 "length": lengths.mean(0).numpy(),
                 "largest": lengths.amax(0).numpy(),
                 "active": [*active, 1.0, 1.0],
@@ -216,7 +216,7 @@ def feature_terms(
         )
     seen: list[Tensor] = []
     pooled = Rows(visual, with_mean=False)
-    ends = [hook for hook in pooled.hooks() if not str(hook[0]).startswith("blocks.")]
+    ends = [(name, see) for name, see in pooled.hooks() if not str(name).startswith("blocks.")]
     keep: Hook = (sae.hook, lambda x, hook: seen.append(wide(pooled_rows(cfg, x)).clone()))
     with visual.hooks(fwd_hooks=[*ends, keep]):
         feature = _finite(wide(visual(images)), "features")
@@ -225,17 +225,16 @@ def feature_terms(
     weights = pooled.weights / length[:, None, None]
     if weights.shape[-1] != x.shape[1]:  # the mean of rows over one scale
         weights = weights.expand(-1, -1, x.shape[1]) / x.shape[1]
-    own, coords, units, means = weights * read.to(weights), [], [], []
+    own, coords, units = weights * read.to(weights), [], []
     for piece in pieces(len(x), x.shape[1] * len(sae) * 8, temporary(x.device)):
         code = sae.read(x[piece])
         scaled = own[piece] * code.scale.mT.to(own)
         coords.append(scaled @ code.acts.to(own))
         units.append(scaled.sum(-1))
-        means.append((own[piece] @ code.mean.to(own))[..., 0])
-    every, unit, mean = torch.cat(coords), torch.cat(units), torch.cat(means)
+    every, unit = torch.cat(coords), torch.cat(units)
     fixed, W_dec = frozen(visual, convention), sae.W_dec.to(own)
     with full_precision(x):
-        bias = unit[..., None] * sae.b_dec.to(own) + mean[..., None]
+        bias = unit[..., None] * sae.b_dec.to(own)  # means of activations are nothing to the last LayerNorm
         error = weights @ x - every @ W_dec - bias
         of_bias, of_error = (
             fixed.read.finish(torch.einsum("bqd,qdp->bqp", y, fixed.into)) for y in (bias, error)
@@ -319,7 +318,7 @@ class AblateFeatures(Intervention):
             raise ValueError(
                 f"expected terms of {self.components!r}; received {terms!r} of others; make them with the same expression"
             )
-        if len(mask.singles) != 1 or mask.heads.any():
+        if mask.heads.any():  # else it is one term
             raise ValueError(
                 f"expected features of one MLP or of the embedding, whose term can be edited; received those of {terms.of!r}, "
                 "a sum of terms; take attribute(d, toward, features=terms), or ablate causally"
@@ -355,7 +354,7 @@ class AblateFeatures(Intervention):
 def _images(mask: Any, where: Where | None, batch: int) -> Bool[Tensor, " #batch"]:
     """The images in which all components of a mask may be edited."""
     at = Chosen.of(mask, where, batch)
-    count = at.heads.sum((1, 2)) + at.mlps.sum(1) + at.embed.long() + at.pool.long()
+    count = at.heads.sum((1, 2)) + at.mlps.sum(1) + at.embed.long()  # no autoencoder is of the pool's MLP
     return count == mask.flat.sum()
 
 
@@ -477,17 +476,18 @@ def top_images(
     best: list[Tensor] = []  # activation, image, token: [feature k]
     seen: list[tuple[Tensor, Tensor]] = []
     pictures, count = {}, 0
-    total = torch.zeros(len(index), dtype=torch.float64, device=visual.device)
-    often = torch.zeros_like(total)
+    total: Any = 0
+    often: Any = 0
 
     def keep(x: Tensor, hook: Any) -> None:
+        nonlocal total
         rows = _finite(x, f"activations at {sae.hook}").flatten(2)[:, read]
         found = []
         for piece in pieces(len(rows), rows.shape[1] * len(sae) * 8, temporary(x.device)):
             acts = sae.read(rows[piece]).acts[..., index]
             most, token = acts.max(1)
             found.append((most, token))
-            total.add_(acts.double().sum((0, 1)))
+            total = total + acts.double().sum((0, 1))
         most, token = (torch.cat(x) for x in zip(*found, strict=True))
         seen.append((most, token))
 
@@ -496,11 +496,11 @@ def top_images(
         with visual.hooks(fwd_hooks=[(sae.hook, keep)]):
             stop(batch.to(visual.device, visual.dtype))
         most, token = (x.T for x in seen.pop())  # [feature batch]
-        often += (most > 0).sum(1)
+        often = often + (most > 0).double().sum(1)
         places = torch.arange(count, count := count + len(batch), device=most.device).expand(len(index), -1)
         new = [most, places, read[token]]
         best = [torch.cat(pair, dim=1) for pair in zip(best, new, strict=True)] if best else new
-        order = best[0].topk(min(k, best[0].shape[1]), dim=1).indices
+        order = best[0].topk(min(k, count)).indices
         best = [x.gather(1, order) for x in best]
         if pictured:
             found = set(best[1].flatten().tolist())

@@ -93,8 +93,8 @@ class TextFeatures:
                 "out, or encode in fp32"
             )
         lengths = self.features.double().norm(dim=1)
-        if bool(((lengths - 1).abs() > UNIT).any()):
-            worst = int((lengths - 1).abs().argmax())
+        worst = int((off := (lengths - 1).abs()).argmax())
+        if off[worst] > UNIT:
             raise ValueError(
                 f"expected text features of length 1, or the longest would be picked; received one of length "
                 f"{float(lengths[worst]):.3g} for {self.texts[worst]!r}; normalise them, or make them with encode_texts"
@@ -189,10 +189,8 @@ def default_images(model: HookedCLIP, *, batch_size: int) -> Iterator[Float[Tens
 
 def _drawings(model: HookedCLIP, batches: Iterable[Any]) -> Iterator[Float[Tensor, "batch 3 h w"]]:
     for batch in batches:
-        pixels = batch.images
-        if tuple(pixels.shape[2:]) != tuple(model.image_size):
-            pixels = F.interpolate(pixels, tuple(model.image_size), mode="bilinear", antialias=True)
-        yield model.normalize(pixels)
+        size = tuple(model.image_size)  # where it is theirs, they stay as they are, to the last bit
+        yield model.normalize(F.interpolate(batch.images, size, mode="bilinear", antialias=True))
 
 
 POOL = Path(__file__).parents[1] / "data" / "pool" / "descriptions.txt"

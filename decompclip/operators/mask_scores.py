@@ -73,7 +73,7 @@ class MaskScores(Result):
     @property
     def order(self) -> list[int]:
         """Places of the maps, the highest mean share first; those with nothing positive last."""
-        return self.mean_share.nan_to_num(-1).argsort(descending=True, stable=True).tolist()
+        return self.mean_share.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
 
     def __len__(self) -> int:
         return len(self.chance)
@@ -239,7 +239,7 @@ class Segmentation(Result):
     @property
     def scores(self) -> Float[Tensor, "map measure"]:
         """Of each map, the three `MEASURES`."""
-        return self._scores(torch.ones(1, len(self), dtype=torch.float64))[0]
+        return self._scores(torch.ones(1, len(self), dtype=torch.float64)).squeeze(0)
 
     def intervals(self, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "2 map measure"]:
         """95 % intervals, low and high: percentiles over bootstrap draws of the images.

@@ -140,12 +140,15 @@ def test_causal_mean_ablation_writes_the_stream_means(
     )
 
 
-def test_pooled_rows_alone(tower: HookedViT, images: Tensor) -> None:
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_pooled_rows_alone(make_tower: Callable[..., HookedViT], images: Tensor, pool: str) -> None:
+    tower = make_tower(pool=pool, n_prefix=1)
+    pooled, others = (slice(0, 1), slice(1, None)) if pool == "cls" else (slice(1, None), slice(0, 1))
     _, before = tower.run_with_cache(images)
     with tower.hooks(fwd_hooks=ZeroAblate(mlps[0], rows="pooled").fwd_hooks(tower)):
         _, after = tower.run_with_cache(images)
-    assert not after["mlp_out", 0][:, 0].any()
-    torch.testing.assert_close(after["mlp_out", 0][:, 1:], before["mlp_out", 0][:, 1:])
+    assert not after["mlp_out", 0][:, pooled].any()
+    torch.testing.assert_close(after["mlp_out", 0][:, others], before["mlp_out", 0][:, others])
 
 
 @pytest.mark.parametrize("rows", ["patches", (2, -1), "mask", "masks"])
@@ -226,6 +229,8 @@ def test_hooks_compose_with_decompose(
 ) -> None:
     for edit in (MeanAblate(components, moments, rows=rows), ZeroAblate(components, rows=rows)):  # pyright: ignore
         feature = causal(tower, images, edit).detach()
+        with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):  # the last block's token 0 alone
+            torch.testing.assert_close(tower(images, pooled_rows=True), feature, **CLOSE)
         for convention in ("centred", "paper"):
             with tower.hooks(fwd_hooks=edit.fwd_hooks(tower)):
                 edited = decompose(tower, images, convention=convention)

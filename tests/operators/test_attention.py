@@ -12,6 +12,7 @@ from torch import Tensor
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.attention import attention_maps, contribution_maps, lay_out, rollout
@@ -174,8 +175,10 @@ def test_pictures_are_what_the_model_saw(model: HookedCLIP) -> None:
     pixels = Shapes(3, seed=5).draw(range(3)).images
     maps = attention_maps(model, model.normalize(pixels), heads[0, 0])
     expected = (255 * pixels).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert maps.pictures is not None and torch.equal(maps.pictures, expected)
+    for found in (maps.pictures, rollout(model, model.normalize(pixels)).pictures):
+        assert found is not None and torch.equal(found, expected)
     assert attention_maps(model, model.normalize(pixels), heads[0, 0], pictures=False).pictures is None
+    assert rollout(model, model.normalize(pixels), pictures=False).pictures is None
 
 
 def test_a_frame_has_a_row_for_each_token(tower: HookedViT, images: Tensor) -> None:
@@ -231,10 +234,11 @@ def test_errors_say_what_to_do(
             attention_maps(tower, none, heads[0])
     with pytest.raises(ValueError, match="expected a name for each of 5 images; received 1; pass as many"):
         attention_maps(tower, images, heads[0], names=["a"])
-    with pytest.raises(
-        ValueError, match="expected batch_size to be a whole number of images, at least 1; received 0"
-    ):
-        attention_maps(tower, images, batch_size=0)
+    for make in (attention_maps, rollout):
+        with pytest.raises(
+            ValueError, match="expected batch_size to be a whole number of images, at least 1; received 0"
+        ):
+            make(tower, images, batch_size=0)
     with pytest.raises(
         ValueError, match=r"expected a direction \[20\], .*; received \[1, 20\]; take one row"
     ):
@@ -269,6 +273,26 @@ def test_maps_toward_many_texts_are_those_toward_each(
         torch.testing.assert_close(maps.patches, expected.patches, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(maps.prefix, expected.prefix, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[2].of(2, 2), expected.of(2, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_share_a_product_as_memory_allows(
+    tower: HookedViT, images: Tensor, direction: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = torch.stack([direction, -direction, 2 * direction])
+    d = decompose(tower, images, normalize=True, tokens=heads[2])
+    expected = [maps.patches for maps in contribution_maps(d, texts)]
+    together: list[int] = []
+    product = Decomposition.token_logits
+
+    def counted(self: Decomposition, along: Tensor, *place: int) -> Tensor:
+        together.append(len(along))
+        return product(self, along, *place)
+
+    monkeypatch.setattr(Decomposition, "token_logits", counted)
+    monkeypatch.setattr("decompclip.operators.attention.room", lambda device: 1)
+    for maps, patches in zip(contribution_maps(d, texts), expected, strict=True):
+        torch.testing.assert_close(maps.patches, patches)
+    assert together == [1, 1, 1]
 
 
 @pytest.mark.usefixtures("ours_alone")

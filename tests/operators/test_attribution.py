@@ -201,9 +201,8 @@ def test_tables_and_maps_say_the_same(stars: Attribution, terms: Decomposition, 
     assert frame["mean"].sum() == pytest.approx(float(stars.score.mean()), abs=1e-5)
     row = frame[frame["part"] == "heads[4, 2]"].iloc[0]
     values = stars.values[:, stars.labels.index("heads[4, 2]"), 0]
-    mean, low, _ = mean_interval(values)
-    assert row["mean"] == pytest.approx(mean, abs=1e-6)
-    assert row["low"] == pytest.approx(low, abs=1e-6)
+    mean, low, high = mean_interval(values)
+    assert row[["mean", "low", "high"]].tolist() == pytest.approx([mean, low, high], abs=1e-6)
     assert mean - low == pytest.approx(2.200985 * float(values.std()) / 12**0.5, rel=1e-5)  # t of 12 values
     assert float(stars.heads()[4, 2]) == pytest.approx(mean, abs=1e-6)
     assert float(stars.mlps()[1]) == pytest.approx(float(stars.mean[stars.labels.index("mlps[1]"), 0]))
@@ -218,6 +217,8 @@ def test_tables_and_maps_say_the_same(stars: Attribution, terms: Decomposition, 
     )
     split = attribute(terms, "a star", model=model, tokens=True, components=heads[-1])
     assert split.to_frame()["token"].notna().sum() == len(split)
+    none = attribute(terms, "a star", model=model, components=mlps).to_frame()["head"]
+    assert none.dtype == split.to_frame()["head"].dtype == "Int64" and none.isna().all()
     several = attribute(
         terms, encode_texts(model, TEXTS), names=[f"picture {i}" for i in range(12)], label=["s", "r", "rs"]
     )
@@ -230,6 +231,9 @@ def test_figures_show_the_numbers(stars: Attribution, terms: Decomposition, mode
     plot: Any = stars.figure()
     *bars, intervals = plot.data
     assert intervals.name == "95 % interval over images"
+    assert all(bar.marker.color == bar.marker.line.color for bar in bars)  # filled, all kinds of them
+    two: Any = stars.select(images=[0, 1]).figure()
+    assert "mean of 2 images" in two.layout.title.text and two.data[0].error_x.array is not None
     drawn = {name[0]: x for bar in bars for name, x in zip(bar.customdata, bar.x, strict=True)}
     assert len(drawn) == 21 and drawn.pop("all others and constants") == pytest.approx(float(top.rest.mean()))
     assert drawn == pytest.approx(dict(zip(top.labels, top.mean[:, 0].tolist(), strict=True)))
@@ -251,6 +255,8 @@ def test_figures_show_the_numbers(stars: Attribution, terms: Decomposition, mode
     assert list(table.x) == TEXTS and len(table.y) == 20 and drawn_table.layout.xaxis.side == "top"
     assert torch.equal(torch.tensor(table.customdata), several.top(20).error)
     assert drawn_table.layout.coloraxis.cmin == -drawn_table.layout.coloraxis.cmax
+    pair: Any = several.select([0, 1]).figure()
+    assert list(pair.data[0].x) == TEXTS[:2]
     for drawn_colours in (cells, drawn_table):
         assert drawn_colours.layout.coloraxis.colorbar.title.text == "contribution to the cosine"
     assert "a star" in repr(stars) and "rest" not in stars.top(2)._repr_html_()[:40]
@@ -312,6 +318,11 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
         attribute(terms, text, components=pool)
     with pytest.raises(IndexError, match="rows of the classifier"):
         attribute(terms, classifier, 99)
+    paper = model.decompose(images, normalize=True, convention="paper")
+    with pytest.raises(
+        ValueError, match="convention='centred', as those before; received convention='paper'"
+    ):
+        attribute([terms, paper], text)
     with pytest.raises(LookupError, match="kept its tokens"):
         attribute(model.decompose(images), text, tokens=True)
     with pytest.raises(ValueError, match="at least one image"):

@@ -310,6 +310,21 @@ def test_features_of_texts_are_the_references(clean: HookedCLIP, twin: HookedCLI
         compare_checkpoints(twin, clean, texts=encode_texts(twin))
 
 
+def test_three_classes_are_ranked_and_lend_their_words(
+    clean: HookedCLIP, twin: HookedCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[TextPool] = []
+
+    def kept(*given: Any, **more: Any) -> TextPool:
+        pools.append(text_pool(*given, **more))
+        return pools[-1]
+
+    monkeypatch.setattr("decompclip.operators.checkpoints.text_pool", kept)
+    found = compare_checkpoints(twin, clean, class_names=CLASSES[1:], templates=["the {}"])
+    assert found.classes is not None and found.classes.names == CLASSES[1:]
+    assert pools[0].texts[:3] == ("the square", "the star", "the ring")
+
+
 def test_a_lead_is_over_the_second_where_there_is_one() -> None:
     for scores, lead in (([1.0, 4.0, 2.0], 2), ([0.2, 0.1, 0.8], 4), ([0.0, 3.0, 0.0], 1)):
         of = torch.tensor(scores)
@@ -427,10 +442,21 @@ def test_a_head_that_the_reference_has_not(clean: HookedCLIP) -> None:
     without = copy.deepcopy(clean)
     with torch.no_grad():
         blocks(without.visual)[2].attn.W_O[3] = 0
-    for pair, expected in (((clean, without), 1.0), ((without, clean), 1.0), ((without, without), 0.0)):
+    small = copy.deepcopy(clean)
+    with torch.no_grad():
+        blocks(small.visual)[2].attn.W_O[3] *= 1e-3
+    pairs = (
+        ((clean, without), 1.0),
+        ((without, clean), 1.0),
+        ((without, without), 0.0),
+        ((small, without), 1.0),  # however little that is
+        ((changed(small), small), 0.1),
+    )
+    for pair, expected in pairs:
         found = compare_checkpoints(*pair, class_names=(), texts=FEW, n_texts=2)
         place = [str(part) for part in found.parts].index("heads[2, 3]")
-        assert found.change.isfinite().all() and float(found.change[place]) == pytest.approx(expected)
+        assert found.change.isfinite().all()
+        assert float(found.change[place]) == pytest.approx(expected, rel=1e-4)
         assert str(found.top(1).parts[0]) == "heads[2, 3]" or not expected
         assert bool(found.directions.of("heads[2, 3]")) == bool(expected)
 
@@ -440,6 +466,12 @@ def test_rounding_to_half_precision_is_no_change(clean: HookedCLIP) -> None:
     found = compare_checkpoints(copy.deepcopy(clean).bfloat16(), clean, texts=FEW, n_texts=2)
     assert found.classes is not None and found.classes.lead == 1 and found.change.max() > 1e-4
     assert not any(any(words) for words in found.directions.words) and "first classes" not in repr(found)
+    assert not found.directions.share.any()
+    half, other = (copy.deepcopy(clean).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        blocks(other.visual)[2].attn.W_V[3, 0, 0] += 2**-6  # of one precision, what differs is a change
+    found = compare_checkpoints(other, half, class_names=(), texts=FEW, n_texts=2).top(1)
+    assert str(found.parts[0]) == "heads[2, 3]" and found.change[0] < 1e-2 and found.directions.share.all()
 
 
 def test_an_image_tower_alone_is_refused(clean: HookedCLIP) -> None:

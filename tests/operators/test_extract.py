@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -51,6 +52,7 @@ from decompclip.data.datasets import DatasetPairs, FolderPairs, PairStream
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import SubsetPairs
 from decompclip.data.pixels import encode_png, to_pixels
+from decompclip.data.processes import Processes
 from decompclip.data.shapes import ShapesPairs
 from decompclip.data.shards import ShardPairs, write_shards
 from decompclip.data.tables import CsvPairs
@@ -410,6 +412,28 @@ def test_moments_alone_take_as_much_whatever_the_number_of_images(model: HookedC
     assert sizes[1][MANIFEST] - sizes[0][MANIFEST] < 10  # digits
 
 
+def test_moments_travel_without_maps_and_are_written_now_and_then(
+    model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    travelled: list[Any] = []
+    saved: list[Path] = []
+    to_first, save = Processes.to_first, Moments.save
+
+    def sent(self: Processes, own: Any) -> Any:
+        travelled.append(own[0])
+        return to_first(self, own)
+
+    def kept(self: Moments, path: Any, **facts: Any) -> Any:
+        saved.append(path)
+        return save(self, path, **facts)
+
+    monkeypatch.setattr(Processes, "to_first", sent)
+    monkeypatch.setattr(Moments, "save", kept)
+    extract(model, Shapes(20, seed=2), tmp_path, moments_only=True, shard_size=10, batch_size=10)
+    assert [moments.maps.heads.numel() for moments in travelled] == [0, 0]
+    assert saved == [tmp_path / MOMENTS]
+
+
 def test_moments_go_on_where_they_were(
     model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -690,9 +714,10 @@ def test_pictures_that_changed_are_another_run(
         extract(model, source(folder), tmp_path / "a")
 
 
-def test_somebodys_folder_is_left_alone(model: HookedCLIP, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex; name another"):
+@pytest.mark.parametrize("name", ["thesis.tex", "weights.safetensors", "2024"])
+def test_somebodys_folder_is_left_alone(model: HookedCLIP, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("...")
+    with pytest.raises(FileExistsError, match=f"holds {re.escape(name)}; name another"):
         extract(model, IMAGES, tmp_path)
 
 
@@ -723,6 +748,70 @@ def test_a_small_disk_is_refused_before_the_work(
     with pytest.raises(OSError, match=r"expected 1\.5 MB of free disk; 0\.1 MB are free .* store in fp16"):
         extract(model, IMAGES, tmp_path / "a", **SIZES)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_disk_need_not_be_larger_than_the_store(
+    model: HookedCLIP, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, maps = shutil.disk_usage(tmp_path), Store(built).maps
+    fixed = sum(x.nbytes for x in vars(maps).values() if isinstance(x, Tensor))
+    needed = fixed + 3 * (bytes_per_image(maps, 0, "fp32") + NAME)
+    for free, fits in (
+        (needed - 1, False),
+        (needed, True),
+        (needed // 2, True),
+    ):  # the last with the store there
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if fits:
+            extract(model, Shapes(3), tmp_path / "a")
+            continue
+        with pytest.raises(OSError, match="of free disk"):
+            extract(model, Shapes(3), tmp_path / "a")
+
+
+def test_progress_is_that_of_the_work(
+    model: HookedCLIP, tmp_path: Path, again: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int, int]] = []
+    threads: set[str] = set()
+    draw = Shapes.draw
+
+    def track(items: Any, description: str, total: int) -> Any:
+        items = list(items)
+        told.append((description, total, len(items), sum(len(getattr(x, "images", ())) for x in items)))
+        return iter(items)
+
+    def drawn(self: Shapes, indices: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return draw(self, indices)
+
+    monkeypatch.setattr(Shapes, "draw", drawn)
+    extract(model, IMAGES, tmp_path / "new", track=track, **SIZES)
+    again(track=track)
+    work = "shapes: batches of 16"  # of four shards, whose ends count
+    assert told == [(work, 15, 15, 150), ("shards that are there", 4, 4, 0), (work, 0, 0, 0)]
+    assert "decompclip-feed" in threads  # read ahead of the model
+
+
+@pytest.mark.parametrize("moments_only", [False, True])
+def test_what_is_not_whole_has_no_manifest(
+    model: HookedCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments_only: bool
+) -> None:
+    def run() -> None:
+        extract(model, Shapes(20, seed=2), tmp_path, moments_only=moments_only, shard_size=10, batch_size=10)
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    run()
+    monkeypatch.setattr("decompclip.operators.extract.write_manifest", killed)
+    for damaged in (False, True):
+        if damaged:
+            cut(tmp_path / (MOMENTS if moments_only else "000001.safetensors"))
+        with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
+            warnings.simplefilter("ignore")
+            run()
+        assert (tmp_path / MANIFEST).exists() != damaged
 
 
 @pytest.mark.usefixtures("small_files")
@@ -776,8 +865,8 @@ def test_images_are_not_normalised_twice(model: HookedCLIP, tmp_path: Path, mome
 def test_bad_options(model: HookedCLIP, tmp_path: Path) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dtype": "int8"}, "expected a dtype of fp32, fp16, bf16; received 'int8'"),
-        ({"shard_size": 0}, "expected shard_size of at least 1; received 0"),
-        ({"batch_size": 0}, "expected batch_size of at least 1; received 0"),
+        ({"shard_size": 0}, "expected shard_size to be a whole number of images, at least 1; received 0"),
+        ({"batch_size": 0}, "expected batch_size to be a whole number of images, at least 1; received 0"),
     )
     for changes, words in cases:
         with pytest.raises(ValueError, match=words):
@@ -852,9 +941,11 @@ class Rows:
 
     def __init__(self) -> None:
         self.passes = 0
+        self.threads: set[threading.Thread] = set()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.passes += 1
+        self.threads.add(threading.current_thread())
         batch = Shapes(ROWS, seed=7).draw(range(ROWS))
         for place in range(ROWS):
             file = encode_png(batch.images[place])
@@ -890,6 +981,7 @@ def test_a_stream_is_extracted_as_what_it_holds(model: HookedCLIP, tmp_path: Pat
     store = extract(model, PairStream(rows, model.pixels), tmp_path / "rows", shard_size=20, batch_size=8)
     assert isinstance(store, Store) and len(store) == ROWS - 1
     assert rows.passes == 3  # to list it, to see the first picture, to read
+    assert rows.threads == {threading.current_thread()}  # a user's code runs where it was called
     pixels = torch.stack([(255 * image).round() / 255 for image in batch.images[kept]])
     with torch.no_grad():
         features = model.encode_image(model.normalize(pixels))

@@ -122,6 +122,14 @@ def test_without_its_error_the_tower_runs_on_what_the_autoencoder_makes(
     )
 
 
+def test_an_autoencoder_of_the_class_token_reads_it_alone(tower: HookedViT, images: Tensor) -> None:
+    sae = made(tokens="class")
+    x = tower.run_with_cache(images)[1]["blocks.1.hook_mlp_out"].clone()
+    x[:, :1] = sae.write(sae.read(x[:, :1]))
+    expected = run(tower, images, [("blocks.1.hook_mlp_out", lambda _, hook: x)])
+    torch.testing.assert_close(run(tower, images, Splice(sae, error=False).fwd_hooks(tower)), expected)
+
+
 def test_in_half_precision_a_splice_changes_nothing(
     make_tower: Callable[..., HookedViT], images: Tensor
 ) -> None:
@@ -319,6 +327,7 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
         ("features of a sparse autoencoder", lambda: ZeroAblate(features[3]).fwd_hooks(tower)),
         ("have a direct effect", lambda: feature_terms(tower, post, images)),
         ("whole number of images, at least 1", lambda: top_images(tower, mlp, images, k=0)),
+        ("batch_size to be a whole number of images", lambda: top_images(tower, mlp, images, batch_size=0)),
         ("at least one image", lambda: top_images(tower, mlp, [])),
         ("in one of 3 blocks", lambda: Splice(made("blocks.9.hook_mlp_out")).fwd_hooks(tower)),
     ]
@@ -423,6 +432,27 @@ def test_top_images_are_those_of_the_largest_activations(tower: HookedViT) -> No
         found.figure()
 
 
+def test_activations_are_read_as_memory_allows_and_no_further(
+    tower: HookedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, counts, read = made(), [], SparseAutoencoder.read
+    terms, found = feature_terms(tower, sae, images), top_images(tower, sae, images)
+
+    def counted(self: SparseAutoencoder, x: Tensor) -> Any:
+        counts.append(len(x))
+        return read(self, x)
+
+    def refuse(x: Tensor, hook: Any) -> None:
+        raise AssertionError(f"{hook.name} was reached")
+
+    monkeypatch.setattr(SparseAutoencoder, "read", counted)
+    monkeypatch.setattr("decompclip.operators.features.temporary", lambda device: 1)
+    torch.testing.assert_close(feature_terms(tower, sae, images).coords, terms.coords, **CLOSE)
+    with tower.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", refuse)]):
+        torch.testing.assert_close(top_images(tower, sae, images).activation, found.activation, **CLOSE)
+    assert counts == [1] * 10
+
+
 def test_places_of_many_tokens_are_exact_in_half_precision(
     make_tower: Callable[..., HookedViT], images: Tensor
 ) -> None:
@@ -436,10 +466,12 @@ def test_places_of_many_tokens_are_exact_in_half_precision(
     torch.testing.assert_close(there, found.activation, rtol=0.05, atol=0.05)
 
 
-def test_their_pictures_are_the_images_found() -> None:
+def test_their_pictures_are_the_images_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("shapes")
     pixels = Shapes(12, seed=2).draw(range(12)).images
     sae = made("blocks.1.hook_resid_post", model.cfg.d_model, k=4)
+    monkeypatch.setattr("decompclip.operators.features.PICTURED", 4)
+    assert top_images(model, sae, model.normalize(pixels), features[:5]).pictures is None
     # all images of one feature: the first and last of every batch are among them
     for chosen, k in ((features[2], 12), (features[:4], 2)):
         found = top_images(model, sae, model.normalize(pixels), chosen, k=k, batch_size=5)
@@ -447,6 +479,17 @@ def test_their_pictures_are_the_images_found() -> None:
         for pictures, images in zip(found.pictures, found.images, strict=True):
             expected = pixels[images].permute(0, 2, 3, 1) * 255
             torch.testing.assert_close(pictures.float(), expected, rtol=0, atol=1.0)
-    assert found.figure().data and "4 features" in repr(found)
+    plot: Any = found.figure()
+    words = [note.text for note in plot.layout.annotations]
+    rows = zip(found.active.tolist(), found.activation.tolist(), found.images.tolist(), strict=True)
+    assert words == [
+        text
+        for j, (share, most, images) in enumerate(rows)
+        for text in (
+            *(f"{x:.2f} {i}" for x, i in zip(most, images, strict=True)),
+            f"<b>features[{j}], in {share:.0%}</b>",
+        )
+    ]
+    assert plot.layout.title.text == "most active of 12 images" and "4 features" in repr(found)
     terms: FeatureTerms = feature_terms(model, sae, model.normalize(pixels))
     assert attribute(model.decompose(model.normalize(pixels)), "a star", features=terms, model=model).top(3)

@@ -85,7 +85,9 @@ def test_a_component_mask_restricts_every_kind_of_component(
         for i in range(5):
             alone = causal(tower, images[i : i + 1], edit, where=where[i : i + 1])
             torch.testing.assert_close(together[i : i + 1], alone, **CLOSE)
-        assert edit(d, where=torch.zeros_like(where)) is d
+        nowhere = torch.zeros_like(where)
+        assert edit(d, where=nowhere) is d
+        torch.testing.assert_close(causal(tower, images, edit, where=nowhere), tower(images), **CLOSE)
 
 
 def test_the_mask_has_the_order_of_flat(d: Decomposition) -> None:
@@ -149,6 +151,14 @@ def test_patching_all_that_is_upstream_gives_the_sources_run(
     _, cache = tower.run_with_cache(others)
     torch.testing.assert_close(patched["z", 0][:, :, 1], cache["z", 0][:, :, 1])
     torch.testing.assert_close(patched["mlp_out", 1], cache["mlp_out", 1])
+
+
+def test_one_image_serves_for_all(
+    tower: HookedViT, images: Tensor, others: Tensor, d: Decomposition, source: Decomposition
+) -> None:
+    one = Patch(everything, source[:1], images=others[:1])
+    torch.testing.assert_close(causal(tower, images, one), tower(others[:1]).expand(5, -1), **CLOSE)
+    torch.testing.assert_close(one(d).mlps, source.mlps[:1].expand(5, -1, -1), rtol=0, atol=0)
 
 
 def test_resampling_takes_each_component_from_another_image(d: Decomposition) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompclip.data.pixels import bytes_of
 from decompclip.data.shapes import Shapes
 from decompclip.intervals import mean_interval
 from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.operators.inputs import TextFeatures, encode_texts
-from decompclip.operators.lens import LogitLens, logit_lens
+from decompclip.operators.lens import LINES, LogitLens, logit_lens
 from decompclip.tower.vit import HookedViT
 from tests.conftest import MakeTower
 from tests.decomposition.test_families import FAMILIES
@@ -102,15 +104,35 @@ def test_the_table_and_the_figures_show_the_numbers(
     best = (lens.scores[:, 5].argmax(1) == 1).double().mean()
     assert row["first"] == pytest.approx(float(best))
     drawn: Any = lens.figure()
-    lines = {line.name: list(line.y) for line in drawn.data if line.name in TEXTS}
     assert drawn.layout.xaxis.title.text == "after block (5 images, mean and 95 % interval)"
-    assert lines["a star"] == pytest.approx(lens.scores[..., 0].mean(0).tolist())
+    assert drawn.layout.xaxis.ticktext == lens.depths and len(drawn.layout.annotations) == 0
+    assert lens._unit == "cosine" and drawn.layout.xaxis.domain == (0, 1)
+    for text in TEXTS:
+        (line,) = (line for line in drawn.data if line.name == text)
+        rows = frame[frame["text"] == text]
+        assert list(line.y) == pytest.approx(rows["mean"].tolist(), abs=1e-6)
+        ends = torch.tensor([rows["low"].tolist(), rows["high"].tolist()]).T
+        torch.testing.assert_close(torch.tensor(line.customdata), ends, rtol=0, atol=1e-6)
     maps: Any = lens.maps("a ring", images=[3, 1])
-    assert lens.patches is not None
+    assert lens.patches is not None and lens.pictures is not None
+    assert torch.equal(lens.pictures, bytes_of(model.denormalize(images_of)))
     first = next(trace for trace in maps.data if trace.type == "heatmap")
     assert torch.equal(torch.tensor(first.z), lens.patches[3, -1, 1])  # the last depth first
+    assert first.zmin == -first.zmax and len(maps.layout.images) == 2 * (
+        1 + 7
+    )  # over pictures, on both sides
     titles = [note.text for note in maps.layout.annotations]
     assert titles[:2] == ["<b>after block 5</b>", "<b>after block 4</b>"] and "<b>input</b>" in titles
+    bare = replace(lens, patches=None)
+    two: Any = replace(bare, scores=lens.scores[:2], names=("0", "1")).figure()
+    one: Any = replace(bare, scores=lens.scores[:1], names=("0",)).figure()
+    assert two.layout.xaxis.title.text == "after block (2 images, mean and 95 % interval)"
+    assert one.layout.xaxis.title.text == "after block (0)"
+    assert [line.name for line in one.data] == TEXTS  # of one image there is no interval
+    for count, kind in ((LINES, "scatter"), (LINES + 1, "heatmap")):
+        names = tuple(map(str, range(count)))
+        shown: Any = replace(bare, scores=lens.scores.repeat(1, 1, 3)[..., :count], texts=names).figure()
+        assert shown.data[0].type == kind
     many: Any = logit_lens(
         model, images_of[:1], [f"a {x} star" for x in ("red", "green", "blue")] * 3
     ).figure()
@@ -137,6 +159,7 @@ def test_mistakes_are_told(model: HookedCLIP, images_of: Tensor, lens: LogitLens
         (model, images_of[:0], TEXTS, {}, "at least one image"),
         (model, images_of, TEXTS, {"names": ["a"]}, "a name for each of 5 images"),
         (model, images_of, TEXTS, {"names": []}, "a name for each of 5 images; received 0"),
+        (model, images_of, TEXTS, {"batch_size": 0}, "batch_size to be a whole number"),
         (model, images_of[..., :40], TEXTS, {}, "through the model's `preprocess`"),
     ]
     for visual, images, texts, options, words in mistakes:

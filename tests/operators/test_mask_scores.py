@@ -6,6 +6,7 @@ import math
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +201,13 @@ def test_segmentation_by_hand() -> None:
     assert iou == pytest.approx((8 / 12 + 20 / 24) / 2)
     # image 0 at level 1: 8 pixels as object (4 right), 8 as background (8 right): 12 of 16; at level 0 all 16 of 32
     assert precision == pytest.approx(((12 / 16 * 12 / 16 + 4 / 16 * 16 / 32) + 1) / 2)
+    one = torch.zeros(1, 4, 4)
+    one[0, 1, 2] = 1.0
+    ends = segment(
+        {"itself": one, "flat": torch.ones(1, 4, 4)}, one > 0
+    )  # a flat map calls nothing the object
+    assert ends.scores[0].tolist() == [1, 1, 1]
+    assert ends.scores[1].tolist() == pytest.approx([15 / 16, 15 / 32, (15 / 16) ** 2 + 1 / 32])
 
 
 def test_segmentation_beside_plain_loops() -> None:
@@ -242,10 +250,15 @@ def test_intervals_of_segmentation_are_over_images() -> None:
     assert (low < found.scores).all() and (found.scores < high).all()
     spread = found.precision.std(1) / 40**0.5
     torch.testing.assert_close((high - low)[:, 2], 2 * 1.96 * spread, rtol=0.2, atol=0.0)
+    chosen = torch.randint(40, (500, 40), generator=torch.Generator().manual_seed(0))
+    drawn = found.precision.numpy()[:, chosen].mean(2)  # [map draw]
+    np.testing.assert_allclose(np.percentile(drawn, [2.5, 97.5], axis=1), torch.stack([low, high])[..., 2])
     for given in (("x", "good"), ("good", "x")):
         with pytest.raises(ValueError, match=r"expected [ab] of \('good', 'noise'\); received 'x'"):
             found.difference(*given)
     value, least, most = found.difference("good", "noise", draws=500)
+    ends = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    np.testing.assert_allclose(ends, [float(least[2]), float(most[2])])
     assert (
         (least > 0).all() and torch.equal(value, found.scores[0] - found.scores[1]) and (most > value).all()
     )
@@ -257,6 +270,10 @@ def test_intervals_of_segmentation_are_over_images() -> None:
     plot: Any = found.figure()
     *panels, _ = plot.data  # a measure each, and the legend's word on intervals
     assert len(panels) == len(MEASURES)
+    assert [note.text for note in plot.layout.annotations] == [
+        f"({letter}) {measure}" for letter, measure in zip("abc", MEASURES, strict=True)
+    ]
+    assert plot.layout.xaxis2.title.text == "%"
     for place, panel in enumerate(panels):
         score, least, most = (100 * x[:, place] for x in (found.scores, low, high))
         assert list(panel.x) == pytest.approx(score.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -647,14 +648,15 @@ def test_things_of_another_model(
 
 @pytest.mark.usefixtures("ours_alone")
 def test_text_features_fit_their_texts() -> None:
-    with pytest.raises(ValueError, match=r"received 1 texts, features \[2, 4\]"):
-        TextFeatures(("a",), torch.zeros(2, 4))
+    for texts, shape in ((("a",), [2, 4]), (("a", "b"), [2]), ((), [0, 4])):
+        with pytest.raises(ValueError, match=re.escape(f"received {len(texts)} texts, features {shape}")):
+            TextFeatures(texts, torch.zeros(shape))
     with pytest.raises(ValueError, match="finite text features; received nan or inf, first for 'b'"):
         TextFeatures(("a", "b"), torch.tensor([[1.0], [torch.nan]]))
     with pytest.raises(
-        ValueError, match="of length 1, or the longest would be picked; received one of length 3 for 'b'"
+        ValueError, match=r"of length 1, or the longest would be picked; received one of length 0\.5 for 'b'"
     ):
-        TextFeatures(("a", "b"), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        TextFeatures(("a", "b", "c"), torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 1.4]]))
     half = TextFeatures(
         tuple(map(str, range(50))), unit(50, 512).half()
     )  # rounding of half precision is no error
