@@ -439,11 +439,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): TINY,
     (
         "decompclip/operators/sweeps.py",
-        "counts = torch.zeros(0, dtype=torch.long)",
-        "counts = torch.zeros(1, dtype=torch.long)",
-    ): "for the checker of types alone: it is made anew with the first batch",
-    (
-        "decompclip/operators/sweeps.py",
         "first, shared = d[:0], Shared.of(d, moments, classifier)",
         "first, shared = d[:1], Shared.of(d, moments, classifier)",
     ): "of what is held, the form alone is read",
@@ -452,27 +447,59 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return predictions(torch.add(before, change, out=spare))",
         "return predictions(torch.add(before, change))",
     ): "the same sum, in memory of its own",
-    ("decompclip/operators/weights.py", "free = products > 1e-9", "free = products > 2e-09"): TINY,
     (
-        "decompclip/operators/weights.py",
-        "at = sorted(i for i in first.tolist() if centred[i].norm() > 10.0**-ALIKE)",
-        "at = sorted(i for i in first.tolist() if centred[i].norm() >= 10.0**-ALIKE)",
-    ): TINY,
-    (
-        "decompclip/operators/weights.py",
-        "return TextPool(tuple(names[i] for i in at), F.normalize(centred[at], dim=1))",
-        "return TextPool(tuple(names[i] for i in at), F.normalize(centred[at]))",
-    ): ROWS,
+        "decompclip/operators/second_order.py",
+        "self.count, self.length = 0, 0.0",
+        "self.count, self.length = 0, 1.0",
+    ): "the first batch's weight is one: nothing is left of what was there",
     **{
-        ("decompclip/operators/weights.py", before, before.replace(old, new)): GRAM
-        for before in (
-            'out = torch.linalg.qr(self.out, mode="r").R if len(self.out) > self.out.shape[1] else self.out',
+        ("decompclip/operators/second_order.py", before, before.replace(old, f"{old}=")): ACCIDENT
+        for before, old in (
+            ("side = torch.where(side.abs() > eps**0.5 * spread**3, side, (mean * direction).sum(1))", ">"),
+            ("told = spread > ROUNDING * eps * mean.norm(dim=1).clamp_min(moments.length)", ">"),
         )
-        for old, new in (
-            (', mode="r"', ""),
-            ("out) >", "out) >="),
-            ("len(self.out) > self.out.shape[1]", "(not (len(self.out) > self.out.shape[1]))"),
-        )
+    },
+    (
+        "decompclip/operators/second_order.py",
+        "share = (values[:, -1] / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp_max(1) * told",
+        "share = (values[:, -1] / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp_max(2) * told",
+    ): "past one by rounding alone",
+    (
+        "decompclip/operators/sweeps.py",
+        'if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):',
+        'if logits.device.type != "cpu" and logits.dtype in (torch.float32, torch.float64):',
+    ): "torch's own, which takes longer",
+    (
+        "decompclip/operators/textspan.py",
+        "chosen = (scores >= best * (1 - TIE) - FLOOR * first).int().argmax(1)  # the first of equals",
+        "chosen = (scores > best * (1 - TIE) - FLOOR * first).int().argmax(1)  # the first of equals",
+    ): ACCIDENT,
+    (
+        "decompclip/operators/transplant.py",
+        "if float(misses.max()) <= SAME.get(features.dtype, 1e-3):",
+        "if float(misses.max()) < SAME.get(features.dtype, 1e-3):",
+    ): ACCIDENT,
+    (
+        "decompclip/operators/transplant.py",
+        "draws.append(((start + steps) % n).to(device))",
+        "draws.append(((start - steps) % n).to(device))",
+    ): "steps back are as random as steps forward",
+    **{
+        ("decompclip/operators/weights.py", "free = products > 1e-9", f"free = products {after}"): TINY
+        for after in (">= 1e-9", "> 2e-09")
+    },
+    (
+        "decompclip/operators/weights.py",
+        'read, out = (torch.linalg.qr(x, mode="r").R for x in (self.read, self.out))',
+        "read, out = (torch.linalg.qr(x).R for x in (self.read, self.out))",
+    ): GRAM,
+    **{
+        (
+            "decompclip/operators/weights.py",
+            "_, values, vectors = torch.linalg.svd(matrix, full_matrices=False)",
+            f"_, values, vectors = torch.linalg.svd(matrix{full})",
+        ): "vectors past the rank, of which nothing is kept"
+        for full in ("", ", full_matrices=True")
     },
     **{
         ("decompclip/operators/neurons.py", before, before.replace(", dtype=torch.bool", "")): NONZERO
@@ -538,6 +565,8 @@ SYMMETRIC = {
     "torch.add",
     "transpose",
     "same_model",
+    "_check_model",
+    "cosine_similarity",
     "cohen_kappa_score",
     "subspace_angles",
     "suppress",

@@ -107,7 +107,7 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (heads_for, {"components": heads}),
     *((kind.top, {"k": 10}) for kind in (PropertyHeads, SecondOrder, MovedClasses, CheckpointDifference)),
     (second_order, {"n_texts": 5, "normalize": False}),
-    (weight_directions, {"n_directions": 3, "n_texts": 5}),
+    (weight_directions, {"components": BOTH, "n_directions": 3, "n_texts": 5}),
     (compare_checkpoints, {"n_directions": 1, "n_texts": 5}),
     *((method, {"draws": 2000, "seed": 0}) for method in (Segmentation.intervals, Segmentation.difference)),
     (Patching.figure, {"shares": True}),

@@ -310,7 +310,7 @@ class ClassScore:
     def _of(self, name: str, classes: Classes, rows: slice, logits: Tensor) -> Int[Tensor, " batch"]:
         """The classes of these images."""
         if not isinstance(classes, Tensor) or not classes.ndim:
-            return torch.full_like(logits[:, 0], int(classes), dtype=torch.long)
+            return logits.new_full((len(logits),), int(classes), dtype=torch.long)
         found = classes[rows].to(logits.device)
         if len(found) != len(logits):
             raise ValueError(_count(name, len(classes), f"the {rows.stop} images so far"))

@@ -443,7 +443,7 @@ def second_order(
                 "expected a CLIP with texts; received an image tower; pass the model, or no texts"
             )
     else:
-        pool = text_pool(model, texts, n_texts, class_names=model.class_names)
+        pool = text_pool(model, texts, n_texts)
     moments = PathMoments(paths)
     for batch in image_batches(images, batch_size=batch_size, device=visual.device):
         moments.add(*paths.coords(batch, normalize))
@@ -474,10 +474,11 @@ def second_order(
 
 
 def _blocks(paths: Paths) -> list[slice]:
-    """Neurons in as few slices as their maps and covariances may take memory."""
-    width = paths.fixed.maps.heads.shape[-1]
-    size = paths.number * (width * 3 + paths.number * 4) * 8  # fp64, and what is at work beside
-    return list(pieces(len(paths.index), size, temporary(paths.written.device)))
+    """Neurons in as few slices as their maps and covariances may take memory: fp64, and what is at work beside."""
+    number, width = paths.number, paths.fixed.maps.heads.shape[-1]
+    return list(
+        pieces(len(paths.index), number * (width * 3 + number * 4) * 8, temporary(paths.written.device))
+    )
 
 
 def _principal(paths: Paths, moments: PathMoments, which: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -490,11 +491,11 @@ def _principal(paths: Paths, moments: PathMoments, which: slice) -> tuple[Tensor
         values, vectors = torch.linalg.eigh(rows @ rows.mT)
     square = rows.square().sum((1, 2))
     spread = square.sqrt()
-    direction = torch.nn.functional.normalize(torch.einsum("np,npd->nd", vectors[..., -1], rows), dim=1)
+    direction = torch.nn.functional.normalize(torch.einsum("np,npd->nd", vectors[..., -1], rows))
     lean = torch.einsum("np,npd->nd", moments.lean[which].double() / moments.count, maps)
     side, eps = (lean * direction).sum(1), torch.finfo(moments.squares.dtype).eps
     side = torch.where(side.abs() > eps**0.5 * spread**3, side, (mean * direction).sum(1))
     told = spread > ROUNDING * eps * mean.norm(dim=1).clamp_min(moments.length)
-    direction = direction * torch.where(side < 0, -1.0, 1.0)[:, None] * told[:, None]
-    share = (values[:, -1] / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp(0, 1) * told
+    direction = direction * torch.copysign(told.to(side), side)[:, None]
+    share = (values[:, -1] / square.clamp_min(torch.finfo(square.dtype).tiny)).clamp_max(1) * told
     return mean, direction, spread, share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -230,17 +230,16 @@ class SweepTable(SweepResult):
         changed = not answers
         answers = answers or {replace(CONTROL, label=SHARES["changed"]): self.before}
 
-        def point(predictions: Tensor, answer: Tensor | int) -> Point:
-            return Point.of(Rate.of((predictions == answer) != changed).to_dict())
+        def points(settings: Iterable[Tensor], answer: Tensor | int) -> list[Point]:
+            return [Point.of(Rate.of((setting == answer) != changed).to_dict()) for setting in settings]
 
         panels = {
             sweep_title(kind, scheme, len(sweep)): {
-                style: [point(setting, answer) for setting in sweep.predictions]
-                for style, answer in answers.items()
+                style: points(sweep.predictions, answer) for style, answer in answers.items()
             }
             for (kind, scheme), sweep in self.sweeps.items()
         }
-        before = {style: point(self.before, answer).value for style, answer in answers.items()}
+        before = {style: points([self.before], answer)[0].value for style, answer in answers.items()}
         return sweep_panels(panels, before)
 
     def _settings(self) -> Iterator[tuple[dict[str, Any], Labels]]:

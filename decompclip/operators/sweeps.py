@@ -9,6 +9,7 @@ the layers' changes: a setting costs one addition.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -23,6 +24,7 @@ from decompclip.api import check_choice
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, heads, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition, check_alike
+from decompclip.decomposition.maps import pieces
 from decompclip.decomposition.moments import Moments, check_finite
 from decompclip.display import Result
 from decompclip.intervals import Rate
@@ -207,7 +209,6 @@ def chunks(
     if moments is not None:
         check_moments(moments)
     first, shared, seen = None, None, 0
-    size = max(1, CHUNK // max(1, len(classifier)))
     for d in _decompositions(data, moments, model):
         if first is None:
             if classifier.ndim != 2 or not len(classifier) or classifier.shape[1] != d.d_embed:
@@ -221,10 +222,10 @@ def chunks(
             first, shared = d[:0], Shared.of(d, moments, classifier)
         assert shared is not None
         check_alike(first, d)
-        for start in range(0, max(1, len(d)), size):
-            changes = Changes(d[start : start + size], shared)
+        for piece in pieces(len(d), len(classifier), CHUNK):
+            changes = Changes(d[piece], shared)
             if not changes.before.isfinite().all():  # as any term that is not, at the cost of a few numbers
-                check_finite(changes.d, first=seen + start)
+                check_finite(changes.d, first=seen + piece.start)
                 raise ValueError(
                     "expected finite logits; received nan or inf of finite terms; check the classifier, or decompose "
                     "in fp32"
@@ -390,33 +391,30 @@ def most_damaging(
         )
     chosen: list[Place] = []
     hits: list[int] = []
-    total = 0
-    for _ in range(size + 1):
-        left: list[Place] | None = None
-        counts = torch.zeros(0, dtype=torch.long)
-        present, total = 0, 0
+    while True:
+        last, present, total = len(chosen) == size, 0, 0
+        left: list[Place] = []
+        counts = Counter[Place]()
         for changes in chunks(data, moments, classifier):
-            if left is None:
+            if not left:
                 left = [place for place in _places(candidates, changes) if place not in chosen]
-                counts = torch.zeros(len(left), dtype=torch.long)
             wanted = answers[total : total + len(changes.d)].to(changes.before.device)
             total += len(changes.d)
             if len(wanted) < len(changes.d):
                 break
             now = changes.before + sum(_change(changes, place) for place in chosen)
             present += int((predictions(now) == wanted).sum())
-            last = len(hits) == size
-            for position, place in enumerate([] if last else left):
-                counts[position] += int((predictions(now + _change(changes, place)) == wanted).sum())
+            for place in () if last else left:
+                counts[place] += int((predictions(now + _change(changes, place)) == wanted).sum())
         if total != len(answers) or not total:
             raise ValueError(
                 f"expected an answer for each image, and some images; received {len(answers)} answers and "
                 f"{total}{' or more' if total > len(answers) else ''} images; keep the order of the data"
             )
         hits.append(present)
-        if not left or len(hits) > size:
+        if last or not left:
             break
-        chosen.append(left[int(counts.argmin())])
+        chosen.append(min(left, key=counts.__getitem__))
     fill: FillKind = "zero" if moments is None else "mean"
     steps = tuple(mlps[layer] if head is None else heads[layer, head] for layer, head in chosen)
     return GreedySet(steps, tuple(hits), total, fill)

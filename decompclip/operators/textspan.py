@@ -33,7 +33,7 @@ from torch import Tensor
 from decompclip.api import check_count
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, one_thread, same_model, term_maps
+from decompclip.decomposition.maps import Convention, one_thread, pieces, term_maps
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.inputs import (
     Images,
@@ -43,6 +43,7 @@ from decompclip.operators.inputs import (
     image_batches,
 )
 from decompclip.operators.parts import Head, Part, part_at, parts_of
+from decompclip.operators.scores import features_of
 from decompclip.operators.textspan_result import TextSpan, TextSpans
 
 if TYPE_CHECKING:
@@ -141,24 +142,22 @@ def frame(
     """
     second, covariance, maps = terms.second, terms.covariance, terms.maps
     start = None
-    if maps is not None and maps.shape[1] < maps.shape[2]:
+    if maps is not None:
         with one_thread():
             start, triangle = torch.linalg.qr(maps.mT)  # terms = coords triangle^T start^T
         second, covariance = (triangle @ moment @ triangle.mT for moment in (second, covariance))
-    elif maps is not None:
-        second, covariance = (maps.mT @ moment @ maps for moment in (second, covariance))
     with one_thread():
         values, vectors = torch.linalg.eigh(covariance if centred else second)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    width = vectors.shape[1] if maps is None else maps.shape[2]
+    width = terms.wide_mean.shape[1]
     if tolerance is None:
         tolerance = width * torch.finfo(dtype).eps
     own = width * torch.finfo(torch.float64).eps  # singular values in squares, as the moments have them
-    used = (values > values[:, :1] * max(tolerance**2, own)) & (values > 0)
+    used = values > values[:, :1] * max(tolerance**2, own)
     if limit is not None:
         used[:, limit:] = False
     rank = used.sum(1)
-    vectors = (vectors * used[:, None])[:, :, : max(1, int(rank.max()))]
+    vectors = (vectors * used[:, None])[:, :, : int(rank.max())]
     return Frame(
         basis=vectors.mT if start is None else vectors.mT @ start.mT,
         covariance=vectors.mT @ covariance @ vectors,
@@ -197,7 +196,7 @@ def pick(frame: Frame, texts: Float[Tensor, "text d_embed"], n_texts: int) -> Pi
         pair = torch.stack([direction, _without(swayed, past)], dim=-1)
         along, crossed = (projected @ pair).unbind(-1)
         scores = scores - 2 * along * crossed + along.square() * variance[:, None]
-    total = torch.where(frame.total > 0, frame.total, 1.0)
+    total = frame.total.clamp_min(torch.finfo(frame.total.dtype).tiny)
     return Picks(found, chain @ frame.basis, explained.cumsum(1) / total[:, None])
 
 
@@ -311,9 +310,7 @@ def textspans(
         batches = (batch.to(model.device, model.dtype) for batch in read)
         with torch.no_grad():
             images = Moments.fit(model, batches, convention=convention, stream=False)
-    ours, theirs = term_maps(model.visual, images.maps.convention), images.maps.fingerprint
-    if theirs is None or ours.fingerprint is None or not same_model(ours.fingerprint, theirs):
-        images.check_model(ours)
+    images.check_model(term_maps(model.visual, images.maps.convention))
     return fit_textspans(
         images,
         encode_texts(model, texts),
@@ -352,20 +349,10 @@ def fit_textspans(
             were encoded by another model.
     """
     _check_numbers(n_texts, rank, tolerance)
-    if texts.features.shape[1] != len(moments.embed):
-        raise ValueError(
-            f"expected text features of width {len(moments.embed)}, as the terms have it; received "
-            f"{list(texts.features.shape)}; encode the texts with the text tower of the same model"
-        )
-    mark = moments.maps.fingerprint
-    if texts.model is not None and mark is not None and not same_model(texts.model, mark):
-        raise ValueError(
-            "expected texts encoded by the model whose terms they describe; received those of a model with other "
-            "weights; encode them with encode_texts(model, texts)"
-        )
+    features, _ = features_of(texts, len(moments.embed), moments.maps.fingerprint)
     parts = parts_of(components, moments)
     limit = None if rank == "auto" else PAPER_RANK if rank == "paper" else rank
-    features = texts.features.to(moments.coords)
+    features = features.to(moments.coords)
     spans: list[TextSpan] = []
     for chunk in _chunks(parts, moments, len(texts)):
         _check_count(moments, chunk[0], rank, limit, centred)
@@ -404,8 +391,7 @@ def _chunks(parts: Sequence[Part], moments: Moments, n_texts: int) -> Iterator[l
     for _, group in groupby(parts, key=lambda part: part.kind):
         alike = list(group)
         width = getattr(moments, alike[0].field).shape[-1]
-        size = max(1, CHUNK // (width * max(n_texts, width)))
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+        yield from (alike[piece] for piece in pieces(len(alike), width * max(n_texts, width), CHUNK))
 
 
 def _check_numbers(n_texts: int, rank: Rank, tolerance: float | None) -> None:

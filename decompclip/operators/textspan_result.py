@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -168,7 +168,7 @@ class TextSpans(Result):
 
     spans: tuple[TextSpan, ...]
     means: Moments
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     largest = "variance_explained"
 
@@ -220,14 +220,16 @@ class TextSpans(Result):
             name, at = span.part.field, span.part.place
             terms = edited.setdefault(name, getattr(d, name).clone())
             place = (slice(None), *at)
-            if name != "coords":
+            if name != "coords" or d.maps.direct:
                 terms[place] = span.reconstruct(terms[place], n_texts)
                 continue
             written = d.maps.heads[at].double()
             kept = span.directions[:n_texts].to(written)
             mean = self.means.coords[at].to(written)
             spread = (terms[place].to(written) - mean) @ (written @ kept.mT)
-            terms[place] = (mean + spread @ kept @ _inverse(written)).to(terms)
+            with one_thread():
+                back = torch.linalg.pinv(written)
+            terms[place] = (mean + spread @ kept @ back).to(terms)
         return d.edit(**edited)
 
     def accuracy(
@@ -285,23 +287,23 @@ class TextSpans(Result):
         from decompclip.figures.heatmaps import matrix
         from decompclip.figures.theme import escaped
 
-        layers, n_heads, _ = self.means.coords.shape
-        values = np.full((layers, n_heads + 1), np.nan)
-        words = np.full(values.shape, "", dtype=object)
-        for span in self.spans:
-            if span.part.layer is not None:
-                place = span.part.layer, n_heads if span.part.head is None else span.part.head
-                values[place] = span.share(n_texts)
-                words[place] = "<br>".join(escaped(text) for text in span.texts[:n_texts])
-        described = ~np.isnan(values)
-        rows, columns = (described.any(axis).nonzero()[0].tolist() for axis in (1, 0))
+        places = {
+            (span.part.layer, span.part.head): span for span in self.spans if span.part.layer is not None
+        }
+        rows = sorted({layer for layer, _ in places})
+        columns = sorted({head for _, head in places}, key=lambda head: (head is None, head))  # the MLP last
+        cells = [[places.get((row, column)) for column in columns] for row in rows]
+        words = [
+            ["" if span is None else "<br>".join(map(escaped, span.texts[:n_texts])) for span in row]
+            for row in cells
+        ]
         return matrix(
-            values[np.ix_(rows, columns)],
+            np.array([[np.nan if span is None else span.share(n_texts) for span in row] for row in cells]),
             rows=[str(row) for row in rows],
-            columns=["MLP" if column == n_heads else str(column) for column in columns],
+            columns=["MLP" if column is None else str(column) for column in columns],
             unit=f"variance in {n_texts} texts",
             hover="layer %{y}, head %{x}: %{z:.1%}<br>%{customdata}",
-            notes=words[np.ix_(rows, columns)],
+            notes=np.array(words),
             x="head",
             y="layer",
             upward=True,
@@ -311,12 +313,3 @@ class TextSpans(Result):
     def __repr__(self) -> str:
         words = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
         return f"TextSpans({len(self)} components; {words})"
-
-
-def _inverse(maps: Float[Tensor, "coord d_embed"]) -> Float[Tensor, "d_embed coord"]:
-    """From the joint space back to coordinates; where coordinates are the terms there is nothing to invert."""
-    square = maps.shape[0] == maps.shape[1]
-    if square and torch.equal(maps, torch.eye(len(maps)).to(maps)):
-        return maps
-    with one_thread():
-        return torch.linalg.pinv(maps)

@@ -154,8 +154,7 @@ class AblateTokens(Intervention):
         return mask
 
     def _mask(self, n_tokens: int, batch: int) -> Bool[Tensor, "#batch token"]:
-        tokens = token_mask(self.tokens, n_tokens)
-        tokens = tokens if tokens.ndim == 2 else tokens[None]
+        tokens = torch.atleast_2d(token_mask(self.tokens, n_tokens))
         if len(tokens) not in (1, batch):
             raise ValueError(
                 f"expected a mask for each of {batch} images, or one for all; received {list(tokens.shape)}; give one "
@@ -178,8 +177,9 @@ def _shares(
     values = values if fill is None else values - fill
     weights = (terms.attention * terms.scale[..., None])[:, 0]
     weighted = weights.mT[..., None] * values[:, :, None]
-    if maps.tokens is None or maps.out is None:
+    if maps.tokens is None:
         return weighted[:, :, 0]
+    assert maps.out is not None
     return torch.einsum("bnqe,qed->bnd", weighted, maps.tokens[layer, head] @ maps.out)
 
 
@@ -271,25 +271,23 @@ class TokenMaps:
         """One row a token: layer, head, image, name, token, row, column (none of prefix tokens), value."""
         import pandas as pd
 
-        n_prefix, columns = self.prefix.shape[2], self.patches.shape[3]
         values = torch.cat([self.prefix, self.patches.flatten(2)], dim=2)
         which, image, token = (x.ravel() for x in np.indices(tuple(values.shape)))
-        patch = token - n_prefix
-        heads = np.array(self.heads or [(-1, -1)])
-
-        def known(numbers: np.ndarray, where: np.ndarray) -> pd.Series:
-            return pd.Series(numbers, dtype="Int64").where(pd.Series(where))
-
-        of_head = np.full(len(token), bool(self.heads))
+        nowhere, grid = [(None, None)] * self.prefix.shape[2], np.ndindex(*self.patches.shape[2:])
+        layers, heads, rows, columns = (
+            pd.array(numbers, dtype="Int64")
+            for places in (self.heads or [(None, None)], [*nowhere, *grid])
+            for numbers in zip(*places, strict=True)
+        )
         return pd.DataFrame(
             {
-                "layer": known(heads[which, 0], of_head),
-                "head": known(heads[which, 1], of_head),
+                "layer": layers[which],
+                "head": heads[which],
                 "image": image,
                 "name": np.array(self.names)[image],
                 "token": token,
-                "row": known(patch // columns, patch >= 0),
-                "column": known(patch % columns, patch >= 0),
+                "row": rows[token],
+                "column": columns[token],
                 "value": values.flatten().double().numpy(),
             }
         )

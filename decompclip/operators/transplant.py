@@ -88,7 +88,7 @@ class Patch(FromImages):
                 f"expected a source of {len(d)} images, one for each that is edited (or of one for all); received "
                 f"{len(source)}; pair the images first"
             )
-        return Fill(source.coords, source.mlps, source.embed, source.pool if mask.pool else None)
+        return Fill(source.coords, source.mlps, source.embed, source.pool)
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
         return self._stream(visual, mask)
@@ -119,7 +119,7 @@ class ResampleAblate(FromImages):
             source.coords[of_heads, layer, head],
             source.mlps[of_mlps, layer[:, 0]],
             source.embed[of_embed],
-            source.pool[of_pool] if mask.pool else None,
+            source.pool[of_pool],
         )
 
     def stream_fill(self, visual: HookedViT, mask: ComponentMask) -> Fill:
@@ -146,7 +146,7 @@ class ResampleAblate(FromImages):
         draws = []
         for shape in (mask.heads.shape, mask.mlps.shape, (), ()):
             steps = torch.randint(own, n, (batch, *shape), generator=generator)
-            start = place.view(-1, *[1] * len(shape)) if own else 0
+            start = own * place.view(-1, *[1] * len(shape))
             draws.append(((start + steps) % n).to(device))
         return draws
 

@@ -78,8 +78,7 @@ class LayerMaps:
 
     def factors(self) -> Factors:
         with one_thread():
-            read = torch.linalg.qr(self.read, mode="r").R
-            out = torch.linalg.qr(self.out, mode="r").R if len(self.out) > self.out.shape[1] else self.out
+            read, out = (torch.linalg.qr(x, mode="r").R for x in (self.read, self.out))
         return Factors(read @ self.write, out)
 
 
@@ -112,7 +111,7 @@ def layer_maps(visual: HookedViT) -> Iterator[LayerMaps]:
         read, out = wide(block.attn.W_V).double(), wide(block.mlp.W_out).double().T
         if block.mlp.ln is not None:
             out = wide(block.mlp.ln.w).double()[:, None] * out
-            out = out - out.mean(0, keepdim=True)
+            out = out - out.mean(0)
         if block.post_norm:
             out = (out - out.mean(1, keepdim=True)) * wide(block.ln2.w)
         else:
@@ -156,26 +155,17 @@ class NamedDirections(ByPart):
     def select(self, places: Sequence[int]) -> NamedDirections:
         """Those of some parts, by their places."""
         at = list(places)
-        return replace(
-            self,
-            parts=tuple(self.parts[i] for i in at),
-            directions=self.directions[at],
-            share=self.share[at],
-            words=tuple(self.words[i] for i in at),
-            fidelity=self.fidelity[at],
-        )
+        own = {name: getattr(self, name)[at] for name in ("directions", "share", "fidelity")}
+        own |= {name: tuple(getattr(self, name)[i] for i in at) for name in ("parts", "words")}
+        return replace(self, **own)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a part and direction: part, kind, layer, head, direction, share, fidelity, texts."""
-        import pandas as pd
-
-        frames = []
-        for place in range(self.share.shape[1]):
-            own = self._frame(share=self.share[:, place], fidelity=self.fidelity[:, place])
-            own.insert(4, "direction", place)
-            own["texts"] = [show_words(words[place]) for words in self.words]
-            frames.append(own)
-        return pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
+        n, k = self.share.shape
+        own = self._frame().loc[np.repeat(range(n), k)].reset_index(drop=True)
+        columns = {name: getattr(self, name).flatten().numpy() for name in ("share", "fidelity")}
+        texts = [show_words(words) for part in self.words for words in part]
+        return own.assign(direction=[*range(k)] * n, **columns, texts=texts)
 
     def figure(self) -> go.Figure:
         """How much of what each part writes lies along its first direction."""
@@ -225,7 +215,7 @@ def weight_directions(
     """
     check_model(model)
     parts = heads_and_mlps(components, model)
-    pool = text_pool(model, texts, n_texts, class_names=model.class_names)
+    pool = text_pool(model, texts, n_texts)
     found = singular((maps.factors() for maps in layer_maps(model.visual)), parts, n_directions)
     return in_words(parts, found, pool, n_texts, coherence, model)
 
@@ -296,10 +286,10 @@ def text_pool(
     texts: TextFeatures | Sequence[str] | Path | None,
     n_texts: int,
     *,
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
     templates: Sequence[Template] = (),
 ) -> TextPool:
-    """Texts to name directions by; by default classes in a template, and the pool for this model.
+    """Texts to name directions by; by default classes (the model's) in a template, and the pool for this model.
 
     Raises:
         ValueError: no more than `n_texts` that are apart.
@@ -309,7 +299,8 @@ def text_pool(
         template = next(
             (x for x in (*templates, *chain(*model.templates.values())) if isinstance(x, str)), "{}"
         )
-        own = [template.replace("{}", name) for name in class_names]
+        names = model.class_names if class_names is None else class_names
+        own = [template.replace("{}", name) for name in names]
         try:
             usual = default_texts(model)
         except ValueError:  # the model has words for none
@@ -321,15 +312,16 @@ def text_pool(
     features, names = features_of(encoded, model.cfg.d_embed, term_maps(model.visual, "centred").fingerprint)
     centred = features.double().cpu()
     centred = centred - centred.mean(0)
-    _, first = np.unique(centred.numpy().round(ALIKE), axis=0, return_index=True)
-    at = sorted(i for i in first.tolist() if centred[i].norm() > 10.0**-ALIKE)
+    rounded = centred.numpy().round(ALIKE)
+    _, first = np.unique(rounded, axis=0, return_index=True)
+    at = sorted(i for i in first.tolist() if rounded[i].any())
     if len(at) <= n_texts:
         raise ValueError(
             f"expected more than {n_texts} texts that the text tower tells apart, to name directions by {n_texts} of them; "
             f"received {len(names)}, of which {len(at)} are apart; pass more texts=, in words that the model knows, or a "
             "smaller n_texts"
         )
-    return TextPool(tuple(names[i] for i in at), F.normalize(centred[at], dim=1))
+    return TextPool(tuple(names[i] for i in at), F.normalize(centred[at]))
 
 
 def in_words(
@@ -343,16 +335,16 @@ def in_words(
     """A singular vector has no sign: it gets the one that texts explain better."""
     n, k, width = found.directions.shape
     flat = found.directions.reshape(n * k, width).cpu()
-    words, fidelity = words_of(torch.cat([flat, -flat]), pool, n_texts, coherence)
-    fidelity = fidelity.view(2, n * k)
-    sign = fidelity[1] > fidelity[0]
-    words = [words[row] for row in (torch.arange(n * k) + n * k * sign).tolist()]
+    both = torch.stack([flat, -flat])
+    words, fidelity = words_of(both.flatten(0, 1), pool, n_texts, coherence)
+    fidelity, side = fidelity.view(2, n * k).max(0)
+    words = [words[i :: n * k][own] for i, own in enumerate(side.tolist())]
     return NamedDirections(
         parts=parts,
-        directions=(flat * (1 - 2 * sign.to(flat))[:, None]).view(n, k, width),
+        directions=both[side, torch.arange(n * k)].view(n, k, width),
         share=found.share.cpu(),
         words=tuple(tuple(words[i * k : (i + 1) * k]) for i in range(n)),
-        fidelity=fidelity.amax(0).view(n, k),
+        fidelity=fidelity.view(n, k),
         n_layers=model.cfg.n_layers,
         n_heads=model.cfg.n_heads,
     )
@@ -366,9 +358,9 @@ def words_of(
     combined = torch.einsum("np,npd->nd", weights, pool.features[picks.clamp_min(0)])
     words = []
     for ps, ws in zip(picks.tolist(), weights.tolist(), strict=True):
-        own = [(pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if i >= 0 and w > 0]
+        own = [(pool.texts[i], w) for i, w in zip(ps, ws, strict=True) if w > 0]
         words.append(tuple(sorted(own, key=lambda word: -word[1])))
-    return words, F.cosine_similarity(combined, directions.to(combined), dim=1)
+    return words, F.cosine_similarity(combined, directions.to(combined))
 
 
 def pursue(
@@ -376,7 +368,7 @@ def pursue(
     texts: Float[Tensor, "text d"],
     n_texts: int,
     *,
-    coherence: float = COHERENCE,
+    coherence: float,
 ) -> tuple[Tensor, Tensor]:
     """Sparse combinations of texts, with weights that are not negative, that come near directions.
 
@@ -401,17 +393,17 @@ def pursue(
     if not isinstance(coherence, Real) or not isfinite(coherence):
         raise ValueError(f"expected a finite coherence, {COHERENCE} by default; received {coherence!r}")
     directions, texts = directions.double(), texts.double()
-    picks = torch.full((len(directions), n_texts), -1)
+    picks = torch.empty(len(directions), n_texts, dtype=torch.long)
     weights = directions.new_zeros(len(directions), n_texts)
-    left, going = directions.clone(), directions.norm(dim=1) > 0
-    for step in range(min(n_texts, len(texts))):
+    left = directions.clone()
+    for step in range(n_texts):
         products = left @ texts.T
         free = products > 1e-9
         free.scatter_(1, picks[:, :step].clamp_min(0), False)
         scores = products
         if step:
             scores = products + coherence * texts[picks[:, :step].clamp_min(0)].mean(1) @ texts.T
-        going = going & free.any(1)
+        going = free.any(1)
         picks[:, step] = torch.where(going, scores.masked_fill(~free, -torch.inf).argmax(1), -1)
         for row in going.nonzero().flatten().tolist():
             chosen = texts[picks[row, : step + 1]]

@@ -16,7 +16,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.noise import RandomAblate
-from decompclip.operators.transplant import Patch
+from decompclip.operators.transplant import Patch, ResampleAblate
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
@@ -199,6 +199,16 @@ def test_the_pools_mlp_is_a_component_where_there_is_one(
         1
     ) > 1e-4
     assert changed.tolist() == [False, True, False, False, False]
+    resampled = ResampleAblate(pool, decompose(tower, -images), images=-images)
+    origin = (resampled(d).pool[:, None] == decompose(tower, -images).pool).all((2, 3)).nonzero()[:, 1]
+    assert len(origin) == 5 and not (origin == torch.arange(5)).any()
+    with tower.hooks(
+        fwd_hooks=[*resampled.fwd_hooks(tower), ("pool.hook_mlp_out", lambda x, hook: seen.append(x.clone()))]
+    ):
+        tower(images)
+    with tower.hooks(fwd_hooks=[("pool.hook_mlp_out", lambda x, hook: seen.append(x.clone()))]):
+        tower(-images)
+    torch.testing.assert_close(seen[-2], seen[-1][origin])
 
 
 def test_where_restricts_heads_image_by_image(tower: HookedViT, images: Tensor, d: Decomposition) -> None:

@@ -177,6 +177,13 @@ def test_pictures_are_what_the_model_saw(model: HookedCLIP) -> None:
     expected = (255 * pixels).round().to(torch.uint8).permute(0, 2, 3, 1)
     for found in (maps.pictures, rollout(model, model.normalize(pixels)).pictures):
         assert found is not None and torch.equal(found, expected)
+    some = maps.select(images=[2, 0])
+    assert some.pictures is not None and torch.equal(some.pictures, expected[[2, 0]])
+    for shown, signed in ((maps, False), (contribution_maps(model, model.normalize(pixels), "a star"), True)):
+        overlay = shown.overlays()
+        assert overlay.patches is shown.patches and overlay.pictures is shown.pictures
+        assert (overlay.labels, overlay.names, overlay.toward) == (shown.labels, shown.names, shown.toward)
+        assert overlay.signed is signed and torch.equal(overlay.top, shown.top)
     assert attention_maps(model, model.normalize(pixels), heads[0, 0], pictures=False).pictures is None
     assert rollout(model, model.normalize(pixels), pictures=False).pictures is None
 
@@ -185,7 +192,9 @@ def test_a_frame_has_a_row_for_each_token(tower: HookedViT, images: Tensor) -> N
     maps = attention_maps(tower, images[:2], heads[1, 2:], names=["a", "b"])
     frame = maps.to_frame()
     assert list(frame.columns) == ["layer", "head", "image", "name", "token", "row", "column", "value"]
-    assert len(frame) == 2 * 2 * 7
+    assert len(frame) == 2 * 2 * 7 and frame["head"].tolist() == [2] * 14 + [3] * 14
+    places = [(), *((row, column) for row in range(3) for column in range(2))] * 4
+    assert list(map(tuple, frame[["row", "column"]].apply(lambda x: x.dropna().tolist(), axis=1))) == places
     cell = frame.query("layer == 1 and head == 3 and name == 'b' and row == 2 and column == 1")
     assert cell["value"].item() == pytest.approx(float(maps.of(1, 3)[1, 2, 1]))
     for name in ("row", "column"):

@@ -20,7 +20,7 @@ from decompclip.models.clip import HookedCLIP
 from decompclip.operators.attribution import Attribution, attribute
 from decompclip.operators.inputs import encode_texts
 from decompclip.operators.neurons import neuron_terms
-from decompclip.operators.scores import ClassScore, direction
+from decompclip.operators.scores import ClassScore, direction, label as name_of
 from tests.conftest import MakeTower
 from tests.decomposition.test_families import FAMILIES
 
@@ -121,6 +121,7 @@ def test_a_text_is_its_unit_feature_and_the_score_a_cosine(
     assert (stars.texts, both.texts) == (("a star",), ("a star", "a ring"))
     assert fewer.texts[0] == "a star against a ring"
     assert attribute(terms, ["a star", "the star"], model=model).texts == ("'a star' and 1 more",)
+    assert name_of(["a star"]) == name_of("a star") == "'a star'"
 
 
 @pytest.mark.parametrize("metric", ["logit", "logit_difference"])
@@ -139,7 +140,8 @@ def test_a_target_is_scored_as_everywhere(
         by_hand = (terms.heads[:, 1, 2] * one).sum(1)
         at = found.labels.index("heads[1, 2]")
         torch.testing.assert_close(found.values[:, at, 0], by_hand, rtol=0, atol=1e-6)
-    assert found.texts[0].startswith("each image's class")
+    other = "all others" if against is None else "class 2"
+    assert found.texts == ("each image's class" + (f" against {other}" if metric != "logit" else ""),)
     texts = encode_texts(model, TEXTS)
     named = attribute(terms, texts, 1, metric=metric, against=against)
     plain = attribute(terms, texts.features, 1, metric=metric, against=against)

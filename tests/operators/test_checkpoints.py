@@ -18,7 +18,7 @@ from decompclip.models.bundled import load_bundled
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import ImageOnly, MissingTextError
 from decompclip.operators.checkpoints import MovedClasses, compare_checkpoints
-from decompclip.operators.inputs import encode_texts
+from decompclip.operators.inputs import default_texts, encode_texts
 from decompclip.operators.weights import (
     COHERENCE,
     TextPool,
@@ -60,30 +60,34 @@ def changed(model: HookedCLIP) -> HookedCLIP:
 
 
 def slow_maps(visual: HookedViT, layer: int) -> tuple[Tensor, Tensor]:
-    """A layer's heads and MLP of a pre-norm tower with a class token, one unit vector of the stream after another."""
-    block, d_model = blocks(visual)[layer], visual.cfg.d_model
-    ls1, ls2 = (1 if x is None else x.double() for x in (block.ls1, block.ls2))
+    """A layer's heads and MLP, one unit vector of the stream and one neuron after another; the pool's heads attend alike."""
+    block = blocks(visual)[layer]
+    of_heads, of_neurons = [], []
 
-    def centred(x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True)
+    def normed(x: Tensor, ln: Any) -> Tensor:
+        """LayerNorm without its scale and its bias."""
+        return x if ln is None else (x - x.mean(-1, keepdim=True)) * ln.w.double()
 
-    def ends(written: Tensor) -> Tensor:
-        assert visual.proj is not None
-        return centred(written) * visual.ln_final.w.double() @ visual.proj.double()
+    def ends(x: Tensor) -> Tensor:
+        x = normed(x, visual.ln_final)
+        if visual.pool is not None:
+            values = torch.einsum("...d,qdm->...qm", x, visual.pool.W_V.double())
+            x = torch.einsum("...qm,qmd->...d", values, visual.pool.W_O.double())
+            x = normed(x, visual.pool.ln_post)
+        return x if visual.proj is None else x @ visual.proj.double()
 
-    rows = []
-    for unit in torch.eye(d_model).double():
-        seen = centred(unit) * block.ln1.w.double()
-        z = torch.einsum("d,hde->he", seen, block.attn.W_V.double())
-        rows.append(ends(torch.einsum("he,hed->hd", z, block.attn.W_O.double()) * ls1))
-    return torch.stack(rows, 1), ends(block.mlp.W_out.double().T * ls2)
-
-
-def test_maps_are_the_weights_multiplied_out(tower: HookedViT) -> None:
-    for layer, maps in enumerate(layer_maps(tower)):
-        of_heads, of_mlp = slow_maps(tower, layer)
-        torch.testing.assert_close(maps.read @ maps.write, of_heads, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(maps.out, of_mlp, atol=1e-5, rtol=1e-5)
+    for unit in torch.eye(visual.cfg.d_model).double():
+        z = torch.einsum(
+            "d,hde->he", normed(unit, None if block.post_norm else block.ln1), block.attn.W_V.double()
+        )
+        wrote = torch.einsum("he,hed->hd", z, block.attn.W_written.double())
+        wrote = wrote if block.ls1 is None else wrote * block.ls1.double()
+        of_heads.append(ends(normed(wrote, block.ln1 if block.post_norm else None)))
+    for unit in torch.eye(visual.cfg.d_mlp).double():
+        wrote = normed(unit, block.mlp.ln) @ block.mlp.W_out.double().T
+        wrote = wrote if block.ls2 is None else wrote * block.ls2.double()
+        of_neurons.append(ends(normed(wrote, block.ln2 if block.post_norm else None)))
+    return torch.stack(of_heads, 1), torch.stack(of_neurons)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -92,6 +96,9 @@ def test_every_family_has_maps_and_factors_keep_their_products(name: str, make_t
     along = torch.randn(5, visual.cfg.d_embed, generator=torch.Generator().manual_seed(2)).double()
     pairs = list(zip(layer_maps(visual), layer_maps(other), strict=True))
     assert len(pairs) == visual.cfg.n_layers
+    of_heads, of_mlp = slow_maps(visual, 1)
+    torch.testing.assert_close(pairs[1][0].read @ pairs[1][0].write, of_heads, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pairs[1][0].out, of_mlp, atol=1e-5, rtol=1e-5)
     for mine, theirs in pairs:
         difference = mine.less(theirs)
         for maps, whole, out in (
@@ -143,8 +150,8 @@ def test_pursuit_finds_combinations_and_no_negative_weights() -> None:
 def test_pursuit_step_by_step() -> None:
     """Beside the rule as it is written, one direction at a time."""
     draws = torch.Generator().manual_seed(3)
-    texts = F.normalize(torch.randn(30, 8, generator=draws).double(), dim=1)
-    directions = F.normalize(torch.randn(6, 8, generator=draws).double(), dim=1)
+    texts = F.normalize(torch.randn(12, 8, generator=draws).double(), dim=1)
+    directions = F.normalize(torch.randn(24, 8, generator=draws).double(), dim=1)
     for coherence in (-0.5, 0.0, 0.3, 2.0):
         picks, _ = pursue(directions, texts, 4, coherence=coherence)
         for direction, found in zip(directions, picks.tolist(), strict=True):
@@ -166,11 +173,54 @@ def test_pursuit_step_by_step() -> None:
 
 def test_a_direction_is_named_by_its_texts_the_heaviest_first() -> None:
     texts = torch.eye(4, 6).double()
-    directions = F.normalize(torch.stack([0.6 * texts[0] + 0.8 * texts[3], texts[2], -texts[1]]), dim=1)
-    named, cosines = words_of(directions, TextPool(("a", "b", "c", "d"), texts), 2, 0.0)
-    assert [[text for text, _ in one] for one in named] == [["d", "a"], ["c"], []]
+    made = [0.6 * texts[0] + 0.8 * texts[3], 0.8 * texts[0] + 0.6 * texts[1], texts[2], -texts[1]]
+    directions = torch.stack(made)
+    named, cosines = words_of(directions, TextPool(("a", "b", "c", "d"), texts), 5, 0.0)
+    assert [[text for text, _ in one] for one in named] == [["d", "a"], ["a", "b"], ["c"], []]
     assert [weight for _, weight in named[0]] == pytest.approx([0.8, 0.6])
-    assert cosines.tolist() == pytest.approx([1, 1, 0])
+    assert cosines.tolist() == pytest.approx([1, 1, 1, 0])
+    picks, _ = pursue(directions, texts, 5, coherence=0.0)
+    assert picks.tolist() == [[3, 0, -1, -1, -1], [0, 1, -1, -1, -1], [2, *[-1] * 4], [-1] * 5]
+
+
+def test_texts_that_the_refit_leaves_no_weight_are_no_words() -> None:
+    draws = torch.Generator().manual_seed(3)
+    texts = F.normalize(1 + torch.randn(12, 4, generator=draws).double(), dim=1)
+    directions = F.normalize(torch.rand(24, 4, generator=draws).double(), dim=1)
+    picks, weights = pursue(directions, texts, 4, coherence=2.0)
+    assert ((picks >= 0) & (weights == 0)).any()
+    pool = TextPool(tuple(map(str, range(12))), texts)
+    for words, own in zip(words_of(directions, pool, 4, 2.0)[0], weights, strict=True):
+        assert [weight for _, weight in words] == sorted((w for w in own.tolist() if w), reverse=True)
+
+
+def test_the_pool_has_classes_in_a_template_and_the_usual_texts(
+    clean: HookedCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are about the mean of all; of texts that the text tower does not tell apart there is one."""
+    usual = default_texts(clean)
+    for given, own in (
+        ({}, [next(iter(clean.templates.values()))[0].replace("{}", name) for name in clean.class_names]),
+        ({"class_names": CLASSES, "templates": ["the {}"]}, [f"the {name}" for name in CLASSES]),
+        ({"class_names": ()}, []),
+    ):
+        wanted = tuple(dict.fromkeys((*own, *usual)))
+        features = encode_texts(clean, wanted).features.double()
+        features = features - features.mean(0)
+        pool = text_pool(clean, None, 5, **given)  # pyright: ignore[reportArgumentType]
+        at = [wanted.index(text) for text in pool.texts]
+        assert at == sorted(at) and pool.texts[: len(own)] == tuple(own)
+        torch.testing.assert_close(pool.features, F.normalize(features[at], dim=1))
+        apart = torch.cdist(features, features[at]).min(1)
+        assert apart.values.max() < 1e-4  # whoever is left out has a double
+
+    def none(model: HookedCLIP) -> None:
+        raise ValueError("no words for any")
+
+    monkeypatch.setattr("decompclip.operators.weights.default_texts", none)
+    assert text_pool(clean, None, 2, class_names=CLASSES).texts == CLASSES
+    with pytest.raises(ValueError, match="no words for any"):
+        text_pool(clean, None, 2, class_names=())
 
 
 def test_coherence_prefers_texts_alike() -> None:
@@ -188,7 +238,7 @@ def test_coherence_prefers_texts_alike() -> None:
 
 def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
     found = weight_directions(clean, heads[5] | mlps[0], n_directions=2)
-    pool = text_pool(clean, None, 5, class_names=clean.class_names)
+    pool = text_pool(clean, None, 5)
     assert len(found) == 9
     of_heads, of_mlp = slow_maps(clean.visual, 5)[0], slow_maps(clean.visual, 0)[1]
     for row, matrix in enumerate((*of_heads, of_mlp)):
@@ -209,9 +259,18 @@ def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
     plot: Any = found.figure()
     torch.testing.assert_close(torch.tensor(plot.data[0].z)[5], found.share[:8, 0])
     assert ((found.fidelity > 0) & (found.fidelity <= 1)).all()
+    few = found.select([8, 1])
+    assert (few.parts, few.words) == ((found.parts[8], found.parts[1]), (found.words[8], found.words[1]))
+    for name in ("directions", "share", "fidelity"):
+        assert torch.equal(getattr(few, name), getattr(found, name)[[8, 1]])
+    shown = f"heads[5, 0]: {', '.join(found.of('heads[5, 0]')[:2])}; heads[5, 1]: "
+    assert repr(found).startswith(f"NamedDirections(9 parts, 2 directions each: {shown}")
     assert found.of(heads[5, 0]) == tuple(text for text, _ in found.words[0][0])
     assert words_of(found.directions[:, 0], pool, 5, COHERENCE)[0] == [words[0] for words in found.words]
-    picks, weights = pursue(found.directions[:, 0], pool.features, 5)
+    turned = words_of(-found.directions.flatten(0, 1), pool, 5, COHERENCE)[1]
+    # the sign that texts explain better
+    assert (turned <= found.fidelity.flatten()).all() and (turned < found.fidelity.flatten()).any()
+    picks, weights = pursue(found.directions[:, 0], pool.features, 5, coherence=COHERENCE)
     first = [pool.texts[i] for i in picks[:, 0].tolist()]
     heaviest = [pool.texts[int(p[int(w.argmax())])] for p, w in zip(picks, weights, strict=True)]
     assert (
@@ -369,9 +428,9 @@ def test_two_vocabularies_are_refused(clean: HookedCLIP) -> None:
 
 def test_too_few_texts_name_nothing(clean: HookedCLIP, twin: HookedCLIP) -> None:
     with pytest.raises(
-        ValueError, match="more than 5 texts that the text tower tells apart.*received 3, of which 3"
+        ValueError, match="more than 5 texts that the text tower tells apart.*received 5, of which 5"
     ):
-        compare_checkpoints(twin, clean, texts=["a star", "a ring", "a circle"])
+        compare_checkpoints(twin, clean, texts=FEW[:5])
     unknown = [f"a zebra{i}" for i in range(9)]  # one unknown word to this vocabulary
     with pytest.warns(UserWarning, match="unknown"), pytest.raises(ValueError, match="of which 0 are apart"):
         weight_directions(twin, heads[-1], texts=unknown)

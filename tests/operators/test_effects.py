@@ -169,6 +169,7 @@ def test_scores_are_what_they_say(classifier: Tensor, labels: Tensor) -> None:
     np.testing.assert_allclose(
         ClassScore(classifier, 4, against=labels)(features[2:], slice(2, 5)), (logits[:, 4] - own)[2:]
     )
+    np.testing.assert_allclose(ClassScore(classifier[:2], 1)(features), logits[:, 1] - logits[:, 0])
     right = logits.argmax(1) == labels.numpy()
     np.testing.assert_allclose(ClassScore(classifier, labels, metric="accuracy")(features, rows), right)
 

@@ -172,6 +172,11 @@ def test_resampling_takes_each_component_from_another_image(d: Decomposition) ->
     again = ResampleAblate(everything, d, seed=3)(d)
     assert torch.equal(again.coords, resampled.coords)
     assert not torch.equal(ResampleAblate(everything, d, seed=4)(d).coords, resampled.coords)
+    assert repr(ResampleAblate(heads, d, seed=3)) == "ResampleAblate(heads, 5 images, seed=3)"
+    for components in (heads[1, 2], mlps[:2] | embed):  # one image serves for all, in patching and as a draw
+        torch.testing.assert_close(
+            ResampleAblate(components, d[:1])(d[1:]).features, Patch(components, d[:1])(d[1:]).features
+        )
 
 
 @pytest.mark.parametrize("convention", ["centred", "paper"])

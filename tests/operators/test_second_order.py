@@ -145,7 +145,11 @@ def test_effects_equal_plain_loops(
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_moments_of_a_stream_are_those_of_all_effects(family: HookedViT, normalize: bool) -> None:
+def test_moments_of_a_stream_are_those_of_all_effects(
+    family: HookedViT, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worked on neuron by neuron."""
+    monkeypatch.setattr(maps, "CACHED", 1)
     data = torch.randn(40, 3, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     found = second_order(family, data, neurons[1, CHOSEN], normalize=normalize, batch_size=7)
     effects = found.effects(family, data)
@@ -200,6 +204,26 @@ def test_a_side_counts_as_stronger_past_rounding(family: HookedViT, batch: Tenso
         moments.lean = held
         torch.testing.assert_close((found * mean).sum(1).sign(), torch.full_like(side, expected))
         torch.testing.assert_close(found.norm(dim=1), torch.ones_like(side))
+
+
+@torch.no_grad()
+def test_what_counts_as_rounding_goes_by_the_features_length_and_the_own_mean(
+    family: HookedViT, batch: Tensor
+) -> None:
+    paths, eps = module.Paths.named(family, neurons[1, CHOSEN]), torch.finfo(torch.float64).eps
+    moments = module.PathMoments(paths)
+    moments.add(*paths.coords(batch, False))
+    mean, _, spread, _ = module._principal(paths, moments, slice(None))
+    largest = spread / (module.ROUNDING * eps)  # what a spread may stand beside
+    own = moments.mean
+    for place in range(len(CHOSEN)):
+        for times, told in ((0.99, True), (1.01, False)):
+            moments.mean, moments.length = 0 * own, float(times * largest[place])
+            assert bool(module._principal(paths, moments, slice(None))[1][place].any()) == told
+            moments.mean, moments.length = own.clone(), 0.0
+            moments.mean[place] *= times * largest[place] / mean[place].norm()
+            expected = [told if i == place else True for i in range(len(CHOSEN))]
+            assert module._principal(paths, moments, slice(None))[1].any(1).tolist() == expected
 
 
 def test_without_a_stronger_side_the_sign_is_that_of_the_mean(family: HookedViT, batch: Tensor) -> None:
@@ -289,6 +313,7 @@ def test_nothing_of_the_size_of_tokens_times_neurons_times_width_is_formed(
         with Largest() as largest:
             found.mean_ablate(visual, data[:2])
         assert len(found) == 512 and largest.most <= 2 * 101 * 512
+    assert module._blocks(module.Paths.named(visual, neurons[1]))[-1].stop == 512
     tokens, width = visual.cfg.n_tokens, visual.cfg.d_model
     # The MLP's own activations of a batch are the largest: twice the images take no more.
     assert most[6] == most[12] == 2 * tokens * 512 < tokens * 512 * width
@@ -345,7 +370,9 @@ def test_tables_and_figures_say_the_same(found: SecondOrder) -> None:
     plot: Any = top.figure()
     assert list(plot.data[0].x) == pytest.approx(top.spread.tolist())
     assert list(plot.data[1].x) == pytest.approx((top.spread * top.share.sqrt()).tolist())
-    assert plot.data[0].customdata[0][0] == f"{top.labels[0]}: {top.words[0][0][0]}"
+    notes = [module.show_words(words) for words in top.words]
+    named = [f"{label}: {words[0][0]}" for label, words in zip(top.labels, top.words, strict=True)]
+    assert [list(row) for row in plot.data[0].customdata] == list(map(list, zip(named, notes, strict=True)))
     assert top.labels[0] in repr(found) and top.labels[0] in found._repr_html_()
 
 
@@ -392,6 +419,11 @@ def test_mistakes_are_told(
 def test_too_many_moments_are_refused_before_they_are_made(
     make_tower: Callable[..., HookedViT], batch: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "room", lambda device: 2_000)
-    with pytest.raises(ValueError, match=r"name fewer, such as neurons\[layer, :1\]"):
-        second_order(make_tower(dtype=torch.float64), batch, neurons[0])
+    visual = make_tower(dtype=torch.float64)
+    whole = 2 * 48 * 8**2 * 8  # bytes: squares and products of 8 paths, of 48 neurons
+    for free, fewer in ((2_000, 1), (whole - 1, 47)):
+        monkeypatch.setattr(module, "room", lambda device, free=free: free)
+        with pytest.raises(ValueError, match=rf"name fewer, such as neurons\[layer, :{fewer}\]"):
+            second_order(visual, batch, neurons[0])
+    monkeypatch.setattr(module, "room", lambda device: whole)
+    assert len(second_order(visual, batch, neurons[0])) == 48

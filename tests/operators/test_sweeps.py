@@ -18,6 +18,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators import sweeps as sweeps_module
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
+from decompclip.operators.sweep_results import SHARES
 from decompclip.operators.sweeps import Shared, ablation_sweep, most_damaging, predictions
 from decompclip.tower.vit import HookedViT
 
@@ -133,10 +134,13 @@ def test_heads_alone_and_many_classes(
         assert torch.equal(table["heads", "backward"][layer], expected)
 
 
-def test_the_way_to_the_logits_is_the_cheaper_one(d: Decomposition) -> None:
-    """4 heads of 8 coordinates a layer: in one step 32 products a class, else 32 * 20 and 20 a class."""
-    assert Shared.of(d, None, noise(53, 20)).to_class is not None
-    assert Shared.of(d, None, noise(54, 20)).to_class is None
+def test_the_way_to_the_logits_is_the_cheaper_one(
+    make_tower: Callable[..., HookedViT], images: Tensor
+) -> None:
+    """4 heads of 8 coordinates a layer: in one step 32 products a class, else 32 * 16 and 16 a class; of equals the one step."""
+    d = decompose(make_tower(d_embed=16), images)
+    assert Shared.of(d, None, noise(32, 16)).to_class is not None
+    assert Shared.of(d, None, noise(33, 16)).to_class is None
 
 
 def test_batches_and_chunks_change_nothing(
@@ -223,18 +227,25 @@ def test_a_table_counts_and_draws(d: Decomposition, moments: Moments, classifier
     assert row.target == float((table["mlps", "backward"][1] == labels[1]).double().mean())
     assert repr(table) == "SweepTable(mean-ablation: 18 settings and 12 heads alone, 5 images)"
     assert "mlps[1:]" in table._repr_html_()
-    choices: list[tuple[dict[str, Any], int]] = [
-        ({}, 1),
-        ({"labels": labels}, 1),
-        ({"labels": labels, "target": 2}, 2),
+    choices: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, ["changed"]),
+        ({"labels": labels}, ["accuracy"]),
+        ({"labels": labels, "target": 2}, ["accuracy", "target"]),
     ]
-    for options, series in choices:
-        plot = table.figure(**options)
-        assert isinstance(plot, go.Figure)
-        drawn_lines: list[Any] = [t for t in list(plot.data) if t.mode == "lines+markers"]  # pyright: ignore
-        assert len(drawn_lines) == 6 * series
-    shares = [100 * float((p == labels).double().mean()) for p in table["heads", "forward"].predictions]
-    assert list(drawn_lines[0].y) == pytest.approx(shares)
+    for options, columns in choices:
+        frame = 100 * table.to_frame(**options)[columns]
+        for shown, sweeps in ((table, 6), (table["heads", "forward"], 1)):
+            plot: Any = shown.figure(**options)
+            lines = [trace for trace in plot.data if trace.mode == "lines+markers"]
+            levels = [
+                trace for trace in plot.data if trace.line.dash == "longdash" and trace.y[0] is not None
+            ]
+            assert isinstance(plot, go.Figure) and len(lines) == sweeps * len(columns)
+            for column, line, level in zip(columns, lines, levels, strict=False):
+                assert line.name == SHARES[column] and list(line.y) == pytest.approx(
+                    frame[column][1:4].tolist()
+                )
+                assert list(level.y) == pytest.approx([frame[column][0]] * 2)
 
 
 def test_single_sweeps_count_and_draw_as_their_table(
@@ -306,6 +317,12 @@ def test_greedy_equals_trying_every_component_at_every_step(
     (line,) = [trace for trace in traces if trace.mode == "lines+markers"]
     assert list(line.y) == pytest.approx([100 * count / 40 for count in counts])
     assert line.name == "Taken for their answer"  # which need not be the right one
+    (level,) = [trace for trace in traces if trace.line.dash == "longdash" and trace.y[0] is not None]
+    assert list(level.y) == [100, 100]
+    axis = found.figure().layout.xaxis  # pyright: ignore[reportAttributeAccessIssue]
+    assert list(axis.ticktext) == ["none", *(f"+ {step!r}" for step in steps)] and axis.title.text == ""
+    ends = f"{fill}-ablated: 1.000 to {counts[-1] / 40:.3f} of 40 images"
+    assert repr(found) == f"GreedySet({found.components!r}, {ends})"
 
 
 def test_an_image_without_numbers_is_named(
@@ -371,8 +388,9 @@ def test_sweep_errors_say_what_to_do(
     nothing: Any = None
     with pytest.raises(TypeError, match="batches of them; received NoneType"):
         ablation_sweep(nothing, moments, classifier)
-    with pytest.raises(ValueError, match="expected decompositions; received none"):
-        ablation_sweep([], moments, classifier)
+    for empty in ([], d[:0]):
+        with pytest.raises(ValueError, match="expected decompositions; received none"):
+            ablation_sweep(empty, moments, classifier)
     with pytest.raises(TypeError, match=r"received images alone; pass model=, or decompose them"):
         ablation_sweep([images], moments, classifier)
     nonsense: Any = ["a"]
