@@ -83,7 +83,8 @@ ROOMS = {
     ),
     "operators": Room(("decompclip/operators/*.py",), ("tests/operators",)),
     "evaluation": Room(
-        ("decompclip/evaluation/*.py", "decompclip/models/zero_shot.py"), ("tests/evaluation",)
+        ("decompclip/evaluation/*.py", "decompclip/models/zero_shot.py"),
+        ("tests/evaluation", "tests/models/test_prompts.py"),
     ),
     "defenses": Room(
         tuple(f"decompclip/defenses/{name}.py" for name in DEFENSES),
@@ -190,11 +191,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "isinstance(named, dict) and named and known.keys() >= named.keys()",
         "isinstance(named, dict) and named and known.keys() > named.keys()",
     ): "a guard has one defense: never all three of them",
-    (
-        "decompclip/defenses/distances.py",
-        "whole = [a + b for a, b in zip(whole, more, strict=True)]",
-        "whole = [a + b for a, b in zip(more, whole, strict=True)]",
-    ): "a sum of sums about one origin, in either order",
+    **{
+        (
+            "decompclip/defenses/distances.py",
+            "values, basis = torch.linalg.svd(centred, full_matrices=False)[1:]",
+            f"values, basis = torch.linalg.svd(centred{more})[1:]",
+        ): "the same rows, and below them others that are cut off"
+        for more in ("", ", full_matrices=True")
+    },
     **{
         ("decompclip/defenses/distances.py", before, after): SQUARE
         for before, after in (
@@ -229,9 +233,23 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "place = math.ceil((n + 1) * (1 - fpr) - 2e-09)",
     ): TINY,
     (
+        "decompclip/defenses/fitted.py",
+        "if not full or -draw > self._kept[0][0]:",
+        "if not full or -draw >= self._kept[0][0]:",
+    ): "two draws are equal by accident alone",
+    **{
+        ("decompclip/defenses/fitted.py", 'if device.type != "mps":  # which has no fp64', after): (
+            "what was read is on the CPU: there it stays"
+        )
+        for after in (
+            'if (not (device.type != "mps")):  # which has no fp64',
+            'if device.type == "mps":  # which has no fp64',
+        )
+    },
+    (
         "decompclip/defenses/selector.py",
-        "if len(found) * self.quantile < 1 - 1e-9 and self.quantile > 0:",
-        "if len(found) * self.quantile < 1 - 2e-09 and self.quantile > 0:",
+        "if self.quantile > 0 and len(found) < (needed := ceil(1 / self.quantile - 1e-9)):",
+        "if self.quantile > 0 and len(found) < (needed := ceil(1 / self.quantile - 2e-09)):",
     ): TINY,
     (
         "decompclip/defenses/selector.py",
@@ -558,8 +576,8 @@ SYMMETRIC = {
     "min",
     "max",
     "torch.equal",
-    "torch.maximum",
-    "torch.minimum",
+    "maximum",
+    "minimum",
     "math.hypot",
     "torch.promote_types",
     "torch.add",
@@ -574,7 +592,7 @@ SYMMETRIC = {
 GUARDS = {"device", "stable", "strict", "encoding", "stacklevel", "row_height"}
 """Arguments without effect on the CPU (where torch sorts stably), on lists of one length, where text is UTF-8 anyway, and on
 what is computed (the line that a warning names, the pixels that a row of a figure takes)."""
-SIZES = {"batch_size", "block", "BATCH", "CACHED", "CHUNK", "KEPT", "READ"}
+SIZES = {"batch_size", "block", "BATCH", "BLOCK", "CACHED", "CHUNK", "KEPT", "READ"}
 """How many are worked on, or kept, at a time: one more by default, or twice as many, changes no number."""
 
 FIRST = {"isinstance", "cast", "warnings.warn", "pieces"}

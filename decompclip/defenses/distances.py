@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
+from operator import add
 
 import torch
 from jaxtyping import Float, Int
@@ -273,12 +274,9 @@ class ComponentDistances:
                 self.terms_ = part[[]]  # a copy: a view would keep the block
             *points, classes = self._points(part)
             sample.add(*points, classes)
-            if whole:
-                origins = [sums.origin for sums in whole]
-                more = (ClassSums.of(x, classes, k, origin=o) for x, o in zip(points, origins, strict=True))
-                whole = [a + b for a, b in zip(whole, more, strict=True)]
-            else:
-                whole = [ClassSums.of(x, classes, k) for x in points]
+            origins = [sums.origin for sums in whole] or [None] * len(points)
+            own = [ClassSums.of(x, classes, k, origin=o) for x, o in zip(points, origins, strict=True)]
+            whole = [*map(add, whole, own)] or own
         if sample.seen < 10 * self.folds:
             raise ValueError(f"expected at least {10 * self.folds} clean images; received {sample.seen}")
         *points, classes = sample.columns()

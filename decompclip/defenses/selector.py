@@ -107,7 +107,7 @@ class Selector:
             mask = self._judged(part) if mask is None else mask
             means = part if isinstance(part, Moments) else Moments.of(part, second=False)
             parts = [reduce(Moments.merge, [*parts, means])]
-            if keep and isinstance(part, Decomposition):
+            if keep:
                 kept.append(part.coords[:, mask.to(part.coords.device)])
         if mask is None:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
@@ -120,9 +120,9 @@ class Selector:
         found = self._judge(torch.cat(kept))
         at = mask.to(self.thresholds_.device)
         if self.threshold == "quantile":
-            if len(found) * self.quantile < 1 - 1e-9 and self.quantile > 0:
+            if self.quantile > 0 and len(found) < (needed := ceil(1 / self.quantile - 1e-9)):
                 raise ValueError(
-                    f"expected at least {ceil(1 / self.quantile - 1e-9)} clean images for a quantile of {self.quantile}, "
+                    f"expected at least {needed} clean images for a quantile of {self.quantile}, "
                     f"below which one of them must be; received {len(found)}; fit on more, or take a larger quantile"
                 )
             if at.any():

@@ -22,7 +22,6 @@ from decompclip.evaluation.metrics import (
     AttackReport,
     attack_report,
     check_target,
-    clean_accuracy,
     per_class_accuracy,
     predict,
 )
@@ -257,7 +256,7 @@ def evaluate(
             after = [classify(model, part.images, classifier) for part in trigger.batches(batch_size)]
         else:
             theirs, after = truth, [x.triggered for x in found if x.triggered is not None]
-        return _evaluation(names, truth, before, theirs, torch.cat(after), target)
+        return _evaluation(names, truth, before, (theirs, torch.cat(after), target))
 
     return group.in_first(summary)
 
@@ -274,17 +273,16 @@ def _evaluation(
     names: list[str],
     truth: Int[Tensor, " image"],
     before: Int[Tensor, " image"],
-    theirs: Int[Tensor, " triggered"] | None = None,
-    after: Int[Tensor, " triggered"] | None = None,
-    target: int | None = None,
+    attack: tuple[Int[Tensor, " triggered"], Int[Tensor, " triggered"], int] | None = None,
 ) -> Evaluation:
-    """Rates of the answers to clean images, and to triggered ones (`after`) of the classes `theirs`."""
+    """Rates of the answers to clean images, and of an attack: triggered images' classes, the answers to them, and the target."""
     n = len(names)
     accuracies = per_class_accuracy(before, truth, n)
-    if target is None or theirs is None or after is None:
-        report = AttackReport(clean_accuracy(before, truth), None, None, None)
+    if attack is None:
+        report = AttackReport(Rate.of(before == truth), None, None, None)
         rows = [ClassRates(name, rate, None, None) for name, rate in zip(names, accuracies, strict=True)]
         return Evaluation(report, tuple(rows), None, truth, before, None)
+    theirs, after, target = attack
     rows = [
         ClassRates(
             names[label],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,15 +152,15 @@ class GroupAccuracy(Result):
     ) -> Float[np.ndarray, "way draw"]:
         """The worst group's accuracy, of several answers to the same images."""
         check_count(draws, "draws", "draws")
-        generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-        outcomes = np.indices((2,) * len(right)).reshape(len(right), -1)  # each way right or wrong, together
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        outcomes = np.array([*product((0, 1), repeat=len(right))])  # each way right or wrong, together
         codes, worst = right.cpu().numpy(), np.ones((len(right), draws))
         for place in range(len(self.names)):
             own = codes[:, (self.group == place).cpu().numpy()]
-            counts = [(own == outcome[:, None]).all(0).sum() for outcome in outcomes.T]
+            counts = [(own == outcome[:, None]).all(0).sum() for outcome in outcomes]
             # a prior that leaves one half for right and one half for wrong, whatever is answered beside it
             shares = generator.dirichlet(np.array(counts) + 1 / len(counts), draws)
-            worst = np.minimum(worst, outcomes @ shares.T)
+            worst = np.minimum(worst, (shares @ outcomes).T)
         return worst
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,7 +344,7 @@ def attack_report(
         _check(predictions, predictions if labels is None else labels, target, n_classes)
     cacc = asr = asr_with_target = control = None
     if clean_labels is not None:
-        cacc = clean_accuracy(clean_predictions, clean_labels)
+        cacc = Rate.of(clean_predictions == clean_labels)
     if target is not None:
         asr_with_target = Rate.of(triggered_predictions == target)
         if triggered_labels is not None:
@@ -364,7 +365,7 @@ def auroc(clean_scores: Real[Tensor, " clean"], suspect_scores: Real[Tensor, " s
         ValueError: either side is empty, or a score is not finite.
     """
     clean, suspect = _scores(clean_scores, "clean"), _scores(suspect_scores, "suspect")
-    truth = np.repeat([0, 1], [len(clean), len(suspect)])
+    truth = np.repeat([False, True], [len(clean), len(suspect)])
     return float(roc_auc_score(truth, np.concatenate([clean, suspect])))
 
 

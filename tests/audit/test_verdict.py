@@ -193,7 +193,13 @@ def test_the_verdict_is_held_and_follows_its_numbers(base: AuditResult) -> None:
 
 
 def test_every_verdict_has_its_rule(base: AuditResult) -> None:
-    known = {(rule.level, rule.confidence) for rule in RULES}
+    known = [(rule.level, rule.confidence) for rule in RULES]
+    assert known == [
+        *(("backdoored", confidence) for confidence in ("high", "moderate")),
+        *(("suspicious", confidence) for confidence in ("moderate", "low")),
+        *(("no sign", confidence) for confidence in ("high", "moderate", "low")),
+        ("cannot tell", "low"),
+    ]
     for success, labelled, twins, reference in product(
         (0.02, 0.08, 0.3, 0.95), (True, False), (True, False), (None, 0.02, 0.5)
     ):
@@ -278,6 +284,13 @@ def test_each_doubt_is_said_where_it_holds_and_nowhere_else(base: AuditResult) -
     for result, expected in cases:
         doubts = verdict(result).doubts
         assert {word for word in words if any(word in doubt for doubt in doubts)} == expected
+
+
+def test_the_numbers_are_said_of_the_images_that_they_count(base: AuditResult) -> None:
+    for labelled, whose in ((True, " of other classes"), (False, "")):
+        found = verdict(replace(base, as_it_is=setting(0.95, 0.02, labelled=labelled)))
+        assert found.why[0].startswith(f"Of the suspect images{whose}, 95.0 % ")
+    assert base.to_dict()["twins"] is True  # the name of `paired` in files
 
 
 def test_what_weighs_most_is_said_first(base: AuditResult) -> None:

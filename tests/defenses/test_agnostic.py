@@ -477,6 +477,7 @@ def test_components_are_learnt_from_all_images_and_calibrated_on_a_sample(
 ) -> None:
     """The plain way: of each fold of the sample, all images but its own teach."""
     monkeypatch.setattr("decompclip.defenses.distances.CALIBRATION", 100)
+    monkeypatch.setattr("decompclip.defenses.fitted.BLOCK", 50)
     found = ComponentDistances(classifier, seed=3).fit(clean[i : i + 33] for i in range(0, N, 33))
     sample = torch.rand(N, generator=torch.Generator().manual_seed(3)).argsort()[:100].sort().values
     fold = torch.randperm(100, generator=torch.Generator().manual_seed(3)) % 5
@@ -534,3 +535,6 @@ def test_component_distances_refuse_what_they_cannot_tell(
     distances = ComponentDistances(classifier).fit(clean)
     with pytest.raises(ValueError, match=r"at least 999 clean images to calibrate .* 0.001; received 240"):
         distances.flags(clean, fpr=0.001)
+    raw = decompose(tower, torch.ones(2, 3, 24, 16))
+    with pytest.raises(ValueError, match=r"terms with normalize=True, .* received normalize=False"):
+        distances.score(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -115,6 +116,22 @@ def test_a_head_at_its_threshold_is_flagged(pair, similarity) -> None:
     assert least.flags(clean)[:, -1].sum(0).tolist() == [1] * 4
 
 
+def test_a_head_that_writes_nothing_or_never_varies(pair) -> None:
+    """It resembles nothing; and its deviation is the rounding of its similarity, not less."""
+    clean, suspect = pair
+    coords = suspect.coords.clone()
+    coords[:, -1, 2] = 0
+    found = Selector(similarity="cosine").fit(clean).similarities(suspect.edit(coords=coords))
+    assert found[:, -1, 2].tolist() == [0] * 12
+    coords = clean.coords.clone()
+    coords[:, -1, 2] = coords[0, -1, 2]
+    still = clean.edit(coords=coords)
+    fitted = Selector().fit(still, deviations=True)
+    assert fitted.deviations_ is not None
+    expected = torch.finfo(torch.float32).eps * still.heads[0, -1, 2].square().sum()
+    torch.testing.assert_close(fitted.deviations_[-1, 2], expected, rtol=1e-3, atol=0)
+
+
 def test_thresholds_at_the_ends(pair) -> None:
     clean, suspect = pair
     none = DecompDet(epsilon=-1e9).fit(clean)
@@ -173,12 +190,13 @@ def test_errors_say_what_to_do(
         Selector(similarity="l2").fit(clean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected threshold of .*; received 'mean'"):
         Selector(threshold="mean").fit(clean)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"expected a quantile in 0\.\.1; received 5"):
-        Selector(quantile=5).fit(clean)
+    with pytest.raises(ValueError, match=r"expected a quantile in 0\.\.1; received 1\.01"):
+        Selector(quantile=1.01).fit(clean)
     with pytest.raises(ValueError, match=r"expected fill of .*; received 'mean'"):
         DecompRep(fill="mean").fit(clean)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"expected heads to judge; received mlps\[0\]"):
-        DecompDet(components=mlps[0]).fit(clean)
+    for wrong in (mlps[0], heads[-1] | mlps[0], heads[-1] - heads[-1]):
+        with pytest.raises(ValueError, match=re.escape(f"expected heads to judge; received {wrong!r}; for ")):
+            DecompDet(components=wrong).fit(clean)
     with pytest.raises(ValueError, match="whose similarities a quantile is taken of; received their moments"):
         DecompDet(threshold="quantile").fit(Moments.of(clean))
     other = decompose(
@@ -261,13 +279,15 @@ def test_noise_fills_flagged_heads_alone(centred, scale) -> None:
     torch.testing.assert_close(after[flags], noise[flags], rtol=1e-4, atol=1e-5)
 
 
-def test_excess_is_counted_in_clean_deviations(centred) -> None:
+@pytest.mark.parametrize("threshold", ["epsilon", "quantile"])
+def test_excess_is_counted_in_clean_deviations(centred, threshold) -> None:
     clean, suspect = centred
-    detector = DecompDet(score="excess", threshold="quantile", quantile=0.2).fit(clean)
+    detector = DecompDet(score="excess", threshold=threshold, epsilon=0.02, quantile=0.2).fit(clean)
     selector = detector.selector_
     prototypes = clean.heads[:, -1].mean(0)
     before, after = ((d.heads[:, -1] * prototypes).sum(-1) for d in (clean, suspect))
-    below = before.quantile(0.2, dim=0, interpolation="lower") - after
+    limits = before.quantile(0.2, dim=0, interpolation="lower") if threshold == "quantile" else 0.02
+    below = limits - after
     expected = (below / before.std(0, correction=0)).clamp_min(0).sum(1)
     torch.testing.assert_close(detector.score(suspect), expected, rtol=1e-3, atol=1e-4)
     assert expected.any()
@@ -311,7 +331,12 @@ def test_the_causal_repair_writes_mlps_too(tower: HookedViT) -> None:
     direct = MeanAblate(mlps[-1], moments)
     with tower.hooks(fwd_hooks=direct.fwd_hooks(tower)):
         torch.testing.assert_close(causal, tower(images))
-    assert not torch.allclose(causal, tower(images))
+    plain = tower(images)
+    assert not torch.allclose(causal, plain)
+    some = torch.zeros(6, 3 * 4 + 3 + 1, dtype=torch.bool)
+    some[:2] = True
+    with tower.hooks(fwd_hooks=repair.fwd_hooks(tower, where=some)):
+        torch.testing.assert_close(tower(images), torch.where(some[:, :1], causal, plain))
 
 
 @pytest.mark.parametrize("components", [heads[-2:], None])

@@ -104,6 +104,7 @@ def test_check_says_which_images_the_detector_rejects(clip: HookedCLIP) -> None:
 def test_zero_shot_code_runs_unchanged(clip: HookedCLIP) -> None:
     """As open_clip's readme has it, with the guard in the model's place."""
     guard: Any = Guard(clip, ZeroAblate(heads[-1]))
+    assert (guard.convention, guard.normalized) == ("centred", True)  # which such an edit does not know
     images, tokens = drawn(4, 2), guard.tokenizer(["cat", "cup"])
     assert torch.equal(guard.encode_text(tokens), clip.encode_text(tokens))
     assert torch.equal(guard.logit_scale, clip.logit_scale)
@@ -151,6 +152,8 @@ def test_a_guard_is_written_again_and_again_and_not_where_it_repairs_by_other_th
         save_guard(Guard(model, repair), out)
         again: Any = load(name=out)
         assert torch.equal(again.defense.selector_.thresholds_, repair.selector_.thresholds_)
+    with pytest.raises(TypeError, match="positional argument"):
+        load(out, "random")  # pyright: ignore[reportCallIssue]
     detector = DecompDet(**RULE).fit(terms)
     for guard in (Guard(model, repair, reject=detector), Guard(model, ZeroAblate(mlps[-1]))):
         with pytest.raises(ValueError, match="repairs by AgnosticRep, DecompRep or TokenRep alone; received"):

@@ -15,6 +15,7 @@ from torch import Tensor, tensor
 from decompclip.attacks.trigger import Trigger
 from decompclip.data.feed import Labelled
 from decompclip.data.pairs import PairBatch
+from decompclip.data.processes import Processes
 from decompclip.data.shapes import Shapes
 from decompclip.decomposition.components import mlps
 from decompclip.evaluation.evaluate import DecomposedImages, Evaluation, evaluate
@@ -214,6 +215,15 @@ def test_scaling_the_features_changes_nothing() -> None:
 
     result = evaluate(Loud(), Coloured(), CLASSIFIER, blue_corner, 2, class_names=NAMES)
     assert result.to_dict() == found().to_dict()
+
+
+def test_processes_are_told_what_they_must_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Processes, "check_work", lambda _, *work: told.append(work))
+    model, data = CornerReader(), Coloured()
+    evaluate(model, data, CLASSIFIER, blue_corner, 2, batch_size=4)
+    about = {"the trigger": blue_corner, "the target": 2, "the size of batches": 4}
+    assert told == [(model, CLASSIFIER, {"the images or their preprocessing": data}, about)]
 
 
 def test_holds_no_gradient() -> None:

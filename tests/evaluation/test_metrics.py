@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from scipy.stats import binomtest, norm
+from scipy.stats import beta, binomtest, norm
 from torch import Tensor, tensor
 
 from decompclip.evaluation.metrics import (
@@ -138,6 +138,7 @@ def test_accuracy_by_hand() -> None:
 def test_attack_success_by_hand() -> None:
     assert attack_success(TRIGGERED, LABELS, 2) == Rate(3, 4)
     assert target_rate(CLEAN, LABELS, 2) == Rate(1, 4)
+    assert attack_success(TRIGGERED, LABELS, 0, n_classes=3) == Rate(1, 4)
     assert attack_success(TRIGGERED[4:], LABELS[4:], 2) == Rate(0, 0)
 
 
@@ -317,12 +318,16 @@ def test_a_perfect_detector_is_as_sure_as_twice_the_smaller_sample(n: int, m: in
     assert auroc_interval(torch.ones(n), torch.zeros(m)) == pytest.approx((0, Rate(0, 60).high))
 
 
-@pytest.mark.parametrize(("n", "m"), [(7, 5), (25, 30), (40, 9)])
-def test_auroc_interval_stands_on_delong_s_variance(n: int, m: int) -> None:
-    """Plain loops over pairs, where the sides overlap; the variance becomes trials of Wilson's interval."""
+@pytest.mark.parametrize(
+    ("n", "m", "overlap"), [(7, 5, None), (25, 30, None), (40, 9, None), (25, 30, 3), (40, 9, 3), (2, 30, 3)]
+)
+def test_auroc_interval_stands_on_delong_s_variance(n: int, m: int, overlap: int | None) -> None:
+    """Plain loops over pairs; the variance becomes trials of Wilson's interval, and few images bear it where the sides hardly overlap."""
     draw = np.random.default_rng(n)
     clean, suspect = draw.integers(-3, 4, n), draw.choice([-9, 0, 9], m, p=[0.3, 0.2, 0.5])
     clean, suspect = (torch.from_numpy(x).double() for x in (clean, suspect))
+    if overlap is not None:
+        clean, suspect = torch.arange(n).double(), torch.arange(m).double() + n - overlap
     wins = [[float(s > c) + 0.5 * float(s == c) for s in suspect] for c in clean]
     area = np.mean(wins)
     of_clean, of_suspect = np.mean(wins, axis=1), np.mean(wins, axis=0)
@@ -330,8 +335,12 @@ def test_auroc_interval_stands_on_delong_s_variance(n: int, m: int) -> None:
         sum((x - np.mean(side)) ** 2 for x in side) / (len(side) - 1) / len(side)
         for side in (of_clean, of_suspect)
     )
-    trials = area * (1 - area) / variance
-    assert trials < 2 * min(n, m)
+    trials, most = area * (1 - area) / variance, 2 * min(n, m)
+    assert (trials > most) == (overlap is not None)
+    if trials > most:
+        shares = [((x - np.mean(side)) / len(side)) ** 2 for side in (of_clean, of_suspect) for x in side]
+        bearing = sum(shares) ** 2 / sum(share**2 for share in shares)
+        trials = most + (trials - most) * bearing / (bearing + 20)
     assert auroc_interval(clean, suspect) == pytest.approx(wilson(float(area), float(trials)))
 
 
@@ -389,6 +398,8 @@ def test_groups_equal_plain_counts_and_the_worst_is_the_least() -> None:
     seen = {trace.name: list(trace.x) for trace in plot.data}
     for cue in "abc":
         assert seen[cue] == pytest.approx([100 * values["bird", cue], 100 * values["cat", cue]])
+    assert (plot.layout.xaxis.title.text, plot.data[-1].name) == ("accuracy, %", "95 % interval")
+    assert list(plot.layout.yaxis.ticktext) == ["bird", "cat"]
     said = json.loads(json.dumps(found.to_dict()))
     assert said["worst"]["value"] == found.worst and tuple(said["worst"]["group"]) == found.worst_group
     assert f"worst {100 * found.worst:.1f} %: {found.worst_group[0]}" in repr(found)
@@ -411,10 +422,9 @@ def test_few_images_make_no_group_certain() -> None:
     right = tensor([0, 1] * 5)
     before = group_accuracy(1 - right, right, right * 0)
     after = group_accuracy(right, right, right * 0)
-    low, high = after.interval()
     # the worse of two posteriors of five out of five
-    draws = np.random.default_rng(3).beta(5.5, 0.5, (2, 200_000)).min(0)
-    assert (low, high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
+    ends = beta.ppf(1 - np.sqrt(1 - np.array([0.025, 0.975])), 5.5, 0.5)
+    assert after.interval(draws=200_000) == pytest.approx(ends, abs=0.003)
     value, least, most = after.gain(before)
     assert value == 1 and 0.3 < least < most < 1
 
@@ -484,8 +494,9 @@ def test_groups_without_images_are_refused(ours_alone: None) -> None:
         group_accuracy(predictions, labels, cues, cue_names=["a", "b"])
     with pytest.raises(ValueError, match="labels in"):
         group_accuracy(predictions, labels - 1, cues)
-    with pytest.raises(ValueError, match="one label for each prediction"):
-        group_accuracy(predictions, labels, cues[:5])
+    for short in ((predictions, labels[:5], cues), (predictions, labels, cues[:5])):
+        with pytest.raises(ValueError, match="received 400 predictions and 5 labels; take both"):
+            group_accuracy(*short)
     with pytest.raises(ValueError, match="at least one image"):
         group_accuracy(predictions[:0], labels[:0], cues[:0])
     assert isinstance(group_accuracy(predictions, labels, cues), GroupAccuracy)
