@@ -183,7 +183,7 @@ def test_unit_noise_is_the_image_s_own_whatever_the_batch(tower: HookedViT, imag
     where = torch.zeros(5, 16, dtype=torch.bool)
     where[:, 12] = True  # the first MLP
     assert noise(turned, where=where).token_terms is None
-    assert repr(noise).endswith(", scale='unit', seed=4)")
+    assert repr(noise) == f"RandomAblate({noise.components!r}, scale='unit', seed=4)"
 
 
 @pytest.mark.usefixtures("ours_alone")

@@ -146,10 +146,16 @@ def test_few_texts_have_the_interval_of_student_s_t() -> None:
     shares = torch.tensor([0.2, 0.2, 0.5], dtype=torch.float64)
     three = torch.zeros(3, 5, dtype=torch.float64)
     three[:, 0], three[range(3), [1, 2, 3]] = shares.sqrt(), (1 - shares).sqrt()
-    found = role_change(described(three), described(torch.eye(5)[:1]), draws=4000).measures["before by after"]
+    found = role_change(described(three), described(torch.eye(5)[[0, 0, 0]]), draws=4000)
     wider = 4.30265 / 1.95996 * 1.5**0.5
+    share, cosine = found.measures["before by after"], found.similarity
     expected = 0.3, 0.3 - 0.1 * wider, 0.3 + 0.2 * wider
-    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-5)
+    assert (share.value, share.low, share.high) == pytest.approx(expected, abs=1e-5)
+    # Half of a similarity is the other side's, whose three texts are one.
+    cosines = shares.sqrt()
+    mean, most = float(cosines.mean()), float(cosines.max())
+    expected = (mean + most) / 2 + wider / 2 * torch.tensor([0, float(cosines.min()) - mean, most - mean])
+    assert (cosine.value, cosine.low, cosine.high) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_intervals_end_where_the_measures_do() -> None:
