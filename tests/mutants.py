@@ -363,6 +363,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "tied = any(excess[first] - excess[other] <= 1e-9 for other in others)",
     ): TINY,
     (
+        "decompclip/decomposition/decomposition.py",
+        "shares = (torch.cat(parts) if len(parts) > 1 else parts[0]).unflatten(1, values.shape[1:3])",
+        "shares = (torch.cat(parts) if len(parts) >= 1 else parts[0]).unflatten(1, values.shape[1:3])",
+    ): "a copy of a single part",
+    (
+        "decompclip/decomposition/moments.py",
+        "return self.merge(Moments.of(d, second=self.scatter is not None))",
+        "return self.merge(Moments.of(d))",
+    ): "what one side lacks the union lacks",
+    (
+        "decompclip/decomposition/terms.py",
+        "if not error <= tolerance:",
+        "if not error < tolerance:",
+    ): "two such numbers are equal by accident alone",
+    (
         "decompclip/decomposition/terms.py",
         "return replace(parts[0], **joined)",
         "return replace(parts[1], **joined)",

@@ -206,10 +206,11 @@ def decompose_pool(
 
     with visual.hooks(fwd_hooks=[(name, keep) for name in names]):
         feature = wide(visual(images))
-    read = frozen(visual, "centred").read
+    whole = frozen(visual, "centred")
+    read = whole.read
     assert read.out is not None
     with full_precision(feature):
-        count = torch.ones_like(feature[:, 0])  # how often a constant counts, image by image
+        count = feature.new_ones(len(feature))  # how often a constant counts, image by image
         length = feature.norm(dim=-1) if normalize else count
         scale = count / length
         scaled = scale / seen["ln_post.hook_scale"].flatten() if pool.ln_post is not None else scale
@@ -221,7 +222,7 @@ def decompose_pool(
             mlp = (written if visual.proj is None else written @ wide(visual.proj)) * scale[:, None]
         bias = torch.stack(list(read.constants.values()))
         counts = [scaled if name in read.scaled else scale for name in read.constants]
-        mark = frozen(visual, "centred").maps.fingerprint
+        mark = whole.maps.fingerprint
         maps = TermMaps(read.out[None], bias, tuple(read.constants), "centred", fingerprint=mark)
         held = None
         if tokens:

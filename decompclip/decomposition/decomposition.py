@@ -98,7 +98,7 @@ class Decomposition:
     @property
     def has_pool(self) -> bool:
         """Whether the tower's attention pooling has an MLP of its own."""
-        return self.pool.shape[1] > 0
+        return bool(self.pool.shape[1])
 
     @property
     def d_embed(self) -> int:
@@ -464,7 +464,7 @@ class Decomposition:
         return {
             "images": str(len(self)),
             "heads": f"{self.n_layers} x {self.n_heads}",
-            "MLPs": f"{self.n_layers}" + (", 1 of the pool" if self.pool.shape[1] else ""),
+            "MLPs": f"{self.n_layers}" + (", 1 of the pool" if self.has_pool else ""),
             "width": str(self.d_embed),
             "convention": self.convention,
             "sums to": "unit features" if self.normalized else "features",

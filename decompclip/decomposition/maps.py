@@ -344,7 +344,7 @@ class WatchedWeights:
         sample: what these numbers were.
     """
 
-    marks: list[tuple[int, int, torch.dtype]]
+    marks: list[tuple[int, int | None, torch.dtype]]
     views: list[Tensor]
     sample: Tensor
 
@@ -363,14 +363,14 @@ class WatchedWeights:
         return not self.views or torch.equal(torch.cat(self.views), self.sample)
 
 
-def _marks(module: nn.Module) -> list[tuple[int, int, torch.dtype]]:
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in module.parameters()]
+def _marks(module: nn.Module) -> list[tuple[int, int | None, torch.dtype]]:
+    return [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype) for p in module.parameters()]
 
 
 def _spread(x: Tensor) -> Float[Tensor, " number"]:
     """Some 16 numbers between a tensor's first and last, as a view, in whatever order it lies."""
     if not x.numel():
-        return x.reshape(0)
+        return x.flatten()
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     step = max(1, reach // 16)
     return x.as_strided(((reach - 1) // step + 1,), (step,))
@@ -449,7 +449,7 @@ def room(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (free + own) // SHARE
-    return min(psutil.virtual_memory().available, *_allowed()) // SHARE
+    return min([psutil.virtual_memory().available, *_allowed()]) // SHARE
 
 
 def temporary(device: torch.device) -> int:
@@ -472,4 +472,4 @@ def _allowed() -> list[int]:
         limit, used = ((folder / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
         return [max(0, int(limit) - int(used))]
     except (OSError, ValueError):  # no such files, or "max": no limit
-        return [2**63]
+        return []

@@ -281,7 +281,7 @@ class Moments:
     @property
     def has_pool(self) -> bool:
         """Whether the tower's attention pooling has an MLP of its own."""
-        return len(self.pool) > 0
+        return bool(len(self.pool))
 
     @property
     def heads(self) -> Float[Tensor, "layer head d_embed"]:

@@ -389,7 +389,12 @@ class Store(Decomposition):
     def _facts(self) -> dict[str, str]:
         run = self.manifest["run"]
         error = f"{self.sum_error:.1e}"
-        return {**self[:0]._facts(), "images": str(len(self)), "stored in": run["dtype"], "sum error": error}
+        return {
+            **self._none._facts(),
+            "images": str(len(self)),
+            "stored in": run["dtype"],
+            "sum error": error,
+        }
 
     def __repr__(self) -> str:
         return (

@@ -166,7 +166,7 @@ class Rows:
             x = torch.stack(
                 [torch.bmm(a, wide(x.flatten(2))) for a, x in zip(by_layer, writes, strict=True)], dim=1
             )
-        return x.unflatten(-1, part) if len(part) > 1 else x
+        return x.unflatten(-1, part)
 
     def weighted(self, name: str) -> Float[Tensor, "batch pool_head d_model"]:
         """The weighted sum of the rows of the stream, as seen at a hook point."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,6 +260,29 @@ def test_neurons_are_named_of_a_tower_that_may_name_them(tower: HookedViT) -> No
     assert resolve_of(~heads, tower).flat.tolist() == [False] * 12 + [True] * 4
 
 
+def test_features_are_those_of_an_autoencoder(tower: HookedViT) -> None:
+    some = (features[:3] | features[4]) - features[1]
+    found = resolve_of(some, tower, features=5)
+    assert found.features.tolist() == [True, False, True, False, True]
+    assert (
+        found.beside_heads
+        and not found.heads.any()
+        and repr(some) == "(features[:3] | features[4]) - features[1]"
+    )
+    assert resolve_of(features, tower, features=5).features.all()
+    with pytest.raises(ValueError, match="which names features of a sparse autoencoder"):
+        resolve_of(features[1], tower)
+    with pytest.raises(IndexError, match=r"a feature in 0\.\.4 .*the sparse autoencoder has 5 features"):
+        resolve_of(features[5], tower, features=5)
+
+
+def test_what_is_resolved_is_of_the_towers_shape(tower: HookedViT) -> None:
+    shape: Any = SimpleNamespace(n_layers=2, n_heads=3, has_pool=True)
+    assert resolve_of(pool | heads[1], shape).flat.tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True]
+    with pytest.raises(TypeError, match=r"components such as heads\[-1\] \| mlps; received 'heads'"):
+        resolve_of("heads", shape)
+
+
 def test_a_slice_up_to_an_end_names_nothing() -> None:
     for part in (mlps[:-3], mlps[:0], heads[:-3], heads[1, :-4]):
         assert part.resolve(3, 4).empty
@@ -273,7 +298,7 @@ def test_it_reads_as_it_is_written() -> None:
     assert repr(heads[1] | mlps & layers[2:]) == "heads[1] | mlps & layers[2:]"
     assert repr((heads[1] | mlps) & ~layers[2]) == "(heads[1] | mlps) & everything - layers[2]"
     assert repr(neurons[3, [5, 7]]) == "neurons[3, [5, 7]]"
-    assert heads[:] == heads
+    assert heads[:] == heads != mlps
 
 
 def test_errors_name_the_range() -> None:
@@ -300,6 +325,10 @@ def test_errors_name_the_range() -> None:
         IndexError, match=r"received heads\[1\]\[2\]; write all indices into one pair of brackets"
     ):
         heads[1][2]
+    with pytest.raises(IndexError, match=r"received heads\[1\]\[2:, \[3\]\]; write"):
+        heads[1][2:, [3]]
+    with pytest.raises(IndexError, match=r"received heads\[0, 1, 2\]; write"):
+        heads[0, 1, 2]
     with pytest.raises(IndexError, match=r"a layer has one MLP; received mlps\[0, 3\]; .* mlps\[\[0, 3\]\]"):
         mlps[0, 3]
     with pytest.raises(IndexError, match=r"received layers\[0, 3\]; .* layers\[\[0, 3\]\]"):

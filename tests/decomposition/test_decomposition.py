@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from decompclip.decomposition.components import heads
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
 from decompclip.decomposition.terms import DecompositionError
+from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
 
 FORMS: list[tuple[Convention, bool]] = [
@@ -190,6 +193,25 @@ def test_a_half_precision_tower_has_terms_in_fp32(
     assert d.coords.dtype == d.mlps.dtype == torch.float32
 
 
+def test_the_last_block_runs_the_pooled_row_alone_unless_others_listen(
+    tower: HookedViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    last = blocks(tower)[-1]
+    forward = last.forward
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        out = forward(*args, **options)
+        rows.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(last, "forward", spy)
+    decompose(tower, images)
+    with tower.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda x, hook: None)]):
+        decompose(tower, images)
+    assert rows == [1, 7]
+
+
 def test_a_pool_need_not_be_given(tower: HookedViT, images: Tensor) -> None:
     d = decompose(tower, images)
     plain = Decomposition(**{f.name: getattr(d, f.name) for f in fields(d) if f.name != "pool"})
@@ -337,20 +359,19 @@ def test_no_gradient_no_hook_and_no_edit_is_left(tower: HookedViT, images: Tenso
     torch.testing.assert_close(edited.features, d.features + d.mlps.sum(1))
 
 
-def test_it_reads_well(tower: HookedViT, images: Tensor) -> None:
+def test_it_reads_well(make_tower: Callable[..., HookedViT], tower: HookedViT, images: Tensor) -> None:
     d = decompose(tower, images, normalize=True, tokens=heads[0])
-    words = repr(d)
-    for fact in (
-        "images: 5",
-        "heads: 3 x 4",
-        "convention: centred",
-        "unit features",
-        "of 4 heads",
-        "sum error",
-    ):
-        assert fact in words
+    words = (
+        "Decomposition(images: 5, heads: 3 x 4, MLPs: 3, width: 20, convention: centred, sums to: unit features, "
+        "tokens: of 4 heads, sum error: "
+    )
+    assert repr(d) == f"{words}{d.sum_error:.1e})" and repr(d.edit(embed=d.embed)) == f"{words}edited)"
     assert "<th>convention</th><td>centred</td>" in d._repr_html_()
-    assert "sum error: edited" in repr(d.edit(embed=d.embed))
+    pooled = decompose(make_tower(pool="attention", pool_heads=2, pool_mlp=24), images)
+    assert (
+        "MLPs: 3, 1 of the pool, width: 20, convention: centred, sums to: features, tokens: none kept"
+        in repr(pooled)
+    )
     assert repr(d.maps) == "TermMaps(centred: 3 layers x 4 heads, 8 -> 20)"
 
 
@@ -369,6 +390,11 @@ def test_errors_say_what_to_do(tower: HookedViT, images: Tensor) -> None:
     with pytest.raises(LookupError, match=r"kept its tokens; .* decompose\(images, tokens=heads\[2, 1\]\)"):
         d.tokens(-1, 1)
     some = decompose(tower, images, tokens=heads[0])
+    for given in ({"layer": 1}, {"head": 1}):
+        with pytest.raises(ValueError, match="a layer and a head, or neither for all kept heads; received"):
+            some.attention(**given)
+    with pytest.raises(LookupError, match=r"decompose\(images, tokens=True\) \(an edit"):
+        d.attention()
     with pytest.raises(
         LookupError, match=r"the tokens of heads\[1, 3\]; .*other heads; .*tokens=heads\[1, 3\]"
     ):
@@ -439,6 +465,30 @@ def test_tokens_of_an_edited_run(tower: HookedViT, images: Tensor) -> None:
     torch.testing.assert_close(paper.tokens(1, 0).sum(1), paper.heads[:, 1, 0], rtol=1e-5, atol=1e-6)
 
 
+def test_how_far_tokens_may_miss_their_heads(make_tower: Callable[..., HookedViT], images: Tensor) -> None:
+    """By a share of the largest number that the layer's heads put out; attention, by half of one."""
+    visual, seen = make_tower(dtype=torch.float64), list[Tensor]()
+
+    def shifted(z: Tensor, hook: object) -> Tensor:
+        seen.append(z[:, 0] + 0.01)
+        return z + 0.01
+
+    with visual.hooks(fwd_hooks=[("blocks.1.attn.hook_z", shifted)]):
+        decompose(visual, images.double())
+        miss = 0.01 / float(seen[0].abs().max())
+        decompose(visual, images.double(), tokens=heads[1], tolerance=1.001 * miss)
+        with pytest.raises(DecompositionError, match=f"a miss of {miss:.1e}: a hook edits hook_z"):
+            decompose(visual, images.double(), tokens=heads[1], tolerance=0.999 * miss)
+
+    def first_token(pattern: Tensor, hook: object) -> Tensor:
+        return 1.5 * torch.eye(7, dtype=torch.float64)[0].expand_as(pattern)
+
+    with visual.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", first_token)]):
+        decompose(visual, images.double(), tokens=heads[1], tolerance=0.5)
+        with pytest.raises(DecompositionError, match="attention that sums to one"):
+            decompose(visual, images.double(), tokens=heads[1], tolerance=0.499)
+
+
 def test_tokens_are_heads(ours_alone: None, tower: HookedViT, images: Tensor) -> None:
     with pytest.raises(
         TypeError, match=r"expected tokens=True, or heads such as heads\[-1\]; received 'last'"
@@ -451,5 +501,8 @@ def test_how_far_terms_may_miss_their_feature(tower: HookedViT, images: Tensor) 
     assert decompose(tower, images, tolerance=miss).sum_error == miss > 0
     with pytest.raises(DecompositionError):
         decompose(tower, images, tolerance=0.99 * miss)
+    large = copy.deepcopy(tower)
+    large.get_parameter("proj").data.mul_(64)
+    assert decompose(large, images).sum_error == miss  # a share
     expected = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
     assert expected == TOLERANCE

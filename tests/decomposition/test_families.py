@@ -124,7 +124,9 @@ def test_parts_of_a_batch_are_the_batch(family: HookedViT, images: Tensor) -> No
     assert torch.allclose(joined.coords, whole.coords, atol=1e-12)
     assert torch.allclose(joined.tokens(2, 0), whole.tokens(2, 0), atol=1e-12)
     assert joined.sum_error < 1e-13
-    assert torch.equal(Decomposition.cat([whole]).tokens(2, 0), whole.tokens(2, 0))
+    assert Decomposition.cat([whole]) is whole
+    assert torch.equal(Decomposition.cat(parts[:2]).coords, joined.coords[:4])
+    assert Decomposition.cat([parts[0], parts[1].edit(coords=parts[1].coords)]).token_terms is None
 
 
 def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
@@ -135,11 +137,18 @@ def test_a_saved_decomposition_is_the_same(family: HookedViT, images: Tensor, tm
     assert (tmp_path / "d.safetensors").stat().st_size < 4e6
 
 
-def test_moments_of_batches_are_those_of_all(family: HookedViT, images: Tensor) -> None:
+def test_moments_of_batches_are_those_of_all(family: HookedViT, images: Tensor, tmp_path: Path) -> None:
     d = decompose(family, images.double())
     moments = Moments.fit(family, [images[:2].double(), images[2:].double()])
     assert torch.allclose(moments.features, d.features.mean(0), atol=1e-12)
     assert torch.allclose(moments.pool, d.pool.mean(0)) and torch.allclose(moments.heads, d.heads.mean(0))
+    again = Moments.load(moments.save(tmp_path / "moments.safetensors"))
+    assert again.has_pool == moments.has_pool == d.has_pool == family.cfg.has_pool
+    assert torch.equal(again.covariance("coords"), moments.covariance("coords"))
+    ours, theirs = (
+        {name: x for name, x in vars(m.streams).items() if x is not None} for m in (again, moments)
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_autocast_rounds_the_tower_and_not_the_terms(family: HookedViT, images: Tensor) -> None:
@@ -158,6 +167,19 @@ def test_autocast_rounds_the_tower_and_not_the_terms(family: HookedViT, images: 
 def test_half_towers_have_terms_in_full(family: HookedViT, images: Tensor, dtype: torch.dtype) -> None:
     d = decompose(copy.deepcopy(family).to(dtype), images.to(dtype))
     assert d.features.dtype == torch.float32 and d.sum_error < (5e-2 if dtype == torch.bfloat16 else 1e-2)
+
+
+def test_means_of_a_half_tower_are_of_what_it_wrote_in_full(make_tower: MakeTower, images: Tensor) -> None:
+    visual = make_tower(dtype=torch.bfloat16, **FAMILIES["mean, then LayerNorm"])
+    names, seen = ("ln_final.hook_scale", "blocks.1.hook_mlp_out", "blocks.0.hook_resid_pre"), list[Tensor]()
+    with visual.hooks(fwd_hooks=[(name, lambda x, hook: seen.append(x.double())) for name in names]):
+        d = decompose(visual, images.bfloat16())
+    embed, mlp, scale = seen
+    assert visual.proj is not None
+    for found, rows in ((d.embed, embed), (d.mlps[:, 1], mlp)):
+        x = rows[:, visual.cfg.pooled_rows].mean(1)
+        read = (x - x.mean(1, keepdim=True)) / scale[:, 0] * visual.ln_final.w.double() @ visual.proj.double()
+        torch.testing.assert_close(found.double(), read, rtol=1e-4, atol=1e-5)
 
 
 def test_no_images_give_no_terms(family: HookedViT, images: Tensor) -> None:
@@ -246,6 +268,7 @@ def test_a_fingerprint_is_that_of_earlier_releases(make_tower: MakeTower) -> Non
     assert mark.dtype == torch.float64 and len(mark) == 398
     first = torch.tensor([2.56540465, -3.54206729, 1.71148479], dtype=torch.float64)
     torch.testing.assert_close(mark[:3], first, rtol=1e-5, atol=0)
+    assert mark[-2:].tolist() == [1_616_338_777, 2.0**-23]
     torch.testing.assert_close(mark[:-2].norm(), torch.tensor(35.2596).double(), rtol=1e-5, atol=0)
 
 
@@ -347,10 +370,13 @@ def test_numbers_of_any_kind_choose_an_image(make_tower: MakeTower, images: Tens
         assert torch.equal(d[index].coords, d.coords[1:2])
     with pytest.raises(IndexError, match=r"0\.\.4; received 7"):
         d[torch.tensor(7)]
+    with pytest.raises(IndexError, match=r"of one axis; received \[1, 2\]; flatten them"):
+        d[torch.tensor([[0, 1]])]
 
 
 def test_maps_of_a_single_layer_move(make_tower: MakeTower, images: Tensor) -> None:
-    maps = decompose(make_tower(n_layers=1, **FAMILIES["PE"]), images).maps
+    maps = decompose(make_tower(n_layers=1, n_heads=1, d_head=32, **FAMILIES["PE"]), images).maps
+    assert maps.d_head == 32
     moved = maps.to(torch.float64)
     assert maps.direct and (moved.heads.shape, moved.heads.dtype) == (maps.heads.shape, torch.float64)
     assert maps.to(torch.float32) is maps

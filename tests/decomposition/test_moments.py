@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from decompclip.decomposition.capture import decompose
-from decompclip.decomposition.moments import Moments, check_finite
+from decompclip.decomposition.decomposition import batches
+from decompclip.decomposition.moments import Moments, check_finite, double
 from decompclip.tower.vit import HookedViT
 
 
@@ -123,6 +124,20 @@ def test_errors_say_what_to_do(make_tower: Callable[..., HookedViT], tower: Hook
         moments.check(decompose(make_tower(n_layers=2), many()))
     with pytest.raises(ValueError, match="same shape with other weights"):
         moments.check(decompose(make_tower(seed=9, layer_scale=True), many()))
+
+
+@pytest.mark.usefixtures("ours_alone")
+def test_terms_are_taken_one_by_one_of_one_or_several(tower: HookedViT) -> None:
+    d = decompose(tower, many())
+    assert [*batches(d)] == [d] and [*batches([d, d])] == [d, d]
+    for wrong, kind in ((many(), "Tensor"), (tower, "HookedViT")):
+        with pytest.raises(TypeError, match=rf"as model.decompose\(images\) gives; received a {kind}"):
+            next(batches(wrong))  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_in_full_stay_on_their_device() -> None:
+    found = double(torch.ones(2, device="meta"))
+    assert (found.device.type, found.dtype) == ("meta", torch.float64)
 
 
 def test_an_image_without_numbers_is_named(tower: HookedViT) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,8 @@ def test_little_memory_makes_parts_and_changes_nothing(
     # Of the 48 heads, what the products of one take with all images.
     one = whole.token_terms.scale.shape[2] * whole.token_terms.values[:, 0].nbytes
     assert (48, one) in budgets
+    monkeypatch.setattr("decompclip.decomposition.decomposition.temporary", lambda device: 24 * one)
+    torch.testing.assert_close(found()[1], maps, rtol=1e-4, atol=1e-5)  # two parts
     # And the batch, where a run holds something of each of its images.
     held = _held(visual, images, whole.token_terms.kept)
     assert ((len(images), held) in budgets) == (held > 0)
@@ -98,7 +102,7 @@ def test_what_a_run_holds_of_an_image_is_told(visual: HookedViT, images: torch.T
 def test_a_batch_stays_whole_under_hooks_that_hold_something_of_each_image(
     make_tower: MakeTower, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visual = make_tower().requires_grad_(False)
+    visual = make_tower(pool="mean").requires_grad_(False)
     monkeypatch.setattr("decompclip.decomposition.capture.room", lambda device: 1)
     sizes: list[int] = []
 
@@ -116,10 +120,27 @@ def test_a_quarter_of_what_a_gpu_has_free_may_be_taken(monkeypatch: pytest.Monke
     for name, answer in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert maps.room(torch.device("cuda")) == maps.temporary(torch.device("cuda")) == (1000 + 300) // 4
+    told["mem_get_info"] = (2**40, 2**41)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: told["mem_get_info"])
+    assert maps.temporary(torch.device("cuda")) == (2**40 + 300) // 4
+
+
+def test_a_quarter_of_the_memory_that_a_container_leaves_may_be_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu, memory = torch.device("cpu"), SimpleNamespace(available=2**40)
+    monkeypatch.setattr(maps.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(maps, "Path", lambda folder: tmp_path)
+    assert (maps.room(cpu), maps.temporary(cpu)) == (2**38, maps.CACHED)  # no container
+    for limit, used, left in (("1000", "300", 175), ("1000", "1001", 0), ("max", "300", 2**38)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text(used)
+        assert maps.room(cpu) == left
+    memory.available = 400
+    assert maps.room(cpu) == maps.temporary(cpu) == 100
 
 
 def test_pieces_are_few_alike_and_whole() -> None:
     assert [*maps.pieces(10, 3, 12)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
     assert [*maps.pieces(3, 5, 1)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    assert [*maps.pieces(4, 0, 8)] == [slice(0, 4)]
-    assert 0 < maps.temporary(torch.device("cpu")) <= maps.room(torch.device("cpu"))
+    assert [*maps.pieces(4, 0, 8)] == [*maps.pieces(4, 1, 4)] == [slice(0, 4)]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from decompclip.decomposition.capture import decompose, decompose_pool
 from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.maps import fingerprint
 from decompclip.decomposition.moments import Moments
 from decompclip.decomposition.terms import DecompositionError
 from decompclip.operators.attention import contribution_maps
@@ -54,6 +55,14 @@ def test_terms_and_tokens_of_the_pools_heads(visual: HookedViT, images: Tensor, 
         torch.testing.assert_close(d.tokens(0, head), tokens)
         torch.testing.assert_close(d.heads[:, 0, head], tokens.sum(1))
         torch.testing.assert_close(d.attention(0, head), pattern)
+    kept, mark = d.token_terms, d.maps.fingerprint
+    assert kept is not None and kept.kept.tolist() == [[True] * d.n_heads]
+    assert (kept.image_size, kept.patch_size) == ((24, 16), (8, 8))
+    assert (
+        mark is not None
+        and torch.equal(mark, fingerprint(visual))
+        and (d.maps.d_head, d.maps.extras) == (pool.d_head, 0)
+    )
     if pool.mlp is not None:
         torch.testing.assert_close(d.mlps[:, 0], decompose(visual, images, normalize=normalize).pool[:, 0])
     assert not d.embed.any()

@@ -148,6 +148,7 @@ def test_a_store_holds_what_the_tower_gives(model: HookedCLIP, built: Path, norm
         slice(0, 0),
         slice(3, 9),
         slice(30, 90),
+        slice(1, 9, 2),
         slice(None, None, 7),
         slice(-5, None),
         4,
