@@ -501,6 +501,8 @@ def test_a_head_that_the_reference_has_not(clean: HookedCLIP) -> None:
     without = copy.deepcopy(clean)
     with torch.no_grad():
         blocks(without.visual)[2].attn.W_O[3] = 0
+    silent = weight_directions(without, heads[2, 3], texts=FEW, n_texts=2)
+    assert not silent.directions.any() and not silent.of("heads[2, 3]")
     small = copy.deepcopy(clean)
     with torch.no_grad():
         blocks(small.visual)[2].attn.W_O[3] *= 1e-3
