@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,13 @@ def test_a_repair_of_another_model_is_refused(tmp_path: Path) -> None:
             16,
             "--no-control",
         ),
+        ("--method", "inversion", "--clean", "shapes:64", "--epochs", 1, "--no-control"),
     ],
 )
-def test_what_folds_into_weights_is_an_ordinary_model(options: tuple[object, ...], tmp_path: Path) -> None:
+def test_what_folds_into_weights_is_an_ordinary_model(
+    options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("decompclip.cli.repair"), "TRIGGERS", 1)
     out = tmp_path / "a"
     found = repaired(out, *options)
     again = decompclip.load(out)
@@ -170,7 +175,10 @@ def test_two_points_of_accuracy_are_what_a_repair_may_cost_without_a_word() -> N
         ({"--out": "FULL"}, "holds files; name another"),
         ({"--images": "shapes:100"}, "leave --images out"),
         ({"--hint": "local"}, "expected --method rep with --hint"),
-        ({"--epochs": 3}, "expected --method cleanclip or par with --epochs"),
+        ({"--epochs": 3}, "expected a --method of cleanclip, par, inversion with --epochs"),
+        ({"--suspect": "star"}, "expected --method inversion with --suspect; received agnostic"),
+        ({"MODEL": "shapes", "--method": "inversion"}, "`decompclip audit shapes --clean IMAGES` names one"),
+        ({"--method": "inversion", "--suspect": "cat"}, "class 'cat' is not among"),
         ({"MODEL": "ViT-B-32", "--clean": "EMPTY"}, "expected --classes"),
         ({"--clean": "shapes:20"}, "clean images"),
     ],

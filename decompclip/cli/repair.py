@@ -35,6 +35,7 @@ class Method(str, Enum):
     rep = "rep"
     cleanclip = "cleanclip"
     par = "par"
+    inversion = "inversion"
 
 
 class Hint(str, Enum):
@@ -43,8 +44,11 @@ class Hint(str, Enum):
     spread = "global"
 
 
-TUNED = (Method.cleanclip, Method.par)
+TUNED = (Method.cleanclip, Method.par, Method.inversion)
 """The methods that fine-tune; the others are fitted on features."""
+
+TRIGGERS, SEARCHED = 4, 300
+"""How many triggers an inversion searches for, and on how many images."""
 
 FILLING = (Method.token, Method.both)
 """The methods that fill the patches which carry an image's answer."""
@@ -56,15 +60,15 @@ def repair(
         str,
         typer.Option(
             help=f"What to repair with. agnostic, token, rep: clean images: {options.IMAGES}, cifar10 or tiny-imagenet. cleanclip, "
-            "par: clean image-caption pairs, as finetune takes them."
+            "par, inversion: clean image-caption pairs, as finetune takes them."
         ),
     ],
     method: Annotated[
         Method,
         typer.Option(
             help="agnostic, token, rep: repair images one by one, in a guarded model that decompclip.load opens; token: for triggers of "
-            "few patches, which give the image's own class back; token-agnostic: both. cleanclip, par: fine-tune; rep with --hint "
-            "global: replace the last MLPs: ordinary open_clip models."
+            "few patches, which give the image's own class back; token-agnostic: both. cleanclip, par: fine-tune; inversion: search for triggers "
+            "to --suspect, and fine-tune against them; rep with --hint global: replace the last MLPs: ordinary open_clip models."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the repaired model and repair.json; new, or empty.")],
@@ -94,10 +98,18 @@ def repair(
             help="rep: the kind of trigger, which the paper's method needs: local (a patch), or global."
         ),
     ] = Hint.none,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="cleanclip, par: in place of the recipe's.")
+    suspect: Annotated[
+        str | None,
+        typer.Option(
+            help="inversion: the class that an attacker may want, as an audit names it; by default --target, or the trigger's own."
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="cleanclip, par: in place of the recipe's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Where it is fine-tuned, in place of the recipe's.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Where it is fine-tuned, in place of the recipe's.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=2, help="Images a forward pass; pairs a step in place of the recipe's.")
     ] = None,
@@ -131,6 +143,7 @@ def repair(
             "options": {
                 "budget": budget,
                 "hint": hint.value,
+                "suspect": suspect,
                 "epochs": epochs,
                 "lr": lr,
                 "batch_size": batch_size,
@@ -145,13 +158,17 @@ def repair(
         if hint is not Hint.none and method is not Method.rep:
             raise ValueError(f"expected --method rep with --hint; received {method.value}, which takes none")
         if method not in TUNED and (given := [k for k, x in {"--epochs": epochs, "--lr": lr}.items() if x]):
-            raise ValueError(f"expected --method cleanclip or par with {given[0]}; received {method.value}")
+            named = ", ".join(m.value for m in TUNED)
+            raise ValueError(f"expected a --method of {named} with {given[0]}; received {method.value}")
+        if suspect is not None and method is not Method.inversion:
+            raise ValueError(f"expected --method inversion with --suspect; received {method.value}")
         options.check_images(clean, images)
         options.check_files(classes=classes)
         if trigger is not None:
             options.check_trigger(trigger)
         with imports(model.model):
             from decompclip.attacks.registry import OWN, remembered
+            from decompclip.data.images import class_index
             from decompclip.defenses.guard import load as reopen
 
         if trigger is None and len(remembered(model.model, model.checkpoint)) == 1:
@@ -160,6 +177,12 @@ def repair(
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images or clean)
         label = options.target_index(attack, names)
+        searched = label if suspect is None else class_index(suspect, names)
+        if method is Method.inversion and searched is None:
+            raise ValueError(
+                "expected --suspect with --method inversion, the class that an attacker may want; "
+                f"`decompclip audit {model.model} --clean IMAGES` names one"
+            )
         clip = model.load()
         fit, held = _data(clip, clean, images, names, pairs=method in TUNED, limit=limit, seed=seed)
         stack.enter_context(alone_in(out))
@@ -168,7 +191,7 @@ def repair(
         stack.callback(_drop_empty, work)
         if method in TUNED:
             asked = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
-            other = _tuned(clip, fit, method, out, asked, seed=seed)
+            other = _tuned(clip, fit, names, method, searched, out, asked, seed=seed)
         else:
             with progress() as track:
                 other = _fitted(
@@ -366,17 +389,35 @@ def _fitted(
 
 
 def _tuned(
-    clip: HookedCLIP, pairs: Any, method: Method, out: Path, asked: dict[str, Any], *, seed: int
+    clip: HookedCLIP,
+    pairs: Any,
+    names: tuple[str, ...],
+    method: Method,
+    suspect: int | None,
+    out: Path,
+    asked: dict[str, Any],
+    *,
+    seed: int,
 ) -> Callable[[Any], Any]:
     """Fine-tune, and write the model; returns what makes its control."""
     from dataclasses import replace
 
-    from decompclip.defenses.clean_finetuning import PAR_RECIPE, TUNING_DEFENSES
+    from decompclip.defenses.clean_finetuning import (
+        INVERSION_RECIPE,
+        PAR_RECIPE,
+        TUNING_DEFENSES,
+        InversionTuning,
+    )
+    from decompclip.defenses.inversion import invert_trigger
     from decompclip.models.folders import save_model
     from decompclip.training.recipes import RECIPES
 
-    recipe = RECIPES["cleanclip"] if method is Method.cleanclip else PAR_RECIPE
-    recipe = replace(recipe, **{key: x for key, x in asked.items() if x is not None})
+    recipes = {
+        Method.cleanclip: RECIPES["cleanclip"],
+        Method.par: PAR_RECIPE,
+        Method.inversion: INVERSION_RECIPE,
+    }
+    recipe = replace(recipes[method], **{key: x for key, x in asked.items() if x is not None})
 
     def tuned(defense: TuningDefense, checkpoint: str) -> HookedCLIP:
         path = out / UNFINISHED / checkpoint
@@ -384,7 +425,20 @@ def _tuned(
             clip, pairs, checkpoint=path, seed=seed, progress=True, log=lambda line: say(line, err=True)
         ).model
 
-    save_model(tuned(TUNING_DEFENSES[method.value](recipe=recipe), CHECKPOINTS[0]), out)
+    if method is Method.inversion and suspect is not None:
+        pixels, _ = pairs.batch(0, min(SEARCHED, len(pairs) if hasattr(pairs, "__len__") else SEARCHED))
+        classifier = clip.zero_shot_classifier(names)
+        with progress() as track:
+            seeds = track(range(seed, seed + TRIGGERS), f"inverting triggers to {names[suspect]}", TRIGGERS)
+            triggers = tuple(
+                invert_trigger(clip, pixels, classifier, suspect, name=names[suspect], seed=s) for s in seeds
+            )
+        for trigger in triggers:
+            say(f"found: {trigger}", err=True)
+        defense: TuningDefense = InversionTuning(recipe=recipe, triggers=triggers)
+    else:
+        defense = TUNING_DEFENSES[method.value](recipe=recipe)
+    save_model(tuned(defense, CHECKPOINTS[0]), out)
     plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
     return lambda _: tuned(plain, CHECKPOINTS[1])
 
@@ -457,6 +511,7 @@ OTHERS = {
     Method.rep: "--method agnostic, or --method cleanclip or par for an ordinary open_clip model",
     Method.cleanclip: "--method agnostic, or a lower --lr",
     Method.par: "--method agnostic, or a lower --lr",
+    Method.inversion: "--method agnostic, or a lower --lr",
 }
 
 
