@@ -313,8 +313,8 @@ def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
     if table.suffix == ".csv":
         marks: dict[str, Any] = {"delimiter": max(",;\t", key=lines[0].count), "skipinitialspace": True}
         header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines, **marks))
-    elif len(lines[0].split()) == 1:
-        header, *rows = (line.split() for line in lines[1:])
+    elif (counted := len(lines[0].split()) == 1) or set(names) & set(lines[0].split()):
+        header, *rows = (line.split() for line in lines[counted:])
         header = ["image_id", *header]
         if lines[0].strip().isdecimal() and int(lines[0]) != len(rows):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -292,7 +292,7 @@ class HookedCLIP(nn.Module):
 
     def zero_shot_classifier(
         self,
-        class_names: Sequence[str] | None = None,
+        class_names: Iterable[str] | None = None,
         templates: str | Sequence[Template] | None = None,
         *,
         track: Track | None = None,
@@ -310,6 +310,7 @@ class HookedCLIP(nn.Module):
             ValueError: no class names, a single string for a list, a template without a slot.
         """
         names = self.class_names if class_names is None else class_names
+        names = names if isinstance(names, str) else tuple(names)  # whatever gives them once
         chosen = self._templates(templates)
         key = key_of(names, chosen, self.tokenizer)
         if not isinstance(names, str) and (found := kept(self.text, key)) is not None:

@@ -30,7 +30,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, frozen, full_precision, pieces, temporary, wide
 from decompclip.decomposition.terms import Rows, pooled_rows
 from decompclip.display import Result
-from decompclip.models.sae import SparseAutoencoder
+from decompclip.models.sae import Site, SparseAutoencoder
 from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
 from decompclip.operators.inputs import Images, image_batches
 from decompclip.operators.intervention import Chosen, Intervention, Where
@@ -75,7 +75,7 @@ class Splice:
         Raises:
             ValueError: the autoencoder is of another width or hook point.
         """
-        self.sae.site(visual)
+        _site(self.sae, visual)
         sae = self.sae.to(visual.device)
         read = _read_rows(sae, visual)
 
@@ -100,6 +100,13 @@ class Splice:
             return torch.where(here[:, None], made, rows).view(x.shape).to(x)
 
         return [(sae.hook, run)]
+
+
+def _site(sae: SparseAutoencoder, visual: HookedViT) -> Site:
+    """Where in the tower it reads. Raises ValueError as `SparseAutoencoder.site`, and for what is none."""
+    if not isinstance(sae, SparseAutoencoder):
+        raise ValueError(f"expected a SparseAutoencoder; received {sae!r}; open files with load_sae")
+    return sae.site(visual)
 
 
 def _read_rows(sae: SparseAutoencoder, visual: HookedViT) -> Bool[Tensor, " token"]:
@@ -199,7 +206,7 @@ def feature_terms(
             that are not pooled; no images, or activations that are not finite; the expression names something else than features.
     """
     visual = tower(model)
-    site, cfg, digest = sae.site(visual), visual.cfg, sae.digest
+    site, cfg, digest = _site(sae, visual), visual.cfg, sae.digest
     if not site.written:
         raise ValueError(
             f"expected an autoencoder of what is written to the stream, whose features have a direct effect; received {sae!r}; "
@@ -336,7 +343,7 @@ class AblateFeatures(Intervention):
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
         index = _chosen(self.components, self.sae, visual).to(visual.device)
         fill = self._filled(len(index)).to(visual.device)
-        mask, cfg = resolve(self.sae.site(visual).components, visual), visual.cfg
+        mask, cfg = resolve(_site(self.sae, visual).components, visual), visual.cfg
         tokens = token_mask(self.rows, cfg.n_tokens, cfg).to(visual.device)
 
         def silence(acts: Tensor) -> Tensor:
@@ -470,7 +477,7 @@ def top_images(
     """
     check_count(k, "images")
     visual = tower(model)
-    site, index = sae.site(visual), _chosen(chosen, sae, visual).to(visual.device)
+    site, index = _site(sae, visual), _chosen(chosen, sae, visual).to(visual.device)
     sae, read = sae.to(visual.device), _read_rows(sae, visual).nonzero()[:, 0]
     pictured = len(index) <= PICTURED and hasattr(model, "denormalize")
     best: list[Tensor] = []  # activation, image, token: [feature k]

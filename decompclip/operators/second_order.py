@@ -94,6 +94,10 @@ class Paths:
         check_linear(visual)
         layers, index = neuron_places(chosen, visual)
         layer, last = int(layers[0]), visual.cfg.n_layers - 1
+        if not last:
+            raise ValueError(
+                "expected a tower of two layers or more, heads of a later one being what a second-order effect goes through; received one of 1"
+            )
         if len(layers.unique()) > 1 or layer == last:
             named = ", ".join(map(str, layers.unique().tolist()))
             raise ValueError(

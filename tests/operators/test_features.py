@@ -331,6 +331,14 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
         ("at least one image", lambda: top_images(tower, mlp, [])),
         ("in one of 3 blocks", lambda: Splice(made("blocks.9.hook_mlp_out")).fwd_hooks(tower)),
     ]
+    path: Any = "layer-1/"
+    for call in (
+        lambda: feature_terms(tower, path, images),
+        lambda: top_images(tower, path, images),
+        lambda: Splice(path).fwd_hooks(tower),
+        lambda: AblateFeatures(path, features[3]).fwd_hooks(tower),
+    ):
+        refused.append(("expected a SparseAutoencoder; received 'layer-1/'; open files with load_sae", call))
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
             call()

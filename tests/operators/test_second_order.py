@@ -401,6 +401,8 @@ def test_mistakes_are_told(
         second_order(model, images, neurons[1, 10_000])
     with pytest.raises(ValueError, match="an image tower"):
         second_order(model.visual, images, neurons[1, 0], texts=["a star"])
+    with pytest.raises(ValueError, match="expected a tower of two layers or more, .* received one of 1"):
+        second_order(make_tower(n_layers=1), images, neurons[0, 0])
     with pytest.raises(ValueError, match="without a LayerNorm behind its MLPs"):
         second_order(make_tower(norm="post"), images, neurons[1, 0])
     other = load_bundled("shapes-badnet")
