@@ -33,7 +33,7 @@ from torch import Tensor
 from decompclip.api import check_count
 from decompclip.decomposition.components import Components, heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, one_thread, pieces, term_maps
+from decompclip.decomposition.maps import Convention, one_thread, pieces, same_model, term_maps
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.inputs import (
     Images,
@@ -310,7 +310,9 @@ def textspans(
         batches = (batch.to(model.device, model.dtype) for batch in read)
         with torch.no_grad():
             images = Moments.fit(model, batches, convention=convention, stream=False)
-    images.check_model(term_maps(model.visual, images.maps.convention))
+    ours, theirs = term_maps(model.visual, images.maps.convention), images.maps.fingerprint
+    if theirs is None or ours.fingerprint is None or not same_model(ours.fingerprint, theirs):
+        images.check_model(ours)  # of the pools, maps of the same model have another shape
     return fit_textspans(
         images,
         encode_texts(model, texts),
