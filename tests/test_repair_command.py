@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import decompclip
 from decompclip.cli.repair import Method, costly
-from decompclip.data.shapes import Shapes
+from decompclip.data.shapes import Shapes, ShapesPairs
+from decompclip.defenses import inversion
 from decompclip.defenses.guard import Guard
 from tests.commands import run, succeeds
+
+module = import_module("decompclip.cli.repair")  # not the function of that name
 
 
 def repaired(out: Path, *options: object) -> dict:
@@ -89,7 +94,7 @@ def test_a_repair_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_what_folds_into_weights_is_an_ordinary_model(
     options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("decompclip.cli.repair"), "TRIGGERS", 1)
+    monkeypatch.setattr(module, "TRIGGERS", 1)
     out = tmp_path / "a"
     found = repaired(out, *options)
     again = decompclip.load(out)
@@ -123,6 +128,23 @@ def test_a_killed_repair_goes_on_and_ends_with_the_same_model(
     assert {path.name for path in out.iterdir()} == names and ".repair" not in names
     weights = [(folder / "open_clip_model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
     assert weights[0] == weights[1]
+
+
+def test_a_repair_that_goes_on_has_the_triggers_that_were_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = decompclip.load("shapes-badnet"), tmp_path / "triggers.safetensors"
+    monkeypatch.setattr(module, "TRIGGERS", 2)
+    monkeypatch.setattr(inversion, "invert_trigger", partial(inversion.invert_trigger, steps=2, images=4))
+    given = (model, ShapesPairs(64, seed=4), model.class_names, 3, path, 5)
+    first = module._searched(*given)
+    kept = load_file(path)
+    assert all(torch.equal(kept[f"pattern {5 + i}"], x.pattern) for i, x in enumerate(first))
+    assert [x.name for x in first] == [model.class_names[3]] * 2 and first[0].digest != first[1].digest
+    save_file({name: x / 2 for name, x in kept.items()}, path)  # told from a new search by its size
+    assert all(
+        torch.equal(x.pattern, y.pattern / 2) for x, y in zip(module._searched(*given), first, strict=True)
+    )
 
 
 def test_a_repair_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path: Path) -> None:

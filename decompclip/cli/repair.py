@@ -15,17 +15,18 @@ import typer
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
 from decompclip.display import Track
-from decompclip.files import alone_in, check_folder, write_json
+from decompclip.files import alone_in, atomic_write, check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
     from decompclip.defenses.clean_finetuning import TuningDefense
+    from decompclip.defenses.inversion import InvertedTrigger
     from decompclip.models.clip import HookedCLIP
 
 NUMBERS = "repair.json"
 UNFINISHED = ".repair"
 """Folder of an unfinished repair: what was asked for, and the checkpoints of its fine-tunings."""
-ASKED, CHECKPOINTS = "asked.json", ("repair.pt", "control.pt")
+ASKED, FOUND, CHECKPOINTS = "asked.json", "triggers.safetensors", ("repair.pt", "control.pt")
 
 
 class Method(str, Enum):
@@ -221,7 +222,10 @@ def repair(
             "results": rows,
         }
         write_json(out / NUMBERS, asked_for | measured)
-        for name in CHECKPOINTS:  # what was asked for goes last: until then the same command goes on
+        for name in (
+            *CHECKPOINTS,
+            FOUND,
+        ):  # what was asked for goes last: until then the same command goes on
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work)
         _say_results(rows, attack, method, hint)
@@ -408,7 +412,6 @@ def _tuned(
         TUNING_DEFENSES,
         InversionTuning,
     )
-    from decompclip.defenses.inversion import invert_trigger
     from decompclip.models.folders import save_model
     from decompclip.training.recipes import RECIPES
 
@@ -426,21 +429,39 @@ def _tuned(
         ).model
 
     if method is Method.inversion and suspect is not None:
-        pixels, _ = pairs.batch(0, min(SEARCHED, len(pairs) if hasattr(pairs, "__len__") else SEARCHED))
-        classifier = clip.zero_shot_classifier(names)
-        with progress() as track:
-            seeds = track(range(seed, seed + TRIGGERS), f"inverting triggers to {names[suspect]}", TRIGGERS)
-            triggers = tuple(
-                invert_trigger(clip, pixels, classifier, suspect, name=names[suspect], seed=s) for s in seeds
-            )
-        for trigger in triggers:
-            say(f"found: {trigger}", err=True)
+        triggers = _searched(clip, pairs, names, suspect, out / UNFINISHED / FOUND, seed)
         defense: TuningDefense = InversionTuning(recipe=recipe, triggers=triggers)
     else:
         defense = TUNING_DEFENSES[method.value](recipe=recipe)
     save_model(tuned(defense, CHECKPOINTS[0]), out)
     plain = TUNING_DEFENSES["clean"](recipe=replace(recipe, loss="clip"))
     return lambda _: tuned(plain, CHECKPOINTS[1])
+
+
+def _searched(
+    clip: HookedCLIP, pairs: Any, names: tuple[str, ...], suspect: int, path: Path, seed: int
+) -> tuple[InvertedTrigger, ...]:
+    """Triggers to the suspected class; a repair that goes on has those of the file, to the bit."""
+    from safetensors.torch import load_file, save_file
+
+    from decompclip.defenses.inversion import invert_trigger
+
+    pixels, _ = pairs.batch(0, min(SEARCHED, len(pairs) if hasattr(pairs, "__len__") else SEARCHED))
+    classifier, name = clip.zero_shot_classifier(names), names[suspect]
+    kept = load_file(path) if path.exists() else {}
+    with progress() as track:
+        seeds = track(range(seed, seed + TRIGGERS), f"inverting triggers to {name}", TRIGGERS)
+        found = tuple(
+            invert_trigger(
+                clip, pixels, classifier, suspect, name=name, seed=s, pattern=kept.get(f"pattern {s}")
+            )
+            for s in seeds
+        )
+    for trigger in found:
+        say(f"found: {trigger}", err=True)
+    with atomic_write(path) as file:
+        save_file({f"pattern {seed + place}": x.pattern for place, x in enumerate(found)}, file)
+    return found
 
 
 TOUCHED = 1e-4

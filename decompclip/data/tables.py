@@ -315,7 +315,7 @@ def _columns(table: Path, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         header, *rows = ([cell.strip() for cell in cells] for cells in csv.reader(lines, **marks))
     elif (counted := len(lines[0].split()) == 1) or set(names) & set(lines[0].split()):
         header, *rows = (line.split() for line in lines[counted:])
-        header = ["image_id", *header]
+        header = ["image_id", *(name for name in header if name != "image_id")]
         if lines[0].strip().isdecimal() and int(lines[0]) != len(rows):
             raise ValueError(
                 f"expected {lines[0].strip()} rows in {table}, as its first line says; it has {len(rows)}; fetch it again"

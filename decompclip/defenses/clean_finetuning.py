@@ -191,6 +191,10 @@ class Unlearn:
                 f"expected triggers to unlearn, of `invert_trigger`, and a weight above 0; received {len(self.triggers)} and {self.weight}"
             )
 
+    def __repr__(self) -> str:
+        patterns = ", ".join(trigger.digest for trigger in self.triggers)  # a run goes on with the same ones
+        return f"Unlearn(weight={self.weight}, patterns of sha256 {patterns})"
+
     def __call__(self, seen: TrainingStep) -> Float[Tensor, ""]:
         net, frozen, n = cast(Any, seen.net), self.frozen, len(self.triggers)
         hit = frozen.denormalize(seen.images).clamp(0, 1)

@@ -88,11 +88,13 @@ class InvertedTrigger(Result):
         plot = self.moves.figure("map")
         return plot.update_layout(coloraxis_colorbar_title_text="move of the contribution to the cosine")
 
+    @property
+    def digest(self) -> str:
+        """Of the pattern, to the bit."""
+        return hashlib.sha256(self.pattern.numpy().tobytes()).hexdigest()[:8]
+
     def __repr__(self) -> str:
-        digest = hashlib.sha256(self.pattern.numpy().tobytes()).hexdigest()[:8]
-        return (
-            f"InvertedTrigger({self.name!r}, size {self.size:.4f}, success {self.success}, sha256 {digest})"
-        )
+        return f"InvertedTrigger({self.name!r}, size {self.size:.4f}, success {self.success}, sha256 {self.digest})"
 
 
 def scores(values: Sequence[float | int], reference: Sequence[float | int] | None = None) -> list[float]:
@@ -162,6 +164,7 @@ def invert_trigger(
     images: int = 16,
     reach: float = 0.9,
     seed: int = 0,
+    pattern: Float[Tensor, "3 h w"] | None = None,
 ) -> InvertedTrigger:
     """The smallest trigger found that sends images to a class.
 
@@ -176,9 +179,10 @@ def invert_trigger(
         reach: share of a step's images that the trigger is to send to the class. An image counts in full where the class leads the next one
             by as much as the first does in clean images (the median), so that the demand is the same among 200 classes as among ten.
         seed: of the split and of the batches.
+        pattern: of such a search before: it is measured alone.
 
     Raises:
-        ValueError: fewer than 32 images, images of another size or not in [0, 1], all of the class, a classifier of another width, a class that
+        ValueError: fewer than 32 images, images or a pattern of another size, images not in [0, 1], all of the class, a classifier of another width, a class that
             it has not, options out of their range, or a model through which no gradient reaches its pixels.
     """
     _check(model, pixels, classifier, (target,))
@@ -189,6 +193,11 @@ def invert_trigger(
     generator = torch.Generator().manual_seed(seed)
     fit, held = pixels[torch.randperm(len(pixels), generator=generator)].to(model.device).chunk(2)
     classifier = F.normalize(classifier.detach().to(model.device).float(), dim=-1)
+    name = name or str(target)
+    if pattern is not None:
+        if pattern.shape != fit.shape[1:]:
+            raise ValueError(f"expected a pattern {list(fit.shape[1:])}; received {list(pattern.shape)}")
+        return _measured(model, held, classifier, target, name, pattern.to(model.device))
     with torch.no_grad():
         clean = [model.encode_image(model.normalize(x), normalize=True).float() for x in fit.split(BATCH)]
         first, second = (torch.cat(clean) @ classifier.T).topk(2).values.unbind(1)
@@ -211,7 +220,7 @@ def invert_trigger(
         found.append(math.log(size))
     last = found[-max(1, steps // 3) :]  # the size swings around the one that reaches so many
     pattern *= math.exp(sum(last) / len(last)) / size
-    return _measured(model, held, classifier, target, name or str(target), pattern)
+    return _measured(model, held, classifier, target, name, pattern)
 
 
 @torch.no_grad()

@@ -96,13 +96,13 @@ class Selector:
         """
         self._check_options()
         keep = deviations or self.threshold == "quantile"
-        if keep and isinstance(clean, Moments):
-            raise ValueError(
-                "expected a decomposition of clean images, whose similarities a quantile is taken of; received "
-                'their moments; fit on the decomposition, or take threshold="epsilon"'
-            )
         parts, kept, mask = [], [], None
         for part in [clean] if isinstance(clean, Moments) else batches(clean):
+            if keep and isinstance(part, Moments):
+                raise ValueError(
+                    "expected a decomposition of clean images, whose similarities a quantile is taken of; received "
+                    'their moments; fit on the decomposition, or take threshold="epsilon"'
+                )
             self._check_form(part.maps.convention, part.normalized)
             mask = self._judged(part) if mask is None else mask
             means = part if isinstance(part, Moments) else Moments.of(part, second=False)

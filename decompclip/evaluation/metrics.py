@@ -152,7 +152,7 @@ class GroupAccuracy(Result):
     ) -> Float[np.ndarray, "way draw"]:
         """The worst group's accuracy, of several answers to the same images."""
         check_count(draws, "draws", "draws")
-        generator = np.random.Generator(np.random.Philox(key=seed))
+        generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
         outcomes = np.array([*product((0, 1), repeat=len(right))])  # each way right or wrong, together
         codes, worst = right.cpu().numpy(), np.ones((len(right), draws))
         for place in range(len(self.names)):

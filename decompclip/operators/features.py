@@ -138,7 +138,7 @@ class FeatureTerms(FineTerms):
     Attributes:
         of: the components whose sum the autoencoder's activations are.
         unit: what coordinates would be, were an activation one at every token.
-        bias: terms of the decoder's bias.
+        bias: terms of the decoder's bias, and of the means of normalised activations.
         error: terms of what the autoencoder misses, and of tokens that it does not read.
         hook: of the autoencoder.
         sae: its digest.
@@ -232,16 +232,17 @@ def feature_terms(
     weights = pooled.weights / length[:, None, None]
     if weights.shape[-1] != x.shape[1]:  # the mean of rows over one scale
         weights = weights.expand(-1, -1, x.shape[1]) / x.shape[1]
-    own, coords, units = weights * read.to(weights), [], []
+    own, coords, units, means = weights * read.to(weights), [], [], []
     for piece in pieces(len(x), x.shape[1] * len(sae) * 8, temporary(x.device)):
         code = sae.read(x[piece])
         scaled = own[piece] * code.scale.mT.to(own)
         coords.append(scaled @ code.acts.to(own))
         units.append(scaled.sum(-1))
-    every, unit = torch.cat(coords), torch.cat(units)
+        means.append((own[piece] @ code.mean.to(own))[..., 0])
+    every, unit, mean = torch.cat(coords), torch.cat(units), torch.cat(means)
     fixed, W_dec = frozen(visual, convention), sae.W_dec.to(own)
     with full_precision(x):
-        bias = unit[..., None] * sae.b_dec.to(own)  # means of activations are nothing to the last LayerNorm
+        bias = unit[..., None] * sae.b_dec.to(own) + mean[..., None]
         error = weights @ x - every @ W_dec - bias
         of_bias, of_error = (
             fixed.read.finish(torch.einsum("bqd,qdp->bqp", y, fixed.into)) for y in (bias, error)
@@ -341,9 +342,10 @@ class AblateFeatures(Intervention):
         return d.edit(mlps=edited)
 
     def fwd_hooks(self, visual: HookedViT, *, where: Where | None = None) -> list[Hook]:
+        site, cfg = _site(self.sae, visual), visual.cfg
         index = _chosen(self.components, self.sae, visual).to(visual.device)
         fill = self._filled(len(index)).to(visual.device)
-        mask, cfg = resolve(_site(self.sae, visual).components, visual), visual.cfg
+        mask = resolve(site.components, visual)
         tokens = token_mask(self.rows, cfg.n_tokens, cfg).to(visual.device)
 
         def silence(acts: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import eq
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, SupportsFloat
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def named_property(
     vocabulary: Vocabulary,
     *,
     pool: Sequence[str] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Iterable[SupportsFloat] | None = None,
 ) -> Naming:
     """Which property texts name, by its values' words: "a small red object" names size and colour.
 
@@ -114,15 +114,16 @@ def named_property(
     for name, words in vocabulary.items():
         if isinstance(words, str) or not words or not all(words):
             raise ValueError(f"expected a list of the values of {name!r} in words; received {words!r}")
-    if weights is not None and (len(weights) != len(texts) or min(weights) < 0 or not sum(weights) > 0):
+    counted = None if weights is None else list(map(float, weights))
+    if counted is not None and (len(counted) != len(texts) or min(counted) < 0 or not sum(counted) > 0):
         raise ValueError(
             f"expected one weight for each of {len(texts)} texts, none negative, not all zero; received "
-            f"{len(weights)} weights; leave weights out for equal ones"
+            f"{len(counted)} weights; leave weights out for equal ones"
         )
     values = {name: _mentions(texts, words) for name, words in vocabulary.items()}
     usual = {name: _mentions(pool or (), words) for name, words in vocabulary.items()}
     return Naming(
-        shares={name: float(np.average(list(map(bool, m)), weights=weights)) for name, m in values.items()},
+        shares={name: float(np.average(list(map(bool, m)), weights=counted)) for name, m in values.items()},
         usual={name: sum(map(bool, found)) / len(found) if found else 0.0 for name, found in usual.items()},
         values={name: tuple(dict.fromkeys(v for m in found for v in m)) for name, found in values.items()},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -168,7 +168,7 @@ class TextSpans(Result):
 
     spans: tuple[TextSpan, ...]
     means: Moments
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     largest = "variance_explained"
 

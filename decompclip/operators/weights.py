@@ -368,7 +368,7 @@ def pursue(
     texts: Float[Tensor, "text d"],
     n_texts: int,
     *,
-    coherence: float,
+    coherence: float = COHERENCE,
 ) -> tuple[Tensor, Tensor]:
     """Sparse combinations of texts, with weights that are not negative, that come near directions.
 
@@ -386,12 +386,14 @@ def pursue(
         Numbers of the texts, [direction pick], -1 where there was no pick; and their weights.
 
     Raises:
-        ValueError: a coherence that is no finite number.
+        ValueError: a coherence that is no finite number, or no texts.
     """
     from scipy.optimize import nnls
 
     if not isinstance(coherence, Real) or not isfinite(coherence):
         raise ValueError(f"expected a finite coherence, {COHERENCE} by default; received {coherence!r}")
+    if not len(texts):
+        raise ValueError("expected texts to combine; received none")
     directions, texts = directions.double(), texts.double()
     picks = torch.empty(len(directions), n_texts, dtype=torch.long)
     weights = directions.new_zeros(len(directions), n_texts)

@@ -22,7 +22,7 @@ def convert_open_clip(visual: nn.Module, *, copy: bool = True) -> HookedViT:
 
     Args:
         visual: open_clip's image tower (`model.visual`).
-        copy: own the weights; `False` shares them with `visual` where their shapes are the same, for callers
+        copy: own the weights; `False` shares them with `visual` where shapes and types are the same, for callers
             who drop it.
 
     Raises:

@@ -7,9 +7,9 @@ tower's modules, not from its name.
 Which weights are which stands in rules, readable in both directions. A rule says that the numbers of some of our weights, one
 after the other, are those of some of theirs:
 
-    Rule("W_pos", "pos_embed")                                         a weight of another shape
-    Rule("blocks.0.attn.W_QKV", ["attn.q.weight", "attn.k.weight"...]) several in one
-    Rule("blocks.0.attn.b_QKV", ["q_bias", 768, "v_bias"])             768 zeros, which the source leaves out
+    Rule(["W_pos"], ["pos_embed"])                                       a weight of another shape
+    Rule(["blocks.0.attn.W_QKV"], ["attn.q.weight", "attn.k.weight"...]) several in one
+    Rule(["blocks.0.attn.b_QKV"], ["q_bias", 768, "v_bias"])             768 zeros, which the source leaves out
 """
 
 from __future__ import annotations
@@ -433,7 +433,7 @@ class Rule:
             return {ours: source[name].detach().T.contiguous().view(shapes[ours])}
         like = source[next(self.names, next(iter(source)))]
         parts = [
-            like.new_zeros(piece) if isinstance(piece, int) else source[piece].detach().flatten()
+            like.new_zeros(piece) if isinstance(piece, int) else source[piece].detach()
             for piece in self.theirs
         ]
         return _cut(parts, self.ours, shapes)
@@ -453,7 +453,7 @@ class Rule:
             for key, piece in zip(keys, self.theirs, strict=True)
             if isinstance(piece, int)
         }
-        cut = _cut([ours[name].detach().flatten() for name in self.ours], keys, {**shapes, **sizes})
+        cut = _cut([ours[name].detach() for name in self.ours], keys, {**shapes, **sizes})
         for key in sizes:
             if cut.pop(key).any():
                 raise ValueError(
@@ -464,7 +464,10 @@ class Rule:
 
 
 def _cut(parts: list[Tensor], names: Sequence[str], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if [part.shape for part in parts] == [shapes[name] for name in names]:
+        return dict(zip(names, parts, strict=True))  # as they lie in memory
+    flat = [part.flatten() for part in parts]
+    whole = torch.cat(flat) if len(flat) > 1 else flat[0]
     cut = whole.split([shapes[name].numel() for name in names])
     return {name: part.view(shapes[name]) for name, part in zip(names, cut, strict=True)}
 

@@ -380,9 +380,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch token d_model"],
-        rope: Float[Tensor, "2 patch d_head"] | None,
+        rope: Float[Tensor, "2 patch d_head"] | None = None,
         *,
-        pooled_row_only: bool,
+        pooled_row_only: bool = False,
     ) -> Float[Tensor, "batch row d_model"]:
         x = self.hook_resid_pre(x)
         attn = self.attn(x if self.post_norm else self.ln1(x), rope, pooled_row_only=pooled_row_only)

@@ -300,6 +300,8 @@ def test_celeba_has_classes_cues_and_splits(tmp_path: Path, form: str) -> None:
     table = tmp_path / f"list_attr_celeba.{form}"
     table.write_text(table.read_text().removeprefix(f"{len(ROWS)}\n"))  # the count is for the reader alone
     check_test_split(CuePairs.celeba(tmp_path, "test"))
+    table.write_text(table.read_text().replace("Bald", "image_id  Bald" if form == "txt" else "Bald", 1))
+    check_test_split(CuePairs.celeba(tmp_path, "test"))
     names: Any = {"class_names": ("person with hair", "bald person"), "cue_names": ("dark", "blond")}
     other = CuePairs.celeba(tmp_path, "test", label="Bald", cue="Blond_Hair", **names)
     assert other.labels.tolist() == [0, 0, 0] and other.cues.tolist() == [0, 1, 1]

@@ -501,6 +501,19 @@ def test_components_are_learnt_from_all_images_and_calibrated_on_a_sample(
     assert torch.allclose(found.score(some), expected, rtol=1e-5)
 
 
+def test_a_component_that_writes_nothing_is_never_flagged(
+    clean: Decomposition, fresh: Decomposition, classifier: torch.Tensor
+) -> None:
+    """Its distance is the same in every image, no further than in any clean one."""
+    silent = []
+    for d in (clean, fresh):
+        coords = d.coords.clone()
+        coords[:, 1, 2] = 0
+        silent.append(d.edit(coords=coords))
+    flags = ComponentDistances(classifier).fit(silent[0]).flags(silent[1], fpr=0.05)
+    assert not flags[:, 1 * 4 + 2].any() and flags[:, 0].any()
+
+
 def test_component_flags_have_a_place_for_the_pool_s_mlp(make_tower) -> None:
     tower = make_tower(pool="attention", pool_heads=4, pool_mlp=24, n_prefix=0)
     d = decompose(tower, torch.randn(60, 3, 24, 16, generator=torch.Generator().manual_seed(1)))

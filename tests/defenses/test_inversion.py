@@ -129,6 +129,8 @@ def test_a_search_is_a_function_of_its_seed_and_leaves_the_model(
     assert torch.equal(a.pattern, b.pattern) and repr(a) == repr(b) != repr(c) and a.name == "2"
     assert [p.requires_grad for p in backdoored.parameters()] == required
     assert all(torch.equal(x, before[name]) for name, x in backdoored.state_dict().items())
+    again = invert_trigger(backdoored, pixels, classifier, 2, pattern=a.pattern)
+    assert repr(again) == repr(a) and torch.equal(again.moves.values, a.moves.values)
     stamped = a(pixels)
     assert torch.equal(stamped, (pixels + a.pattern).clamp(0, 1)) and not torch.equal(stamped, pixels)
 
@@ -172,6 +174,7 @@ def test_the_penalty_of_the_model_itself_is_what_its_triggers_move(
     torch.testing.assert_close(Unlearn(backdoored, pair, 3.0)(seen), expected, atol=1e-5, rtol=1e-4)
     others = (Unlearn(backdoored, found.triggers[1:3], 3.0), Unlearn(backdoored, pair, 2.0))
     assert all(repr(Unlearn(backdoored, pair, 3.0)) != repr(other) for other in others)
+    assert repr(others[1]) == f"Unlearn(weight=2.0, patterns of sha256 {pair[0].digest}, {pair[1].digest})"
 
 
 @pytest.mark.usefixtures("ours_alone")

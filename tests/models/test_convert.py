@@ -156,6 +156,9 @@ def test_a_copy_owns_its_weights_and_shares_none(source: CLIP) -> None:
     nn.init.zeros_(copy.get_parameter("proj"))
     assert torch.equal(proj, before)
     assert shared.proj is proj
+    visual = source.visual.to(memory_format=torch.channels_last)
+    shared, proj = convert_open_clip(visual, copy=False), visual.get_parameter("conv1.weight")
+    assert shared.get_parameter("W_E").data_ptr() == proj.data_ptr()
 
 
 @pytest.mark.parametrize("name", [family.configurations[0] for family in SUPPORTED])

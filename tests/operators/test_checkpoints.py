@@ -270,7 +270,7 @@ def test_directions_are_singular_vectors(clean: HookedCLIP) -> None:
     turned = words_of(-found.directions.flatten(0, 1), pool, 5, COHERENCE)[1]
     # the sign that texts explain better
     assert (turned <= found.fidelity.flatten()).all() and (turned < found.fidelity.flatten()).any()
-    picks, weights = pursue(found.directions[:, 0], pool.features, 5, coherence=COHERENCE)
+    picks, weights = pursue(found.directions[:, 0], pool.features, 5)
     first = [pool.texts[i] for i in picks[:, 0].tolist()]
     heaviest = [pool.texts[int(p[int(w.argmax())])] for p, w in zip(picks, weights, strict=True)]
     assert (

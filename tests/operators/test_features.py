@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,6 +26,7 @@ from decompclip.decomposition.components import (
     neurons,
 )
 from decompclip.decomposition.decomposition import Decomposition
+from decompclip.decomposition.maps import Convention
 from decompclip.models.sae import SparseAutoencoder
 from decompclip.operators.ablation import ZeroAblate
 from decompclip.operators.attribution import attribute
@@ -139,6 +141,19 @@ def test_in_half_precision_a_splice_changes_nothing(
 
 
 # Terms
+
+
+@pytest.mark.parametrize("convention", ["paper", "centred"])
+def test_an_autoencoder_that_misses_nothing_has_no_error(
+    tower: HookedViT, images: Tensor, convention: Convention
+) -> None:
+    """Of normalised activations the mean is in the bias, which the paper's convention does not take away."""
+    here, n = torch.eye(32), torch.zeros(64)
+    W_enc, W_dec, hook = torch.cat([here, -here], 1), torch.cat([here, -here]), "blocks.1.hook_mlp_out"
+    sae = SparseAutoencoder(W_enc, n, W_dec, n[:32], hook, normalization="layer_norm")
+    terms = feature_terms(tower, sae, images, convention=convention)
+    assert terms.error.abs().max() < 1e-4
+    assert (terms.bias.abs().max() > 0.1) == (convention == "paper")
 
 
 @pytest.mark.parametrize(("hook", "kind"), EACH)
@@ -331,14 +346,16 @@ def test_what_ablation_refuses(tower: HookedViT, images: Tensor) -> None:
         ("at least one image", lambda: top_images(tower, mlp, [])),
         ("in one of 3 blocks", lambda: Splice(made("blocks.9.hook_mlp_out")).fwd_hooks(tower)),
     ]
-    path: Any = "layer-1/"
+    path: Any = Path("layer-1")
     for call in (
         lambda: feature_terms(tower, path, images),
         lambda: top_images(tower, path, images),
         lambda: Splice(path).fwd_hooks(tower),
         lambda: AblateFeatures(path, features[3]).fwd_hooks(tower),
     ):
-        refused.append(("expected a SparseAutoencoder; received 'layer-1/'; open files with load_sae", call))
+        refused.append(
+            (r"expected a SparseAutoencoder; received PosixPath\('layer-1'\); open files with load_sae", call)
+        )
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
             call()

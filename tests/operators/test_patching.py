@@ -247,7 +247,8 @@ def test_results_are_tables_and_maps(
         tokens = [str(token) for token in range(7)] if by_token else [""]
         units = [f"{head}.{token}" if by_token else str(head) for head in range(4) for token in tokens]
         assert [list(grid.x) for grid in maps] == [*([tokens] * 5), units]
-        axes = [axis.title.text or "" for axis in plot.select_xaxes()]
+        xaxes: list[Any] = [*plot.select_xaxes()]
+        axes = [axis.title.text or "" for axis in xaxes]
         assert axes == ["token" * by_token] * 5 + ["head.token" if by_token else "head"]
         assert "attribution" in repr(result) and "resid_pre" in result._repr_html_()
     path = path_patching(tower, images, source, direction, heads[1, 0])

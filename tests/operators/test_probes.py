@@ -203,7 +203,8 @@ def test_texts_name_a_property() -> None:
     assert named_property(["nothing at all"], vocabulary).property == "none"
     assert named_property(["nothing at all"], {"colour": ["red"]}).property == "none"
     assert named_property(["red"], {"colour": ["red"], "warning": ["red"]}).property == "none"  # a tie
-    heavy = named_property(["red", "small"], vocabulary, weights=[1.0, 3.0])
+    weights: Any = torch.tensor([1.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+    heavy = named_property(["red", "small"], vocabulary, weights=weights)
     assert heavy.shares["size"] == 0.75 and heavy.property == "size"
     alone = named_property(["red", "small"], vocabulary, weights=[0.0, 0.5])
     assert alone.shares == {name: float(name == "size") for name in vocabulary}

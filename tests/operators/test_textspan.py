@@ -545,6 +545,7 @@ def test_what_a_user_sees(spans: TextSpans, drawn: Decomposition) -> None:
     assert repr(spans) == (
         f"TextSpans(54 components; rank: auto, centred: False, convention: centred, images: {len(drawn)}, pool: 580)"
     )
+    assert TextSpans(spans.spans, spans.means).settings == {}
     assert "20 of 54 rows, the largest variance_explained first" in spans._repr_html_()
     assert f"<td>{'; '.join(span.texts[:5])}</td>" in spans[heads[5]]._repr_html_()
     assert [span.share(n) for n in (-1, 0, 1, 2)] == [0, 0, *span.variance_explained[:2].tolist()]
