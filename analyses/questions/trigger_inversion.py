@@ -5,15 +5,15 @@ Command:   python -m analyses.trigger_inversion             (reads the committed
            python -m analyses.trigger_inversion --measure   (a killed run goes on; DECOMPCLIP_DATA names the photographs)
 Run time:  see the tables, in seconds of one thread; `--minutes` begins nothing after so many.
 Expected:  the attacker's class has the highest score; a few images repair.
-Measured:  the attacker's class first of five in 12 of 12 twins looked at, alone too, and fourth in the clean model; on photos-badnet fine-tuning against it leaves
-           0.0 % of the attack, where PAR and CleanCLIP in as many steps leave 100 and 92 %. The record says which steps are left.
+Measured:  the attacker's class first of five in 18 of 18 twins, alone too, and fourth in the clean model; fine-tuning against it leaves 0.5 % of attack
+           success, mean over 18 twins, where PAR and CleanCLIP in as many steps leave 92.7 and 77.3 %.
 Writes:    analyses/results/trigger_inversion/FAMILY.json
 
 Chosen on the twins of cifar10: one pattern over the whole image (a mask with pixels told less), how surely it is to send images, and of the repair the weight,
 the rate and four triggers in place of one. Of photos the clean model alone was looked at: it showed that a cross-entropy to reach, the first demand, is out of reach
-among 200 classes. Three twins (`FIRST`) were seen once before sizes had a bound (`LARGEST`), which changes those of classes that are not reached. The classes compared are the attacker's and four that a seed drew. A score is the log of
+among 200 classes. photos-badnet, -blended and -wanet were seen once before sizes had a bound (`LARGEST`), which changes those of classes that are not reached. The classes compared are the attacker's and four that a seed drew. A score is the log of
 the others' median over the class's own, of sizes for the inversion; of the losses that a change of fixed size leaves for the scan, whose probes
-(`decompclip audit --clean`) are searched for with fewer steps here, on the same images and classes, the largest of three. The three repairs see the same pairs, as often,
+(`decompclip audit --clean`) are searched for with fewer steps here, on the same images and classes, of each class the largest of three. The three repairs see the same pairs, as often,
 at one rate. That is far fewer than PAR and CleanCLIP were made for: it is what a short budget gives, not what they can do.
 """
 
@@ -58,9 +58,6 @@ from decompclip.operators.attribution import attribute
 FOLDER = RESULTS / "trigger_inversion"
 WORK = Path(".training") / "trigger_inversion"
 
-FIRST = ("badnet", "blended", "wanet")
-"""A patch, a blend and a warp, fixed before any was measured: these are repaired, and scanned as well."""
-
 IMAGES = 300
 """To search with (a half measures), and as many others to report repairs on."""
 
@@ -77,11 +74,10 @@ REPAIRS = ("inversion", "PAR", "CleanCLIP")
 def plan(family: BundledFamily) -> list[tuple[str, str]]:
     """Model and what to measure, in order: later steps may be left."""
     twins = sorted(family.members, key=lambda m: m.seed)  # of each attack one before the others
-    first = [m.name for m in twins if m.name.removeprefix(f"{family.name}-") in FIRST]
-    steps = [(name, "inversion") for name in (family.name, *first)]
-    steps += [(name, f"repair by {how}") for name in first for how in REPAIRS]
-    steps += [(name, "scan") for name in (family.name, *first)]
-    return steps + [(m.name, "inversion") for m in twins if m.name not in first]
+    names = [family.name, *(m.name for m in twins)]
+    repairs = [f"repair by {how}" for how in REPAIRS]
+    per_twin = [(name, what) for name in names[1:] for what in (*repairs, "scan")]
+    return [*((name, "inversion") for name in names), (family.name, "scan"), *per_twin]
 
 
 def measured(family: BundledFamily, name: str, what: str) -> dict[str, Any]:
@@ -242,10 +238,14 @@ def detection_table(record: Mapping[str, Any]) -> str:
             ]
         )
         cells.append(f"{found['seconds']:.0f}")
-        of_probes = [scores(losses) for losses in scan["losses"].values()] if scan else []
-        cells += [ranked(max(of_probes, key=lambda x: x[0])), f"{scan['seconds']:.0f}"] if scan else ["", ""]
+        cells += [ranked(scan_scores(scan)), f"{scan['seconds']:.0f}"] if scan else ["", ""]
         rows.append(cells)
     return markdown(rows)
+
+
+def scan_scores(scan: Mapping[str, Any]) -> list[float]:
+    """Of each class, by the probe that shows it most."""
+    return [max(of_class) for of_class in zip(*map(scores, scan["losses"].values()), strict=True)]
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -253,18 +253,30 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def repair_table(record: Mapping[str, Any]) -> str:
-    rows = [["model", "repair", "ASR", "control", "CACC", "s"]]
-    for name, run in record["runs"].items():
-        reports = {how: run[f"repair by {how}"] for how in REPAIRS if f"repair by {how}" in run}
-        for how, found in reports.items():
-            shown = {"none": (found["before"], "")} if how == next(iter(reports)) else {}
-            for label, (report, seconds) in (
-                shown | {how: (found["after"], f"{found['seconds']:.0f}")}
-            ).items():
-                rows.append(
-                    [f"`{name}`", label, *(rate(report[key]) for key in ("asr", "control", "cacc")), seconds]
-                )
+    """A row a twin: attack success (its control) and clean accuracy, before and after each repair."""
+    runs = {name: run for name, run in record["runs"].items() if f"repair by {REPAIRS[0]}" in run}
+    rows = [["model", *(f"{what} {how}" for how in ("before", *REPAIRS) for what in ("ASR", "CACC"))]]
+    for name, run in runs.items():
+        found = [run.get(f"repair by {how}") for how in REPAIRS]
+        reports = [found[0]["before"], *(repair and repair["after"] for repair in found)]
+        rows.append([f"`{name}`", *(cell for report in reports for cell in repaired(report))])
     return markdown(rows)
+
+
+def repaired(report: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Attack success with its control, and clean accuracy; empty where nothing was measured."""
+    if report is None:
+        return "", ""
+    return f"{rate(report['asr'])} ({100 * report['control']['value']:.1f})", rate(report["cacc"])
+
+
+def what_is_left(how: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """Of one repair over twins: attack success left, and what it costs."""
+    left = [100 * x["after"]["asr"]["value"] for x in found]
+    lost = 100 * statistics.fmean(x["before"]["cacc"]["value"] - x["after"]["cacc"]["value"] for x in found)
+    seconds = statistics.fmean(x["seconds"] for x in found)
+    spread = f"{min(left):.1f} to {max(left):.1f}, n = {len(left)}"
+    return f"{how} {statistics.fmean(left):.1f} % ({spread}), for {lost:.1f} points of accuracy and {seconds:.0f} s"
 
 
 def finding(record: Mapping[str, Any]) -> str:
@@ -276,25 +288,22 @@ def finding(record: Mapping[str, Any]) -> str:
     }
     alone, beside = ([scores(sizes, reference) for sizes in twins.values()] for reference in (None, clean))
     first = [sum(found[0] == max(found) for found in kind) for kind in (alone, beside)]
-    left = {
-        how: [
-            run[f"repair by {how}"]["after"]["asr"]["value"]
-            for run in record["runs"].values()
-            if f"repair by {how}" in run
-        ]
+    repairs = {
+        how: [run[f"repair by {how}"] for run in record["runs"].values() if f"repair by {how}" in run]
         for how in REPAIRS
     }
-    repaired = ", ".join(
-        f"{100 * statistics.fmean(rates):.1f} % by {how} (n = {len(rates)})"
-        for how, rates in left.items()
-        if rates
-    )
+    left = "; ".join(what_is_left(how, found) for how, found in repairs.items() if found)
     own = scores(clean)
+    scans = [
+        scan_scores(run["scan"]) for name, run in record["runs"].items() if name in twins and "scan" in run
+    ]
     return (
         f"Of {1 + OTHERS} classes the attacker's has the highest score in {first[0]} of {len(twins)} twins alone and in {first[1]} beside the clean model "
         f"(scores {min(x[0] for x in beside):.2f} to {max(x[0] for x in beside):.2f}; the other classes reach {max(max(x[1:]) for x in beside):.2f}). In the clean model itself its score is {own[0]:.2f} "
         f"(rank {1 + sum(x > own[0] for x in own[1:])})."
-        + f" After {PAIRS} pairs, attack success is {repaired}." * bool(repaired)
+        + f" By the scan it has the highest in {sum(x[0] == max(x) for x in scans)} of {len(scans)} twins."
+        * bool(scans)
+        + f" After {PAIRS} pairs they leave of attack success, in the mean: {left}." * bool(left)
         + f" {record['left']} steps were not measured." * bool(record["left"])
     )
 
