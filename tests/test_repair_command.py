@@ -103,6 +103,8 @@ def test_what_folds_into_weights_is_an_ordinary_model(
         "--no-control" not in options
     )
     assert [backdoor["target"] for backdoor in again.backdoors] == ["star"]
+    # what nobody gave is not kept: a repair begun before there was such an option goes on
+    assert "suspect" not in json.loads((out / "repair.json").read_text())["options"]
 
 
 def test_a_killed_repair_goes_on_and_ends_with_the_same_model(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NUMBERS = "repair.json"
 UNFINISHED = ".repair"
-"""Folder of an unfinished repair: what was asked for, and the checkpoints of its fine-tunings."""
+"""Folder of an unfinished repair: what was asked for, the triggers found, and the checkpoints of its fine-tunings."""
 ASKED, FOUND, CHECKPOINTS = "asked.json", "triggers.safetensors", ("repair.pt", "control.pt")
 
 
@@ -144,10 +144,11 @@ def repair(
             "options": {
                 "budget": budget,
                 "hint": hint.value,
-                "suspect": suspect,
                 "epochs": epochs,
                 "lr": lr,
                 "batch_size": batch_size,
+                # where it is given alone, so that repairs begun before there was the option go on
+                **({} if suspect is None else {"suspect": suspect}),
             },
         }
         _check_unfinished(out, asked_for)
@@ -222,10 +223,7 @@ def repair(
             "results": rows,
         }
         write_json(out / NUMBERS, asked_for | measured)
-        for name in (
-            *CHECKPOINTS,
-            FOUND,
-        ):  # what was asked for goes last: until then the same command goes on
+        for name in (*CHECKPOINTS, FOUND):  # what was asked for last: until then the same command goes on
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work)
         _say_results(rows, attack, method, hint)
