@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.questions.audit_scan import WORK as TUNED, base_of, path_of
+from analyses.study.command import outcome
 from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.attacks.registry import backdoor
@@ -369,16 +370,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    try:
+
+    def work() -> None:
         if options.measure:
             measure(options.part, options.world, minutes=options.minutes)
-        record = read()
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    for block in printed(record):
-        print(block)
-    return 0
+        for block in printed(read()):
+            print(block)
+
+    return outcome(parser.prog, work)
 
 
 if __name__ == "__main__":

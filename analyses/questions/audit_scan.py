@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from analyses.study.command import outcome
 from analyses.study.results import read_measured
 from analyses.study.summary import markdown
 from decompclip.audit.pipeline import Held
@@ -201,16 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    try:
+
+    def work() -> None:
         if options.measure:
             measure(share=tuple(options.share))
-        record = read()
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    for block in printed(record):
-        print(block)
-    return 0
+        for block in printed(read()):
+            print(block)
+
+    return outcome(parser.prog, work)
 
 
 def printed(record: Mapping[str, Any]) -> Iterator[str]:

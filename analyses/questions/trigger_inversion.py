@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from analyses.study.case import Case
+from analyses.study.command import outcome
 from analyses.study.family import BundledFamily
 from analyses.study.results import RESULTS
 from analyses.study.summary import markdown, rate
@@ -327,14 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="folder of what is measured so far")
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    try:
+
+    def work() -> None:
         if options.measure:
             measure(BundledFamily(options.model_family), options.work, minutes=options.minutes)
         print("\n\n".join(printed(read(options.model_family))))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return outcome(parser.prog, work)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.study.command import outcome
 from analyses.study.results import RESULTS, read_measured
 from analyses.study.summary import markdown
 from decompclip.bench.run import versions, weights_of
@@ -461,7 +462,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="compare all models with their clean ones")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of controls and of what is done")
     given = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         for name in () if given.controls is None else given.controls or CONTROLS:
             if not (given.work / f"{name}.json").exists():
                 train(name, given.work)
@@ -470,10 +472,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.controls is None:
             record = read()
             print(by_model(record), by_world(record), finding(record), sep="\n\n")
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return outcome(parser.prog, work)
 
 
 if __name__ == "__main__":

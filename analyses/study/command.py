@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +89,18 @@ def produce(
         return save(name, family, config, members, found, seconds=time.perf_counter() - begin, folder=folder)
 
 
+def outcome(
+    prog: str, work: Callable[[], object], errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> int:
+    """The exit code of a command; errors that say what to do come without a traceback."""
+    try:
+        work()
+    except errors as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
     """`python -m analyses.NAME`; errors that say what to do come without a traceback."""
     module = cast(Analysis, analysis)
@@ -110,7 +122,8 @@ def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
     parser.epilog = "Options of the measurement that are not given are those of the result that is there, else the analysis's own."
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    try:
+
+    def work() -> None:
         family = open_family(options.model_family)
         given = {f.name: getattr(options, f.name) for f in fields(module.Config) if hasattr(options, f.name)}
         config = module.Config(**(measured_with(module, family, options.out) | given))
@@ -122,10 +135,8 @@ def main(analysis: ModuleType, argv: Sequence[str] | None = None) -> int:
         show(module, record)
         for path in draw(module, record, options.out, tuple(filter(None, options.formats.split(",")))):
             print(path)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return outcome(parser.prog, work, (ValueError, OSError, RuntimeError))
 
 
 def measured_with(analysis: Any, family: Family, folder: Path = RESULTS) -> dict[str, Any]:
