@@ -51,10 +51,21 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DecomposedImages:
-    """Decomposed images with their labels, for `evaluate` with an edit."""
+    """Decomposed images with their labels, for `evaluate` with an edit.
+
+    Raises:
+        ValueError: not a label for each image.
+    """
 
     decomposition: Decomposition
     labels: Int[Tensor, " image"]
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.decomposition):
+            raise ValueError(
+                f"expected a label for each of {len(self.decomposition)} decomposed images; received {len(self.labels)}; take "
+                "both from the same batches"
+            )
 
     def batches(self, batch_size: int = 256) -> Iterator[Any]:
         for start in range(0, len(self.labels), batch_size):
@@ -213,11 +224,18 @@ def evaluate(
         ValueError: a trigger without a target or the reverse, a target that is no class, no images, images
             without labels or outside [0, 1], labels that are no classes, names that are not one a class, fewer images
             than processes, or processes that disagree.
-        TypeError: images of several processes that are not read by place.
+        TypeError: a model with decomposed images, an edit with others, or images of several processes that are not read by place.
     """
     n = len(classifier)
     names = [str(place) for place in range(n)] if class_names is None else list(class_names)
     check_attack(n, trigger, target)
+    for what, given in (("images", data), ("trigger", trigger)):
+        if given is not None and isinstance(given, DecomposedImages) == isinstance(model, Encoder):
+            raise TypeError(
+                "expected a model with images and a trigger, or an edit (or None) with DecomposedImages for both; received "
+                f"{type(model).__name__} with {type(given).__name__} as {what}; for an edit decompose the images: "
+                "DecomposedImages(model.decompose(images), labels)"
+            )
     if len(names) != n:
         raise ValueError(
             f"expected a name for each of the classifier's {n} classes; received {len(names)}; pass the names "

@@ -303,6 +303,16 @@ def test_an_edited_decomposition_scores_as_its_features_do() -> None:
     assert torch.equal(found.predictions, answers) and found.cacc == Rate.of(answers == batch.labels)
     assert found.asr == Rate.of(answers[others] == 2) == found.report.control
     assert torch.equal(evaluate(None, clean, classifier).predictions, (d.features @ classifier.T).argmax(1))
+    for mixed, words in {
+        (edit, Coloured()): "received ZeroAblate with Coloured as images; for an edit decompose",
+        (CornerReader(), clean): "received CornerReader with DecomposedImages as images",
+        (edit, clean, blue_corner, 2): "received ZeroAblate with function as trigger",
+        (CornerReader(), Coloured(), clean, 2): "received CornerReader with DecomposedImages as trigger",
+    }.items():
+        with pytest.raises(TypeError, match=words):
+            evaluate(mixed[0], mixed[1], classifier, *mixed[2:])
+    with pytest.raises(ValueError, match="a label for each of 24 decomposed images; received 23; take both"):
+        DecomposedImages(d, batch.labels[1:])
 
 
 class Elsewhere(Tensor):
@@ -337,6 +347,6 @@ def test_a_function_gets_pixels_on_the_cpu_and_a_trigger_where_the_model_is() ->
 def test_a_decomposition_is_no_source_of_images() -> None:
     """Its parts are gone through by `shards`, of a size of their own: `feed` would ask `batches` for one."""
     model = load_bundled("shapes")
-    d = model.decompose(torch.zeros(2, 3, *model.image_size))
+    d = model.decompose(torch.randn(2, 3, *model.image_size))
     assert not isinstance(d, Labelled)
     assert isinstance(DecomposedImages(d, tensor([0, 1])), Labelled)
