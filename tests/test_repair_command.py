@@ -141,12 +141,15 @@ def test_a_repair_that_goes_on_has_the_triggers_that_were_found(
     given = (model, ShapesPairs(64, seed=4), model.class_names, 3, path, 5)
     first = module._searched(*given)
     kept = load_file(path)
-    assert all(torch.equal(kept[f"pattern {5 + i}"], x.pattern) for i, x in enumerate(first))
+    label = model.class_names[3]
+    assert all(torch.equal(kept[f"pattern {5 + i} of {label}"], x.pattern) for i, x in enumerate(first))
     assert [x.name for x in first] == [model.class_names[3]] * 2 and first[0].digest != first[1].digest
     save_file({name: x / 2 for name, x in kept.items()}, path)  # told from a new search by its size
     assert all(
         torch.equal(x.pattern, y.pattern / 2) for x, y in zip(module._searched(*given), first, strict=True)
     )
+    other = module._searched(*given[:3], 2, *given[4:])
+    assert not {x.digest for x in other} & {x.digest for x in module._searched(*given)}
 
 
 def test_a_repair_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path: Path) -> None:
@@ -200,6 +203,11 @@ def test_two_points_of_accuracy_are_what_a_repair_may_cost_without_a_word() -> N
         ({"--images": "shapes:100"}, "leave --images out"),
         ({"--hint": "local"}, "expected --method rep with --hint"),
         ({"--epochs": 3}, "expected a --method of cleanclip, par, inversion with --epochs"),
+        (
+            {"--method": "par", "--budget": 0.05},
+            "expected a --method of agnostic, token, token-agnostic with --budget; received par",
+        ),
+        ({"--method": "rep", "--budget": 0.05}, "with --budget; received rep"),
         ({"--suspect": "star"}, "expected --method inversion with --suspect; received agnostic"),
         ({"MODEL": "shapes", "--method": "inversion"}, "`decompclip audit shapes --clean IMAGES` names one"),
         ({"--method": "inversion", "--suspect": "cat"}, "class 'cat' is not among"),

@@ -54,6 +54,9 @@ TRIGGERS, SEARCHED = 4, 300
 FILLING = (Method.token, Method.both)
 """The methods that fill the patches which carry an image's answer."""
 
+BUDGETED = (Method.agnostic, *FILLING)
+"""The methods that are told what share of clean images they may touch."""
+
 
 def repair(
     model: options.ModelOptions,
@@ -159,9 +162,14 @@ def repair(
             )
         if hint is not Hint.none and method is not Method.rep:
             raise ValueError(f"expected --method rep with --hint; received {method.value}, which takes none")
-        if method not in TUNED and (given := [k for k, x in {"--epochs": epochs, "--lr": lr}.items() if x]):
-            named = ", ".join(m.value for m in TUNED)
-            raise ValueError(f"expected a --method of {named} with {given[0]}; received {method.value}")
+        for option, value, methods in (
+            ("epochs", epochs, TUNED),
+            ("lr", lr, TUNED),
+            ("budget", budget, BUDGETED),
+        ):
+            if value is not None and method not in methods:
+                named = ", ".join(m.value for m in methods)
+                raise ValueError(f"expected a --method of {named} with --{option}; received {method.value}")
         if suspect is not None and method is not Method.inversion:
             raise ValueError(f"expected --method inversion with --suspect; received {method.value}")
         options.check_images(clean, images)
@@ -380,7 +388,7 @@ def _fitted(
             fill = TokenRep(clip, classifier, **share, batch_size=batch).fit(fit)
         if method is Method.token:
             defense: Any = None
-        elif method in (Method.agnostic, Method.both):
+        elif method in BUDGETED:
             defense = AgnosticRep(classifier, budget=0.01 if budget is None else budget, seed=seed)
         elif hint is Hint.local:
             defense = DecompRep.paper(trigger="local")
@@ -439,7 +447,7 @@ def _tuned(
 def _searched(
     clip: HookedCLIP, pairs: Any, names: tuple[str, ...], suspect: int, path: Path, seed: int
 ) -> tuple[InvertedTrigger, ...]:
-    """Triggers to the suspected class; a repair that goes on has those of the file, to the bit."""
+    """Triggers to the suspected class; a repair that goes on has those of the file, to the bit, if they are of this class."""
     from safetensors.torch import load_file, save_file
 
     from decompclip.defenses.inversion import invert_trigger
@@ -447,18 +455,17 @@ def _searched(
     pixels, _ = pairs.batch(0, min(SEARCHED, len(pairs) if hasattr(pairs, "__len__") else SEARCHED))
     classifier, name = clip.zero_shot_classifier(names), names[suspect]
     kept = load_file(path) if path.exists() else {}
+    named = {s: f"pattern {s} of {name}" for s in range(seed, seed + TRIGGERS)}
     with progress() as track:
-        seeds = track(range(seed, seed + TRIGGERS), f"inverting triggers to {name}", TRIGGERS)
+        seeds = track(named, f"inverting triggers to {name}", TRIGGERS)
         found = tuple(
-            invert_trigger(
-                clip, pixels, classifier, suspect, name=name, seed=s, pattern=kept.get(f"pattern {s}")
-            )
+            invert_trigger(clip, pixels, classifier, suspect, name=name, seed=s, pattern=kept.get(named[s]))
             for s in seeds
         )
     for trigger in found:
         say(f"found: {trigger}", err=True)
     with atomic_write(path) as file:
-        save_file({f"pattern {seed + place}": x.pattern for place, x in enumerate(found)}, file)
+        save_file({key: x.pattern for key, x in zip(named.values(), found, strict=True)}, file)
     return found
 
 
