@@ -131,7 +131,8 @@ def test_without_a_command_it_helps() -> None:
         ({"out": "classes.txt"}, "classes.txt is a file"),
         ({"quantile": "2"}, "expected quantile between 0 and 1"),
         ({"epsilon": "nan"}, "expected a finite epsilon"),
-        ({"device": "foo"}, "--device 'foo' cannot be used here"),
+        ({"device": "foo"}, "expected a device that can be used here (cpu"),
+        ({"device": "foo"}, "received 'foo': torch knows no device of that name"),
         ({"reference-checkpoint": "nowhere.pt"}, "expected --reference NAME"),
     ],
 )

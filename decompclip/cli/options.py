@@ -148,11 +148,14 @@ class ModelOptions:
             ModelError: it cannot be had, or lacks the text side.
             ValueError: the device cannot be used.
         """
+        import torch
+
         from decompclip.defenses.guard import load as load_guarded
         from decompclip.models.loading import load
 
         given = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-        given |= {"activation": self.activation.value, "device": usable_device(self.device)}
+        given["activation"] = self.activation.value
+        given["device"] = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         clip = (load_guarded if guarded else load)(self.model, **given)
         if text:
             check_text(clip)
@@ -226,19 +229,6 @@ def count_of(count: int, images: int | None) -> int:
         return count
     renamed("--images N", "--count N")
     return images
-
-
-def usable_device(device: str | None) -> str:
-    """The device asked for, if it can be used; without one the first GPU, or the CPU."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device!r} cannot be used here: {reason}; take cpu") from error
-    return device
 
 
 def check_text(clip: HookedCLIP) -> None:

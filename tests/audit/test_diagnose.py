@@ -482,7 +482,7 @@ def test_the_command_says_in_its_own_words_that_there_is_no_text(monkeypatch: py
     ("arguments", "words"),
     [
         (("shapes", "--images", "nowhere"), "there is no folder nowhere"),
-        (("shapes", "--images", "shapes", "--device", "foo"), "--device 'foo' cannot be used here"),
+        (("shapes", "--images", "shapes", "--device", "foo"), "expected a device that can be used here (cpu"),
     ],
 )
 def test_the_command_s_bad_input_is_one_line(arguments: tuple[str, ...], words: str) -> None:
