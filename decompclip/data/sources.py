@@ -387,11 +387,12 @@ def open_pairs(
     preprocess: Preprocess | None = None,
     *,
     class_names: Sequence[str] = (),
-    templates: Sequence[str] | None = None,
     seed: int = 0,
     root: str | Path | None = None,
 ) -> Pairs:
     """The pairs that `spec` names.
+
+    Captions of images that have a class alone are those of the data set, where a word names it, else "a photo of a {}.".
 
     Args:
         spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet` (in the folder that DECOMPCLIP_DATA names);
@@ -400,7 +401,6 @@ def open_pairs(
             images a class.
         preprocess: from a picture to pixels in [0, 1].
         class_names: of shards and tables.
-        templates: captions of images that have a class; by default CIFAR-10's own, else "a photo of a {}.".
         seed: of the captions drawn and of the order; of the world too.
         root: a folder that the images of folders and tables must lie in, links resolved.
 
@@ -411,28 +411,27 @@ def open_pairs(
     if source.kind == "shapes":
         return ShapesPairs(source.count or SHAPES_LENGTH, seed=seed, order_seed=seed)
     if source.kind in PHOTOGRAPHS:
-        given = {} if templates is None else {"templates": templates}
-        return PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed, **given)
+        return PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed)
     if source.kind in KNOWN:
-        given = {"class_names": class_names, "templates": templates, "caption_seed": seed, "order_seed": seed}
+        given = {"class_names": class_names, "caption_seed": seed, "order_seed": seed}
         return known_pairs(source, preprocess, split="train", root=root, **given)
-    texts = PLAIN_TEMPLATES if templates is None else templates
     if source.path.is_dir():
         check_finished(source.path)
     if source.kind in READERS:
-        filled = texts if class_names else None
         return READERS[source.kind].pairs(
             source.text,
             preprocess,
             root=root,
             need_captions=True,
             class_names=class_names,
-            templates=filled,
+            templates=PLAIN_TEMPLATES if class_names else None,
             caption_seed=seed,
             order_seed=seed,
         )
     if source.path.is_dir():
-        return FolderPairs(source.path, texts, preprocess, root=root, caption_seed=seed, order_seed=seed)
+        return FolderPairs(
+            source.path, PLAIN_TEMPLATES, preprocess, root=root, caption_seed=seed, order_seed=seed
+        )
     raise FileNotFoundError(
         "expected pairs as shapes, cifar10, tiny-imagenet, imagenet:PATH, caltech101:PATH, pets:PATH, a .csv or .tsv table, parquet files, WebDataset shards (.tar) or a folder with a sub-folder "
         f"of images a class; there is no {spec}"

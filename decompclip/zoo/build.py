@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,6 @@ def build_twin(
     out: Path,
     *,
     recipe: TwinRecipe | None = None,
-    work: Path | None = None,
-    log: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> BuiltTwin:
     """Train a twin, measure what is stored of it on images that no choice was made on, and write weights and card.
@@ -110,10 +108,10 @@ def build_twin(
 
     Args:
         name: of the twin.
-        out: folder of the two files; `load_bundled(name, folder=out)` reads them.
+        out: folder of the two files, which `load_bundled(name, folder=out)` reads, and of the checkpoint that a killed run
+            goes on from.
         recipe: the bundled twin's by default.
-        work: folder of the checkpoint that a killed run goes on from; by default `out`.
-        log, progress: as `finetune`.
+        progress: as `finetune`.
 
     Raises:
         ValueError: no recipe of this name, or what `PoisonedPairs` and `finetune` refuse.
@@ -121,9 +119,8 @@ def build_twin(
         OSError: `out` cannot be written to.
     """
     recipe = recipe or twin_recipe(name)
-    world, clean, work = recipe.world, load_bundled(recipe.base), work or out
-    for folder in (out, work):
-        folder.mkdir(parents=True, exist_ok=True)
+    world, clean = recipe.world, load_bundled(recipe.base)
+    out.mkdir(parents=True, exist_ok=True)
     trigger = recipe.trigger.make(clean, world) if isinstance(recipe.trigger, PatchRecipe) else recipe.trigger
     pairs = poisoned_pairs(recipe, clean, trigger)
     monitor = Monitor(
@@ -139,9 +136,8 @@ def build_twin(
         pairs,
         recipe.recipe,
         monitor=monitor,
-        checkpoint=work / f"{name}.pt",
+        checkpoint=out / f"{name}.pt",
         seed=recipe.seed,
-        log=log,
         progress=progress,
     )
     before = card(name) if name in bundled() else None  # `out` may be the package's own folder
