@@ -20,7 +20,7 @@ from decompclip.data.files import SkippedFile, is_bookkeeping, reason
 from decompclip.data.images import ListedImages, OnError, image_files
 from decompclip.data.pairs import (
     ALL,
-    ListedPairs,
+    FilePairs,
     Pair,
     PairBatch,
     PairEntry,
@@ -353,7 +353,7 @@ class UnreadableItem(ValueError):
         self.name = name
 
 
-class FolderPairs(ListedPairs):
+class FolderPairs(FilePairs):
     """A folder with a sub-folder of images a class (as torchvision's `ImageFolder`), captions from templates.
 
     Bookkeeping of the system's (`.ipynb_checkpoints`, `__MACOSX`, ...) is no class; other files that are no pictures are
@@ -413,14 +413,9 @@ class FolderPairs(ListedPairs):
         places = {name: place for place, name in enumerate(classes)}
         found = [(file.as_posix(), places[file.parts[0]], file) for file in files if len(file.parts) > 1]
         self.entries = [
-            PairEntry(name, self._caption("", label, name), label, file) for name, label, file in found
+            PairEntry(name, self._caption("", label, name), label, self.folder / file)
+            for name, label, file in found
         ]
-
-    def _file(self, index: int) -> Path:
-        return self.folder / self.entries[index].image
-
-    def _image(self, image: Path) -> Tensor | str:
-        return read_image(self.folder / image, self.preprocess, root=self.root)
 
 
 folder_pairs = FolderPairs

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
 from typing_extensions import Unpack
 
 from decompclip.data.feed import in_threads
 from decompclip.data.files import PARTS, SkippedFile, SourceSpec, data_folder, open_rgb, reason
 from decompclip.data.images import class_places, find_class, image_files, split_indices
-from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions, Pairs, SubsetPairs
-from decompclip.data.pixels import Preprocess, read_image
+from decompclip.data.pairs import FilePairs, PairEntry, PairOptions, Pairs, SubsetPairs
+from decompclip.data.pixels import Preprocess
 from decompclip.display import Track, silently
 
 VALIDATION, SEED = 0.2, 0
@@ -202,7 +201,7 @@ def known_pairs(
     return SubsetPairs(whole, chosen.tolist(), order_seed=whole.order_seed)
 
 
-class KnownPairs(ListedPairs):
+class KnownPairs(FilePairs):
     """Photographs of a data set of `DATASETS` that has classes; see `known_pairs`."""
 
     def __init__(
@@ -244,13 +243,7 @@ class KnownPairs(ListedPairs):
             if place is None:
                 self._left_out[name] = SkippedFile(name, "is of a class that is not among those asked for")
             else:
-                yield PairEntry(name, self._caption("", place, name), place, path)
-
-    def _file(self, index: int) -> Path:
-        return self.folder / self.entries[index].image
-
-    def _image(self, image: Path) -> Tensor | str:
-        return read_image(self.folder / image, self.preprocess, root=self.root)
+                yield PairEntry(name, self._caption("", place, name), place, self.folder / path)
 
 
 def _pictures(about: KnownDataset, folder: Path) -> Path:

@@ -22,7 +22,7 @@ from decompclip.api import check_choice
 from decompclip.data.feed import DeviceSource, in_threads
 from decompclip.data.files import SkippedFile, unusable
 from decompclip.data.images import OnError, readable
-from decompclip.data.pixels import Preprocess, finished, is_ours, stack_images, to_pixels
+from decompclip.data.pixels import Preprocess, finished, is_ours, read_image, stack_images, to_pixels
 
 ALL = slice(None)
 
@@ -367,6 +367,22 @@ class ListedPairs(Pairs):
     @abstractmethod
     def _image(self, image: Any) -> Tensor | str:
         """The image that an entry names, or why there is none; several threads ask at a time."""
+
+
+class FilePairs(ListedPairs):
+    """Base of sources whose images are files of their own, where each entry says.
+
+    Attributes:
+        root: a folder that the files must lie in, links resolved; None allows any.
+    """
+
+    root: str | Path | None
+
+    def _file(self, index: int) -> Path:
+        return self.entries[index].image
+
+    def _image(self, image: Path) -> Tensor | str:
+        return read_image(image, self.preprocess, root=self.root)
 
 
 def batch_places(length: int, step: int, size: int, *, seed: int) -> list[int]:

@@ -21,8 +21,8 @@ from typing_extensions import Unpack
 from decompclip.api import check_choice
 from decompclip.data.files import SUFFIXES, open_regular, reason
 from decompclip.data.images import class_places, find_class
-from decompclip.data.pairs import ListedPairs, PairEntry, PairOptions
-from decompclip.data.pixels import Preprocess, read_image
+from decompclip.data.pairs import FilePairs, PairEntry, PairOptions
+from decompclip.data.pixels import Preprocess
 from decompclip.display import some
 
 IMAGE_COLUMNS = ("filepath", "image", "path", "file", "filename")
@@ -30,7 +30,7 @@ CAPTION_COLUMNS = ("title", "caption", "text")
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
 
 
-class CsvPairs(ListedPairs):
+class CsvPairs(FilePairs):
     """The pairs of a table with a header: paths of images, from the table's folder on, and captions.
 
     Quotation marks are marks of the format where a row then has the header's number of columns, and letters of
@@ -107,12 +107,6 @@ class CsvPairs(ListedPairs):
                 continue
             yield PairEntry(name, text, known, self.table.parent / path)
 
-    def _file(self, index: int) -> Path:
-        return self.entries[index].image
-
-    def _image(self, image: Path) -> Tensor | str:
-        return read_image(image, self.preprocess, root=self.root)
-
     def _may_be_image(self, path: str) -> bool:
         return Path(path).suffix.lower() in SUFFIXES or (
             bool(path) and os.path.exists(self.table.parent / path)
@@ -131,7 +125,7 @@ CUE_OPTIONS = {
 """Classes and cues, by name, in the order of the tables' numbers."""
 
 
-class CuePairs(ListedPairs):
+class CuePairs(FilePairs):
     """Photographs with a class, and a cue that mostly goes with one class and that a model should not answer by.
 
         CuePairs.waterbirds(folder, "test", model.preprocess)     birds, and what is behind them
@@ -164,7 +158,8 @@ class CuePairs(ListedPairs):
         **options: Unpack[PairOptions],
     ) -> None:
         super().__init__(preprocess, **{"templates": ("a photo of a {}",), **options})
-        self.folder, self.cue_names = Path(folder), tuple(cue_names)
+        self.folder = self.root = Path(folder)
+        self.cue_names = tuple(cue_names)
         places = {"class": [label for _, label, _ in rows], "cue": [cue for _, _, cue in rows]}
         for (what, own), names in zip(places.items(), (self.class_names, self.cue_names), strict=True):
             for place, (path, _, _) in zip(own, rows, strict=True):
@@ -287,12 +282,6 @@ class CuePairs(ListedPairs):
         return cls(
             folder, rows, names["cue_names"], preprocess, **{**options, "class_names": names["class_names"]}
         )
-
-    def _file(self, index: int) -> Path:
-        return self.entries[index].image
-
-    def _image(self, image: Path) -> Tensor | str:
-        return read_image(image, self.preprocess, root=self.folder)
 
 
 def _list(folder: Path, name: str) -> Path:
