@@ -449,13 +449,10 @@ class Search:
             places = torch.arange(step * config.images, (step + 1) * config.images) % len(pixels)
             seed = int(torch.randint(2**31, (), generator=generator))
 
-            def slope(
-                row: int,
-            ) -> Tensor:  # one class a pass: memory as of one batch; the same places for all classes
+            def slope(row: int) -> Tensor:
+                """The gradient of one class a pass: memory as of one batch; the same places for all classes."""
                 found = self._gradient(pixels[places], change[row], classes[row], seed)  # noqa: B023 - called at once
-                return (
-                    found.cpu() if self.group.count > 1 else found
-                )  # processes tell each other what is on the CPU
+                return found.cpu() if self.group.count > 1 else found  # what processes tell each other
 
             change.grad = torch.stack(self.group.each(range(len(classes)), slope)).to(change)
             with torch.no_grad():

@@ -64,9 +64,8 @@ def plain_errors(kept: Callable[[], str] | None = None, *, shared: bool = False)
     """
     where = ""
     try:
-        if (
-            shared and (count := _launched("WORLD_SIZE", 1)) > 1
-        ):  # a RANK alone is left over from something else
+        # a RANK alone is left over from something else
+        if shared and (count := _launched("WORLD_SIZE", 1)) > 1:
             _process["rank"] = rank = _launched("RANK", 0)
             where = f"process {rank} of {count}: "
         with ExitStack() as held, _ends_on_sigterm(), warnings.catch_warnings():

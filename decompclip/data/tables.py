@@ -234,18 +234,10 @@ class CuePairs(FilePairs):
         check_choice("split", split, CueSplit)
         place = Path(folder)
         attributes, partition = (_list(place, name) for name in ("list_attr_celeba", "list_eval_partition"))
-        pictures = next(
-            (
-                p
-                for p in (place / "img_align_celeba" / "img_align_celeba", place / "img_align_celeba")
-                if p.is_dir()
-            ),
-            None,
-        )
+        name = "img_align_celeba"
+        pictures = next((found for found in (place / name / name, place / name) if found.is_dir()), None)
         if pictures is None:
-            raise FileNotFoundError(
-                f"expected the pictures of CelebA in {place}: img_align_celeba; it is not there"
-            )
+            raise FileNotFoundError(f"expected the pictures of CelebA in {place}: {name}; it is not there")
         names = {"class_names": options.get("class_names"), "cue_names": cue_names}
         missing = [name for name, given in names.items() if not given]
         if missing and (label, cue) != ("Blond_Hair", "Male"):
@@ -345,9 +337,8 @@ class _Row:
 
 def _read_header(table: Path) -> tuple[list[str], list[str], str]:
     """The columns' names, all lines, and the separator."""
-    lines = re.split(
-        r"\r\n|\n|\r", _text(table)
-    )  # not splitlines(): captions hold other marks that it splits at
+    # not splitlines(): captions hold other marks that it splits at
+    lines = re.split(r"\r\n|\n|\r", _text(table))
     separator = max("\t,;", key=lines[0].count)
     header = _cells(lines[0], separator, None)
     if isinstance(header, str):

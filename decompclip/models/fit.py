@@ -52,9 +52,8 @@ def conform(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key in wanted and key in found and found[key].numel() == 1:
             found[key] = found[key].reshape(wanted[key].shape)
     if "logit_bias" in wanted and "logit_bias" not in found and "logit_scale" in found:
-        found["logit_bias"] = torch.zeros_like(
-            wanted["logit_bias"]
-        )  # as open_clip does; no feature depends on it
+        # as open_clip does; no feature depends on it
+        found["logit_bias"] = torch.zeros_like(wanted["logit_bias"])
     return found
 
 

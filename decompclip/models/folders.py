@@ -193,9 +193,8 @@ def _tokenizer(folder: Path, text: Mapping[str, Any], own: Mapping[str, Any]) ->
         return WordTokenizer(tuple(own["words"]), length)
     if own.get("tokenizer") == "transformers":
         return tokenizer_in(folder, context_length=length, vocabulary=text.get("vocab_size", CLIP_VOCABULARY))
-    if text.get(
-        "hf_tokenizer_name"
-    ):  # open_clip, too, takes the files in the folder and not those of that name
+    if text.get("hf_tokenizer_name"):
+        # open_clip, too, takes the files in the folder and not those of that name
         options = {"tokenizer_mode": text.get("tokenizer_mode"), **(text.get("tokenizer_kwargs") or {})}
         return FolderTokenizer(folder, length, options)
     return clip_tokenizer(

@@ -59,9 +59,8 @@ def _nobody_asked() -> Iterator[None]:
 
     open_clip does not say `trust_remote_code=False` where it builds a text tower, and has no option for it.
     """
-    transformers: Any = sys.modules.get(
-        "transformers.dynamic_module_utils"
-    )  # open_clip imports it if it is there
+    # open_clip imports it if it is there
+    transformers: Any = sys.modules.get("transformers.dynamic_module_utils")
     before = getattr(transformers, "TIME_OUT_REMOTE_CODE", 0)
     try:
         if transformers is not None:

@@ -184,9 +184,8 @@ def pick(frame: Frame, texts: Float[Tensor, "text d_embed"], n_texts: int) -> Pi
         chosen = (scores >= best * (1 - TIE) - FLOOR * first).int().argmax(1)  # the first of equals
         found[:, step] = torch.where(going, chosen, -1)
         past = chain[:, :step]
-        direction = _without(
-            _without(projected[components, chosen], past), past
-        )  # twice: orthogonal to rounding
+        # twice: orthogonal to rounding
+        direction = _without(_without(projected[components, chosen], past), past)
         length = direction.norm(dim=1, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
         direction = torch.where(going[:, None], direction / length, 0.0)
         chain[:, step] = direction
