@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -400,10 +400,3 @@ class Store(Decomposition):
         return (
             f"Store({str(self.folder)!r}: {', '.join(f'{name}: {x}' for name, x in self._facts().items())})"
         )
-
-
-def stored_type(name: str) -> StoredType:
-    """Raises ValueError unless terms can be stored so."""
-    if name not in TYPES:
-        raise ValueError(f"expected a dtype of {', '.join(TYPES)}; received {name!r}")
-    return cast(StoredType, name)

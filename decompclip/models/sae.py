@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decompclip.api import check_choice
 from decompclip.decomposition.components import Components, embed, heads, layers, mlps
 from decompclip.decomposition.maps import full_precision
 from decompclip.display import some
@@ -124,8 +125,7 @@ class SparseAutoencoder:
         if not isinstance(self.hook, str):
             raise ValueError(f"expected a hook point such as 'blocks.9.hook_mlp_out'; received {self.hook!r}")
         for name, known in (("normalization", Normalization), ("tokens", Read)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"expected {name} of {get_args(known)}; received {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -393,9 +393,8 @@ def _kind(about: Mapping[str, Any], inner: Mapping[str, Any], source: str) -> tu
 def _named(state: Mapping[str, Tensor], kind: str, source: Path) -> dict[str, Tensor]:
     """The weights of an architecture, all of them and no others, in fp32."""
     wanted = ("W_enc", "W_dec", "b_dec", *_ACTS[kind])
-    state = {
-        name: x for name, x in state.items() if not (kind == "gated" and name == "b_enc")
-    }  # which Prisma leaves idle
+    if kind == "gated":  # Prisma writes a bias that it leaves idle
+        state = {name: x for name, x in state.items() if name != "b_enc"}
     if "log_threshold" in state and "threshold" not in state:
         state = {**state, "threshold": state["log_threshold"].exp()}
         del state["log_threshold"]

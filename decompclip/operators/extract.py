@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from decompclip import __version__
-from decompclip.api import check_count
+from decompclip.api import check_choice, check_count
 from decompclip.data.datasets import PairStream
 from decompclip.data.feed import ahead, is_pure
 from decompclip.data.images import ImageBatch, ListedImages
@@ -48,7 +48,6 @@ from decompclip.decomposition.store import (
     read_manifest,
     read_shard,
     shard_name,
-    stored_type,
     write_manifest,
     write_shard,
 )
@@ -130,6 +129,7 @@ def extract(
         ValueError: no image could be read, images that are normalised already, a model with hooks, unusable options, fewer images than processes, or processes that disagree.
         DecompositionError: a feature is not the sum of its terms.
     """
+    check_choice("dtype", dtype, StoredType)
     check_count(shard_size, "images", "shard_size")
     check_count(batch_size, "images", "batch_size")
     if any(hooked(module) for module in model.visual.modules()):
@@ -137,7 +137,6 @@ def extract(
             "expected a model without hooks, whose terms are the model's own; received one with some; call it outside "
             "`with model.hooks(...)`, or model.reset_hooks() first"
         )
-    kept = "fp64" if moments_only else stored_type(dtype)
     images, folder, group = listed_images(data), Path(out), Processes(accelerator)
     listing = list(images.skipped)
     group.check_enough(len(images))
@@ -149,7 +148,7 @@ def extract(
         "data": digest_of_images(images, files=True),
         "convention": convention,
         "normalized": normalize,
-        "dtype": kept,
+        "dtype": "fp64" if moments_only else dtype,
         "shard_size": shard_size,
     }
     group.check_equal({words: run[key] for key, words in DECIDES.items()})

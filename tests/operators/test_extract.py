@@ -865,7 +865,7 @@ def test_images_are_not_normalised_twice(model: HookedCLIP, tmp_path: Path, mome
 @pytest.mark.usefixtures("ours_alone")
 def test_bad_options(model: HookedCLIP, tmp_path: Path) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"dtype": "int8"}, "expected a dtype of fp32, fp16, bf16; received 'int8'"),
+        ({"dtype": "int8"}, r"expected dtype of \('fp32', 'fp16', 'bf16'\); received 'int8'"),
         ({"shard_size": 0}, "expected shard_size to be a whole number of images, at least 1; received 0"),
         ({"batch_size": 0}, "expected batch_size to be a whole number of images, at least 1; received 0"),
     )
