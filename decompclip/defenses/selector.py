@@ -96,7 +96,7 @@ class Selector:
         """
         self._check_options()
         keep = deviations or self.threshold == "quantile"
-        parts, kept, mask = [], [], None
+        moments, kept, mask = None, [], None
         for part in [clean] if isinstance(clean, Moments) else batches(clean):
             if keep and isinstance(part, Moments):
                 raise ValueError(
@@ -105,13 +105,13 @@ class Selector:
                 )
             self._check_form(part.maps.convention, part.normalized)
             mask = self._judged(part) if mask is None else mask
-            means = part if isinstance(part, Moments) else Moments.of(part, second=False)
-            parts = [reduce(Moments.merge, [*parts, means])]
+            own = part if isinstance(part, Moments) else Moments.of(part, second=False)
+            moments = own if moments is None else moments.merge(own)
             if keep:
                 kept.append(part.coords[:, mask.to(part.coords.device)])
-        if mask is None:
+        if moments is None or mask is None:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
-        self.moments_, self.mask_ = parts[0], mask
+        self.moments_, self.mask_ = moments, mask
         self.prototypes_ = self.moments_.coords.to(self.moments_.maps.heads)
         self.thresholds_ = torch.full(mask.shape, float(self.epsilon)).to(self.prototypes_)
         self.deviations_ = None

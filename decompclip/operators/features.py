@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -500,10 +499,9 @@ def top_images(
         most, token = (torch.cat(x) for x in zip(*found, strict=True))
         seen.append((most, token))
 
-    stop = partial(visual, stop_at_layer=site.layer + 1)
     for batch in image_batches(images, batch_size=batch_size, device=visual.device):
         with visual.hooks(fwd_hooks=[(sae.hook, keep)]):
-            stop(batch.to(visual.device, visual.dtype))
+            visual(batch.to(visual.device, visual.dtype), stop_at_layer=site.layer + 1)
         most, token = (x.T for x in seen.pop())  # [feature batch]
         often = often + (most > 0).double().sum(1)
         places = torch.arange(count, count := count + len(batch), device=most.device).expand(len(index), -1)

@@ -192,7 +192,7 @@ class PathMoments:
         self.mean, self.lean = like.new_zeros(n, each), like.new_zeros(n, each)
         self.squares, self.gram = like.new_zeros(n, each, each), like.new_empty(n, each, each)
         with full_precision(like):
-            for piece in _blocks(paths):
+            for piece in _slices(paths):
                 maps = paths.maps(piece).transpose(0, 1)
                 self.gram[piece] = maps @ maps.mT
 
@@ -346,7 +346,7 @@ class SecondOrder(Result):
         """
         paths, own = self._paths(model), []
         with full_precision(paths.written):
-            for piece in _blocks(paths):
+            for piece in _slices(paths):
                 direction = self.direction[piece].to(paths.written)
                 own.append(torch.einsum("pnd,nd->pn", paths.maps(piece), direction))
         along, mean = torch.cat(own, dim=1), self.coords.to(paths.written)
@@ -455,7 +455,7 @@ def second_order(
         raise ValueError(
             f"expected at least two images, over which effects vary; received {moments.count}; check the image source"
         )
-    parts = [_principal(paths, moments, piece) for piece in _blocks(paths)]
+    parts = [_principal(paths, moments, piece) for piece in _slices(paths)]
     mean, direction, spread, share = (torch.cat(own).cpu() for own in zip(*parts, strict=True))
     words: list[tuple[tuple[str, float], ...]] = [()] * len(mean)
     fidelity = torch.full_like(spread, torch.nan)
@@ -477,7 +477,7 @@ def second_order(
     )
 
 
-def _blocks(paths: Paths) -> list[slice]:
+def _slices(paths: Paths) -> list[slice]:
     """Neurons in as few slices as their maps and covariances may take memory: fp64, and what is at work beside."""
     number, width = paths.number, paths.fixed.maps.heads.shape[-1]
     return list(

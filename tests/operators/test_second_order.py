@@ -313,7 +313,7 @@ def test_nothing_of_the_size_of_tokens_times_neurons_times_width_is_formed(
         with Largest() as largest:
             found.mean_ablate(visual, data[:2])
         assert len(found) == 512 and largest.most <= 2 * 101 * 512
-    assert module._blocks(module.Paths.named(visual, neurons[1]))[-1].stop == 512
+    assert module._slices(module.Paths.named(visual, neurons[1]))[-1].stop == 512
     tokens, width = visual.cfg.n_tokens, visual.cfg.d_model
     # The MLP's own activations of a batch are the largest: twice the images take no more.
     assert most[6] == most[12] == 2 * tokens * 512 < tokens * 512 * width
