@@ -12,7 +12,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from decompclip.figures.theme import INK, Style, figure, framed, lettered, styled, thin_line, whisker
+from decompclip.figures.theme import INK, Style, escaped, figure, framed, lettered, styled, thin_line, whisker
 
 ROW, FRAME = 36, 112
 """Pixels of height a row, and around them."""
@@ -64,7 +64,7 @@ def point_panels(
     """Rows downward, values to the right; series differ by colour, marker and place within the row.
 
     Args:
-        rows: their names.
+        rows: their names, shown as they are, with `<br>` where a new line begins.
         panels: side by side, with letters where there are several.
         styles: of the series; by default one after the other of the theme's.
         bars: what the ends of intervals are, for the legend; needed where a point has them.
@@ -72,6 +72,7 @@ def point_panels(
     Raises:
         ValueError: more series than styles, a series that is not as long as the rows, or intervals that nothing explains.
     """
+    rows = [escaped(row).replace(escaped("<br>"), "<br>") for row in rows]
     look = styled([name for panel in panels for name in panel.points], styles)
     height = FRAME + ROW * len(rows) + 40
     plot = make_subplots(
@@ -100,7 +101,7 @@ def point_panels(
         plot.update_xaxes(title=panel.unit, range=panel.ends, row=1, col=column)
     plot.update_yaxes(
         tickvals=list(range(len(rows))),
-        ticktext=list(rows),
+        ticktext=rows,
         range=[len(rows) - 0.5, -0.5],
         zeroline=False,
         ticks="",

@@ -34,6 +34,10 @@ def test_points_keep_their_row_interval_and_style() -> None:
     assert list(line.x) == [50.0, 50.0]
     assert again.marker.symbol == y.marker.symbol and not again.showlegend and y.showlegend
     assert [a.text for a in plot.layout.annotations] == ["(a) a", "(b) b"]
+    named = point_panels(["a <b>dog</b>", "cats & %{x}<br>below"], [other], bars="95 % interval")
+    shown = ("a &lt;b&gt;dog&lt;/b&gt;", "cats &amp; %&#123;x}<br>below")
+    assert named.layout.yaxis.ticktext == shown
+    assert [name for name, _ in named.data[0].customdata] == [shown[0], shown[1].replace("<br>", " ")]
     with pytest.raises(
         ValueError,
         match=r"expected 2 points of 'x'; received|expected 2 points of 'x', one a row; received 1",
