@@ -124,7 +124,7 @@ class TuningDefense:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanFineTuning(TuningDefense):
-    """CLIP's own loss on clean pairs, and nothing more: the control of the two others. See `TuningDefense`."""
+    """CLIP's own loss on clean pairs, and nothing more: the control of the others. See `TuningDefense`."""
 
     recipe: FineTuning | str = CLEAN_RECIPE
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from decompclip.api import check_choice, check_count
 from decompclip.display import Result
-from decompclip.intervals import Rate, Z
+from decompclip.intervals import CONFIDENCE, Rate, Z
 from decompclip.operators.tokens import MapKind, TokenMaps
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class Segmentation(Result):
             draws: how many.
             seed: of the draws.
         """
-        return self._drawn(draws, seed).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        return _ends(self._drawn(draws, seed))
 
     def difference(self, a: str, b: str, *, draws: int = 2000, seed: int = 0) -> Float[Tensor, "3 measure"]:
         """Scores of one map less those of another, and the 95 % interval over draws of the same images for both.
@@ -260,9 +260,7 @@ class Segmentation(Result):
         check_choice("b", b, self.labels)
         first, second = self.labels.index(a), self.labels.index(b)
         drawn = self._drawn(draws, seed)
-        ends = (drawn[:, first] - drawn[:, second]).quantile(
-            torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0
-        )
+        ends = _ends(drawn[:, first] - drawn[:, second])
         return torch.cat([(self.scores[first] - self.scores[second])[None], ends])
 
     def _drawn(self, draws: int, seed: int) -> Float[Tensor, "draw map measure"]:
@@ -309,6 +307,11 @@ class Segmentation(Result):
     def __repr__(self) -> str:
         best = int(self.scores[:, 2].argmax())
         return f"Segmentation({len(self.labels)} maps, {len(self)} images; highest AP {self.labels[best]})"
+
+
+def _ends(drawn: Float[Tensor, "draw ..."]) -> Float[Tensor, "2 ..."]:
+    """Of the interval that holds a share `CONFIDENCE` of the draws."""
+    return drawn.quantile(drawn.new_tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]), dim=0)
 
 
 def box_masks(boxes: Int[Tensor, "batch 4"], height: int, width: int) -> Bool[Tensor, "batch h w"]:
