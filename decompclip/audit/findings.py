@@ -94,7 +94,7 @@ def _effect(result: AuditResult) -> Finding:
 def _accuracy(result: AuditResult) -> Finding:
     cacc, guessing = result.as_it_is.report.cacc, result.checks.guessing
     if cacc is None:
-        text = "The clean images carry no labels (no sub-folder is named after a class), so accuracy is not known."
+        text = "The clean images carry no labels, so accuracy is not known."
         return Finding("note", "Clean accuracy not measured", text)
     text = f"Zero-shot accuracy on clean images is {share(cacc)}; one answer for all, or guessing among "
     text += f"{len(result.class_names)} classes, gives {100 * guessing:.1f} %."
@@ -322,7 +322,7 @@ def _notes(result: AuditResult) -> Iterator[Finding]:
             yield Finding("unclear" if low <= 0 else "note", f"The target “{target.name}” is inferred", text)
     if not result.as_it_is.excludes_target:
         missing = "suspect" if result.as_it_is.report.asr is None else "clean"
-        text = f"The {missing} images carry no labels (no sub-folder is named after a class), so target-class images "
+        text = f"The {missing} images carry no labels, so target-class images "
         text += "cannot be left out. Attack success and control count all images, and more true target-class images "
         text += "on one side look like an attack."
         yield Finding("unclear", "Attack success without labels", text)
