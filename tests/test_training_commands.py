@@ -117,6 +117,10 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
         (("finetune", "shapes", "shapes:20", "--out", "OUT"), "at least one batch of 128 pairs; received 20"),
         (("finetune", "shapes", "shapes:200", "--out", "OUT", "--trigger", "badnet"), "expected --images"),
         (
+            ("finetune", "shapes", "shapes:200", "--out", "OUT", "--classes", __file__),
+            "with --trigger, --target and --classes; received none",
+        ),
+        (
             ("finetune", "shapes", "shapes:200", "--out", "OUT", "--images", "shapes", "--trigger", "badnet"),
             "expected --trigger and --target together",
         ),

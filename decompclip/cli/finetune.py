@@ -93,9 +93,9 @@ def finetune(
     with plain_errors(lambda: options.going_on(out / "checkpoint.pt"), shared=True) as held:
         check_folder(out, "the model")
         model.check()
-        if images is None and (trigger or target):
+        if images is None and (trigger or target or classes):
             raise ValueError(
-                "expected --images, labelled images to measure on, with --trigger and --target; received none"
+                "expected --images, labelled images to measure on, with --trigger, --target and --classes; received none"
             )
         options.check_trigger(trigger, target)
         options.check_files(classes=classes)
