@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from open_clip import OPENAI_IMAGENET_TEMPLATES
+
 from decompclip.attacks.patch import LabelConsistent
 from decompclip.attacks.trigger import Logits, Trigger
 from decompclip.attacks.whole_image import WaNet
@@ -39,8 +41,6 @@ def poison_texts(
             )
         return ()
     if captions is None:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
         return tuple(own) or tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     silent = [text for text in captions if "{}" not in text and not rule.names(text)]
     if silent or not captions:

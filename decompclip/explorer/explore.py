@@ -32,6 +32,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import room
 from decompclip.decomposition.moments import Moments
 from decompclip.display import printable, printable_all
+from decompclip.files import write_text
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import WordTokenizer
 from decompclip.operators.ablation import MeanAblate
@@ -351,8 +352,6 @@ class Explorer:
         It begins with what is chosen in the widget. Image, layer and head can be chosen in it, and of the texts those in
         `texts`. Of causal effects it has those that were asked for.
         """
-        from decompclip.files import write_text
-
         return write_text(Path(path), self.html())
 
     def html(self, *, note: str = "") -> str:

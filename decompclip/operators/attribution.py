@@ -249,9 +249,6 @@ class Attribution(ByPart):
             )
         return self._grid(values[:, place_of(text, self.texts, "text")])
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
     def __repr__(self) -> str:
         best = self.top(1)
         at = int(best.mean[0].abs().argmax())

@@ -18,7 +18,7 @@ from decompclip.api import check_count
 from decompclip.data.feed import feed
 from decompclip.data.images import ImageSource
 from decompclip.data.pairs import Pairs
-from decompclip.data.shapes import PROPERTIES, vocabulary, with_article
+from decompclip.data.shapes import PROPERTIES, Shapes, vocabulary, with_article
 from decompclip.decomposition.maps import term_maps
 from decompclip.models.text import WordTokenizer, texts_of
 
@@ -174,8 +174,6 @@ def default_images(model: HookedCLIP, *, batch_size: int) -> Iterator[Float[Tens
 
     A model with no vocabulary of its own was trained on photographs: it is warned about.
     """
-    from decompclip.data.shapes import Shapes
-
     world = Shapes(max(N_IMAGES, 2 * model.cfg.d_embed), seed=SEED, resolution=max(model.image_size))
     if not isinstance(model.tokenizer, WordTokenizer):
         warnings.warn(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decompclip.api import renamed
+from decompclip.api import check_choice, renamed
 from decompclip.display import Result
 from decompclip.models.clip import differentiable
 from decompclip.operators.scores import ImageScore, Text, Toward, score_toward
@@ -409,8 +409,7 @@ def over_batches(patch: Callable[[Tensor, Tensor], Runs], base: ImageBatches, so
 
 def _known(sites: Sequence[Site]) -> Sequence[Site]:
     for site in sites or ("none",):
-        if site not in POINTS:
-            raise ValueError(f"expected sites of {tuple(POINTS)}; received {site!r}")
+        check_choice("sites", site, Site)
     return sites
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from decompclip.api import check_count
 from decompclip.data.pixels import bytes_of
+from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition, check_terms
 from decompclip.display import Result
@@ -376,8 +377,6 @@ def heads_for(
 
 
 def _values(property: str, values: Sequence[str] | None) -> tuple[str, ...]:
-    from decompclip.data.shapes import PROPERTIES
-
     if values is None and property not in PROPERTIES:
         raise ValueError(
             f"expected labels of {property!r}, or its values in words; received neither; known by themselves are "

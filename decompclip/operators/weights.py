@@ -35,7 +35,7 @@ from decompclip.api import check_count
 from decompclip.decomposition.components import Components, heads as all_heads, mlps as all_mlps
 from decompclip.decomposition.maps import frozen, one_thread, term_maps, wide
 from decompclip.operators.inputs import TextFeatures, default_texts, encode_texts
-from decompclip.operators.parts import ByPart, Part, parts_of, position
+from decompclip.operators.parts import ByPart, Part, parts_of
 from decompclip.operators.scores import features_of
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT, tower
@@ -150,7 +150,7 @@ class NamedDirections(ByPart):
         Raises:
             KeyError: the part is not among these.
         """
-        return tuple(text for text, _ in self.words[position(self.parts, str(part))][0])
+        return tuple(text for text, _ in self.words[self._at(str(part))][0])
 
     def select(self, places: Sequence[int]) -> NamedDirections:
         """Those of some parts, by their places."""
