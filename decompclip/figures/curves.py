@@ -10,7 +10,18 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from decompclip.figures.scatter import PERCENT, Point, wrapped
-from decompclip.figures.theme import BAND, INK, Style, band, faint, framed, lettered, styled, thin_line
+from decompclip.figures.theme import (
+    BAND,
+    INK,
+    Style,
+    band,
+    escaped,
+    faint,
+    framed,
+    lettered,
+    styled,
+    thin_line,
+)
 
 LINE = 15
 """Pixels of height a further line of a title takes."""
@@ -207,6 +218,7 @@ def _axes(plot: go.Figure, panel: LinePanel, row: int, col: int, *, titled: bool
 
 def _traces(name: str, style: Style, curve: Curve, what: str, *, legend: bool) -> list[go.Scatter]:
     traces: list[Any] = []
+    name = escaped(name)
     shown, ends = "%{y:.3g}", None
     if curve.low is not None and curve.high is not None:
         traces.append(band(curve.x, curve.low, curve.high, style, legendgroup=name))
@@ -249,6 +261,7 @@ def _traces(name: str, style: Style, curve: Curve, what: str, *, legend: bool) -
 
 def _level(name: str, style: Style, y: float, panel: LinePanel, what: str) -> go.Scatter:
     """A dashed horizontal line in a series' colour."""
+    name = escaped(name)
     places = [x for curve in panel.curves.values() for x in curve.x]
     return thin_line(
         [min(places), max(places)],

@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from decompclip.figures.scatter import Point, whiskers
-from decompclip.figures.theme import DIVERGING, INK, RULES, SEQUENTIAL, figure, framed
+from decompclip.figures.theme import DIVERGING, INK, RULES, SEQUENTIAL, escaped, figure, framed
 
 Scale = Literal["diverging", "sequential"]
 
@@ -112,7 +112,7 @@ def component_map(
         height=max(260, 34 * n_layers + 110) + above,
         margin={"l": 52, "r": 8, "t": 12 + above, "b": 48},
         coloraxis=_colours(scale, top, unit),
-        title={"text": title, "font": {"size": 13}} if title else None,
+        title={"text": escaped(title), "font": {"size": 13}} if title else None,
     )
 
 
@@ -216,8 +216,8 @@ def matrix(
     plot.add_trace(
         go.Heatmap(
             z=values,
-            x=list(columns),
-            y=list(rows),
+            x=[*map(escaped, columns)],
+            y=[*map(escaped, rows)],
             customdata=notes,
             coloraxis="coloraxis",
             xgap=2,
@@ -299,7 +299,7 @@ def text_cosines(
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
-            customdata=[[f"{a}<br>{b}" for b in after] for a in before],
+            customdata=[[f"{escaped(a)}<br>{escaped(b)}" for b in after] for a in before],
             hovertemplate="%{customdata}: %{z:.3f}<extra></extra>",
         ),
         row=2,
@@ -351,7 +351,7 @@ def _digits(top: float, scale: Scale) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return escaped(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
 
 
 OPACITY, FAINT = 0.78, 0.25

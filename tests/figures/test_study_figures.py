@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 from PIL import Image
 
 from decompclip.figures.curves import Curve, LinePanel, line_panels
 from decompclip.figures.gallery import HeadPair, head_pairs
+from decompclip.figures.heatmaps import component_map, matrix, text_cosines
 from decompclip.figures.scatter import PERCENT, Panel, Point, point_panels, scatter_panels
 from decompclip.figures.theme import on_white, plotly_script, write_figure
 
@@ -34,10 +37,6 @@ def test_points_keep_their_row_interval_and_style() -> None:
     assert list(line.x) == [50.0, 50.0]
     assert again.marker.symbol == y.marker.symbol and not again.showlegend and y.showlegend
     assert [a.text for a in plot.layout.annotations] == ["(a) a", "(b) b"]
-    named = point_panels(["a <b>dog</b>", "cats & %{x}<br>below"], [other], bars="95 % interval")
-    shown = ("a &lt;b&gt;dog&lt;/b&gt;", "cats &amp; %&#123;x}<br>below")
-    assert named.layout.yaxis.ticktext == shown
-    assert [name for name, _ in named.data[0].customdata] == [shown[0], shown[1].replace("<br>", " ")]
     with pytest.raises(
         ValueError,
         match=r"expected 2 points of 'x'; received|expected 2 points of 'x', one a row; received 1",
@@ -50,6 +49,24 @@ def test_points_keep_their_row_interval_and_style() -> None:
     ]
     with pytest.raises(ValueError, match=r"expected at most 7 series; received 9"):
         point_panels(["one"], [Panel("a", "%", {str(i): [Point(1.0)] for i in range(9)})])
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Plotly reads tags in texts, and places for numbers in hovers."""
+    name, shown = "a <b>dog</b> & %{x}", "a &lt;b&gt;dog&lt;/b&gt; &amp; %&#123;x}"
+    points = point_panels([f"{name}<br>below"], [Panel("", "%", {"x": [Point(1.0, 0.5, 2.0)]})], bars="b")
+    assert points.layout.yaxis.ticktext == (f"{shown}<br>below",)
+    assert points.data[0].customdata[0][0] == f"{shown} below"
+    curves = line_panels(
+        [LinePanel("", "x", "y", {name: Curve([0], [1.0])}, levels={name: 2.0})], columns=1
+    ).data
+    assert curves[0].name == shown and all(shown in trace.hovertemplate for trace in curves[:2])
+    cells = matrix(np.ones((1, 1)), rows=[name], columns=[name], unit="", hover="").data[0]
+    assert (cells.x, cells.y) == ((shown,), (shown,))
+    title = component_map(torch.ones(1, 1), torch.ones(1), unit="", scale="diverging", title=name)
+    assert title.layout.title.text == shown
+    texts = text_cosines({"cosine": Point(0.5)}, {}, torch.ones(1, 1), [name], ["b"])
+    assert texts.layout.yaxis2.ticktext == (shown,) and texts.data[-1].customdata[0][0] == f"{shown}<br>b"
 
 
 def test_curves_have_bands_and_thin_companions() -> None:
