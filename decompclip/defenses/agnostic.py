@@ -351,7 +351,8 @@ class AgnosticRep(Saved, Intervention):
 
         def counted() -> Iterable[Decomposition]:
             for part in blocks(clean):
-                moments[:] = [reduce(Moments.merge, [*moments, Moments.of(part, second=False)])]
+                own = Moments.of(part, second=False)
+                moments[:] = [moments[0].merge(own) if moments else own]
                 yield part
 
         detector = self._detector().fit(counted())

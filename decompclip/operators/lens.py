@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from decompclip.decomposition.maps import fingerprint
+from decompclip.decomposition.maps import term_maps
 from decompclip.display import Result
 from decompclip.intervals import half_width
 from decompclip.operators.attention import BATCH, pictures_of
@@ -237,8 +237,7 @@ def _texts(
     """Features and names of texts, each by itself."""
     width = tower(model).cfg.d_embed
     if isinstance(texts, Tensor | TextFeatures):
-        mark = fingerprint(tower(model)) if isinstance(texts, TextFeatures) else None
-        return features_of(texts, width, mark)
+        return features_of(texts, width, term_maps(tower(model), "centred").fingerprint)
     if isinstance(model, HookedViT):
         raise ValueError(
             f"expected text features [text, {width}] for an image tower, which reads no text; received {texts!r}; pass the "
