@@ -296,7 +296,7 @@ def backdoor(name: str | Path) -> Backdoor:
         ValueError: a model without a backdoor, where bundled twins are listed; or one that remembers several.
     """
     if Path(name).is_dir() and str(name) not in bundled():
-        attack, names = open_attack("own", remembered(name), model=str(name)), saved_class_names(Path(name))
+        attack, names = open_attack(OWN, remembered(name), model=str(name)), saved_class_names(Path(name))
     else:
         names = card(str(name))["class_names"]
         attack = open_attack(str(name))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes")
 LABEL_COLUMNS = ("label", "cls", "labels", "class")
 CAPTION_COLUMNS = ("caption", "text", "txt")
-PLAIN = ("a photo of a {}.",)
+PLAIN_TEMPLATES = ("a photo of a {}.",)
 
 HELD = 512 * 2**20
 """Bytes of encoded images that are kept: row groups are read again where a data set has more of them."""
@@ -82,7 +82,7 @@ class ParquetPairs(ListedPairs):
         paths = [path] if isinstance(path, str | Path) else path
         self.rows = ParquetRows([file for each in paths for file in parquet_files(each)])
         labels, names = self.rows.labels(options.get("class_names", ()))
-        templates = options.get("templates") or PLAIN
+        templates = options.get("templates") or PLAIN_TEMPLATES
         super().__init__(preprocess, **{**options, "class_names": names, "templates": templates})
         entries = []
         for place, (name, label, text) in enumerate(

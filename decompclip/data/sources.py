@@ -28,7 +28,7 @@ from decompclip.data.images import (
 )
 from decompclip.data.known import CC3M, CHECKED, DATASETS, DatasetCheck, check_known, known_pairs, recognise
 from decompclip.data.pairs import Pairs, SubsetPairs
-from decompclip.data.parquet import ParquetPairs, parquet_files
+from decompclip.data.parquet import PLAIN_TEMPLATES, ParquetPairs, parquet_files
 from decompclip.data.photos import CIFAR10_CLASSES, PhotoPairs, cifar10
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
@@ -44,8 +44,6 @@ DEFAULT_LIMIT = 2_000
 
 SHAPES_LENGTH = 16_000
 """Pairs of the bundled world, unless said otherwise."""
-
-PLAIN_TEMPLATES = ("a photo of a {}.",)
 
 PHOTOGRAPHS: dict[str, Callable[..., Pairs]] = {"cifar10": cifar10, "tiny-imagenet": PhotoPairs}
 """Data sets that a word names, in the folder that DECOMPCLIP_DATA names."""

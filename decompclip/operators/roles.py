@@ -18,6 +18,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 from torch.nn import functional as F
 
+from decompclip.api import check_count
 from decompclip.decomposition.maps import one_thread
 from decompclip.display import Result
 from decompclip.intervals import CONFIDENCE, Z, t_for
@@ -151,8 +152,7 @@ def role_change(
         ValueError: a description without texts, features that are not one for each text or of another width, a
             feature of zero length, fewer than one draw, or fewer than two images.
     """
-    if draws < 1:
-        raise ValueError(f"expected at least one bootstrap draw; received draws={draws}")
+    check_count(draws, "draws", "draws")
     raw = _features(before, "before"), _features(after, "after")
     for other, name in ((raw[1], "after"), (pool, "pool"), *((x, "terms") for x in terms or ())):
         if other is not None and (other.ndim != 2 or other.shape[1] != raw[0].shape[1]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -69,8 +70,11 @@ class FineTuning:
             check_choice(name, getattr(self, name), choices)
         # A batch of one pair has no negative: its loss is zero whatever the weights.
         for name, least in (("epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"expected {name} of at least {least}; received {getattr(self, name)}")
+            given = getattr(self, name)
+            if not isinstance(given, Integral) or given < least:
+                raise ValueError(
+                    f"expected {name} to be a whole number, at least {least}; received {given!r}"
+                )
         if not (self.lr > 0 and 0 <= self.warmup < 1):
             raise ValueError(
                 f"expected a learning rate above 0 and a warm-up in [0, 1); received {self.lr} and {self.warmup}"

@@ -266,7 +266,7 @@ def test_errors_say_what_to_do(pool: Tensor) -> None:
         with pytest.raises(ValueError, match=words):
             role_change(*args, **options)
 
-    fails("at least one bootstrap draw; received draws=0", good, good, draws=0)
+    fails("draws to be a whole number of draws, at least 1; received 0", good, good, draws=0)
     fails(
         "received 3 texts and 4 features before; encode",
         SimpleNamespace(texts=["a", "b", "c"], features=pool[:4]),
