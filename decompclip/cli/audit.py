@@ -127,6 +127,12 @@ def audit(
             batch_size=batch_size,
             seed=seed,
         )
+        usual = vars(AuditConfig(batch_size=batch_size, seed=seed))
+        idle = [name.replace("_", "-") for name, value in vars(config).items() if value != usual[name]]
+        if suspect is None and idle:
+            raise ValueError(
+                f"expected --suspect images with --{' and --'.join(idle)}; a scan of clean images alone does not use it"
+            )
         accelerator, device = held.enter_context(options.joined(model.device))
         Processes(accelerator).in_first(lambda: held.enter_context(alone_in(out)))
         loaded = {name: replace(each, device=device).load() for name, each in models.items()}

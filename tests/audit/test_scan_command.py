@@ -42,6 +42,7 @@ def test_clean_images_alone_are_scanned(
     ("words", "message"),
     [
         (("--clean", "shapes", "--target", "star"), "--suspect images with --target"),
+        (("--clean", "shapes", "--false-positives", "0.1"), "--suspect images with --false-positives"),
         (("--clean", "shapes", "--suspect", "shapes:badnut"), "did you mean shapes:badnet"),
         (("--clean", "nowhere", "--classes", "CLASSES"), "there is no folder nowhere"),
         (("--clean", "EMPTY", "--classes", "CLASSES"), "none of them such"),
