@@ -232,17 +232,24 @@ def test_a_named_detector_s_number_is_in_its_own_row() -> None:
         assert number in row(table, rows[name]), (name, number)
 
 
-def test_the_clean_and_the_adapted_backdoor_are_not_mixed_up() -> None:
+def test_attackers_are_not_mixed_up() -> None:
     (found,) = read("adaptive_attacker", "shapes")["found"]["models"].values()
     (answer,) = questions()["adaptive_attacker"]
-    plain, adapted = re.findall(r"AUROC (0\.\d+) to (0\.\d+)", answer)[0]
-    pairs = {
-        name: (f"{found['plain']['detectors'][name]['value']:.3f}", f"{value['value']:.3f}")
-        for name, value in found["adaptive"]["detectors"].items()
-    }
-    assert (plain, adapted) in {pair for name, pair in pairs.items() if name.startswith("Decomp-Det")}
-    (stays,) = re.findall(r"stays at (0\.\d+)", answer)
-    assert stays in {pair[1] for name, pair in pairs.items() if "gnostic" in name}
+
+    def area(who: str, detector: str) -> str:
+        return f"{found[who]['detectors'][detector]['value']:.3f}"
+
+    def left(who: str, repair: str) -> str:
+        return f"{100 * found[who]['repairs'][repair]['asr']['value']:.1f}"
+
+    detector = "Decomp-Det (cosine, quantile)"
+    assert f"Decomp-Det from AUROC {area('plain', detector)} to {area('heads', detector)};" in answer
+    assert (
+        f"leaves {left('pieces', 'token')} % of attack success to token repair ({left('plain', 'token')} before)"
+        in answer
+    )
+    assert f"stays at {min(area(who, 'agnostic') for who in found)} or more" in answer
+    assert f"its repair leaves {max(left(who, 'agnostic') for who in found)} % at most" in answer
 
 
 def test_files_that_it_names_are_there() -> None:

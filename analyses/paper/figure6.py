@@ -180,7 +180,7 @@ def finding(record: Mapping[str, Any]) -> str:
     lost = mean(m["epsilon"][0]["cacc"] - m["epsilon"][-1]["cacc"] for m in models)
     return (
         f"Without repair attack success over its control is {before:.1f} points. From the least to the largest epsilon it goes from {first:.1f} to "
-        f"{last:.1f} and CACC falls by {lost:.1f}, mean over {len(models)} models. Even the epsilon that is best for each model on these very images, at "
+        f"{last:.1f} and CACC {'rises' if lost < 0 else 'falls'} by {abs(lost):.1f}, mean over {len(models)} models. Even the epsilon that is best for each model on these very images, at "
         f"{FALL:g} points of CACC, leaves {best['epsilon']:.1f} points, and the best quantile of clean dot products {best['quantile']:.1f}: the choice of the "
         f"threshold {'matters' if before - min(best.values()) > 20 else 'is not what limits the method here'}. A model whose trigger lives in few heads of the last "
         "layer would change that."

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -163,25 +164,27 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def finding(record: Mapping[str, Any]) -> str:
-    models, sizes = list(record["found"]["models"].values()), record["config"]["sizes"]
+    named, sizes = record["found"]["models"], record["config"]["sizes"]
+    models = list(named.values())
     place = sizes.index(16) if 16 in sizes else len(sizes) - 1
     before, after = (mean(excesses(m, "strongest")[p] for m in models) for p in (0, place))
     others = mean(excesses(m, "others")[place] for m in models)
     lost, lost_others = (
         mean(m[kind][0]["cacc"] - m[kind][place]["cacc"] for m in models) for kind in ("strongest", "others")
     )
-    halves = sorted(found for m in models if (found := half(m, sizes)) is not None)
     mixed = sum(len({name.split("[")[0] for name in m["order"][: sizes[place]]}) > 1 for m in models)
-    gone = (
-        f"{halves[len(halves) // 2]} components (median of those {len(halves)})"
-        if halves
-        else "no number tried"
-    )
+    gone = []
+    for extent in ("local", "global"):
+        own = [m for name, m in named.items() if record["models"][name]["kind"].startswith(extent)]
+        halves = [found for m in own if (found := half(m, sizes)) is not None]
+        if own:
+            at = f" (at {median_low(halves)} components, median of those)" if halves else ""
+            gone.append(f"in {len(halves)} of {len(own)} models of {extent} triggers{at}")
     return (
         f"Without the {sizes[place]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before:.1f} to "
         f"{after:.1f} points at {lost:.1f} points of CACC, mean over {len(models)} models; without {sizes[place]} others of the same kinds {others:.1f} are left, at "
-        f"{lost_others:.1f}. Half of it is gone in {len(halves)} of {len(models)} models, at {gone}. The set holds both heads and MLPs in {mixed} of them: a backdoor "
-        "keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."
+        f"{lost_others:.1f}. Half of it is gone {' and '.join(gone)}. Those {sizes[place]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
+        "backdoor keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."
     )
 
 

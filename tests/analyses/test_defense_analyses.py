@@ -52,6 +52,33 @@ def test_the_penalty_reads_the_last_heads_of_the_model_in_training() -> None:
     assert visual.get_parameter("transformer.resblocks.0.attn.in_proj_weight").grad is not None
 
 
+@pytest.mark.parametrize("attacker", adaptive_attacker.PIECES)
+def test_pieces_are_the_patch_cut_up(attacker: str) -> None:
+    patch = BadNet(size=7 / 48, seed=3)
+    cut = adaptive_attacker.trigger_of(attacker, patch, 48)
+    assert isinstance(cut, adaptive_attacker.Pieces)
+    pixels = torch.full((3, 3, 48, 48), 0.5)
+    whole, triggered = patch(pixels, [5, 6, 7]), cut(pixels, [5, 6, 7])
+    for row, index in enumerate((5, 6, 7)):
+        y, x = patch.region(48, 48, index)
+        rest, places = whole[row, :, y, x], cut.places(48, 48, index)
+        assert len(places) == cut.rows * cut.columns == {"halves": 2, "pieces": 16}[attacker]
+        assert sum((a.stop - a.start) * (b.stop - b.start) for a, b in places) == 49
+        left = triggered[row].clone()
+        last = rest[
+            :, -(places[-1][0].stop - places[-1][0].start) :, -(places[-1][1].stop - places[-1][1].start) :
+        ]
+        assert torch.equal(
+            triggered[(row, slice(None), *places[-1])], last
+        )  # pasted last, so that it is whole
+        for place in places:
+            left[(slice(None), *place)] = 0.5
+        assert torch.equal(left, pixels[row])
+    assert not torch.equal(triggered[0], triggered[1])  # each image has places of its own
+    assert torch.equal(cut(pixels[:1], [6])[0], triggered[1])
+    assert adaptive_attacker.trigger_of("heads", patch, 48) is patch
+
+
 def test_the_paper_s_rows_stand_for_every_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,7 +209,7 @@ def test_the_strongest_contribute_and_carry_the_backdoor() -> None:
     assert model["others"][2] == model["others"][0]  # nothing else is left to draw from
     assert infected_set.half(model, [0, 8, 54]) == 8
     assert set(infected_set.plot(found)) == {"sizes"}
-    assert "holds both heads and MLPs in 1 of them" in infected_set.finding(found)
+    assert "hold both heads and MLPs in 1 of 1 models" in infected_set.finding(found)
     assert "| SIG | global, structured |" in infected_set.table(found)
 
 
