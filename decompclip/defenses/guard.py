@@ -91,8 +91,8 @@ class Guard:
     Args:
         model: the guard holds no copy of it.
         defense: an edit of terms, such as `DecompRep` or `MeanAblate(...)`; None repairs nothing.
-        fill: a fitted `TokenRep`: patches that it finds are filled before the defense and the detector see an image. It takes
-            one forward pass to look, and one for each patch that it fills.
+        fill: a fitted `TokenRep`. Images in which filling leaves no patch that stands out stay as filled; the defense edits the
+            others, as they came. The detector sees both. It takes one forward pass to look, and one for each patch filled.
         reject: a fitted detector of terms, such as `DecompDet`; `check` says which images it finds suspicious.
 
     Attributes:
@@ -152,7 +152,8 @@ class Guard:
         """
         if self.fill is not None and self.defense is None:
             return self.fill.encode_image(images, normalize)
-        return self._repaired(*self._terms(images), normalize)
+        filled, settled = self._filled(images)
+        return self._repaired(*self._terms(images, filled), settled, normalize)
 
     def check(self, images: Float[Tensor, "batch 3 h w"], normalize: bool = False) -> GuardResult:
         """Repaired features, and which images the detector rejects, from one forward pass.
@@ -165,8 +166,9 @@ class Guard:
             ValueError: as `encode_image`.
             NotFittedError: the defense or the detector was not fitted.
         """
-        d, length = self._terms(images)
-        features = self._repaired(d, length, normalize)
+        filled, settled = self._filled(images)
+        d, length = self._terms(images, filled)
+        features = self._repaired(d, length, settled, normalize)
         if self.reject is None:
             return GuardResult(features, torch.zeros(len(d), dtype=torch.bool, device=features.device), None)
         return GuardResult(features, self.reject.predict(d), self.reject.score(d).to(d.embed))
@@ -192,9 +194,18 @@ class Guard:
         return f"Guard({self.model.name!r}, {self.defense!r}{said})"
 
     @torch.no_grad()
-    def _terms(self, images: Tensor) -> tuple[Decomposition, Float[Tensor, "batch 1"]]:
+    def _filled(self, images: Tensor) -> tuple[Bool[Tensor, "batch patch"] | None, Bool[Tensor, " batch"]]:
+        """The patches to fill, and the images that the defense leaves, since filling has settled them."""
+        if self.fill is None:
+            return None, torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        found = self.fill.repair(images)
+        return found.filled & (found.settled[:, None] | (self.defense is None)), found.settled
+
+    @torch.no_grad()
+    def _terms(
+        self, images: Tensor, filled: Bool[Tensor, "batch patch"] | None
+    ) -> tuple[Decomposition, Float[Tensor, "batch 1"]]:
         """Terms, and what they are to be multiplied by."""
-        filled = None if self.fill is None else self.fill.repair(images).filled
         with nullcontext() if self.fill is None else self.fill.without(filled):
             d = self.model.decompose(images, convention=self.convention)
         if not self.normalized:
@@ -204,10 +215,11 @@ class Guard:
         return _over(d, length[:, 0]), length
 
     @torch.no_grad()
-    def _repaired(self, d: Decomposition, length: Tensor, normalize: bool) -> Tensor:
+    def _repaired(self, d: Decomposition, length: Tensor, settled: Tensor, normalize: bool) -> Tensor:
         edited = d if self.defense is None else self.defense(d)
         # the tower's own feature, where there is nothing to add up: no rounding of the sum
-        features = edited.features if edited.target is None else edited.target
+        own, other = (x.features if x.target is None else x.target for x in (d, edited))
+        features = torch.where(settled[:, None], own, other)
         features = F.normalize(features, dim=-1) if normalize else features * length
         return features.to(self.model.dtype)
 
@@ -348,24 +360,22 @@ class AtRandom:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit features."""
-        defense, fill = self.guard.defense, self.guard.fill
+        """Features, of terms as the guard reads them."""
+        guard, defense = self.guard, self.guard.defense
         order = torch.randperm(len(images), generator=self._draws).to(images.device)
-        with (
-            nullcontext()
-            if fill is None
-            else fill.without(self._elsewhere(fill.repair(images).filled[order]))
-        ):
-            d = self.guard.model.decompose(images, convention=self.guard.convention, normalize=True)
+        filled, settled = guard._filled(images)
+        own, _ = guard._terms(images, filled)
+        d = own if filled is None else guard._terms(images, self._elsewhere(filled[order]))[0]
         if defense is None:
             return d.features
         if isinstance(defense, AgnosticRep):
-            touched = defense.flags(d)[order]
+            touched = (defense.flags(own) & ~settled)[order]
             return torch.where(touched[:, None], defense.without_answer(d.features), d.features)
         assert isinstance(defense, DecompRep)
         mask = defense.selector_.mask_
         seed = int(torch.randint(2**31, (), generator=self._draws))
-        chosen = random_heads(defense.flags(d), mask, seed=seed)
+        flags = defense.flags(own) & ~settled[:, None, None]
+        chosen = random_heads(flags, mask, seed=seed)
         return MeanAblate(heads, defense.selector_.moments_).on(chosen)(d).features
 
     def _elsewhere(self, filled: Bool[Tensor, "batch patch"]) -> Bool[Tensor, "batch patch"]:

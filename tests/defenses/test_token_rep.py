@@ -125,21 +125,49 @@ def test_what_it_cannot_take_is_refused(twin: HookedCLIP, classifier: Tensor) ->
 
 
 @torch.no_grad()
-def test_a_guard_reads_the_filled_image_and_then_edits_it(
+def test_a_guard_edits_what_filling_has_not_settled(
     twin: HookedCLIP, classifier: Tensor, fitted: TokenRep
 ) -> None:
-    images = twin.normalize(BadNet()(next(iter(Shapes(20, seed=66).batches(20))).images, range(20)))
-    filled = fitted.repair(images).filled
-    assert filled.any(1).sum() > 0
-    assert torch.equal(Guard(twin, fill=fitted).encode_image(images), fitted.encode_image(images))
+    trigger = decompclip.backdoor("shapes-badnet").trigger
+    pixels = next(iter(Shapes(60, seed=66).batches(60))).images
+    images = twin.normalize(torch.cat([trigger(pixels[:40], range(40)), pixels[40:]]))
     edit = ZeroAblate(mlps[-1])
-    with fitted.without(filled):
-        expected = edit(twin.decompose(images)).features
-    guard = Guard(twin, edit, fill=fitted)
-    assert torch.allclose(guard.encode_image(images), expected, atol=1e-5)
+    once = TokenRep(twin, classifier, most=1).fit(next(iter(Shapes(200, seed=64).batches(200))).images)
+    for fill in (fitted, once):
+        found = fill.repair(images)
+        assert torch.equal(Guard(twin, fill=fill).encode_image(images), found.features)
+        assert torch.allclose(Guard(twin, fill=fill).check(images).features, found.features, atol=1e-5)
+        expected = torch.where(found.settled[:, None], found.features, edit(twin.decompose(images)).features)
+        guard = Guard(twin, edit, fill=fill)
+        assert torch.allclose(guard.encode_image(images), expected, atol=1e-5)
+        assert torch.allclose(guard.check(images).features, expected, atol=1e-5)
+        assert found.settled.any() and not found.settled[~found.flagged].any()
+    assert (found.flagged & ~found.settled).any()  # a second patch stands out where one may be filled
     assert "fill=TokenRep" in repr(guard)
     with pytest.raises(ValueError, match="TokenRep of this model"):
         Guard(load_bundled("shapes-badnet"), fill=fitted)
+
+
+def test_the_answers_that_filling_gave_back_stay() -> None:
+    twin, attack = load_bundled("shapes-badnet"), decompclip.backdoor("shapes-badnet")
+    classifier, batch = twin.zero_shot_classifier(), next(iter(Shapes(150, seed=71).batches(150)))
+    others = batch.labels != attack.target_index
+    images = twin.normalize(attack.trigger(batch.images, range(150))[others])
+    token = TokenRep(twin, classifier).fit(next(iter(Shapes(200, seed=64).batches(200))).images)
+    agnostic = AgnosticRep(classifier, budget=0.05).fit(
+        twin.decompose(images_of(200, 68, twin), normalize=True)
+    )
+    settled, answers = token.repair(images).settled, {}
+    for name, guard in {
+        "token": Guard(twin, fill=token),
+        "agnostic": Guard(twin, agnostic),
+        "both": Guard(twin, agnostic, fill=token),
+    }.items():
+        answers[name] = (guard.encode_image(images) @ classifier.T).argmax(1)
+    assert torch.equal(answers["both"][settled], answers["token"][settled])
+    assert torch.equal(answers["both"][~settled], answers["agnostic"][~settled])
+    right = {name: (found == batch.labels[others]).double().mean() for name, found in answers.items()}
+    assert settled.double().mean() > 0.8 and right["both"] > right["agnostic"] + 0.3
 
 
 def test_it_is_written_and_read_with_its_model(

@@ -9,7 +9,8 @@ contributes to the answer, summed over all heads: `sum_lh tokens(l, h) . (text o
 contributes far more than the strongest patch of clean images of that answer does, it is filled with the mean of the other
 patches, and the image is read again; until no patch stands out. Images of which none does are not touched.
 
-A trigger that is spread over the whole image has no such patch: `Guard(model, AgnosticRep(...), fill=repair)` is for both.
+A trigger that is spread over the whole image has no such patch: `Guard(model, AgnosticRep(...), fill=repair)` is for both. What
+filling settles stays so; the other repair reads the rest.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class TokenRepaired:
         features: repaired.
         scores: before the repair, as `TokenRep.score` gives them.
         filled: the patches that were filled, row by row; none of an image that was not flagged.
+        settled: flagged images in which no patch stands out any more.
         passes: forward passes in all, over the number of images.
     """
 
     features: Float[Tensor, "batch d_embed"]
     scores: Float[Tensor, " batch"]
     filled: Bool[Tensor, "batch patch"]
+    settled: Bool[Tensor, " batch"]
     passes: float
 
     @property
@@ -159,12 +162,10 @@ class TokenRep(Detector):
         check_fitted(self, "scores_")
         threshold = self.threshold_at(self.fpr)
         parts = [self._repair(part, threshold) for part in images.split(self.batch_size)]
-        features, scores, filled, passes = zip(*parts, strict=True)
-        return TokenRepaired(
-            torch.cat(features), torch.cat(scores), torch.cat(filled), sum(passes) / max(1, len(images))
-        )
+        *found, passes = zip(*parts, strict=True)
+        return TokenRepaired(*map(torch.cat, found), passes=sum(passes) / max(1, len(images)))
 
-    def _repair(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _repair(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         shares, answers, d = self._read(images)
         relative = self._relative(shares, answers)
         scores, filled, passes = relative.amax(1), torch.zeros_like(shares, dtype=torch.bool), len(images)
@@ -180,7 +181,7 @@ class TokenRep(Detector):
             assert d.target is not None
             features[rows] = d.target
             passes += len(rows)
-        return features, scores, filled, passes
+        return features, scores, filled, filled.any(1) & (relative.amax(1) <= threshold), passes
 
     def _relative(
         self, shares: Float[Tensor, "batch patch"], answers: Int[Tensor, " batch"]
