@@ -43,8 +43,8 @@ def plans() -> dict[str, Plan]:
     few: dict[str, Any] = {"images": 400, "slow_images": NEEDED["STRIP"], "draws": 3}
     return {
         "photos": Plan(models=photos, detectors=fast, **few),
-        "photos-slow": Plan(models=SLOW_PHOTOS, detectors=SLOW, repairs=(), **few),
         "others": Plan(models=others, detectors=fast),
+        "photos-slow": Plan(models=SLOW_PHOTOS, detectors=SLOW, repairs=(), **few),
         "others-slow": Plan(models=others, detectors=SLOW, repairs=()),
     }
 

@@ -148,8 +148,9 @@ class Pieces(Trigger):
             piece for row in noise.tensor_split(self.rows, 1) for piece in row.tensor_split(self.columns, 2)
         ]
         triggered, means = pixels.clone(), pixels.mean((2, 3), keepdim=True)
+        height, width = pixels.shape[2:]
         for row, index in enumerate(indices):
-            for (y, x), piece in zip(self.places(*pixels.shape[2:], index), pieces, strict=True):
+            for (y, x), piece in zip(self.places(height, width, index), pieces, strict=True):
                 triggered[row, :, y, x] = (means[row] + piece).clamp(0, 1)
         return triggered
 

@@ -24,7 +24,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import by_attack, markdown, mean
 from analyses.study.words import late, words
-from decompclip.bench.page import mean_interval
+from decompclip.bench.page import mean_over
 from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.roles import role_change
 
@@ -137,7 +137,7 @@ def finding(record: Mapping[str, Any]) -> str:
     models, facts = record["found"]["models"], record["models"]
 
     def interval_text(kind: str, key: str, extent: str = "") -> dict[str, Any]:
-        return mean_interval(
+        return mean_over(
             [
                 change(rows, kind, key)
                 for name, rows in models.items()
@@ -151,7 +151,7 @@ def finding(record: Mapping[str, Any]) -> str:
 
     of_heads, of_mlps = interval_text("heads", "similarity"), interval_text("mlps", "similarity")
     gaps = [change(r, "heads", "similarity") - change(r, "mlps", "similarity") for r in models.values()]
-    gap = mean_interval(gaps)
+    gap = mean_over(gaps)
     lost = [
         r["similarity_halves"] - r["similarity"]
         for rows in models.values()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import torch
 from markupsafe import Markup, escape
 
 from decompclip.display import printable_all, shown
 from decompclip.figures.theme import content_policy
 from decompclip.files import atomic_folder, digest, write_json, write_text
-from decompclip.intervals import t_for
+from decompclip.intervals import mean_interval
 
 RATES = {"auroc": "AUROC %", "tpr": "TPR %", "fpr": "FPR %", "control": "control AUROC %"}
 REPAIR_RATES = {
@@ -42,14 +43,11 @@ def leaderboard(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean with the 95 % interval of Student's t over independent values; of one value there is no interval."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return {"value": mean, "low": None, "high": None, "n": n}
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
-    half = t_for(n) * deviation / math.sqrt(n)
-    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
+def mean_over(values: Sequence[float]) -> dict[str, Any]:
+    """Mean with the 95 % interval of Student's t over independent values, ready for JSON; of one value there is no interval."""
+    mean, low, high = mean_interval(torch.tensor(values, dtype=torch.float64))
+    ends = {"low": low, "high": high} if len(values) > 1 else {"low": None, "high": None}
+    return {"value": mean, **ends, "n": len(values)}
 
 
 def _table(runs: Sequence[dict[str, Any]], part: str, metrics: Iterable[str]) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def _by_cell(runs: Sequence[dict[str, Any]], part: str, name: str, metric: str) 
             by_attack.setdefault(run["attack"] or None, []).append(value)
     means = {attack: sum(values) / len(values) for attack, values in by_attack.items()}
     clean = means.pop(None, None)
-    mean = mean_interval(list(means.values())) if means else None
+    mean = mean_over(list(means.values())) if means else None
     if mean and mean["low"] is not None:
         most = math.inf if metric == "cost" else 1.0
         mean |= {"low": max(0.0, mean["low"]), "high": min(most, mean["high"])}
@@ -239,12 +237,14 @@ def _model(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    first = runs[0]
-    config = {key: value for key, value in first["config"].items() if key != "seed"}
+    def each(key: str) -> list[dict[str, Any]]:
+        return list({json.dumps(run[key] | {"seed": None}): run[key] for run in runs}.values())
+
+    configs = [{key: value for key, value in config.items() if key != "seed"} for config in each("config")]
     return {
-        "config": config,
+        "configs": configs,
         "seeds": sorted({run["seed"] for run in runs}),
-        "versions": list({json.dumps(run["versions"]): run["versions"] for run in runs}.values()),
+        "versions": each("versions"),
         "weights": {run["model"]: run["weights"] for run in runs},
         "seconds": round(sum(run["seconds"] for run in runs), 1),
     }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_1samp
 
-from decompclip.bench.page import leaderboard, mean_interval, render
+from decompclip.bench.page import leaderboard, mean_over, render
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import _facts
 
@@ -168,10 +168,10 @@ def test_cost_is_no_rate() -> None:
 
 def test_intervals_are_students() -> None:
     values = [0.2, 0.5, 0.9, 0.4]
-    found = mean_interval(values)
+    found = mean_over(values)
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert mean_interval([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
+    assert mean_over([0.3]) == {"value": 0.3, "low": None, "high": None, "n": 1}
 
 
 def test_clean_models_alone_have_no_mean() -> None:
