@@ -21,6 +21,7 @@ from decompclip.defenses.guard import AtRandom, Guard
 from decompclip.defenses.selector import Selector
 from decompclip.evaluation.metrics import GroupAccuracy
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.zero_shot import zero_shot_classifier
 from decompclip.operators.attention import attention_maps, contribution_maps, rollout
 from decompclip.operators.attribution import Attribution, attribute
 from decompclip.operators.checkpoints import CheckpointDifference, MovedClasses, compare_checkpoints
@@ -87,6 +88,7 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (HookedCLIP.encode_text, {"normalize": False}),
     (HookedCLIP.decompose, {"normalize": False}),
     (HookedCLIP.decompose_pool, {"normalize": False, "tokens": False}),
+    (zero_shot_classifier, {"allow_duplicates": False}),
     *((method, {"draws": 2000, "seed": 0}) for method in (GroupAccuracy.interval, GroupAccuracy.gain)),
     (attention_maps, {"components": heads, "pictures": True}),
     (contribution_maps, {"components": heads, "normalize": True, "pictures": True}),

@@ -86,6 +86,7 @@ def zero_shot_classifier(
     templates: Sequence[Template],
     *,
     batch_size: int = 256,
+    allow_duplicates: bool = False,
     track: Track | None = None,
 ) -> Float[Tensor, "class d_embed"]:
     """One unit vector a class: the mean over the templates of its unit text features, normalised again.
@@ -95,13 +96,15 @@ def zero_shot_classifier(
         tokenize: its tokenizer.
         templates: for instance open_clip's `OPENAI_IMAGENET_TEMPLATES`.
         batch_size: texts a call of `encode_text`.
+        allow_duplicates: let two classes share a name, as two pairs of ImageNet's published names do; the
+            later one is then never predicted.
         track: shows progress, where there are several batches.
 
     Raises:
         ValueError: no classes, no templates, a name that stands twice, a template without a slot, or a
             single string where a list is expected.
     """
-    _check_names(class_names)
+    _check_names(class_names, allow_duplicates=allow_duplicates)
     _check_templates(templates)
     places: dict[str, list[int]] = {}  # of each distinct prompt, the classes that it counts for
     for place, name in enumerate(class_names):
@@ -147,17 +150,18 @@ def _fill(template: Template, name: str) -> str:
     return template.replace("{}", name) if isinstance(template, str) else template(name)
 
 
-def _check_names(class_names: Sequence[str]) -> None:
+def _check_names(class_names: Sequence[str], *, allow_duplicates: bool) -> None:
     if isinstance(class_names, str):
         raise ValueError(f"expected a list of class names; received the single string {class_names!r}")
     if not class_names:
         raise ValueError("expected at least one class name; received an empty list; check the class file")
     if odd := [name for name in class_names if not isinstance(name, str) or not name.strip()]:
         raise ValueError(f"expected class names in words; received {odd[0]!r}; name every class")
-    if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated and not allow_duplicates:
         raise ValueError(
             f"expected each class name once; received again: {', '.join(map(repr, repeated))}; tell the classes "
-            "apart in words: the later one would never be predicted"
+            "apart in words, or pass allow_duplicates=True (the later one is then never predicted)"
         )
 
 
