@@ -295,6 +295,7 @@ class HookedCLIP(nn.Module):
         class_names: Iterable[str] | None = None,
         templates: str | Sequence[Template] | None = None,
         *,
+        allow_duplicates: bool = False,
         track: Track | None = None,
     ) -> Float[Tensor, "class d_embed"]:
         """One unit vector a class: the mean over the templates of its unit text features, normalised again.
@@ -304,19 +305,24 @@ class HookedCLIP(nn.Module):
             templates: prompts with one slot `{}`, or functions of the name; or, for a bundled model, the
                 name of a property (`"colour"`). By default the model's own, for the first property, or
                 else open_clip's `OPENAI_IMAGENET_TEMPLATES`.
+            allow_duplicates: let two classes share a name, as two pairs of open_clip's `IMAGENET_CLASSNAMES` do; the later one
+                is then never predicted.
             track: shows progress, where there are many. The last few classifiers are kept while the text tower is as it was.
 
         Raises:
-            ValueError: no class names, a single string for a list, a template without a slot.
+            ValueError: no class names, a name that stands twice, a single string for a list, a template without a slot.
         """
         names = self.class_names if class_names is None else class_names
         names = names if isinstance(names, str) else tuple(names)  # whatever gives them once
         chosen = self._templates(templates)
         key = key_of(names, chosen, self.tokenizer)
-        if not isinstance(names, str) and (found := kept(self.text, key)) is not None:
+        if not (isinstance(names, str) or allow_duplicates) and (found := kept(self.text, key)) is not None:
             return found
-        classifier = zero_shot_classifier(self._encode_prompts, self.tokenize, names, chosen, track=track)
-        keep(self.text, key, classifier)
+        classifier = zero_shot_classifier(
+            self._encode_prompts, self.tokenize, names, chosen, allow_duplicates=allow_duplicates, track=track
+        )
+        if not allow_duplicates:  # what is kept has passed the check of names
+            keep(self.text, key, classifier)
         return classifier
 
     def _encode_prompts(self, tokens: Int[Tensor, "text position"]) -> Float[Tensor, "text d_embed"]:

@@ -161,7 +161,7 @@ def _check_names(class_names: Sequence[str], *, allow_duplicates: bool) -> None:
     if repeated and not allow_duplicates:
         raise ValueError(
             f"expected each class name once; received again: {', '.join(map(repr, repeated))}; tell the classes "
-            "apart in words, or pass allow_duplicates=True (the later one is then never predicted)"
+            "apart in words, or, from Python, pass allow_duplicates=True (the later one is then never predicted)"
         )
 
 

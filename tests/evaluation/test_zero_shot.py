@@ -10,6 +10,7 @@ from torch import Tensor, nn, tensor
 from torch.nn import functional as F
 
 from decompclip.models import zero_shot
+from decompclip.models.bundled import load_bundled
 from decompclip.models.zero_shot import KEPT, causal, encode_prompts, keep, kept, zero_shot_classifier
 
 NAMES = ["cat", "dog", "teapot", "{}", "eel"]
@@ -96,6 +97,15 @@ def test_equal_names_are_taken_only_on_request() -> None:
         zero_shot_classifier(encode, tokenize, names, TEMPLATES)
     classifier = zero_shot_classifier(encode, tokenize, names, TEMPLATES, allow_duplicates=True)
     torch.testing.assert_close(classifier[0], classifier[2])
+
+
+def test_a_model_takes_a_name_twice_where_it_is_told_to() -> None:
+    model, names = load_bundled("shapes"), ["star", "ring", "star"]
+    for _ in range(2):
+        classifier = model.zero_shot_classifier(names, allow_duplicates=True)
+        torch.testing.assert_close(classifier, model.zero_shot_classifier(["star", "ring"])[[0, 1, 0]])
+        with pytest.raises(ValueError, match="each class name once; received again: 'star'"):
+            model.zero_shot_classifier(names)
 
 
 @pytest.mark.parametrize(
