@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Callable, Generator, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import jaxtyping
-import open_clip  # noqa: F401 - beneath the hook below, a library's bytecode would not be found, and all be compiled anew
 import pytest
-import scipy.stats  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import torch
-import transformer_lens  # noqa: F401
 from hypothesis import Phase, settings
+
+if TYPE_CHECKING:
+    from decompclip.tower.vit import HookedViT
+
+MakeTower = Callable[..., "HookedViT"]
 
 # A property that fails says so with the first example found, the same on every machine: a search for the smallest one
 # went on for minutes where an example is an expression, and looked like an endless loop in what was tested.
@@ -23,32 +26,23 @@ settings.register_profile(
 settings.load_profile("told at once")
 
 CHECKED = ["decompclip.decomposition", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")  # before anything of them is imported
 
-from decompclip.tower.config import ViTConfig  # noqa: E402
-from decompclip.tower.vit import HookedViT  # noqa: E402
 
-MakeTower = Callable[..., HookedViT]
+def pytest_configure(config: pytest.Config) -> None:
+    """Checks shapes in what is imported from now on. A process that only hands tests to others imports nothing."""
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    # beneath the hook a library's bytecode would not be found, and all be compiled anew
+    for library in ("open_clip", "scipy.stats", "sklearn.metrics", "transformer_lens"):
+        import_module(library)
+    jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 
 # Files of ten processor seconds and more, the slowest first.
 SLOW = (
-    "notebooks",
-    "docs",
-    "verdict",
-    "diagnose",
-    "bundled",
-    "repair_command",
-    "extract",
-    "cli",
-    "defense_analyses",
-    "readme",
-    "detectors",
-    "measure",
-    "processes",
-    "scan",
-    "cifar10_recipe",
-    "study",
+    *("notebooks", "docs", "towers", "many_processes", "process_faults", "diagnose", "bundled", "verdict"),
+    *("repair_command", "defense_analyses", "extract", "readme", "detectors", "hostile", "measure", "cli"),
+    *("scan", "saving", "textspan", "explore", "second_order", "study", "loading", "cifar10_recipe"),
 )
 
 
@@ -72,6 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def make_tower() -> MakeTower:
     """`make_tower(seed=0, **config)`: a small tower of random weights, none of them trivial."""
+
+    from decompclip.tower.config import ViTConfig
+    from decompclip.tower.vit import HookedViT
 
     def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> HookedViT:
         shape = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -111,6 +112,11 @@ def test_a_filled_patch_cannot_be_seen(twin: HookedCLIP) -> None:
     with twin.hooks(fwd_hooks=fill_patches(twin.visual, filled)):
         assert torch.allclose(twin.encode_image(images), twin.encode_image(changed), atol=1e-5)
     assert not torch.allclose(twin.encode_image(images), twin.encode_image(changed), atol=1e-3)
+
+
+def test_shapes_are_checked_in_tests(twin: HookedCLIP) -> None:
+    with pytest.raises(TypeCheckError):
+        fill_patches(twin.visual, torch.zeros(2, 3, 4, dtype=torch.bool))
 
 
 def test_what_it_cannot_take_is_refused(twin: HookedCLIP, classifier: Tensor) -> None:
