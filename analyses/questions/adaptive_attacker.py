@@ -2,11 +2,11 @@
 
 Paper:     He et al. (2025), impact statement: an attacker may adapt to a defense that reads the last layer's heads.
 Command:   python -m analyses.adaptive_attacker --model-family shapes   (a killed training resumes)
-Run time:  about 35 minutes, one thread.
+Run time:  about 45 minutes, one thread; a quarter of it where the models are trained already.
 Expected:  what reads the last layer's heads goes blind to the first; the strongest patch no longer tells on the third; what looks at
            the whole way to the feature finds all.
 Measured:  `heads` takes Decomp-Det from 0.951 to 0.385, `pieces` token repair from 1.0 % of attack success left to 18.6 %;
-           AgnosticDet keeps 0.987 and more, and its repair leaves 1.4 % at most. Both repairs together leave more than the second alone.
+           AgnosticDet keeps 0.987 and more, and its repair leaves 1.4 % at most.
 Writes:    analyses/results/shapes/adaptive_attacker.json, adaptive_attacker-repair.png, adaptive_attacker-detection.png
 
 Each attacker fine-tunes as for `shapes-badnet`, with the same pairs, poisons and steps. `heads` adds a term to the loss: for triggered

@@ -91,8 +91,8 @@ class Guard:
     Args:
         model: the guard holds no copy of it.
         defense: an edit of terms, such as `DecompRep` or `MeanAblate(...)`; None repairs nothing.
-        fill: a fitted `TokenRep`. Images in which filling leaves no patch that stands out stay as filled; the defense edits the
-            others, as they came. The detector sees both. It takes one forward pass to look, and one for each patch filled.
+        fill: a fitted `TokenRep`. Images that change their answer when patches are filled, until none stands out, stay so; the
+            defense edits the others, as they came. It takes one forward pass to look, and one for each patch filled.
         reject: a fitted detector of terms, such as `DecompDet`; `check` says which images it finds suspicious.
 
     Attributes:

@@ -10,7 +10,7 @@ contributes far more than the strongest patch of clean images of that answer doe
 patches, and the image is read again; until no patch stands out. Images of which none does are not touched.
 
 A trigger that is spread over the whole image has no such patch: `Guard(model, AgnosticRep(...), fill=repair)` is for both. What
-filling settles stays so; the other repair reads the rest.
+filling settles (another answer, and no patch that stands out) stays so; the other repair reads the rest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TokenRepaired:
         features: repaired.
         scores: before the repair, as `TokenRep.score` gives them.
         filled: the patches that were filled, row by row; none of an image that was not flagged.
-        settled: flagged images in which no patch stands out any more.
+        settled: flagged images that changed their answer, and in which no patch stands out any more.
         passes: forward passes in all, over the number of images.
     """
 
@@ -167,7 +167,7 @@ class TokenRep(Detector):
 
     def _repair(self, images: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         shares, answers, d = self._read(images)
-        relative = self._relative(shares, answers)
+        relative, before = self._relative(shares, answers), answers.clone()
         scores, filled, passes = relative.amax(1), torch.zeros_like(shares, dtype=torch.bool), len(images)
         assert d.target is not None
         features = d.target.clone()
@@ -176,12 +176,13 @@ class TokenRep(Detector):
             if not len(rows):
                 break
             filled[rows, relative[rows].argmax(1)] = True
-            shares, answers, d = self._read(images[rows], filled[rows])
-            relative[rows] = self._relative(shares, answers)
+            shares, answers[rows], d = self._read(images[rows], filled[rows])
+            relative[rows] = self._relative(shares, answers[rows])
             assert d.target is not None
             features[rows] = d.target
             passes += len(rows)
-        return features, scores, filled, filled.any(1) & (relative.amax(1) <= threshold), passes
+        settled = (answers != before) & (relative.amax(1) <= threshold)
+        return features, scores, filled, settled, passes
 
     def _relative(
         self, shares: Float[Tensor, "batch patch"], answers: Int[Tensor, " batch"]
