@@ -88,12 +88,26 @@ class Table(NamedTuple):
 
 
 def means(found: dict[str, Any], columns: dict[str, str], best: str = "") -> Table:
-    """One row a defense: its mean over attacks; where there was no attack at all, what the clean models say."""
+    """One row a defense: its mean over attacks; where there was no attack at all, what the clean models say.
+
+    The mean of a defense that has fewer attacks than others says how many, and is never the best.
+    """
     overall = [{key: _overall(cells[key]) for key in columns} for cells in found.values()]
-    tops = _best([(row.get(best) or {}).get("value") for row in overall], max)
+    counts = [max((value.get("n", 0) for value in row.values() if value), default=0) for row in overall]
+    whole = [n == max(counts) for n in counts]
+    tops = _best(
+        [
+            (row.get(best) or {}).get("value") if all_ else None
+            for row, all_ in zip(overall, whole, strict=True)
+        ],
+        max,
+    )
     rows = [
-        (name, [_cell(value, best=key == best and top) for key, value in row.items()])
-        for name, row, top in zip(found, overall, tops, strict=True)
+        (
+            name if all_ else f"{name} ({n} of {max(counts)} attacks)",
+            [_cell(value, best=key == best and top) for key, value in row.items()],
+        )
+        for name, row, top, n, all_ in zip(found, overall, tops, counts, whole, strict=True)
     ]
     return Table("Over all attacks", ("", *columns.values()), rows)
 
@@ -103,7 +117,7 @@ def detection_means(board: dict[str, Any]) -> Table:
     found = board["detectors"]
     table = means(found, RATES, best="auroc")
     forwards = {name: cells["forwards"] for run in board["runs"] for name, cells in run["detectors"].items()}
-    for name, cells in table.rows:
+    for name, (_, cells) in zip(found, table.rows, strict=True):
         time = _overall(found[name]["cost"])
         cells += [Cell(str(forwards[name])), Cell("–" if time is None else f"{time['value']:.1f} x")]
     return table._replace(head=(*table.head, "forwards", "time"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_1samp
 
-from decompclip.bench.page import leaderboard, mean_over, render
+from decompclip.bench.page import leaderboard, mean_over, means, render
 from decompclip.bench.plan import Plan
 from decompclip.bench.run import _facts
 
@@ -151,6 +151,15 @@ def test_an_attack_counts_once_however_many_seeds_it_has() -> None:
     assert (found["mean"]["n"], found["clean"]) == (2, None)
     assert found["mean"]["high"] == 1.0  # of two attacks the interval is wide; a rate is none above 1
     assert board["runs"] == RUNS
+
+
+def test_a_mean_over_fewer_attacks_says_so_and_is_not_the_best() -> None:
+    runs = [made("a", 0.7), made("b", 0.6)]
+    runs[0]["detectors"]["E"] = runs[0]["detectors"]["D"] | {"auroc": {"value": 0.9, "low": 0.8, "high": 1.0}}
+    rows = dict(means(leaderboard(runs)["detectors"], {"auroc": "AUROC %"}, best="auroc").rows)
+    assert list(rows) == ["D", "E (1 of 2 attacks)"]
+    assert rows["D"][0].best and not rows["E (1 of 2 attacks)"][0].best
+    assert rows["E (1 of 2 attacks)"][0].text == "90.0"
 
 
 def test_clean_models_stand_apart() -> None:
