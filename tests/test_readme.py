@@ -249,7 +249,8 @@ def test_attackers_are_not_mixed_up() -> None:
         in answer
     )
     assert f"stays at {min(area(who, 'agnostic') for who in found)} or more" in answer
-    assert f"its repair leaves {max(left(who, 'agnostic') for who in found)} % at most" in answer
+    most, both = (max(left(who, repair) for who in found) for repair in ("agnostic", "token, then agnostic"))
+    assert f"its repair leaves {most} % at most, with token repair in front of it {both}" in answer
 
 
 def test_files_that_it_names_are_there() -> None:
