@@ -278,11 +278,13 @@ def test_what_is_allowed_passes(file: str, source: str) -> None:
 
 
 def test_no_left_over_file_is_tracked() -> None:
-    """What merges and editors leave beside a file."""
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
+    """What merges and editors leave beside a file, and links: to an environment, say, on one machine."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    tracked = {line.partition("\t")[2]: line.split()[0] for line in listed}
     assert not [name for name in tracked if name.endswith((".orig", ".rej", ".bak", ".tmp", "~"))]
+    assert not [name for name, mode in tracked.items() if mode == "120000"]
 
 
 def test_one_place_opens_pictures() -> None:
