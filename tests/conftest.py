@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -28,10 +29,8 @@ settings.load_profile("told at once")
 CHECKED = ["decompclip.decomposition", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Checks shapes in what is imported from now on. A process that only hands tests to others imports nothing."""
-    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
-        return
+# Before a conftest further down imports anything of them. The process that only hands tests to others imports nothing.
+if not {"-n", "--numprocesses"} & {word.partition("=")[0] for word in sys.argv}:
     # beneath the hook a library's bytecode would not be found, and all be compiled anew
     for library in ("open_clip", "scipy.stats", "sklearn.metrics", "transformer_lens"):
         import_module(library)
