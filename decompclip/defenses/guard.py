@@ -364,10 +364,10 @@ class AtRandom:
         guard, defense = self.guard, self.guard.defense
         order = torch.randperm(len(images), generator=self._draws).to(images.device)
         filled, settled = guard._filled(images)
-        own, _ = guard._terms(images, filled)
-        d = own if filled is None else guard._terms(images, self._elsewhere(filled[order]))[0]
+        d, _ = guard._terms(images, None if filled is None else self._elsewhere(filled[order]))
         if defense is None:
             return d.features
+        own = d if filled is None else guard._terms(images, filled)[0]
         if isinstance(defense, AgnosticRep):
             touched = (defense.flags(own) & ~settled)[order]
             return torch.where(touched[:, None], defense.without_answer(d.features), d.features)
