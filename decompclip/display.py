@@ -72,7 +72,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 def some(names: Sequence[str], most: int = 3, *, comma: str = ", ") -> str:
     """The first few names of a list, in words."""
-    return (comma.join(names[:most]) or "none") + f"{comma}..." * (len(names) > most)
+    return (comma.join(names[:most]) or "none") + f" and {len(names) - most} more" * (len(names) > most)
 
 
 ROWS = 20

@@ -65,5 +65,5 @@ def test_our_own_markup_is_left_alone() -> None:
 
 
 def test_of_many_names_the_first_are_said() -> None:
-    assert [some("abcd"[:n], 2) for n in range(4)] == ["none", "a", "a, b", "a, b, ..."]
-    assert some("abc") == "a, b, c" and some("abcd", comma="; ") == "a; b; c; ..."
+    assert [some("abcd"[:n], 2) for n in range(4)] == ["none", "a", "a, b", "a, b and 1 more"]
+    assert some("abc") == "a, b, c" and some("abcd", comma="; ") == "a; b; c and 1 more"

@@ -9,6 +9,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.display import some
 from decompclip.files import check_folder, write_json
 
 data = typer.Typer(no_args_is_help=True, help="Data sets on the disk.")
@@ -57,10 +58,10 @@ def check(
         of = "" if found.expected is None else f" of {found.expected:,}"
         say(f"{found.title}: {found.images:,}{of} pictures{'' if decode else ', none opened'}")
         if found.missing:
-            say(f"without a picture: {_few(found.missing)}")
+            say(f"without a picture: {some(found.missing, SHOWN)}")
         if found.skipped:
             say(
-                f"{len(found.skipped)} left out: {_few([f'{one.path}: {one.reason}' for one in found.skipped], '; ')}"
+                f"{len(found.skipped)} left out: {some([f'{one.path}: {one.reason}' for one in found.skipped], SHOWN, comma='; ')}"
             )
         if split is not None:
             parts = parts_of(source)
@@ -69,7 +70,3 @@ def check(
         if not found.whole:
             say(f"to get the rest: {found.get}" if found.get else "repair or remove what is left out")
             raise typer.Exit(1)
-
-
-def _few(names: tuple[str, ...] | list[str], comma: str = ", ") -> str:
-    return comma.join(names[:SHOWN]) + (f"{comma}and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

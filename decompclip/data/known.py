@@ -18,7 +18,7 @@ from decompclip.data.files import PARTS, SkippedFile, SourceSpec, data_folder, o
 from decompclip.data.images import class_places, find_class, image_files, split_indices
 from decompclip.data.pairs import FilePairs, PairEntry, PairOptions, Pairs, SubsetPairs
 from decompclip.data.pixels import Preprocess
-from decompclip.display import Track, silently
+from decompclip.display import Track, silently, some
 
 VALIDATION, SEED = 0.2, 0
 """The paper's validation part, and the seed that draws it here."""
@@ -225,7 +225,7 @@ class KnownPairs(FilePairs):
         rows, left_out = _rows(word, self.folder, split)
         if missing := _missing(about, rows):
             raise FileNotFoundError(
-                f"expected photographs of {len(own)} classes in {self.folder}; there are none of {_few(missing)}; see "
+                f"expected photographs of {len(own)} classes in {self.folder}; there are none of {some(missing, 5)}; see "
                 f"decompclip data check {word}:{folder}"
             )
         self._left_out = {skip.path: skip for skip in left_out}
@@ -233,7 +233,7 @@ class KnownPairs(FilePairs):
         given = [find_class(name, places) for name in own]
         if not any(place is not None for place in given):
             raise ValueError(
-                f"expected classes of {about.title}, such as {', '.join(own[:3])}; received {_few(names)}; leave --classes out"
+                f"expected classes of {about.title}, such as {', '.join(own[:3])}; received {some(names, 5)}; leave --classes out"
             )
         self._list(self._entries(rows, given), f"photographs of {about.title} in {folder}")
 
@@ -255,7 +255,7 @@ def _pictures(about: KnownDataset, folder: Path) -> Path:
         ):
             return place
     flat = any(name.startswith("ILSVRC2012_val") for name in _names(folder))
-    found = "photographs that are not sorted into classes yet" if flat else _few(_names(folder)) or "nothing"
+    found = "photographs that are not sorted into classes yet" if flat else some(_names(folder), 5)
     inside = " or ".join(place for place in about.inside if place != ".")
     raise FileNotFoundError(
         f"expected {about.title} in {folder}: {inside}{f' with {keys[0]}, {keys[1]}, ...' if keys else ''}; found {found}; "
@@ -265,10 +265,6 @@ def _pictures(about: KnownDataset, folder: Path) -> Path:
 
 def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def _few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _missing(about: KnownDataset, rows: Sequence[Row]) -> list[str]:

@@ -19,6 +19,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.pretrained import download_pretrained
 
+from decompclip.display import some
 from decompclip.models.errors import UnknownModelError, first_line
 
 SECONDS = 5.0
@@ -91,8 +92,7 @@ def check_tag(name: str, tag: str) -> None:
 
 def listed(name: str) -> str:
     """The tags of an architecture, in words."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    return f"{', '.join(tags[:8]) or 'none'}{f' and {len(tags) - 8} more' if len(tags) > 8 else ''}"
+    return some(open_clip.list_pretrained_tags_by_model(name), 8)
 
 
 def preprocess_of(name: str, tag: str | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from decompclip.decomposition.components import ComponentMask, Components, resol
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import wide
 from decompclip.decomposition.terms import TokenTerms
+from decompclip.display import some
 from decompclip.operators.ablation import check_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
 from decompclip.tower.layers import blocks
@@ -322,12 +323,11 @@ class TokenMaps:
         )
 
     def __repr__(self) -> str:
-        shown, extra = ", ".join(self.labels[:6]), len(self.labels) - 6
         rows, columns = self.patches.shape[2:]
         toward = f", toward {self.toward}" if self.toward else ""
         return (
-            f"TokenMaps({self.kind}: {shown}{f' and {extra} more' if extra > 0 else ''}; {len(self)} images, {rows} x "
-            f"{columns} patches and {self.prefix.shape[2]} other tokens{toward})"
+            f"TokenMaps({self.kind}: {some(self.labels, 6)}; {len(self)} images, {rows} x {columns} "
+            f"patches and {self.prefix.shape[2]} other tokens{toward})"
         )
 
     def _repr_html_(self) -> str:

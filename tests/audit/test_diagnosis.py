@@ -195,7 +195,8 @@ def order_of(classes: list[int], **options: object) -> str | None:
         (
             [NAMES.index(name) for name in sorted(NAMES)],
             "the labels are in another order than the class names (the alphabet's): 'circle' holds what the model calls "
-            "'arrow'; 'square' holds what the model calls 'bolt'; 'triangle' holds what the model calls 'circle'; ...",
+            "'arrow'; 'square' holds what the model calls 'bolt'; 'triangle' holds what the model calls 'circle' and "
+            f"{sum(a != b for a, b in zip(NAMES, sorted(NAMES), strict=True)) - 3} more",
         ),
     ],
     ids=["one back", "one on", "reversed", "alphabet"],

@@ -370,7 +370,7 @@ def test_how_many_names_may_be_one_text(base: AuditResult) -> None:
         (strong, ("star", *others[:1]), "cannot tell"),
     ):
         assert verdict(replace(result, checks=replace(base.checks, coinciding=same))).level == level
-    for count, more in ((5, ""), (6, ", ...")):
+    for count, more in ((5, ""), (6, " and 1 more")):
         same = ("star", *others[: count - 1])
         found = verdict(replace(nothing, checks=replace(base.checks, coinciding=same)))
         assert found.why == (

@@ -27,7 +27,7 @@ def test_every_detector_and_repair_is_there(plan: Plan, measured: dict[str, Any]
     assert tuple(measured["repairs"]) == tuple(REPAIRS)
     counts = measured["images"]
     assert (counts["fit"], counts["clean"], counts["other"]) == (IMAGES, IMAGES, IMAGES)
-    assert 0 < counts["twins"] < IMAGES
+    assert 0 < counts["triggered"] < IMAGES
 
 
 def test_a_detector_is_measured_on_images_it_was_not_fitted_on(subject: Subject) -> None:

@@ -39,7 +39,7 @@ def test_a_misfit_counts_what_is_wrong(source: CLIP, state: State) -> None:
     state["visual.proj"] = torch.zeros(32, 24)
     assert misfit(source, state).startswith(
         f"a.pt does not fit ViT-tiny-8: of {total} weights 1 missing (visual.ln_pre.bias); 4 left over (extra0, "
-        "extra1, extra2, ...); 1 of another shape (visual.proj expected [32, 20], got [32, 24]). Likely cause: "
+        "extra1, extra2 and 1 more); 1 of another shape (visual.proj expected [32, 20], got [32, 24]). Likely cause: "
     )
 
 

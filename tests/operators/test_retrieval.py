@@ -251,7 +251,7 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
     for image in (COUNT, [3, -COUNT - 1]):
         with pytest.raises(IndexError, match=r"images in 0\.\.159"):
             nearest(terms, heads[1, 4], image)
-    for number, end in ((6, "'5';"), (7, r"'5', \.\.\.;")):
+    for number, end in ((6, "'5';"), (7, "'5' and 1 more;")):
         for which in (9, "9"):
             with pytest.raises(LookupError, match=rf"a text of {number}: '0', '1', '2', '3', '4', {end}"):
                 place_of(which, tuple(map(str, range(number))), "text")
