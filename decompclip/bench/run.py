@@ -224,7 +224,7 @@ def measure(name: str, plan: Plan, *, seed: int, log: Log = lambda line: None) -
             repairs[repair] = evaluate_repair(subject, repair, seed=seed)
     counts = {kind: len(getattr(subject.samples, kind)) for kind in ("fit", "clean", "other")}
     return {
-        "images": counts | {"twins": 0 if subject.triggered is None else len(subject.triggered)},
+        "images": counts | {"triggered": 0 if subject.triggered is None else len(subject.triggered)},
         "detectors": detectors,
         "repairs": repairs,
     }
