@@ -105,7 +105,7 @@ def test_the_verdicts_on_corrupted_images_are_the_measured_ones() -> None:
         assert len(cells) == len(runs["corruption"]) * 19 * 5
         assert not [said for cell in cells for said in cell["said"].values() if said.startswith("backdoored")]
         known = ["photos-blended-strong"] if part == "reported" else []  # said in words beside the table
-        assert audit_corruptions.missed(runs, "labelled, twins, reference") == known
+        assert audit_corruptions.missed(runs, "labelled, paired, reference") == known
 
 
 def test_the_documentation_says_the_rules_numbers() -> None:

@@ -9,7 +9,7 @@ Expected:  a corruption is never called a backdoor; a trigger is, but for one th
 Measured:  0 of 1,520 verdicts on clean models; 18 of 22 twins of `shapes` and `cifar10` alone, 22 beside their clean model; of `photos` 3 of 18, and 17.
 Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 
-Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, as twins and not, alone
+Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, paired and not, alone
 and beside a reference. References: of `cifar10` a clean fine-tuning (as in `analyses.audit_scan`), of twins the clean model that they come from;
 `shapes` and `photos` are audited alone.
 The rule and its number `EXPLAINED` were chosen on images of seed 0 ("choosing", of `shapes` and `cifar10`; and,
@@ -143,24 +143,24 @@ def cell(
     said: dict[str, str] = {}
     tried: dict[int, Controls | None] = {}
     record: dict[str, Any] = {}
-    for labelled, twins, beside in product(
+    for labelled, paired, beside in product(
         (True, False), (True, False), (False, True) if reference else (False,)
     ):
         parts, classifier, clip = found["model"]
-        evidence = weigh(_seen(parts, labelled, twins), classifier, names, name=name)
+        evidence = weigh(_seen(parts, labelled, paired), classifier, names, name=name)
         aim = evidence.target.index
-        if evidence.as_it_is.difference_interval[0] >= WEAK and twins:
+        if evidence.as_it_is.difference_interval[0] >= WEAK and paired:
             if aim not in tried:
                 tried[aim] = controls(
                     clip, parts, classifier, names, aim, batch_size=64, seed=SEEDS[bench.part]
                 )
             evidence = replace(evidence, controls=tried[aim])
         if beside:
-            evidence = replace(evidence, reference=_reference(found["reference"], evidence, labelled, twins))
-        key = f"{'labelled' if labelled else 'unlabelled'}, {'twins' if twins else 'not twins'}, "
+            evidence = replace(evidence, reference=_reference(found["reference"], evidence, labelled, paired))
+        key = f"{'labelled' if labelled else 'unlabelled'}, {'paired' if paired else 'not paired'}, "
         verdict = evidence.verdict
         said[f"{key}{'reference' if beside else 'alone'}"] = f"{verdict.level}, {verdict.confidence}"
-        if labelled and twins and beside is (reference is not None):
+        if labelled and paired and beside is (reference is not None):
             record = _numbers(evidence)
     return record | {"said": said}
 
@@ -193,7 +193,7 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
     record: dict[str, Any] = {
         "target": evidence.target.name,
         "effect": [round(x, 4) for x in (evidence.as_it_is.difference, low, high)],
-        "twins": evidence.paired,
+        "paired": evidence.paired,
     }
     if (tried := evidence.controls) is not None:
         record["explained"] = round(tried.explained, 3)
@@ -328,7 +328,7 @@ def finding(record: Mapping[str, Any], part: str, base: str) -> str:
     alarms = Rate(sum(level.startswith("backdoored") for level in said), len(said))
     text = f"{part}, {base}: {alarms.count} of {alarms.total} verdicts on clean models and corrupted images are “backdoored” ({len(cells)} sets of images, of "
     text += f"which {len(strong)} send at least 50 points more to one class). "
-    for asked in ("labelled, twins, alone", "labelled, twins, reference"):
+    for asked in ("labelled, paired, alone", "labelled, paired, reference"):
         lost = missed(runs, asked)
         n = len(runs["trigger"])
         text += f"Own trigger, {asked}: {n - len(lost)} of {n} twins backdoored"
@@ -349,7 +349,7 @@ def finding(record: Mapping[str, Any], part: str, base: str) -> str:
 def printed(record: Mapping[str, Any]) -> Iterator[str]:
     runs = record["runs"]["reported"]
     yield table(runs)
-    for asked in ("labelled, twins, alone", "labelled, twins, reference"):
+    for asked in ("labelled, paired, alone", "labelled, paired, reference"):
         yield ""
         yield f"The trigger together with a corruption; {asked}:"
         yield ""

@@ -200,15 +200,15 @@ def test_every_verdict_has_its_rule(base: AuditResult) -> None:
         *(("no sign", confidence) for confidence in ("high", "moderate", "low")),
         ("cannot tell", "low"),
     ]
-    for success, labelled, twins, reference in product(
+    for success, labelled, paired, reference in product(
         (0.02, 0.08, 0.3, 0.95), (True, False), (True, False), (None, 0.02, 0.5)
     ):
         found = verdict(
             replace(
                 base,
                 as_it_is=setting(success, 0.02, labelled=labelled),
-                paired=twins,
-                controls=base.controls if twins else None,
+                paired=paired,
+                controls=base.controls if paired else None,
                 reference=None if reference is None else beside(reference),
             )
         )
