@@ -26,7 +26,8 @@ from decompclip.decomposition.maps import Convention
 from decompclip.files import write_json, write_text
 from decompclip.models.spec import build_image_only
 from decompclip.tower.config import ViTConfig
-from decompclip.tower.convert import WHY_NOT, Source, config_of
+from decompclip.tower.convert import Source
+from decompclip.tower.families import WHY_NOT, config_of
 from tests.models.reduced_towers import features, reduced_tower, relative_error
 from tests.models.tower_families import FAMILY_OF, REFUSED, SUPPORTED
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from decompclip.models.errors import CheckpointError, ModelError, first_line
 from decompclip.models.spec import build_image_only, build_open_clip
 from decompclip.models.text import ImageOnly
-from decompclip.tower.convert import config_of
+from decompclip.tower.families import config_of
 
 # Attributes that decide nothing of what a model computes.
 _ASIDE = {

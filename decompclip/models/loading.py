@@ -53,7 +53,7 @@ from decompclip.models.text import (
 )
 from decompclip.models.torchscript import is_of_openai
 from decompclip.tower.config import Activation
-from decompclip.tower.convert import oddities, refuse
+from decompclip.tower.families import oddities, refuse
 
 
 def _check_options(name: Any, dtype: Any, image_size: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.text import ImageOnly, Tokenizer
 from decompclip.tower.config import Activation, pair
-from decompclip.tower.convert import oddities, refuse
+from decompclip.tower.families import oddities, refuse
 
 Choice = Literal["auto", "gelu", "quick_gelu"]
 """The activation that a user asks for; "auto" leaves it to what the weights were trained with."""

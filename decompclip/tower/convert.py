@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from decompclip.tower.config import UnsupportedTowerError
-from decompclip.tower.families import SUPPORTED, WHY_NOT, config_of, oddities, refuse, rope_of, rules_of
+from decompclip.tower.families import SUPPORTED, config_of, rope_of, rules_of
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import HookedViT
-
-__all__ = ["SUPPORTED", "WHY_NOT", "Source", "config_of", "convert_open_clip", "oddities", "refuse"]
 
 
 def convert_open_clip(visual: nn.Module, *, copy: bool = True) -> HookedViT:

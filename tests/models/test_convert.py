@@ -17,7 +17,8 @@ from decompclip.decomposition.capture import decompose
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.spec import build_open_clip
-from decompclip.tower.convert import Source, convert_open_clip, oddities, refuse
+from decompclip.tower.convert import Source, convert_open_clip
+from decompclip.tower.families import oddities, refuse
 from tests.models.reduced_towers import DEPTH, HEADS, WIDTH, features, fill, reduced_tower, relative_error
 from tests.models.tower_families import FAMILY_OF, SUPPORTED
 

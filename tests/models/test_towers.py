@@ -15,7 +15,8 @@ from decompclip.decomposition.maps import Convention
 from decompclip.models.errors import UnsupportedTowerError
 from decompclip.models.loading import load
 from decompclip.models.spec import build_image_only
-from decompclip.tower.convert import WHY_NOT, Source, config_of, convert_open_clip
+from decompclip.tower.convert import Source, convert_open_clip
+from decompclip.tower.families import WHY_NOT, config_of
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
 from tests.models.reduced_towers import DEPTH, features, fill, reduced, reduced_tower, relative_error

@@ -15,7 +15,7 @@ class Family:
 
     Attributes:
         kind: whose code the tower is, and what sets it apart.
-        why_not: a key of `decompclip.tower.convert.WHY_NOT`, for towers without a decomposition.
+        why_not: a key of `decompclip.tower.families.WHY_NOT`, for towers without a decomposition.
     """
 
     name: str
