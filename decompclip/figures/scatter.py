@@ -133,10 +133,10 @@ def wrapped(name: str, width: int = 24) -> str:
 
 
 def whiskers(points: Sequence[Point], width: int = 3) -> dict[str, Any]:
-    """The intervals of points; an interval of percentiles need not enclose its estimate."""
+    """The intervals of points, none where there are no ends; an interval of percentiles need not enclose its estimate."""
     return {
-        "array": [0 if p.high is None else max(0.0, p.high - p.value) for p in points],
-        "arrayminus": [0 if p.low is None else max(0.0, p.value - p.low) for p in points],
+        "array": [None if p.high is None else max(0.0, p.high - p.value) for p in points],
+        "arrayminus": [None if p.low is None else max(0.0, p.value - p.low) for p in points],
         "thickness": 1.5,
         "width": width,
     }

@@ -10,6 +10,7 @@ control is the same mask on the paired clean image, where there is nothing to fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -139,10 +140,13 @@ class MaskScores(Result):
         from decompclip.figures.scatter import Point
 
         frame = self.to_frame().iloc[order]
-        half = (Z * frame["share_error"]).fillna(0.0)
-        low, high = (frame["share"] - half).clip(lower=0), (frame["share"] + half).clip(upper=1)
-        ends = zip(frame["share"], low, high, strict=True)
-        return [Point(100 * value, 100 * lower, 100 * upper) for value, lower, upper in ends]
+        return [
+            # of one image there is no error
+            Point(100 * share)
+            if math.isnan(error)
+            else Point(100 * share, 100 * max(share - Z * error, 0), 100 * min(share + Z * error, 1))
+            for share, error in zip(frame["share"], frame["share_error"], strict=True)
+        ]
 
     def _hit_points(self, order: list[int]) -> list[Point]:
         from decompclip.figures.scatter import Point
