@@ -67,8 +67,6 @@ WORLD = PhotosWorld()
 SPEC = spec_of(card("photos"))
 TOKENIZER: Any = SPEC.tokenizer
 NAMES = WORLD.class_names
-STEPS = 1.0
-"""In a standard deviation of a row's difference, as twins are stored: half the bytes of the others; see their cards."""
 CAPTIONS = 8
 """Captions that a photograph has in the training from scratch; a twin's pairs have one."""
 
@@ -712,7 +710,7 @@ def train_twins(
 
 
 def write_twin(state: dict[str, Tensor], base: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
-    write_difference(state, base, path, steps=STEPS)
+    write_difference(state, base, path, steps=WORLD.steps)
     write_json(path.with_suffix(".training.json"), about)
 
 

@@ -38,6 +38,9 @@ __all__ = ["WEIGHTS", "build_open_clip", "bundled", "card", "load_bundled", "spe
 PACKED = "eight bits"
 """The `dtype` of a card whose weights are stored whole as `write_difference` packs them."""
 
+STEPS = 4
+"""Steps in a standard deviation of a row's difference: the rounding is 7 % of it, far below what training leaves to chance."""
+
 _REQUIRED = ("name", "architecture", "tokenizer", "preprocess", "templates", "class_names")
 
 
@@ -141,12 +144,14 @@ def write_bundled(
     *,
     dtype: torch.dtype = torch.float16,
     base: str | None = None,
+    steps: float = STEPS,
 ) -> dict[str, Any]:
     """Write a model's weights and its card, each under a temporary name and then renamed.
 
     Args:
         base: store the weights as a difference from this bundled model's (`as_stored` gives what is left of them), in
             place of `dtype`.
+        steps: of that difference, as `as_stored`.
 
     Returns:
         The card as written, with `sha256`, `dtype` and `parameters` filled in.
@@ -172,7 +177,7 @@ def write_bundled(
         else:
             how = {
                 "difference_from": base,
-                "weights_sha256": write_difference(state, base_weights(base), weights),
+                "weights_sha256": write_difference(state, base_weights(base), weights, steps=steps),
             }
         written = {
             **card,
@@ -222,9 +227,6 @@ def _save_as(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> Non
         )
     save_file(stored, path)
 
-
-STEPS = 4
-"""Steps in a standard deviation of a row's difference: the rounding is 7 % of it, far below what training leaves to chance."""
 
 WHOLE = math.inf
 

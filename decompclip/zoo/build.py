@@ -155,14 +155,14 @@ def build_twin(
     facts = {"name": name, **kept, "backdoor": None, "training": training}
     net: Any = tuned.model.to_open_clip()
     trained_state = {key: x.clone() for key, x in net.state_dict().items()}
-    stored = as_stored(trained_state, base_weights(recipe.base))
+    stored = as_stored(trained_state, base_weights(recipe.base), steps=world.steps)
     net.load_state_dict(stored)
     model = spec_of(facts).hook(net, {})
     facts["accuracy"] = world.accuracy(model)
     facts["backdoor"] = backdoor_facts(model, clean, recipe, pairs.trigger, len(pairs.record.poisons))
     net = spec_of(facts).build()  # rounded once: what is written is what was measured
     net.load_state_dict(trained_state)
-    written = write_bundled(net, facts, out, base=recipe.base)
+    written = write_bundled(net, facts, out, base=recipe.base, steps=world.steps)
     assert written["weights_sha256"] == digest(stored)
     return BuiltTwin(name, written, before)
 
