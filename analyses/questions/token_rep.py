@@ -176,7 +176,7 @@ def finding(record: Mapping[str, Any]) -> str:
         )
     return (
         " ".join(parts)
-        + " What no single patch carries is not found: triggers spread over the image, and BadCLIP's patch on drawings."
+        + " What no single patch carries is not found: triggers spread over the image, and in part or whole BadCLIP's patch, which lies across four of the tower's."
     )
 
 

@@ -321,7 +321,7 @@ def weights_alone(
 
 
 WEIGHTS_CONCLUDE = (
-    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 18 of 18 bundled backdoored models, on which nothing was chosen; "
+    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 19 of 19 bundled backdoored models, on which nothing was chosen; "
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
     "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings as long as their recipe's backdoored model (drawings, and photographs of ten classes) the "
     "first class led by 1.06 to 1.16; in backdoored ones of these by 1.05 to 4.37: by more in 19 of 19 on drawings, in 2 of 3 on photographs, one of them barely. On 200 classes (1.46 to 3.79) clean ones as long "
