@@ -132,8 +132,8 @@ def finding(record: Mapping[str, Any]) -> str:
     if paper is not None and rivals:
         verdict = f" The paper's order, Decomp-Det above STRIP, SCALE-UP and TeCo, {'holds' if paper > max(rivals) else 'does not hold'}."
     return (
-        f"Mean AUROC over {len(models)} models: {', '.join(parts)}; {best} is highest.{verdict} Small models have "
-        "8 heads a layer, where a count above 5 of 12 says more; more heads would help Decomp-Det."
+        f"Mean AUROC over {len(models)} models: {', '.join(parts)}; {best} is highest.{verdict} The paper counts "
+        "more than 5 of 12 heads; where a layer has 8, as in `shapes` and `cifar10`, more heads would help Decomp-Det."
     )
 
 
