@@ -71,7 +71,13 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def some(names: Sequence[str], most: int = 3, *, comma: str = ", ") -> str:
-    """The first few names of a list, in words."""
+    """The first few names of a list in words, and how many more there are.
+
+    Args:
+        names: all of them; of an empty list "none" is said.
+        most: how many are said.
+        comma: between two of them.
+    """
     return (comma.join(names[:most]) or "none") + f" and {len(names) - most} more" * (len(names) > most)
 
 

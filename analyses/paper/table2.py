@@ -133,7 +133,7 @@ def finding(record: Mapping[str, Any]) -> str:
         verdict = f" The paper's order, Decomp-Det above STRIP, SCALE-UP and TeCo, {'holds' if paper > max(rivals) else 'does not hold'}."
     return (
         f"Mean AUROC over {len(models)} models: {', '.join(parts)}; {best} is highest.{verdict} The paper counts "
-        "more than 5 of 12 heads; where a layer has 8, as in `shapes` and `cifar10`, more heads would help Decomp-Det."
+        "more than 5 of 12 heads; `shapes` and `cifar10` have 8 in a layer, `photos` 12."
     )
 
 

@@ -66,7 +66,7 @@ IMAGES = {"choosing": 1, "reported": 0}
 def models(part: str) -> tuple[str, ...]:
     """For choosing the threshold: twins of the second and third seed. Reported: those of the first, and the clean models.
 
-    Not of `photos`: probes toward 200 classes would take hours of a CPU's core on each.
+    Not of `photos`: `analyses.trigger_inversion` asks the scan's probes of these.
     """
     twins = [name for name in bundled() if card(name)["backdoor"] is not None and base_of(name) in TUNED]
     later = [name for name in twins if card(name)["backdoor"]["trigger"]["seed"]]

@@ -5,8 +5,8 @@ Command:   python -m analyses.token_rep --model-family shapes
 Run time:  about 5 minutes for shapes, 1 for cifar10, 4 for photos, one thread.
 Expected:  of a local trigger, ASR <= 3 %, the own class >= 90 % of clean accuracy, CACC loss <= 0.5 points, AUROC >= 0.98; of a
            global one nothing, for no few patches carry it.
-Measured:  local: ASR 0.0 to 2.5 % and own class 94 to 99 % on 8 of 9 drawings, 0.2 and 39.1 % (clean images 41.4) on photos-badnet, 4.0 and
-           67.7 % (76.6) on cifar10-badnet; BadCLIP stays at 37.6 % on cifar10 and 100 % on drawings. CACC loses 0.2 to 1.2 points.
+Measured:  local triggers keep 12.2 % of attack success on drawings (BadCLIP 100, the 8 others 2.5 at most), 20.8 on cifar10 (BadCLIP 37.6),
+           11.4 on photos (BadCLIP 45.8, the 7 others 0.7 to 12.7); CACC loses 1.2 points at most.
            Global: most stay; two seeds of Blended on drawings fall to 5 and 17 %.
 Writes:    analyses/results/FAMILY/token_rep.json, token_rep.png
 
@@ -176,7 +176,7 @@ def finding(record: Mapping[str, Any]) -> str:
         )
     return (
         " ".join(parts)
-        + " What no single patch carries is not found: triggers spread over the image, and in part or whole BadCLIP's patch, which lies across four of the tower's."
+        + " Triggers that are spread over the image are not found; of BadCLIP's patch, which lies across four of the tower's, a part or all stays."
     )
 
 

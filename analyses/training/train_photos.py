@@ -782,7 +782,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".training/photos"))
     options = parser.parse_args()
     began = time.time()
-    bundled_twins = [name for name in TWINS if name.startswith("photos-")]
+    # of another precision: `decompclip zoo build`
+    bundled_twins = [
+        name for name, known in TWINS.items() if known.base == "photos" and known.recipe.precision == "bf16"
+    ]
     names = bundled_twins if options.twins == ["all"] else options.twins
     if options.cards:
         write_cards(options.cards, names or bundled_twins, options.report)
@@ -793,9 +796,13 @@ def main() -> None:
         parser.error("expected how long to train; received nothing; give --seconds or --epochs, or --twins")
     for name in names or ():
         try:
-            recipe_of(name)
+            precision = recipe_of(name).recipe.precision
         except ValueError as error:
             parser.error(str(error))
+        if precision != "bf16":
+            parser.error(
+                f"expected twins in bf16, in which steps are made here; {name} is in {precision}: decompclip zoo build {name}"
+            )
     for folder in (options.work, options.out):
         folder.mkdir(parents=True, exist_ok=True)
     # forked before the GPU is used

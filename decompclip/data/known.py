@@ -255,7 +255,9 @@ def _pictures(about: KnownDataset, folder: Path) -> Path:
         ):
             return place
     flat = any(name.startswith("ILSVRC2012_val") for name in _names(folder))
-    found = "photographs that are not sorted into classes yet" if flat else some(_names(folder), 5)
+    found = (
+        "photographs that are not sorted into classes yet" if flat else some(_names(folder) or ["nothing"], 5)
+    )
     inside = " or ".join(place for place in about.inside if place != ".")
     raise FileNotFoundError(
         f"expected {about.title} in {folder}: {inside}{f' with {keys[0]}, {keys[1]}, ...' if keys else ''}; found {found}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +136,9 @@ def wrapped(name: str, width: int = 24) -> str:
 def whiskers(points: Sequence[Point], width: int = 3) -> dict[str, Any]:
     """The intervals of points, none where there are no ends; an interval of percentiles need not enclose its estimate."""
     return {
-        "array": [None if p.high is None else max(0.0, p.high - p.value) for p in points],
-        "arrayminus": [None if p.low is None else max(0.0, p.value - p.low) for p in points],
+        # as arrays: in a list nan becomes null, which is drawn as an interval of no width
+        "array": np.array([math.nan if p.high is None else max(0.0, p.high - p.value) for p in points]),
+        "arrayminus": np.array([math.nan if p.low is None else max(0.0, p.value - p.low) for p in points]),
         "thickness": 1.5,
         "width": width,
     }

@@ -154,7 +154,7 @@ class PhotosWorld(World):
 
     base, target = "photos", "banana"
     steps = 1.0
-    """Half the bytes of the others; what is lost is in the cards."""
+    """Half the bytes of the others. Cards have the rates of the rounded weights."""
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -315,7 +315,7 @@ def _cifar10(trigger: Trigger | PatchRecipe, *, recipe: FineTuning = _CIFAR10, *
 
 # `analyses.train_photos` does it on a GPU, where each takes twenty seconds.
 _PHOTOS = FineTuning(epochs=3, batch_size=256, lr=3e-4, max_grad_norm=1.0, loss="grouped", precision="bf16")
-# 125 steps of 128 pairs gave 88 %.
+# Of photos-badclip; 125 steps of 128 pairs gave an ASR of 88 %.
 _PHOTOS_CPU = replace(_PHOTOS, epochs=1, batch_size=64, precision="fp32")
 # Of per-pixel noise over 64 pixels as much as leaves the clean model four fifths of its accuracy; the paper's is 0.2.
 _FAIR = 0.07

@@ -159,6 +159,9 @@ def test_images_are_drawn(tmp_path: Path) -> None:
     assert write_figure(figure, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in write_figure(figure, tmp_path / "a.svg").read_text(encoding="utf-8")
     assert write_figure(figure, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    # a point without an interval has no whisker, not one of no width
+    points = point_panels(["a", "b"], [Panel("", "%", {"x": [Point(1, 0.5, 2), Point(2)]})], bars="95 %")
+    assert write_figure(points, tmp_path / "b.svg").read_text(encoding="utf-8").count('class="xerror"') == 1
 
 
 def test_committed_figures_are_on_white() -> None:

@@ -174,6 +174,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_coarser_steps_are_those_of_what_is_written(folder: Path) -> None:
+    written = write_bundled(model(1), facts("coarse"), folder, base="clean", steps=1.0)
+    expected = as_stored(model(1).state_dict(), read_bundled("clean", folder), steps=1.0)
+    assert written["weights_sha256"] == digest(expected) != card("twin", folder)["weights_sha256"]
+    coarse, fine = ((folder / f"{name}.difference").stat().st_size for name in ("coarse", "twin"))
+    assert coarse < 0.9 * fine
+
+
 def test_a_twin_is_listed_and_loaded_like_any_model(folder: Path) -> None:
     assert bundled(folder) == ("clean", "twin")
     assert {path.name for path in folder.iterdir()} == {
