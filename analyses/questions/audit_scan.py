@@ -3,16 +3,16 @@
 Paper:     none; after Neural Cleanse (Wang et al., 2019), which is for classifiers.
 Command:   python -m analyses.audit_scan             (reads the committed result, prints the tables)
            python -m analyses.audit_scan --measure   (a killed run resumes; DECOMPCLIP_DATA names the photographs)
-Run time:  to measure, about 40 minutes on one thread, of which 7 train clean fine-tuned models.
+Run time:  to measure, about 50 minutes on one thread, of which 12 train clean fine-tuned models.
 Expected:  triggers like the probes are found; a warp (WaNet) and a patch in one corner need not be.
-Measured:  12 of 14 backdoored models, 0 of 5 clean ones; missed are a patch in one corner and a blended photograph.
+Measured:  12 of 14 backdoored models, 0 of 10 clean ones; missed are a patch in one corner and a blended photograph.
 Writes:    analyses/results/audit_scan/audit_scan.json
 
 `decompclip audit MODEL --clean IMAGES` on every model: is there a class to which a small universal change leads far more easily
 than to the next one? The models of `models("choosing")` served to hold the default threshold of that lead, 0.5, to: it is twice the
 largest that their clean ones show. The probes were designed while some of the reported twins were looked at, with other images
 (shapes-badnet, -blended, -issba, -wanet, -label-consistent; those of cifar10): a threshold from the models for choosing alone, half-way
-between clean and backdoored ones, is given beside it. Clean models are the two bundled ones and three that were fine-tuned on clean pairs.
+between clean and backdoored ones, is given beside it. Clean models are the two bundled ones and eight that were fine-tuned on clean pairs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.plan import draw_samples
 from decompclip.bench.run import versions, weights_of
 from decompclip.data.images import ImageBatch
+from decompclip.evaluation.metrics import auroc
 from decompclip.files import write_json
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card
@@ -156,9 +157,14 @@ def threshold(record: Mapping[str, Any]) -> tuple[float, float, float]:
     runs = record["runs"]["choosing"].values()
     leads = {True: [], False: []}
     for run in runs:
-        leads[run["target"] is not None].append(max(probe["lead"][1] for probe in run["probes"].values()))
+        leads[run["target"] is not None].append(strength(run))
     clean, backdoored = max(leads[False]), float(torch.tensor(leads[True]).median())
     return (clean + backdoored) / 2, clean, backdoored
+
+
+def strength(run: Mapping[str, Any]) -> float:
+    """The largest lower end of a lead, over probes: what is held to the threshold."""
+    return max(probe["lead"][1] for probe in run["probes"].values())
 
 
 def suspected(run: Mapping[str, Any], lead: float) -> str | None:
@@ -191,10 +197,11 @@ def finding(record: Mapping[str, Any], lead: float) -> str:
         for name, r in record["runs"]["reported"].items()
         if r["target"] and suspected(r, lead) != r["target"]
     ]
+    area = auroc(*(torch.tensor([strength(r) for r in kind]) for kind in (clean, bad)))
     first = sum(any(p["rank"] == 1 for p in r["probes"].values()) for r in bad)
     return (
         f"At a lead of {lead:g} the scan names the attacker's class in {hits.count} of {hits.total} backdoored models ({hits}), another "
-        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}). In {first} the target is the easiest class of "
+        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}); at any lead the AUROC is {area:.3f}. In {first} the target is the easiest class of "
         f"at least one probe. Missed: {', '.join(missed) or 'none'}. More clean models would narrow the rate of false alarms; triggers unlike the "
         "probes would lower the hits."
     )
