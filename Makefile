@@ -34,7 +34,7 @@ paper: $(INSTALLED) ## measure every figure and table again (half an hour on two
 docs: $(DEV) ## write the documentation site: build/site/index.html opens in a browser
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Processes of one thread, one more than cores; a file's tests stay together, as they share its fixtures. Slow files come first
+# One process of one thread for each core; a file's tests stay together, as they share its fixtures. Slow files come first
 # (tests/conftest.py), so that no process ends long after the others.
 test: lint typecheck ## ruff, pyright and every test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)

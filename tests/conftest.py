@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -61,12 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first: processes that share the tests end at about the same time."""
     rank = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-
-
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: tests of commands, processes and browsers wait for these."""
-    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")
