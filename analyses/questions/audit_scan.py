@@ -37,7 +37,7 @@ from decompclip.audit.scan import ScanConfig, run_scan
 from decompclip.bench.plan import draw_samples
 from decompclip.bench.run import versions, weights_of
 from decompclip.data.images import ImageBatch
-from decompclip.evaluation.metrics import auroc
+from decompclip.evaluation.metrics import auroc, auroc_interval
 from decompclip.files import write_json
 from decompclip.intervals import Rate
 from decompclip.models.bundled import bundled, card
@@ -197,11 +197,12 @@ def finding(record: Mapping[str, Any], lead: float) -> str:
         for name, r in record["runs"]["reported"].items()
         if r["target"] and suspected(r, lead) != r["target"]
     ]
-    area = auroc(*(torch.tensor([strength(r) for r in kind]) for kind in (clean, bad)))
+    leads = [torch.tensor([strength(r) for r in kind]) for kind in (clean, bad)]
+    low, high = auroc_interval(*leads)
     first = sum(any(p["rank"] == 1 for p in r["probes"].values()) for r in bad)
     return (
         f"At a lead of {lead:g} the scan names the attacker's class in {hits.count} of {hits.total} backdoored models ({hits}), another "
-        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}); at any lead the AUROC is {area:.3f}. In {first} the target is the easiest class of "
+        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}); at any lead the AUROC is {auroc(*leads):.3f} [{low:.3f}, {high:.3f}]. In {first} the target is the easiest class of "
         f"at least one probe. Missed: {', '.join(missed) or 'none'}. More clean models would narrow the rate of false alarms; triggers unlike the "
         "probes would lower the hits."
     )
