@@ -192,16 +192,20 @@ def _text(text: Any) -> dict[str, Any]:
 
 def _blocks(transformer: Any, width: int) -> dict[str, Any]:
     block = transformer.resblocks[0]
-    hidden = block.mlp.c_fc.out_features
     gelu = block.mlp.gelu
-    ratio = hidden / width
     return {
         "layers": len(transformer.resblocks),
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "mlp_ratio": mlp_ratio(width, block.mlp.c_fc.out_features),
         "ls_init_value": None if isinstance(block.ls_1, nn.Identity) else 1.0,
         "norm_kwargs": {"eps": block.ln_1.eps},
         **({"act_kwargs": {"approximate": "tanh"}} if getattr(gelu, "approximate", "none") == "tanh" else {}),
     }
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """The MLP's width as a multiple of the stream's, so that open_clip and timm, which cut, get the same number back."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 def _plain(size: Any) -> Any:

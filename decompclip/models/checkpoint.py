@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -209,11 +209,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest(files: Sequence[Path]) -> str:
-    """The SHA-256 of a file; of several, that of what `sha256sum` prints for them."""
-    if len(files) == 1:
-        return sha256(files[0])
-    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+def digest(sums: Mapping[Path, str]) -> str:
+    """The SHA-256 of files from those of each: a single one's own, and of several that of what `sha256sum` prints."""
+    if len(sums) == 1:
+        return next(iter(sums.values()))
+    lines = "".join(f"{own}  {file.name}\n" for file, own in sums.items())
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -20,12 +20,12 @@ from decompclip.decomposition.capture import decompose, decompose_pool
 from decompclip.decomposition.components import Components
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention
+from decompclip.display import Track
 from decompclip.models.checkpoint import shell
 from decompclip.models.preprocessing import PictureTransform, Preprocessing, RawPixels
 from decompclip.models.text import ImageOnly, MissingTextError, Tokenizer, check_tokens, texts_of
 from decompclip.models.zero_shot import (
     Template,
-    Track,
     causal,
     encode_prompts,
     keep,

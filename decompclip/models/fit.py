@@ -219,39 +219,31 @@ def _text_kind(state: Mapping[str, Tensor]) -> str:
     return "open_clip's own text tower" if any("token_embedding" in key for key in state) else ""
 
 
+_SIZES = ("patches of {} pixels", "width {}", "{} tokens", "{} layers")
+
+
 def _sizes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """The sizes in which two image towers differ: `: patches of 16 x 16 pixels, expected 32 x 32`."""
-    facts = {
-        key: [_size(some, key) for some in (state, wanted)] for key in ("patch", "width", "tokens", "layers")
-    }
-    words = {
-        "patch": "patches of {} pixels",
-        "width": "width {}",
-        "tokens": "{} tokens",
-        "layers": "{} layers",
-    }
     shown = [
-        f"{words[key].format(theirs)}, expected {ours}"
-        for key, (theirs, ours) in facts.items()
+        f"{words.format(theirs)}, expected {ours}"
+        for words, theirs, ours in zip(_SIZES, _size(state), _size(wanted), strict=True)
         if theirs and ours and theirs != ours
     ]
     return f" ({'; '.join(shown)})" if shown else ""
 
 
-def _size(state: Mapping[str, Tensor], which: str) -> str:
+def _size(state: Mapping[str, Tensor]) -> tuple[str, str, str, str]:
+    """Patches, width, tokens and layers of an image tower, each empty where nothing tells it."""
     trunk = "visual.trunk." if any(key.startswith("visual.trunk.") for key in state) else ""
     conv = state.get(f"{trunk}patch_embed.proj.weight" if trunk else "visual.conv1.weight")
     positions = state.get(f"{trunk}pos_embed" if trunk else "visual.positional_embedding")
     blocks = re.compile(r"visual\.(?:trunk|transformer)\.(?:blocks|resblocks)\.(\d+)\.")
-    match which:
-        case "patch":
-            return " x ".join(map(str, conv.shape[-2:])) if conv is not None else ""
-        case "width":
-            return str(conv.shape[0]) if conv is not None else ""
-        case "tokens":
-            return str(positions.shape[-2]) if positions is not None else ""
-        case _:
-            return str(len({match[1] for key in state if (match := blocks.match(key))}) or "")
+    return (
+        "" if conv is None else " x ".join(map(str, conv.shape[-2:])),
+        "" if conv is None else str(conv.shape[0]),
+        "" if positions is None else str(positions.shape[-2]),
+        str(len({match[1] for key in state if (match := blocks.match(key))}) or ""),
+    )
 
 
 def models_like(state: Mapping[str, Tensor], *, of_any_size: bool = False) -> list[str]:

@@ -33,6 +33,7 @@ from decompclip.models.text import (
     TOKENIZER,
     FolderTokenizer,
     HubTokenizer,
+    MissingTextError,
     NoTokenizer,
     Tokenizer,
     TransformersTokenizer,
@@ -107,18 +108,17 @@ def saved_class_names(folder: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: they are no list of texts.
     """
-    folder = _of_guard(folder)
-    if not (folder / CONFIG).is_file():
-        return ()
-    return tuple(_own(read_json(folder / CONFIG), folder).get("class_names", ()))
+    return _saved(folder, "class_names")
 
 
 def saved_backdoors(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The backdoors that a folder of `save_model` remembers, asked by its own path or by that of its weights."""
-    folder = _of_guard(path.parent if path.name in _WEIGHTS else path)
-    if not (folder / CONFIG).is_file():
-        return ()
-    return tuple(_own(read_json(folder / CONFIG), folder).get("backdoors", ()))
+    return _saved(path.parent if path.name in _WEIGHTS else path, "backdoors")
+
+
+def _saved(folder: Path, key: str) -> tuple[Any, ...]:
+    folder = _of_guard(folder)
+    return tuple(_own(read_json(folder / CONFIG), folder).get(key, ())) if (folder / CONFIG).is_file() else ()
 
 
 def _of_guard(folder: Path) -> Path:
@@ -235,7 +235,12 @@ def save_model(model: HookedCLIP, folder: str | Path) -> Path:
         architecture["text_cfg"] = {**architecture["text_cfg"], "hf_tokenizer_name": TOKENIZER}
     elif isinstance(model.tokenizer, TransformersTokenizer):
         own["tokenizer"] = "transformers"
-    elif not isinstance(model.tokenizer, SimpleTokenizer | HubTokenizer | NoTokenizer):
+    elif isinstance(model.tokenizer, HubTokenizer):
+        try:
+            model.tokenizer.opened()
+        except MissingTextError as error:
+            warn_caller(f"{folder} is written without its tokenizer: {error}")
+    elif not isinstance(model.tokenizer, SimpleTokenizer | NoTokenizer):
         warn_caller(
             f"the tokenizer of {model.name!r} is a {type(model.tokenizer).__name__}, which no file can hold; pass tokenizer= "
             f"when you load {folder}"

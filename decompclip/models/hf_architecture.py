@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decompclip.display import some
-from decompclip.models.architecture import Tower, patches_of
+from decompclip.models.architecture import mlp_ratio
 from decompclip.models.errors import CheckpointError
 from decompclip.models.json_files import (
     EPSILON,
@@ -181,32 +181,6 @@ def activation_of(config: Mapping[str, Any], activation: Choice = "auto") -> Act
     )
 
 
-def towers_of(config: Mapping[str, Any], *, text: bool) -> list[Tower]:
-    """The sizes that a completed config.json gives.
-
-    Args:
-        text: with those of the text tower.
-    """
-    vision, words = config["vision_config"], config["text_config"]
-    patches = patches_of(vision["image_size"], vision["patch_size"])
-    longest = words["max_position_embeddings"]
-    found = [_tower("vision_config", vision, rows=patches, longest=patches)]
-    if text:
-        found.append(_tower("text_config", words, rows=longest + words["vocab_size"], longest=longest))
-    return found
-
-
-def _tower(name: str, part: Mapping[str, Any], *, rows: int, longest: int) -> Tower:
-    return Tower(
-        name=name,
-        layers=part["num_hidden_layers"],
-        width=part["hidden_size"],
-        mlp_ratio=part["intermediate_size"] / part["hidden_size"],
-        rows=rows,
-        longest=longest,
-    )
-
-
 def architecture_of(config: Mapping[str, Any], activation: Choice = "auto") -> dict[str, Any]:
     """open_clip's configuration of a completed config.json; a SigLIP's tower, of which open_clip knows fixed shapes only,
     stands under `siglip_tower`.
@@ -267,7 +241,7 @@ def _siglip(config: Mapping[str, Any], own: bool) -> dict[str, Any]:
                 "embed_dim": vision["hidden_size"],
                 "depth": vision["num_hidden_layers"],
                 "num_heads": vision["num_attention_heads"],
-                "mlp_ratio": _ratio(vision),
+                "mlp_ratio": mlp_ratio(vision["hidden_size"], vision["intermediate_size"]),
                 "act_layer": "gelu_tanh" if tanh else "gelu",
                 "ln_eps": vision["layer_norm_eps"],
             },
@@ -289,17 +263,10 @@ def _shape(tower: Mapping[str, Any], own_activation: bool) -> dict[str, Any]:
     return {
         "layers": tower["num_hidden_layers"],
         "width": tower["hidden_size"],
-        "mlp_ratio": _ratio(tower),
+        "mlp_ratio": mlp_ratio(tower["hidden_size"], tower["intermediate_size"]),
         "norm_kwargs": {"eps": tower["layer_norm_eps"]},
         **(_ACTIVATIONS[tower["hidden_act"]] if own_activation else {}),
     }
-
-
-def _ratio(part: Mapping[str, Any]) -> float:
-    """The MLP's width as a multiple of the stream's, so that open_clip and timm, which cut, get the same number back."""
-    width, wanted = part["hidden_size"], part["intermediate_size"]
-    ratio = wanted / width
-    return ratio if int(width * ratio) == wanted else (wanted + 0.5) / width
 
 
 # Inside a block, by the layout of the receiving transformer. `qkv` stands for the three joined projections.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from decompclip.models.architecture import check_sizes
+from decompclip.models.architecture import check_sizes, towers_of
 from decompclip.models.checkpoint import read_checkpoint
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.errors import CheckpointError, ModelError, warn_caller
@@ -21,12 +21,11 @@ from decompclip.models.hf_architecture import (
     architecture_of,
     completed,
     rename,
-    towers_of,
     with_prefix,
 )
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
-from decompclip.models.preprocessing import DEFAULTS, preprocess_in, preprocess_of
-from decompclip.models.spec import Choice, build_image_only, build_open_clip, versions
+from decompclip.models.preprocessing import DEFAULTS, preprocess_in
+from decompclip.models.spec import Choice, ModelSpec, build_image_only, build_open_clip
 from decompclip.models.text import (
     WITHOUT_TEXT,
     ImageOnly,
@@ -66,15 +65,12 @@ class ModelParts:
 
     def hook(self, provenance: Mapping[str, Any]) -> HookedCLIP:
         """The model, which the result takes over, as a `HookedCLIP`."""
-        hooked = HookedCLIP.from_open_clip(
-            self.model,
+        return ModelSpec(
+            name=provenance["name"],
+            architecture=self.architecture,
             tokenizer=self.tokenizer,
             preprocess=self.preprocess,
-            provenance=provenance,
-            copy=False,
-        )
-        hooked.architecture = self.architecture
-        return hooked
+        ).hook(self.model, provenance)
 
 
 def read_folder(
@@ -109,8 +105,8 @@ def read_folder(
     own_size = pair(config["vision_config"]["image_size"])
     if image_size is not None:
         config["vision_config"] |= {"image_size": list(image_size)}
-    check_sizes(towers_of(config, text=text is not False), state, source=str(path))
     architecture = architecture_of(config, activation)
+    check_sizes(towers_of(architecture, text=text is not False), state, source=str(path))
     if text is False:
         architecture["image_only"] = why
     resize = image_size is not None
@@ -227,16 +223,12 @@ def _listed(folder: Path) -> str:
     return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
 
 
-def from_transformers(
-    model: nn.Module, *, tokenizer: Any = None, processor: Any = None, text: bool = True
-) -> HookedCLIP:
+def from_transformers(model: nn.Module, *, tokenizer: Any = None, text: bool = True) -> HookedCLIP:
     """Hook a `CLIPModel`, `SiglipModel` or image tower of transformers that is in memory; it is left as it is.
 
     Args:
         tokenizer: transformers' tokenizer of that model, or a function from a list of texts to token ids; by
-            default the processor's, or else open_clip's own where the vocabulary is CLIP's.
-        processor: transformers' processor or image processor of that model, for the mean, the deviation and
-            the way of resizing; by default those of its kind.
+            default open_clip's own where the vocabulary is CLIP's.
 
     Raises:
         CheckpointError: a model of another type.
@@ -256,7 +248,6 @@ def from_transformers(
     built = built.to(device=like.device, dtype=like.dtype)
     state = {key: x.detach() for key, x in model.state_dict().items()}
     built.load_state_dict(_fitting(built, state, config, source=source))
-    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     if having is False:
         tokenizer = NoTokenizer(why)
     elif tokenizer is None:
@@ -265,13 +256,6 @@ def from_transformers(
         )
     elif hasattr(tokenizer, "model_max_length"):
         tokenizer = TransformersTokenizer(tokenizer, words["max_position_embeddings"])
-    images = getattr(processor, "image_processor", processor)
-    size = config["vision_config"]["image_size"]
-    found = (
-        DEFAULTS[kind]
-        if images is None
-        else preprocess_of(images.to_dict(), kind, size, source="the processor")
-    )
     activation = activation_of(config)
     provenance = {
         "name": getattr(live.config, "_name_or_path", "") or f"{name} in memory",
@@ -280,12 +264,11 @@ def from_transformers(
         "sha256": None,
         "activation": activation,
         "activation_source": "config.json",
-        "versions": versions(),
     }
     return ModelParts(
         model=built,
         tokenizer=tokenizer,
-        preprocess=found,
+        preprocess=DEFAULTS[kind],
         activation=activation,
         architecture=architecture,
     ).hook(provenance)

@@ -39,7 +39,7 @@ from decompclip.models.folders import (
 )
 from decompclip.models.hugging_face import Text, from_transformers, read_folder
 from decompclip.models.names import known_name
-from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, versions
+from decompclip.models.spec import Choice, ModelSpec, OpenCLIP
 from decompclip.models.tags import asked_once, check_tag, create, fetch, listed, preprocess_of
 from decompclip.models.text import (
     WITHOUT_TEXT,
@@ -62,9 +62,9 @@ def _check_options(name: Any, dtype: Any, image_size: Any) -> None:
             f"expected a name, a path, or a model of open_clip's or transformers'; received {name!r}, "
             f"of type {type(name).__name__}"
         )
-    sizes = (image_size,) if isinstance(image_size, int) else image_size
+    sizes = (image_size,) * 2 if isinstance(image_size, int) else image_size
     if sizes is not None and not (
-        isinstance(sizes, tuple) and len(sizes) in (1, 2) and all(isinstance(x, int) and x > 0 for x in sizes)
+        isinstance(sizes, tuple) and len(sizes) == 2 and all(isinstance(x, int) and x > 0 for x in sizes)
     ):
         raise ValueError(
             f"expected image_size as a number of pixels, or height and width; received {image_size!r}"
@@ -177,7 +177,7 @@ def load(
     asked = _Asked(pretrained, checkpoint, activation, size, prefix, text)
     with torch.inference_mode(False):  # weights that can be differentiated, whatever mode the caller is in
         model = _found(name, asked, tokenizer)
-        if tokenizer is not None:
+        if tokenizer is not None and not isinstance(name, nn.Module):
             model.tokenizer = tokenizer
         return model.to(device=device, dtype=dtype).eval()
 
@@ -207,6 +207,7 @@ class _Asked:
         """What a model is made of: `files` of weights, and of a folder what lies beside them."""
         beside = [] if folder is None else configuration_in(folder)
         left = [] if folder is None else other_weights(folder, files)
+        sums = {path: sha256(path) for path in (*files, *beside)}
         if left:
             warn_caller(
                 f"{', '.join(path.name for path in files)} {'is' if len(files) == 1 else 'are'} read, as open_clip and "
@@ -216,14 +217,13 @@ class _Asked:
             "name": name,
             "pretrained": self.pretrained,
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
-            "sha256": digest(files) if files else None,
-            "files": {path.name: sha256(path) for path in (*files, *beside)},
+            "sha256": digest({path: sums[path] for path in files}) if files else None,
+            "files": {path.name: found for path, found in sums.items()},
             "files_not_read": left,
             "activation": activation[0],
             "activation_source": activation[1],
             **({} if resized is None else {"image_size": resized}),
             **({} if self.prefix is None else {"prefix": self.prefix}),
-            "versions": versions(),
         }
 
 
@@ -281,7 +281,11 @@ def _of_folder(folder: Path, name: str, asked: _Asked, expected: ModelSpec | Non
             check_saved(folder, weights)
             if asked.activation != "auto":
                 spec = spec.with_activation(asked.activation)
-            known = replace(expected or _sized(spec, asked.image_size), name=name, backdoors=spec.backdoors)
+            known = replace(_sized(spec, asked.image_size), name=name)
+            if expected is not None:
+                with torch.device("meta"):
+                    wanted, own = (each.build_image_only("") for each in (expected, known))
+                check_fit(wanted, own.state_dict(), source=str(folder), name=name)
             asked = replace(asked, pretrained=None, checkpoint=weights)
             return _filled(known, asked, reason or "open_clip_config.json", folder=folder)
         options = {"text": asked.text, "activation": asked.activation, "prefix": asked.prefix}
@@ -313,7 +317,7 @@ def _bundled(name: str, asked: _Asked) -> HookedCLIP:
         if asked.image_size is not None:
             raise ValueError(f"{name!r} is bundled for images of its own size; leave image_size= out")
         return load_bundled(name)
-    return _filled(_sized(spec, asked.image_size), asked, "card")
+    return _of_checkpoint(_sized(spec, asked.image_size), asked, "card")
 
 
 def _of_open_clip(name: str, asked: _Asked) -> HookedCLIP:
@@ -333,12 +337,17 @@ def _of_open_clip(name: str, asked: _Asked) -> HookedCLIP:
         tokenizer=tokenizer_of(name, config),
         preprocess=preprocess_of(name, None if pretrained == RANDOM else pretrained),
     )
-    spec = _sized(spec, asked.image_size)
-    if checkpoint is not None and Path(checkpoint).is_dir():
-        return _of_folder(Path(checkpoint), name, asked, expected=spec)
     chosen, reason = _activation(name, config, asked)
-    with nullcontext() if checkpoint is None else out_of(str(checkpoint)):
-        return _filled(spec.with_activation(chosen), asked, reason)
+    return _of_checkpoint(_sized(spec, asked.image_size).with_activation(chosen), asked, reason)
+
+
+def _of_checkpoint(spec: ModelSpec, asked: _Asked, reason: str) -> HookedCLIP:
+    """A model of `spec`; a folder says the rest itself."""
+    path = None if asked.checkpoint is None else Path(asked.checkpoint)
+    if path is not None and path.is_dir():
+        return _of_folder(path, spec.name, asked, expected=spec)
+    with nullcontext() if path is None else out_of(str(path)):
+        return _filled(spec, asked, reason)
 
 
 def _sized(spec: ModelSpec, size: tuple[int, int] | None) -> ModelSpec:

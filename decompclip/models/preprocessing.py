@@ -461,6 +461,7 @@ def _normalisation(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     scale = 1.0 if abs(scale - 1) < 1e-3 else scale  # 0.00392 for 1 / 255
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if found.get("do_normalize", True):
-        mean, std = (found.get(f"image_{key}") or defaults[key] for key in ("mean", "std"))
+        given = {key: found.get(f"image_{key}") for key in ("mean", "std")}
+        mean, std = (defaults[key] if value is None else value for key, value in given.items())
     mean, std = ((x,) * 3 if isinstance(x, int | float) else x for x in (mean, std))
     return {"mean": tuple(x / scale for x in mean), "std": tuple(x / scale for x in std)}

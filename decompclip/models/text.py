@@ -79,14 +79,19 @@ class HubTokenizer:
         Raises:
             MissingTextError: the tokenizer is neither in the hub's cache nor to be had, or transformers is missing.
         """
-        if self.tokenizer is None:
-            self.tokenizer = self._had()
-        return self.tokenizer(texts)
+        return self.opened()(texts)
 
-    def _had(self) -> Any:
+    def opened(self) -> Any:
+        """open_clip's.
+
+        Raises:
+            MissingTextError: as `__call__`.
+        """
         try:
-            with asked_once(self.repository), _panics_as_errors():
-                return self._open()
+            if self.tokenizer is None:
+                with asked_once(self.repository), _panics_as_errors():
+                    self.tokenizer = self._open()
+            return self.tokenizer
         except Exception as error:
             where = f", {self.repository} on the hub," if self.repository else ""
             raise MissingTextError(

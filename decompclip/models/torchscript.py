@@ -156,7 +156,7 @@ def is_of_openai(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            pickled = b"".join(_pickled(archive, name) for name in names)
+            pickled = _pickled(archive, names[0]) if len(names) == 1 else b""
     except DAMAGED:
         return False  # reading it says what is wrong
     return all(number.encode() in pickled for number in OPENAI_NUMBERS)

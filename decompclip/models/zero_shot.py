@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompclip.decomposition.maps import WatchedWeights
+from decompclip.display import Track
 
 KEPT = 4
 """Classifiers that are kept of a model."""
@@ -67,16 +68,14 @@ def keep(text: nn.Module, key: object, classifier: Tensor) -> None:
         del held[old]
 
 
-def key_of(names: Sequence[str], templates: Sequence[Any], tokenizer: object) -> object:
+def key_of(names: Sequence[str], templates: Sequence[Any], tokenizer: Callable[..., Any]) -> object:
     """What a classifier is of; functions and tokenizers count as the objects that they are."""
-    return tuple(names), tuple(templates), id(tokenizer)
+    # a bound method is its object's, which it keeps: a number in memory may become another's
+    return tuple(names), tuple(templates), tokenizer.__call__
 
 
 Template = str | Callable[[str], str]
 """A prompt with one slot `{}` for the class's name, or a function from the name to the prompt."""
-
-Track = Callable[[Iterable[int], str, int], Iterator[int]]
-"""Shows progress: passes numbers of batches through while it says what is done and how many there are."""
 
 
 def zero_shot_classifier(

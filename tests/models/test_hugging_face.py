@@ -14,8 +14,9 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from decompclip.models.checkpoint import digest
+from decompclip.models.checkpoint import digest, sha256
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError
+from decompclip.models.folders import save_model
 from decompclip.models.hugging_face import ModelParts, from_transformers, read_folder, weights_in
 from decompclip.models.loading import load
 from decompclip.models.preprocessing import preprocess_of
@@ -136,7 +137,8 @@ def test_shards_are_put_together(
     source = read_folder(folder)
     parity(source.model, theirs(kind), pixels, ids)
     assert source.files == files
-    assert digest(files) != digest(files[::-1])
+    sums = {file: sha256(file) for file in files}
+    assert load(folder).provenance["sha256"] == digest(sums) != digest(dict(reversed(sums.items())))
     files[1].unlink()
     with pytest.raises(
         CheckpointError, match=rf"names {len(files)} shards, of which 1 are not in the folder"
@@ -451,14 +453,19 @@ def test_a_broken_tokenizer_leaves_the_model(saved: Callable[..., Path]) -> None
         load(folder, text=True)
 
 
-def test_a_hub_tokenizer_is_asked_for_on_use_and_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_tokenizer_is_asked_for_on_use_and_explains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tokenizer = HubTokenizer("ViT-B-16-SigLIP", "timm/ViT-B-16-SigLIP", 64)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
-    with pytest.raises(
-        MissingTextError, match="the tokenizer of 'ViT-B-16-SigLIP', timm/ViT-B-16-SigLIP on the hub"
-    ):
+    words = "the tokenizer of 'ViT-B-16-SigLIP', timm/ViT-B-16-SigLIP on the hub"
+    with pytest.raises(MissingTextError, match=words):
         tokenizer(["a star"])
+    model = load("shapes")
+    model.tokenizer = tokenizer
+    with pytest.warns(UserWarning, match=f"mine is written without its tokenizer: {words}"):
+        save_model(model, tmp_path / "mine")
 
 
 # in memory
@@ -501,18 +508,15 @@ def test_a_live_model_keeps_its_precision(
         )
 
 
-def test_a_processor_brings_preprocessing_and_tokenizer(theirs: MakeTheirs, vocabulary: Path) -> None:
+def test_a_tokenizer_of_transformers_makes_the_tokens(theirs: MakeTheirs, vocabulary: Path) -> None:
     model = theirs("clip", text={"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406})
     (vocabulary / "config.json").write_text('{"model_type": "clip"}')
     tokenizer = transformers.AutoTokenizer.from_pretrained(vocabulary)
-    images = transformers.CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3])
-    both = from_transformers(model, processor=transformers.CLIPProcessor(images, tokenizer))
-    assert both.mean == (0.1, 0.2, 0.3)
+    theirs_too = load(model, tokenizer=tokenizer)
     assert (
-        both.tokenize("a star").tolist()
+        theirs_too.tokenize("a star").tolist()
         == tokenizer(["a star"], padding="max_length", max_length=12)["input_ids"]
     )
-    assert from_transformers(model, processor=images).mean == (0.1, 0.2, 0.3)
     own = from_transformers(model, tokenizer=lambda texts: torch.zeros(len(texts), 12, dtype=torch.long))
     assert own.tokenize("a star").shape == (1, 12)
     assert own.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from decompclip.models.bundled import bundled
 from decompclip.models.errors import CheckpointError, ModelError, UnknownModelError, UnsupportedTowerError
 from decompclip.models.fit import check_fit
+from decompclip.models.folders import save_model
 from decompclip.models.loading import load
 from decompclip.models.spec import build_image_only, build_open_clip
 from decompclip.models.tags import preprocess_of
@@ -372,7 +373,8 @@ def test_a_folder_of_open_clip_s_is_read(
     assert model.image_size == (24, 16)
     assert model.provenance["activation"] == model.cfg.activation == "quick_gelu"
     assert model.provenance["activation_source"] == "open_clip_config.json"
-    assert load("ViT-mini-8", checkpoint=tmp_path).name == "ViT-mini-8"
+    named = load("ViT-mini-8", checkpoint=tmp_path)
+    assert (named.name, named.cfg.activation, named.mean) == ("ViT-mini-8", "quick_gelu", (0.1, 0.2, 0.3))
     assert load("ViT-mini-8", checkpoint=tmp_path, activation="gelu").cfg.activation == "gelu"
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
     with pytest.raises(CheckpointError, match="lacks embed_dim, vision_cfg or text_cfg"):
@@ -461,6 +463,14 @@ def test_an_unknown_tag_offers_the_nearest() -> None:
 def test_an_unsupported_tower_says_why_before_anything_is_fetched() -> None:
     with pytest.raises(UnsupportedTowerError, match="'RN50' is not supported: it is a ResNet"):
         load("RN50", pretrained="random")
+
+
+def test_a_folder_stands_for_a_bundled_model_s_weights(tmp_path: Path) -> None:
+    save_model(load("shapes-badnet"), tmp_path / "mine")
+    found = load("shapes", checkpoint=tmp_path / "mine")
+    assert (found.name, len(found.backdoors)) == ("shapes", 1)
+    with pytest.raises(CheckpointError, match="does not fit cifar10"):
+        load("cifar10", checkpoint=tmp_path / "mine")
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path) -> None:

@@ -97,6 +97,11 @@ def test_a_processor_for_another_size_is_told_and_brought_to_the_tower_s() -> No
     assert found["steps"] == Steps(resize=128, crop=(112, 112), resample=3)
 
 
+def test_a_mean_of_zero_is_a_mean() -> None:
+    found = preprocess_of({"image_mean": 0.0, "image_std": 0.5}, "clip", 24, source="it")
+    assert (found["mean"], found["std"]) == ((0.0,) * 3, (0.5,) * 3)
+
+
 def test_steps_survive_a_file() -> None:
     own = Preprocessing(size=(24, 24), steps=Steps(resize=(30, 31), crop=(24, 24), resample=2))
     again = Preprocessing(**{**json.loads(json.dumps(asdict(own))), "size": (24, 24)})
