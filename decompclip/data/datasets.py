@@ -63,7 +63,9 @@ class DatasetPairs(Pairs):
         ids: Sequence[str] | None = None,
         **options: Unpack[PairOptions],
     ) -> None:
-        super().__init__(preprocess, **{"class_names": getattr(dataset, "classes", ()), **options})
+        # of ImageNet, torchvision lists all names of a class
+        names = [x if isinstance(x, str) else x[0] for x in getattr(dataset, "classes", ())]
+        super().__init__(preprocess, **{"class_names": names, **options})
         if not len(dataset):
             raise ValueError("expected a data set of pairs; received one without items")
         self.dataset = dataset

@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from decompclip.data.pixels import stack_images
+
 A = TypeVar("A")
 T = TypeVar("T")
 
@@ -134,5 +136,6 @@ def _of_pairs(data: Iterable[Any], batch_size: int) -> Iterator[Any]:
         places = (
             known_places[start:end] if isinstance(known_places, torch.Tensor) else torch.arange(start, end)
         )
-        yield SimpleNamespace(images=torch.stack([pair.image for pair in some]), labels=known, indices=places)
+        images = stack_images([pair.image for pair in some])
+        yield SimpleNamespace(images=images, labels=known, indices=places)
         start = end

@@ -449,7 +449,17 @@ class SubsetPairs(Pairs):
 
     @cached_property
     def labels(self) -> Int[Tensor, " pair"] | None:
-        return None if self.base.labels is None else self.base.labels[list(self.places)]
+        return all_labels(self.known_labels)
+
+    @cached_property
+    def known_labels(self) -> Sequence[int | None]:
+        known = self.base.known_labels
+        return [known[place] for place in self.places]
+
+    @property
+    def skipped(self) -> list[SkippedFile]:
+        """What `base` left out, on opening too, and what of these pairs could not be read."""
+        return [*self.base.skipped, *super().skipped]
 
     def _file(self, index: int) -> Path | None:
         return self.base._file(self.places[index])

@@ -103,7 +103,7 @@ class ShardPairs(ListedPairs):
         found: dict[str, KeyFiles] = {}
         again, apart, kept, broken = 0, 0, 0, None
         try:
-            for key, files in _samples(shard, foreign):
+            for key, files in samples(shard, foreign):
                 before = found.setdefault(key, {})
                 apart += bool(before)
                 if before.keys() & files.keys():
@@ -164,7 +164,7 @@ KeyFiles = dict[str, tuple[int, int, bytes | None]]
 """Of one key, by kind: place, size, and the content of texts and classes."""
 
 
-def _samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, KeyFiles]]:
+def samples(shard: Path, foreign: list[str]) -> Iterator[tuple[str, KeyFiles]]:
     """Keys with their files, in order; names of files that belong to none go to `foreign`.
 
     Raises:

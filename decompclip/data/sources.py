@@ -6,18 +6,26 @@ import json
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from decompclip.data.datasets import FolderPairs, PairStream, StreamImages
-from decompclip.data.files import KNOWN, POISON_LIST, SkippedFile, SourceSpec, parse_source
+from decompclip.data.files import (
+    KNOWN,
+    POISON_LIST,
+    WORLDS,
+    SkippedFile,
+    SourceSpec,
+    open_regular,
+    parse_source,
+)
 from decompclip.data.images import (
     FolderSource,
     ListedImages,
@@ -32,10 +40,11 @@ from decompclip.data.parquet import PLAIN_TEMPLATES, ParquetPairs, parquet_files
 from decompclip.data.photos import CIFAR10_CLASSES, PhotoPairs, cifar10
 from decompclip.data.pixels import Preprocess, to_pixels
 from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
-from decompclip.data.shards import ShardPairs, check_finished, expand_shards
+from decompclip.data.shards import ShardPairs, check_finished, expand_shards, samples
 from decompclip.data.tables import CsvPairs
 from decompclip.display import Track, silently, some
 from decompclip.models.bundled import card
+from decompclip.models.preprocessing import PictureTransform
 
 WORLD_SEED = 8_001
 """Stream of the Shapes world; no bundled model was trained or measured on it."""
@@ -213,7 +222,7 @@ def open_images(
         templates=templates,
         on_error=on_error,
     )
-    record = path / POISON_LIST
+    record = (path if path.is_dir() else path.parent) / POISON_LIST
     if isinstance(pairs, ShardPairs) and (poisoned or record.is_file()):
         poisons = _poisoned(pairs, record)
         if poisoned:
@@ -268,7 +277,7 @@ def check_data(spec: str | Path, *, decode: bool = True, track: Track = silently
     if source.kind in KNOWN:
         return check_known(source, decode=decode, track=track)
     cc3m = str(spec).startswith("cc3m:")
-    opened = open_pairs(spec, _point) if cc3m else open_images(spec, _point, ())
+    opened = open_pairs(spec, _POINT) if cc3m else open_images(spec, _POINT, ())
     images = len(opened)
     if decode:
         parts = track(opened.batches(CHECKED), source.text, -(-images // CHECKED))
@@ -280,14 +289,13 @@ def check_data(spec: str | Path, *, decode: bool = True, track: Track = silently
 def known_source(spec: str | Path) -> SourceSpec:
     """As `parse_source`, and a folder laid out as one of the known data sets is that one."""
     source = parse_source(spec)
-    word = recognise(source.path) if source.kind == "folder" else None
+    folder = source.kind not in (*WORLDS, *KNOWN) and source.path.is_dir()
+    word = recognise(source.path) if folder else None
     return SourceSpec(source.text, word, source.text) if word else source
 
 
-def _point(picture: Image.Image) -> Float[Tensor, "3 h w"]:
-    """Of pictures that are opened to see whether they can be."""
-    del picture
-    return torch.zeros(3, 1, 1)
+_POINT = PictureTransform(lambda picture: Image.new("RGB", (1, 1)))
+"""Of pictures that are opened to see whether they can be."""
 
 
 def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
@@ -305,13 +313,17 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
     places = {name: place for place, name in enumerate(pairs.ids)}
     found: list[int] = []
     for shard in pairs.shards:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
+        with (
+            suppress(tarfile.TarError),
+            open_regular(shard) as file,
+        ):  # a cut one holds what stands whole before the cut
+            for key, files in samples(shard, []):
                 place = places.get(f"{pairs.names[shard]}/{key}")
-                stream = tar.extractfile(member) if kind == "json" and place is not None else None
-                if place is not None and stream and json.loads(stream.read()).get("id") in names:
-                    found.append(place)
+                if place is not None and "json" in files:
+                    start, size, _ = files["json"]
+                    file.seek(start)
+                    if json.loads(file.read(size)).get("id") in names:
+                        found.append(place)
     if names and not found:
         raise ValueError(
             f"expected the shards that {record} is about beside it; none of its {len(names)} pairs is there"

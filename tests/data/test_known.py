@@ -68,8 +68,7 @@ def test_facts_fit_together() -> None:
     for word, number in (("imagenet", 1000), ("caltech101", 101), ("pets", 37)):
         about = DATASETS[word]
         assert len(set(about.keys())) == len(about.class_names()) == number
-        assert about.target in about.class_names()
-        assert len(set(map(str.casefold, about.class_names()))) == number or word == "imagenet"
+        assert len(set(map(str.casefold, about.class_names()))) == number
     assert class_index("banana", classes_of("imagenet:x")) == 954  # the paper's
     assert list(CALTECH) == sorted(CALTECH) and sorted(PETS, key=str.casefold) == list(PETS)
 
@@ -105,6 +104,15 @@ def test_classes_asked_for_are_found_by_their_names(imagenet: Path) -> None:
     assert len(source.skipped) == 4
     with pytest.raises(ValueError, match="expected classes of ImageNet-1K's .* received circle, square"):
         open_images(f"imagenet:{imagenet}", load("shapes").preprocess, ("circle", "square"))
+
+
+def test_parts_are_of_all_classes_whichever_are_asked_for(pets: Path) -> None:
+    whole, rest = (known_pairs(parse_source(f"pets:{pets}@{part}")) for part in ("validation", "evaluation"))
+    assert whole.labels is not None
+    asked = [whole.class_names[label] for label in whole.labels[:2].tolist()]
+    few = known_pairs(parse_source(f"pets:{pets}@validation"), class_names=asked)
+    assert few.ids and set(few.ids) < set(whole.ids) and not set(few.ids) & set(rest.ids)
+    assert len(few.skipped) == len(whole) - len(few)
 
 
 def test_the_parts_are_a_fifth_and_the_rest_the_same_each_time(pets: Path) -> None:

@@ -125,6 +125,13 @@ def test_what_poison_writes_is_read_and_its_poisons_alone(tmp_path: Path) -> Non
         (poison.id for poison in poisoned.record.poisons), key=list(base.ids).index
     )
     assert (batch.images * 255).round().equal((poisoned.read(places).images * 255).round())
+    with pytest.warns(UserWarning, match=r"pairs in .*00000\.tar are poisoned"):
+        open_images(shard := tmp_path / "out" / "00000.tar", to_pixels(), base.class_names)
+    shard.write_bytes(shard.read_bytes()[:-4_000])
+    with pytest.warns(
+        UserWarning, match="pairs in .* are poisoned"
+    ):  # what stands whole before the cut is read
+        open_images(tmp_path / "out", to_pixels(), base.class_names)
     record.write_text("{}")
     with pytest.raises(ValueError, match=r"poisons\.json is none: KeyError"):
         open_images(record, to_pixels(), base.class_names)

@@ -279,7 +279,7 @@ def test_any_data_set_of_images_and_captions_is_a_source() -> None:
 def test_a_data_set_that_says_its_targets_is_not_opened_for_them() -> None:
     class Torchvision(Items):
         targets = (1, 0)
-        classes = ("cat", "dog")
+        classes = ("cat", ("dog", "domestic dog"))  # of ImageNet all names of a class
 
     pairs = DatasetPairs(Torchvision([(OSError("gone"), 1), (grey(0), 0)]), templates=["a {}"])
     assert list(pairs.captions) == ["a dog", "a cat"]
