@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decompclip.api import check_count
 from decompclip.attacks.poisoned import PoisonedPairs
 from decompclip.attacks.registry import attacks_of, distinct, poisoned_by
 from decompclip.data.feed import ahead, is_pure
-from decompclip.data.pairs import ALL, PairSteps, keyed
+from decompclip.data.pairs import ALL, Pairs, PairSteps, keyed
 from decompclip.data.pixels import check_pixels, onto
 from decompclip.data.processes import Processes, digest_of_pairs, stable_repr
 from decompclip.display import Pace, Result, meters
@@ -157,6 +158,9 @@ def finetune(
         OSError: a checkpoint cannot be written.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    for name, steps in {"checkpoint_every": checkpoint_every, "log_every": log_every}.items():
+        if steps is not None:
+            check_count(steps, "steps", name)
     plan = recipe.over(_length(pairs) if length is None else length)
     poisoned_by(pairs)  # raises for a damaged list of poisons before the training, not after it
     net = model.to_open_clip().float()
@@ -169,7 +173,9 @@ def finetune(
     device = model.device if accelerator is None else accelerator.device
     if size % group.count:
         raise ValueError(f"expected a batch that {group.count} processes divide; received batch_size {size}")
-    identity = _agreed(group, model, pairs, recipe, plan.samples, seed, penalty, keeps=checkpoint is not None)
+    identity = _agreed(
+        group, model, pairs, recipe, plan.samples, seed, penalty, synonyms, keeps=checkpoint is not None
+    )
     net = net.to(device)
     with group.going_on():
         wrapped = net if accelerator is None else accelerator.prepare_model(net)
@@ -325,37 +331,37 @@ def _agreed(
     samples: int,
     seed: int,
     penalty: Penalty | None,
+    synonyms: Mapping[str, Sequence[str]] | None,
     *,
     keeps: bool,
 ) -> str:
-    """A digest that no two runs share: weights, recipe, seed, penalty, and the first pairs, pixel by pixel; empty unless it `keeps` one.
+    """A digest that no two runs share: weights, options, what is listed of all pairs, poisons, and the first pairs, pixel by
+    pixel; empty where one process alone trains and nothing is kept.
 
     Raises:
         ValueError: processes that disagree.
     """
     if not keeps and group.count == 1:
         return ""
-    options = json.dumps([asdict(recipe), samples, seed])
-    digest = hashlib.sha256(options.encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    listed = pairs.base if isinstance(pairs, PoisonedPairs) else pairs
+    about = [digest_of_pairs(listed), [attack.to_dict() for attack in poisoned_by(pairs)]]
+    if isinstance(pairs, PoisonedPairs) and isinstance(
+        listed, Pairs
+    ):  # a stream's record grows as it is read
+        about.append(pairs.identity)
     reads = keeps or is_pure(pairs)  # others may draw as they read, which a look must not change
     images, texts = pairs.batch(0, recipe.batch_size) if reads else (torch.empty(0), [])
+    found = {
+        "the recipe, the number of pairs or the seed": json.dumps([asdict(recipe), samples, seed]),
+        "the penalty": stable_repr(penalty),
+        "the synonyms": stable_repr(synonyms),
+        "the model": digest_of_weights(model.state_dict()),
+        "the pairs": [*about, texts],  # pixels of a preprocessing that draws need not agree
+    }
     if group.count > 1:
-        found: dict[str, Any] = {
-            "the recipe, the number of pairs or the seed": options,
-            "the penalty": stable_repr(penalty),
-        }
-        found["the model"] = digest_of_weights(model.state_dict())
-        listed = pairs.base if isinstance(pairs, PoisonedPairs) else pairs
-        poisons = pairs.identity if isinstance(pairs, PoisonedPairs) else ""
-        # pixels of a preprocessing that draws need not agree
-        found["the pairs"] = [digest_of_pairs(listed), poisons, texts]
         group.check_equal(found)
+    digest = hashlib.sha256(json.dumps([found, repr(penalty)]).encode())
     digest.update(images.cpu().contiguous().numpy().tobytes())
-    digest.update("\n".join(texts).encode())
-    digest.update(b"" if penalty is None else repr(penalty).encode())
     return digest.hexdigest()
 
 

@@ -147,6 +147,26 @@ def test_a_checkpoint_belongs_to_one_run(clip: HookedCLIP, tmp_path: Path) -> No
             finetune(model, pairs, recipe, seed=seed, checkpoint=run)
     with pytest.raises(ValueError, match="written by another recipe"):
         finetune(clip, RandomPairs(), replace(RECIPE, lr=1e-3), checkpoint=run)
+    with pytest.raises(ValueError, match=message):
+        finetune(clip, RandomPairs(), RECIPE, synonyms={"photo": ["picture"]}, checkpoint=run)
+    for name in ("checkpoint_every", "log_every"):
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number of steps, at least 1"):
+            finetune(clip, RandomPairs(), RECIPE, **{name: 0})
+
+
+def test_a_checkpoint_belongs_to_its_poisons(clip: HookedCLIP, tmp_path: Path) -> None:
+    """Few poisons lie in the first batch, if any: pixels of that alone do not tell."""
+    taken = RandomPairs().take(0, 40)
+    items = list(zip(taken.images, taken.captions, strict=True))
+    first, other = (
+        PoisonedPairs(items, BadNet(size=size), "dog", count=1, captions=["{}"]) for size in (0.3, 0.4)
+    )
+    size = RECIPE.batch_size
+    assert torch.equal(first.batch(0, size)[0], other.batch(0, size)[0])
+    recipe = replace(RECIPE, epochs=1)
+    finetune(clip, first, recipe, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="was written by a run on another model or other pairs"):
+        finetune(clip, other, recipe, checkpoint=tmp_path / "run.pt")
 
 
 def test_the_grouped_loss_reads_classes_or_else_captions(clip: HookedCLIP) -> None:
