@@ -259,14 +259,14 @@ def collect(
         DecompositionError: terms do not sum to the feature.
     """
     maps = term_maps(model.visual, config.convention).to("cpu")  # every process has them
-    # The pictures kept are those of least checksum of the name: of paired images both.
+    # The pictures kept are those of least checksum of the name: of paired images both. Copies, for a view would keep its batch.
     kept: list[tuple[int, str, Tensor]] = []
 
     def look(batch: ImageBatch) -> _Seen:
         images = batch.images.to(model.device)
         d = model.decompose(images, convention=config.convention, normalize=True).to("cpu")
         for path, image in zip(batch.paths, batch.images, strict=True):
-            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image)
+            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image.clone())
             (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
         return _Seen(
             {field.name: getattr(d, field.name) for field in fields(d) if field.name != "maps"},

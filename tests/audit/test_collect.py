@@ -40,6 +40,10 @@ def test_the_pictures_kept_are_the_same_of_twins(sets: tuple[ImageSet, ImageSet]
     assert clean.kept.keys() == suspect.kept.keys()
 
 
+def test_a_picture_kept_does_not_keep_its_batch(sets: tuple[ImageSet, ImageSet]) -> None:
+    assert all(image.untyped_storage().nbytes() == image.nbytes for image in sets[0].kept.values())
+
+
 def test_nothing_is_both_fitted_on_and_reported(sets: tuple[ImageSet, ImageSet]) -> None:
     parts = split(*sets, CONFIG, infer_target=True)
     fitted = set(parts.validation.paths)
