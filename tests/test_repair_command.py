@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import decompclip
 from decompclip.cli.repair import Method, costly
-from decompclip.data.shapes import Shapes, ShapesPairs
+from decompclip.data.images import FolderSource
+from decompclip.data.pixels import encode_png, to_pixels
+from decompclip.data.shapes import PROPERTIES, Shapes, ShapesPairs
 from decompclip.defenses import inversion
 from decompclip.defenses.guard import Guard
+from decompclip.intervals import Rate
 from tests.commands import run, succeeds
 
 module = import_module("decompclip.cli.repair")  # not the function of that name
@@ -190,6 +194,55 @@ def test_two_points_of_accuracy_are_what_a_repair_may_cost_without_a_word() -> N
     assert said is not None and "costs 38.0 points" in said and "--method agnostic" in said
     for method in Method:
         assert f"--method {method.value}" not in (costly(rows(0.99, 0.61), method) or "")
+
+
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_a_half_has_the_images_of_its_places_and_no_others_are_read(tmp_path: Path, unreadable: bool) -> None:
+    pixels = Shapes(10, seed=3).draw(range(10)).images
+    for place, image in enumerate(pixels):
+        (tmp_path / f"{place}.png").write_bytes(encode_png(image))
+    if unreadable:
+        (tmp_path / "3.png").write_bytes(b"none")
+    read: list[int] = []
+
+    class Folder(FolderSource):
+        def _images(self, items: Sequence[Path]) -> list[torch.Tensor | str]:
+            read.extend(int(item.stem) for item in items)
+            return super()._images(items)
+
+    half = module.KeptImages(Folder(tmp_path, to_pixels()), places := [1, 3, 4, 6, 9], None)
+    parts = list(half.batches(2))
+    assert read == places and len(half) == len(places)
+    there = [place for place in places if not (unreadable and place == 3)]
+    assert torch.cat([part.indices for part in parts]).tolist() == there
+    assert torch.allclose(torch.cat([part.images for part in parts]), pixels[there], atol=1 / 255)
+    assert [len(part.images) for part in parts] == ([2, 2] if unreadable else [2, 2, 1])
+
+
+def test_what_could_not_be_read_is_said_once(tmp_path: Path) -> None:
+    drawn = Shapes(60, seed=3).draw(range(60))
+    for place, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
+        (folder := tmp_path / "clean" / PROPERTIES["shape"][label]).mkdir(parents=True, exist_ok=True)
+        (folder / f"{place}.png").write_bytes(b"none" if place in (5, 6) else encode_png(image))
+    given = ("--method", "rep", "--no-control", "--clean", tmp_path / "clean", "--out", tmp_path / "a")
+    assert "2 files skipped" in succeeds("repair", "shapes-badnet", *given)[1]
+
+
+def test_a_model_of_several_backdoors_is_told_which(tmp_path: Path) -> None:
+    model = decompclip.load("shapes-badnet")
+    model.backdoors = (*model.backdoors, *decompclip.load("shapes-blended").backdoors)
+    folder = decompclip.save_model(model, tmp_path / "twice")
+    given = ("--method", "rep", "--no-control", "--clean", "shapes:80", "--out", tmp_path / "a")
+    stdout, stderr = succeeds("repair", folder, *given)
+    assert "remembers 2 backdoors: " in stderr and "name one with --trigger to measure it" in stderr
+    assert "Trigger: none chosen, so no attack success is measured" in stdout
+
+
+def test_a_rate_of_no_images_is_an_empty_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"cacc": Rate(1, 2).to_dict(), "asr": Rate(0, 0).to_dict()}
+    module._say_results({"before": rates}, "none known", Method.rep, module.Hint.none)
+    lines = capsys.readouterr().out.splitlines()
+    assert "50.0" in lines[1] and lines[2].split(", %")[1].strip() == ""
 
 
 @pytest.mark.parametrize(

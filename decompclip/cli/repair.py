@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from decompclip.cli import options
-from decompclip.cli.console import imports, plain_errors, progress, say
+from decompclip.cli.console import imports, plain_errors, progress, say, skipped_files
 from decompclip.display import Track
 from decompclip.files import alone_in, atomic_write, check_folder, write_json
 
@@ -181,8 +181,15 @@ def repair(
             from decompclip.data.images import class_index
             from decompclip.defenses.guard import load as reopen
 
-        if trigger is None and len(remembered(model.model, model.checkpoint)) == 1:
+        known = remembered(model.model, model.checkpoint)
+        if trigger is None and len(known) == 1:
             trigger = OWN
+        elif trigger is None and known:
+            own = "; ".join(map(str, known))
+            say(
+                f"note: {model.model} remembers {len(known)} backdoors: {own}; name one with --trigger to measure it",
+                err=True,
+            )
         options.check_trigger(trigger, target)
         attack = options.attack_on(model, trigger, target)
         names = options.known_classes(classes, model.model, images or clean)
@@ -234,7 +241,8 @@ def repair(
         for name in (*CHECKPOINTS, FOUND):  # what was asked for last: until then the same command goes on
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work)
-        _say_results(rows, attack, method, hint)
+        skipped_files([skip for source in _sources(fit, held) for skip in getattr(source, "skipped", ())])
+        _say_results(rows, attack or ("none chosen" if known else "none known"), method, hint)
         say(f"Model: {out.resolve()}; numbers: {(out / NUMBERS).resolve()}")
         if lost := costly(rows, method):
             say(lost, err=True)
@@ -281,8 +289,6 @@ def _data(
     Raises:
         ValueError: no images, or pairs without labels where half of them is to be measured on.
     """
-    import numpy as np
-
     from decompclip.data.pairs import SubsetPairs, permuted
     from decompclip.data.sources import open_labelled, open_pairs
 
@@ -295,8 +301,10 @@ def _data(
     order = permuted(len(source), seed, 1)
     half = len(source) // 2
     if not pairs:
-        first = np.isin(np.arange(len(source)), order[:half])
-        return KeptImages(source, first, clip.device), KeptImages(source, ~first, clip.device)
+        fit, held = (
+            KeptImages(source, sorted(part.tolist()), clip.device) for part in (order[:half], order[half:])
+        )
+        return fit, held
     if source.labels is None or tuple(source.class_names) != names:
         raise ValueError(
             f"expected --images, labelled images to measure on: the pairs of {clean} do not name the classes that they "
@@ -308,33 +316,28 @@ def _data(
     )
 
 
-class KeptImages:
-    """The images of a source at the places where `kept` is true, on the device."""
+def _sources(*given: Any) -> list[Any]:
+    """What images and pairs are read from, each once."""
+    sources = [getattr(one, "source", one) for one in given]
+    return list({id(source): source for source in sources}.values())
 
-    def __init__(self, source: Any, kept: Any, device: Any) -> None:
-        self.source, self.kept, self.device = source, kept, device
+
+class KeptImages:
+    """The images of a source at some places, on the device; others are not read."""
+
+    def __init__(self, source: Any, places: Sequence[int], device: Any) -> None:
+        self.source, self.places, self.device = source, places, device
 
     def __len__(self) -> int:
         """How many there are, unreadable ones included."""
-        return int(self.kept.sum())
+        return len(self.places)
 
     def batches(self, batch_size: int = 64) -> Iterator[Any]:
-        from types import SimpleNamespace
+        from decompclip.data.feed import DeviceSource, ahead, is_pure
 
-        import torch
-
-        from decompclip.data.feed import feed
-
-        seen = 0
-        for batch in feed(self.source, batch_size, device=self.device):
-            places = torch.arange(seen, seen + len(batch.images))
-            rows = torch.from_numpy(self.kept[seen : seen + len(batch.images)])
-            seen += len(batch.images)
-            if rows.any():
-                labels = None if batch.labels is None else batch.labels[rows]
-                yield SimpleNamespace(
-                    images=batch.images[rows.to(batch.images.device)], labels=labels, indices=places[rows]
-                )
+        given = {"device": self.device} if isinstance(self.source, DeviceSource) else {}
+        parts = self.source.part(self.places, batch_size, **given)
+        yield from ahead(parts) if is_pure(self.source) else parts
 
 
 def _fitted(
@@ -552,13 +555,16 @@ def costly(rows: dict[str, Any], method: Method) -> str | None:
     )
 
 
-def _say_results(rows: dict[str, Any], attack: Attack | None, method: Method, hint: Hint) -> None:
+def _say_results(rows: dict[str, Any], attack: Attack | str, method: Method, hint: Hint) -> None:
+    """The rates as a table; `attack` is what was measured, or why none was."""
     say(f"{'':48}" + "".join(f"{name:>22}" for name in rows))
     for key, words in LABELS.items():
         cells = [row.get(key) for row in rows.values()]
         if any(cells):
             texts = [
-                f"{100 * c['value']:.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]" if c else ""
+                f"{100 * c['value']:.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]"
+                if c and c["value"] is not None
+                else ""
                 for c in cells
             ]
             say(f"{words + ', %':48}" + "".join(f"{text:>22}" for text in texts))
@@ -568,4 +574,4 @@ def _say_results(rows: dict[str, Any], attack: Attack | None, method: Method, hi
         say("control: as many MLPs of earlier layers replaced, drawn at random")
     elif "control" in rows:
         say("control: as much replaced, in images, heads or patches drawn at random")
-    say("Trigger: none known, so no attack success is measured" if attack is None else f"Trigger: {attack}")
+    say(f"Trigger: {attack}" + (", so no attack success is measured" if isinstance(attack, str) else ""))
