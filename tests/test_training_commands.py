@@ -14,7 +14,7 @@ from decompclip.attacks.patch import BadNet
 from decompclip.data.shapes import Shapes
 from decompclip.data.sources import open_labelled
 from decompclip.evaluation.evaluate import evaluate
-from tests.commands import run, succeeds
+from tests.commands import refused, run, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,33 @@ def test_a_twin_s_own_trigger_is_taken_from_its_card() -> None:
     assert code == 0
     assert (found["trigger"]["name"], found["target_class"]) == ("sig", "star")
     assert found["asr"]["value"] > 0.85
+
+
+def test_a_list_of_poisons_beside_no_shards_is_of_other_pairs(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tuned / "pairs")  # which has one
+    given = (
+        "finetune",
+        "shapes",
+        "shapes:64",
+        "--out",
+        tmp_path / "a",
+        "--images",
+        "shapes:20",
+        "--trigger",
+        "own",
+    )
+    assert "expected a model that remembers its backdoor" in refused(*given)
+
+
+def test_fine_tuning_says_how_many_images_it_could_not_measure_on(tmp_path: Path) -> None:
+    (tmp_path / "images" / "star").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "star" / "a.png")
+    (tmp_path / "images" / "star" / "b.png").write_bytes(b"none")
+    given = ("shapes", "shapes:16", "--out", tmp_path / "a", "--epochs", 1, "--batch-size", 16)
+    _, stderr = succeeds("finetune", *given, "--images", tmp_path / "images")
+    assert "1 file skipped" in stderr
 
 
 @pytest.mark.parametrize(

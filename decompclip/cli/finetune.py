@@ -149,7 +149,7 @@ def finetune(
             progress=True,
             log=lambda entry: say(entry, err=True),
         )
-        skipped = group.skipped(source)
+        skipped = [*group.skipped(source), *(group.skipped(monitor.data) if monitor is not None else ())]
         if not first_process():
             return
         save_model(tuned.model, out)
@@ -180,8 +180,10 @@ def _attack(
         ValueError: as `attack_on`.
     """
     from decompclip.attacks.registry import OWN, open_attack
-    from decompclip.data.files import POISON_LIST
+    from decompclip.data.files import POISON_LIST, parse_source
 
-    record = (Path(pairs) if Path(pairs).is_dir() else Path(pairs).parent) / POISON_LIST
-    poisons = [open_attack(str(record))] if record.is_file() else []
+    source = parse_source(pairs)
+    record = (source.path if source.path.is_dir() else source.path.parent) / POISON_LIST
+    # beside anything else than shards, as in the current folder of a world, it is not theirs
+    poisons = [open_attack(str(record))] if source.kind == "shards" and record.is_file() else []
     return options.attack_on(model, str(record) if trigger == OWN and poisons else trigger, target, poisons)
