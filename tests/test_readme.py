@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import decompclip
@@ -16,9 +17,12 @@ from analyses.questions import audit_corruptions, audit_scan, weights_alone
 from analyses.study.registry import ANALYSES, load
 from analyses.study.results import RESULTS as FOLDER, read
 from decompclip.audit.checks import STRONG, WEAK
+from decompclip.audit.config import ScanConfig
 from decompclip.audit.controls import KINDS
+from decompclip.audit.scan_result import CONCLUDES
 from decompclip.audit.verdict import EXPLAINED, FIRM, HOLDS, ONE_ANSWER, RULES
 from decompclip.cli import app
+from decompclip.intervals import Rate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -131,6 +135,31 @@ def test_the_documentation_says_the_rules_numbers() -> None:
 def test_the_scan_s_table_is_the_measured_one() -> None:
     for block in audit_scan.printed(audit_scan.read()):
         assert block in RESULTS, "run `python -m analyses.audit_scan` and paste what it prints"
+
+
+def test_a_scan_s_report_says_how_often_the_measured_ones_were_right() -> None:
+    record = audit_scan.read()
+    runs = record["runs"]["reported"].values()
+
+    def said(lead: float, *, backdoored: bool) -> Rate:
+        chosen = [run for run in runs if (run["target"] is not None) is backdoored]
+        hits = [audit_scan.suspected(run, lead) for run in chosen]
+        wanted = [
+            found == run["target"] if backdoored else found is not None
+            for found, run in zip(hits, chosen, strict=True)
+        ]
+        return Rate.of(torch.tensor(wanted))
+
+    def percent(rate: Rate) -> str:
+        return f"({100 * rate.value:.0f} % [{100 * rate.low:.0f}, {100 * rate.high:.0f}])"
+
+    lead = round(audit_scan.threshold(record)[0], 1)
+    hits, alarms = said(lead, backdoored=True), said(lead, backdoored=False)
+    here = said(ScanConfig().lead, backdoored=True)
+    (text,) = [line for line in CONCLUDES if "How often it is right" in line]
+    assert f"in {hits.count} of {hits.total} backdoored ones {percent(hits)}" in text
+    assert alarms.count == 0 and f"none of {alarms.total} clean ones {percent(alarms)}" in text
+    assert f"it named {here.count} of {here.total}" in text
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ CONCLUDES = (
     "It cannot clear a model: triggers unlike the three families tried (a warp, a large or coloured object, a phrase), ones for "
     "some images alone, and several targets at once need not stand out.",
     "How often it is right is known for small models alone. With a threshold from other models it named the attacker's class in 8 of 14 "
-    "backdoored ones (57 % [33, 79]) and suspected none of 5 clean ones (0 % [0, 43]). At the default, which was chosen while 8 of them "
+    "backdoored ones (57 % [33, 79]) and suspected none of 10 clean ones (0 % [0, 28]). At the default, which was chosen while 8 of them "
     "were looked at, it named 12 of 14. So its confidence is low, and moderate beside a reference that does not show the same.",
     "It looks at the classes named; a target that is none of them stays unseen.",
 )

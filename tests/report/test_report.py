@@ -77,6 +77,12 @@ def test_it_says_what_was_skipped_and_where_it_came_from(make: Make) -> None:
     assert "None: every image could be read" in render([make()])
 
 
+def test_detection_without_a_hint_is_told_by_all_that_it_asks(make: Make) -> None:
+    page = " ".join(render([make()]).split())
+    for words in ("how odd", "contribute", "how early", "how long its feature is"):
+        assert page.count(words) >= 2, words
+
+
 def test_asr_never_stands_without_its_control(make: Make) -> None:
     elements = re.findall(r"<thead>.*?</thead>", render([make(), make()]), flags=re.DOTALL)
     with_asr = [head for head in elements if "Attack success" in head]
