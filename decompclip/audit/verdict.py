@@ -101,8 +101,8 @@ RULES = (
 """What levels and confidences mean, as reports show it."""
 
 LOWERED = (
-    "Differences are judged by their 95 % interval. Fewer than 100 images of a kind lower the confidence by one step. So does a "
-    "target that was inferred within chance, and so do names of which some are one text to the model."
+    "Differences are judged by their 95 % interval. Fewer than 100 images of a kind lower the confidence by one step. So do "
+    "names of which some are one text to the model, and so does, where there is an effect, a target that was inferred within chance."
 )
 
 
@@ -303,8 +303,9 @@ def _unusable(evidence: Evidence) -> Verdict | None:
     for side, distinct in checks.distinct.items():
         if distinct.value < 0.5:
             return cannot_tell(
-                f"Most {side} images are one picture again and again: nothing can be said of a backdoor",
-                f"Of {distinct.total} {side} images {distinct.count} differ from all others, as the model takes them.",
+                f"Most {side} images are repeats of one another: nothing can be said of a backdoor",
+                f"{distinct.total} {side} images show no more than {distinct.count} different "
+                f"picture{'s' if distinct.count > 1 else ''}, as the model takes them.",
                 "Unreadable, black or empty files look like this.",
                 "Look at the images, and audit different ones.",
             )

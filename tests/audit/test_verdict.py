@@ -161,7 +161,7 @@ def test_nothing_is_said_of_a_classifier_that_does_not_work(base: AuditResult) -
         (
             nothing,
             replace(works, distinct={"clean": few, "suspect": Rate(400, 400)}),
-            "clean images are one picture",
+            "clean images are repeats of one another",
         ),
         (
             setting(0.95, 0.02),
@@ -172,6 +172,10 @@ def test_nothing_is_said_of_a_classifier_that_does_not_work(base: AuditResult) -
         found = verdict(replace(base, as_it_is=as_it_is, checks=broken))
         assert (found.level, found.confidence) == ("cannot tell", "low")
         assert words in found.headline
+        if "repeats" in words:
+            assert found.why == (
+                "400 clean images show no more than 1 different picture, as the model takes them.",
+            )
 
 
 def test_an_absence_is_sure_only_where_the_classifier_is_known_to_work(base: AuditResult) -> None:
