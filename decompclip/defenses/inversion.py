@@ -135,14 +135,14 @@ class Inversion(Result):
         return torch.tensor(scores([t.size for t in self.triggers], usual))
 
     def to_frame(self, reference: Inversion | None = None) -> pd.DataFrame:
-        """One row a class, the highest score first. Args and errors as `scores`."""
+        """One row a class, the highest score first. Args and errors as `scores`; of fewer than three classes scores are nan."""
         import pandas as pd
 
         columns: dict[str, Any] = {
             "class": [t.name for t in self.triggers],
             "size": [t.size for t in self.triggers],
             "success": [t.success.value for t in self.triggers],
-            "score": self.scores(reference).tolist(),
+            "score": self.scores(reference).tolist() if len(self.triggers) > 2 else math.nan,
         }
         if reference is not None:
             columns["reference size"] = [t.size for t in reference.triggers]

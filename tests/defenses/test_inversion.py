@@ -93,6 +93,8 @@ def test_a_score_is_the_log_of_the_others_median_over_the_size(found: Inversion)
     torch.testing.assert_close(given.scores(reference), halved)
     torch.testing.assert_close(given.scores(given), torch.zeros(3))
     assert given.to_frame(reference)["reference size"].tolist()[0] == pytest.approx(0.02)
+    two = Inversion(given.triggers[:2])  # none can stand out, and it is shown all the same
+    assert two.to_frame()["score"].isna().all() and "0.01" in two._repr_html_()
 
 
 @torch.no_grad()
