@@ -221,7 +221,10 @@ class OnTerms(Detector):
                 with torch.no_grad():
                     d = self._terms(pixels)
                 yield d
-            need(seen, 10, "to learn from")
+            if not isinstance(
+                self.detector, Calibrated
+            ):  # which gets all images, and says itself how many it takes
+                need(seen, 10, "to learn from")
 
         self.detector.fit(terms())
 

@@ -418,6 +418,8 @@ def test_a_detector_that_calibrates_itself_gets_all_images() -> None:
     outer = OnTerms(model, AgnosticDet(model.zero_shot_classifier())).fit(clean)
     assert len(outer.scores_) == 140
     assert outer.threshold_at(0.05) == outer.detector.threshold_at(0.05)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"expected at least 50 clean images, .* received 8"):
+        outer.fit(Shapes(8, seed=71))
 
 
 def test_one_protocol_for_detectors_of_pixels_and_of_terms() -> None:
