@@ -44,6 +44,7 @@ from decompclip.defenses.distances import (
     class_directions,
     layer_terms,
     ridge,
+    taken_for,
 )
 from decompclip.defenses.fitted import (
     Calibrated,
@@ -53,7 +54,7 @@ from decompclip.defenses.fitted import (
     held_out,
     under,
 )
-from decompclip.operators.intervention import Intervention, Where
+from decompclip.operators.intervention import Intervention, Where, check_where
 from decompclip.tower.vit import Hook, HookedViT
 
 Distance = Literal["feature", "layers", "surprise"]
@@ -162,7 +163,7 @@ def lengths(d: Decomposition) -> Float[Tensor, " batch"]:
 
 @dataclass(eq=False, repr=False)
 class AgnosticDet(Calibrated):
-    """Finds images that are unlike clean ones of their class, or to which heads and MLPs contribute more.
+    """Finds images that are odd for their class, to which heads and MLPs contribute more, whose answer is told early, or whose feature is long.
 
         detector = AgnosticDet(model.zero_shot_classifier(class_names)).fit(clean)
         detector.score(model.decompose(images, normalize=True))
@@ -211,7 +212,6 @@ class AgnosticDet(Calibrated):
         for part in blocks(clean):
             if not kept:
                 self.terms_ = part[[]]  # a copy: a view would keep the block
-                self._check_width(part)
             kept.append(self.look(part))
         if not kept:
             raise ValueError("expected decompositions of clean images; received none; check the image source")
@@ -236,18 +236,18 @@ class AgnosticDet(Calibrated):
         """What is looked at, of each image.
 
         Raises:
-            ValueError: terms of another model, or that do not sum to unit features.
+            ValueError: terms of another model, of another width than the classifier, or that do not sum to unit features.
         """
         if not d.normalized:
             raise ValueError(
                 "expected terms that sum to unit features; received terms of raw ones; decompose with normalize=True"
             )
         check_alike(self.terms_, d)
+        classes = taken_for(d, self.classifier)
         terms = layer_terms(d)
         cut = max(1, 2 * d.n_layers // 3)
         before = d.embed + terms[:, :cut].sum((1, 2))
         layers = (terms @ self._directions.to(d.embed).T).flatten(1)
-        classes = (d.features @ self.classifier.to(d.embed).T).argmax(1)
         start = (d.embed + d.bias).norm(dim=-1).clamp_min(torch.finfo(d.embed.dtype).tiny)
         loud = torch.stack([1 / start, lengths(d)], 1).double().log()
         return Observed(d.features, layers, before, loud, classes)
@@ -260,7 +260,7 @@ class AgnosticDet(Calibrated):
             ValueError: as `look`.
         """
         check_fitted(self, "scores_")
-        return self._views(self.look(d))
+        return self._standard(self.expected_.raw(self.look(d)))
 
     @by_shards
     def score(self, d: Decomposition) -> Float[Tensor, " batch"]:
@@ -275,9 +275,6 @@ class AgnosticDet(Calibrated):
     def _directions(self) -> Float[Tensor, "direction d_embed"]:
         return class_directions(self.classifier)
 
-    def _views(self, seen: Observed) -> Float[Tensor, "image view"]:
-        return self._standard(self.expected_.raw(seen))
-
     def _combined(self, views: Float[Tensor, "image view"]) -> Float[Tensor, " image"]:
         """Fisher's: minus the logarithms of the upper tails, under a normal law."""
         odd, loud = views.split([len(DISTANCES), len(VIEWS) - len(DISTANCES)], 1)
@@ -285,13 +282,6 @@ class AgnosticDet(Calibrated):
 
     def _standard(self, raw: Float[Tensor, "image view"]) -> Float[Tensor, "image view"]:
         return (raw - self.mean_) / self.deviation_
-
-    def _check_width(self, d: Decomposition) -> None:
-        if self.classifier.shape[-1] != d.d_embed:
-            raise ValueError(
-                f"expected a classifier of the features' width {d.d_embed}; received {self.classifier.shape[-1]}; build "
-                "it with the text tower of the same model"
-            )
 
     def _check_images(self, clean: Observed) -> None:
         known = len(clean.classes.unique())
@@ -395,11 +385,14 @@ class AgnosticRep(Saved, Intervention):
             where: restricts images: one in which it names no component stays as it is.
 
         Raises:
-            NotFittedError, ValueError: as `flags`.
+            NotFittedError, ValueError: as `flags`, or `where` is no mask of these images.
         """
         touched = self.flags(d)
+        check_where(
+            where, (len(d), d.n_layers, d.n_heads), d.n_layers * (d.n_heads + 1) + 1 + d.pool.shape[1]
+        )
         if where is not None:
-            touched &= where.flatten(1).any(1)
+            touched = touched & where.flatten(1).any(1).to(touched.device)
         if not touched.any():
             return d
         rest = torch.where(touched[:, None], self.without_answer(d.features) - d.features, 0)

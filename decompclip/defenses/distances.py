@@ -221,6 +221,24 @@ def ridge(
         return torch.cholesky_solve(cross, torch.linalg.cholesky(penalised))
 
 
+def taken_for(d: Decomposition, classifier: Float[Tensor, "class d_embed"]) -> Int[Tensor, " batch"]:
+    """The class that each image is taken for.
+
+    Args:
+        d: terms.
+        classifier: of the zero-shot classes.
+
+    Raises:
+        ValueError: a classifier of another width.
+    """
+    if classifier.shape[-1] != d.d_embed:
+        raise ValueError(
+            f"expected a classifier of the features' width {d.d_embed}; received {classifier.shape[-1]}; build "
+            "it with the text tower of the same model"
+        )
+    return (d.features @ classifier.to(d.embed).T).argmax(1)
+
+
 CALIBRATION = 5000
 """Clean images that components are calibrated on: 61 kB each in a ViT-B/32, and they tell a rate of 0.0002."""
 
@@ -264,7 +282,7 @@ class ComponentDistances:
             clean: decomposed at once or batch by batch.
 
         Raises:
-            ValueError: fewer than ten images a fold, or fewer than two folds.
+            ValueError: fewer than ten images a fold, fewer than two folds, or terms of another width than the classifier.
         """
         k, logs = len(self.classifier), []
         whole: list[ClassSums] = []
@@ -325,7 +343,7 @@ class ComponentDistances:
     def _points(self, d: Decomposition) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
         """Of heads, of MLPs, and classes."""
         check_alike(self.terms_, d)
-        return d.coords.flatten(1, 2), d.mlps, (d.features @ self.classifier.to(d.embed).T).argmax(1)
+        return d.coords.flatten(1, 2), d.mlps, taken_for(d, self.classifier)
 
 
 def _logs(

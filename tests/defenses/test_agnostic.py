@@ -434,6 +434,9 @@ def test_where_restricts_the_images(
     alone, whole = repair.on(where)(victim), repair(victim)
     assert torch.equal(alone.features[:3], victim.features[:3])
     assert torch.allclose(alone.features[3], whole.features[3])
+    for wrong in (where[:5], where[..., :1]):
+        with pytest.raises(ValueError, match=r"expected where as a boolean mask \[batch, layer, head\]"):
+            repair(victim, where=wrong)
     composed = (repair | repair)(victim)
     assert composed.features.shape == victim.features.shape
 
@@ -545,6 +548,8 @@ def test_component_distances_refuse_what_they_cannot_tell(
         ComponentDistances(classifier).fit(clean[:20])
     least = ComponentDistances(classifier).fit(clean[:50])
     assert len(least.logs_) == 50 and len(least.terms_) == 0
+    with pytest.raises(ValueError, match=r"features' width 20; received 7"):
+        ComponentDistances(classifier[:, :7]).fit(clean)
     distances = ComponentDistances(classifier).fit(clean)
     with pytest.raises(ValueError, match=r"at least 999 clean images to calibrate .* 0.001; received 240"):
         distances.flags(clean, fpr=0.001)
