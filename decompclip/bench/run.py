@@ -39,12 +39,7 @@ from decompclip.defenses.detectors import DETECTORS
 from decompclip.defenses.detectors.detector import measure_cost
 from decompclip.display import span
 from decompclip.evaluation.evaluate import DecomposedImages, evaluate
-from decompclip.evaluation.metrics import (
-    auroc,
-    auroc_interval,
-    clean_accuracy,
-    target_rate,
-)
+from decompclip.evaluation.metrics import attack_success, auroc, auroc_interval, clean_accuracy
 from decompclip.files import write_json
 from decompclip.intervals import Rate, Redrawn
 from decompclip.models.bundled import card, load_bundled
@@ -289,7 +284,7 @@ def _one_draw(subject: Subject, repair: RepairRecipe, images: Tensor, *, seed: i
         None if triggered is None else target,
         batch_size=len(samples.labels),
     )
-    rates = {"cacc": found.cacc, "control": target_rate(found.predictions, samples.labels, target)}
+    rates = {"cacc": found.cacc, "control": attack_success(found.predictions, samples.labels, target)}
     if found.asr is not None and found.triggered_predictions is not None:
         rates["asr"] = found.asr
         rates["triggered_accuracy"] = clean_accuracy(found.triggered_predictions, truth)

@@ -254,39 +254,19 @@ def group_accuracy(
     return GroupAccuracy(pairs, group, predictions.cpu() == labels.cpu())
 
 
-def attack_success(
-    predictions: Int[Tensor, " batch"],
-    labels: Int[Tensor, " batch"],
-    target: int,
-    *,
-    n_classes: int | None = None,
-) -> Rate:
-    """ASR: the share of triggered images that are taken for the target.
+def attack_success(predictions: Int[Tensor, " batch"], labels: Int[Tensor, " batch"], target: int) -> Rate:
+    """The share of images of other classes that are taken for the target: of triggered ones the ASR, of clean ones its control.
 
     Args:
+        predictions: the classes that images are taken for.
         labels: the images' true classes, not the attacker's.
-        n_classes: number of classes, where known, to hold the target to.
+        target: the attacker's class.
 
     Raises:
-        ValueError: no images, not one label for each prediction, or a target out of range.
+        ValueError: no images, not one label for each prediction, or a target below 0.
     """
-    _check(predictions, labels, target, n_classes)
+    _check(predictions, labels, target)
     return Rate.of(predictions[labels != target] == target)
-
-
-def target_rate(
-    predictions: Int[Tensor, " batch"],
-    labels: Int[Tensor, " batch"],
-    target: int,
-    *,
-    n_classes: int | None = None,
-) -> Rate:
-    """The control of an ASR: the share of *clean* images of other classes that are taken for the target.
-
-    Raises:
-        ValueError: as `attack_success`.
-    """
-    return attack_success(predictions, labels, target, n_classes=n_classes)
 
 
 ENOUGH = 20
@@ -350,7 +330,7 @@ def attack_report(
         if triggered_labels is not None:
             asr = attack_success(triggered_predictions, triggered_labels, target)
         if clean_labels is not None:
-            control = target_rate(clean_predictions, clean_labels, target)
+            control = attack_success(clean_predictions, clean_labels, target)
     return AttackReport(cacc, asr, asr_with_target, control)
 
 
