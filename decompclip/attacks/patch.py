@@ -10,7 +10,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -249,9 +249,7 @@ def optimise_patch(
     batch_size: int = 64,
     lr: float = 1e-3,
     triplet_weight: float = 500.0,
-    margin: float = 1.0,
     seed: int = 0,
-    log: Callable[[str], None] | None = None,
 ) -> OptimisedPatch:
     """The patch that moves `pixels` toward the target: a symmetric InfoNCE with its captions, plus `triplet_weight`
     times a triplet loss (anchor: triggered image, positive: image of the target, negative: the clean image).
@@ -271,9 +269,7 @@ def optimise_patch(
         triplet_weight: 500 in the source. On our small model so much of it moves images away from their clean
             selves rather than toward the target; 0 with other captions gave the stronger patch (a quarter
             of the image's side, 150 steps: 32 % taken for the target against 21 %).
-        margin: of the triplet loss.
         seed: of the patch's first pixels and of the batches.
-        log: gets the loss as text, every hundred steps.
 
     Returns:
         The trigger, its losses, and how similar triggered images became to the target's.
@@ -315,7 +311,7 @@ def optimise_patch(
         with torch.enable_grad():
             anchor = _encode(model, area.paste(clean, patch, rows.tolist()))
             contrast = info_nce(anchor, captions, others, scale)
-            triplet = F.triplet_margin_loss(anchor, positive, negative, margin=margin)
+            triplet = F.triplet_margin_loss(anchor, positive, negative)
             loss = contrast + triplet_weight * triplet
             (patch.grad,) = torch.autograd.grad(loss, patch)
         losses.append(loss.item())
@@ -326,10 +322,6 @@ def optimise_patch(
         optimizer.step()
         with torch.no_grad():
             patch.clamp_(0, 1)
-        if log is not None and (step + 1) % 100 == 0:
-            log(
-                f"step {step + 1}: loss {losses[-1]:.3f}, InfoNCE {contrast.item():.3f}, triplet {triplet.item():.3f}"
-            )
     made = [BadCLIP(patch=encode_patch(p), size=size, place=place, seed=seed) for p in (start, patch)]
     before, after = (_similarity(model, trigger, pixels[:256], target_pixels[:256]) for trigger in made)
     return OptimisedPatch(made[1], tuple(losses), (before, after))

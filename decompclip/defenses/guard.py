@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -226,11 +226,7 @@ class Guard:
 
 def _over(d: Decomposition, length: Float[Tensor, " batch"]) -> Decomposition:
     """What `decompose(..., normalize=True)` gives, from terms that sum to features of that length."""
-    own = {f.name: getattr(d, f.name) for f in fields(d)}
-    scaled = {
-        name: x / length.view(-1, *[1] * (x.ndim - 1)) for name, x in own.items() if isinstance(x, Tensor)
-    }
-    return replace(d, **scaled, normalized=True)
+    return replace(d._map(lambda x: x / length.view(-1, *[1] * (x.ndim - 1)), d.maps), normalized=True)
 
 
 def _fitted(part: object) -> list[HasTerms]:
