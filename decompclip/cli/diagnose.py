@@ -53,12 +53,10 @@ def diagnose(
 
 def _check_labels(images: str, names: tuple[str, ...]) -> None:
     """Raises ValueError where no folder is named after a class; before seconds of loading."""
-    import torch
-
+    from decompclip.data.pixels import to_pixels
     from decompclip.data.sources import open_images
-    from decompclip.diagnosis.pictures import labelled
 
-    if not labelled(open_images(images, lambda _: torch.zeros(3, 1, 1), names)):
+    if not open_images(images, to_pixels(), names).labelled:
         raise ValueError(
             f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
             f"one; name them as the classes are: {some(names)}"

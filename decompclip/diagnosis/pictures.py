@@ -187,10 +187,8 @@ class Views:
 
 
 def labelled(images: Pictures) -> bool:
-    """Whether the first image of a folder or table has a label; True for other sources, which may be streams."""
-    if not isinstance(images, FolderSource | PairImages):
-        return True
-    return next(images.batches(1)).labels is not None
+    """Whether the images of a folder or table have labels; True for other sources, which may be streams."""
+    return not isinstance(images, FolderSource | PairImages) or images.labelled
 
 
 def views(model: HookedCLIP, images: Pictures, batch_size: int) -> Iterator[Views]:
