@@ -176,7 +176,7 @@ class Checks:
 
     Attributes:
         favourite: the class that clean images are taken for most often, and how often.
-        guessing: the accuracy that always giving one answer, or any, would reach; without labels one over the classes.
+        guessing: the accuracy of one answer for all images, or of guessing at random, whichever is higher; without labels one over the classes.
         coinciding: the names whose text features another name has too.
         copies: suspect images that are clean ones pixel by pixel, as the model takes them.
         distinct: of the clean and of the suspect images, those that differ from all before them.
@@ -225,7 +225,7 @@ def checks(
 
 
 def guessing(labels: Int[Tensor, " image"] | None, n_classes: int) -> float:
-    """The accuracy that always giving one answer, or any, would reach."""
+    """The accuracy of one answer for all images, or of guessing at random, whichever is higher."""
     if labels is None or not len(labels):
         return 1 / n_classes
     return max(1 / n_classes, int(torch.bincount(labels).max()) / len(labels))

@@ -23,7 +23,6 @@ from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.evaluate import classify
 from decompclip.intervals import Z, z_for
 from decompclip.models.clip import HookedCLIP
-from decompclip.models.text import MissingTextError
 from decompclip.operators.ablation import MeanAblate
 from decompclip.operators.checkpoints import CLASSES, compare_checkpoints
 
@@ -305,7 +304,7 @@ def weights_alone(
     names = tuple(class_names) if len(class_names) >= CLASSES else ()
     try:
         found = compare_checkpoints(model, reference, class_names=names)
-    except (ValueError, MissingTextError) as error:
+    except ValueError as error:
         return WeightsAlone(name, left_out=str(error))
     classes = found.classes
     most = found.top(SHOWN)
@@ -323,9 +322,9 @@ def weights_alone(
 WEIGHTS_CONCLUDE = (
     "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 19 of 19 bundled backdoored models, on which nothing was chosen; "
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
-    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings as long as their recipe's backdoored model (drawings, and photographs of ten classes) the "
-    "first class led by 1.06 to 1.16; in backdoored ones of these by 1.05 to 4.37: by more in 19 of 19 on drawings, in 2 of 3 on photographs, one of them barely. On 200 classes (1.46 to 3.79) clean ones as long "
-    "were not trained. No verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
+    "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings, as long as a backdoored one of the same recipe, the first class led by 1.06 to 1.16. "
+    "In the backdoored models it led by 1.05 to 4.37: by more than in the clean ones in 19 of 19 on drawings, but only in 2 of 3 on photographs of ten classes, once barely. "
+    "For 200 classes (leads of 1.46 to 3.79) no clean fine-tuning of that length was made to compare with. No verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
     "Words alone are no sign: the attacker's class is among those of the parts that changed most in clean fine-tunings too.",
     "It cannot clear a model: where heads look, which neurons fire, biases, and what later layers make of a change are left out, and an attacker who knows the score can change other classes as well.",
     "It says nothing of a model that was not fine-tuned from the reference: heads and neurons have no common order then.",

@@ -268,8 +268,7 @@ def suspicion(split: Split, classifier: Float[Tensor, "class d_embed"], config: 
 
 def _quantile(split: Split, config: AuditConfig) -> float:
     """The one asked for; of few images the least that they can tell, so that a small audit says what it can."""
-    least = 1 / len(split.validation.decomposition)
-    return max(config.quantile, least) if config.quantile > 0 else config.quantile
+    return max(config.quantile, 1 / len(split.validation.decomposition))
 
 
 def rule_name(similarity: str, threshold: str) -> str:

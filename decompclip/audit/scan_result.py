@@ -87,7 +87,7 @@ class ScanResult:
         accuracy: zero-shot, on the held-out images; None without labels.
         predicted: share of the held-out images taken for each class, as they are.
         probes: the families of changes tried.
-        guessing: the accuracy that always giving one answer, or any, would reach.
+        guessing: the accuracy of one answer for all images, or of guessing at random, whichever is higher.
         coinciding: the names whose text features another name has too.
         statistics: beside a reference model; None without one.
         reference: the same scan of the reference model; None without one.

@@ -51,10 +51,11 @@ def test_the_report_and_readme_say_what_was_measured() -> None:
     for text in (
         f"first of 200 in {groups['photos'].first} bundled backdoored models, on which nothing was chosen",
         f"of 10 or 12 in {len(others)} of {len(others)} others, on which the score was chosen",
-        f"In {len(controls)} clean fine-tunings as long as their recipe's backdoored model",
-        f"the first class led by {clean}; in backdoored ones of these by {min(twins):.2f} to {max(twins):.2f}",
-        f"by more in {more['shapes']} on drawings, in {more['cifar10']} on photographs",
-        f"On 200 classes ({min(photos):.2f} to {max(photos):.2f}) clean ones as long were not trained. No verdict rests on a lead",
+        f"In {len(controls)} clean fine-tunings, as long as a backdoored one of the same recipe",
+        f"the first class led by {clean}. In the backdoored models it led by {min(twins):.2f} to {max(twins):.2f}",
+        f"by more than in the clean ones in {more['shapes']} on drawings, but only in {more['cifar10']} on photographs",
+        f"For 200 classes (leads of {min(photos):.2f} to {max(photos):.2f}) no clean fine-tuning of that length was made",
+        "No verdict rests on a lead",
     ):
         assert text in said
     for text in (

@@ -31,8 +31,8 @@ class Detector(Calibrated):
     """`fit(clean).score(pixels)`: one number an image, higher where an attack is more likely.
 
     Pixels are `[batch, 3, h, w]` in [0, 1]; models normalise them. A detector that learns does so from a half of the
-    clean images, drawn by their places. The others calibrate: they are scored like fresh ones, so that thresholds hold
-    for fresh ones. A detector that learns nothing calibrates on all; one of several forward passes an image on a sample of
+    clean images, drawn by their places. The other half calibrates: it is scored like fresh images, so that thresholds hold
+    for those. A detector that learns nothing calibrates on all; one of several forward passes an image on a sample of
     `CALIBRATION`.
 
     A subclass gives `_score`; one that learns sets `learns` and gives `_learn`.
