@@ -196,13 +196,10 @@ def _shift(result: AuditResult) -> Finding:
             "no evidence", away if whole + error < 0 else f"The mean does not move toward {name}", text
         )
     head, mlp = int(shift.heads_contribution.argmax()), int(shift.mlps_contribution.argmax())
-    head_part, mlp_part = (
-        plus_minus(float(values.flatten()[place]), float(errors.flatten()[place]))
-        for values, errors, place in (
-            (shift.heads_contribution, shift.heads_error, head),
-            (shift.mlps_contribution, shift.mlps_error, mlp),
-        )
+    head_part = plus_minus(
+        float(shift.heads_contribution.flatten()[head]), float(shift.heads_error.flatten()[head])
     )
+    mlp_part = plus_minus(float(shift.mlps_contribution[mlp]), float(shift.mlps_error[mlp]))
     text = (
         f"The mean feature moves toward {name} by {plus_minus(whole, error, sign=False)} of its norm: heads "
     )

@@ -335,7 +335,8 @@ class KeptImages:
     def batches(self, batch_size: int = 64) -> Iterator[Any]:
         from decompclip.data.feed import DeviceSource, ahead, is_pure
 
-        given = {"device": self.device} if isinstance(self.source, DeviceSource) else {}
+        places_itself = isinstance(self.source, DeviceSource)
+        given = {"device": self.device} if places_itself else {}
         parts = self.source.part(self.places, batch_size, **given)
         yield from ahead(parts) if is_pure(self.source) else parts
 
