@@ -221,9 +221,8 @@ class OnTerms(Detector):
                 with torch.no_grad():
                     d = self._terms(pixels)
                 yield d
-            if not isinstance(
-                self.detector, Calibrated
-            ):  # which gets all images, and says itself how many it takes
+            # one that calibrates itself learns from all, and says how many it takes
+            if not isinstance(self.detector, Calibrated):
                 need(seen, 10, "to learn from")
 
         self.detector.fit(terms())
