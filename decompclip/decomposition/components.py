@@ -102,14 +102,14 @@ class ComponentMask:
 
 
 def resolve(
-    components: object, of: HasComponents | HasConfig, *, neurons: bool = False, features: int = 0
+    components: object, of: HasComponents | HasConfig, *, neurons: bool | int = False, features: int = 0
 ) -> ComponentMask:
     """Which components of a tower an expression names.
 
     Args:
         components: the expression.
         of: the tower, its configuration, or a `Decomposition` or `Moments` of it.
-        neurons: whether single neurons may be named; `of` is the tower then.
+        neurons: how many each MLP has, True for as many as those of the tower `of`; 0 where none may be named.
         features: how many a sparse autoencoder has; 0 where none may be named.
 
     Raises:
@@ -120,7 +120,7 @@ def resolve(
     if not isinstance(components, Components):
         raise TypeError(f"expected components such as heads[-1] | mlps; received {components!r}")
     shape: Any = getattr(of, "cfg", of)
-    d_mlp = shape.d_mlp if neurons else 0
+    d_mlp = shape.d_mlp if neurons is True else int(neurons)
     given = {"d_sae": features} if features else {}  # a user's class may know of none
     return components.resolve(shape.n_layers, shape.n_heads, pool=shape.has_pool, d_mlp=d_mlp, **given)
 

@@ -129,10 +129,12 @@ class NeuronTerms(FineTerms):
     Attributes:
         layers: of the neurons.
         post: activations at every token.
+        d_mlp: how many neurons each MLP of the tower has.
     """
 
     layers: Int[Tensor, " part"]
     post: Float[Tensor, "batch token part"]
+    d_mlp: int
 
     what = "neuron"
     of_images = ("coords", "post")
@@ -214,7 +216,17 @@ def neuron_terms(
     fixed = frozen(visual, convention)
     into = torch.einsum("jd,qdp->qjp", neuron_writes(visual, layers, index), fixed.into)
     maps = into if fixed.read.out is None else into @ fixed.read.out
-    return NeuronTerms(index, coords, maps, convention, normalize, fixed.maps.fingerprint, layers, post)
+    return NeuronTerms(
+        index=index,
+        coords=coords,
+        maps=maps,
+        convention=convention,
+        normalized=normalize,
+        model=fixed.maps.fingerprint,
+        layers=layers,
+        post=post,
+        d_mlp=visual.cfg.d_mlp,
+    )
 
 
 def check_linear(visual: HookedViT) -> None:
@@ -286,7 +298,7 @@ class AblateNeurons(Intervention):
     Attributes:
         components: which neurons.
         fill: their `mean`, or the terms of other images (one each); None silences them.
-        terms: of the images that are edited, which direct mode needs.
+        terms: of the images that are edited and the same neurons, which direct mode needs.
         rows: which tokens a causal edit reaches.
     """
 
@@ -298,15 +310,15 @@ class AblateNeurons(Intervention):
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
-        if (
-            self.fill is not None
-            and self.terms is not None
-            and not self.fill.of(self.terms.layers, self.terms.index)
-        ):
+        fill, terms = self.fill, self.terms
+        if fill is None or terms is None:
+            return
+        if not fill.of(terms.layers, terms.index) or fill.normalized != terms.normalized:
             raise ValueError(
-                f"expected a fill of the neurons of the terms, {self.terms!r}; received {self.fill!r}; make both "
-                "with one expression"
+                f"expected a fill of the neurons of the terms, {terms!r}, normalize={terms.normalized}; received {fill!r}, "
+                f"normalize={fill.normalized}; make both with one expression and the same options"
             )
+        _check_model(fill, terms.model)
 
     def __call__(self, d: Decomposition, *, where: Where | None = None) -> Decomposition:
         terms = self.terms
@@ -316,6 +328,11 @@ class AblateNeurons(Intervention):
                 f"terms=neuron_terms(visual, images, {self.components!r}) of the same images"
             )
         terms.check(d)
+        named = _places(self.components, resolve(self.components, d, neurons=terms.d_mlp))
+        if not terms.of(*named):
+            raise ValueError(
+                f"expected terms of {self.components!r}; received {terms!r} of others; make them with the same expression"
+            )
         layers = torch.zeros(d.n_layers, dtype=torch.bool).index_fill(0, terms.layers.cpu(), True)
         chosen = Chosen.of(_as_mlps(layers, d), where, len(d)).mlps.to(d.mlps.device)
         change = -terms.coords if self.fill is None else self.fill.coords.to(terms.coords) - terms.coords
@@ -336,6 +353,8 @@ class AblateNeurons(Intervention):
                 f"expected a fill of the neurons {self.components!r}; received {fill!r} of others; make it with the "
                 "same expression"
             )
+        if fill is not None:
+            _check_model(fill, frozen(visual, fill.convention).maps.fingerprint)
         named = torch.zeros(visual.cfg.n_layers, dtype=torch.bool).index_fill(0, layers, True)
         mask = _as_mlps(named, visual)
         tokens, pooled = token_mask(self.rows, visual.cfg.n_tokens, visual.cfg), visual.cfg.pooled_rows
@@ -364,11 +383,21 @@ def neuron_places(
     chosen: Components, visual: HookedViT
 ) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
     """Layer and index of each neuron, in rising order."""
-    mask = resolve(chosen, visual, neurons=True)
+    return _places(chosen, resolve(chosen, visual, neurons=True))
+
+
+def _places(chosen: Components, mask: ComponentMask) -> tuple[Int[Tensor, " neuron"], Int[Tensor, " neuron"]]:
     if not mask.neurons.any() or mask.flat.any():
         raise ValueError(f"expected neurons alone; received {chosen!r}; for instance neurons[3, [5, 7]]")
     layers, index = mask.neurons.nonzero().T
     return layers, index
+
+
+def _check_model(fill: NeuronTerms, model: Tensor | None) -> None:
+    if fill.model is not None and model is not None and not same_model(fill.model, model):
+        raise ValueError(
+            f"expected a fill of the model that is edited; received {fill!r} of other weights; make it with the same model"
+        )
 
 
 def _as_mlps(layers: Tensor, of: Decomposition | HookedViT) -> ComponentMask:

@@ -302,8 +302,25 @@ def test_errors_say_what_to_do(
     other = decompose(make_tower(seed=8), images)
     with pytest.raises(ValueError, match="terms of the model that was decomposed; .* of other weights; make"):
         AblateNeurons(neurons[0, 4], terms=terms)(other)
-    with pytest.raises(ValueError, match="expected a fill of the neurons of the terms"):
-        AblateNeurons(neurons[0, 4], terms=terms, fill=neuron_terms(tower, images, neurons[0, 5]))
+    for unlike in (
+        neuron_terms(tower, images, neurons[0, 5]),
+        neuron_terms(tower, images, neurons[0, 4], normalize=True),
+    ):
+        with pytest.raises(ValueError, match="expected a fill of the neurons of the terms"):
+            AblateNeurons(neurons[0, 4], terms=terms, fill=unlike)
+    fill = neuron_terms(make_tower(seed=8), images, neurons[0, 4])
+    for use in (
+        lambda: AblateNeurons(neurons[0, 4], terms=terms, fill=fill),
+        lambda: AblateNeurons(neurons[0, 4], fill=fill).fwd_hooks(tower),
+    ):
+        with pytest.raises(ValueError, match="a fill of the model that is edited; .* of other weights"):
+            use()
+    for named, words in (
+        (neurons[0, [4, 5]], r"expected terms of neurons\[0, \[4, 5\]\]; received .* of others; make them"),
+        (heads | neurons[0, 4], r"expected neurons alone; received heads \| neurons\[0, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            AblateNeurons(named, terms=terms)(d)
     with pytest.raises(ValueError, match=r"a fill of the neurons neurons\[0, 5\]; received .* of others"):
         AblateNeurons(neurons[0, 5], fill=terms).fwd_hooks(tower)
     with pytest.raises(ValueError, match="expected batches of images; received none"):
