@@ -90,8 +90,8 @@ class MovedClasses(Result):
     @property
     def lead(self) -> float:
         """The highest score over the second: 1 is no lead."""
-        first, second = self.score.topk(2).values.tolist()
-        return first / second if second > 0 else 1.0
+        first, *others = self.score.topk(min(2, len(self))).values.tolist()
+        return first / others[0] if others and others[0] > 0 else 1.0
 
     def rank(self, name: int | str) -> int:
         """Where a class stands, 1 for the first; of equals, all count as the last of them.

@@ -387,7 +387,9 @@ def test_three_classes_are_ranked_and_lend_their_words(
 def test_a_lead_is_over_the_second_where_there_is_one() -> None:
     for scores, lead in (([1.0, 4.0, 2.0], 2), ([0.2, 0.1, 0.8], 4), ([0.0, 3.0, 0.0], 1)):
         of = torch.tensor(scores)
-        assert MovedClasses(("a", "b", "c"), of, of, of).lead == pytest.approx(lead)
+        found = MovedClasses(("a", "b", "c"), of, of, of)
+        assert found.lead == pytest.approx(lead)
+        assert repr(found.top(1)).endswith("lead 1.00)")
 
 
 def test_classes_are_those_that_either_brings(clean: HookedCLIP, twin: HookedCLIP) -> None:
