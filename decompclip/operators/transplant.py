@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decompclip.decomposition.components import ComponentMask, Components, heads
+from decompclip.decomposition.components import ComponentMask, Components, heads, resolve
 from decompclip.decomposition.decomposition import Decomposition, check_alike
 from decompclip.operators.ablation import Fill, Replacement, stream_values
 from decompclip.operators.intervention import Intervention, Restricted, Where, both
@@ -168,6 +168,8 @@ class Repair(Intervention):
         Repair(selector, MeanAblate(heads, moments))(d)
         with model.hooks(repair.at(d)): ...             causal, on the flags of a first pass
 
+    Flags `[batch layer head]` restrict heads alone (`Where`): a fill of MLPs edits those of every image then.
+
     Attributes:
         selector: has `flags(d)`; those of `decompclip.defenses` must be fitted.
         fill: what is done to the flagged components.
@@ -219,10 +221,19 @@ def decomp_reverse(
     Args:
         triggered: of the triggered images, in the order of the clean ones.
         selector: what says which components of which images look infected.
-        components: of which only the flagged are copied.
+        components: of which only the flagged are copied; more than heads where the flags are of all components.
         images: the triggered images, which causal mode needs.
 
     Returns:
         An intervention for the clean images.
+
+    Raises:
+        ValueError: components beside heads, for flags of heads alone.
     """
-    return Patch(components, triggered, images=images).on(selector.flags(triggered))
+    flagged = selector.flags(triggered)
+    if flagged.ndim == 3 and resolve(components, triggered).beside_heads:
+        raise ValueError(
+            f"expected heads, of which alone the selector's flags {list(flagged.shape)} speak; received {components!r}, whose "
+            "others would be copied into every image; name heads, or take a selector that flags [batch component]"
+        )
+    return Patch(components, triggered, images=images).on(flagged)

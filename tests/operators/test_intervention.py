@@ -249,6 +249,15 @@ def test_decomp_reverse_copies_flagged_heads_into_the_twin(
     torch.testing.assert_close(reverse(d).mlps, d.mlps, rtol=0, atol=0)
     changed = causal(tower, images, reverse)
     assert torch.equal((changed - tower(images)).abs().amax(1) > 1e-4, flags.flatten(1).any(1))
+    with pytest.raises(
+        ValueError, match=r"flags \[5, 3, 4\] speak; received heads \| mlps, whose others would"
+    ):
+        decomp_reverse(source, Fixed(flags), components=heads | mlps)
+    every = torch.zeros(5, 3 * 4 + 3 + 1, dtype=torch.bool)
+    every[2, 13] = True  # mlps[1]
+    both = decomp_reverse(source, Fixed(every), components=heads | mlps)(d)
+    torch.testing.assert_close(both.mlps[2, 1], source.mlps[2, 1])
+    assert torch.equal((both.features - d.features).abs().amax(1) > 1e-4, every.any(1))
 
 
 @pytest.mark.usefixtures("ours_alone")
