@@ -27,6 +27,7 @@ from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, Part, everything, heads, mlps, resolve
 from decompclip.decomposition.maps import Convention
 from decompclip.intervals import half_width
+from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.intervention import Intervention
 from decompclip.operators.parts import KIND_NAMES, ByPart, parts_of
 from decompclip.operators.patching import ImageBatches, TwoRuns, over_batches, record, writing
@@ -37,6 +38,7 @@ from decompclip.operators.scores import (
     Metric,
     Text,
     Toward,
+    class_score,
     direction,
     score_toward,
 )
@@ -168,7 +170,7 @@ def direct_and_causal(
     model: HookedViT | HookedCLIP,
     images: Float[Tensor, "batch 3 h w"] | Iterable[Float[Tensor, "_ 3 h w"]],
     intervene: Callable[[Components], Intervention],
-    toward: Toward | Float[Tensor, "class d_embed"],
+    toward: Toward | TextFeatures | Float[Tensor, "class d_embed"],
     target: Classes | None = None,
     *,
     metric: Metric = "logit_difference",
@@ -187,7 +189,7 @@ def direct_and_causal(
         images: a batch as the tower takes it, or batches one after the other.
         intervene: the edit of some components, for instance `lambda parts: MeanAblate(parts, moments)`.
         toward: what features are scored by: a text, a direction `[d_embed]` with which they are multiplied, or a function
-            of them. With `target`, the text features of all classes.
+            of them. With `target`, the text features of all classes, or `encode_texts` of them.
         target: the class scored (`ClassScore`): one for all images, or one for each.
         metric: of a target: "logit", "logit_difference" or "accuracy".
         against: of a target, the other class of the logit difference (by default the mean of all others); else a text or
@@ -202,7 +204,7 @@ def direct_and_causal(
     Raises:
         IndexError: a component, or a class, that there is not.
         TypeError: `intervene` returns no intervention.
-        ValueError: as `ClassScore`; no images; or an intervention that does not fit the model.
+        ValueError: as `ClassScore`; `against` beside a function; no images; or an intervention that does not fit the model.
     """
     visual, score = tower(model), _score(model, toward, target, metric, against)
     parts: tuple[Part, ...] = ()
@@ -251,11 +253,11 @@ def _score(
 ) -> Callable[[Tensor, slice], Tensor]:
     """A function of features, and of the numbers of their images."""
     if target is not None:
-        return ClassScore(toward, target, metric=metric, against=against)
-    if isinstance(toward, ClassScore):
-        return toward
+        return class_score(toward, target, metric, against)
     if callable(toward):
-        function: Any = toward
+        function: Any = score_toward(model, toward, against)
+        if isinstance(function, ClassScore):
+            return function
         return lambda features, rows: function(features).double().cpu()
     along = direction(model, toward, against).double()
     return lambda features, rows: (features.double() @ along.to(features.device)).cpu()

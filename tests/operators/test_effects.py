@@ -16,6 +16,7 @@ from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate, ZeroAblate
 from decompclip.operators.effects import Effects, Mode, direct_and_causal
+from decompclip.operators.inputs import TextFeatures
 from decompclip.operators.intervention import Composition, Intervention
 from decompclip.operators.scores import ClassScore
 from decompclip.tower.vit import Hook, HookedViT
@@ -260,6 +261,9 @@ def test_errors_say_what_to_do(
     fails(ValueError, "one for each of the 5 images so far; received 4", labels[:4])
     fails(ValueError, "one for each of 5 images; received 10", labels.repeat(2), components=mlps[0])
     fails(IndexError, "received layer 7", components=mlps[7])
+    fails(ValueError, r"text features \[class, d_embed\] beside a target; received 'a dog'", texts="a dog")
+    for function in (lambda x: x[:, 0], ClassScore(classifier, 2)):
+        fails(ValueError, "received it with a function; leave it out", None, texts=function, against=1)
     nothing: Any = lambda parts: None  # noqa: E731
     with pytest.raises(
         TypeError, match=r"to return an intervention; received None for mlps\[0\]; e\.g\. lambda"
@@ -286,5 +290,11 @@ def test_a_direction_scores_as_the_classes_it_lies_between(
         found = direct_and_causal(tower, images, ZeroAblate, toward, against=against, components=mlps)
         for mode in ("direct", "causal"):
             torch.testing.assert_close(getattr(found, mode), getattr(of_classes, mode), atol=1e-6, rtol=1e-4)
+    units = classifier / classifier.norm(dim=1, keepdim=True)
+    texts = TextFeatures(tuple("abcdef"), units)
+    of_texts, of_units = (
+        direct_and_causal(tower, images, ZeroAblate, x, 2, against=4, components=mlps) for x in (texts, units)
+    )
+    assert torch.equal(of_texts.causal, of_units.causal)
     own = direct_and_causal(tower, images, ZeroAblate, lambda x: x[:, 0], components=mlps)
     assert own.metric == "score" and own.causal.abs().max() > 0
