@@ -354,7 +354,9 @@ def _checked(index: object) -> Index:
         return None if index == slice(None) else index
     if isinstance(index, Integral) and not isinstance(index, bool):  # numpy's too, as tables hold them
         return int(index)
-    if isinstance(index, list | range) and all(isinstance(i, Integral) for i in index):
+    if isinstance(index, list | range) and all(
+        isinstance(i, Integral) and not isinstance(i, bool) for i in index
+    ):
         return tuple(map(int, index))
     raise TypeError(f"expected a number, a slice or a list of numbers as index; received {index!r}")
 

@@ -238,6 +238,12 @@ def test_indices_are_numpys_too() -> None:
         heads[np.float64(2)]
 
 
+def test_truth_values_are_no_numbers() -> None:
+    for index in (True, [True, False, True], [0, True]):
+        with pytest.raises(TypeError, match="expected a number, a slice or a list"):
+            heads[-1, index]
+
+
 def test_a_single_layer_and_head_are_numbers() -> None:
     assert (heads[2, 3].layer, heads[2, 3].head, mlps[-1].layer) == (2, 3, -1)
     assert (heads[1:, [0, 2]].layer, heads[1:, [0, 2]].head, heads[1].head, mlps.layer) == (None,) * 4
