@@ -232,15 +232,15 @@ def feature_terms(
     if weights.shape[-1] != x.shape[1]:  # the mean of rows over one scale
         weights = weights.expand(-1, -1, x.shape[1]) / x.shape[1]
     own, coords, units, means = weights * read.to(weights), [], [], []
-    for piece in pieces(len(x), x.shape[1] * len(sae) * 8, temporary(x.device)):
-        code = sae.read(x[piece])
-        scaled = own[piece] * code.scale.mT.to(own)
-        coords.append(scaled @ code.acts.to(own))
-        units.append(scaled.sum(-1))
-        means.append((own[piece] @ code.mean.to(own))[..., 0])
-    every, unit, mean = torch.cat(coords), torch.cat(units), torch.cat(means)
     fixed, W_dec = frozen(visual, convention), sae.W_dec.to(own)
     with full_precision(x):
+        for piece in pieces(len(x), x.shape[1] * len(sae) * 8, temporary(x.device)):
+            code = sae.read(x[piece])
+            scaled = own[piece] * code.scale.mT.to(own)
+            coords.append(scaled @ code.acts.to(own))
+            units.append(scaled.sum(-1))
+            means.append((own[piece] @ code.mean.to(own))[..., 0])
+        every, unit, mean = torch.cat(coords), torch.cat(units), torch.cat(means)
         bias = unit[..., None] * sae.b_dec.to(own) + mean[..., None]
         error = weights @ x - every @ W_dec - bias
         of_bias, of_error = (

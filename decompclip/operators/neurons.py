@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decompclip.decomposition.components import ComponentMask, Components, mlps, resolve
 from decompclip.decomposition.decomposition import Decomposition
-from decompclip.decomposition.maps import Convention, frozen, same_model, wide
+from decompclip.decomposition.maps import Convention, frozen, full_precision, same_model, wide
 from decompclip.decomposition.terms import Rows
 from decompclip.display import Result
 from decompclip.operators.ablation import TokenChoice, check_rows, fit_rows, show_rows, token_mask
@@ -211,11 +211,12 @@ def neuron_terms(
         feature = wide(visual(images))
     pooled.length = feature.norm(dim=-1) if normalize else None
     post = torch.cat([kept[name] for name in names], dim=-1)
-    rows = post[:, visual.cfg.pooled_rows]
-    coords = pooled.weights @ (rows if pooled.each else rows.mean(1, keepdim=True))
     fixed = frozen(visual, convention)
-    into = torch.einsum("jd,qdp->qjp", neuron_writes(visual, layers, index), fixed.into)
-    maps = into if fixed.read.out is None else into @ fixed.read.out
+    with full_precision(post):
+        rows = post[:, visual.cfg.pooled_rows]
+        coords = pooled.weights @ (rows if pooled.each else rows.mean(1, keepdim=True))
+        into = torch.einsum("jd,qdp->qjp", neuron_writes(visual, layers, index), fixed.into)
+        maps = into if fixed.read.out is None else into @ fixed.read.out
     return NeuronTerms(
         index=index,
         coords=coords,

@@ -192,6 +192,14 @@ def test_they_sum_in_other_towers(
     torch.testing.assert_close(terms.terms.sum(1) + terms.bias + terms.error, written(d, terms.of), **CLOSE)
 
 
+def test_autocast_rounds_the_tower_and_not_the_terms(tower: HookedViT, images: Tensor) -> None:
+    exact = feature_terms(tower, made(), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        d, rough = decompose(tower, images), feature_terms(tower, made(), images)
+    assert rough.coords.dtype == rough.error.dtype == torch.float32 and torch.equal(rough.maps, exact.maps)
+    torch.testing.assert_close(rough.terms.sum(1) + rough.bias + rough.error, written(d, mlps[1]), **CLOSE)
+
+
 def test_a_feature_s_term_is_its_activation_times_its_direction(tower: HookedViT, images: Tensor) -> None:
     """The slow way: the class token's activation, the direction centred, over the last scale, through the projection."""
     sae = made(**KINDS["jumprelu"])

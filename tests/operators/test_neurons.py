@@ -82,6 +82,19 @@ def test_all_neurons_and_the_bias_sum_to_the_mlps_term(
     torch.testing.assert_close(terms.terms * length, plain.terms)
 
 
+def test_autocast_rounds_the_tower_and_not_the_terms(tower: HookedViT, images: Tensor) -> None:
+    chosen, exact = neurons[-1, 20:], neuron_terms(tower, images, neurons[-1, 20:])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = neuron_terms(tower, images, chosen)
+        scale: list[Tensor] = []
+        hooks: list[Any] = [("blocks.2.mlp.hook_post", lambda x, hook: x)]
+        hooks += [("ln_final.hook_scale", lambda x, hook: scale.append(x.float()))]
+        with tower.hooks(fwd_hooks=hooks):
+            tower(images)
+    assert rough.coords.dtype == torch.float32 and torch.equal(rough.maps, exact.maps)
+    torch.testing.assert_close(rough.coords[:, 0], rough.post[:, 0] / scale[0][:, 0])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
