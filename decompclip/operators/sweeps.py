@@ -64,7 +64,9 @@ class Shared:
         if moments is None:
             return Shared(weights, to_class)
         fills = (moments.heads, moments.mlps, moments.embed)
-        return Shared(weights, to_class, *((term @ weights.double()).to(weights) for term in fills))
+        return Shared(
+            weights, to_class, *((term.to(weights.device) @ weights.double()).to(weights) for term in fills)
+        )
 
 
 @dataclass(frozen=True, eq=False)

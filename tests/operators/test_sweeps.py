@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decompclip.decomposition.capture import decompose
 from decompclip.decomposition.components import Components, embed, heads, mlps
@@ -141,6 +142,13 @@ def test_the_way_to_the_logits_is_the_cheaper_one(
     d = decompose(make_tower(d_embed=16), images)
     assert Shared.of(d, None, noise(32, 16)).to_class is not None
     assert Shared.of(d, None, noise(33, 16)).to_class is None
+
+
+def test_moments_may_be_on_another_device(d: Decomposition, moments: Moments, classifier: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that need not be there
+        shared = Shared.of(d.to("cuda"), moments, classifier)
+    for fill in (shared.heads, shared.mlps, shared.embed):
+        assert fill is not None and fill.device.type == "cuda"
 
 
 def test_batches_and_chunks_change_nothing(
