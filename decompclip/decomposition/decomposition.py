@@ -497,12 +497,11 @@ def batches(data: Decomposition | Iterable[Decomposition]) -> Iterator[Decomposi
     """Decompositions one after another: of several, of one, or of a `Store`, which is read shard by shard.
 
     Raises:
-        TypeError: images, a model or another thing in their place.
+        TypeError: images, a model or another thing in their place, or among them.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        check_terms(data)
-    for d in [data] if isinstance(data, Decomposition) else data:
-        yield from d.shards() if isinstance(d, Decomposition) else [d]
+    for d in data if isinstance(data, Iterable) else [data]:
+        check_terms(d)
+        yield from d.shards()
 
 
 def by_shards(method: F) -> F:

@@ -178,11 +178,6 @@ class Points:
         """
         points = None
         for batch in batches(d):
-            if not isinstance(batch, Decomposition):
-                raise TypeError(
-                    f"expected a Decomposition, or an iterable of them; received {type(batch).__name__} in it; make "
-                    "one with model.decompose(images)"
-                )
             if points is None:
                 points = Points(batch, components)
             check_alike(points, batch)

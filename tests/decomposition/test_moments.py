@@ -112,6 +112,8 @@ def test_errors_say_what_to_do(make_tower: Callable[..., HookedViT], tower: Hook
         moments.covariance("mlps")
     with pytest.raises(ValueError, match="expected batches of images; received none"):
         Moments.fit(tower, [])
+    with pytest.raises(TypeError, match="expected a decomposition, as .* received a Tensor"):
+        Moments.of(iter([many()]))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least one image; received an empty one"):
         Moments.of(decompose(tower, many())[:0])
     with pytest.raises(ValueError, match=r"convention='centred'.*received convention='paper'"):

@@ -199,7 +199,7 @@ def test_errors_say_what_to_do(
             DecompDet(components=wrong).fit(clean)
     with pytest.raises(ValueError, match="whose similarities a quantile is taken of; received their moments"):
         DecompDet(threshold="quantile").fit(Moments.of(clean))
-    with pytest.raises(ValueError, match="received their moments"):
+    with pytest.raises(TypeError, match="expected a decomposition, .* received a Moments"):
         DecompDet(threshold="quantile").fit([clean, Moments.of(clean)])  # pyright: ignore[reportArgumentType]
     other = decompose(
         make_tower(seed=8, layer_scale=True), drawn(4, 1), convention=clean.convention, normalize=True

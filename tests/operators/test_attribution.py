@@ -309,6 +309,7 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
             {},
             r"expected a decomposition, as model.decompose\(images\) gives; received a Tensor",
         ),
+        ([terms, images], "a star", {}, "received a Tensor"),
         (model, "a star", {}, "received a HookedCLIP"),
     ]
     for what, wrong, options, words in others:

@@ -401,7 +401,7 @@ def test_errors_say_what_to_do(a: Decomposition, b: Decomposition, tower: Hooked
         paired=True,
     )
     fails(ValueError, "at least one image; received none; check the image source", [], b)
-    fails(TypeError, r"received Tensor in it; make one with model\.decompose", [a.coords], b)
+    fails(TypeError, r"as model\.decompose\(images\) gives; received a Tensor", [a.coords], b)
     fails(TypeError, r"components such as heads\[-1\] \| mlps; received 'heads'", a, b, components="heads")
     fails(IndexError, "received layer 3", a, b, components=heads[3])
     fails(ValueError, "which names none", a, b, components=heads - heads)
