@@ -145,7 +145,7 @@ def _direction(d: Decomposition, toward: Any, model: HookedCLIP | None) -> Float
         raise ValueError(
             f"expected a direction, or the model that encodes the text; received {toward!r} alone; pass model=model"
         )
-    mark = term_maps(model.visual, d.convention).fingerprint
+    mark = term_maps(tower(model), d.convention).fingerprint
     _check_model(mark, d.maps.fingerprint, repr(model), "decompose its own images")
     return direction(model, toward)
 

@@ -328,6 +328,8 @@ def test_mistakes_are_told(terms: Decomposition, model: HookedCLIP, world: Any, 
         attribute([terms, paper], text)
     with pytest.raises(LookupError, match="kept its tokens"):
         attribute(model.decompose(images), text, tokens=True)
+    with pytest.raises(ValueError, match="for an image tower, which reads no text; received"):
+        attribute(terms, "a star", model=model.visual)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="at least one image"):
         attribute(terms[:0], text)
     with pytest.raises(LookupError, match="a text of 1: 'a star'; received 'a ring'"):
