@@ -215,10 +215,10 @@ class TextSpans(Result):
             ValueError: `d` is of another model, convention or normalization.
         """
         self.means.check(d)
-        edited: dict[str, Tensor] = {}
+        edited = {name: getattr(d, name).clone() for name in {span.part.field for span in self.spans}}
         for span in self.spans:
             name, at = span.part.field, span.part.place
-            terms = edited.setdefault(name, getattr(d, name).clone())
+            terms = edited[name]
             place = (slice(None), *at)
             if name != "coords" or d.maps.direct:
                 terms[place] = span.reconstruct(terms[place], n_texts)

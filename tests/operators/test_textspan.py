@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -409,6 +409,24 @@ def test_reconstruction_edits_these_components_alone(d: Decomposition, which: An
             edited.mlps[:, layer], found[0, "mlp"].reconstruct(expected) if mask.mlps[layer] else expected
         )
     assert torch.equal(edited.embed, d.embed) != mask.embed
+
+
+def test_terms_are_read_once_for_all_components(d: Decomposition) -> None:
+    """Those of a store lie on the disk."""
+    reads: list[str] = []
+
+    class Counted(Decomposition):
+        def __getattribute__(self, name: str) -> Any:
+            reads.append(name)
+            return super().__getattribute__(name)
+
+    counted, counts = Counted(**{field.name: getattr(d, field.name) for field in fields(d)}), []
+    for which in (heads[-1, 0], heads[-1]):
+        found = fit_textspans(Moments.of(d), pool_of(80, d.d_embed), which, n_texts=3)
+        reads.clear()
+        found.reconstruct(counted)
+        counts.append(reads.count("coords"))
+    assert counts[0] == counts[1]
 
 
 def test_accuracy_between_means_and_all_there_is(model: HookedCLIP, spans: TextSpans) -> None:
