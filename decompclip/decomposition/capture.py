@@ -120,21 +120,33 @@ def _exact(
     of_images: dict[str, Any] = terms.of_images
     target = feature if rows.length is None else feature / rows.length[:, None]
     d = Decomposition(**of_images, maps=fixed.maps, normalized=normalize, target=target)
-    if not d.sum_error <= tolerance:
-        if not feature.isfinite().all():
-            raise DecompositionError(
-                "expected finite features; received infinite ones or nan from the tower; check the images, and run "
-                "the model in float32"
-            )
-        raise DecompositionError(
-            f"expected terms that sum to the feature within {tolerance:.1e} of its largest entry; received a miss "
-            f"of {d.sum_error:.1e}: a hook edits the stream where no term records it (hook_result, "
-            "hook_attn_out, hook_resid_*, ln_final.hook_normalized); edit hook_z, hook_mlp_out or hook_ln_pre, "
-            "or pass tolerance="
-        )
+    _check_sum(
+        d,
+        tolerance,
+        "decompose",
+        "the stream where no term records it (hook_result, hook_attn_out, hook_resid_*, ln_final.hook_normalized); edit "
+        "hook_z, hook_mlp_out or hook_ln_pre",
+    )
     if attention is None:
         return d
     return replace(d, token_terms=attention.terms(fixed, rows, terms.z, convention, tolerance))
+
+
+def _check_sum(d: Decomposition, tolerance: float, function: str, unrecorded: str) -> None:
+    """Raises DecompositionError where terms miss their feature: `unrecorded` says which hooks may do so, and what to edit."""
+    if d.sum_error <= tolerance:
+        return
+    assert d.target is not None
+    if not d.target.isfinite().all():
+        raise DecompositionError(
+            "expected finite features; received infinite ones or nan from the tower; check the images, and run "
+            "the model in float32"
+        )
+    raise DecompositionError(
+        f"expected terms that sum to the feature within {tolerance:.1e} of its largest entry; received a miss "
+        f"of {d.sum_error:.1e}: a hook edits {unrecorded}, or call "
+        f"`decompclip.decomposition.capture.{function}(model.visual, images, tolerance=...)`"
+    )
 
 
 def _held(visual: HookedViT, images: Tensor, kept: Bool[Tensor, "layer head"] | None) -> int:
@@ -160,7 +172,11 @@ def _kept(visual: HookedViT, tokens: Components | bool | None) -> Bool[Tensor, "
     if not isinstance(chosen, Components):
         raise TypeError(f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}")
     kept = resolve(chosen, visual).heads
-    return kept if any(kept.flatten().tolist()) else None
+    if not any(kept.flatten().tolist()):
+        raise TypeError(
+            f"expected tokens=True, or heads such as heads[-1]; received {tokens!r}, which names none"
+        )
+    return kept
 
 
 @torch.no_grad()
@@ -187,7 +203,7 @@ def decompose_pool(
         Terms that sum to the features; that of the embedding is zero, and so is the MLP's where the pool has none.
 
     Raises:
-        DecompositionError: the terms miss the feature: a hook edits what no term records.
+        DecompositionError: the terms miss the feature: a hook edits what no term records; or it is not finite.
         ValueError: the tower pools otherwise, or images of another size.
     """
     pool = visual.pool
@@ -244,10 +260,10 @@ def decompose_pool(
             target=feature / length[:, None],
             token_terms=held,
         )
-        if not d.sum_error <= (TOLERANCE[dtype_of(visual)] if tolerance is None else tolerance):
-            raise DecompositionError(
-                f"expected terms of the pool that sum to the feature; received a miss of {d.sum_error:.1e}: a hook edits what no "
-                "term records (hook_attn_out of the pool, ln_final.hook_normalized); edit pool.hook_z or hook_mlp_out, or "
-                "pass tolerance="
-            )
+        _check_sum(
+            d,
+            TOLERANCE[dtype_of(visual)] if tolerance is None else tolerance,
+            "decompose_pool",
+            "what no term records (hook_attn_out of the pool, ln_final.hook_normalized); edit pool.hook_z or hook_mlp_out",
+        )
     return d

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decompclip.decomposition.capture import TOLERANCE, decompose, dtype_of
-from decompclip.decomposition.components import heads
+from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import Convention, term_maps
 from decompclip.decomposition.terms import DecompositionError
@@ -422,7 +422,10 @@ def test_a_write_past_the_components_is_caught(tower: HookedViT, images: Tensor)
     for name in ("blocks.1.hook_attn_out", "blocks.2.hook_resid_mid", "ln_final.hook_normalized"):
         with (
             tower.hooks(fwd_hooks=[(name, lambda x, hook: x * 1.5)]),
-            pytest.raises(DecompositionError, match=r"a miss of .*: a hook edits the stream where no term"),
+            pytest.raises(
+                DecompositionError,
+                match=r"a miss of .*: a hook edits the stream where no .*capture\.decompose\(",
+            ),
         ):
             decompose(tower, images)
     with tower.hooks(fwd_hooks=[("blocks.1.hook_attn_out", lambda x, hook: x * 1.5)]):
@@ -494,6 +497,8 @@ def test_tokens_are_heads(ours_alone: None, tower: HookedViT, images: Tensor) ->
         TypeError, match=r"expected tokens=True, or heads such as heads\[-1\]; received 'last'"
     ):
         decompose(tower, images, tokens="last")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"received mlps\[1\], which names none"):
+        decompose(tower, images, tokens=mlps[1])
 
 
 def test_how_far_terms_may_miss_their_feature(tower: HookedViT, images: Tensor) -> None:

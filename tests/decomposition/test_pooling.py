@@ -110,9 +110,11 @@ def test_mistakes_are_told(make_tower: MakeTower, tower: HookedViT, images: Tens
     visual = make_tower(**FAMILIES["PE"])
     with (
         visual.hooks(fwd_hooks=[("pool.hook_attn_out", lambda x, hook: x + 1)]),
-        pytest.raises(DecompositionError, match="edit pool.hook_z"),
+        pytest.raises(DecompositionError, match=r"edit pool.hook_z or .*capture\.decompose_pool"),
     ):
         decompose_pool(visual, images)
+    with pytest.raises(DecompositionError, match="finite features; received infinite ones or nan"):
+        decompose_pool(visual, images * torch.nan)
 
 
 def test_a_miss_as_large_as_the_tolerance_is_allowed(make_tower: MakeTower, images: Tensor) -> None:
