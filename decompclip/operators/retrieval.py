@@ -24,6 +24,7 @@ from decompclip.data.pixels import bytes_of
 from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.components import Components, heads as all_heads
 from decompclip.decomposition.decomposition import Decomposition, check_terms
+from decompclip.decomposition.maps import same_model
 from decompclip.display import Result
 from decompclip.operators.attribution import attribute
 from decompclip.operators.inputs import TextFeatures
@@ -323,7 +324,7 @@ def heads_for(
         IndexError: a component that the tower does not have.
         KeyError: a component without a description among `spans`.
         ValueError: neither labels nor a model; fewer than two values, or values that the text tower does not tell apart; an
-            argument that has no meaning with labels, or without; or as `probe`.
+            argument that has no meaning with labels, or without; descriptions of another model; or as `probe`.
     """
     if labels is not None:
         of_texts = {"values": values, "model": model, "spans": spans, "templates": templates}
@@ -361,7 +362,7 @@ def heads_for(
         variance = torch.stack([(x - x.mean(0)).square().sum() for x in spread])
         within = (along.values - along.mean).double().square().sum((0, 2))
         score = torch.where(variance > 0, within / variance, 0)
-        named = None if spans is None else _named(spans, parts, property, words)
+        named = None if spans is None else _named(_spans_of(spans, d, components), property, words)
     order = score.argsort(descending=True, stable=True)
     return PropertyHeads(
         parts=tuple(parts[i] for i in order.tolist()),
@@ -388,20 +389,21 @@ def _values(property: str, values: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _named(
-    spans: TextSpans, parts: Sequence[Part], property: str, values: Sequence[str]
-) -> Float[Tensor, " part"]:
-    """Share of each part's descriptions that name a value, weighted by what each explains."""
-    described = {str(span.part): span for span in spans.spans}
-    missing = [str(part) for part in parts if str(part) not in described]
-    if missing:
-        raise KeyError(
-            f"expected descriptions of all {len(parts)} components; received none of {missing[0]}; describe the same "
-            "components with textspans"
+def _spans_of(spans: TextSpans, d: Decomposition, components: Components) -> TextSpans:
+    """The descriptions of these components, in the order that a decomposition has them."""
+    ours, theirs = spans.means.maps.fingerprint, d.maps.fingerprint
+    if ours is not None and theirs is not None and not same_model(ours, theirs):
+        raise ValueError(
+            f"expected descriptions of the model that was decomposed; received {spans!r} of other weights; make them with "
+            "textspans on the same model"
         )
+    return spans[components]
+
+
+def _named(spans: TextSpans, property: str, values: Sequence[str]) -> Float[Tensor, " part"]:
+    """Share of each part's descriptions that name a value, weighted by what each explains."""
     shares = []
-    for part in parts:
-        span = described[str(part)]
+    for span in spans:
         gains = torch.diff(span.variance_explained, prepend=span.variance_explained.new_zeros(1)).clamp_min(0)
         found = named_property(span.texts, {property: values}, weights=gains.tolist())
         shares.append(found.shares[property])

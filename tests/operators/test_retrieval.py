@@ -284,5 +284,14 @@ def test_mistakes_are_told(model: HookedCLIP, terms: Decomposition, batch: Any) 
     ):
         heads_for(terms, "kind", ["wug", "dax"], model=model)
     spans = textspans(model, heads[1], images=terms, n_texts=2)
-    with pytest.raises(KeyError, match=r"received none of heads\[0, 0\]"):
+    with pytest.raises(
+        KeyError, match=r"received heads\[0, 0\] and .*, which were not; run textspans on them"
+    ):
         heads_for(terms, "colour", model=model, spans=spans)
+    backdoored = load_bundled("shapes-badnet")
+    theirs = backdoored.decompose(model.normalize(batch.images[:40]), normalize=True)
+    spans = textspans(backdoored, heads[1], images=theirs, n_texts=2)
+    with pytest.raises(
+        ValueError, match="descriptions of the model that was decomposed; .* of other weights"
+    ):
+        heads_for(terms, "colour", model=model, spans=spans, components=heads[1])
