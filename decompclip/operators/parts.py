@@ -89,7 +89,7 @@ def place_of(which: int | str, known: Sequence[str], what: str) -> int:
         return list(known).index(which)
     if isinstance(which, str) or not -len(known) <= which < len(known):
         raise LookupError(
-            f"expected a {what} of {len(known)}: {some([*map(repr, known)], 6)}; received {which!r}"
+            f"expected {'an' if what[0] in 'aeiou' else 'a'} {what} of {len(known)}: {some([*map(repr, known)], 6)}; received {which!r}"
         )
     return which % len(known)
 

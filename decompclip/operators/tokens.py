@@ -20,6 +20,7 @@ from decompclip.decomposition.terms import TokenTerms
 from decompclip.display import some
 from decompclip.operators.ablation import check_rows, token_mask
 from decompclip.operators.intervention import Chosen, Intervention, Where
+from decompclip.operators.parts import place_of
 from decompclip.tower.layers import blocks
 from decompclip.tower.vit import Hook, HookedViT
 
@@ -244,22 +245,23 @@ class TokenMaps:
             )
         return self.patches[self.heads.index((layer, head))]
 
-    def select(self, maps: Sequence[int] | None = None, images: Sequence[int] | None = None) -> TokenMaps:
-        """Some of the maps, of some of the images, by their places.
+    def select(
+        self, maps: Sequence[int | str] | None = None, images: Sequence[int | str] | None = None
+    ) -> TokenMaps:
+        """Some of the maps, of some of the images, by their places, or by `labels` and `names`.
 
         Raises:
-            IndexError: there is no such map or image.
+            LookupError: there is no such map or image.
         """
-        count = len(self.patches)
-        maps = range(count) if maps is None else [_place(i, count, "a map") for i in maps]
-        images = range(len(self)) if images is None else [_place(i, len(self), "an image") for i in images]
-        rows, columns = torch.tensor(list(maps), dtype=torch.long), list(images)
+        chosen = range(len(self.patches)) if maps is None else [place_of(i, self.labels, "map") for i in maps]
+        shown = range(len(self)) if images is None else [place_of(i, self.names, "image") for i in images]
+        rows, columns = torch.tensor(list(chosen), dtype=torch.long), list(shown)
         return replace(
             self,
             patches=self.patches[rows][:, columns],
             prefix=self.prefix[rows][:, columns],
-            heads=tuple(self.heads[i] for i in maps) if self.heads else (),
-            names=tuple(self.names[i] for i in images),
+            heads=tuple(self.heads[i] for i in chosen) if self.heads else (),
+            names=tuple(self.names[i] for i in shown),
             pictures=None if self.pictures is None else self.pictures[columns],
         )
 
@@ -332,9 +334,3 @@ class TokenMaps:
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(repr(self))}</p>"
-
-
-def _place(index: int, size: int, what: str) -> int:
-    if not -size <= index < size:
-        raise IndexError(f"expected {what} in 0..{size - 1}; received {index}")
-    return index % size

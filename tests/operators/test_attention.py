@@ -214,9 +214,10 @@ def test_selecting_and_asking(tower: HookedViT, images: Tensor) -> None:
     assert torch.equal(some.of(2, 0), maps.of(2, 0)[[4, 0]])
     with pytest.raises(LookupError, match=r"among head 2\.0, head 2\.1, .*received 1\.0; .*heads\[1, 0\]"):
         maps.of(1, 0)
-    with pytest.raises(IndexError, match=r"expected a map in 0\.\.3; received 4"):
+    assert torch.equal(maps.select(["head 2.3"], ["e", "a"]).patches, some.patches[:1])
+    with pytest.raises(LookupError, match=r"expected a map of 4: 'head 2\.0', .*; received 4"):
         maps.select([4])
-    with pytest.raises(IndexError, match=r"expected an image in 0\.\.4; received -6"):
+    with pytest.raises(LookupError, match=r"expected an image of 5: 'a', .*; received -6"):
         maps.select(images=[-6])
 
 
