@@ -217,12 +217,8 @@ class Decomposition:
             raise ValueError(
                 f"expected one direction for each image, {list(self.embed.shape)}; received {list(directions.shape)}"
             )
-        if self.token_terms is None:
-            raise LookupError(
-                "expected a decomposition that kept its tokens; ask for them: decompose(images, tokens=True)"
-            )
+        terms, maps = self._asked(None, None), self.maps
         with full_precision(self.embed):
-            terms, maps = self.token_terms, self.maps
             towards = directions.to(self.coords.dtype)
             if maps.direct:
                 assert maps.tokens is not None and maps.out is not None

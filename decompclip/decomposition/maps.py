@@ -400,13 +400,12 @@ def _build(visual: HookedViT, convention: Convention) -> Frozen:
         eye = torch.eye(visual.cfg.d_embed).to(write.W).expand(*write.W.shape[:2], -1, -1)
         maps = TermMaps(eye, bias, names, convention, tokens=tokens, out=read.out, fingerprint=mark)
         return Frozen(read, write, into, maps)
-    heads, extras = write.W @ into[0], write.W.new_empty(0)
+    heads, extras = write.W @ into[0], 0
     if convention == "paper":
-        extras = _extras(visual, read, write)
-        heads = torch.cat([heads, extras[:, None].expand(-1, heads.shape[1], -1, -1)], dim=2)
-    maps = TermMaps(
-        heads, bias, names, convention, extras.shape[1] if extras.numel() else 0, fingerprint=mark
-    )
+        added = _extras(visual, read, write)
+        heads = torch.cat([heads, added[:, None].expand(-1, heads.shape[1], -1, -1)], dim=2)
+        extras = added.shape[1]
+    maps = TermMaps(heads, bias, names, convention, extras, fingerprint=mark)
     return Frozen(read, write, into, maps)
 
 

@@ -116,8 +116,7 @@ def edit_terms(d: Decomposition, mask: ComponentMask, fill: Fill, where: Where |
     replace("coords", chosen.heads, fill.heads, 1)
     replace("mlps", chosen.mlps, fill.mlps, 1)
     replace("embed", chosen.embed, fill.embed, 1)
-    if chosen.pool.any():
-        replace("pool", chosen.pool, fill.pool, 2)
+    replace("pool", chosen.pool, fill.pool, 2)
     return d.edit(**edited)
 
 

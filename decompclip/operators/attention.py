@@ -234,7 +234,6 @@ def _read(
     batch_size: int,
 ) -> Iterator[Read]:
     """One forward pass a batch; of each, what `read` says of all chosen heads."""
-    heads_of(tower(model).cfg, components)
     for batch in image_batches(images, batch_size=batch_size, device=model.device):
         take = partial(decompose, model) if isinstance(model, HookedViT) else model.decompose
         d = take(batch, tokens=components, **options)

@@ -171,14 +171,13 @@ class Chosen:
         )
 
 
-def check_where(where: Tensor | None, expected: tuple[int, int, int], components: int | None = None) -> None:
+def check_where(where: Tensor | None, expected: tuple[int, int, int], components: int) -> None:
     """Raises ValueError unless `where` is a mask of an expected shape (or there is none)."""
     if where is None:
         return
-    shapes = [expected, *([(expected[0], components)] if components else [])]
-    if tuple(where.shape) not in shapes or where.dtype != torch.bool:
-        also = f" or [batch, component] = {list(shapes[1])}" if components else ""
+    flat = (expected[0], components)
+    if tuple(where.shape) not in (expected, flat) or where.dtype != torch.bool:
         raise ValueError(
-            f"expected where as a boolean mask [batch, layer, head] = {list(expected)}{also}; received {where.dtype} "
-            f"{list(where.shape)}; give one row for each image of this very batch"
+            f"expected where as a boolean mask [batch, layer, head] = {list(expected)} or [batch, component] = {list(flat)}; "
+            f"received {where.dtype} {list(where.shape)}; give one row for each image of this very batch"
         )

@@ -22,7 +22,7 @@ import timm
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -128,8 +128,6 @@ def _activation(layer: object) -> Activation | None:
     """Which activation a module of torch's, timm's or open_clip's is; None if it is none that is known."""
     if isinstance(layer, nn.GELU):
         return "gelu_tanh" if layer.approximate == "tanh" else "gelu"
-    if isinstance(layer, QuickGELU):
-        return "quick_gelu"
     known: dict[str, Activation] = {
         "GELU": "gelu",
         "GELUTanh": "gelu_tanh",
@@ -155,9 +153,7 @@ def _native_config(tower: VisionTransformer) -> ViTConfig:
     # "parallel" and "cascade" pools are marked as untested in open_clip, and no configuration has them.
     odd_pool = source.pool_type not in ("tok", "avg") or _there(source, "attn_pool_contrastive")
     unknown = plain and any(_activation(block.mlp.gelu) is None for block in blocks)
-    refuse(
-        "VisionTransformer", ["pool"] * odd_pool + ["block"] * (not plain) + ["activation"] * bool(unknown)
-    )
+    refuse("VisionTransformer", ["pool"] * odd_pool + ["block"] * (not plain) + ["activation"] * unknown)
     block, d_model = blocks[0], source.conv1.out_channels
     pooling: dict[str, Any] = {}
     if pool is not None:

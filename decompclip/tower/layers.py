@@ -256,19 +256,6 @@ class MLP(nn.Module):
             self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
 
-    @classmethod
-    def of(cls, config: ViTConfig) -> MLP:
-        """The MLP of a block."""
-        return cls(
-            config.d_model,
-            config.d_mlp,
-            config.activation,
-            gated=config.gated,
-            norm=config.mlp_norm,
-            norm_in=config.mlp_norm_in,
-            eps=config.ln_eps,
-        )
-
     def forward(self, x: Float[Tensor, "batch row d_in"]) -> Float[Tensor, "batch row d_in"]:
         x = x if self.ln_in is None else self.ln_in(x)
         pre = F.linear(x, self.W_in, self.b_in)
@@ -366,7 +353,15 @@ class Block(nn.Module):
         self.ln1 = LayerNorm(config.d_model, config.ln_eps)
         self.attn = Attention(config)
         self.ln2 = LayerNorm(config.d_model, config.ln_eps)
-        self.mlp = MLP.of(config)
+        self.mlp = MLP(
+            config.d_model,
+            config.d_mlp,
+            config.activation,
+            gated=config.gated,
+            norm=config.mlp_norm,
+            norm_in=config.mlp_norm_in,
+            eps=config.ln_eps,
+        )
         self.post_norm = config.norm == "post"
         ones = torch.ones(config.d_model)
         self.ls1 = nn.Parameter(ones.clone()) if config.layer_scale else None
