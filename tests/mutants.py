@@ -368,11 +368,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "shares = (torch.cat(parts) if len(parts) >= 1 else parts[0]).unflatten(1, values.shape[1:3])",
     ): "a copy of a single part",
     (
-        "decompclip/decomposition/moments.py",
-        "return self.merge(Moments.of(d, second=self.scatter is not None))",
-        "return self.merge(Moments.of(d))",
-    ): "what one side lacks the union lacks",
-    (
         "decompclip/decomposition/terms.py",
         "if not error <= tolerance:",
         "if not error < tolerance:",

@@ -100,17 +100,6 @@ class Moments:
         form: dict[str, Any] = {"maps": d.maps, "normalized": d.normalized}
         return Moments(len(d), **means, **form, scatter=scatter)
 
-    def update(self, d: Decomposition) -> Moments:
-        """These moments and those of one more batch, together; stream means are lost, for `d` has none.
-
-        Args:
-            d: the batch.
-
-        Raises:
-            ValueError: the batch is of another convention, normalization or model, or empty.
-        """
-        return self.merge(Moments.of(d, second=self.scatter is not None))
-
     def merge(self, other: Moments) -> Moments:
         """The moments of the union. What only one side has (second moments, stream means) is dropped.
 

@@ -232,7 +232,7 @@ def textspan(
     """Descriptions of one head, or of the MLP of a layer.
 
     Args:
-        model: whose texts and images tower are read.
+        model: whose text tower and image tower are used.
         layer: its number; -1 is the last.
         head: its number, or "mlp".
         images: as the tower takes them, in one tensor or in batches; a source such as `FolderSource`; or what they left
@@ -280,7 +280,7 @@ def textspans(
     """Descriptions of several components, from one pass over the images.
 
     Args:
-        model: as in `textspan`, as all others but `components`.
+        model: as in `textspan`; so are all other arguments but `components`.
         components: which.
         images: whose terms are described.
         texts: to pick from.
@@ -311,7 +311,7 @@ def textspans(
             images = Moments.fit(model, batches, convention=convention, stream=False)
     ours, theirs = term_maps(model.visual, images.maps.convention), images.maps.fingerprint
     if theirs is None or ours.fingerprint is None or not same_model(ours.fingerprint, theirs):
-        images.check_model(ours)  # of the pools, maps of the same model have another shape
+        images.check_model(ours)  # `decompose_pool`'s maps have another shape, though the model is the same
     return fit_textspans(
         images,
         encode_texts(model, texts),
@@ -373,7 +373,6 @@ def fit_textspans(
                     tuple(indices),
                     picks.explained[row][kept],
                     rank=int(space.rank[row]),
-                    total_variance=float(space.total[row]),
                     mean=means[row],
                     directions=picks.directions[row][kept],
                     features=texts.features[indices],

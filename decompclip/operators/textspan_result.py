@@ -33,7 +33,6 @@ class TextSpan(Result):
         indices: their numbers in the pool.
         variance_explained: share of the component's variance that the texts so far account for.
         rank: dimension of the space that the texts were projected on.
-        total_variance: of the component's terms, summed over the joint space.
         mean: of the terms.
         directions: orthonormal; the first p span what the first p texts (projected) span.
         features: of the texts, as `role_change` compares them.
@@ -45,7 +44,6 @@ class TextSpan(Result):
     indices: tuple[int, ...]
     variance_explained: Float[Tensor, " pick"]
     rank: int
-    total_variance: float
     mean: Float[Tensor, " d_embed"]
     directions: Float[Tensor, "pick d_embed"]
     features: Float[Tensor, "pick d_embed"]

@@ -64,7 +64,10 @@ def test_merging_is_the_union_in_any_order(tower: HookedViT) -> None:
     assert_same(a.merge(b).merge(c), c.merge(a.merge(b)))
     assert_same(a.merge(b).merge(c), Moments.fit(tower, [many()]))
     d = decompose(tower, many()[3:17])
-    assert_same(Moments.of(decompose(tower, many()[:3])).update(d), Moments.of(decompose(tower, many()[:17])))
+    assert_same(
+        Moments.of(decompose(tower, many()[:3])).merge(Moments.of(d)),
+        Moments.of(decompose(tower, many()[:17])),
+    )
 
 
 def test_what_one_side_lacks_the_union_lacks(tower: HookedViT) -> None:

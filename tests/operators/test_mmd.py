@@ -247,7 +247,7 @@ def test_terms_that_are_not_finite_are_refused(
     with pytest.raises(ValueError, match=words.format(4)):
         Moments.of(bad)
     with pytest.raises(ValueError, match="finite terms"):
-        Moments.of(a).update(bad)
+        Moments.of(a).merge(Moments.of(bad))
 
 
 def test_the_same_images_twice_are_no_further_apart_than_chance(a: Decomposition) -> None:
