@@ -150,7 +150,7 @@ def _check_sum(d: Decomposition, tolerance: float, function: str, unrecorded: st
 
 
 def _held(visual: HookedViT, images: Tensor, kept: Bool[Tensor, "layer head"] | None) -> int:
-    """Bytes an image that are held until the run ends, beside what it returns."""
+    """How many bytes an image holds until the run ends; the result is not counted."""
     cfg, heads = visual.cfg, 0 if kept is None else sum(kept.flatten().tolist())
     rows = len(range(cfg.n_tokens)[cfg.pooled_rows]) if Rows.all_rows(cfg) else 0
     writes = (2 * cfg.n_layers + 1) * cfg.d_model * rows * dtype_of(visual).itemsize

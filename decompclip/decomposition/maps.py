@@ -152,7 +152,7 @@ def writing(visual: HookedViT) -> Writing:
 
 
 PAIRS = 8
-"""Products a weight: an edit of one neuron among hundreds, which one product misses in one case of five, is seen."""
+"""Products taken of each weight: one alone misses an edit of one neuron among hundreds in one case of five; eight see it."""
 
 
 @torch.no_grad()

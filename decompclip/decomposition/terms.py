@@ -368,7 +368,7 @@ class AttentionCapture:
 
     @staticmethod
     def held(cfg: ViTConfig, heads: int) -> int:
-        """Numbers an image that are held for so many heads until the end, beside the result."""
+        """How many numbers an image holds until the run ends, for so many heads; the result is not counted."""
         rows = len(range(cfg.n_tokens)[cfg.pooled_rows])
         return 0 if cfg.pool == "cls" else heads * cfg.d_head * (rows + cfg.n_tokens)
 

@@ -101,10 +101,10 @@ def extract(
 
     Args:
         model: whose image tower is decomposed.
-        data: images in [0, 1] of the model's size (as `model.pixels` gives them), with classes where they are known.
-        out: the folder: a new one, or that of the same run: with the same model, options, preprocessing, names and classes, and
-            files of the same size and time; the pixels of a data set without files are compared for the first image alone. A
+        data: images in [0, 1] of the model's size (as `model.pixels` gives them), with classes where they are known. A
             `PairStream` over webdataset's reader (pipes, URLs) or a streamed data set of Hugging Face's needs no captions.
+        out: a new folder, or one of the same run: same model, options, preprocessing, names and classes, and image files of
+            unchanged size and time (of data without files, only the first image's pixels are compared).
         dtype: of the stored terms; what it costs is measured and written down.
         moments_only: keep means and second moments alone (means of the stream too, for causal mode), in fp64: as much on disk
             and in memory whatever the number of images.

@@ -340,7 +340,7 @@ def layer_mmd(
 ) -> MMD:
     """Squared MMD of the heads of each layer together, and of each layer's MLP (paper, figure 8d).
 
-    All in full, and errors, with `head_mmd`.
+    `head_mmd` describes the arguments in full, and the errors.
 
     Args:
         a: a decomposition, or a stream of batches.

@@ -230,7 +230,7 @@ def agreement(
         vocabulary: values of the probed properties in words.
         pool: see `named_property`.
         weights: by part, one for each text, as the variance that TEXTSPAN gains by it; by default all texts count
-            alike, the last and least as much as the first.
+            alike.
         by: "explained": the property that explains most of the part's variance, which is what TEXTSPAN goes by;
             "accuracy": the one that is predicted best, be its share of the variance ever so small.
         least: score (share of variance, or gain of accuracy) that a part must reach to count: what encodes

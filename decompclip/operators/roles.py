@@ -69,7 +69,7 @@ class RoleChange(Result):
 
     Attributes:
         before, after: the texts.
-        measures: by name, all 1 where nothing changed but for those of terms:
+        measures: by name; each is 1 where nothing changed, except measures of terms:
             "text similarity": mean cosine of each text to the nearest of the other set, both ways;
             "span overlap": mean squared cosine of the principal angles;
             "before by after", "after by before": share of the one's variance in the span of the other; of its
