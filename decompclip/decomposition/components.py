@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -67,15 +67,9 @@ class ComponentMask:
 
     def join(self, other: ComponentMask, how: Callable[[Any, Any], Any]) -> ComponentMask:
         """Both masks, entry by entry."""
-        return ComponentMask(
-            how(self.heads, other.heads),
-            how(self.mlps, other.mlps),
-            how(self.embed, other.embed),
-            how(self.pool, other.pool),
-            self.has_pool,
-            how(self.neurons, other.neurons),
-            how(self.features, other.features),
-        )
+        names = [field.name for field in fields(self) if field.name != "has_pool"]
+        joined: dict[str, Any] = {name: how(getattr(self, name), getattr(other, name)) for name in names}
+        return replace(self, **joined)
 
     @property
     def empty(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -255,7 +255,7 @@ def _score(
     if target is not None:
         return class_score(toward, target, metric, against)
     if callable(toward):
-        function: Any = score_toward(model, toward, against)
+        function: Any = score_toward(model, cast(ImageScore, toward), against)
         if isinstance(function, ClassScore):
             return function
         return lambda features, rows: function(features).double().cpu()
