@@ -25,7 +25,7 @@ from decompclip.models.hf_architecture import (
 )
 from decompclip.models.json_files import TEXT, check_fields, part, read_json, shown
 from decompclip.models.preprocessing import DEFAULTS, preprocess_in
-from decompclip.models.spec import Choice, ModelSpec, build_image_only, build_open_clip
+from decompclip.models.spec import Choice, ModelSpec, OpenCLIP, build_image_only, build_open_clip
 from decompclip.models.text import (
     WITHOUT_TEXT,
     ImageOnly,
@@ -55,7 +55,7 @@ _WEIGHTS = (
 class ModelParts:
     """An open_clip model with what a `HookedCLIP` needs beside it."""
 
-    model: nn.Module
+    model: OpenCLIP
     tokenizer: Tokenizer
     preprocess: Mapping[str, Any]
     activation: str
@@ -131,7 +131,7 @@ def read_folder(
     )
 
 
-def _built(architecture: Mapping[str, Any]) -> nn.Module:
+def _built(architecture: Mapping[str, Any]) -> OpenCLIP:
     why = architecture.get("image_only")
     return build_open_clip(architecture) if why is None else build_image_only(architecture, why=why)
 

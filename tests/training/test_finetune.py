@@ -149,9 +149,12 @@ def test_a_checkpoint_belongs_to_one_run(clip: HookedCLIP, tmp_path: Path) -> No
         finetune(clip, RandomPairs(), replace(RECIPE, lr=1e-3), checkpoint=run)
     with pytest.raises(ValueError, match=message):
         finetune(clip, RandomPairs(), RECIPE, synonyms={"photo": ["picture"]}, checkpoint=run)
-    for name in ("checkpoint_every", "log_every"):
-        with pytest.raises(ValueError, match=f"expected {name} to be a whole number of steps, at least 1"):
-            finetune(clip, RandomPairs(), RECIPE, **{name: 0})
+    with pytest.raises(
+        ValueError, match="expected checkpoint_every to be a whole number of steps, at least 1"
+    ):
+        finetune(clip, RandomPairs(), RECIPE, checkpoint_every=0)
+    with pytest.raises(ValueError, match="expected log_every to be a whole number of steps, at least 1"):
+        finetune(clip, RandomPairs(), RECIPE, log_every=0)
 
 
 def test_a_checkpoint_belongs_to_its_poisons(clip: HookedCLIP, tmp_path: Path) -> None:
