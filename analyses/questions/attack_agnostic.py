@@ -185,7 +185,7 @@ def finding(record: Mapping[str, Any]) -> str:
     cacc = {row: mean(100 * m[row]["cacc"]["value"] for m in models) for row in ("none", REPAIRED, BOTH)}
     right = {row: mean(100 * m["right"][row] for m in models) for row in ("none", REPAIRED, BOTH)}
     return (
-        f"{SETTLED[0].upper()}{SETTLED[1:]} finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models "
+        f'Fitted on {record["config"]["images"]} clean images and reported on as many, "{SETTLED}" finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models '
         f"{min(m['auroc'][SETTLED] for m in models):.3f}), the best design here is {best} ({areas[best]:.3f}); oddness alone {areas['odd']:.3f}. At a "
         f"stated 5 % it flags {mean(fpr):.1f} % of fresh clean images ({min(fpr):.1f} to {max(fpr):.1f}). Of attack success over its control, in points, repair without a "
         f"hint leaves {left[REPAIRED]} (95 % interval by models; worst {max(excess(m[REPAIRED]) for m in models):.1f}) at CACC {cacc[REPAIRED]:.1f}, with the strongest patches filled first {left[BOTH]} at "

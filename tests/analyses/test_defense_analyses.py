@@ -27,7 +27,8 @@ def test_every_design_is_measured_on_the_same_images() -> None:
     assert found["auroc"][attack_agnostic.SETTLED] > 0.9
     assert found["none"]["asr"]["value"] > 0.9 > found[attack_agnostic.REPAIRED]["asr"]["value"]
     assert {found[row]["cacc"]["total"] for row in attack_agnostic.REPAIR} == {240}
-    whole = {"models": {"shapes-sig": {"attack": "SIG", "kind": "global, structured"}}, "found": record}
+    about = {"attack": "SIG", "kind": "global, structured"}
+    whole = {"models": {"shapes-sig": about}, "config": {"images": 240}, "found": record}
     text = attack_agnostic.table(whole)
     assert text.count("\n| ") >= len(attack_agnostic.DETECTION) + len(attack_agnostic.REPAIR)
     assert f"{100 * found['fpr_at_5']:.1f} % of fresh clean images" in attack_agnostic.finding(whole)
