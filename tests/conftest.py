@@ -39,9 +39,50 @@ if not {"-n", "--numprocesses"} & {word.partition("=")[0] for word in sys.argv}:
 
 # Files of ten processor seconds and more, the slowest first.
 SLOW = (
-    *("notebooks", "docs", "towers", "many_processes", "process_faults", "diagnose", "bundled", "verdict"),
-    *("repair_command", "defense_analyses", "extract", "readme", "detectors", "hostile", "measure", "cli"),
-    *("scan", "saving", "textspan", "explore", "second_order", "study", "loading", "cifar10_recipe"),
+    *(
+        "notebooks",
+        "docs",
+        "process_faults",
+        "many_processes",
+        "diagnose",
+        "bundled",
+        "towers",
+        "repair_command",
+    ),
+    *(
+        "page_in_use",
+        "policy",
+        "token_rep",
+        "verdict",
+        "checkpoints",
+        "cifar10_recipe",
+        "defense_analyses",
+        "browser",
+    ),
+    *(
+        "readme",
+        "threads",
+        "ours",
+        "scan",
+        "measure",
+        "roles",
+        "detectors",
+        "study_figures",
+        "cli",
+        "extract",
+    ),
+    *(
+        "textspan",
+        "study",
+        "badclip",
+        "explore",
+        "loading",
+        "kills",
+        "hostile",
+        "kernel",
+        "saving",
+        "photos_recipe",
+    ),
 )
 
 

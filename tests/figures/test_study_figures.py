@@ -157,11 +157,11 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
 def test_images_are_drawn(tmp_path: Path) -> None:
     figure = go.Figure(go.Scatter(x=[1, 2], y=[2, 3]), layout={"height": 200})
     assert write_figure(figure, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in write_figure(figure, tmp_path / "a.svg").read_text(encoding="utf-8")
     assert write_figure(figure, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     # a point without an interval has no whisker, not one of no width
     points = point_panels(["a", "b"], [Panel("", "%", {"x": [Point(1, 0.5, 2), Point(2)]})], bars="95 %")
-    assert write_figure(points, tmp_path / "b.svg").read_text(encoding="utf-8").count('class="xerror"') == 1
+    drawn = write_figure(points, tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert "<svg" in drawn and drawn.count('class="xerror"') == 1
 
 
 def test_committed_figures_are_on_white() -> None:
