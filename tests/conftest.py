@@ -29,6 +29,9 @@ settings.load_profile("told at once")
 CHECKED = ["decompclip.decomposition", "decompclip.operators", "decompclip.defenses", "decompclip.evaluation"]
 
 
+# What is made until the tests begin stays to the end: it is not looked at for what has gone.
+gc.disable()
+
 # Before a conftest further down imports anything of them. The process that only hands tests to others imports nothing.
 if not {"-n", "--numprocesses"} & {word.partition("=")[0] for word in sys.argv}:
     # beneath the hook a library's bytecode would not be found, and all be compiled anew
@@ -88,8 +91,7 @@ SLOW = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is made until the tests begin stays to the end: it is not looked at for what has gone, now or later."""
-    gc.disable()
+    """From here on what has gone is looked for, among what tests make."""
     try:
         return (yield)
     finally:

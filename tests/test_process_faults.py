@@ -410,7 +410,7 @@ def group_of(path: Path) -> str:
 
 def test_a_launcher_that_is_stopped(tmp_path: Path) -> None:
     """`torchrun`, which hands SIGTERM on: it ends, what is kept is said, and the next run ends with the same bytes."""
-    args = ("extract", "shapes", "shapes:1000", "--shard-size", "20", "--device", "cpu", "--out")
+    args = ("extract", "shapes", "shapes:600", "--shard-size", "20", "--device", "cpu", "--out")
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with subprocess.Popen(
         [*launch, "-m", "decompclip", *args, str(tmp_path / "a")],
@@ -426,7 +426,7 @@ def test_a_launcher_that_is_stopped(tmp_path: Path) -> None:
     assert launcher.returncode
     assert f"stopped by SIGTERM: what is whole stays in {tmp_path / 'a'}" in said
     there = files(tmp_path / "a")
-    assert 0 < len(there) < 50
+    assert 0 < len(there) < 30
     for out in ("a", "one"):
         assert run(*args, tmp_path / out)[0] == 0
     assert files(tmp_path / "a") == files(tmp_path / "one")
