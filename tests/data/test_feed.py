@@ -91,6 +91,12 @@ def test_pixels_of_pairs_are_not_taken_for_images(photos: Path) -> None:
         next(image_batches(open_pairs(str(photos), load("shapes").pixels), batch_size=4))
 
 
+def test_pairs_of_several_sizes_say_what_to_do() -> None:
+    pairs = [SimpleNamespace(image=torch.zeros(3, side, side), label=0) for side in (4, 5)]
+    with pytest.raises(ValueError, match=r"expected images of one size in a batch; .*to_pixels\(size\)"):
+        next(feed(pairs, 2))
+
+
 def test_what_cannot_be_read_stops_the_run_where_it_shall(photos: Path, workers: int) -> None:
     source = open_images(photos, load("shapes").pixels, CLASSES, on_error="raise")
     for data in (source, FolderPairs(photos, ["a {}"], on_error="raise")):

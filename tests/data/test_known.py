@@ -197,6 +197,9 @@ def test_a_check_finds_what_is_broken_and_what_is_gone(imagenet: Path, pets: Pat
     (pets / "oxford-iiit-pet" / "images" / "pug_2.jpg").unlink()
     (skip,) = check_data(pets).skipped
     assert (skip.path, skip.reason) == ("pug_2.jpg", "is in test.txt, and not there")
+    for path in (pets / "oxford-iiit-pet" / "annotations").iterdir():
+        path.unlink()  # COCO's folders are called alike
+    assert check_data(pets).title == str(pets)
 
 
 def test_the_command_says_what_is_there_and_how_to_get_the_rest(imagenet: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from decompclip.models.clip import HookedCLIP, differentiable
 from decompclip.models.text import ImageOnly, MissingTextError, WordTokenizer
+from decompclip.models.zero_shot import key_of
 from decompclip.tower.vit import HookedViT, tower
 
 TEMPLATES = {"shape": ["a {}", "a photo of a {}"], "colour": ["a {} thing"]}
@@ -110,6 +112,21 @@ def test_the_classifier_is_the_plain_mean(model: HookedCLIP, templates: Any) -> 
     used = TEMPLATES[templates or "shape"] if isinstance(templates, str | None) else templates
     found = model.zero_shot_classifier((name for name in ("red", "blue")), templates)
     torch.testing.assert_close(found, plain_classifier(model, ["red", "blue"], used))
+
+
+def test_a_kept_classifier_keeps_its_tokenizer() -> None:
+    """Else another one may come to lie where it lay, and be given its classifier."""
+
+    class Tokens:
+        def __call__(self, texts: list[str]) -> torch.Tensor:
+            return torch.zeros(len(texts), 4, dtype=torch.long)
+
+    one, other = Tokens(), Tokens()
+    key = key_of(["a"], ["{}"], one)
+    assert key == key_of(["a"], ["{}"], one) != key_of(["a"], ["{}"], other)
+    left = weakref.ref(one)
+    del one
+    assert left() is not None
 
 
 @torch.no_grad()

@@ -465,6 +465,12 @@ def test_an_unsupported_tower_says_why_before_anything_is_fetched() -> None:
         load("RN50", pretrained="random")
 
 
+@pytest.mark.parametrize("size", [(224,), (0, 1), "224"])
+def test_an_image_size_is_one_number_or_two(size: Any) -> None:
+    with pytest.raises(ValueError, match="expected image_size as a number of pixels, or height and width"):
+        load("ViT-B-32", pretrained="random", image_size=size)
+
+
 def test_a_folder_stands_for_a_bundled_model_s_weights(tmp_path: Path) -> None:
     save_model(load("shapes-badnet"), tmp_path / "mine")
     found = load("shapes", checkpoint=tmp_path / "mine")
