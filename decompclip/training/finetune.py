@@ -345,10 +345,7 @@ def _agreed(
         return ""
     listed = pairs.base if isinstance(pairs, PoisonedPairs) else pairs
     about = [digest_of_pairs(listed), [attack.to_dict() for attack in poisoned_by(pairs)]]
-    if isinstance(pairs, PoisonedPairs) and isinstance(
-        listed, Pairs
-    ):  # a stream's record grows as it is read
-        about.append(pairs.identity)
+    poisons = pairs.identity if isinstance(pairs, PoisonedPairs) else ""
     reads = keeps or is_pure(pairs)  # others may draw as they read, which a look must not change
     images, texts = pairs.batch(0, recipe.batch_size) if reads else (torch.empty(0), [])
     found = {
@@ -356,10 +353,12 @@ def _agreed(
         "the penalty": stable_repr(penalty),
         "the synonyms": stable_repr(synonyms),
         "the model": digest_of_weights(model.state_dict()),
-        "the pairs": [*about, texts],  # pixels of a preprocessing that draws need not agree
+        "the pairs": [about, poisons, texts],  # pixels of a preprocessing that draws need not agree
     }
     if group.count > 1:
         group.check_equal(found)
+    if not isinstance(listed, Pairs):  # the record of a stream's poisons grows as it is read
+        found["the pairs"] = [about, texts]
     digest = hashlib.sha256(json.dumps([found, repr(penalty)]).encode())
     digest.update(images.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
