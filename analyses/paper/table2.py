@@ -2,7 +2,7 @@
 
 Paper:     He et al. (2025), Table 2: AUROC of STRIP, SCALE-UP, TeCo and Decomp-Det.
 Command:   python -m analyses.table2 --model-family shapes
-Run time:  about 15 minutes, one thread: STRIP and TeCo take dozens of passes an image, and see fewer images; eight minutes a twin of
+Run time:  about 15 minutes, one thread: STRIP and TeCo take dozens of passes an image, and see fewer images; nine minutes a twin of
            photos, with `--images 400 --slow-images 100`.
 Expected:  Decomp-Det 0.92 to 0.99, the three others 0.63 to 0.89.
 Measured:  mean AUROC: shapes: agnostic 0.996, STRIP 0.946, Decomp-Det 0.800 and 0.845; photos: 0.988, 0.875, 0.674 and 0.952.

@@ -266,8 +266,11 @@ def collect(
         images = batch.images.to(model.device)
         d = model.decompose(images, convention=config.convention, normalize=True).to("cpu")
         for path, image in zip(batch.paths, batch.images, strict=True):
-            entry = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path, image.clone())
-            (heapq.heappush if len(kept) < KEPT else heapq.heappushpop)(kept, entry)
+            name = (-zlib.crc32(_stem(path).encode(errors="surrogateescape")), path)
+            if len(kept) < KEPT:
+                heapq.heappush(kept, (*name, image.clone()))
+            elif name > kept[0][:2]:
+                heapq.heapreplace(kept, (*name, image.clone()))
         return _Seen(
             {field.name: getattr(d, field.name) for field in fields(d) if field.name != "maps"},
             batch.labels,

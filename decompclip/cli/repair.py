@@ -335,8 +335,7 @@ class KeptImages:
     def batches(self, batch_size: int = 64) -> Iterator[Any]:
         from decompclip.data.feed import DeviceSource, ahead, is_pure
 
-        places_itself = isinstance(self.source, DeviceSource)
-        given = {"device": self.device} if places_itself else {}
+        given = {"device": self.device} if isinstance(self.source, DeviceSource) else {}
         parts = self.source.part(self.places, batch_size, **given)
         yield from ahead(parts) if is_pure(self.source) else parts
 

@@ -52,6 +52,11 @@ class DeviceSource(ABC):
     @abstractmethod
     def batches(self, batch_size: int = 64, *, device: torch.device | str | None = None) -> Iterator[Any]: ...
 
+    @abstractmethod
+    def part(
+        self, places: Sequence[int], batch_size: int = 64, *, device: torch.device | str | None = None
+    ) -> Iterator[Any]: ...
+
 
 def in_threads(read: Callable[[A], T], items: Sequence[A], *, pure: bool = True) -> list[T]:
     """`read` of each item, in order; the first error is raised. What is not `pure` (`DeviceSource`) is read in one thread."""

@@ -313,10 +313,8 @@ def _poisoned(pairs: ShardPairs, record: Path) -> list[int]:
     places = {name: place for place, name in enumerate(pairs.ids)}
     found: list[int] = []
     for shard in pairs.shards:
-        with (
-            suppress(tarfile.TarError),
-            open_regular(shard) as file,
-        ):  # a cut one holds what stands whole before the cut
+        # a cut one holds what stands whole before the cut
+        with suppress(tarfile.TarError), open_regular(shard) as file:
             for key, files in samples(shard, []):
                 place = places.get(f"{pairs.names[shard]}/{key}")
                 if place is not None and "json" in files:
