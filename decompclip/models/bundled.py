@@ -1,7 +1,7 @@
 """The bundled small CLIPs: weights and cards inside the package, verified when read.
 
 Twins are stored as differences from the clean model's weights: small whole numbers times a step for each row, a quarter of
-the size in fp16. What is stored defines the model: it is the restored weights that are measured and that a card's hash is
+the size in fp16 or less. What is stored defines the model: it is the restored weights that are measured and that a card's hash is
 of, so that nothing is lost between the two.
 """
 
@@ -231,6 +231,7 @@ def _save_as(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> Non
 WHOLE = math.inf
 
 _STEP = "step/"
+_PAIRS, _FAR = "pairs", "far/"
 
 
 def nothing(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -271,7 +272,7 @@ def write_difference(
     # the numbers follow each other without pattern: Huffman's code alone, no search for repetitions
     packer = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
     with atomic_write(path) as partial:
-        partial.write_bytes(packer.compress(save(encoded)) + packer.flush())
+        partial.write_bytes(packer.compress(save(_paired(encoded))) + packer.flush())
     return digest(_restore(encoded, base))
 
 
@@ -288,8 +289,8 @@ def read_difference(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]
         content = unpacker.decompress(path.read_bytes(), bound)
         if not unpacker.eof:
             raise ValueError("it is cut, or unpacks to more than such a difference can be")
-        return _restore(load(content), base)
-    except (zlib.error, SafetensorError, ValueError, KeyError) as error:
+        return _restore(_unpaired(load(content), base), base)
+    except (zlib.error, SafetensorError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(
             f"{path} is no difference from these weights: {error}; install decompclip again, or build it anew"
         ) from error
@@ -318,6 +319,41 @@ def _encode(state: Mapping[str, Tensor], base: Mapping[str, Tensor], steps: floa
         encoded[name] = whole.to(torch.int8).reshape(value.shape)
         encoded[_STEP + name] = step
     return encoded
+
+
+def _paired(encoded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Two numbers a byte where nearly all lie in -8..7, or `encoded` itself: Huffman's code spends whole bits a byte, and a
+    number of coarse steps has two."""
+    names = sorted(name for name in encoded if not name.startswith(_STEP))
+    numbers = torch.cat([encoded[name].flatten() for name in names] + [torch.zeros(1, dtype=torch.int8)])
+    far = ((numbers < -8) | (numbers > 7)).nonzero()[:, 0]
+    if len(far) > len(numbers) / 1000:
+        return encoded
+    halves = (numbers.clamp(-8, 7) + 8).view(torch.uint8)[: len(numbers) // 2 * 2].view(-1, 2)
+    steps = {name: x for name, x in encoded.items() if name.startswith(_STEP)}
+    return steps | {
+        _PAIRS: halves[:, 0] * 16 + halves[:, 1],
+        f"{_FAR}place": far.int(),
+        f"{_FAR}number": numbers[far],
+    }
+
+
+def _unpaired(content: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if _PAIRS not in content:
+        return content
+    pairs, place, number = (content[name] for name in (_PAIRS, f"{_FAR}place", f"{_FAR}number"))
+    if (pairs.dtype, place.dtype, number.dtype) != (torch.uint8, torch.int32, torch.int8):
+        raise ValueError(f"its numbers are {pairs.dtype}, {place.dtype} and {number.dtype}")
+    numbers = torch.stack([pairs // 16, pairs % 16], dim=1).flatten().view(torch.int8) - 8
+    sizes = [base[name].numel() for name in sorted(base)]
+    if not 0 <= len(numbers) - sum(sizes) <= 1:
+        raise ValueError(f"it has {len(numbers)} numbers, expected {sum(sizes)}")
+    numbers[place.long()] = number
+    parts = numbers[: sum(sizes)].split(sizes)
+    return {
+        **{name: x for name, x in content.items() if name.startswith(_STEP)},
+        **{name: part.view(base[name].shape) for name, part in zip(sorted(base), parts, strict=True)},
+    }
 
 
 def _restore(encoded: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:

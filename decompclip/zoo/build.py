@@ -199,6 +199,9 @@ def backdoor_facts(
         "poison_rate": recipe.rate,
         "results": found.report.to_dict(),
         "clean_model_on_triggered": Rate.of(left.triggered_predictions == left.labels).to_dict(),
-        "per_class": found.to_dict()["per_class"],
+        "per_class": [
+            {key: x if isinstance(x, str) else f"{x.count}/{x.total}" for key, x in vars(row).items()}
+            for row in found.per_class
+        ],
         "quality": compare(sample, trigger(sample)).summary(),
     }
