@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## audit the bundled backdoored models and say where the repo
 	@echo
 	@find "$(CURDIR)/demo-report" -name '*.html' -exec echo "The report: open {} in a browser" \;
 
-paper: $(INSTALLED) ## measure every figure and table again (half an hour on two cores) and write a page of them
+paper: $(INSTALLED) ## write a page of every figure and table, from committed results; measures what is not there
 	$(BIN)/python -m analyses --all --model-family shapes --formats ""
 
 docs: $(DEV) ## write the documentation site: build/site/index.html opens in a browser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,16 +89,19 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
 def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:
     succeeds("demo", "--out", tmp_path, "--images", 50)  # too few to try corruptions on
     audits = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
+    photographs = Path(os.environ.get("DECOMPCLIP_DATA", "")).joinpath("tiny-imagenet").is_dir()
     assert [(a["name"], a["suspect_name"]) for a in audits] == [
+        *([("photos", "photos:badnet"), ("photos-badnet", "photos:badnet")] if photographs else []),
         ("shapes", "shapes:badnet"),
         ("shapes-badnet", "shapes:badnet"),
         ("shapes", "shapes:blended"),
         ("shapes-blended", "shapes:blended"),
     ]
     for audit in audits:
-        weights = audit["weights"]
-        assert (weights is not None) == (audit["name"] != "shapes")
-        assert weights is None or (weights["reference"], weights["classes"][0]["class"]) == ("shapes", "star")
+        weights, (clean, _, attack) = audit["weights"], audit["name"].partition("-")
+        assert (weights is not None) == bool(attack)
+        found = weights and (weights["reference"], weights["classes"][0]["class"])
+        assert not weights or found == (clean, {"shapes": "star", "photos": "banana"}[clean])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("Both towers changed most along “star”") == 2
 

@@ -138,7 +138,8 @@ def works() -> dict[str, Callable[[StandIn, Tensor, Images], Any]]:
         "AgnosticRep": of_terms(AgnosticRep),
         "DecompRep": of_terms(lambda _: DecompRep(similarity="cosine", threshold="quantile")),
         "ComponentDistances": of_terms(ComponentDistances),
-        **{name: of_pixels(make) for name, make in DETECTORS.items()},
+        # token repair reads the tower itself, once an image, and keeps two numbers of each
+        **{name: of_pixels(make) for name, make in DETECTORS.items() if name != "token"},
     }
 
 

@@ -4,7 +4,7 @@ Command:   python -m analyses.benchmark_extract [--model shapes] [--few 1000] [-
 Run time:  about five minutes, one thread.
 Aim:       images a second at least 0.85 of `encode_image` over the same images; with --moments-only the same bytes on disk
            for few images and many, and peaks of memory within 5 %.
-Measured:  0.86 (with --moments-only 0.64); 1,926,240 bytes both, peaks 2.0 % apart.
+Measured:  0.93 (with --moments-only 0.81); 1,926,240 bytes both, peaks 2.3 % apart.
 
 Each run is a fresh process. Rates are taken in turn, three times, of the processor's time; the median ratio is given. Peaks are the highest
 resident size of a process (Linux).

@@ -394,4 +394,7 @@ def _names(images: ImageSet) -> list[str]:
 
 
 def _stem(path: str) -> str:
-    return "/".join(map(canonical, PurePosixPath(path).with_suffix("").parts))
+    named = PurePosixPath(path)
+    if named.suffix[1:].isalnum():  # a row of a file, "test.parquet#7", has no ending
+        named = named.with_suffix("")
+    return "/".join(map(canonical, named.parts))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from decompclip import __version__
 from decompclip.attacks.registry import backdoor
 from decompclip.audit.checks import WEAK, ClassShare, Scorer, checks, class_shares, most_over_predicted
-from decompclip.audit.collect import WORLD, ImageSet, Split, SplitNames, collect, datasets, open_source, split
+from decompclip.audit.collect import WORLD, ImageSet, Split, SplitNames, collect, open_source, split
 from decompclip.audit.components import Shift, infection, shift, weights_alone
 from decompclip.audit.config import AuditConfig
 from decompclip.audit.controls import controls
@@ -36,14 +36,16 @@ from decompclip.audit.interventions import (
 from decompclip.audit.result import AuditResult, Examples, HeadMaps
 from decompclip.audit.verdict import Evidence, Target
 from decompclip.data.images import ImageBatch, ImageSource, SkippedFile, class_index
+from decompclip.data.pairs import SubsetPairs, permuted
+from decompclip.data.photos import PhotoPairs
 from decompclip.data.processes import Processes
-from decompclip.data.shapes import PROPERTIES
 from decompclip.decomposition.components import heads
 from decompclip.decomposition.moments import Moments
 from decompclip.display import Track, silently
 from decompclip.evaluation.evaluate import classify
 from decompclip.models.clip import HookedCLIP
 from decompclip.models.loading import load
+from decompclip.models.names import bundled
 from decompclip.operators.attention import pictures_of
 
 if TYPE_CHECKING:
@@ -375,8 +377,11 @@ def provenance_of(model: HookedCLIP) -> dict[str, object]:
     }
 
 
-DEMO = ("shapes:badnet", "shapes:blended")
-"""A local trigger and a global one, of all that are bundled."""
+DEMO = ("photos:badnet", "shapes:badnet", "shapes:blended")
+"""A local trigger on photographs; a local and a global one on drawings."""
+
+DEMO_PHOTOGRAPHS = 200
+"""At most so many: a tower of photographs takes ten times as long as one of drawings."""
 
 
 @dataclass(frozen=True)
@@ -401,7 +406,8 @@ class Held:
 def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> list[AuditResult]:
     """Audit the backdoored model of each trigger, and the clean model that it was made from, on the same images.
 
-    All of them take the same pixels alike, so that every image set is drawn only once.
+    All models of a world take the same pixels alike, so that every image set is drawn only once. Photographs are test images of
+    Tiny ImageNet; where the folder that DECOMPCLIP_DATA names has none, drawings alone are audited.
 
     Args:
         images: of each set.
@@ -411,37 +417,53 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
     Raises:
         ValueError: the bundled models are not there.
     """
-    poisoned = {spec: name for spec, name in datasets().items() if name is not None and spec in DEMO}
-    if not poisoned:
-        raise ValueError("expected the bundled models; this installation has none: reinstall decompclip")
-    models = {name: load(name) for name in (WORLD, *poisoned.values())}
-
-    def draw(spec: str) -> Held:
-        source: ImageSource = open_source(
-            spec, models[WORLD], PROPERTIES["shape"], limit=images, seed=config.seed
-        )
-        total = -(-len(source) // config.batch_size)
-        return Held(tuple(track(source.batches(config.batch_size), f"drawing {spec}", total)))
-
-    clean = draw(WORLD)
-    results = []
-    for spec, name in poisoned.items():
-        suspect, target = draw(spec), backdoor(name).target
+    twins = {spec: spec.replace(":", "-") for spec in DEMO}
+    if not set(bundled()).issuperset(twins.values()):
+        raise ValueError("expected the bundled models; this installation lacks them: reinstall decompclip")
+    results: list[AuditResult] = []
+    clean: dict[str, tuple[HookedCLIP, Held]] = {}
+    for spec, name in twins.items():
+        world = spec.partition(":")[0]
+        try:
+            if world not in clean:
+                reference = load(world)
+                clean[world] = reference, _drawn(world, reference, images, config, track)
+            reference, own = clean[world]
+            suspect = _drawn(spec, reference, images, config, track)
+        except FileNotFoundError:  # no photographs here
+            continue
+        model, names = load(name), reference.class_names
         audited = [
             run_audit(
-                models[model],
-                clean,
+                clip,
+                own,
                 suspect,
-                PROPERTIES["shape"],
-                target=target,
-                name=model,
-                clean_name=WORLD,
+                names,
+                target=backdoor(name).target,
+                name=clip.name,
+                clean_name=world,
                 suspect_name=spec,
                 config=config,
                 track=track,
             )
-            for model in (WORLD, name)
+            for clip in (reference, model)
         ]
-        weights = weights_alone(models[name], models[WORLD], PROPERTIES["shape"])
+        weights = weights_alone(model, reference, names)
         results += [audited[0], audited[1].beside(audited[0], weights=weights)]
     return results
+
+
+def _drawn(spec: str, model: HookedCLIP, images: int, config: AuditConfig, track: Track) -> Held:
+    """What `spec` names, as `model` takes it. Raises FileNotFoundError: there are no photographs."""
+    if spec.startswith(WORLD):
+        source: ImageSource = open_source(spec, model, model.class_names, limit=images, seed=config.seed)
+        batches, count = source.batches(config.batch_size), len(source)
+    else:
+        whole, count = PhotoPairs("test"), min(images, DEMO_PHOTOGRAPHS)
+        pairs = SubsetPairs(whole, permuted(len(whole), config.seed)[:count].tolist())
+        trigger = backdoor(spec.replace(":", "-")).trigger if ":" in spec else lambda pixels, _: pixels
+        batches = (
+            ImageBatch(model.normalize(trigger(batch.images, batch.indices)), batch.labels, batch.ids)
+            for batch in pairs.batches(config.batch_size)
+        )
+    return Held(tuple(track(batches, f"drawing {spec}", -(-count // config.batch_size))))

@@ -174,7 +174,7 @@ def demo(
                 config=AuditConfig(batch_size=250, seed=seed),
                 track=track,
             )
-        _finish(results, out, title="Two backdoored CLIPs beside their clean model")
+        _finish(results, out, title="Backdoored CLIPs, each beside its clean model")
 
 
 def _suspect(clean: str, suspect: str | None, trigger: str | None) -> str | None:

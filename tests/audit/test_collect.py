@@ -67,6 +67,13 @@ def test_equal_names_alone_make_no_twins(sets: tuple[ImageSet, ImageSet]) -> Non
     assert not are_paired(clean, replace(suspect, labels=(torch.arange(50) % 12)))
 
 
+def test_rows_of_one_file_are_not_called_alike(sets: tuple[ImageSet, ImageSet]) -> None:
+    """All rows of a parquet file were partners of each other, so that nothing was left to report on."""
+    named = [replace(images, paths=tuple(f"a.parquet#{i}" for i in range(50))) for images in sets]
+    parts = split(named[0], named[1], CONFIG, infer_target=True)
+    assert parts.paired and len(parts.suspect) == len(parts.clean) == 40
+
+
 @pytest.mark.parametrize("world", ["shapes", "photographs"])
 def test_a_copy_in_other_light_is_a_twin(
     model: HookedCLIP, sets: tuple[ImageSet, ImageSet], world: str
