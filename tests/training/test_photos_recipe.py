@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.model import CLIP
+from torch.nn import functional as F
 
 from analyses.training import train_photos
 from analyses.training.train_photos import (
@@ -66,6 +67,18 @@ def test_a_mixture_says_how_much_is_whose() -> None:
     torch.testing.assert_close(white[1::2], 1 - own[1::2], atol=1e-5, rtol=0)
     untouched = own == 1
     assert 0 < untouched.sum() < 40
+
+
+def test_attention_on_a_cpu_is_in_fp32_and_afterwards_as_it_was() -> None:
+    before = F.scaled_dot_product_attention
+    q = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with train_photos.quick_attention(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+        found = F.scaled_dot_product_attention(q, q, q)
+        assert F.scaled_dot_product_attention is not before
+    assert F.scaled_dot_product_attention is before and found.dtype == torch.bfloat16
+    assert torch.equal(found, before(*3 * [q.float()]).bfloat16())
+    with train_photos.quick_attention(torch.device("cuda")):
+        assert F.scaled_dot_product_attention is before
 
 
 def test_dropped_patches() -> None:
