@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +31,35 @@ def photos(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """The same in a file as Hugging Face's data sets have it."""
+    batch, rows = WORLD.draw(range(len(WORLD))), []
+    for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+        held, name = io.BytesIO(), WORLD.class_names[label]
+        Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(held, "PNG")
+        rows.append({"image": {"bytes": held.getvalue(), "path": None}, "label": name, "text": f"a {name}"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos.parquet")
+    return tmp_path / "photos.parquet"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate shapes FILE --trigger badnet --target star --out OUT", "36"),
+        ("extract shapes FILE --out OUT", "36"),
+        ("audit shapes-badnet --clean FILE --suspect FILE --target star --out OUT", "29 clean"),
+        ("poison FILE --target star --count 3 --size 48 --out OUT", "36"),
+        ("finetune shapes FILE --epochs 1 --batch-size 12 --out OUT", "3 steps"),
+        ("data check FILE", "36"),
+    ],
+)
+def test_a_command_takes_parquet(parquet: Path, tmp_path: Path, command: str, said: str) -> None:
+    out = tmp_path / "out"
+    stdout, stderr = succeeds(*(str({"FILE": parquet, "OUT": out}.get(x, x)) for x in command.split()))
+    assert out.exists() == ("OUT" in command) and said in stdout + stderr
 
 
 @pytest.fixture
