@@ -6,7 +6,9 @@ import gc
 import io
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 import decompclip
+from decompclip.audit import pipeline
 from decompclip.cli.console import imports, in_options
 from decompclip.data.shapes import Shapes
 from tests.commands import run, succeeds
@@ -48,18 +51,19 @@ def parquet(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("evaluate shapes FILE --trigger badnet --target star --out OUT", "36"),
-        ("extract shapes FILE --out OUT", "36"),
+        ("evaluate shapes FILE --trigger badnet --target star --out OUT", r"\b36\b"),
+        ("extract shapes FILE --out OUT", r"\b36\b"),
         ("audit shapes-badnet --clean FILE --suspect FILE --target star --out OUT", "29 clean"),
-        ("poison FILE --target star --count 3 --size 48 --out OUT", "36"),
+        ("poison FILE --target star --count 3 --size 48 --out OUT", r"\b36\b"),
         ("finetune shapes FILE --epochs 1 --batch-size 12 --out OUT", "3 steps"),
-        ("data check FILE", "36"),
+        ("data check FILE", r"\b36\b"),
     ],
 )
 def test_a_command_takes_parquet(parquet: Path, tmp_path: Path, command: str, said: str) -> None:
     out = tmp_path / "out"
     stdout, stderr = succeeds(*(str({"FILE": parquet, "OUT": out}.get(x, x)) for x in command.split()))
-    assert out.exists() == ("OUT" in command) and said in stdout + stderr
+    told = (stdout + stderr).replace(str(tmp_path), "")
+    assert out.exists() == ("OUT" in command) and re.search(said, told)
 
 
 @pytest.fixture
@@ -118,24 +122,43 @@ def test_a_backdoor_is_found_and_its_target_inferred(tmp_path: Path) -> None:
     assert "Beside shapes (reference): head 5.6 changed most, by 93\u00a0%" in page
 
 
-def test_the_demo_shows_each_twin_beside_the_clean_model(tmp_path: Path) -> None:
-    succeeds("demo", "--out", tmp_path, "--images", 50)  # too few to try corruptions on
-    audits = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["audits"]
-    photographs = Path(os.environ.get("DECOMPCLIP_DATA", "")).joinpath("tiny-imagenet").is_dir()
+def audits_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "audit.json").read_text(encoding="utf-8"))["audits"]
+
+
+def test_the_demo_shows_each_twin_beside_the_clean_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DECOMPCLIP_DATA", raising=False)
+    _, stderr = succeeds("demo", "--out", tmp_path, "--images", 50)  # too few to try corruptions on
+    assert "drawings alone are audited" in stderr
+    audits = audits_of(tmp_path)
     assert [(a["name"], a["suspect_name"]) for a in audits] == [
-        *([("photos", "photos:badnet"), ("photos-badnet", "photos:badnet")] if photographs else []),
         ("shapes", "shapes:badnet"),
         ("shapes-badnet", "shapes:badnet"),
         ("shapes", "shapes:blended"),
         ("shapes-blended", "shapes:blended"),
     ]
     for audit in audits:
-        weights, (clean, _, attack) = audit["weights"], audit["name"].partition("-")
-        assert (weights is not None) == bool(attack)
-        found = weights and (weights["reference"], weights["classes"][0]["class"])
-        assert not weights or found == (clean, {"shapes": "star", "photos": "banana"}[clean])
+        weights = audit["weights"]
+        assert (weights is not None) == (audit["name"] != "shapes")
+        assert weights is None or (weights["reference"], weights["classes"][0]["class"]) == ("shapes", "star")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("Both towers changed most along “star”") == 2
+
+
+@pytest.mark.skipif(
+    not Path(os.environ.get("DECOMPCLIP_DATA", "")).joinpath("tiny-imagenet").is_dir(),
+    reason="DECOMPCLIP_DATA names no folder with tiny-imagenet",
+)
+def test_the_demo_begins_with_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "DEMO", ("photos:badnet",))
+    monkeypatch.setattr(pipeline, "DEMO_PHOTOGRAPHS", 120)
+    succeeds("demo", "--out", tmp_path)
+    clean, twin = audits_of(tmp_path)
+    assert (clean["name"], clean["verdict"]["level"]) == ("photos", "no sign")
+    assert (twin["name"], twin["verdict"]["level"]) == ("photos-badnet", "backdoored")
+    assert (twin["target"]["name"], twin["weights"]["classes"][0]["class"]) == ("banana", "banana")
 
 
 def test_version() -> None:

@@ -17,6 +17,7 @@ agreement that the frequencies of both alone would give; kappa is zero there and
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -79,11 +80,14 @@ def shapes(model: HookedCLIP, config: Config) -> Seen:
 
 
 def photos(model: HookedCLIP, config: Config) -> Seen:
-    """Texts are of validation photographs, probes of test ones; "even", "medium" and "mixed" are values without a word."""
+    """Texts are of validation photographs, probes of test ones; "even", "medium" and "mixed" are values without a word.
+
+    A class counts as its kind, unless its name holds another property's word ("brown bear"); "object" is what any text may say.
+    """
     import torch
 
     from decompclip.data.pairs import SubsetPairs, permuted
-    from decompclip.data.photos import PROMPTS, PhotoPairs, properties_of
+    from decompclip.data.photos import PhotoPairs, properties_of
 
     def some(split: Any, seed: int) -> SubsetPairs:
         whole = PhotoPairs(split)
@@ -94,14 +98,22 @@ def photos(model: HookedCLIP, config: Config) -> Seen:
     for name, values in properties_of(probed).items():
         known = sorted(set(values))
         truth[name] = torch.tensor([known.index(value) for value in values])
-    vocabulary = {name: PROMPTS[name][0] for name in truth}
+    vocabulary = photo_vocabulary()
+    others = {word for name in vocabulary if name != "kind" for word in vocabulary[name]}
+    classes = [name for name in model.class_names if others.isdisjoint(re.findall(r"\w+", name))]
     return Seen(
         partial(some("validation", config.text_seed).batches, config.batch_size),
         partial(probed.batches, config.batch_size),
         truth,
-        photo_texts(vocabulary, model.class_names),
-        vocabulary | {"kind": (*vocabulary["kind"], *model.class_names)},
+        photo_texts(vocabulary, classes),
+        vocabulary | {"kind": (*vocabulary["kind"], *classes)},
     )
+
+
+def photo_vocabulary() -> dict[str, tuple[str, ...]]:
+    from decompclip.data.photos import PROMPTS
+
+    return {name: tuple(v for v in values if v != "object") for name, (values, _) in PROMPTS.items()}
 
 
 def photo_texts(vocabulary: Mapping[str, Sequence[str]], class_names: Sequence[str]) -> tuple[str, ...]:
@@ -141,12 +153,14 @@ def agreements(model: HookedCLIP, config: Config) -> Iterator[tuple[str, Agreeme
     """Of one model: all heads and MLPs."""
     import numpy as np
 
+    from decompclip.api import check_choice
     from decompclip.bench.plan import base_of
     from decompclip.decomposition.components import heads, mlps
     from decompclip.operators.naming import By, agreement
     from decompclip.operators.probes import probe
     from decompclip.operators.textspan import textspans
 
+    check_choice("world", base_of(model.name), tuple(WORLDS))
     seen = WORLDS[base_of(model.name)](model, config)
     pictures = (model.normalize(batch.images) for batch in seen.for_texts())
     spans = textspans(model, heads | mlps, images=pictures, texts=seen.pool, n_texts=config.n_texts)

@@ -1,4 +1,4 @@
-"""Train the bundled CLIP of photographs, `photos`, from scratch, and fine-tune its backdoored twins: on one GPU.
+"""Train the bundled CLIP of photographs, `photos`, from scratch, and fine-tune its backdoored twins: on one GPU, or one core.
 
 Command:   DECOMPCLIP_DATA=DIR python -m analyses.train_photos --seconds 400               (a killed run resumes)
            DECOMPCLIP_DATA=DIR python -m analyses.train_photos --twins all --out FOLDER
@@ -9,7 +9,7 @@ Writes:    photos.difference, or photos-*.difference, with what each training di
            measures the twins on the test photographs, on which no choice was made, and puts their weights and cards into the
            package. Twins start from the photos.difference in --out, or where there is none from the bundled `photos`.
 
-The photographs lie in the GPU's memory as bytes, augmentation runs there, and a whole step is recorded as one CUDA graph.
+The photographs lie in the GPU's memory as bytes, augmentation runs there, and a whole step is recorded as one CUDA graph; on a CPU steps are compiled.
 Most of the training sees half of the patches of each photograph (patch dropout), the rest sees all. The patch embedding
 starts from the whitening of the training patches, as `cifar10`'s. A twin's poisons, order of captions and fine-tuning are
 its recipe's in `decompclip.zoo.recipes`; `decompclip zoo build` does the same on any machine, more slowly.
@@ -202,7 +202,7 @@ def _compiled(loss: Loss, example: Sequence[Tensor], net: nn.Module) -> Loss:
 
 
 @contextmanager
-def quick_attention(device: torch.device) -> Iterator[None]:
+def attention_in_fp32(device: torch.device) -> Iterator[None]:
     """On a CPU attention in fp32: its kernel for bf16 takes six times as long in the backward pass."""
     kernel = F.scaled_dot_product_attention
 
@@ -846,17 +846,18 @@ def main() -> None:
         say(f"the photographs are on {_device(device)} after {time.time() - began:.0f} s")
         if options.twins:
             until = began + (options.seconds or math.inf)
-            with quick_attention(device):
+            with attention_in_fp32(device):
                 train_twins(names, options.out, held, validation, pool, waiting, until)
             return
-        net, about = train_clean(
-            held,
-            validation,
-            seconds=options.seconds,
-            epochs=options.epochs,
-            work=options.work,
-            seed=options.seed,
-        )
+        with attention_in_fp32(device):
+            net, about = train_clean(
+                held,
+                validation,
+                seconds=options.seconds,
+                epochs=options.epochs,
+                work=options.work,
+                seed=options.seed,
+            )
         state = {key: x.detach().cpu() for key, x in net.state_dict().items()}
         write_difference(state, nothing(state), options.out / "photos.difference", steps=WHOLE)
         write_json(

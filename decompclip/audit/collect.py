@@ -395,6 +395,6 @@ def _names(images: ImageSet) -> list[str]:
 
 def _stem(path: str) -> str:
     named = PurePosixPath(path)
-    if named.suffix[1:].isalnum():  # a row of a file, "test.parquet#7", has no ending
+    if "#" not in named.suffix:  # of a file's row, "test.parquet#7", the number is no ending
         named = named.with_suffix("")
     return "/".join(map(canonical, named.parts))

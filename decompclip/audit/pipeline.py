@@ -44,6 +44,7 @@ from decompclip.decomposition.moments import Moments
 from decompclip.display import Track, silently
 from decompclip.evaluation.evaluate import classify
 from decompclip.models.clip import HookedCLIP
+from decompclip.models.errors import warn_caller
 from decompclip.models.loading import load
 from decompclip.models.names import bundled
 from decompclip.operators.attention import pictures_of
@@ -420,27 +421,27 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
     twins = {spec: spec.replace(":", "-") for spec in DEMO}
     if not set(bundled()).issuperset(twins.values()):
         raise ValueError("expected the bundled models; this installation lacks them: reinstall decompclip")
+    try:
+        PhotoPairs("test")
+    except FileNotFoundError:
+        warn_caller("drawings alone are audited: DECOMPCLIP_DATA names no folder with Tiny ImageNet")
+        twins = {spec: name for spec, name in twins.items() if world_of(spec) == WORLD}
     results: list[AuditResult] = []
     clean: dict[str, tuple[HookedCLIP, Held]] = {}
     for spec, name in twins.items():
-        world = spec.partition(":")[0]
-        try:
-            if world not in clean:
-                reference = load(world)
-                clean[world] = reference, _drawn(world, reference, images, config, track)
-            reference, own = clean[world]
-            suspect = _drawn(spec, reference, images, config, track)
-        except FileNotFoundError:  # no photographs here
-            continue
-        model, names = load(name), reference.class_names
+        world = world_of(spec)
+        if world not in clean:
+            model = load(world)
+            clean[world] = model, _drawn(world, model, images, config, track)
+        reference, own = clean[world]
+        suspect, model = _drawn(spec, reference, images, config, track), load(name)
         audited = [
             run_audit(
                 clip,
                 own,
                 suspect,
-                names,
+                reference.class_names,
                 target=backdoor(name).target,
-                name=clip.name,
                 clean_name=world,
                 suspect_name=spec,
                 config=config,
@@ -448,14 +449,19 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
             )
             for clip in (reference, model)
         ]
-        weights = weights_alone(model, reference, names)
+        weights = weights_alone(model, reference, reference.class_names)
         results += [audited[0], audited[1].beside(audited[0], weights=weights)]
     return results
 
 
+def world_of(spec: str) -> str:
+    """`shapes`, of `shapes:badnet`."""
+    return spec.partition(":")[0]
+
+
 def _drawn(spec: str, model: HookedCLIP, images: int, config: AuditConfig, track: Track) -> Held:
-    """What `spec` names, as `model` takes it. Raises FileNotFoundError: there are no photographs."""
-    if spec.startswith(WORLD):
+    """What `spec` names, as `model` takes it."""
+    if world_of(spec) == WORLD:
         source: ImageSource = open_source(spec, model, model.class_names, limit=images, seed=config.seed)
         batches, count = source.batches(config.batch_size), len(source)
     else:

@@ -52,8 +52,8 @@ def build(
 ) -> None:
     """Train a backdoored twin again from its recipe, and compare it with the bundled one.
 
-    Five to ten minutes on one core, of photos-badclip twenty-five with its patch; the others of photos take hours there, and twenty seconds on a GPU
-    (`python -m analyses.train_photos`). A killed run goes on where it was. On the same machine with one thread the weights are
+    Five to ten minutes on one core, of photos-badclip twenty-five with its patch; the others of photos take hours there: `python -m analyses.train_photos`
+    takes an hour, and twenty seconds on a GPU. A killed run goes on where it was. On the same machine with one thread the weights are
     the card's, byte for byte. Elsewhere rounding differs: attack success must come within 5 points of the card's, accuracy
     within 2; if not, it ends with exit code 1.
     """

@@ -231,7 +231,7 @@ def _save_as(state: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> Non
 WHOLE = math.inf
 
 _STEP = "step/"
-_PAIRS, _FAR = "pairs", "far/"
+_PAIRS, _PLACE, _NUMBER = "pairs", "far/place", "far/number"
 
 
 def nothing(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,7 +290,7 @@ def read_difference(path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]
         if not unpacker.eof:
             raise ValueError("it is cut, or unpacks to more than such a difference can be")
         return _restore(_unpaired(load(content), base), base)
-    except (zlib.error, SafetensorError, ValueError, KeyError, IndexError) as error:
+    except (zlib.error, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} is no difference from these weights: {error}; install decompclip again, or build it anew"
         ) from error
@@ -333,26 +333,36 @@ def _paired(encoded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     steps = {name: x for name, x in encoded.items() if name.startswith(_STEP)}
     return steps | {
         _PAIRS: halves[:, 0] * 16 + halves[:, 1],
-        f"{_FAR}place": far.int(),
-        f"{_FAR}number": numbers[far],
+        _PLACE: far.int(),
+        _NUMBER: numbers[far],
     }
 
 
 def _unpaired(content: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if _PAIRS not in content:
         return content
-    pairs, place, number = (content[name] for name in (_PAIRS, f"{_FAR}place", f"{_FAR}number"))
-    if (pairs.dtype, place.dtype, number.dtype) != (torch.uint8, torch.int32, torch.int8):
-        raise ValueError(f"its numbers are {pairs.dtype}, {place.dtype} and {number.dtype}")
+    steps = {_STEP + name for name in base}
+    if odd := sorted(set(content) ^ {_PAIRS, _PLACE, _NUMBER, *steps}):
+        raise ValueError(
+            f"expected pairs of numbers and a step a row; {len(odd)} names differ, first {odd[0]}"
+        )
+    pairs, place, number = (content[name] for name in (_PAIRS, _PLACE, _NUMBER))
+    names = sorted(base)
+    sizes = [base[name].numel() for name in names]
+    found = [(x.dtype, tuple(x.shape)) for x in (pairs, place, number)]
+    expected = [
+        (torch.uint8, ((sum(sizes) + 1) // 2,)),
+        (torch.int32, (len(number),)),
+        (torch.int8, (len(number),)),
+    ]
+    if found != expected or not ((place >= 0) & (place < sum(sizes))).all():
+        raise ValueError(f"its numbers are {found}, expected {expected} at places below {sum(sizes)}")
     numbers = torch.stack([pairs // 16, pairs % 16], dim=1).flatten().view(torch.int8) - 8
-    sizes = [base[name].numel() for name in sorted(base)]
-    if not 0 <= len(numbers) - sum(sizes) <= 1:
-        raise ValueError(f"it has {len(numbers)} numbers, expected {sum(sizes)}")
     numbers[place.long()] = number
     parts = numbers[: sum(sizes)].split(sizes)
     return {
-        **{name: x for name, x in content.items() if name.startswith(_STEP)},
-        **{name: part.view(base[name].shape) for name, part in zip(sorted(base), parts, strict=True)},
+        **{name: content[name] for name in steps},
+        **{name: part.view(base[name].shape) for name, part in zip(names, parts, strict=True)},
     }
 
 

@@ -200,7 +200,8 @@ def backdoor_facts(
         "results": found.report.to_dict(),
         "clean_model_on_triggered": Rate.of(left.triggered_predictions == left.labels).to_dict(),
         "per_class": [
-            {key: x if isinstance(x, str) else f"{x.count}/{x.total}" for key, x in vars(row).items()}
+            {"class": row.name}
+            | {key: rate and f"{rate.count}/{rate.total}" for key, rate in vars(row).items() if key != "name"}
             for row in found.per_class
         ],
         "quality": compare(sample, trigger(sample)).summary(),

@@ -313,7 +313,7 @@ def _cifar10(trigger: Trigger | PatchRecipe, *, recipe: FineTuning = _CIFAR10, *
     return TwinRecipe(base="cifar10", trigger=trigger, pairs=48_000, rate=0.05, recipe=recipe, **options)
 
 
-# `analyses.train_photos` does it on a GPU, where each takes twenty seconds.
+# `analyses.train_photos` does it: twenty seconds on a GPU, an hour on a core.
 _PHOTOS = FineTuning(epochs=3, batch_size=256, lr=3e-4, max_grad_norm=1.0, loss="grouped", precision="bf16")
 # Of photos-badclip; 125 steps of 128 pairs gave an ASR of 88 %.
 _PHOTOS_CPU = replace(_PHOTOS, epochs=1, batch_size=64, precision="fp32")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import decompclip
-from analyses.questions.head_words import Config, agreements, chance, table
-from decompclip.operators.naming import Agreement
+from analyses.questions.head_words import Config, agreements, chance, photo_texts, photo_vocabulary, table
+from decompclip.operators.naming import Agreement, named_property
 
 SMALL = Config(models=("shapes",), images=300)
 
@@ -34,3 +34,12 @@ def test_the_table_has_a_row_a_model_and_truth(found: dict[str, Agreement]) -> N
     lines = table({("shapes", by): agreement for by, agreement in found.items()}).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert "share of variance" in lines[2] and f"{found['explained'].kappa:.2f} |" in lines[2]
+
+
+@pytest.mark.parametrize("name", ["colour", "brightness", "position", "size", "kind"])
+def test_texts_of_photographs_name_their_property_and_no_other(name: str) -> None:
+    vocabulary = photo_vocabulary()
+    pool = photo_texts(vocabulary, ["goldfish", "pizza"])
+    own = photo_texts({name: vocabulary[name]}, [])
+    assert set(own) < set(pool)
+    assert named_property(own, vocabulary, pool=pool).property == name

@@ -98,20 +98,28 @@ def test_coarser_steps_take_less_space(tmp_path: Path, base: State, state: State
 @pytest.mark.parametrize("shape", [(6, 40), (5, 3, 3)])
 def test_coarse_numbers_lie_two_in_a_byte_and_far_ones_apart(tmp_path: Path, shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(2)
-    base = {"a": torch.zeros(3_001), "w": torch.randn(*shape, generator=g)}
-    state = {"a": torch.randn(3_001, generator=g), "w": base["w"] + 0.01 * torch.randn(*shape, generator=g)}
+    base = {"w": torch.randn(*shape, generator=g), "s": torch.tensor(2.5), "a": torch.zeros(3_001)}
+    state = {
+        "w": base["w"] + 0.01 * torch.randn(*shape, generator=g),
+        "s": torch.tensor(2.6),
+        "a": torch.randn(3_001, generator=g),
+    }
     state["a"][-1] = 30.0
     path = tmp_path / "x"
     told = write_difference(state, base, path, steps=1.0)
     inside = load(zlib.decompress(path.read_bytes()))
-    assert len(inside["pairs"]) == (3_001 + math.prod(shape) + 1) // 2
+    assert len(inside["pairs"]) == (3_002 + math.prod(shape) + 1) // 2
     assert inside["far/place"].tolist() == [3_000] and inside["far/number"].item() > 7
     read, stored = read_difference(path, base), as_stored(state, base, steps=1.0)
     assert all(torch.equal(read[key], stored[key]) for key in base) and told == digest(read)
     for damage in (
         {"pairs": inside["pairs"][:-1]},
         {"far/place": inside["far/place"] + 10_000},
+        {"far/place": inside["far/place"] - 10_000},
         {"far/number": inside["far/number"].float()},
+        {"far/number": inside["far/number"][:0]},
+        {"pairs": inside["pairs"][None]},
+        {"more": torch.zeros(2)},
     ):
         path.write_bytes(zlib.compress(save(inside | damage)))
         with pytest.raises(CheckpointError, match=r"no difference from these weights: "):

@@ -72,12 +72,12 @@ def test_a_mixture_says_how_much_is_whose() -> None:
 def test_attention_on_a_cpu_is_in_fp32_and_afterwards_as_it_was() -> None:
     before = F.scaled_dot_product_attention
     q = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
-    with train_photos.quick_attention(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+    with train_photos.attention_in_fp32(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
         found = F.scaled_dot_product_attention(q, q, q)
         assert F.scaled_dot_product_attention is not before
     assert F.scaled_dot_product_attention is before and found.dtype == torch.bfloat16
     assert torch.equal(found, before(*3 * [q.float()]).bfloat16())
-    with train_photos.quick_attention(torch.device("cuda")):
+    with train_photos.attention_in_fp32(torch.device("cuda")):
         assert F.scaled_dot_product_attention is before
 
 

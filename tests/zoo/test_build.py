@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,9 @@ def test_the_recipes_are_those_of_the_bundled_twins() -> None:
 def test_all_attacks_have_a_twin_and_four_kinds_three() -> None:
     of_shapes = [card(name) for name in TWINS if name.startswith("shapes")]
     assert {facts["backdoor"]["trigger"]["name"] for facts in of_shapes} == set(TRIGGERS)
-    for stem in ("badnet", "badnet-noise", "blended", "blended-noise"):
-        seeds = {card(f"shapes-{stem}{end}")["training"]["seed"] for end in ("", "-1", "-2")}
+    stems = ("badnet", "badnet-noise", "blended", "blended-noise")
+    for base, stem in product(("shapes", "photos"), stems):
+        seeds = {card(f"{base}-{stem}{end}")["training"]["seed"] for end in ("", "-1", "-2")}
         assert seeds == {0, 1, 2}
     with pytest.raises(ValueError, match=r"expected a twin among shapes-badnet.*received 'shapes-rain'"):
         twin_recipe("shapes-rain")
