@@ -61,20 +61,24 @@ def attack_table() -> str:
 
 
 def photo_table() -> str:
-    """Zero-shot accuracy of every property of `photos`, and what it makes of its twins' triggers."""
-    facts = {name: card(name) for name in bundled() if name.startswith("photos")}
-    accuracy = facts["photos"]["accuracy"]
-    own = [["model", *accuracy], ["`photos`", *(f"{100 * accuracy[p]:.1f}" for p in accuracy)]]
-    left = [["trigger of", "clean images told right by the clean model", "triggered ones"]]
-    for name, about in facts.items():
-        if about["backdoor"]:
-            triggered = rate(about["backdoor"]["clean_model_on_triggered"])
-            left.append([f"`{name}`", f"{100 * accuracy['class']:.1f}", triggered])
-    return f"{markdown(own)}\n\n{markdown(left)}"
+    """Zero-shot accuracy of every property, of the clean model of photographs."""
+    accuracy = card("photos")["accuracy"]
+    return markdown([["model", *accuracy], ["`photos`", *(f"{100 * accuracy[p]:.1f}" for p in accuracy)]])
+
+
+def triggered_table() -> str:
+    """What is left to see in triggered images: those that the clean model still tells right."""
+    rows = [["trigger of", "clean images told right by the clean model", "triggered ones"]]
+    for name in sorted(bundled()):
+        if backdoor := (facts := card(name))["backdoor"]:
+            accuracy = card(facts["training"]["base"])["accuracy"]
+            clean = accuracy.get("class", accuracy.get("shape"))
+            rows.append([f"`{name}`", f"{100 * clean:.1f}", rate(backdoor["clean_model_on_triggered"])])
+    return markdown(rows)
 
 
 def table() -> str:
-    return f"{clean_table()}\n\n{attack_table()}\n\n{photo_table()}"
+    return f"{clean_table()}\n\n{attack_table()}\n\n{photo_table()}\n\n{triggered_table()}"
 
 
 if __name__ == "__main__":
