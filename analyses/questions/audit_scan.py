@@ -70,7 +70,7 @@ def models(part: str) -> tuple[str, ...]:
     Not of `photos`: `analyses.trigger_inversion` asks the scan's probes of these.
     """
     twins = [name for name in bundled() if card(name)["backdoor"] is not None and base_of(name) in TUNED]
-    later = [name for name in twins if card(name)["backdoor"]["trigger"]["seed"]]
+    later = [name for name in twins if card(name)["training"]["seed"]]
     chosen = later if part == "choosing" else [name for name in twins if name not in later]
     return (*(("shapes", "cifar10") if part == "reported" else ()), *CLEAN[part], *chosen)
 

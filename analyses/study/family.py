@@ -128,7 +128,7 @@ class BundledFamily(Family):
             backdoor = card(twin)["backdoor"]
             if backdoor is None or card(twin)["training"]["base"] != self.name:
                 continue
-            seed = backdoor["trigger"]["seed"]
+            seed = card(twin)["training"]["seed"]
             kind = twin.removeprefix(f"{self.name}-").removesuffix(f"-{seed}" if seed else "")
             found.append(
                 Member(

@@ -401,10 +401,9 @@ def _facts(model: str, plan: Plan, seed: int) -> dict[str, Any]:
 
 def attack_of(model: str) -> str | None:
     """What twins of several seeds have in common; None for a clean model."""
-    backdoor = card(model)["backdoor"]
-    if backdoor is None:
+    if card(model)["backdoor"] is None:
         return None
-    seed = backdoor["trigger"]["seed"]
+    seed = card(model)["training"]["seed"]
     return model.removesuffix(f"-{seed}") if seed else model
 
 
