@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from decompclip.data.images import ImageBatch
+    from decompclip.data.pairs import PairBatch
     from decompclip.models.clip import HookedCLIP
     from decompclip.operators.naming import Agreement
 
@@ -55,8 +56,8 @@ class Seen:
         vocabulary: the words that name a property.
     """
 
-    for_texts: Callable[[], Iterator[ImageBatch]]
-    for_probes: Callable[[], Iterator[ImageBatch]]
+    for_texts: Callable[[], Iterator[ImageBatch | PairBatch]]
+    for_probes: Callable[[], Iterator[ImageBatch | PairBatch]]
     truth: Mapping[str, Tensor]
     pool: tuple[str, ...]
     vocabulary: Mapping[str, Sequence[str]]

@@ -321,7 +321,7 @@ def _encode(state: Mapping[str, Tensor], base: Mapping[str, Tensor], steps: floa
     return encoded
 
 
-def _paired(encoded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _paired(encoded: dict[str, Tensor]) -> dict[str, Tensor]:
     """Two numbers a byte where nearly all lie in -8..7, or `encoded` itself: Huffman's code spends whole bits a byte, and a
     number of coarse steps has two."""
     names = sorted(name for name in encoded if not name.startswith(_STEP))

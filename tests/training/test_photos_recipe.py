@@ -76,7 +76,8 @@ def test_attention_on_a_cpu_is_in_fp32_and_afterwards_as_it_was() -> None:
         found = F.scaled_dot_product_attention(q, q, q)
         assert F.scaled_dot_product_attention is not before
     assert F.scaled_dot_product_attention is before and found.dtype == torch.bfloat16
-    assert torch.equal(found, before(*3 * [q.float()]).bfloat16())
+    full = q.float()
+    assert torch.equal(found, before(full, full, full).bfloat16())
     with train_photos.attention_in_fp32(torch.device("cuda")):
         assert F.scaled_dot_product_attention is before
 
