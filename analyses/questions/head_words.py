@@ -30,8 +30,6 @@ from decompclip.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decompclip.data.images import ImageBatch
-    from decompclip.data.pairs import PairBatch
     from decompclip.models.clip import HookedCLIP
     from decompclip.operators.naming import Agreement
 
@@ -56,8 +54,8 @@ class Seen:
         vocabulary: the words that name a property.
     """
 
-    for_texts: Callable[[], Iterator[ImageBatch | PairBatch]]
-    for_probes: Callable[[], Iterator[ImageBatch | PairBatch]]
+    for_texts: Callable[[], Iterator[Any]]
+    for_probes: Callable[[], Iterator[Any]]
     truth: Mapping[str, Tensor]
     pool: tuple[str, ...]
     vocabulary: Mapping[str, Sequence[str]]
@@ -67,7 +65,7 @@ def shapes(model: HookedCLIP, config: Config) -> Seen:
     from decompclip.data.shapes import PROPERTIES, Shapes
     from decompclip.operators.inputs import shapes_texts
 
-    def images(seed: int) -> Iterator[ImageBatch]:
+    def images(seed: int) -> Iterator[Any]:
         return Shapes(config.images, seed=seed).batches(config.batch_size)
 
     attributes = Shapes(config.images, seed=config.probe_seed).draw(range(config.images)).attributes
