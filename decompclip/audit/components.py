@@ -320,7 +320,7 @@ def weights_alone(
 
 
 WEIGHTS_CONCLUDE = (
-    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 19 of 19 bundled backdoored models, on which nothing was chosen; "
+    "It can say where to look: parts, words, and a class. The attacker's class came first of 200 in 21 of 21 bundled backdoored models, on which nothing was chosen; "
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
     "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings, as long as a backdoored one of the same recipe, the first class led by 1.06 to 1.16. "
     "In the backdoored models it led by 1.05 to 4.37: by more than in the clean ones in 19 of 19 on drawings, but only in 2 of 3 on photographs of ten classes, once barely. "
