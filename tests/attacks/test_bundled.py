@@ -13,7 +13,7 @@ from decompclip.models.errors import UnknownModelError
 
 def test_every_twin_s_backdoor_is_its_card_s() -> None:
     twins = [name for name in bundled() if card(name)["backdoor"]]
-    assert len(twins) == 41
+    assert len(twins) == 43
     for name in twins:
         found = decompclip.backdoor(name)
         assert found.trigger.card() == card(name)["backdoor"]["trigger"]
