@@ -381,8 +381,8 @@ def provenance_of(model: HookedCLIP) -> dict[str, object]:
 DEMO = ("photos:badnet", "shapes:badnet", "shapes:blended")
 """A local trigger on photographs; a local and a global one on drawings."""
 
-DEMO_PHOTOGRAPHS = 200
-"""At most so many: a tower of photographs takes ten times as long as one of drawings."""
+DEMO_PHOTOGRAPHS = 400
+"""At most so many: a tower of photographs takes ten times as long as one of drawings. Half of them are fitted on, one a class."""
 
 
 @dataclass(frozen=True)
@@ -435,6 +435,7 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
             clean[world] = model, _drawn(world, model, images, config, track)
         reference, own = clean[world]
         suspect, model = _drawn(spec, reference, images, config, track), load(name)
+        own_config = config if world == WORLD else replace(config, validation=0.5)
         audited = [
             run_audit(
                 clip,
@@ -444,7 +445,7 @@ def run_demo(*, images: int, config: AuditConfig, track: Track = silently) -> li
                 target=backdoor(name).target,
                 clean_name=world,
                 suspect_name=spec,
-                config=config,
+                config=own_config,
                 track=track,
             )
             for clip in (reference, model)

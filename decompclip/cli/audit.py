@@ -157,7 +157,7 @@ def audit(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and audit.json.")],
     count: Annotated[
-        int, typer.Option(min=50, help="Images of each set; of photographs at most 200.")
+        int, typer.Option(min=50, help="Images of each set; of photographs at most 400.")
     ] = 1500,
     images: options.OldImages = None,
     seed: options.Seed = 0,
