@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from analyses.study.command import outcome
 from decompclip.files import write_json
 
 if TYPE_CHECKING:
@@ -201,13 +203,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every part's properties to this file too")
     given = parser.parse_args()
     config = Config(tuple(given.models))
-    results = run(config)
-    print(table(results))
-    if given.json:
-        record = {
-            f"{model}, {by}": found.to_frame().to_dict("records") for (model, by), found in results.items()
-        }
-        write_json(given.json, {"config": asdict(config), "parts": record})
+
+    def work() -> None:
+        results = run(config)
+        print(table(results))
+        if given.json:
+            record = {
+                f"{model}, {by}": found.to_frame().to_dict("records")
+                for (model, by), found in results.items()
+            }
+            write_json(given.json, {"config": asdict(config), "parts": record})
+
+    sys.exit(outcome("python -m analyses.head_words", work))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Run time:  about 5 minutes for shapes, 1 for cifar10, 4 for photos, one thread.
 Expected:  of a local trigger, ASR <= 3 %, the own class >= 90 % of clean accuracy, CACC loss <= 0.5 points, AUROC >= 0.98; of a
            global one nothing, for no few patches carry it.
 Measured:  local triggers keep 12.2 % of attack success on drawings (BadCLIP 100, the 8 others 2.5 at most), 20.8 on cifar10 (BadCLIP 37.6),
-           11.4 on photos (BadCLIP 45.8, the 7 others 0.7 to 12.7); CACC loses 1.2 points at most.
+           1.5 on photos, learnt from 1,000 images (BadCLIP 6.3, the 8 others 0.2 to 2.7); CACC loses 1.2 points at most.
            Global: most stay; two seeds of Blended on drawings fall to 5 and 17 %.
 Writes:    analyses/results/FAMILY/token_rep.json, token_rep.png
 

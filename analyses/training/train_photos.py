@@ -844,12 +844,11 @@ def main() -> None:
         waiting = {name: pool.submit(prepared, name, options.work) for name in names if not needs_clean(name)}
         validation, held = (gather().to(device) for gather in gathers)
         say(f"the photographs are on {_device(device)} after {time.time() - began:.0f} s")
-        if options.twins:
-            until = began + (options.seconds or math.inf)
-            with attention_in_fp32(device):
-                train_twins(names, options.out, held, validation, pool, waiting, until)
-            return
         with attention_in_fp32(device):
+            if options.twins:
+                until = began + (options.seconds or math.inf)
+                train_twins(names, options.out, held, validation, pool, waiting, until)
+                return
             net, about = train_clean(
                 held,
                 validation,
