@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
 
 KEPT = ".scan"
 """Where a killed scan goes on from."""
-
-
-class Convention(str, Enum):
-    centred = "centred"
-    paper = "paper"
 
 
 def audit(
@@ -59,8 +53,8 @@ def audit(
     on_error: options.OnError = options.Unreadable.skip,
     root: options.Root = None,
     convention: Annotated[
-        Convention, typer.Option(help="Bookkeeping of means and biases.")
-    ] = Convention.centred,
+        options.Convention, typer.Option(help="Bookkeeping of means and biases.")
+    ] = options.Convention.centred,
     epsilon: Annotated[float, typer.Option(help="Fixed threshold of Decomp-Rep and Decomp-Det.")] = 0.002,
     quantile: Annotated[float, typer.Option(help="Clean quantile of their other threshold.")] = 0.05,
     zeta: Annotated[

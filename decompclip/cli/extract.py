@@ -15,16 +15,11 @@ from decompclip.files import check_folder
 
 
 class StoredAs(str, Enum):
-    """`StoredType`, as `TermsIn` is `Convention`: their own modules import torch."""
+    """As `StoredType`, whose module imports torch."""
 
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
-
-
-class TermsIn(str, Enum):
-    centred = "centred"
-    paper = "paper"
 
 
 def extract(
@@ -46,8 +41,9 @@ def extract(
         ),
     ] = False,
     convention: Annotated[
-        TermsIn, typer.Option(help="paper shares constants and the stream's mean out among the terms.")
-    ] = TermsIn.centred,
+        options.Convention,
+        typer.Option(help="paper shares constants and the stream's mean out among the terms."),
+    ] = options.Convention.centred,
     normalize: Annotated[
         bool,
         typer.Option(

@@ -45,6 +45,13 @@ class Unreadable(str, Enum):
     stop = "raise"
 
 
+class Convention(str, Enum):
+    """As `decomposition.maps.Convention`, whose module imports torch."""
+
+    centred = "centred"
+    paper = "paper"
+
+
 class Activations(str, Enum):
     auto = "auto"
     gelu = "gelu"
@@ -101,7 +108,7 @@ OldImages = Annotated[int | None, typer.Option("--images", hidden=True, min=40)]
 IMAGES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, imagenet:PATH, caltech101:PATH, pets:PATH, or shapes (shapes:5000)"
 PAIRS = (
     "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
-    "of images a class, imagenet:PATH, caltech101:PATH, pets:PATH, shapes (shapes:5000), cifar10 or tiny-imagenet"
+    "of images a class, imagenet:PATH, caltech101:PATH, pets:PATH, shapes (shapes:5000), cifar10 or tiny-imagenet (cifar10:5000)"
 )
 _KIND = "A kind (badnet, blended, label-consistent, issba, kitty, reflection, sig, wanet): with"
 _FILE = (

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -35,7 +34,7 @@ from decompclip.data.images import (
     image_files,
 )
 from decompclip.data.known import CC3M, CHECKED, DATASETS, DatasetCheck, check_known, known_pairs, recognise
-from decompclip.data.pairs import Pairs, SubsetPairs
+from decompclip.data.pairs import Pairs, SubsetPairs, permuted
 from decompclip.data.parquet import PLAIN_TEMPLATES, ParquetPairs, parquet_files
 from decompclip.data.photos import CIFAR10_CLASSES, PhotoPairs, cifar10
 from decompclip.data.pixels import Preprocess, to_pixels
@@ -385,9 +384,19 @@ def open_labelled(
         return Shapes(source.count or limit or DEFAULT_LIMIT, seed=WORLD_SEED + seed, resolution=size[0])
     if source.kind in PHOTOGRAPHS:
         whole = PHOTOGRAPHS[source.kind]("test", preprocess=preprocess)
-        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(whole))
-        return SubsetPairs(whole, sorted(order[: source.count or limit or len(whole)].tolist()))
+        return _drawn(whole, source.count or min(limit or len(whole), len(whole)), seed, spec)
     return open_images(spec, preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root)
+
+
+def _drawn(pairs: Pairs, count: int, seed: int, spec: str | Path) -> SubsetPairs:
+    """`count` of them, which the seed draws, in their own order.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if count > len(pairs):
+        raise ValueError(f"expected at most {len(pairs)} images, as many as there are; received {spec}")
+    return SubsetPairs(pairs, sorted(permuted(len(pairs), seed)[:count].tolist()), order_seed=seed)
 
 
 def open_pairs(
@@ -403,8 +412,8 @@ def open_pairs(
     Captions of images that have a class alone are those of the data set, where a word names it, else "a photo of a {}.".
 
     Args:
-        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet` (in the folder that DECOMPCLIP_DATA names);
-            `imagenet:PATH`, `caltech101:PATH` or `pets:PATH` (`decompclip.data.known`); a
+        spec: `shapes` or `shapes:5000` (the bundled world); `cifar10` or `tiny-imagenet`, also `cifar10:5000`, which the seed draws (the
+            training part, in the folder that DECOMPCLIP_DATA names); `imagenet:PATH`, `caltech101:PATH` or `pets:PATH` (`decompclip.data.known`); a
             `.parquet` file or a folder of such; a `.csv` or `.tsv` table; WebDataset shards, as `ShardPairs` takes them; or a folder with a sub-folder of
             images a class.
         preprocess: from a picture to pixels in [0, 1].
@@ -419,7 +428,9 @@ def open_pairs(
     if source.kind == "shapes":
         return ShapesPairs(source.count or SHAPES_LENGTH, seed=seed, order_seed=seed)
     if source.kind in PHOTOGRAPHS:
-        return PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed)
+        count = source.count
+        whole = PHOTOGRAPHS[source.kind](preprocess=preprocess, caption_seed=seed, order_seed=seed)
+        return whole if count is None else _drawn(whole, count, seed, spec)
     if source.kind in KNOWN:
         given = {"class_names": class_names, "caption_seed": seed, "order_seed": seed}
         return known_pairs(source, preprocess, split="train", root=root, **given)

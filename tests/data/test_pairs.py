@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from decompclip.data import sources
 from decompclip.data.datasets import DatasetPairs, PairStream, folder_pairs
 from decompclip.data.pairs import Pair, Pairs, batch_places, keyed, template_caption
 from decompclip.data.photos import CIFAR10_CLASSES, CIFAR10_TEMPLATES, cifar10
 from decompclip.data.pixels import to_pixels
 from decompclip.data.shapes import ShapesPairs, draw, shapes_captions
 from decompclip.data.shards import write_shards
-from decompclip.data.sources import open_pairs
+from decompclip.data.sources import open_labelled, open_pairs
 from decompclip.data.tables import CsvPairs
 
 
@@ -451,9 +452,28 @@ def test_sources_are_opened_by_a_word_or_a_path(tmp_path: Path) -> None:
         assert values(shards) == values(folder) == [5]
 
 
-@pytest.mark.parametrize("spec", ["shapes:many", "shapes:0"])
+def test_so_many_pairs_of_a_word_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def photographs(split: str = "train", **options: Any) -> ShapesPairs:
+        return ShapesPairs({"train": 90, "test": 40}[split])
+
+    monkeypatch.setitem(sources.PHOTOGRAPHS, "cifar10", photographs)
+    part = open_pairs("cifar10:50", seed=3)
+    assert len(set(part.ids)) == 50 and set(part.ids) < set(photographs().ids)
+    assert list(open_pairs("cifar10:50", seed=4).ids) != list(part.ids)
+    assert len(open_pairs("cifar10")) == 90
+    with pytest.raises(
+        ValueError, match="expected at most 90 images, as many as there are; received cifar10:91"
+    ):
+        open_pairs("cifar10:91")
+    with pytest.raises(ValueError, match="expected at most 40 images, .*; received cifar10:41"):
+        open_labelled("cifar10:41", (32, 32), CIFAR10_CLASSES)
+    assert len(open_labelled("cifar10", (32, 32), CIFAR10_CLASSES, limit=1_000)) == 40
+
+
+@pytest.mark.parametrize("spec", ["shapes:many", "shapes:0", "cifar10:many", "tiny-imagenet:0"])
 def test_a_number_of_pairs_is_a_number(spec: str) -> None:
-    with pytest.raises(ValueError, match=f"expected shapes:N with a number N of images; received {spec}"):
+    word = spec.partition(":")[0]
+    with pytest.raises(ValueError, match=f"expected {word}:N with a number N of images; received {spec}"):
         open_pairs(spec)
 
 

@@ -47,7 +47,8 @@ from decompclip import (
     probe,
     textspan,
 )
-from decompclip.cli.extract import StoredAs, TermsIn
+from decompclip.cli.extract import StoredAs
+from decompclip.cli.options import Convention as OfCommand
 from decompclip.data.datasets import DatasetPairs, FolderPairs, PairStream
 from decompclip.data.images import FolderSource
 from decompclip.data.pairs import SubsetPairs
@@ -1058,7 +1059,7 @@ def test_torchvisions_data_sets_are_extracted(model: HookedCLIP, tmp_path: Path)
 
 
 def test_the_command_takes_what_the_function_takes() -> None:
-    assert tuple(StoredAs) == get_args(StoredType) and tuple(TermsIn) == get_args(Convention)
+    assert tuple(StoredAs) == get_args(StoredType) and tuple(OfCommand) == get_args(Convention)
 
 
 def test_the_command(tmp_path: Path) -> None:
