@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 LOCK = ".decompclip.lock"
+CHECKPOINT = "checkpoint.pt"
+"""What `decompclip finetune` goes on from, beside the model that it wrote: nothing loads a folder's model from it."""
 PATIENCE = 10.0
 """Seconds to wait for another's files to come into a folder."""
 

@@ -10,7 +10,7 @@ import typer
 
 from decompclip.cli import options
 from decompclip.cli.console import first_process, imports, plain_errors, say, skipped_files
-from decompclip.files import check_folder, write_json
+from decompclip.files import CHECKPOINT, check_folder, write_json
 
 if TYPE_CHECKING:
     from decompclip.attacks.registry import Attack
@@ -90,7 +90,7 @@ def finetune(
     goes on where it was killed, and ends with the same weights. torchrun and accelerate launch share each batch out among
     processes, which --batch-size must divide into.
     """
-    with plain_errors(lambda: options.going_on(out / "checkpoint.pt"), shared=True) as held:
+    with plain_errors(lambda: options.going_on(out / CHECKPOINT), shared=True) as held:
         check_folder(out, "the model")
         model.check()
         if images is None and (trigger or target or classes):
@@ -142,7 +142,7 @@ def finetune(
             source,
             plan,
             monitor=monitor,
-            checkpoint=out / "checkpoint.pt",
+            checkpoint=out / CHECKPOINT,
             log_every=every,
             seed=seed,
             accelerator=accelerator,

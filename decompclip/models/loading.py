@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decompclip.api import check_choice
+from decompclip.files import CHECKPOINT
 from decompclip.models.architecture import check_sizes, out_of, towers_of
 from decompclip.models.bundled import bundled, card, load_bundled, spec_of
 from decompclip.models.checkpoint import bare, digest, read_checkpoint, sha256, without_others
@@ -208,10 +209,10 @@ class _Asked:
         beside = [] if folder is None else configuration_in(folder)
         left = [] if folder is None else other_weights(folder, files)
         sums = {path: sha256(path) for path in (*files, *beside)}
-        if left:
+        if others := [name for name in left if name != CHECKPOINT]:
             warn_caller(
                 f"{', '.join(path.name for path in files)} {'is' if len(files) == 1 else 'are'} read, as open_clip and "
-                f"transformers do; in {folder} there lie other weights too, which are not looked at: {', '.join(left[:5])}"
+                f"transformers do; in {folder} there lie other weights too, which are not looked at: {', '.join(others[:5])}"
             )
         return {
             "name": name,

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -282,6 +283,14 @@ def test_the_files_read_are_those_that_transformers_reads(theirs: Callable[[str]
     assert model.provenance["files"]["model.safetensors"] == sha256(path / "model.safetensors")
     assert model.provenance["files"]["config.json"] == sha256(path / "config.json")
     assert model.provenance["files_not_read"] == ["model-00001-of-00001.safetensors", "pytorch_model.bin"]
+
+
+def test_what_finetune_goes_on_from_is_no_other_model(folder: Path, state: State) -> None:
+    torch.save({"model": state}, folder / "checkpoint.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(folder)
+    assert model.provenance["files_not_read"] == ["checkpoint.pt"]
 
 
 def test_the_file_read_is_the_one_that_open_clip_reads(folder: Path, state: State) -> None:
