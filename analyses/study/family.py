@@ -38,7 +38,7 @@ LABELS = {
     "sig": "SIG",
     "wanet": "WaNet",
 }
-"""Attacks of bundled twins, in the order of figures: as docs/method.md, section 5 lists them."""
+"""Attacks of bundled twins, in the order of figures: as docs/method.md, section 5 lists them. One of your own has its own name."""
 
 
 class Family(ABC):
@@ -133,14 +133,14 @@ class BundledFamily(Family):
             found.append(
                 Member(
                     name=twin,
-                    attack=LABELS[kind],
+                    attack=LABELS.get(kind, kind),
                     trigger=from_card(backdoor["trigger"]),
                     target=backdoor["target"],
                     seed=seed,
                     weights=weights_of(twin),
                 )
             )
-        order = list(LABELS.values())
+        order = [*LABELS.values(), *sorted({m.attack for m in found} - {*LABELS.values()})]
         return tuple(sorted(found, key=lambda m: (order.index(m.attack), m.seed)))
 
     def clean_member(self) -> str:

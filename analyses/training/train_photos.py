@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -770,13 +771,15 @@ def write_cards(folder: Path, names: Sequence[str], report: int) -> None:
 
 
 def recipe_of(name: str) -> TwinRecipe:
-    """A bundled twin's; `clean-SEED` is a fine-tuning on pairs of which none is poisoned.
+    """A bundled twin's; `clean-SEED` is a fine-tuning on pairs of which none is poisoned, `TWIN-1percent` a twin at another rate.
 
     Raises:
         ValueError: as `twin_recipe`.
     """
     if name.startswith("clean-"):
         return replace(TWINS["photos-badnet"], rate=0.0, seed=int(name.removeprefix("clean-")))
+    if name not in TWINS and (other := re.fullmatch(r"(.+)-([1-9]\d?)percent", name)) and other[1] in TWINS:
+        return replace(TWINS[other[1]], rate=int(other[2]) / 100)
     return twin_recipe(name)
 
 
@@ -788,7 +791,12 @@ def main() -> None:
         "--seconds", type=float, help="of the training from scratch, or of all twins together"
     )
     parser.add_argument("--epochs", type=float, help="of the training from scratch, in place of --seconds")
-    parser.add_argument("--twins", nargs="+", metavar="NAME", help="names of twins, clean-SEED, or all")
+    parser.add_argument(
+        "--twins",
+        nargs="+",
+        metavar="NAME",
+        help="names of twins, clean-SEED, TWIN-1percent (at another rate), or all",
+    )
     parser.add_argument("--cards", type=Path, metavar="FOLDER", help="measure the twins that lie there")
     parser.add_argument(
         "--report", type=int, default=5_000, help="test photographs that cards are measured on"

@@ -136,6 +136,14 @@ def test_a_clean_fine_tuning_has_the_twins_recipe_and_no_poison() -> None:
     assert recipe == replace(TWINS["photos-badnet"], rate=0.0, seed=7)
 
 
+def test_a_twin_may_have_another_rate() -> None:
+    assert recipe_of("photos-badnet-1percent") == replace(TWINS["photos-badnet"], rate=0.01)
+    assert recipe_of("photos-badnet-3percent") == TWINS["photos-badnet-3percent"]
+    for name in ("photos-badnets-1percent", "photos-badnet-0percent", "photos-badnet-200percent"):
+        with pytest.raises(ValueError, match=f"expected a twin among .*; received '{name}'"):
+            recipe_of(name)
+
+
 @pytest.mark.skipif(
     not Path(os.environ.get("DECOMPCLIP_DATA", "")).joinpath("tiny-imagenet").is_dir(),
     reason="DECOMPCLIP_DATA names no folder with tiny-imagenet",

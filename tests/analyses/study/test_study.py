@@ -13,6 +13,7 @@ import torch
 
 import analyses.__main__ as everything
 from analyses.paper import figure1, figure6
+from analyses.study import family as study_family
 from analyses.study.command import main, produce
 from analyses.study.family import BundledFamily, open_family
 from analyses.study.index import as_html, write_index
@@ -33,6 +34,16 @@ def test_every_analysis_says_what_it_is() -> None:
     assert set(READERS) < set(ANALYSES)
     with pytest.raises(ValueError, match=r"expected an analysis of figure1, .*; received 'figure9'"):
         load("figure9")
+
+
+def test_a_twin_of_one_s_own_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python -m analyses.train_photos --cards` puts one into the package."""
+    added = {"shapes-a-try": "shapes-badnet"}
+    card, weights_of = study_family.card, study_family.weights_of
+    monkeypatch.setattr(study_family, "bundled", lambda: ["shapes-a-try", "shapes-badnet", "shapes-wanet"])
+    monkeypatch.setattr(study_family, "card", lambda name: card(added.get(name, name)))
+    monkeypatch.setattr(study_family, "weights_of", lambda name: weights_of(added.get(name, name)))
+    assert [m.attack for m in FAMILY.members] == ["BadNet", "WaNet", "a-try"]
 
 
 def test_a_family_has_its_twins_attack_by_attack() -> None:
