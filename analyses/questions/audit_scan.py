@@ -3,7 +3,7 @@
 Paper:     none; after Neural Cleanse (Wang et al., 2019), which is for classifiers.
 Command:   python -m analyses.audit_scan             (reads the committed result, prints the tables)
            python -m analyses.audit_scan --measure   (a killed run resumes; DECOMPCLIP_DATA names the photographs)
-Run time:  to measure, about 50 minutes on one thread, of which 12 train clean fine-tuned models.
+Run time:  to measure, about 50 minutes on one thread for drawings and `cifar10`, of which 12 train clean fine-tuned models; a quarter of an hour for each of `photos`.
 Expected:  triggers like the probes are found; a warp (WaNet) and a patch in one corner need not be.
 Measured:  12 of 14 backdoored models, 0 of 10 clean ones; missed are a patch in one corner and a blended photograph.
 Writes:    analyses/results/audit_scan/audit_scan.json
@@ -12,7 +12,8 @@ Writes:    analyses/results/audit_scan/audit_scan.json
 than to the next one? The models of `models("choosing")` served to hold the default threshold of that lead, 0.5, to: it is twice the
 largest that their clean ones show. The probes were designed while some of the reported twins were looked at, with other images
 (shapes-badnet, -blended, -issba, -wanet, -label-consistent; those of cifar10): a threshold from the models for choosing alone, half-way
-between clean and backdoored ones, is given beside it. Clean models are the two bundled ones and eight that were fine-tuned on clean pairs.
+between clean and backdoored ones, is given beside it. Clean models are the bundled ones and some that were fine-tuned on clean pairs.
+On `photos` nothing was chosen; the first twins of six attacks are reported.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ WORK = Path(".training") / "audit_scan"
 TUNED = {
     "shapes": ("shapes:12000", ("--epochs", "2", "--lr", "3e-4", "--loss", "grouped")),
     "cifar10": ("cifar10", ("--epochs", "1", "--lr", "3e-4", "--loss", "grouped")),
+    "photos": (
+        "tiny-imagenet:16000",
+        ("--epochs", "1", "--batch-size", "64", "--lr", "3e-4", "--loss", "grouped"),
+    ),
 }
 """Clean fine-tuning, as a user does it who means no harm: pairs and options of `decompclip finetune`."""
 
@@ -58,21 +63,26 @@ CLEAN = {
     "reported": (
         *(f"shapes-clean-{seed}" for seed in range(2, 7)),
         *(f"cifar10-clean-{seed}" for seed in range(1, 4)),
+        "photos-clean-0",
     ),
 }
 IMAGES = {"choosing": 1, "reported": 0}
 """Seeds of the images."""
 
 
-def models(part: str) -> tuple[str, ...]:
-    """For choosing the threshold: twins of the second and third seed. Reported: those of the first, and the clean models.
+PHOTOS = (
+    *("photos-badnet", "photos-blended", "photos-issba", "photos-sig", "photos-wanet", "photos-reflection"),
+)
+"""Of each of six attacks the first twin: with 200 classes a model takes a quarter of an hour."""
 
-    Not of `photos`: `analyses.trigger_inversion` asks the scan's probes of these.
-    """
-    twins = [name for name in bundled() if card(name)["backdoor"] is not None and base_of(name) in TUNED]
+
+def models(part: str) -> tuple[str, ...]:
+    """For choosing the threshold: twins of the second and third seed. Reported: those of the first, and the clean models."""
+    twins = [name for name in bundled() if card(name)["backdoor"] is not None and base_of(name) != "photos"]
     later = [name for name in twins if card(name)["training"]["seed"]]
-    chosen = later if part == "choosing" else [name for name in twins if name not in later]
-    return (*(("shapes", "cifar10") if part == "reported" else ()), *CLEAN[part], *chosen)
+    if part == "choosing":
+        return (*CLEAN[part], *later)
+    return (*TUNED, *CLEAN[part], *(name for name in twins if name not in later), *PHOTOS)
 
 
 def base_of(name: str) -> str:
@@ -186,23 +196,54 @@ def table(record: Mapping[str, Any], lead: float) -> str:
     return markdown(rows)
 
 
-def finding(record: Mapping[str, Any], lead: float) -> str:
-    runs = list(record["runs"]["reported"].values())
+def verdicts(runs: Sequence[Mapping[str, Any]], lead: float) -> tuple[Rate, int, Rate]:
+    """At this threshold: backdoored models whose class is named, those of which another is, and clean models suspected."""
     bad, clean = ([r for r in runs if (r["target"] is not None) is wanted] for wanted in (True, False))
     hits = Rate(sum(suspected(r, lead) == r["target"] for r in bad), len(bad))
     wrong = sum(suspected(r, lead) not in (None, r["target"]) for r in bad)
-    alarms = Rate(sum(suspected(r, lead) is not None for r in clean), len(clean))
-    missed = [
-        name
-        for name, r in record["runs"]["reported"].items()
-        if r["target"] and suspected(r, lead) != r["target"]
-    ]
-    leads = [torch.tensor([strength(r) for r in kind]) for kind in (clean, bad)]
+    return hits, wrong, Rate(sum(suspected(r, lead) is not None for r in clean), len(clean))
+
+
+def area(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How well a lead of any size tells these models apart."""
+    kinds = ([strength(r) for r in runs if (r["target"] is not None) is bad] for bad in (False, True))
+    leads = [torch.tensor(kind) for kind in kinds]
     low, high = auroc_interval(*leads)
-    first = sum(any(p["rank"] == 1 for p in r["probes"].values()) for r in bad)
+    return f"{auroc(*leads):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def worlds(record: Mapping[str, Any], thresholds: Sequence[float]) -> str:
+    """A row a world, and all together, whose verdicts have one threshold."""
+    runs = list(record["runs"]["reported"].values())
+    groups = {
+        f"`{base}`": [r for r in runs if r["base"] == base] for base in dict.fromkeys(r["base"] for r in runs)
+    }
+    rows = [
+        [
+            "models of",
+            *(
+                f"{what} at a lead of {lead:g}"
+                for lead in thresholds
+                for what in ("named", "clean suspected")
+            ),
+            "AUROC at any lead",
+        ]
+    ]
+    for name, own in (groups | {"all": runs}).items():
+        found = [rate for lead in thresholds for rate in verdicts(own, lead)[::2]]
+        rows.append([name, *(f"{rate.count} of {rate.total} ({rate})" for rate in found), area(own)])
+    return markdown(rows)
+
+
+def finding(record: Mapping[str, Any], lead: float) -> str:
+    runs = record["runs"]["reported"]
+    hits, wrong, alarms = verdicts(list(runs.values()), lead)
+    bad = {name: run for name, run in runs.items() if run["target"]}
+    first = sum(any(p["rank"] == 1 for p in run["probes"].values()) for run in bad.values())
+    missed = [name for name, run in bad.items() if suspected(run, lead) != run["target"]]
     return (
         f"At a lead of {lead:g} the scan names the attacker's class in {hits.count} of {hits.total} backdoored models ({hits}), another "
-        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}); at any lead the AUROC is {auroc(*leads):.3f} [{low:.3f}, {high:.3f}]. In {first} the target is the easiest class of "
+        f"class in {wrong}, and suspects {alarms.count} of {alarms.total} clean ones ({alarms}); at any lead the AUROC is {area(list(runs.values()))}. In {first} the target is the easiest class of "
         f"at least one probe. Missed: {', '.join(missed) or 'none'}. More clean models would narrow the rate of false alarms; triggers unlike the "
         "probes would lower the hits."
     )
@@ -231,6 +272,8 @@ def printed(record: Mapping[str, Any]) -> Iterator[str]:
     lead = ScanConfig().lead
     middle, clean, backdoored = threshold(record)
     yield table(record, lead)
+    yield ""
+    yield worlds(record, (lead, round(middle, 1)))
     yield ""
     yield finding(record, lead)
     yield ""

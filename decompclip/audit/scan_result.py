@@ -170,9 +170,9 @@ CONCLUDES = (
     "It cannot prove a backdoor: the trigger itself was not seen, and what was found is an adversarial change.",
     "It cannot clear a model: triggers unlike the three families tried (a warp, a large or coloured object, a phrase), ones for "
     "some images alone, and several targets at once need not stand out.",
-    "How often it is right is known for small models alone. With a threshold from other models it named the attacker's class in 8 of 14 "
-    "backdoored ones (57 % [33, 79]) and suspected none of 10 clean ones (0 % [0, 28]). At the default, which was chosen while 8 of them "
-    "were looked at, it named 12 of 14. So its confidence is low, and moderate beside a reference that does not show the same.",
+    "How often it is right is known for small models alone. With a threshold from other models it named the attacker's class in 10 of 20 "
+    "backdoored ones (50 % [30, 70]) and suspected none of 12 clean ones (0 % [0, 24]). At the default, which was chosen while 8 of them "
+    "were looked at, it named 17 of 20. So its confidence is low, and moderate beside a reference that does not show the same.",
     "It looks at the classes named; a target that is none of them stays unseen.",
 )
 """What a scan with clean images alone can and cannot conclude."""
