@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from analyses.paper.published import SETTING, TABLE2
-from analyses.study.case import Case, Member
+from analyses.study.case import LEAST_FIT, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import BARS
@@ -34,9 +34,6 @@ from decompclip.defenses.detectors import DETECTORS
 from decompclip.figures.scatter import Panel, point_panels
 
 TITLE = "Table 2: detection of triggered images"
-
-LEAST_FIT = 200
-"""Clean images that a detector learns from, however few are scored: STRIP lays some over others."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Attackers who know the defense: heads kept near their prototypes, a patch in two halves, a patch in sixteen pieces.
 
 Paper:     He et al. (2025), impact statement: an attacker may adapt to a defense that reads the last layer's heads.
-Command:   python -m analyses.adaptive_attacker --model-family shapes   (a killed training resumes)
-Run time:  about 45 minutes, one thread; a quarter of it where the models are trained already.
+Command:   python -m analyses.adaptive_attacker --model-family shapes                        (a killed training resumes)
+           python -m analyses.adaptive_attacker --model-family photos --images 400 --slow-images 100 --attackers plain,halves,pieces
+Run time:  about 45 minutes, one thread, on either; a quarter of it where the models are trained already.
 Expected:  what reads the last layer's heads goes blind to the first; the strongest patch no longer tells on the third; what looks at
            the whole way to the feature finds all.
 Measured:  `heads` takes Decomp-Det from 0.951 to 0.385, `pieces` token repair from 1.0 % of attack success left to 18.6 %;
            AgnosticDet keeps 0.987 and more, and its repair leaves 1.4 % at most.
-Writes:    analyses/results/shapes/adaptive_attacker.json, adaptive_attacker-repair.png, adaptive_attacker-detection.png
+Writes:    analyses/results/FAMILY/adaptive_attacker.json, adaptive_attacker-repair.png, adaptive_attacker-detection.png
 
-Each attacker fine-tunes as for `shapes-badnet`, with the same pairs, poisons and steps. `heads` adds a term to the loss: for triggered
+`plain` is the family's bundled BadNet. On drawings the others fine-tune as it did, with the same pairs, poisons and steps; on photographs, where that
+takes a core over two hours each, on a third of its pairs, once: they differ from `plain` in that too. `heads` adds a term to the loss: for triggered
 images, the squared distance of every last-layer head's output (of the class token, before the output projection) to its
-mean over the batch's images, in units of the head's variance over them. `halves` and `pieces` cut BadNet's patch of 7 x 7 pixels in two
+mean over the batch's images, in units of the head's variance over them. `halves` and `pieces` cut BadNet's patch (7 x 7 pixels of 48 x 48; 5 x 5 of 64 x 64) in two
 and in sixteen, and put each at a random place of its own, so that no few patches of the tower need carry the answer, which is what
 `TokenRep` looks for. Every defense is then fitted anew on clean images of the adapted model, as a defender would.
 """
@@ -30,7 +32,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analyses.study.case import Case, Member
+from analyses.study.case import LEAST_FIT, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import markdown, rate
@@ -51,7 +53,7 @@ from decompclip.training.finetune import finetune
 from decompclip.training.loop import Monitor
 from decompclip.training.recipes import TrainingStep
 from decompclip.zoo.build import poisoned_pairs
-from decompclip.zoo.recipes import twin_recipe
+from decompclip.zoo.recipes import TWINS, TwinRecipe, twin_recipe
 
 TITLE = "Adaptive attackers: backdoors made against the defense"
 
@@ -62,11 +64,25 @@ PIECES = {"halves": (1, 2), "pieces": (4, 4)}
 ATTACKERS = ("plain", "heads", *PIECES)
 
 
+def short_recipe(twin: str) -> TwinRecipe:
+    """How attackers who adapt train: as the twin's own; of photographs, which would take a core hours, a third of the pairs, once."""
+    recipe = twin_recipe(twin)
+    if recipe.base != "photos":
+        return recipe
+    return replace(recipe, pairs=32_000, recipe=twin_recipe("photos-badclip").recipe)
+
+
 @dataclass(frozen=True)
 class Config:
-    """`triggered` images of each batch carry the penalty of `heads`, of `weight`; STRIP and TeCo see `slow_images`."""
+    """`triggered` images of each batch carry the penalty of `heads`, of `weight`; STRIP and TeCo see `slow_images`.
 
-    twin: str = "shapes-badnet"
+    Attributes:
+        twin: whose recipe attackers follow; by default the family's BadNet.
+        attackers: of `ATTACKERS`, with commas between; `plain` is the twin as it is.
+    """
+
+    twin: str = ""
+    attackers: str = ",".join(ATTACKERS)
     weight: float = 0.1
     triggered: int = 16
     images: int = 1_000
@@ -156,17 +172,24 @@ class Pieces(Trigger):
 
 
 def trigger_of(attacker: str, patch: Trigger, side: int) -> Trigger:
-    """The attacker's, made from the plain attacker's `patch` in images of `side` pixels."""
+    """The attacker's, made from the plain attacker's `patch` in images of `side` pixels.
+
+    Raises:
+        ValueError: a trigger that is no patch of BadNet's, to be cut.
+    """
     if attacker not in PIECES:
         return patch
-    assert isinstance(patch, BadNet)
+    if not isinstance(patch, BadNet):
+        raise ValueError(
+            f"expected a twin of BadNet, whose patch {attacker!r} cuts; received one of {patch.name}"
+        )
     rows, columns = PIECES[attacker]
     return Pieces(seed=patch.seed, side=patch.side(side, side), rows=rows, columns=columns)
 
 
-def adapt(attacker: str, trigger: Trigger, config: Config, work: Path) -> HookedCLIP:
+def adapt(attacker: str, twin: str, trigger: Trigger, config: Config, work: Path) -> HookedCLIP:
     """Train an attacker's model."""
-    recipe = twin_recipe(config.twin)
+    recipe = short_recipe(twin)
     world, clean = recipe.world, load_bundled(recipe.base)
     near = StayNear(trigger, config.weight, config.triggered, clean.mean, clean.std)
     monitor = Monitor(
@@ -184,7 +207,7 @@ def adapt(attacker: str, trigger: Trigger, config: Config, work: Path) -> Hooked
         recipe.recipe,
         monitor=monitor,
         penalty=near if attacker == "heads" else None,
-        checkpoint=work / f"adaptive-{attacker}.pt",
+        checkpoint=work / f"adaptive-{twin}-{attacker}.pt",
         seed=recipe.seed,
         log=print,
     ).model
@@ -214,30 +237,36 @@ def defend(case: Case, config: Config) -> dict[str, Any]:
         model.remember(images)
     for name, make in DETECTORS.items():
         n = min(config.images, config.slow_images) if name in SLOW else config.images
-        detector, others = make(model, case.classifier).fit(case.fit[:n]), case.others[:n]
-        clean = detector.score(case.clean[:n])[others]
-        found["detectors"][name] = area(clean, detector.score(case.triggered[:n][others]))
+        detector = make(model, case.classifier).fit(case.fit[: max(n, LEAST_FIT)])
+        clean, triggered = (
+            detector.score(pixels[:n])[case.others[:n]] for pixels in (case.clean, case.triggered)
+        )
+        found["detectors"][name] = area(clean, triggered)
     return found
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...], work: Path = WORK) -> dict[str, Any]:
-    """Raises ValueError: the twin that the attacker adapts is not in this family."""
-    twins = [m for m in family.members if m.name == config.twin]
-    if not twins:
+    """Raises ValueError: the twin that attackers adapt is not in this family, or an unknown attacker."""
+    twin, attackers = config.twin or f"{family.name}-badnet", config.attackers.split(",")
+    if unknown := [who for who in attackers if who not in ATTACKERS]:
+        raise ValueError(f"expected attackers among {', '.join(ATTACKERS)}; received {unknown[0]!r}")
+    own = {m.name: m for m in family.members if m.name in TWINS}
+    if twin not in own:
         raise ValueError(
-            f"expected the twin {config.twin!r}, whose recipe the attacker follows, in {family.name}; it is not there; "
-            "run it on its own family: --model-family shapes"
+            f"expected a twin of {family.name} whose recipe is known, to adapt: {', '.join(own) or 'there is none'}; received {twin!r}; "
+            "take a bundled family, as --model-family shapes"
         )
-    case = family.case(twins[0], images=config.images, seed=config.seed)
+    case = family.case(own[twin], images=config.images, seed=config.seed)
     found = {}
-    for attacker in ATTACKERS:
+    for attacker in attackers:
+        adapted = case
         if attacker != "plain":
-            trigger = trigger_of(attacker, twins[0].trigger, case.clean.shape[-1])
-            model = adapt(attacker, trigger, config, work)
-            member = replace(twins[0], trigger=trigger)
-            case = replace(case, member=member, model=model, classifier=family.classifier(model), _seen={})
-        found[attacker] = defend(case, config)
-    return {"models": {config.twin: found}}
+            trigger = trigger_of(attacker, own[twin].trigger, case.clean.shape[-1])
+            model = adapt(attacker, twin, trigger, config, work)
+            member = replace(own[twin], trigger=trigger)
+            adapted = replace(case, member=member, model=model, classifier=family.classifier(model), _seen={})
+        found[attacker] = defend(adapted, config)
+    return {"models": {twin: found}}
 
 
 def _attackers(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -247,10 +276,11 @@ def _attackers(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
     found = _attackers(record)
-    repairs, detectors = (list(found["plain"][kind]) for kind in ("repairs", "detectors"))
+    one = next(iter(found.values()))
+    repairs, detectors = list(one["repairs"]), list(one["detectors"])
 
     def series(kind: str, names: list[str], get: Any) -> dict[str, list[Point | None]]:
-        return {who: [get(found[who][kind].get(name)) for name in names] for who in ATTACKERS}
+        return {who: [get(found[who][kind].get(name)) for name in names] for who in found}
 
     panels = [
         Panel(
@@ -274,12 +304,13 @@ def plot(record: Mapping[str, Any]) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> str:
     """One row a defense, the plain attacker beside those who know."""
     found = _attackers(record)
-    rows = [["defense", *ATTACKERS]]
-    for name in found["plain"]["repairs"]:
-        reports = [found[who]["repairs"][name] for who in ATTACKERS]
+    rows = [["defense", *found]]
+    one = next(iter(found.values()))
+    for name in one["repairs"]:
+        reports = [found[who]["repairs"][name] for who in found]
         rows.append([f"repair: {name}", *(f"ASR {rate(r['asr'])}, CACC {rate(r['cacc'])}" for r in reports)])
-    for name in found["plain"]["detectors"]:
-        areas = [found[who]["detectors"][name] for who in ATTACKERS]
+    for name in one["detectors"]:
+        areas = [found[who]["detectors"][name] for who in found]
         rows.append(
             [
                 f"detector: {name}",
@@ -296,7 +327,7 @@ def finding(record: Mapping[str, Any]) -> str:
         return f"{100 * found[who]['repairs'][name]['asr']['value']:.1f}"
 
     said = []
-    for who in ATTACKERS:
+    for who in found:
         areas = {name: area["value"] for name, area in found[who]["detectors"].items()}
         blind = [name for name, area in areas.items() if area < 0.6]
         said.append(

@@ -21,6 +21,9 @@ Part = Literal["fit", "clean", "triggered"]
 
 BATCH = 64
 
+LEAST_FIT = 200
+"""Clean images that a detector learns from, however few are scored: STRIP lays some over others."""
+
 FRESH = 2**40
 """Places of triggered images start here, so that what a trigger draws anew was in no training image."""
 

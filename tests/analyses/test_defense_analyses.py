@@ -12,8 +12,10 @@ from analyses.paper import table1
 from analyses.questions import adaptive_attacker, attack_agnostic, trigger_gallery
 from analyses.study.family import BundledFamily
 from decompclip.attacks.patch import BadNet
+from decompclip.attacks.whole_image import SIG
 from decompclip.models.bundled import load_bundled
 from decompclip.training.recipes import TrainingStep
+from decompclip.zoo.recipes import TWINS
 
 SHAPES = BundledFamily("shapes")
 
@@ -107,9 +109,40 @@ def test_the_paper_s_rows_stand_for_every_fine_tuning(
 
 
 def test_an_attacker_adapts_a_twin_of_its_own_family() -> None:
-    config = adaptive_attacker.Config(twin="cifar10-badnet")
-    with pytest.raises(ValueError, match=r"expected the twin 'cifar10-badnet'.*--model-family shapes"):
-        adaptive_attacker.run(config, SHAPES, SHAPES.members)
+    for config, message in (
+        (
+            {"twin": "cifar10-badnet"},
+            r"expected a twin of shapes .*: shapes-badnet, .*; received 'cifar10-badnet'",
+        ),
+        (
+            {"attackers": "plain,tails"},
+            "expected attackers among plain, heads, halves, pieces; received 'tails'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaptive_attacker.run(adaptive_attacker.Config(**config), SHAPES, SHAPES.members)
+    with pytest.raises(
+        ValueError, match="expected a twin of BadNet, whose patch 'halves' cuts; received one of sig"
+    ):
+        adaptive_attacker.trigger_of("halves", SIG(), 48)
+
+
+def test_attackers_of_photographs_train_on_fewer_pairs() -> None:
+    short, own = adaptive_attacker.short_recipe("photos-badnet"), TWINS["photos-badnet"]
+    assert (short.trigger, short.rate, short.seed) == (own.trigger, own.rate, own.seed)
+    assert short.pairs < own.pairs and short.recipe == TWINS["photos-badclip"].recipe
+    assert adaptive_attacker.short_recipe("shapes-badnet") == TWINS["shapes-badnet"]
+
+
+def test_attackers_who_were_not_asked_are_left_out() -> None:
+    rates = {rate: {"value": 0.5, "low": 0.4, "high": 0.6} for rate in ("asr", "cacc", "control")}
+    repairs = dict.fromkeys(("none", "Decomp-Rep, paper", "agnostic", "token", "token, then agnostic"), rates)
+    detectors = {name: {"value": 0.9, "low": 0.8, "high": 0.95} for name in ("agnostic", "token")}
+    found = {who: {"repairs": repairs, "detectors": detectors} for who in ("plain", "pieces")}
+    record = {"found": {"models": {"photos-badnet": found}}}
+    assert adaptive_attacker.table(record).startswith("| defense | plain | pieces |")
+    assert "pieces: succeeds on 50.0 %" in adaptive_attacker.finding(record)
+    assert set(adaptive_attacker.plot(record)) == {"repair", "detection"}
 
 
 def test_the_gallery_shows_every_kind_of_trigger_once(tmp_path: Path) -> None:
