@@ -223,8 +223,10 @@ def measured(module: str) -> str:
     records = [read(module, family) for family in families]
     said = "\n".join(load(module).finding(record) for record in records)
     if module == "adaptive_attacker":
-        (found,) = records[0]["found"]["models"].values()
-        areas = [detector["value"] for who in found.values() for detector in who["detectors"].values()]
+        found = [
+            who for record in records for of in record["found"]["models"].values() for who in of.values()
+        ]
+        areas = [detector["value"] for who in found for detector in who["detectors"].values()]
         said += "".join(f"\n{area:.3f}" for area in areas)
     return said
 

@@ -22,7 +22,7 @@ from analyses.study.case import Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import carries, mean
+from analyses.study.summary import SPREAD, carries, mean, over_models
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.operators.ablation import MeanAblate
@@ -66,12 +66,13 @@ def finding(record: Mapping[str, Any]) -> str:
         if not names:
             return f"No {extent} trigger among the models: the claim compares local ones with global ones."
         for setting in ("without heads", "without MLPs"):
-            falls[extent, setting] = mean(
+            falls[extent, setting] = [
                 excess(models[n]["as it is"]) - excess(models[n][setting]) for n in names
-            )
+            ]
+    fall = {of: mean(values) for of, values in falls.items()}
     holds = (
-        falls["local", "without heads"] > falls["local", "without MLPs"] + 5
-        and falls["global", "without MLPs"] > falls["global", "without heads"] + 5
+        fall["local", "without heads"] > fall["local", "without MLPs"] + 5
+        and fall["global", "without MLPs"] > fall["global", "without heads"] + 5
     )
     cacc = {s: mean(100 * m[s]["cacc"]["value"] for m in models.values()) for s in SETTINGS}
     tested = {s: carries(cacc["as it is"], cacc[s]) for s in ("without heads", "without MLPs")}
@@ -79,7 +80,7 @@ def finding(record: Mapping[str, Any]) -> str:
     if not any(tested.values()):
         verdict = "cannot be tested"
     elif not tested["without MLPs"]:
-        shows = falls["local", "without heads"] > falls["local", "without MLPs"] + 5
+        shows = fall["local", "without heads"] > fall["local", "without MLPs"] + 5
         verdict = (
             f"{'shows' if shows else 'does not show'} in its first half, local triggers in heads, and cannot be tested in its second, "
             "global triggers in MLPs, by these ablations (`local_or_structured` compares at equal accuracy)"
@@ -87,12 +88,12 @@ def finding(record: Mapping[str, Any]) -> str:
     elif not tested["without heads"]:
         verdict = "cannot be tested in its first half, local triggers in heads"
     said_so = "; ".join(
-        f"{extent} triggers {setting}: {fall:.1f}" for (extent, setting), fall in falls.items()
+        f"{extent} triggers {setting}: {over_models(values)}" for (extent, setting), values in falls.items()
     )
     return (
         f"Finding 1 {verdict} here: clean accuracy is {cacc['as it is']:.1f} %, {cacc['without heads']:.1f} without heads and "
         f"{cacc['without MLPs']:.1f} without MLPs, and what does not carry the class (at most half is left without it) cannot be shown to carry "
-        f"the backdoor. Attack success over its control falls by these points when terms are mean-ablated: {said_so}. The finding would "
+        f"the backdoor. Attack success over its control falls by these points when terms are mean-ablated, {SPREAD}: {said_so}. The finding would "
         "hold if local triggers lost more without heads, and global ones without MLPs, each by 5 points or more."
     )
 

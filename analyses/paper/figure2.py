@@ -24,7 +24,17 @@ import torch
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import RANGE, by_attack, carries, curve, groups, markdown, mean
+from analyses.study.summary import (
+    RANGE,
+    SPREAD,
+    by_attack,
+    carries,
+    curve,
+    groups,
+    markdown,
+    mean,
+    over_models,
+)
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
@@ -183,19 +193,21 @@ def _peak(values: list[float]) -> int:
 def finding(record: Mapping[str, Any]) -> str:
     """The paper speaks of heads under local triggers and of MLPs under global ones; every attack counts once."""
     return (
-        f"Finding 2. {_of_heads(record)} {_of_mlps(record)} {_of_mmd(record)} Ablating terms misses what works through later "
+        f"Finding 2 ({SPREAD}, attacks as units). {_of_heads(record)} {_of_mlps(record)} {_of_mmd(record)} Ablating terms misses what works through later "
         "layers (`direct_or_causal`); an attack that no single kind carries stays whatever is ablated."
     )
 
 
-def _falls(record: Mapping[str, Any], extent: str) -> dict[str, float]:
-    """Falls of attack success less its control, by setting; empty without attacks of the extent."""
+def _falls(record: Mapping[str, Any], extent: str) -> dict[str, list[float]]:
+    """Falls of attack success less its control, by setting, of each attack; empty without attacks of the extent."""
     models, facts = record["found"]["models"], record["models"]
     attacks = [names for names in by_attack(record).values() if facts[names[0]]["kind"].startswith(extent)]
     if not attacks:
         return {}
-    rest = {s: mean(mean(left(models[n], s) for n in names) for names in attacks) for s in SETTINGS}
-    return {s: rest["as it is"] - value for s, value in rest.items()}
+    return {
+        s: [mean(left(models[n], "as it is") - left(models[n], s) for n in names) for names in attacks]
+        for s in SETTINGS
+    }
 
 
 def _verdict(record: Mapping[str, Any], setting: str, holds: bool) -> str:
@@ -211,10 +223,10 @@ def _of_heads(record: Mapping[str, Any]) -> str:
     falls = _falls(record, "local")
     if not falls:
         return "No local trigger among the models: nothing on heads."
-    holds = falls["last heads"] > max(5.0, 0.5 * falls["all heads"])
+    holds = mean(falls["last heads"]) > max(5.0, 0.5 * mean(falls["all heads"]))
     return (
         f"Heads centred on the last layer under local triggers: {_verdict(record, 'all heads', holds)}; without the last layer's heads "
-        f"{falls['last heads']:.1f} points of attack success less control are lost, without all heads {falls['all heads']:.1f}."
+        f"{over_models(falls['last heads'])} points of attack success less control are lost, without all heads {over_models(falls['all heads'])}."
     )
 
 
@@ -222,11 +234,11 @@ def _of_mlps(record: Mapping[str, Any]) -> str:
     falls = _falls(record, "global")
     if not falls:
         return "No global trigger among the models: nothing on MLPs."
-    late, last = falls["last five MLPs"], falls["last MLP"]
-    holds = late > max(5.0, 0.5 * falls["all MLPs"]) and last < 0.5 * late
+    late, last, every = (falls[setting] for setting in ("last five MLPs", "last MLP", "all MLPs"))
+    holds = mean(late) > max(5.0, 0.5 * mean(every)) and mean(last) < 0.5 * mean(late)
     return (
-        f"MLPs spread over late layers under global ones: {_verdict(record, 'all MLPs', holds)}; without the last five {late:.1f} points "
-        f"are lost, without the last alone {last:.1f}, without all {falls['all MLPs']:.1f}."
+        f"MLPs spread over late layers under global ones: {_verdict(record, 'all MLPs', holds)}; without the last five {over_models(late)} points "
+        f"are lost, without the last alone {over_models(last)}, without all {over_models(every)}."
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean
+from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean, over_models, spread
 from decompclip.defenses.decomp import DecompRep
 from decompclip.figures.curves import LinePanel, line_panels
 from decompclip.figures.scatter import PERCENT
@@ -172,17 +172,16 @@ def finding(record: Mapping[str, Any]) -> str:
     def excess(steps: list[dict[str, float]], place: int) -> float:
         return steps[place]["asr"] - steps[place]["control"]
 
-    before = mean(m["before"]["asr"] - m["before"]["control"] for m in models)
-    first, last = (mean(excess(m["epsilon"], place) for m in models) for place in (0, -1))
-    best = {
-        sweep: mean(excess(m[sweep], _best(m[sweep])) for m in models) for sweep in ("epsilon", "quantile")
-    }
+    before = [m["before"]["asr"] - m["before"]["control"] for m in models]
+    first, last = ([excess(m["epsilon"], place) for m in models] for place in (0, -1))
+    best = {sweep: [excess(m[sweep], _best(m[sweep])) for m in models] for sweep in ("epsilon", "quantile")}
+    gain = mean(before) - min(map(mean, best.values()))
     lost = mean(m["epsilon"][0]["cacc"] - m["epsilon"][-1]["cacc"] for m in models)
     return (
-        f"Without repair attack success over its control is {before:.1f} points. From the least to the largest epsilon it goes from {first:.1f} to "
-        f"{last:.1f} and CACC {'rises' if lost < 0 else 'falls'} by {abs(lost):.1f}, mean over {len(models)} models. Even the epsilon that is best for each model on these very images, at "
-        f"{FALL:g} points of CACC, leaves {best['epsilon']:.1f} points, and the best quantile of clean dot products {best['quantile']:.1f}: the choice of the "
-        f"threshold {'matters' if before - min(best.values()) > 20 else 'is not what limits the method here'}. A model whose trigger lives in few heads of the last "
+        f"Without repair attack success over its control is {over_models(before)} points ({spread(len(models))}). From the least to the largest epsilon it goes from {over_models(first)} to "
+        f"{over_models(last)} and CACC {'rises' if lost < 0 else 'falls'} by {abs(lost):.1f}. Even the epsilon that is best for each model on these very images, at "
+        f"{FALL:g} points of CACC, leaves {over_models(best['epsilon'])} points, and the best quantile of clean dot products {over_models(best['quantile'])}: the choice of the "
+        f"threshold {'matters' if gain > 20 else 'is not what limits the method here'}. A model whose trigger lives in few heads of the last "
         "layer would change that."
     )
 

@@ -28,7 +28,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import BundledFamily, Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import mean
+from analyses.study.summary import mean, over_models, spread
 from decompclip.data.pairs import Pairs
 from decompclip.data.shapes import ShapesPairs
 from decompclip.defenses.agnostic import AgnosticRep
@@ -150,20 +150,20 @@ def finding(record: Mapping[str, Any]) -> str:
     models = record["found"]["models"].values()
     said = []
     for row in (row for row in ROWS if all(row in m for m in models)):
-        left = mean(excess(m[row]) for m in models)
+        left = over_models(excess(m[row]) for m in models)
         lost = mean(100 * (m["No Defense"]["cacc"]["value"] - m[row]["cacc"]["value"]) for m in models)
         said.append(
-            f"{row} leaves {left:.1f} points of attack success over its control and costs {lost:.1f} of CACC"
+            f"{row} leaves {left} points of attack success over its control and costs {lost:.1f} of CACC"
         )
-    before = mean(excess(m["No Defense"]) for m in models)
+    before = over_models(excess(m["No Defense"]) for m in models)
     on_top = [
-        f"after {tuning} {mean(excess(m[tuning]) for m in tuned):.1f}, with Decomp-Rep on top "
-        f"{mean(excess(m[f'{tuning} + Decomp-Rep']) for m in tuned):.1f}"
+        f"after {tuning} {over_models(excess(m[tuning]) for m in tuned)}, with Decomp-Rep on top "
+        f"{over_models(excess(m[f'{tuning} + Decomp-Rep']) for m in tuned)}"
         for tuning in TUNINGS
         if (tuned := [m for m in models if tuning in m])
     ]
     return (
-        f"Of {before:.1f} points, mean over {len(models)} models: {'; '.join(said)}."
+        f"Of {before} points ({spread(len(models))}): {'; '.join(said)}."
         + (
             f" On the models that were tuned: {'; '.join(on_top)}."
             if on_top

@@ -24,7 +24,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import mean
+from analyses.study.summary import mean, over_models, spread
 from decompclip.decomposition.components import heads
 from decompclip.defenses.decomp import DecompRep, random_heads
 from decompclip.operators.ablation import MeanAblate
@@ -90,16 +90,15 @@ def table(record: Mapping[str, Any]) -> str:
 
 def finding(record: Mapping[str, Any]) -> str:
     models = record["found"]["models"].values()
-    before = mean(excess(m["No Defense"]) for m in models)
-    falls = {row: before - mean(excess(m[row]) for m in models) for row in ROWS[1:-1]}
-    carried = mean(excess(m["Decomp-Reverse"]) for m in models)
+    falls = {row: [excess(m["No Defense"]) - excess(m[row]) for m in models] for row in ROWS[1:-1]}
+    carried = over_models(excess(m["Decomp-Reverse"]) for m in models)
     flagged = [mean(m["flagged"][part] for m in models) for part in ("clean", "triggered")]
-    best = max(falls[row] for row in (*FIXED, "random heads"))
-    selective = falls["Decomp-Rep"] > best + 5
+    best = max((falls[row] for row in (*FIXED, "random heads")), key=mean)
+    selective = mean(falls["Decomp-Rep"]) > mean(best) + 5
     return (
-        f"Attack success over its control falls by {falls['Decomp-Rep']:.1f} points under Decomp-Rep, and by at most {best:.1f} "
+        f"Attack success over its control falls by {over_models(falls['Decomp-Rep'])} points under Decomp-Rep ({spread(len(models))}), and by at most {over_models(best)} "
         f"with fixed or random heads: choosing heads image by image {'is' if selective else 'is not'} what counts here. Flagged "
-        f"heads put into clean images send {carried:.1f} points of them to the target (the paper: 18 to 81 %). {flagged[0]:.1f} "
+        f"heads put into clean images send {carried} points of them to the target (the paper: 18 to 81 %). {flagged[0]:.1f} "
         f"heads are flagged in a clean image, {flagged[1]:.1f} in a triggered one; another epsilon would change that (Figure 6)."
     )
 

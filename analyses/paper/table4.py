@@ -26,7 +26,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
 from analyses.study.results import RESULTS, read
-from analyses.study.summary import markdown, mean
+from analyses.study.summary import markdown, mean, over_models, spread
 
 TITLE = "Table 4: repair on other data"
 
@@ -57,11 +57,11 @@ def table(record: Mapping[str, Any]) -> str:
 
 def finding(record: Mapping[str, Any]) -> str:
     models = list(record["found"]["models"].values())
-    before, after = (mean(excess(m[row]) for m in models) for row in ("No Defense", "Decomp-Rep"))
-    fall = before - after
+    before, after = ([excess(m[row]) for m in models] for row in ("No Defense", "Decomp-Rep"))
+    fall = mean(before) - mean(after)
     return (
         f"On {record['family']['title']} Decomp-Rep, told the kind of trigger, takes attack success over its control from "
-        f"{before:.1f} to {after:.1f} points, mean of {len(models)} models; on Caltech-101 and Oxford Pets the paper saw falls of 81 and "
+        f"{over_models(before)} to {over_models(after)} points ({spread(len(models))}); on Caltech-101 and Oxford Pets the paper saw falls of 81 and "
         f"57 points. The transfer {'shows' if fall > 20 else 'does not show'} on these data; the paper's own models would decide it."
     )
 

@@ -23,7 +23,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import mean
+from analyses.study.summary import SPREAD, mean, over_models
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.defenses.decomp import DecompRep
@@ -98,12 +98,12 @@ def finding(record: Mapping[str, Any]) -> str:
         own = [m for name, m in models.items() if facts[name]["kind"].startswith(extent)]
         if own:
             parts = [
-                f"{row} {mean(excess(m[row]) for m in own):.1f} at CACC {mean(100 * m[row]['cacc']['value'] for m in own):.1f}"
+                f"{row} {over_models(excess(m[row]) for m in own)} at CACC {mean(100 * m[row]['cacc']['value'] for m in own):.1f}"
                 for row in ROWS
             ]
-            said.append(f"{extent} triggers ({len(own)} models): {', '.join(parts)}")
+            said.append(f"{extent} triggers ({len(own)} model{'s' * (len(own) > 1)}): {', '.join(parts)}")
     return (
-        f"Attack success over its control, in points: {'; '.join(said)}. Where noise lowers the first it lowers accuracy with "
+        f"Attack success over its control, in points, {SPREAD}: {'; '.join(said)}. Where noise lowers the first it lowers accuracy with "
         "it; a larger model, with more heads a layer, would leave more when some are replaced."
     )
 

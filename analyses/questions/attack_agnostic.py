@@ -31,7 +31,7 @@ from analyses.study.case import BATCH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure
-from analyses.study.summary import by_attack, markdown, mean
+from analyses.study.summary import by_attack, markdown, mean, over_models, spread
 from decompclip.decomposition.components import everything
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.defenses.agnostic import DISTANCES, VIEWS, AgnosticDet, AgnosticRep
@@ -40,7 +40,6 @@ from decompclip.defenses.distances import ClassDistance, ComponentDistances
 from decompclip.defenses.guard import Guard
 from decompclip.evaluation.metrics import auroc
 from decompclip.figures.scatter import Panel, Point, point_panels
-from decompclip.intervals import mean_interval
 from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Without a hint: designs of detection and repair"
@@ -170,25 +169,19 @@ def table(record: Mapping[str, Any]) -> str:
     return f"{markdown(rows)}\n\n{markdown(fixed)}"
 
 
-def interval_over(values: list[float]) -> str:
-    """Mean and 95 % interval, models as units."""
-    value, low, high = mean_interval(torch.tensor(values, dtype=torch.float64))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]" if len(values) > 1 else f"{value:.1f}"
-
-
 def finding(record: Mapping[str, Any]) -> str:
     models = list(record["found"]["models"].values())
     areas = {design: mean(m["auroc"][design] for m in models) for design in DETECTION}
     best = max(areas, key=areas.__getitem__)
     fpr = [100 * m["fpr_at_5"] for m in models]
-    left = {row: interval_over([excess(m[row]) for m in models]) for row in (REPAIRED, BOTH)}
+    left = {row: over_models(excess(m[row]) for m in models) for row in (REPAIRED, BOTH)}
     cacc = {row: mean(100 * m[row]["cacc"]["value"] for m in models) for row in ("none", REPAIRED, BOTH)}
     right = {row: mean(100 * m["right"][row] for m in models) for row in ("none", REPAIRED, BOTH)}
     return (
         f'Fitted on {record["config"]["images"]} clean images and reported on as many, "{SETTLED}" finds triggered images at a mean AUROC of {areas[SETTLED]:.3f} (worst of {len(models)} models '
         f"{min(m['auroc'][SETTLED] for m in models):.3f}), the best design here is {best} ({areas[best]:.3f}); oddness alone {areas['odd']:.3f}. At a "
         f"stated 5 % it flags {mean(fpr):.1f} % of fresh clean images ({min(fpr):.1f} to {max(fpr):.1f}). Of attack success over its control, in points, repair without a "
-        f"hint leaves {left[REPAIRED]} (95 % interval by models; worst {max(excess(m[REPAIRED]) for m in models):.1f}) at CACC {cacc[REPAIRED]:.1f}, with the strongest patches filled first {left[BOTH]} at "
+        f"hint leaves {left[REPAIRED]} ({spread(len(models))}; worst {max(excess(m[REPAIRED]) for m in models):.1f}) at CACC {cacc[REPAIRED]:.1f}, with the strongest patches filled first {left[BOTH]} at "
         f"{cacc[BOTH]:.1f}; CACC without repair is {cacc['none']:.1f}. Told right are {right['none']:.1f} % of triggered images as they "
         f"are, {right[REPAIRED]:.1f} repaired, {right[BOTH]:.1f} with patches filled first. Attacks that imitate clean features, tell their answer late and write no more "
         "than clean images would change this: none in the zoo does."

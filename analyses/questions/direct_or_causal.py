@@ -26,7 +26,7 @@ from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess, rates_figure, rates_table
-from analyses.study.summary import markdown, mean
+from analyses.study.summary import markdown, mean, over_models, spread
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.figures.scatter import scatter_panels
@@ -160,15 +160,15 @@ def finding(record: Mapping[str, Any]) -> str:
     late = over(lambda c, m: c["kind"] == "heads" and _depth(c, m["layers"]) == DEPTHS[-1])
     of_mlps = over(lambda c, m: c["kind"] == "mlps")
     gaps = [
-        f"{name}: direct {mean(excess(m[f'{name}, direct']) for m in models):.0f}, causal "
-        f"{mean(excess(m[f'{name}, causal']) for m in models):.0f}"
+        f"{name}: direct {over_models((excess(m[f'{name}, direct']) for m in models), 0)}, causal "
+        f"{over_models((excess(m[f'{name}, causal']) for m in models), 0)}"
         for name in SETTINGS
     ]
     causal = mean(100 * m["all heads, causal"]["cacc"]["value"] for m in models)
     return (
         f"Direct and causal effects of single components correlate at {whole} over all parts (mean and range over {len(models)} models), at "
         f"{late} over heads of the last third, and at {of_mlps} over MLPs: the direct effect {'can' if models and _mean_of(models) > 0.8 else 'cannot'} "
-        f"stand for the causal one. Attack success over its control, in points, is left as follows: {'; '.join(gaps)}. Without all heads in a "
+        f"stand for the causal one. Attack success over its control, in points ({spread(len(models))}), is left as follows: {'; '.join(gaps)}. Without all heads in a "
         f"real forward pass {causal:.0f} % of clean images are classified right: whole kinds ablated causally break the model rather than "
         "its backdoor. Resampled in place of mean ablation would keep the stream on its manifold and could change that."
     )

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from analyses.study.case import FRESH, Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean
+from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean, over_models, spread
 from decompclip.audit.components import as_many, infected_parts, shift
 from decompclip.decomposition.components import Part
 from decompclip.decomposition.decomposition import Decomposition
@@ -167,8 +167,8 @@ def finding(record: Mapping[str, Any]) -> str:
     named, sizes = record["found"]["models"], record["config"]["sizes"]
     models = list(named.values())
     place = sizes.index(16) if 16 in sizes else len(sizes) - 1
-    before, after = (mean(excesses(m, "strongest")[p] for m in models) for p in (0, place))
-    others = mean(excesses(m, "others")[place] for m in models)
+    before, after = (over_models(excesses(m, "strongest")[p] for m in models) for p in (0, place))
+    others = over_models(excesses(m, "others")[place] for m in models)
     lost, lost_others = (
         mean(m[kind][0]["cacc"] - m[kind][place]["cacc"] for m in models) for kind in ("strongest", "others")
     )
@@ -181,8 +181,8 @@ def finding(record: Mapping[str, Any]) -> str:
             at = f" (at {median_low(halves)} components, median of those)" if halves else ""
             gone.append(f"in {len(halves)} of {len(own)} models of {extent} triggers{at}")
     return (
-        f"Without the {sizes[place]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before:.1f} to "
-        f"{after:.1f} points at {lost:.1f} points of CACC, mean over {len(models)} models; without {sizes[place]} others of the same kinds {others:.1f} are left, at "
+        f"Without the {sizes[place]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before} to "
+        f"{after} points at {lost:.1f} points of CACC ({spread(len(models))}); without {sizes[place]} others of the same kinds {others} are left, at "
         f"{lost_others:.1f}. Half of it is gone {' and '.join(gone)}. Those {sizes[place]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
         "backdoor keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."
     )

@@ -22,9 +22,8 @@ from typing import Any
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, markdown, mean
+from analyses.study.summary import by_attack, markdown, mean, mean_over, over_models, spread
 from analyses.study.words import late, words
-from decompclip.bench.page import mean_over
 from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.roles import role_change
 
@@ -134,24 +133,18 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def finding(record: Mapping[str, Any]) -> str:
-    models, facts = record["found"]["models"], record["models"]
+    models = record["found"]["models"]
 
-    def interval_text(kind: str, key: str, extent: str = "") -> dict[str, Any]:
-        return mean_over(
-            [
-                change(rows, kind, key)
-                for name, rows in models.items()
-                if facts[name]["kind"].startswith(extent)
-            ]
-        )
-
-    def words_of(found: Mapping[str, Any]) -> str:
-        ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
-        return f"{found['value']:.2f}{ends}"
-
-    of_heads, of_mlps = interval_text("heads", "similarity"), interval_text("mlps", "similarity")
-    gaps = [change(r, "heads", "similarity") - change(r, "mlps", "similarity") for r in models.values()]
-    gap = mean_over(gaps)
+    lost_by = {
+        (kind, key): [change(rows, kind, key) for rows in models.values()]
+        for kind in KINDS
+        for key in MEASURES
+    }
+    said = {of: over_models(values, 2) for of, values in lost_by.items()}
+    least = mean_over(lost_by["mlps", "similarity"]).low
+    gap = over_models(
+        (a - b for a, b in zip(lost_by["heads", "similarity"], lost_by["mlps", "similarity"], strict=True)), 2
+    )
     lost = [
         r["similarity_halves"] - r["similarity"]
         for rows in models.values()
@@ -159,14 +152,14 @@ def finding(record: Mapping[str, Any]) -> str:
         if r["kind"] == "heads"
     ]
     kept, changed = sum(x <= KEPT for x in lost), sum(x > CHANGED for x in lost)
-    shows = of_mlps["low"] is not None and of_mlps["low"] > 0 and min(kept, changed) >= 0.1 * len(lost)
+    shows = least is not None and least > 0 and min(kept, changed) >= 0.1 * len(lost)
     return (
-        f"Against halves of clean images, texts of triggered images lose {words_of(of_heads)} of similarity in the last layer's heads and "
-        f"{words_of(of_mlps)} in the last five MLPs (mean over {len(models)} models, 95 % interval); heads change by "
-        f"{words_of(gap)} more than MLPs. {kept} of {len(lost)} heads keep their role (lose {KEPT} at most), {changed} change it (lose more than "
+        f"Against halves of clean images, texts of triggered images lose {said['heads', 'similarity']} of similarity in the last layer's heads and "
+        f"{said['mlps', 'similarity']} in the last five MLPs ({spread(len(models))}); heads change by "
+        f"{gap} more than MLPs. {kept} of {len(lost)} heads keep their role (lose {KEPT} at most), {changed} change it (lose more than "
         f"{CHANGED}). That late MLPs' texts change while some heads keep their roles and others do not, Finding 3, "
         f"{'shows' if shows else 'does not show'} in this measure. Explained variance falls by "
-        f"{words_of(interval_text('heads', 'explained'))} and {words_of(interval_text('mlps', 'explained'))}. The pool of texts, and how many are picked, could "
+        f"{said['heads', 'explained']} and {said['mlps', 'explained']}. The pool of texts, and how many are picked, could "
         "change the sizes; two halves of the same images show how far."
     )
 

@@ -1,12 +1,15 @@
-"""Over seeds and over images: the intervals and tables that analyses report."""
+"""Over seeds, over models and over images: the intervals and tables that analyses report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from decompclip.figures.curves import Curve
 from decompclip.figures.scatter import Point
+from decompclip.intervals import mean_interval
 
 GATE = 0.5
 """Share of the clean accuracy that an ablation may leave where it is to say something of a backdoor."""
@@ -40,7 +43,7 @@ def rate(value: Mapping[str, Any]) -> str:
 
 
 def interval_text(point: Point, digits: int = 1) -> str:
-    """`94.8 (93.0..95.9)` over seeds, `94.8 [93.0, 95.9]` over images."""
+    """`94.8 (93.0..95.9)` for a range, `94.8 [93.0, 95.9]` for an interval."""
     text = f"{point.value:.{digits}f}"
     if point.low is None or point.high is None:
         return text
@@ -49,19 +52,46 @@ def interval_text(point: Point, digits: int = 1) -> str:
     return f"{text} [{point.low:.{digits}f}, {point.high:.{digits}f}]"
 
 
+ENOUGH = 4
+"""Models, or attacks, from which on a mean over them has an interval: that of two or three says less than their range."""
+
+SPREAD = f"means with 95 % intervals, of fewer than {ENOUGH} with their range"
+"""What `over_models` gives for groups of several sizes."""
+
+
+def spread(models: int) -> str:
+    """What `over_models` gives for so many."""
+    if models == 1:
+        return "one model"
+    return f"mean over {models} models, {'95 % interval' if models >= ENOUGH else 'range'}"
+
+
+def mean_over(values: Iterable[float]) -> Point:
+    """The mean with its 95 % interval by Student's t, models as units; of a few with their range, of one alone."""
+    values = list(values)
+    if len(values) >= ENOUGH:
+        return Point(*mean_interval(torch.tensor(values, dtype=torch.float64)))
+    return Point(mean(values), min(values), max(values), "range") if len(values) > 1 else Point(values[0])
+
+
+def over_models(values: Iterable[float], digits: int = 1) -> str:
+    """`94.8 [93.0, 96.6]`, or of a few models `94.8 (93.0..95.9)`: `mean_over` in words."""
+    return interval_text(mean_over(values), digits)
+
+
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
 
 
-FEW = 4
+MOST_CURVES = 4
 """As many curves as a panel holds: with more attacks, kinds of trigger are drawn."""
 
 
 def groups(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """Names of models, by attack where these are few, else by kind of trigger."""
     attacks = by_attack(record)
-    if len(attacks) <= FEW:
+    if len(attacks) <= MOST_CURVES:
         return attacks
     kinds: dict[str, list[str]] = {}
     for names in attacks.values():

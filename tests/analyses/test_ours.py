@@ -153,17 +153,17 @@ def test_finding_3_has_two_ends() -> None:
             for kind, lost in (*(("heads", x) for x in heads), ("mlps", mlps))
         ]
 
-    def interval_text(heads: tuple[float, ...], mlps: float) -> str:
+    def said_of(heads: tuple[float, ...], mlps: float) -> str:
         models = {name: model(heads, mlps + 0.01 * i) for i, name in enumerate("abc")}
         facts = {name: {"kind": "local, noise"} for name in "abc"}
         return role_change.finding({"models": facts, "found": {"models": models}})
 
-    mixed = interval_text((0.0, 0.04, 0.3), 0.3)
+    mixed = said_of((0.0, 0.04, 0.3), 0.3)
     assert "6 of 9 heads keep their role" in mixed and "3 change it" in mixed
     assert "Finding 3, shows" in mixed
-    assert "Finding 3, does not show" in interval_text((0.0, 0.0, 0.0), 0.3)
-    assert "Finding 3, does not show" in interval_text((0.3, 0.3, 0.3), 0.3)
-    assert "Finding 3, does not show" in interval_text((0.0, 0.04, 0.3), -0.01)
+    assert "Finding 3, does not show" in said_of((0.0, 0.0, 0.0), 0.3)
+    assert "Finding 3, does not show" in said_of((0.3, 0.3, 0.3), 0.3)
+    assert "Finding 3, does not show" in said_of((0.0, 0.04, 0.3), -0.01)
 
 
 # The gap of Base-Decomp, and times

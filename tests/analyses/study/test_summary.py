@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from analyses.study.rates import excess, rates_table
-from analyses.study.summary import by_attack, curve, groups, interval_text, over_seeds
+from analyses.study.summary import by_attack, curve, groups, interval_text, over_models, over_seeds
 
 
 def rate(value: float, low: float = 0.0, high: float = 1.0) -> dict[str, float]:
@@ -44,3 +44,16 @@ def test_tables_leave_out_settings_that_no_model_has() -> None:
         "| BadNet | local, noise | as it is | 90.0 [0.0, 100.0] | 10.0 [0.0, 100.0] | 50.0 [0.0, 100.0] | 86.09 | 56.72 |"
     ]
     assert excess(found["found"]["models"]["m"]["as it is"]) == pytest.approx(80)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([2.0], "2.0"),
+        ([1.0, 3.0], "2.0 (1.0..3.0)"),
+        # of 2.5, standard error 0.645, three degrees of freedom: 3.182 of them
+        ([1.0, 2.0, 3.0, 4.0], "2.5 [0.4, 4.6]"),
+    ],
+)
+def test_models_are_the_units_and_few_have_no_interval(values: list[float], said: str) -> None:
+    assert over_models(values) == said
