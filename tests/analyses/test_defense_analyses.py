@@ -109,18 +109,19 @@ def test_the_paper_s_rows_stand_for_every_fine_tuning(
 
 
 def test_an_attacker_adapts_a_twin_of_its_own_family() -> None:
-    for config, message in (
+    config = adaptive_attacker.Config
+    for wrong, message in (
         (
-            {"twin": "cifar10-badnet"},
+            config(twin="cifar10-badnet"),
             r"expected a twin of shapes .*: shapes-badnet, .*; received 'cifar10-badnet'",
         ),
         (
-            {"attackers": "plain,tails"},
+            config(attackers="plain,tails"),
             "expected attackers among plain, heads, halves, pieces; received 'tails'",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            adaptive_attacker.run(adaptive_attacker.Config(**config), SHAPES, SHAPES.members)
+            adaptive_attacker.run(wrong, SHAPES, SHAPES.members)
     with pytest.raises(
         ValueError, match="expected a twin of BadNet, whose patch 'halves' cuts; received one of sig"
     ):

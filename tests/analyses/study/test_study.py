@@ -38,11 +38,14 @@ def test_every_analysis_says_what_it_is() -> None:
 
 def test_a_twin_of_one_s_own_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `python -m analyses.train_photos --cards` puts one into the package."""
-    added = {"shapes-a-try": "shapes-badnet"}
+
+    def bundled(name: str) -> str:
+        return name.replace("a-try", "badnet")
+
     card, weights_of = study_family.card, study_family.weights_of
     monkeypatch.setattr(study_family, "bundled", lambda: ["shapes-a-try", "shapes-badnet", "shapes-wanet"])
-    monkeypatch.setattr(study_family, "card", lambda name: card(added.get(name, name)))
-    monkeypatch.setattr(study_family, "weights_of", lambda name: weights_of(added.get(name, name)))
+    monkeypatch.setattr(study_family, "card", lambda name: card(bundled(name)))
+    monkeypatch.setattr(study_family, "weights_of", lambda name: weights_of(bundled(name)))
     assert [m.attack for m in FAMILY.members] == ["BadNet", "WaNet", "a-try"]
 
 
