@@ -282,6 +282,14 @@ def test_attackers_are_not_mixed_up() -> None:
     assert f"stays at {min(area(who, 'agnostic') for who in found)} or more" in answer
     most, both = (max(left(who, repair) for who in found) for repair in ("agnostic", "token, then agnostic"))
     assert f"its repair leaves {most} % at most, with token repair in front of it {both}" in answer
+    (found,) = read("adaptive_attacker", "photos")["found"]["models"].values()
+    of_pieces, of_halves = (
+        [left(who, repair) for repair in ("token", "agnostic")] for who in ("pieces", "halves")
+    )
+    assert (
+        f"sixteen pieces leave {of_pieces[0]} % to token repair ({left('plain', 'token')} before)" in answer
+    )
+    assert f"and {of_pieces[1]} % to `AgnosticRep`, two halves {' and '.join(of_halves)} %" in answer
 
 
 def test_files_that_it_names_are_there() -> None:
