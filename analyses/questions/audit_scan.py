@@ -196,12 +196,12 @@ def table(record: Mapping[str, Any], lead: float) -> str:
     return markdown(rows)
 
 
-def verdicts(runs: Sequence[Mapping[str, Any]], lead: float) -> tuple[Rate, int, Rate]:
-    """At this threshold: backdoored models whose class is named, those of which another is, and clean models suspected."""
+def verdicts(runs: Sequence[Mapping[str, Any]], lead: float) -> tuple[Rate, Rate, int]:
+    """At this threshold: backdoored models whose class is named, clean models suspected, and backdoored ones of which another class is named."""
     bad, clean = ([r for r in runs if (r["target"] is not None) is wanted] for wanted in (True, False))
     hits = Rate(sum(suspected(r, lead) == r["target"] for r in bad), len(bad))
-    wrong = sum(suspected(r, lead) not in (None, r["target"]) for r in bad)
-    return hits, wrong, Rate(sum(suspected(r, lead) is not None for r in clean), len(clean))
+    alarms = Rate(sum(suspected(r, lead) is not None for r in clean), len(clean))
+    return hits, alarms, sum(suspected(r, lead) not in (None, r["target"]) for r in bad)
 
 
 def area(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -230,14 +230,14 @@ def worlds(record: Mapping[str, Any], thresholds: Sequence[float]) -> str:
         ]
     ]
     for name, own in (groups | {"all": runs}).items():
-        found = [rate for lead in thresholds for rate in verdicts(own, lead)[::2]]
+        found = [rate for lead in thresholds for rate in verdicts(own, lead)[:2]]
         rows.append([name, *(f"{rate.count} of {rate.total} ({rate})" for rate in found), area(own)])
     return markdown(rows)
 
 
 def finding(record: Mapping[str, Any], lead: float) -> str:
     runs = record["runs"]["reported"]
-    hits, wrong, alarms = verdicts(list(runs.values()), lead)
+    hits, alarms, wrong = verdicts(list(runs.values()), lead)
     bad = {name: run for name, run in runs.items() if run["target"]}
     first = sum(any(p["rank"] == 1 for p in run["probes"].values()) for run in bad.values())
     missed = [name for name, run in bad.items() if suspected(run, lead) != run["target"]]
