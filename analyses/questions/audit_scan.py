@@ -71,7 +71,12 @@ IMAGES = {"choosing": 1, "reported": 0}
 
 
 PHOTOS = (
-    *("photos-badnet", "photos-blended", "photos-issba", "photos-sig", "photos-wanet", "photos-reflection"),
+    "photos-badnet",
+    "photos-blended",
+    "photos-issba",
+    "photos-sig",
+    "photos-wanet",
+    "photos-reflection",
 )
 """Of each of six attacks the first twin: with 200 classes a model takes a quarter of an hour."""
 

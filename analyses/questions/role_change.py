@@ -22,7 +22,7 @@ from typing import Any
 from analyses.study.case import Case, Member
 from analyses.study.command import main
 from analyses.study.family import Family
-from analyses.study.summary import by_attack, markdown, mean, mean_over, over_models, spread
+from analyses.study.summary import by_attack, markdown, mean, mean_point, over_models, spread
 from analyses.study.words import late, words
 from decompclip.figures.scatter import Panel, Point, point_panels
 from decompclip.operators.roles import role_change
@@ -141,7 +141,7 @@ def finding(record: Mapping[str, Any]) -> str:
         for key in MEASURES
     }
     said = {of: over_models(values, 2) for of, values in lost_by.items()}
-    least = mean_over(lost_by["mlps", "similarity"]).low
+    least = mean_point(lost_by["mlps", "similarity"]).low
     gap = over_models(
         (a - b for a, b in zip(lost_by["heads", "similarity"], lost_by["mlps", "similarity"], strict=True)), 2
     )

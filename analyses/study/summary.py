@@ -66,7 +66,7 @@ def spread(models: int) -> str:
     return f"mean over {models} models, {'95 % interval' if models >= ENOUGH else 'range'}"
 
 
-def mean_over(values: Iterable[float]) -> Point:
+def mean_point(values: Iterable[float]) -> Point:
     """The mean with its 95 % interval by Student's t, models as units; of a few with their range, of one alone."""
     values = list(values)
     if len(values) >= ENOUGH:
@@ -75,8 +75,8 @@ def mean_over(values: Iterable[float]) -> Point:
 
 
 def over_models(values: Iterable[float], digits: int = 1) -> str:
-    """`94.8 [93.0, 96.6]`, or of a few models `94.8 (93.0..95.9)`: `mean_over` in words."""
-    return interval_text(mean_over(values), digits)
+    """`94.8 [93.0, 96.6]`, or of a few models `94.8 (93.0..95.9)`: `mean_point` in words."""
+    return interval_text(mean_point(values), digits)
 
 
 def mean(values: Iterable[float]) -> float:
