@@ -18,6 +18,7 @@ from PIL import Image
 
 import decompclip
 from decompclip.audit import pipeline
+from decompclip.audit.collect import open_pair
 from decompclip.cli.console import imports, in_options
 from decompclip.data.shapes import Shapes
 from tests.commands import run, succeeds
@@ -57,6 +58,9 @@ def parquet(tmp_path: Path) -> Path:
         ("poison FILE --target star --count 3 --size 48 --out OUT", r"\b36\b"),
         ("finetune shapes FILE --epochs 1 --batch-size 12 --out OUT", "3 steps"),
         ("data check FILE", r"\b36\b"),
+        ("repair shapes-badnet --clean FILE --method rep --hint local --out OUT", "model is written"),
+        ("diagnose shapes --images FILE", r"\b36\b"),
+        ("apply-trigger FILE --trigger badnet --model shapes-badnet --out OUT", "36 images"),
     ],
 )
 def test_a_command_takes_parquet(parquet: Path, tmp_path: Path, command: str, said: str) -> None:
@@ -64,6 +68,32 @@ def test_a_command_takes_parquet(parquet: Path, tmp_path: Path, command: str, sa
     stdout, stderr = succeeds(*(str({"FILE": parquet, "OUT": out}.get(x, x)) for x in command.split()))
     told = (stdout + stderr).replace(str(tmp_path), "")
     assert out.exists() == ("OUT" in command) and re.search(said, told)
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_a_triggered_copy_pairs_with_the_rows_of_a_file(
+    parquet: Path, tmp_path: Path, limit: int | None
+) -> None:
+    """Rows are in the file's order, "#2" before "#10", their copies in that of names; a subset has both."""
+    suspect = tmp_path / "suspect"
+    succeeds("apply-trigger", parquet, "--trigger", "badnet", "--model", "shapes-badnet", "--out", suspect)
+    assert (suspect / f"{parquet.name}#35.png").is_file()
+    model = decompclip.load("shapes-badnet")
+    pair = open_pair((str(parquet), str(suspect)), model, WORLD.class_names, limit=limit)
+    clean, copies = (torch.cat([batch.images for batch in source.batches(16)]) for source in pair)
+    assert len(clean) == len(copies) == (limit or 36)
+    changed = (clean != copies).any(1).flatten(1).double().mean(1)
+    assert (0 < changed).all() and (changed < 0.1).all()  # a patch, and no other picture
+
+
+def test_sets_of_other_names_keep_all_their_images(photos: Path, parquet: Path, tmp_path: Path) -> None:
+    model = decompclip.load("shapes-badnet")
+    (tmp_path / "few").mkdir()
+    for path in sorted(photos.rglob("*.png"))[:5]:
+        (tmp_path / "few" / path.name).write_bytes(path.read_bytes())
+    for clean, suspect, sizes in ((tmp_path / "few", photos, (5, 36)), (photos, parquet, (36, 36))):
+        pair = open_pair((str(clean), str(suspect)), model, ())
+        assert tuple(map(len, pair)) == sizes
 
 
 @pytest.fixture

@@ -6,15 +6,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 import decompclip
 from decompclip.attacks.patch import BadNet
+from decompclip.attacks.preview import write_suspects
 from decompclip.attacks.registry import open_attack, remembered
 from decompclip.data.images import FolderSource
+from decompclip.data.parquet import ParquetPairs
+from decompclip.data.pixels import encode_png
 from decompclip.data.shapes import Shapes
+from decompclip.data.sources import PairImages
 from tests.commands import run, succeeds
 
 
@@ -128,6 +134,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     error = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert code == 2 and len(error) == 1 and words in error[0], stderr
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_table_s_row_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("image,label\na/../../b.png,star\n")
+    options = ("--trigger", "badnet", "--size", 32, "--out", tmp_path / "out")
+    code, _, stderr = run("apply-trigger", tmp_path / "table.csv", *options)
+    assert code == 2 and "below one folder; received 1:a/../../b.png" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "x.parquet" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        pq.write_table(pa.table({"png": [encode_png(torch.rand(3, 32, 32))]}), file)
+    source = PairImages(ParquetPairs(files, need_captions=False), ())
+    with pytest.raises(ValueError, match="2 are called x.parquet#0"):
+        write_suspects(open_attack("badnet"), source, tmp_path / "out", clean=tmp_path / "a")
 
 
 def test_a_remembered_trigger_is_put_in_by_its_kind(clean: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from decompclip.attacks.registry import Attack
 from decompclip.attacks.trigger import Indices, Pixels, Trigger
 from decompclip.data.feed import feed
-from decompclip.data.files import TRIGGER_FILE, SkippedFile
-from decompclip.data.images import FolderSource
+from decompclip.data.files import TRIGGER_FILE, SkippedFile, without_ending
+from decompclip.data.images import ListedImages
 from decompclip.data.pixels import bytes_of, encode_png
 from decompclip.display import Track, silently
 from decompclip.files import atomic_folder, atomic_write, check_folder, write_json
@@ -212,59 +212,77 @@ class SuspectFiles:
 
 def write_suspects(
     attack: Attack,
-    source: FolderSource,
+    source: ListedImages,
     folder: str | Path,
     *,
+    clean: str | Path,
     batch_size: int = 64,
     seen: Callable[[Pixels, Pixels], None] | None = None,
     track: Track = silently,
 ) -> SuspectFiles:
     """Triggered copies of a source's pictures as PNG files, and `trigger.json`, which says with what.
 
-    `a/b.jpg` becomes `a/b.png`; where two pictures would get one name, both keep theirs in front: `a/b.jpg.png`. Each
-    picture is given to the trigger with its place in the source, as in `evaluate`. The folder is there when it is whole.
+    `a/b.jpg` becomes `a/b.png`, and a row of a file `b.parquet#7.png`; where two pictures would get one name, both keep theirs in
+    front: `a/b.jpg.png`. Each picture is given to the trigger with its place in the source, as in `evaluate`. The folder is there when it is whole.
 
     Args:
         attack: the trigger, and its target where it is known.
         source: of pixels in [0, 1], brought to the geometry in which the model sees them: a trigger put into a larger
             picture would be scaled, and perhaps cut off.
         folder: to write to, new or empty.
+        clean: where the source's pictures lie, as the command was told.
         batch_size: pictures that get the trigger at a time.
         seen: gets each batch, clean and triggered as the files hold it.
         track: shows progress.
 
     Raises:
         FileExistsError: the folder is there, and not empty.
-        ValueError: no picture could be read, the folder lies inside the source's or is it.
+        ValueError: no picture could be read, two have one name, or one that leads out of the folder; the folder lies inside
+            the source's or is it.
     """
     folder = Path(folder)
-    check_suspect_folder(folder, source.folder)
+    check_suspect_folder(folder, Path(clean))
     count, renamed, size = 0, [], [0, 0]
-    stems = Counter(Path(path).with_suffix("") for path in source.files)
+    names = [name for name, _ in source.listed(range(len(source)))]
+    _check_names(names)
+    stems = Counter(map(without_ending, names))
     n_batches = -(-len(source) // batch_size)
     with closing(feed(source, batch_size)) as batches, atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in track(batches, f"applying {attack.trigger.name}", n_batches):
             triggered = attack.trigger(batch.images, batch.indices.tolist())
-            for path, image in zip(map(Path, batch.paths), triggered, strict=True):
-                name = path.with_suffix(".png")
-                if stems[path.with_suffix("")] > 1:
-                    name = path.with_name(f"{path.name}.png")
-                    renamed.append(path.as_posix())
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(encode_png(image))
+            for path, image in zip(batch.paths, triggered, strict=True):
+                stem = without_ending(path)
+                if stems[stem] > 1:
+                    stem = path
+                    renamed.append(path)
+                file = partial / f"{stem}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(encode_png(image))
             if seen is not None:
                 seen(batch.images, (triggered * 255).round() / 255)
             count, size = count + len(batch.paths), list(triggered.shape[-2:])
         about: dict[str, Any] = {
             **attack.to_dict(),
             "origin": attack.origin,
-            "clean": str(source.folder),
+            "clean": str(clean),
             "images": count,
             "size": size,
             "skipped": [vars(skip) for skip in source.skipped],
         }
         write_json(partial / TRIGGER_FILE, about)
     return SuspectFiles(folder, count, tuple(source.skipped), tuple(renamed))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if outside := next((name for name in names if {"..", "/"} & {*PurePosixPath(name).parts}), None):
+        raise ValueError(
+            f"expected names of images that lie below one folder; received {outside}; give the folder that holds them"
+        )
+    (name, times), *_ = Counter(names).most_common(1)
+    if times > 1:
+        raise ValueError(
+            f"expected images with names of their own; {times} are called {name}; rename or merge them"
+        )
 
 
 def check_suspect_folder(folder: Path, clean: Path) -> None:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
-from decompclip.data.files import canonical, parse_source
+from decompclip.data.files import canonical, parse_source, without_ending
 from decompclip.data.images import (
     ImageBatch,
     ImageSource,
+    ListedImages,
     OnError,
     SkippedFile,
     split_indices,
@@ -86,6 +87,39 @@ def open_source(
     return open_images(
         spec, model.preprocess, class_names, limit=limit, seed=seed, on_error=on_error, root=root
     )
+
+
+def open_pair(
+    specs: tuple[str, str],
+    model: HookedCLIP,
+    class_names: tuple[str, ...],
+    *,
+    limit: int | None = DEFAULT_LIMIT,
+    **options: Any,
+) -> tuple[ImageSource, ImageSource]:
+    """Clean and suspect images, as `open_source` opens each: as many suspect ones as clean ones of the same names stand in the clean ones' order.
+
+    A file's rows are in the file's order, their copies in a folder in that of their names; a subset of the one would miss
+    that of the other.
+
+    Args:
+        specs: of clean and of suspect images.
+        model, class_names, limit, options: as `open_source`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
+    """
+    clean, suspect = (open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
+    if not isinstance(clean, ListedImages) or not isinstance(suspect, ListedImages):
+        return clean, suspect
+    whole = suspect
+    if len(suspect) == limit:
+        whole = open_source(specs[1], model, class_names, limit=None, **options)
+        assert isinstance(whole, ListedImages)
+    names, partners = ([_stem(name) for name, _ in x.listed(range(len(x)))] for x in (clean, whole))
+    places = {name: place for place, name in enumerate(partners)}
+    paired = len(clean) == len(suspect) == len(set(names)) and set(names) <= set(places)
+    return clean, whole.at([places[name] for name in names]) if paired else suspect
 
 
 def attack_in(spec: str, known: Sequence[Attack] = ()) -> Attack | None:
@@ -394,7 +428,4 @@ def _names(images: ImageSet) -> list[str]:
 
 
 def _stem(path: str) -> str:
-    named = PurePosixPath(path)
-    if "#" not in named.suffix:  # of a file's row, "test.parquet#7", the number is no ending
-        named = named.with_suffix("")
-    return "/".join(map(canonical, named.parts))
+    return "/".join(map(canonical, without_ending(path).parts))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def apply_trigger(
-    images: Annotated[Path, typer.Argument(help="Folder of clean images, sub-folders and all.")],
+    images: Annotated[str, typer.Argument(help=f"Clean images: {options.IMAGE_FILES}.")],
     trigger: Annotated[
         str, typer.Option(help=f"own: the one that a backdoored --model remembers. {options.TRIGGER}.")
     ],
@@ -45,10 +45,10 @@ def apply_trigger(
     image_size: options.ImageSize = None,
     device: options.Device = None,
 ) -> None:
-    """Put a trigger into the images of a folder: a suspect set for `audit`, whose files pair with the clean ones by name.
+    """Put a trigger into images: a suspect set for `audit`, whose files pair with the clean ones by name.
 
     A trigger belongs to the size and the crop in which the model sees an image, so it is put in after those. The files
-    are PNG of that size, in the same sub-folders; trigger.json says what was put in.
+    are PNG of that size, in the same sub-folders; a table's or file's row is named as audits name it. trigger.json says what was put in.
     """
     with plain_errors():
         if (model is None) == (size is None):
@@ -64,7 +64,7 @@ def apply_trigger(
                 model, checkpoint, pretrained, prefix=prefix, image_size=image_size, device=device
             )
             chosen.check()
-        options.check_images(str(images))
+        options.check_images(images)
         check_folder(out, "the images")
         options.check_trigger(trigger)
         options.check_files(classes=classes)
@@ -72,18 +72,18 @@ def apply_trigger(
             from decompclip.attacks.preview import check_suspect_folder, compare, write_suspects
             from decompclip.attacks.registry import open_attack, remembered
             from decompclip.data.files import files_skipped
-            from decompclip.data.images import FolderSource
             from decompclip.data.pixels import to_pixels
+            from decompclip.data.sources import open_images
 
         known = () if model is None else remembered(model, checkpoint)
         attack = open_attack(trigger, known, model=model or "no model")
         goal = target or attack.target
-        check_suspect_folder(out, images)
+        check_suspect_folder(out, Path(images))
         counts, preprocess = None, to_pixels(size)
         if chosen is not None:
             clip = chosen.load(text=False)
             counts, preprocess = _counts(clip, classes, goal), clip.pixels
-        source = FolderSource(images, preprocess, on_error=on_error.value)
+        source = open_images(images, preprocess, (), on_error=on_error.value)
         noise: list[float] = []
 
         def seen(clean: Any, triggered: Any) -> None:
@@ -92,7 +92,9 @@ def apply_trigger(
                 counts(clean, triggered)
 
         with progress() as track:
-            files = write_suspects(attack, source, out, batch_size=batch_size, seen=seen, track=track)
+            files = write_suspects(
+                attack, source, out, clean=images, batch_size=batch_size, seen=seen, track=track
+            )
         say(f"Trigger: {attack}")
         say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")
         if counts is not None:

@@ -205,13 +205,13 @@ def _pair(
 ) -> list[AuditResult]:
     """The model, and its reference, on clean and suspect images."""
     from decompclip.audit import run_audit
-    from decompclip.audit.collect import open_source
+    from decompclip.audit.collect import open_pair
     from decompclip.audit.components import weights_alone
 
     results: list[AuditResult] = []
     with progress() as track:
         for name, clip in loaded.items():
-            clean, suspect = (open_source(spec, clip, class_names, **given_options) for spec in specs)
+            clean, suspect = open_pair(specs, clip, class_names, **given_options)
             result = run_audit(
                 clip,
                 clean,

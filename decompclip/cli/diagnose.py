@@ -58,6 +58,6 @@ def _check_labels(images: str, names: tuple[str, ...]) -> None:
 
     if not open_images(images, to_pixels(), names).labelled:
         raise ValueError(
-            f"expected a sub-folder of images for each class in --images; received {images}, where no folder is named after "
-            f"one; name them as the classes are: {some(names)}"
+            f"expected images with classes in --images, in a sub-folder for each class or a column of labels; received {images}, "
+            f"where no folder is named after one and no image has a label; name them as the classes are: {some(names)}"
         )

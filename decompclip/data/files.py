@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 import numpy as np
@@ -147,6 +147,12 @@ def canonical(name: str) -> str:
     """One form for a name that systems write in several: composed letters, no spaces around, no upper case."""
     composed = unicodedata.normalize("NFC", name)
     return unicodedata.normalize("NFC", composed.casefold()).strip()
+
+
+def without_ending(name: str) -> PurePosixPath:
+    """An image's name without its ending; of a file's row, "test.parquet#7", the number is none."""
+    path = PurePosixPath(name)
+    return path if "#" in path.suffix else path.with_suffix("")
 
 
 def open_regular(path: str | Path, *, root: str | Path | None = None) -> BinaryIO:

@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Self
 
 from decompclip.api import check_choice
 from decompclip.data.feed import DeviceSource, in_threads
@@ -99,6 +101,12 @@ class ListedImages(DeviceSource):
             items = [items[i] for i in np.sort(chosen)]
         self._items, self._labels, self._where = items, labels, where
         self.preprocess = preprocess
+
+    def at(self, places: Sequence[int]) -> Self:
+        """The images at these places alone, in their order."""
+        found = copy(self)
+        found._items = [self._items[place] for place in places]
+        return found
 
     @property
     def pure(self) -> bool:

@@ -180,6 +180,22 @@ def test_a_damaged_row_group_is_left_out_and_named(tmp_path: Path) -> None:
     assert all("row group 1 of x.parquet cannot be read" in skip.reason for skip in pairs.skipped)
 
 
+@pytest.mark.parametrize("column", ["label", "caption"])
+def test_a_damaged_column_of_labels_or_captions_is_named(tmp_path: Path, column: str) -> None:
+    columns = {"image": structs(6), "label": [0, 1, 2, 0, 1, 2], "caption": list("abcdef")}
+    path = write(tmp_path / "x.parquet", columns)
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    (chunk,) = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(bytes(content))
+    with pytest.raises(
+        ValueError, match=f"x.parquet: column '{column}' cannot be read: .*; get the file again"
+    ):
+        ParquetPairs(path, class_names=NAMES, templates=TEMPLATES)
+
+
 def test_a_damaged_or_missing_image_is_left_out_and_named(tmp_path: Path) -> None:
     images = pa.array([encoded(1), b"no picture", None], pa.binary())
     pairs = ParquetPairs(write(tmp_path / "x.parquet", {"png": images, "text": ["a", "b", "c"]}))
