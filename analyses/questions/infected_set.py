@@ -9,13 +9,14 @@ Writes:    analyses/results/FAMILY/infected_set.json, infected_set.png
 
 Components are ordered by what their terms contribute to the target on triggered images, measured on the images that means are fitted on;
 their terms are then replaced by clean means, the strongest 1, 2, 4, ... together, on the reported images (direct effect). Thin lines:
-as many components of the same kinds, drawn from the others, mean of five draws.
+as many components of the same kinds, drawn from the others, mean of five draws. These may cost less clean accuracy: so, for one size, others of
+any kind are drawn until they cost as much.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -30,6 +31,7 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.summary import RANGE, by_attack, curve, groups, markdown, mean, over_models, spread
 from decompclip.audit.components import as_many, infected_parts, shift
+from decompclip.data.pairs import permuted
 from decompclip.decomposition.components import Part
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
@@ -39,6 +41,8 @@ from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Infected set: how many components carry a backdoor together"
 HALF = "half gone at"
+SPOKEN_OF = 16
+"""How many components the sentence and the table are about."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,24 @@ def ordered(case: Case) -> list[Part]:
     return [found.part for found in infected_parts(shift(clean, terms, toward, paired=True), affected=True)]
 
 
+def place(sizes: Sequence[int]) -> int:
+    """Of `SPOKEN_OF` among the sizes; the largest where it is none of them."""
+    return sizes.index(SPOKEN_OF) if SPOKEN_OF in sizes else len(sizes) - 1
+
+
+def as_costly(
+    rates: Callable[[list[Part]], dict[str, float]], others: list[Part], cacc: float
+) -> dict[str, float]:
+    """Rates without the first of the others, as many as bring clean accuracy down to `cacc`, in %, or below; all, if none do."""
+    few, many = 0, len(others)  # accuracy is above with `few`
+    while few + 1 < many:
+        middle = (few + many) // 2
+        few, many = (middle, many) if rates(others[:middle])["cacc"] > cacc else (few, middle)
+    return rates(others[:many]) | {"components": many}
+
+
 def measure(case: Case, config: Config) -> dict[str, Any]:
-    """Rates in % without the strongest, and without as many others."""
+    """Rates in % without the strongest, without as many others, and without others that cost as much clean accuracy."""
     order, moments = ordered(case), Moments.of(case.terms("fit"), second=False)
 
     def without(parts: list[Part]) -> dict[str, float]:
@@ -85,21 +105,41 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         [without(as_many(order[:size], order[size:], config.seed + draw)) for draw in range(config.draws)]
         for size in sizes
     ]
+    strongest, spoken_of = [without(order[:size]) for size in sizes], place(sizes)
+    rest = order[sizes[spoken_of] :]
+    costly = [
+        as_costly(
+            without,
+            [rest[i] for i in permuted(len(rest), config.seed + draw)],
+            strongest[spoken_of]["cacc"],
+        )
+        for draw in range(config.draws if rest else 0)
+    ]
     return {
         "order": [str(part) for part in order[: max(sizes)]],
         "components": len(order),
-        "strongest": [without(order[:size]) for size in sizes],
-        "others": [{key: round(mean(d[key] for d in draws), 3) for key in draws[0]} for draws in drawn],
+        "strongest": strongest,
+        "others": [_mean(draws) for draws in drawn],
+        "as_costly": _mean(costly) if costly else None,
     }
+
+
+def _mean(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: round(mean(d[key] for d in draws), 3) for key in draws[0]}
 
 
 def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str, Any]:
     return family.measured(members, config, measure)
 
 
+def left_of(rates: Mapping[str, float]) -> float:
+    """Attack success less its control, in points."""
+    return rates["asr"] - rates["control"]
+
+
 def excesses(model: Mapping[str, Any], kind: str) -> list[float]:
-    """Attack success less its control, in points, size by size."""
-    return [step["asr"] - step["control"] for step in model[kind]]
+    """`left_of`, size by size."""
+    return [left_of(step) for step in model[kind]]
 
 
 def plot(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,48 +182,63 @@ def table(record: Mapping[str, Any]) -> str:
             HALF,
             "CACC at 16",
             "16 others",
+            "others as costly",
             "strongest",
         ]
     ]
     for attack, names in by_attack(record).items():
         own = [models[name] for name in names]
         left = [[excesses(m, "strongest")[sizes.index(size)] for m in own] for size in shown]
-        place = sizes.index(16) if 16 in sizes else -1
+        at = place(sizes)
+        costly = [left_of(m["as_costly"]) for m in own if m["as_costly"]]
         rows.append(
             [
                 attack,
                 record["models"][names[0]]["kind"],
                 *(f"{mean(values):.1f}" for values in left),
                 ", ".join(str(half(m, sizes) or "–") for m in own),
-                f"{mean(m['strongest'][place]['cacc'] for m in own):.1f}",
-                f"{mean(excesses(m, 'others')[place] for m in own):.1f}",
+                f"{mean(m['strongest'][at]['cacc'] for m in own):.1f}",
+                f"{mean(excesses(m, 'others')[at] for m in own):.1f}",
+                f"{mean(costly):.1f}" if costly else "–",
                 ", ".join(own[0]["order"][:4]),
             ]
         )
-    return f"{markdown(rows)}\n\nAttack success less its control, in points, mean over seeds; {HALF}: components, each model."
+    return (
+        f"{markdown(rows)}\n\nAttack success less its control, in points, mean over seeds; {HALF}: components, each model; others as costly: "
+        "drawn until they cost as much clean accuracy as the strongest, or none is left."
+    )
 
 
 def finding(record: Mapping[str, Any]) -> str:
     named, sizes = record["found"]["models"], record["config"]["sizes"]
     models = list(named.values())
-    place = sizes.index(16) if 16 in sizes else len(sizes) - 1
-    before, after = (over_models(excesses(m, "strongest")[p] for m in models) for p in (0, place))
-    others = over_models(excesses(m, "others")[place] for m in models)
+    at = place(sizes)
+    before, after = (over_models(excesses(m, "strongest")[p] for m in models) for p in (0, at))
+    others = over_models(excesses(m, "others")[at] for m in models)
     lost, lost_others = (
-        mean(m[kind][0]["cacc"] - m[kind][place]["cacc"] for m in models) for kind in ("strongest", "others")
+        mean(m[kind][0]["cacc"] - m[kind][at]["cacc"] for m in models) for kind in ("strongest", "others")
     )
-    mixed = sum(len({name.split("[")[0] for name in m["order"][: sizes[place]]}) > 1 for m in models)
+    matched = ""
+    if drawn := [m for m in models if m["as_costly"]]:
+        costly = [m["as_costly"] for m in drawn]
+        lost_costly = mean(m["strongest"][0]["cacc"] - m["as_costly"]["cacc"] for m in drawn)
+        short = sum(m["as_costly"]["cacc"] > m["strongest"][at]["cacc"] for m in drawn)
+        matched = (
+            f"; without others of any kind, drawn until they cost as much or none is left ({mean(c['components'] for c in costly):.0f} components, "
+            f"{lost_costly:.1f} points; in {short} of {len(drawn)} models all others cost less), {over_models(map(left_of, costly))}"
+        )
+    mixed = sum(len({name.split("[")[0] for name in m["order"][: sizes[at]]}) > 1 for m in models)
     gone = []
     for extent in ("local", "global"):
         own = [m for name, m in named.items() if record["models"][name]["kind"].startswith(extent)]
         halves = [found for m in own if (found := half(m, sizes)) is not None]
         if own:
-            at = f" (at {median_low(halves)} components, median of those)" if halves else ""
-            gone.append(f"in {len(halves)} of {len(own)} models of {extent} triggers{at}")
+            median = f" (at {median_low(halves)} components, median of those)" if halves else ""
+            gone.append(f"in {len(halves)} of {len(own)} models of {extent} triggers{median}")
     return (
-        f"Without the {sizes[place]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before} to "
-        f"{after} points at {lost:.1f} points of CACC ({spread(len(models))}); without {sizes[place]} others of the same kinds {others} are left, at "
-        f"{lost_others:.1f}. Half of it is gone {' and '.join(gone)}. Those {sizes[place]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
+        f"Without the {sizes[at]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before} to "
+        f"{after} points at {lost:.1f} points of CACC ({spread(len(models))}); without {sizes[at]} others of the same kinds {others} are left, at "
+        f"{lost_others:.1f}{matched}. Half of it is gone {' and '.join(gone)}. Those {sizes[at]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
         "backdoor keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."
     )
 

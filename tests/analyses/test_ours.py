@@ -20,6 +20,7 @@ from analyses.questions import (
 )
 from analyses.study.family import BundledFamily
 from analyses.study.rates import excess
+from decompclip.decomposition.components import mlps
 from decompclip.decomposition.moments import Moments
 from decompclip.models.bundled import load_bundled
 from decompclip.operators.ablation import MeanAblate
@@ -208,9 +209,29 @@ def test_the_strongest_contribute_and_carry_the_backdoor() -> None:
     assert infected_set.excesses(model, "others")[1] > before - 10
     assert model["others"][2] == model["others"][0]  # nothing else is left to draw from
     assert infected_set.half(model, [0, 8, 54]) == 8
+    assert model["as_costly"] is None  # of a set of all
     assert set(infected_set.plot(found)) == {"sizes"}
     assert "hold both heads and MLPs in 1 of 1 models" in infected_set.finding(found)
     assert "| SIG | global, structured |" in infected_set.table(found)
+
+
+def test_the_others_leave_the_backdoor_even_all_of_them() -> None:
+    model = record(infected_set, ("shapes-badnet",), sizes=(0, 16), draws=2)["found"]["models"][
+        "shapes-badnet"
+    ]
+    costly, strongest = model["as_costly"], model["strongest"][1]
+    assert costly["components"] == 38  # all: in this small model the strongest carry the classes too
+    assert strongest["cacc"] < costly["cacc"] <= model["strongest"][0]["cacc"]
+    assert infected_set.left_of(costly) > infected_set.left_of(strongest) + 50
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "taken"), [((9, 8, 7, 5, 4), 3), ((9, 8, 7, 7, 7), 4), ((6, 5, 4, 3, 2), 1)]
+)
+def test_as_many_others_are_taken_as_cost_enough(accuracies: tuple[int, ...], taken: int) -> None:
+    parts = [mlps[layer] for layer in range(4)]
+    found = infected_set.as_costly(lambda some: {"cacc": accuracies[len(some)]}, parts, 6)
+    assert found == {"cacc": accuracies[taken], "components": taken}
 
 
 def test_components_are_ordered_by_their_contribution() -> None:
