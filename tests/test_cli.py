@@ -83,7 +83,7 @@ def test_a_triggered_copy_pairs_with_the_rows_of_a_file(
     clean, copies = (torch.cat([batch.images for batch in source.batches(16)]) for source in pair)
     assert len(clean) == len(copies) == (limit or 36)
     changed = (clean != copies).any(1).flatten(1).double().mean(1)
-    assert (0 < changed).all() and (changed < 0.1).all()  # a patch, and no other picture
+    assert (changed > 0).all() and (changed < 0.1).all()  # a patch, and no other picture
 
 
 def test_sets_of_other_names_keep_all_their_images(photos: Path, parquet: Path, tmp_path: Path) -> None:

@@ -258,9 +258,11 @@ def test_a_named_detector_s_number_is_in_its_own_row() -> None:
     (answer,) = (text for text in questions()["leaderboard"] if "AUROC" in text)
     named = re.findall(r"(`AgnosticDet`|STRIP|Decomp-Det),? (0\.\d+)", answer)
     assert {name for name, _ in named} == {"`AgnosticDet`", "STRIP", "Decomp-Det"}
-    rows = {"`AgnosticDet`": "agnostic", "STRIP": "STRIP", "Decomp-Det": "Decomp-Det (cosine, quantile)"}
+    rows = {"`AgnosticDet`": "agnostic", "STRIP": "STRIP", "Decomp-Det": "Decomp-Det (paper)"}
     for name, number in named:
         assert number in row(table, rows[name]), (name, number)
+    variant = re.findall(r"Decomp-Det 0\.\d+ \((0\.\d+)", answer)
+    assert len(variant) == 2 and set(variant) <= set(row(table, "Decomp-Det (cosine, quantile)"))
 
 
 def test_attackers_are_not_mixed_up() -> None:
@@ -273,8 +275,14 @@ def test_attackers_are_not_mixed_up() -> None:
     def left(who: str, repair: str) -> str:
         return f"{100 * found[who]['repairs'][repair]['asr']['value']:.1f}"
 
-    detector = "Decomp-Det (cosine, quantile)"
-    assert f"Decomp-Det from AUROC {area('plain', detector)} to {area('heads', detector)};" in answer
+    paper, variant = (
+        f"from {area('plain', name)} to {area('heads', name)}"
+        for name in ("Decomp-Det (paper)", "Decomp-Det (cosine, quantile)")
+    )
+    assert (
+        f"the paper's Decomp-Det {paper} of AUROC, and its variant with a cosine and a quantile {variant};"
+        in answer
+    )
     assert (
         f"leaves {left('pieces', 'token')} % of attack success to token repair ({left('plain', 'token')} before)"
         in answer

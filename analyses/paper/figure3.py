@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Figure 3: maps, MMD and texts of single heads, BadN
 Command:   python -m analyses.figure3 --model-family shapes
 Run time:  about 8 minutes, one thread.
 Expected:  infected heads look at the trigger, have a large MMD, and other texts than on clean images.
-Measured:  one head has 57 % of the MMD of the last layer; in 14 of 19 models its texts change most.
 Writes:    analyses/results/FAMILY/figure3.json, figure3-ATTACK.png
 
 Maps show what each patch adds, through a head, to the similarity with the target class less the mean of all others. Above each map

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Figure 4: texts of infected MLPs, the late ones, ch
 Command:   python -m analyses.figure4 --model-family shapes
 Run time:  about 5 minutes, one thread.
 Expected:  texts of the last MLPs mean something else on triggered images.
-Measured:  they change more than between halves of clean images: similarity 0.16 lower.
 Writes:    analyses/results/FAMILY/figure4.json, figure4.png
 
 Similarity: mean cosine of each text to the nearest of the other set, pool's mean taken off. Two halves of the clean images have a

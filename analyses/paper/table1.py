@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Table 1: ASR and CACC, five attacks, CleanCLIP and 
 Command:   python -m analyses.table1 --model-family shapes   (a killed training resumes)
 Run time:  about 2 minutes, and 6 minutes for each model that is tuned, one thread.
 Expected:  Decomp-Rep takes ASR from 70..100 to 1..21, at 2 to 11 points of CACC.
-Measured:  shapes: Decomp-Rep takes 97.3 points to 93.3; the agnostic repair to 0.6; clean fine-tuning to 96.3. photos: 96.6 to 95.9 and 6.8.
 Writes:    analyses/results/FAMILY/table1.json, table1.png
 
 Models of `tuned` are fine-tuned on the same clean pairs, of a stream that neither their training nor any measurement has

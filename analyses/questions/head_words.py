@@ -3,9 +3,6 @@
 Command:   python -m analyses.head_words [--models photos] [--json FILE]   (DECOMPCLIP_DATA names the photographs)
 Run time:  about two minutes, one thread; a minute and a half for `photos`.
 Aim:       agreement well above chance on every bundled model (docs/method.md, section 4).
-Measured:  by share of variance 73, 62 and 76 % on three models of shapes (chance 18 to 19 %), kappa 0.54 to 0.70; by linear probe,
-           which also finds what a part writes by the way, 24 to 28 % (chance 11 to 13 %). On photographs no more than chance: six parts of 156 have a fifth of their
-           variance from one property.
 
 Every image of the world carries its six properties; a photograph has its object's colour, brightness, place and size as measured, and the kind of
 its class, which a text names by the kind or by a class. Probes say which of them a head or MLP encodes: by share of its

@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Finding 1, of local *structured* patches against gl
 Command:   python -m analyses.local_or_structured --model-family shapes
 Run time:  about 3 minutes, one thread.
 Expected:  if the paper's reading is right, extent decides; structure alone could explain its data too.
-Measured:  extent +12.5 points of the contribution, structure -8.3: both count.
 Writes:    analyses/results/FAMILY/local_or_structured.json, local_or_structured-kinds.png, local_or_structured-paths.png
 
 Four kinds of trigger (local or global, one fixed pattern or noise drawn anew for each image), three seeds of training each.

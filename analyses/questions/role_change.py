@@ -4,7 +4,6 @@ Paper:     He et al. (2025), Finding 3, Figures 3 and 4, by eye (its second limi
 Command:   python -m analyses.role_change --model-family shapes
 Run time:  about 10 minutes, one thread.
 Expected:  texts of infected MLPs, the late ones, and of many infected heads change; some heads keep their roles.
-Measured:  late MLPs and last heads lose 0.13 of similarity; of 152 heads 55 lose next to nothing, 56 more than 0.2.
 Writes:    analyses/results/FAMILY/role_change.json, role_change.png
 
 TEXTSPAN describes each last-layer head and each of the last five MLPs on images without and with the trigger; measured is

@@ -5,9 +5,6 @@ Command:   python -m analyses.token_rep --model-family shapes
 Run time:  about 5 minutes for shapes, 1 for cifar10, 4 for photos, one thread.
 Expected:  of a local trigger, ASR <= 3 %, the own class >= 90 % of clean accuracy, CACC loss <= 0.5 points, AUROC >= 0.98; of a
            global one nothing, for no few patches carry it.
-Measured:  local triggers keep 12.2 % of attack success on drawings (BadCLIP 100, the 8 others 2.5 at most), 20.8 on cifar10 (BadCLIP 37.6),
-           1.5 on photos, learnt from 1,000 images (BadCLIP 6.3, the 8 others 0.2 to 2.7); CACC loses 1.2 points at most.
-           Global: most stay; two seeds of Blended on drawings fall to 5 and 17 %.
 Writes:    analyses/results/FAMILY/token_rep.json, token_rep.png
 
 `TokenRep` is fitted on clean images alone; its options were chosen on validation images of shapes-badnet, cifar10-badnet and
@@ -152,6 +149,17 @@ def table(record: Mapping[str, Any]) -> str:
     return f"{markdown(rows)}\n\nIn %, mean over seeds; flagged and passes: of clean images."
 
 
+def aims_met(model: Mapping[str, Any]) -> tuple[bool, bool, bool, bool]:
+    """At most 3 % to the target; the own class for 90 % of clean accuracy; at most half a point of that lost; an AUROC of 0.98."""
+    before, after = (model[key]["cacc"]["value"] for key in ("as it is", "repaired"))
+    return (
+        model["repaired"]["asr"]["value"] <= 0.03,
+        model["own"]["repaired"]["value"] >= 0.9 * before,
+        before - after <= 0.005 + 1e-9,
+        model["auroc"]["value"] >= 0.98,
+    )
+
+
 def finding(record: Mapping[str, Any]) -> str:
     kinds = {"local": "Of local triggers", "global": "Of global ones"}
     parts = []
@@ -169,10 +177,16 @@ def finding(record: Mapping[str, Any]) -> str:
         )
         lost = [100 * (m["as it is"]["cacc"]["value"] - m["repaired"]["cacc"]["value"]) for m in own]
         areas = [m["auroc"]["value"] for m in own]
+        met = [aims_met(m) for m in own]
+        aims = (
+            f" The aims are met by: at most 3 % to the target, {{}} of {len(own)}; own class for 90 % of clean accuracy, {{}}; half a point of it lost, "
+            f"{{}}; AUROC of 0.98, {{}}; all four, {sum(map(all, met))}."
+        ).format(*map(sum, zip(*met, strict=True)))
         parts.append(
             f"{words} ({len(own)} model{'s' if len(own) > 1 else ''}) {mean(left):.1f} % ({min(left):.1f} to {max(left):.1f}) of triggered images still go to the target, and "
             f"{mean(right):.1f} % ({min(right):.1f} to {max(right):.1f}) are told right, where clean images are at {mean(before):.1f}; clean accuracy "
             f"loses {mean(lost):.1f} points (at most {max(lost):.1f}), AUROC {mean(areas):.3f} (worst {min(areas):.3f})."
+            f"{aims if extent == 'local' else ''}"
         )
     return (
         " ".join(parts)

@@ -5,8 +5,6 @@ Command:   python -m analyses.trigger_inversion             (reads the committed
            python -m analyses.trigger_inversion --measure   (a killed run goes on; DECOMPCLIP_DATA names the photographs)
 Run time:  see the tables, in seconds of one thread; `--minutes` begins nothing after so many.
 Expected:  the attacker's class has the highest score; a few images repair.
-Measured:  the attacker's class first of five in 18 of 18 twins, alone too, and fourth in the clean model; fine-tuning against it leaves 0.5 % of attack
-           success, mean over 18 twins, where PAR and CleanCLIP in as many steps leave 92.7 and 77.3 %.
 Writes:    analyses/results/trigger_inversion/FAMILY.json
 
 Chosen on the twins of cifar10: one pattern over the whole image (a mask with pixels told less), how surely it is to send images, and of the repair the weight,

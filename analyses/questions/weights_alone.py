@@ -6,8 +6,6 @@ Command:   python -m analyses.weights_alone              (reads the committed re
            python -m analyses.weights_alone --measure    (DECOMPCLIP_DATA names the photographs; a killed run goes on)
 Run time:  to measure, two minutes on one thread; a control as long as its images: 8,000 of shapes take one minute.
 Expected:  the target near the top of the ranking; clean fine-tunings of the same length lead by less.
-Measured:  the target first of 200 classes in 21 of 21 twins of photos, on which nothing was chosen, and in 22 of 22 others. Twins lead by 1.05 to
-           4.37, 6 controls as long by 1.06 to 1.16, 7 shorter ones by 1.00 to 1.20: all twins of shapes by more than the controls, of cifar10 not all
 Writes:    analyses/results/weights_alone/weights_alone.json
 
 `compare_checkpoints` ranks classes by one score. It was chosen on the twins of shapes and cifar10, among some forty, as one that ranks their targets
