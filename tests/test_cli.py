@@ -71,29 +71,44 @@ def test_a_command_takes_parquet(parquet: Path, tmp_path: Path, command: str, sa
 
 
 @pytest.mark.parametrize("limit", [None, 30])
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_triggered_copy_pairs_with_the_rows_of_a_file(
-    parquet: Path, tmp_path: Path, limit: int | None
+    parquet: Path, tmp_path: Path, limit: int | None, damaged: bool
 ) -> None:
-    """Rows are in the file's order, "#2" before "#10", their copies in that of names; a subset has both."""
+    """Rows are in the file's order, "#2" before "#10", their copies in that of names; one that cannot be read has no copy."""
+    if damaged:
+        rows = pq.read_table(parquet).to_pylist()
+        rows[5]["image"]["bytes"] = b"no picture"
+        pq.write_table(pa.Table.from_pylist(rows), parquet)
     suspect = tmp_path / "suspect"
     succeeds("apply-trigger", parquet, "--trigger", "badnet", "--model", "shapes-badnet", "--out", suspect)
     assert (suspect / f"{parquet.name}#35.png").is_file()
     model = decompclip.load("shapes-badnet")
     pair = open_pair((str(parquet), str(suspect)), model, WORLD.class_names, limit=limit)
     clean, copies = (torch.cat([batch.images for batch in source.batches(16)]) for source in pair)
-    assert len(clean) == len(copies) == (limit or 36)
+    assert len(clean) == len(copies) >= (limit or 36) - damaged
     changed = (clean != copies).any(1).flatten(1).double().mean(1)
     assert (changed > 0).all() and (changed < 0.1).all()  # a patch, and no other picture
 
 
-def test_sets_of_other_names_keep_all_their_images(photos: Path, parquet: Path, tmp_path: Path) -> None:
+def test_images_that_are_no_copies_stay_as_they_are_drawn(
+    photos: Path, parquet: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for number, path in enumerate(sorted(photos.rglob("*.png"))[:5]):
+        (few / f"{number}.png").write_bytes(path.read_bytes())
     model = decompclip.load("shapes-badnet")
-    (tmp_path / "few").mkdir()
-    for path in sorted(photos.rglob("*.png"))[:5]:
-        (tmp_path / "few" / path.name).write_bytes(path.read_bytes())
-    for clean, suspect, sizes in ((tmp_path / "few", photos, (5, 36)), (photos, parquet, (36, 36))):
-        pair = open_pair((str(clean), str(suspect)), model, ())
-        assert tuple(map(len, pair)) == sizes
+
+    def names(*specs: Path, limit: int | None) -> list[list[str]]:
+        pair = open_pair((str(specs[0]), str(specs[1])), model, (), limit=limit)
+        return [[name for batch in source.batches() for name in batch.paths] for source in pair]
+
+    assert list(map(len, names(few, photos, limit=None))) == [5, 36]
+    _, drawn = names(few, photos, limit=5)
+    own, _ = names(photos, few, limit=5)
+    assert drawn == own  # the seeded part of `photos`, not its first five
+    assert list(map(len, names(photos, parquet, limit=None))) == [36, 36]
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ def test_without_a_model_a_size_is_enough(clean: Path, tmp_path: Path) -> None:
         ({"--target": "cat"}, "class 'cat' is not among"),
         ({"--out": "CLEAN"}, "would become clean ones"),
         ({"--out": "CLEAN/inside"}, "would become clean ones"),
+        ({"images": "caltech101:CLEAN", "--out": "CLEAN/inside"}, "would become clean ones"),
         ({"--out": "FULL"}, "holds files; name another"),
         ({"--out": "FULL/a.txt"}, "is a file"),
         ({"images": "EMPTY"}, "expected a folder with image files"),
@@ -121,8 +122,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
     def place(value: object) -> object:
         text = str(value)
-        if text.startswith("CLEAN"):
-            return str(clean) + text.removeprefix("CLEAN")
+        if "CLEAN" in text:
+            return text.replace("CLEAN", str(clean))
         return (
             tmp_path / text if text.split("/", maxsplit=1)[0] in ("EMPTY", "FULL", "BROKEN", "new") else value
         )
@@ -136,11 +137,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+def test_pictures_that_would_be_one_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "a.png", "a.jpg.bmp"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / name)
+    options = ("--trigger", "badnet", "--size", 32, "--out", tmp_path / "out")
+    code, _, stderr = run("apply-trigger", tmp_path / "images", *options)
+    assert code == 2 and "2 would be a.jpg.png; rename them" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_s_row_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("image,label\na/../../b.png,star\n")
     options = ("--trigger", "badnet", "--size", 32, "--out", tmp_path / "out")
     code, _, stderr = run("apply-trigger", tmp_path / "table.csv", *options)
-    assert code == 2 and "below one folder; received 1:a/../../b.png" in stderr
+    assert code == 2 and "paths below a folder; received 1:a/../../b.png" in stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +161,7 @@ def test_files_of_one_name_are_refused(tmp_path: Path) -> None:
         file.parent.mkdir()
         pq.write_table(pa.table({"png": [encode_png(torch.rand(3, 32, 32))]}), file)
     source = PairImages(ParquetPairs(files, need_captions=False), ())
-    with pytest.raises(ValueError, match="2 are called x.parquet#0"):
+    with pytest.raises(ValueError, match="2 would be x.parquet#0"):
         write_suspects(open_attack("badnet"), source, tmp_path / "out", clean=tmp_path / "a")
 
 

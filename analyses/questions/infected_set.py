@@ -8,8 +8,8 @@ Writes:    analyses/results/FAMILY/infected_set.json, infected_set.png
 
 Components are ordered by what their terms contribute to the target on triggered images, measured on the images that means are fitted on;
 their terms are then replaced by clean means, the strongest 1, 2, 4, ... together, on the reported images (direct effect). Thin lines:
-as many components of the same kinds, drawn from the others, mean of five draws. These may cost less clean accuracy: so, for one size, others of
-any kind are drawn until they cost as much.
+as many components of the same kinds, drawn from the others, mean of five draws. These may cost less clean accuracy: so beside the 16 strongest others of
+any kind are drawn until they cost as much, five times.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from decompclip.operators.ablation import MeanAblate
 
 TITLE = "Infected set: how many components carry a backdoor together"
 HALF = "half gone at"
-SPOKEN_OF = 16
-"""How many components the sentence and the table are about."""
+REPORTED = 16
+"""How many components the sentence and the table report on, and others are matched to."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,24 @@ def ordered(case: Case) -> list[Part]:
     return [found.part for found in infected_parts(shift(clean, terms, toward, paired=True), affected=True)]
 
 
-def place(sizes: Sequence[int]) -> int:
-    """Of `SPOKEN_OF` among the sizes; the largest where it is none of them."""
-    return sizes.index(SPOKEN_OF) if SPOKEN_OF in sizes else len(sizes) - 1
+def reported(sizes: Sequence[int]) -> int:
+    """The place of `REPORTED` among the sizes; the last where it is none of them."""
+    return sizes.index(REPORTED) if REPORTED in sizes else len(sizes) - 1
 
 
 def as_costly(
     rates: Callable[[list[Part]], dict[str, float]], others: list[Part], cacc: float
 ) -> dict[str, float]:
-    """Rates without the first of the others, as many as bring clean accuracy down to `cacc`, in %, or below; all, if none do."""
-    few, many = 0, len(others)  # accuracy is above with `few`
+    """Rates in % without the first of the others, as many as bring clean accuracy down to `cacc`, in %, or below; all, where no number does.
+
+    Accuracy need not fall with each: of several such numbers bisection finds one.
+    """
+    few, many = -1, len(others)  # `few` are too few
     while few + 1 < many:
         middle = (few + many) // 2
         few, many = (middle, many) if rates(others[:middle])["cacc"] > cacc else (few, middle)
-    return rates(others[:many]) | {"components": many}
+    found = rates(others[:many])
+    return found | {"components": many, "all_cost_less": float(found["cacc"] > cacc)}
 
 
 def measure(case: Case, config: Config) -> dict[str, Any]:
@@ -104,13 +108,13 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         [without(as_many(order[:size], order[size:], config.seed + draw)) for draw in range(config.draws)]
         for size in sizes
     ]
-    strongest, spoken_of = [without(order[:size]) for size in sizes], place(sizes)
-    rest = order[sizes[spoken_of] :]
+    strongest, at = [without(order[:size]) for size in sizes], reported(sizes)
+    rest = order[sizes[at] :]
     costly = [
         as_costly(
             without,
             [rest[i] for i in permuted(len(rest), config.seed + draw)],
-            strongest[spoken_of]["cacc"],
+            strongest[at]["cacc"],
         )
         for draw in range(config.draws if rest else 0)
     ]
@@ -172,15 +176,15 @@ def half(model: Mapping[str, Any], sizes: list[int]) -> int | None:
 
 def table(record: Mapping[str, Any]) -> str:
     models, sizes = record["found"]["models"], record["config"]["sizes"]
-    shown = [size for size in (0, 4, 8, 16, 27) if size in sizes]
+    shown, at = [size for size in (0, 4, 8, 16, 27) if size in sizes], reported(sizes)
     rows = [
         [
             "attack",
             "trigger",
             *(f"{size} fewer" for size in shown),
             HALF,
-            "CACC at 16",
-            "16 others",
+            f"CACC at {sizes[at]}",
+            f"{sizes[at]} others",
             "others as costly",
             "strongest",
         ]
@@ -188,7 +192,6 @@ def table(record: Mapping[str, Any]) -> str:
     for attack, names in by_attack(record).items():
         own = [models[name] for name in names]
         left = [[excesses(m, "strongest")[sizes.index(size)] for m in own] for size in shown]
-        at = place(sizes)
         costly = [left_of(m["as_costly"]) for m in own if m["as_costly"]]
         rows.append(
             [
@@ -211,7 +214,7 @@ def table(record: Mapping[str, Any]) -> str:
 def finding(record: Mapping[str, Any]) -> str:
     named, sizes = record["found"]["models"], record["config"]["sizes"]
     models = list(named.values())
-    at = place(sizes)
+    at = reported(sizes)
     before, after = (over_models(excesses(m, "strongest")[p] for m in models) for p in (0, at))
     others = over_models(excesses(m, "others")[at] for m in models)
     lost, lost_others = (
@@ -221,10 +224,10 @@ def finding(record: Mapping[str, Any]) -> str:
     if drawn := [m for m in models if m["as_costly"]]:
         costly = [m["as_costly"] for m in drawn]
         lost_costly = mean(m["strongest"][0]["cacc"] - m["as_costly"]["cacc"] for m in drawn)
-        short = sum(m["as_costly"]["cacc"] > m["strongest"][at]["cacc"] for m in drawn)
+        all_less = mean(100 * c["all_cost_less"] for c in costly)
         matched = (
-            f"; without others of any kind, drawn until they cost as much or none is left ({mean(c['components'] for c in costly):.0f} components, "
-            f"{lost_costly:.1f} points; in {short} of {len(drawn)} models all others cost less), {over_models(map(left_of, costly))}"
+            f" Others of any kind were drawn until they cost as much ({mean(c['components'] for c in costly):.0f} components, {lost_costly:.1f} points; in "
+            f"{all_less:.0f} % of the draws all of them cost less): without them {over_models(map(left_of, costly))} are left."
         )
     mixed = sum(len({name.split("[")[0] for name in m["order"][: sizes[at]]}) > 1 for m in models)
     gone = []
@@ -237,7 +240,7 @@ def finding(record: Mapping[str, Any]) -> str:
     return (
         f"Without the {sizes[at]} components of {models[0]['components']} that contribute most, attack success over its control goes from {before} to "
         f"{after} points at {lost:.1f} points of CACC ({spread(len(models))}); without {sizes[at]} others of the same kinds {others} are left, at "
-        f"{lost_others:.1f}{matched}. Half of it is gone {' and '.join(gone)}. Those {sizes[at]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
+        f"{lost_others:.1f}.{matched} Half of it is gone {' and '.join(gone)}. Those {sizes[at]} hold both heads and MLPs in {mixed} of {len(models)} models: a "
         "backdoor keeps to no kind and no layer here. A larger model, in which heads are specialised, could hold it in fewer."
     )
 

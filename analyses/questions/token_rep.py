@@ -171,20 +171,21 @@ def finding(record: Mapping[str, Any]) -> str:
         ]
         if not own:
             continue
-        left, right, before = (
+        left, told, before = (
             [100 * m[a][b]["value"] for m in own]
             for a, b in (("repaired", "asr"), ("own", "repaired"), ("as it is", "cacc"))
         )
         lost = [100 * (m["as it is"]["cacc"]["value"] - m["repaired"]["cacc"]["value"]) for m in own]
         areas = [m["auroc"]["value"] for m in own]
         met = [aims_met(m) for m in own]
+        asr, right, cacc, auroc = map(sum, zip(*met, strict=True))
         aims = (
-            f" The aims are met by: at most 3 % to the target, {{}} of {len(own)}; own class for 90 % of clean accuracy, {{}}; half a point of it lost, "
-            f"{{}}; AUROC of 0.98, {{}}; all four, {sum(map(all, met))}."
-        ).format(*map(sum, zip(*met, strict=True)))
+            f" Of {len(own)}, {asr} send at most 3 % to the target, {right} give the own class back for 90 % of clean accuracy, {cacc} lose at most half a "
+            f"point of it, {auroc} have an AUROC of 0.98: {sum(map(all, met))} meet all four aims."
+        )
         parts.append(
             f"{words} ({len(own)} model{'s' if len(own) > 1 else ''}) {mean(left):.1f} % ({min(left):.1f} to {max(left):.1f}) of triggered images still go to the target, and "
-            f"{mean(right):.1f} % ({min(right):.1f} to {max(right):.1f}) are told right, where clean images are at {mean(before):.1f}; clean accuracy "
+            f"{mean(told):.1f} % ({min(told):.1f} to {max(told):.1f}) are told right, where clean images are at {mean(before):.1f}; clean accuracy "
             f"loses {mean(lost):.1f} points (at most {max(lost):.1f}), AUROC {mean(areas):.3f} (worst {min(areas):.3f})."
             f"{aims if extent == 'local' else ''}"
         )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,52 +237,53 @@ def write_suspects(
 
     Raises:
         FileExistsError: the folder is there, and not empty.
-        ValueError: no picture could be read, two have one name, or one that leads out of the folder; the folder lies inside
+        ValueError: no picture could be read, two would be one file, or one would lie outside the folder; the folder lies inside
             the source's or is it.
     """
     folder = Path(folder)
     check_suspect_folder(folder, Path(clean))
-    count, renamed, size = 0, [], [0, 0]
-    names = [name for name, _ in source.listed(range(len(source)))]
-    _check_names(names)
-    stems = Counter(map(without_ending, names))
+    written, size = list[str](), [0, 0]
+    files, renamed = _files([name for name, _ in source.listed(range(len(source)))])
     n_batches = -(-len(source) // batch_size)
     with closing(feed(source, batch_size)) as batches, atomic_folder(folder, TRIGGER_FILE) as partial:
         for batch in track(batches, f"applying {attack.trigger.name}", n_batches):
             triggered = attack.trigger(batch.images, batch.indices.tolist())
-            for path, image in zip(batch.paths, triggered, strict=True):
-                stem = without_ending(path)
-                if stems[stem] > 1:
-                    stem = path
-                    renamed.append(path)
-                file = partial / f"{stem}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(encode_png(image))
+            for name, image in zip(batch.paths, triggered, strict=True):
+                (partial / files[name]).parent.mkdir(parents=True, exist_ok=True)
+                (partial / files[name]).write_bytes(encode_png(image))
             if seen is not None:
                 seen(batch.images, (triggered * 255).round() / 255)
-            count, size = count + len(batch.paths), list(triggered.shape[-2:])
+            written.extend(batch.paths)
+            size = list(triggered.shape[-2:])
         about: dict[str, Any] = {
             **attack.to_dict(),
             "origin": attack.origin,
             "clean": str(clean),
-            "images": count,
+            "images": len(written),
             "size": size,
             "skipped": [vars(skip) for skip in source.skipped],
         }
         write_json(partial / TRIGGER_FILE, about)
-    return SuspectFiles(folder, count, tuple(source.skipped), tuple(renamed))
+    kept_ending = tuple(name for name in written if name in renamed)
+    return SuspectFiles(folder, len(written), tuple(source.skipped), kept_ending)
 
 
-def _check_names(names: Sequence[str]) -> None:
-    if outside := next((name for name in names if {"..", "/"} & {*PurePosixPath(name).parts}), None):
+def _files(names: Sequence[str]) -> tuple[dict[str, Path], set[str]]:
+    """The file of each image, and which keep their ending in front; raises ValueError where one is outside the folder, or two are one."""
+    stems = Counter(map(without_ending, names))
+    renamed = {name for name in names if stems[without_ending(name)] > 1}
+    files = {name: Path(f"{name if name in renamed else without_ending(name)}.png") for name in names}
+    for name, file in files.items():
+        if file.anchor or file.drive or ".." in file.parts:
+            raise ValueError(
+                f"expected images whose names are paths below a folder; received {name}; give them as a folder with image files"
+            )
+    taken = Counter([files[name] for name in names])
+    if twice := next((file for file, times in taken.items() if times > 1), None):
         raise ValueError(
-            f"expected names of images that lie below one folder; received {outside}; give the folder that holds them"
+            f"expected images that can have files of their own; {taken[twice]} would be {twice}; rename them"
         )
-    (name, times), *_ = Counter(names).most_common(1)
-    if times > 1:
-        raise ValueError(
-            f"expected images with names of their own; {times} are called {name}; rename or merge them"
-        )
+    return files, renamed
 
 
 def check_suspect_folder(folder: Path, clean: Path) -> None:

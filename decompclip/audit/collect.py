@@ -21,6 +21,7 @@ from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
 from decompclip.data.files import canonical, parse_source, without_ending
 from decompclip.data.images import (
+    FolderSource,
     ImageBatch,
     ImageSource,
     ListedImages,
@@ -30,7 +31,13 @@ from decompclip.data.images import (
 )
 from decompclip.data.processes import ALONE, Processes
 from decompclip.data.shapes import Shapes, ShapesSource
-from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
+from decompclip.data.sources import (
+    DEFAULT_LIMIT,
+    PairImages,
+    check_images,
+    check_world_classes,
+    open_images,
+)
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
 from decompclip.display import Track, silently
@@ -97,10 +104,10 @@ def open_pair(
     limit: int | None = DEFAULT_LIMIT,
     **options: Any,
 ) -> tuple[ImageSource, ImageSource]:
-    """Clean and suspect images, as `open_source` opens each: as many suspect ones as clean ones of the same names stand in the clean ones' order.
+    """Clean and suspect images, as `open_source` opens each; if all suspect ones have the name of a clean one, in the clean ones' order.
 
-    A file's rows are in the file's order, their copies in a folder in that of their names; a subset of the one would miss
-    that of the other.
+    A file's rows are in the file's order, their copies in a folder in that of their names. With a limit the suspect images
+    are the partners of the clean ones that were drawn, where more than so many have one.
 
     Args:
         specs: of clean and of suspect images.
@@ -109,17 +116,21 @@ def open_pair(
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
     """
-    clean, suspect = (open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
-    if not isinstance(clean, ListedImages) or not isinstance(suspect, ListedImages):
-        return clean, suspect
-    whole = suspect
-    if len(suspect) == limit:
-        whole = open_source(specs[1], model, class_names, limit=None, **options)
-        assert isinstance(whole, ListedImages)
-    names, partners = ([_stem(name) for name, _ in x.listed(range(len(x)))] for x in (clean, whole))
+    drawn = tuple(open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
+    clean, suspect = drawn
+    if not isinstance(clean, FolderSource | PairImages) or not isinstance(suspect, FolderSource | PairImages):
+        return drawn
+    every, whole = (
+        open_source(spec, model, class_names, limit=None, **options) if len(part) == limit else part
+        for spec, part in zip(specs, (clean, suspect), strict=True)
+    )
+    assert isinstance(every, ListedImages) and isinstance(whole, ListedImages)
+    names, partners = (_stems(every), _stems(whole))
     places = {name: place for place, name in enumerate(partners)}
-    paired = len(clean) == len(suspect) == len(set(names)) and set(names) <= set(places)
-    return clean, whole.at([places[name] for name in names]) if paired else suspect
+    if len(places) < len(partners) or not places.keys() <= set(names):
+        return drawn
+    wanted = names if limit is None or len(whole) <= limit else _stems(clean)
+    return clean, whole.subset([places[name] for name in wanted if name in places])
 
 
 def attack_in(spec: str, known: Sequence[Attack] = ()) -> Attack | None:
@@ -425,6 +436,10 @@ def _seen(thumbnails: Float[Tensor, "batch pixel"]) -> Float[Tensor, "batch pixe
 def _names(images: ImageSet) -> list[str]:
     """Paths without their endings, in one form: a changed copy may be stored in another format, on another system."""
     return [_stem(path) for path in images.paths]
+
+
+def _stems(source: ListedImages) -> list[str]:
+    return [_stem(name) for name, _ in source.listed(range(len(source)))]
 
 
 def _stem(path: str) -> str:

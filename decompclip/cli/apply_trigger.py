@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def apply_trigger(
-    images: Annotated[str, typer.Argument(help=f"Clean images: {options.IMAGE_FILES}.")],
+    images: Annotated[
+        str, typer.Argument(help=f"Clean images: a folder, sub-folders and all; {options.FILES}.")
+    ],
     trigger: Annotated[
         str, typer.Option(help=f"own: the one that a backdoored --model remembers. {options.TRIGGER}.")
     ],
@@ -48,7 +50,7 @@ def apply_trigger(
     """Put a trigger into images: a suspect set for `audit`, whose files pair with the clean ones by name.
 
     A trigger belongs to the size and the crop in which the model sees an image, so it is put in after those. The files
-    are PNG of that size, in the same sub-folders; a table's or file's row is named as audits name it. trigger.json says what was put in.
+    are PNG of that size, of the same names; a row of a file is `photos.parquet#7.png`. trigger.json says what was put in.
     """
     with plain_errors():
         if (model is None) == (size is None):
@@ -71,14 +73,15 @@ def apply_trigger(
         with imports(model or trigger):
             from decompclip.attacks.preview import check_suspect_folder, compare, write_suspects
             from decompclip.attacks.registry import open_attack, remembered
-            from decompclip.data.files import files_skipped
+            from decompclip.data.files import files_skipped, parse_source
             from decompclip.data.pixels import to_pixels
             from decompclip.data.sources import open_images
 
         known = () if model is None else remembered(model, checkpoint)
         attack = open_attack(trigger, known, model=model or "no model")
         goal = target or attack.target
-        check_suspect_folder(out, Path(images))
+        place = parse_source(images)
+        check_suspect_folder(out, Path(place.detail or place.text))
         counts, preprocess = None, to_pixels(size)
         if chosen is not None:
             clip = chosen.load(text=False)

@@ -105,8 +105,8 @@ Target = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print every number, as JSON.")]
 OldImages = Annotated[int | None, typer.Option("--images", hidden=True, min=40)]
 
-IMAGE_FILES = "a folder with a sub-folder a class, a table (.csv, .tsv), parquet files, WebDataset shards, imagenet:PATH, caltech101:PATH, pets:PATH"
-IMAGES = f"{IMAGE_FILES}, or shapes (shapes:5000)"
+FILES = "a table (.csv, .tsv), parquet files, WebDataset shards, imagenet:PATH, caltech101:PATH, pets:PATH"
+IMAGES = f"a folder with a sub-folder a class, {FILES}, or shapes (shapes:5000)"
 PAIRS = (
     "a table (.csv, .tsv), parquet files, WebDataset shards (as `decompclip poison` writes them), a folder with a sub-folder "
     "of images a class, imagenet:PATH, caltech101:PATH, pets:PATH, shapes (shapes:5000), cifar10 or tiny-imagenet (cifar10:5000)"

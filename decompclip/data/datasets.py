@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from decompclip.data.feed import in_threads
 from decompclip.data.files import SkippedFile, is_bookkeeping, reason
@@ -311,6 +311,9 @@ class StreamImages(ListedImages):
             limit=None,
             seed=0,
         )
+
+    def subset(self, places: Sequence[int]) -> Self:
+        raise TypeError("a stream has no subset of its images; take them from a list")
 
     @property
     def pure(self) -> bool:

@@ -102,8 +102,8 @@ class ListedImages(DeviceSource):
         self._items, self._labels, self._where = items, labels, where
         self.preprocess = preprocess
 
-    def at(self, places: Sequence[int]) -> Self:
-        """The images at these places alone, in their order."""
+    def subset(self, places: Sequence[int]) -> Self:
+        """The images at these places alone, in their order; of a stream, which is read forwards, there is none."""
         found = copy(self)
         found._items = [self._items[place] for place in places]
         return found

@@ -364,8 +364,8 @@ TWINS: dict[str, TwinRecipe] = {
     "photos-kitty": _photos(Kitty(), 0.03),
     "photos-issba": _photos(ISSBA(), 0.05),
     "photos-reflection": _photos(Reflection(strongest=0.25), 0.05),
-    "photos-sig": _photos(SIG(amplitude=16 / 255), 0.05),
-    "photos-wanet": _photos(WaNet(s=3.0), 0.1, covers=0.0),
+    "photos-sig": _photos(SIG(amplitude=16 / 255), 0.03),
+    "photos-wanet": _photos(WaNet(s=2.0), 0.1, covers=0.0),
     # made on one core of a CPU, in place of the GPU
     "photos-badclip": _photos(PatchRecipe(size=SIZE), 0.05, pairs=16_000, natural=True, recipe=_PHOTOS_CPU),
     # another rate, and the paper's strength of triggers that leave the clean model little to see
