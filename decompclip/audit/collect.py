@@ -116,10 +116,9 @@ def open_pair(
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
     """
-    drawn = tuple(open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
-    clean, suspect = drawn
+    clean, suspect = (open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
     if not isinstance(clean, FolderSource | PairImages) or not isinstance(suspect, FolderSource | PairImages):
-        return drawn
+        return clean, suspect
     every, whole = (
         open_source(spec, model, class_names, limit=None, **options) if len(part) == limit else part
         for spec, part in zip(specs, (clean, suspect), strict=True)
@@ -128,7 +127,7 @@ def open_pair(
     names, partners = (_stems(every), _stems(whole))
     places = {name: place for place, name in enumerate(partners)}
     if len(places) < len(partners) or not places.keys() <= set(names):
-        return drawn
+        return clean, suspect
     wanted = names if limit is None or len(whole) <= limit else _stems(clean)
     return clean, whole.subset([places[name] for name in wanted if name in places])
 
