@@ -91,6 +91,24 @@ def test_a_triggered_copy_pairs_with_the_rows_of_a_file(
     assert (changed > 0).all() and (changed < 0.1).all()  # a patch, and no other picture
 
 
+def test_a_few_copies_of_many_images_are_drawn_on_their_own(
+    photos: Path, parquet: Path, tmp_path: Path
+) -> None:
+    """A part of the clean ones that hardly has partners would leave nearly none of them."""
+    suspect, flat = tmp_path / "suspect", tmp_path / "flat"
+    succeeds("apply-trigger", parquet, "--trigger", "badnet", "--size", 48, "--out", suspect)
+    for path in sorted(suspect.glob("*.png"))[12:]:
+        path.unlink()
+    model = decompclip.load("shapes-badnet")
+    pair = open_pair((str(parquet), str(suspect)), model, WORLD.class_names, limit=10)
+    assert list(map(len, pair)) == [10, 10]
+    flat.mkdir()
+    for name in ("3.png", "3.bmp", "4.png"):  # two of one name: nothing tells their copies
+        Image.new("RGB", (48, 48)).save(flat / name)
+    pair = open_pair((str(flat), str(flat)), model, ())
+    assert list(map(len, pair)) == [3, 3]
+
+
 def test_images_that_are_no_copies_stay_as_they_are_drawn(
     photos: Path, parquet: Path, tmp_path: Path
 ) -> None:

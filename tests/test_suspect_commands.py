@@ -147,12 +147,26 @@ def test_pictures_that_would_be_one_file_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_s_row_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("image,label\na/../../b.png,star\n")
+@pytest.mark.parametrize("name", ["a/../../b.png", "a/.hidden.png"])
+def test_a_table_s_row_that_leads_out_of_the_folder_or_is_hidden_is_refused(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "table.csv").write_text(f"image,label\n{name},star\n")
     options = ("--trigger", "badnet", "--size", 32, "--out", tmp_path / "out")
     code, _, stderr = run("apply-trigger", tmp_path / "table.csv", *options)
-    assert code == 2 and "paths below a folder; received 1:a/../../b.png" in stderr
+    assert code == 2 and f"paths below a folder, and not hidden ones; received 1:{name}" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_inside_a_data_set_that_a_word_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "caltech-101"
+    folder.mkdir()
+    monkeypatch.setenv("DECOMPCLIP_DATA", str(tmp_path))
+    options = ("--trigger", "badnet", "--size", 32, "--out", folder / "new")
+    code, _, stderr = run("apply-trigger", "caltech101", *options)
+    assert code == 2 and "would become clean ones" in stderr and not (folder / "new").exists()
 
 
 def test_files_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from decompclip.attacks.registry import Attack
 from decompclip.attacks.trigger import Indices, Pixels, Trigger
 from decompclip.data.feed import feed
-from decompclip.data.files import TRIGGER_FILE, SkippedFile, without_ending
+from decompclip.data.files import TRIGGER_FILE, SkippedFile, is_bookkeeping, without_ending
 from decompclip.data.images import ListedImages
 from decompclip.data.pixels import bytes_of, encode_png
 from decompclip.display import Track, silently
@@ -274,9 +274,10 @@ def _files(names: Sequence[str]) -> tuple[dict[str, Path], set[str]]:
     renamed = {name for name in names if stems[without_ending(name)] > 1}
     files = {name: Path(f"{name if name in renamed else without_ending(name)}.png") for name in names}
     for name, file in files.items():
-        if file.anchor or file.drive or ".." in file.parts:
+        if file.anchor or file.drive or ".." in file.parts or any(map(is_bookkeeping, file.parts)):
             raise ValueError(
-                f"expected images whose names are paths below a folder; received {name}; give them as a folder with image files"
+                f"expected images whose names are paths below a folder, and not hidden ones; received {name}; give them as a folder "
+                "with image files"
             )
     taken = Counter([files[name] for name in names])
     if twice := next((file for file, times in taken.items() if times > 1), None):

@@ -50,6 +50,10 @@ WORLD_SEED = 7_001
 """Stream of the Shapes world that audits look at; no bundled model was trained or measured on it."""
 
 
+HAVE_PARTNERS = 0.9
+"""Share of the drawn clean images that copies must be there of: pictures that cannot be read have none."""
+
+
 def datasets() -> dict[str, str | None]:
     """Names of the bundled data sets, each with the model whose trigger its images carry."""
     prefix = f"{WORLD}-"
@@ -106,8 +110,8 @@ def open_pair(
 ) -> tuple[ImageSource, ImageSource]:
     """Clean and suspect images, as `open_source` opens each; if all suspect ones have the name of a clean one, in the clean ones' order.
 
-    A file's rows are in the file's order, their copies in a folder in that of their names. With a limit the suspect images
-    are the partners of the clean ones that were drawn, where more than so many have one.
+    A file's rows are in the file's order, their copies in a folder in that of their names. Where a limit draws from the clean
+    images, the suspect ones are the partners of those drawn, if nearly all have one (`HAVE_PARTNERS`), and else drawn on their own.
 
     Args:
         specs: of clean and of suspect images.
@@ -126,10 +130,12 @@ def open_pair(
     assert isinstance(every, ListedImages) and isinstance(whole, ListedImages)
     names, partners = (_stems(every), _stems(whole))
     places = {name: place for place, name in enumerate(partners)}
-    if len(places) < len(partners) or not places.keys() <= set(names):
+    if len(places) < len(partners) or len(set(names)) < len(names) or not places.keys() <= set(names):
         return clean, suspect
-    wanted = names if limit is None or len(whole) <= limit else _stems(clean)
-    return clean, whole.subset([places[name] for name in wanted if name in places])
+    found = [places[name] for name in _stems(clean) if name in places]
+    if len(clean) < len(every) and len(found) < HAVE_PARTNERS * len(clean):
+        return clean, suspect
+    return clean, whole.subset(found)
 
 
 def attack_in(spec: str, known: Sequence[Attack] = ()) -> Attack | None:

@@ -73,7 +73,8 @@ def apply_trigger(
         with imports(model or trigger):
             from decompclip.attacks.preview import check_suspect_folder, compare, write_suspects
             from decompclip.attacks.registry import open_attack, remembered
-            from decompclip.data.files import files_skipped, parse_source
+            from decompclip.data.files import KNOWN, files_skipped, parse_source
+            from decompclip.data.known import known_folder
             from decompclip.data.pixels import to_pixels
             from decompclip.data.sources import open_images
 
@@ -81,7 +82,7 @@ def apply_trigger(
         attack = open_attack(trigger, known, model=model or "no model")
         goal = target or attack.target
         place = parse_source(images)
-        check_suspect_folder(out, Path(place.detail or place.text))
+        check_suspect_folder(out, known_folder(place) if place.kind in KNOWN else place.path)
         counts, preprocess = None, to_pixels(size)
         if chosen is not None:
             clip = chosen.load(text=False)

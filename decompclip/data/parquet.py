@@ -213,7 +213,7 @@ class ParquetRows:
         if kinds == {int} and not class_names:
             self._check_alike(each)
         names = tuple(class_names) or (each[0] if len(set(each)) == 1 else ())
-        if values is None:
+        if values is None or all(value is None or value == -1 for value in values):  # -1: as of test parts
             return [None] * len(self), names
         if kinds == {int} and any(own and own != names for own in each):
             named: list[Any] = self._named(values, [own or names for own in each])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from decompclip.data.datasets import FolderPairs, PairStream, StreamImages
 from decompclip.data.files import (
     KNOWN,
     POISON_LIST,
+    SUFFIXES,
     WORLDS,
     SkippedFile,
     SourceSpec,
@@ -210,6 +212,14 @@ def open_images(
     if kind not in READERS:
         return FolderSource(
             path, preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error, root=root
+        )
+    if path.is_dir() and (
+        pictures := [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
+    ):
+        warnings.warn(
+            f"{path} is read as {kind}; {len(pictures)} of its files are named as pictures are, as {min(pictures)}, and left out; "
+            "move them to a folder of their own to read them",
+            stacklevel=2,
         )
     templates = PLAIN_TEMPLATES if class_names else None
     pairs = READERS[kind].pairs(

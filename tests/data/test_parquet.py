@@ -111,6 +111,19 @@ def test_bytes_with_captions(tmp_path: Path, kind: str, column: str) -> None:
     assert pairs[1].image.mean() == pytest.approx(200 / 255, abs=0.01)
 
 
+@pytest.mark.parametrize("label", [None, -1])
+def test_a_test_part_without_labels_has_none(tmp_path: Path, label: int | None) -> None:
+    path = write(tmp_path / "x.parquet", {"image": structs(2), "label": pa.array([label] * 2, pa.int64())})
+    assert ParquetPairs(path, need_captions=False).labels is None
+
+
+def test_pictures_beside_the_files_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", {"image": structs(2)})
+    (tmp_path / "a.jpg").write_bytes(encoded(1))
+    with pytest.warns(UserWarning, match="is read as parquet; 1 of its files .* as a.jpg, and left out"):
+        assert len(open_images(tmp_path, to_pixels(), ())) == 2
+
+
 def test_labels_that_are_names(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"image": structs(3), "cls": ["dog", "cat", "dog"]})
     pairs = ParquetPairs(path, templates=TEMPLATES)
