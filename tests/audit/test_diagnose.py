@@ -454,7 +454,7 @@ def test_the_command_checks_folders_before_a_model_is_loaded(
         picture.rename(photos / picture.name)
     code, _, stderr = run("shapes", "--images", photos)
     assert code == 2
-    assert "expected a sub-folder of images for each class in --images" in stderr
+    assert "expected images with classes in --images, in a sub-folder for each class or a column" in stderr
     assert f"name them as the classes are: {', '.join(NAMES[:3])} and {len(NAMES) - 3} more" in stderr
     (weights := photos.parent / "x.pt").touch()
     for which in (("--checkpoint", weights), ("--pretrained", "random")):
