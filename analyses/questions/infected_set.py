@@ -8,8 +8,8 @@ Writes:    analyses/results/FAMILY/infected_set.json, infected_set.png
 
 Components are ordered by what their terms contribute to the target on triggered images, measured on the images that means are fitted on;
 their terms are then replaced by clean means, the strongest 1, 2, 4, ... together, on the reported images (direct effect). Thin lines:
-as many components of the same kinds, drawn from the others, mean of five draws. These may cost less clean accuracy: so beside the 16 strongest others of
-any kind are drawn until they cost as much, five times.
+as many components of the same kinds, drawn from the others, mean of five draws. As many others may cost less clean accuracy:
+beside the 16 strongest, others of any kind are drawn until they cost as much, five times.
 """
 
 from __future__ import annotations

@@ -177,18 +177,18 @@ def finding(record: Mapping[str, Any]) -> str:
         )
         lost = [100 * (m["as it is"]["cacc"]["value"] - m["repaired"]["cacc"]["value"]) for m in own]
         areas = [m["auroc"]["value"] for m in own]
-        met = [aims_met(m) for m in own]
-        asr, right, cacc, auroc = map(sum, zip(*met, strict=True))
-        aims = (
-            f" Of {len(own)}, {asr} send at most 3 % to the target, {right} give the own class back for 90 % of clean accuracy, {cacc} lose at most half a "
-            f"point of it, {auroc} have an AUROC of 0.98: {sum(map(all, met))} meet all four aims."
-        )
         parts.append(
             f"{words} ({len(own)} model{'s' if len(own) > 1 else ''}) {mean(left):.1f} % ({min(left):.1f} to {max(left):.1f}) of triggered images still go to the target, and "
             f"{mean(told):.1f} % ({min(told):.1f} to {max(told):.1f}) are told right, where clean images are at {mean(before):.1f}; clean accuracy "
             f"loses {mean(lost):.1f} points (at most {max(lost):.1f}), AUROC {mean(areas):.3f} (worst {min(areas):.3f})."
-            f"{aims if extent == 'local' else ''}"
         )
+        if extent == "local":
+            met = [aims_met(m) for m in own]
+            asr, right, cacc, auroc = map(sum, zip(*met, strict=True))
+            parts.append(
+                f"Of {len(own)}, {asr} send at most 3 % to the target, {right} give the own class back for 90 % of clean accuracy, {cacc} lose at most half a "
+                f"point of it, {auroc} have an AUROC of 0.98: {sum(map(all, met))} meet all four aims."
+            )
     return (
         " ".join(parts)
         + " Triggers that are spread over the image are not found; of BadCLIP's patch, which lies across four of the tower's, a part or all stays."

@@ -230,7 +230,7 @@ def write_suspects(
         source: of pixels in [0, 1], brought to the geometry in which the model sees them: a trigger put into a larger
             picture would be scaled, and perhaps cut off.
         folder: to write to, new or empty.
-        clean: where the source's pictures lie, as the command was told.
+        clean: the folder or file that holds the source's pictures.
         batch_size: pictures that get the trigger at a time.
         seen: gets each batch, clean and triggered as the files hold it.
         track: shows progress.

@@ -21,7 +21,6 @@ from decompclip.attacks.registry import OWN, Attack, open_attack
 from decompclip.audit.config import AuditConfig
 from decompclip.data.files import canonical, parse_source, without_ending
 from decompclip.data.images import (
-    FolderSource,
     ImageBatch,
     ImageSource,
     ListedImages,
@@ -31,13 +30,7 @@ from decompclip.data.images import (
 )
 from decompclip.data.processes import ALONE, Processes
 from decompclip.data.shapes import Shapes, ShapesSource
-from decompclip.data.sources import (
-    DEFAULT_LIMIT,
-    PairImages,
-    check_images,
-    check_world_classes,
-    open_images,
-)
+from decompclip.data.sources import DEFAULT_LIMIT, check_images, check_world_classes, open_images
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.maps import term_maps
 from decompclip.display import Track, silently
@@ -106,6 +99,7 @@ def open_pair(
     class_names: tuple[str, ...],
     *,
     limit: int | None = DEFAULT_LIMIT,
+    seed: int = 0,
     **options: Any,
 ) -> tuple[ImageSource, ImageSource]:
     """Clean and suspect images, as `open_source` opens each; if all suspect ones have the name of a clean one, in the clean ones' order.
@@ -115,20 +109,20 @@ def open_pair(
 
     Args:
         specs: of clean and of suspect images.
-        model, class_names, limit, options: as `open_source`.
+        model, class_names, limit, seed, options: as `open_source`.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `open_source`.
     """
-    clean, suspect = (open_source(spec, model, class_names, limit=limit, **options) for spec in specs)
-    if not isinstance(clean, FolderSource | PairImages) or not isinstance(suspect, FolderSource | PairImages):
+    if any(map(_is_dataset, specs)):
+        clean, suspect = (
+            open_source(spec, model, class_names, limit=limit, seed=seed, **options) for spec in specs
+        )
         return clean, suspect
-    every, whole = (
-        open_source(spec, model, class_names, limit=None, **options) if len(part) == limit else part
-        for spec, part in zip(specs, (clean, suspect), strict=True)
-    )
+    every, whole = (open_source(spec, model, class_names, limit=None, **options) for spec in specs)
     assert isinstance(every, ListedImages) and isinstance(whole, ListedImages)
-    names, partners = (_stems(every), _stems(whole))
+    clean, suspect = (source.drawn(limit, seed) for source in (every, whole))
+    names, partners = _stems(every), _stems(whole)
     places = {name: place for place, name in enumerate(partners)}
     if len(places) < len(partners) or len(set(names)) < len(names) or not places.keys() <= set(names):
         return clean, suspect

@@ -82,7 +82,8 @@ def apply_trigger(
         attack = open_attack(trigger, known, model=model or "no model")
         goal = target or attack.target
         place = parse_source(images)
-        check_suspect_folder(out, known_folder(place) if place.kind in KNOWN else place.path)
+        folder = known_folder(place) if place.kind in KNOWN else place.path
+        check_suspect_folder(out, folder)
         counts, preprocess = None, to_pixels(size)
         if chosen is not None:
             clip = chosen.load(text=False)
@@ -97,7 +98,7 @@ def apply_trigger(
 
         with progress() as track:
             files = write_suspects(
-                attack, source, out, clean=images, batch_size=batch_size, seen=seen, track=track
+                attack, source, out, clean=folder, batch_size=batch_size, seen=seen, track=track
             )
         say(f"Trigger: {attack}")
         say(f"PSNR to the clean images: {sum(noise) / len(noise):.1f} dB in the mean")

@@ -89,18 +89,28 @@ class ListedImages(DeviceSource):
         limit: int | None,
         seed: int,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
         if labels:
             for item in items:
                 if item not in labels:
                     self._without_label(item, unlabelled)
             items = [item for item in items if item in labels]
-        if limit is not None and limit < len(items):
-            chosen = np.random.default_rng(seed).choice(len(items), limit, replace=False)
-            items = [items[i] for i in np.sort(chosen)]
         self._items, self._labels, self._where = items, labels, where
         self.preprocess = preprocess
+        self._items = self.drawn(limit, seed)._items
+
+    def drawn(self, limit: int | None, seed: int) -> Self:
+        """A random subset of so many, still in order; all where there are no more, or without a limit.
+
+        Raises:
+            ValueError: a limit below one.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"expected a limit of at least 1 image; received {limit}; None takes all")
+        if limit is None or limit >= len(self):
+            return self
+        return self.subset(
+            np.sort(np.random.default_rng(seed).choice(len(self), limit, replace=False)).tolist()
+        )
 
     def subset(self, places: Sequence[int]) -> Self:
         """The images at these places alone, in their order; of a stream, which is read forwards, there is none."""
