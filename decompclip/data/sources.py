@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from decompclip.data.files import (
     SourceSpec,
     open_regular,
     parse_source,
+    walk,
 )
 from decompclip.data.images import (
     FolderSource,
@@ -213,14 +213,7 @@ def open_images(
         return FolderSource(
             path, preprocess, class_names=class_names, limit=limit, seed=seed, on_error=on_error, root=root
         )
-    if path.is_dir() and (
-        pictures := [name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES]
-    ):
-        warnings.warn(
-            f"{path} is read as {kind}; {len(pictures)} of its files are named as pictures are, as {min(pictures)}, and left out; "
-            "move them to a folder of their own to read them",
-            stacklevel=2,
-        )
+    _say_pictures_left_out(kind, path)
     templates = PLAIN_TEMPLATES if class_names else None
     pairs = READERS[kind].pairs(
         str(path),
@@ -250,6 +243,19 @@ def open_images(
             stacklevel=2,
         )
     return source
+
+
+def _say_pictures_left_out(kind: str, path: Path) -> None:
+    """A folder that holds shards or parquet files too is read for these alone."""
+    if not path.is_dir():
+        return
+    names = [str(file) for file in walk(path).files if file.suffix.lower() in SUFFIXES]
+    if names:
+        warnings.warn(
+            f"{path} is read as {kind}; the pictures in it are left out: {some(names)}; "
+            f"move the {kind} or the pictures to a folder of their own",
+            stacklevel=3,
+        )
 
 
 def check_images(spec: str | Path) -> None:
@@ -447,6 +453,7 @@ def open_pairs(
     if source.path.is_dir():
         check_finished(source.path)
     if source.kind in READERS:
+        _say_pictures_left_out(source.kind, source.path)
         return READERS[source.kind].pairs(
             source.text,
             preprocess,
