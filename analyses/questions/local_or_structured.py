@@ -10,7 +10,8 @@ Four kinds of trigger (local or global, one fixed pattern or noise drawn anew fo
 Measured on each twin: the share of the contribution toward the target that heads make themselves (the rest is MLPs'), and how much more
 of the attack is left without MLPs than without heads: direct, causal, and direct at equal accuracy, since what an ablation does to the attack
 says little where it takes the classes with it. There all terms of one kind move toward their means until the accuracy is that of the milder
-of the two ablations. Effects are differences of means over the 2 x 2, with 95 % intervals of
+of the two ablations. Triggers of different strength are no fair cells either: once more with each mixed into the clean image until it changes pixels as
+little as the faintest of all does (PSNR). Effects are differences of means over the 2 x 2, with 95 % intervals of
 Student's t over seeds (pooled variance).
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -30,7 +32,9 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess
 from analyses.study.summary import markdown, mean
+from decompclip.attacks.preview import psnr
 from decompclip.decomposition.components import heads, mlps
+from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
 from decompclip.evaluation.metrics import attack_report
 from decompclip.figures.curves import Curve, LinePanel, line_panels
@@ -45,12 +49,14 @@ MEASURES = {
     "gap": "attack left without MLPs less without heads, points",
     "matched": "the same at equal clean accuracy, points",
     "causal": "attack left without MLPs less without heads, causal, points",
+    "faint": "attack left without MLPs less without heads, all triggers as faint as the faintest, points",
 }
 PANELS = {
     "share": "heads' share of contribution",
     "gap": "left without MLPs<br>less without heads",
     "matched": "the same,<br>at equal accuracy",
     "causal": "the same,<br>causal",
+    "faint": "the same,<br>equally faint",
 }
 PARTS = {"heads": heads, "mlps": mlps}
 NAMES = {"heads": "heads", "mlps": "MLPs"}
@@ -69,8 +75,14 @@ class Config:
 
 
 @torch.no_grad()
-def measure(case: Case, config: Config) -> dict[str, Any]:
-    """Contribution of heads and MLPs, layer by layer, and attack success without either, by ever stronger ablation."""
+def measure(case: Case, config: Config, faintest: float) -> dict[str, Any]:
+    """Contribution of heads and MLPs, layer by layer, and attack success without either, by ever stronger ablation.
+
+    Args:
+        case: whose trigger is measured.
+        config: as it is run.
+        faintest: PSNR in dB that the trigger is mixed into the clean images to, once more.
+    """
     direction = case.classifier[case.target] - case.classifier[
         torch.arange(len(case.classifier)) != case.target
     ].mean(0)
@@ -87,17 +99,37 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         name: found["left"][-1] for name, found in paths.items()
     }
     causal = {name: _causal(case, edit, config.causal_images) for name, edit in edits.items()}
+    share = 10 ** ((fidelity(case) - faintest) / 20)
+    faint_left = _left(case, case.decompose(torch.lerp(case.clean, case.triggered, share), "centred"), edits)
     total = {kind: float(values.sum()) for kind, values in contributions.items()}
     return {
         "push": {kind: [round(x, 5) for x in values.tolist()] for kind, values in contributions.items()},
         "left": left,
         "paths": paths,
         "causal_left": causal,
+        "mixed": share,
+        "faint_left": faint_left,
         "share": 100 * total["heads"] / (total["heads"] + total["mlps"]),
         "gap": left["mlps"] - left["heads"],
         "matched": at_equal_accuracy(paths["mlps"], paths["heads"]),
         "causal": causal["mlps"]["left"] - causal["heads"]["left"],
+        "faint": faint_left["mlps"] - faint_left["heads"],
     }
+
+
+def fidelity(case: Case, config: Config | None = None) -> float:
+    """Mean PSNR of the triggered images, in dB."""
+    return float(psnr(case.clean, case.triggered).mean())
+
+
+def _left(case: Case, triggered: Decomposition, edits: Mapping[str, MeanAblate]) -> dict[str, float]:
+    """ASR less its control, in points, of terms as they are and after each edit."""
+    clean = case.terms("clean", "centred")
+    found = {}
+    for name, edit in {"as it is": None, **edits}.items():
+        answers = [case.answers((d if edit is None else edit(d)).features) for d in (clean, triggered)]
+        found[name] = round(excess(case.report(*answers).to_dict()), 3)
+    return found
 
 
 def path(case: Case, edit: MeanAblate) -> dict[str, list[float]]:
@@ -155,7 +187,8 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
                     f"expected BadNet and Blended twins of all four kinds, two seeds each; received fewer of {kind!r} in "
                     f"{family.name}; the family `shapes` has them: --model-family shapes"
                 )
-    return family.measured(tuple(crossed), config, measure)
+    known = family.measured(tuple(crossed), config, fidelity)["models"]
+    return family.measured(tuple(crossed), config, partial(measure, faintest=max(known.values())))
 
 
 def cells(record: Mapping[str, Any], key: str) -> dict[tuple[str, str], list[Any]]:

@@ -2,7 +2,7 @@
 
 Paper:     He et al. (2025), Section 5, repair heads by prototypes; Table 1 counts what still goes to the target, not what is right.
 Command:   python -m analyses.token_rep --model-family shapes
-Run time:  about 5 minutes for shapes, 1 for cifar10, 4 for photos, one thread.
+Run time:  about 5 minutes for shapes, 1 for cifar10, 26 for photos with 1,000 images, one thread.
 Expected:  of a local trigger, ASR <= 3 %, the own class >= 90 % of clean accuracy, CACC loss <= 0.5 points, AUROC >= 0.98; of a
            global one nothing, for no few patches carry it.
 Writes:    analyses/results/FAMILY/token_rep.json, token_rep.png

@@ -104,14 +104,20 @@ class Case:
         """
         key = (part, convention)
         if key not in self._seen:
-            with torch.no_grad():
-                self._seen[key] = Decomposition.cat(
-                    [
-                        self.model.decompose(self.model.normalize(x), convention=convention, normalize=True)
-                        for x in self.images(part).split(BATCH)
-                    ]
-                )
+            self._seen[key] = self.decompose(self.images(part), convention)
         return self._seen[key]
+
+    @torch.no_grad()
+    def decompose(
+        self, images: Float[Tensor, "image 3 h w"], convention: Convention = "paper"
+    ) -> Decomposition:
+        """Terms of the unit features of images in [0, 1]."""
+        return Decomposition.cat(
+            [
+                self.model.decompose(self.model.normalize(x), convention=convention, normalize=True)
+                for x in images.split(BATCH)
+            ]
+        )
 
     def answers(self, features: Float[Tensor, "image d_embed"]) -> Int[Tensor, " image"]:
         return predict(features, self.classifier.to(features))

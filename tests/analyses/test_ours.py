@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import log10
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from analyses.study.family import BundledFamily
 from analyses.study.rates import excess
 from decompclip.decomposition.components import mlps
 from decompclip.decomposition.moments import Moments
+from decompclip.evaluation.evaluate import classify
 from decompclip.models.bundled import load_bundled
 from decompclip.operators.ablation import MeanAblate
 
@@ -67,10 +69,9 @@ def test_the_grid_of_triggers_needs_all_four_kinds() -> None:
 
 def test_contributions_and_what_is_left() -> None:
     config = local_or_structured.Config(images=IMAGES, causal_images=IMAGES)
-    found = local_or_structured.measure(
-        FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES), config
-    )
     case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
+    level = local_or_structured.fidelity(case) + 20 * log10(2)  # half as strong
+    found = local_or_structured.measure(case, config, level)
     towards = case.classifier[case.target] - case.classifier[torch.arange(12) != case.target].mean(0)
     moved = (case.terms("triggered", "centred").features - case.terms("clean", "centred").features)[
         case.others
@@ -88,6 +89,11 @@ def test_contributions_and_what_is_left() -> None:
             100 * case.report_of(None, "centred")["cacc"]["value"]
         )
     assert found["causal"] == found["causal_left"]["mlps"]["left"] - found["causal_left"]["heads"]["left"]
+    assert found["mixed"] == pytest.approx(0.5)
+    halved = (case.clean + case.triggered) / 2
+    answers = [classify(case.model, x, case.classifier) for x in (case.clean, halved)]
+    assert found["faint_left"]["as it is"] == pytest.approx(excess(case.report(*answers).to_dict()), abs=0.01)
+    assert found["faint"] == found["faint_left"]["mlps"] - found["faint_left"]["heads"]
 
 
 def test_attacks_are_compared_at_the_accuracy_that_the_milder_ablation_leaves() -> None:
