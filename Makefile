@@ -41,7 +41,7 @@ docs: $(DEV) ## write the documentation site: build/site/index.html opens in a b
 # One process of one thread for each core; a file's tests stay together, as they share its fixtures. Slow files come first
 # (tests/conftest.py), so that no process ends long after the others.
 test: lint typecheck ## ruff, pyright and every test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: rules and formatting, nothing changed
 	$(BIN)/ruff check .
