@@ -324,7 +324,7 @@ WEIGHTS_CONCLUDE = (
     "and of 10 or 12 in 22 of 22 others, on which the score was chosen. Those of one world come from one model and lead to one class: they are fewer tests than models.",
     "It cannot tell a backdoor from an honest fine-tuning: some class is always first. In 6 clean fine-tunings, as long as a backdoored one of the same recipe, the first class led by 1.06 to 1.16. "
     "In the backdoored models it led by 1.05 to 4.37: by more than in the clean ones in 19 of 19 on drawings, but only in 2 of 3 on photographs of ten classes, once barely. "
-    "For 200 classes (leads of 1.46 to 3.79) no clean fine-tuning of that length was made to compare with. No verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
+    "For 200 classes (leads of 1.46 to 3.49) no clean fine-tuning of that length was made to compare with. No verdict rests on a lead. Compare with clean fine-tunings of the model's own recipe and length.",
     "Words alone are no sign: the attacker's class is among those of the parts that changed most in clean fine-tunings too.",
     "It cannot clear a model: where heads look, which neurons fire, biases, and what later layers make of a change are left out, and an attacker who knows the score can change other classes as well.",
     "It says nothing of a model that was not fine-tuned from the reference: heads and neurons have no common order then.",
