@@ -10,8 +10,8 @@ Four kinds of trigger (local or global, one fixed pattern or noise drawn anew fo
 Measured on each twin: the share of the contribution toward the target that heads make themselves (the rest is MLPs'), and how much more
 of the attack is left without MLPs than without heads: direct, causal, and direct at equal accuracy, since what an ablation does to the attack
 says little where it takes the classes with it. There all terms of one kind move toward their means until the accuracy is that of the milder
-of the two ablations. Triggers of different strength are no fair cells either: once more with each mixed into the clean image until it changes pixels as
-little as the faintest of all does (PSNR). Effects are differences of means over the 2 x 2, with 95 % intervals of
+of the two ablations. Triggers of different strength are no fair cells either: the same once more with each mixed into the clean image
+until it changes pixels as little as the faintest of all does (mean square). Effects are differences of means over the 2 x 2, with 95 % intervals of
 Student's t over seeds (pooled variance).
 """
 
@@ -32,7 +32,6 @@ from analyses.study.command import main
 from analyses.study.family import Family
 from analyses.study.rates import excess
 from analyses.study.summary import markdown, mean
-from decompclip.attacks.preview import psnr
 from decompclip.decomposition.components import heads, mlps
 from decompclip.decomposition.decomposition import Decomposition
 from decompclip.decomposition.moments import Moments
@@ -49,14 +48,14 @@ MEASURES = {
     "gap": "attack left without MLPs less without heads, points",
     "matched": "the same at equal clean accuracy, points",
     "causal": "attack left without MLPs less without heads, causal, points",
-    "faint": "attack left without MLPs less without heads, all triggers as faint as the faintest, points",
+    "faint": "the same at equal clean accuracy, all triggers as faint as the faintest, points",
 }
 PANELS = {
     "share": "heads' share of contribution",
     "gap": "left without MLPs<br>less without heads",
     "matched": "the same,<br>at equal accuracy",
     "causal": "the same,<br>causal",
-    "faint": "the same,<br>equally faint",
+    "faint": "the same,<br>equal accuracy,<br>equally faint",
 }
 PARTS = {"heads": heads, "mlps": mlps}
 NAMES = {"heads": "heads", "mlps": "MLPs"}
@@ -81,63 +80,55 @@ def measure(case: Case, config: Config, faintest: float) -> dict[str, Any]:
     Args:
         case: whose trigger is measured.
         config: as it is run.
-        faintest: PSNR in dB that the trigger is mixed into the clean images to, once more.
+        faintest: `energy` that the trigger is mixed down to for `faint`.
     """
     direction = case.classifier[case.target] - case.classifier[
         torch.arange(len(case.classifier)) != case.target
     ].mean(0)
-    clean, triggered = (case.terms(part, "centred")[case.others] for part in ("clean", "triggered"))
+    clean, triggered = (case.terms(part, "centred") for part in ("clean", "triggered"))
+    mixed = sqrt(faintest / energy(case))
+    faint = case.decompose(torch.lerp(case.clean, case.triggered, mixed), "centred")
     contributions = {
-        "heads": ((triggered.heads - clean.heads).sum(2) @ direction).mean(0),
-        "mlps": ((triggered.mlps - clean.mlps) @ direction).mean(0),
+        "heads": ((triggered.heads - clean.heads).sum(2) @ direction)[case.others].mean(0),
+        "mlps": ((triggered.mlps - clean.mlps) @ direction)[case.others].mean(0),
     }
     batches = (case.model.normalize(x) for x in case.fit.split(64))
     moments = Moments.fit(case.model, batches, normalize=True, second=False, stream=True)
     edits = {name: MeanAblate(parts, moments) for name, parts in PARTS.items()}
-    paths = {name: path(case, edit) for name, edit in edits.items()}
-    left = {"as it is": paths["heads"]["left"][0]} | {
-        name: found["left"][-1] for name, found in paths.items()
-    }
+    paths, faint_paths = (
+        {name: path(case, edit, clean, d) for name, edit in edits.items()} for d in (triggered, faint)
+    )
+    left, faint_left = (
+        {"as it is": found["heads"]["left"][0]} | {name: each["left"][-1] for name, each in found.items()}
+        for found in (paths, faint_paths)
+    )
     causal = {name: _causal(case, edit, config.causal_images) for name, edit in edits.items()}
-    share = 10 ** ((fidelity(case) - faintest) / 20)
-    faint_left = _left(case, case.decompose(torch.lerp(case.clean, case.triggered, share), "centred"), edits)
     total = {kind: float(values.sum()) for kind, values in contributions.items()}
     return {
         "push": {kind: [round(x, 5) for x in values.tolist()] for kind, values in contributions.items()},
         "left": left,
         "paths": paths,
         "causal_left": causal,
-        "mixed": share,
+        "mixed": mixed,
         "faint_left": faint_left,
         "share": 100 * total["heads"] / (total["heads"] + total["mlps"]),
         "gap": left["mlps"] - left["heads"],
         "matched": at_equal_accuracy(paths["mlps"], paths["heads"]),
         "causal": causal["mlps"]["left"] - causal["heads"]["left"],
-        "faint": faint_left["mlps"] - faint_left["heads"],
+        "faint": at_equal_accuracy(faint_paths["mlps"], faint_paths["heads"]),
     }
 
 
-def fidelity(case: Case, config: Config | None = None) -> float:
-    """Mean PSNR of the triggered images, in dB."""
-    return float(psnr(case.clean, case.triggered).mean())
+def energy(case: Case) -> float:
+    """The mean square of what the trigger changes, over pixels in [0, 1]."""
+    return float((case.triggered - case.clean).square().mean())
 
 
-def _left(case: Case, triggered: Decomposition, edits: Mapping[str, MeanAblate]) -> dict[str, float]:
-    """ASR less its control, in points, of terms as they are and after each edit."""
-    clean = case.terms("clean", "centred")
-    found = {}
-    for name, edit in {"as it is": None, **edits}.items():
-        answers = [case.answers((d if edit is None else edit(d)).features) for d in (clean, triggered)]
-        found[name] = round(excess(case.report(*answers).to_dict()), 3)
-    return found
-
-
-def path(case: Case, edit: MeanAblate) -> dict[str, list[float]]:
+def path(
+    case: Case, edit: MeanAblate, clean: Decomposition, triggered: Decomposition
+) -> dict[str, list[float]]:
     """CACC and ASR less its control, in points, while the ablated terms move from what they are to their means."""
-    ends = [
-        (d.features, edit(d).features)
-        for d in (case.terms("clean", "centred"), case.terms("triggered", "centred"))
-    ]
+    ends = [(d.features, edit(d).features) for d in (clean, triggered)]
     found: dict[str, list[float]] = {"cacc": [], "left": []}
     for step in range(STRENGTHS + 1):
         share = step / STRENGTHS
@@ -187,8 +178,8 @@ def run(config: Config, family: Family, members: tuple[Member, ...]) -> dict[str
                     f"expected BadNet and Blended twins of all four kinds, two seeds each; received fewer of {kind!r} in "
                     f"{family.name}; the family `shapes` has them: --model-family shapes"
                 )
-    known = family.measured(tuple(crossed), config, fidelity)["models"]
-    return family.measured(tuple(crossed), config, partial(measure, faintest=max(known.values())))
+    energies = family.measured(tuple(crossed), config, lambda case, _: energy(case))["models"]
+    return family.measured(tuple(crossed), config, partial(measure, faintest=min(energies.values())))
 
 
 def cells(record: Mapping[str, Any], key: str) -> dict[tuple[str, str], list[Any]]:
@@ -307,10 +298,12 @@ def finding(record: Mapping[str, Any]) -> str:
     where = " and ".join(
         f"{mean(found):.1f} points more for {extent} triggers" for extent, found in matched.items()
     )
+    faint = [model["faint_left"]["as it is"] for model in record["found"]["models"].values()]
     return (
-        f"{'; '.join(parts)}. {len(record['found']['models'])} models. At equal clean accuracy {where} are left without MLPs than without "
+        f"{'; '.join(parts)}. {len(record['found']['models'])} models, with {min(faint):.1f} to {max(faint):.1f} points of attack success at the "
+        f"energy of the faintest. At equal clean accuracy {where} are left without MLPs than without "
         "heads: where both are far above zero, heads carry both kinds. The paper's reading is that extent alone "
-        "decides, with both measures higher for local triggers. Triggers of other sizes and strengths, or a deeper tower, would change the answer."
+        "decides, with all measures higher for local triggers. Triggers of other sizes, or a deeper tower, could change the answer."
     )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from math import log10
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from analyses.study.family import BundledFamily
 from analyses.study.rates import excess
 from decompclip.decomposition.components import mlps
 from decompclip.decomposition.moments import Moments
-from decompclip.evaluation.evaluate import classify
 from decompclip.models.bundled import load_bundled
 from decompclip.operators.ablation import MeanAblate
 
@@ -70,8 +68,7 @@ def test_the_grid_of_triggers_needs_all_four_kinds() -> None:
 def test_contributions_and_what_is_left() -> None:
     config = local_or_structured.Config(images=IMAGES, causal_images=IMAGES)
     case = FAMILY.case(FAMILY.select(("shapes-badnet",))[0], images=IMAGES)
-    level = local_or_structured.fidelity(case) + 20 * log10(2)  # half as strong
-    found = local_or_structured.measure(case, config, level)
+    found = local_or_structured.measure(case, config, local_or_structured.energy(case) / 4)
     towards = case.classifier[case.target] - case.classifier[torch.arange(12) != case.target].mean(0)
     moved = (case.terms("triggered", "centred").features - case.terms("clean", "centred").features)[
         case.others
@@ -82,18 +79,35 @@ def test_contributions_and_what_is_left() -> None:
     assert parts == pytest.approx(whole, abs=0.1 * abs(whole))
     assert found["gap"] == found["left"]["mlps"] - found["left"]["heads"]
     moments = Moments.of(case.terms("fit", "centred"), second=False)
-    for kind, parts_of_kind in local_or_structured.PARTS.items():
-        report = case.report_of(MeanAblate(parts_of_kind, moments), "centred")
+    edits = {
+        kind: MeanAblate(parts_of_kind, moments) for kind, parts_of_kind in local_or_structured.PARTS.items()
+    }
+    for kind, edit in edits.items():
+        report = case.report_of(edit, "centred")
         assert found["paths"][kind]["left"][-1] == pytest.approx(excess(report), abs=0.01)
         assert found["paths"][kind]["cacc"][0] == pytest.approx(
             100 * case.report_of(None, "centred")["cacc"]["value"]
         )
     assert found["causal"] == found["causal_left"]["mlps"]["left"] - found["causal_left"]["heads"]["left"]
+    # a quarter of the energy is half of what the trigger changes
     assert found["mixed"] == pytest.approx(0.5)
-    halved = (case.clean + case.triggered) / 2
-    answers = [classify(case.model, x, case.classifier) for x in (case.clean, halved)]
-    assert found["faint_left"]["as it is"] == pytest.approx(excess(case.report(*answers).to_dict()), abs=0.01)
-    assert found["faint"] == found["faint_left"]["mlps"] - found["faint_left"]["heads"]
+    halved = case.decompose((case.clean + case.triggered) / 2, "centred")
+    for name, edit in {"as it is": None, **edits}.items():
+        ends = (d if edit is None else edit(d) for d in (case.terms("clean", "centred"), halved))
+        report = case.report(*(case.answers(d.features) for d in ends)).to_dict()
+        assert found["faint_left"][name] == pytest.approx(excess(report), abs=0.01)
+
+
+def test_all_triggers_are_mixed_down_to_the_faintest(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = FAMILY.select(("shapes-badnet", "shapes-badnet-1", "shapes-blended", "shapes-blended-1"))
+    members += FAMILY.select(("shapes-badnet-noise", "shapes-badnet-noise-1"))
+    members += FAMILY.select(("shapes-blended-noise", "shapes-blended-noise-1"))
+    energies = {m.name: place + 3.0 for place, m in enumerate(members)}
+    monkeypatch.setattr(local_or_structured, "energy", lambda case: energies[case.member.name])
+    monkeypatch.setattr(local_or_structured, "measure", lambda case, config, faintest: faintest)
+    config = local_or_structured.Config(images=12)
+    found = local_or_structured.run(config, FAMILY, members)
+    assert found["models"] == dict.fromkeys(energies, 3.0)
 
 
 def test_attacks_are_compared_at_the_accuracy_that_the_milder_ablation_leaves() -> None:
