@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # Before torch is loaded: a process that a test forks would wait without end for OpenMP's other threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,9 +24,9 @@ from decompclip.data.files import (
     WORLDS,
     SkippedFile,
     SourceSpec,
+    is_bookkeeping,
     open_regular,
     parse_source,
-    walk,
 )
 from decompclip.data.images import (
     FolderSource,
@@ -247,15 +248,16 @@ def open_images(
 
 def _say_pictures_left_out(kind: str, path: Path) -> None:
     """A folder that holds shards or parquet files too is read for these alone."""
-    if not path.is_dir():
-        return
-    names = [str(file) for file in walk(path).files if file.suffix.lower() in SUFFIXES]
-    if names:
-        warnings.warn(
-            f"{path} is read as {kind}; the pictures in it are left out: {some(names)}; "
-            f"move the {kind} or the pictures to a folder of their own",
-            stacklevel=3,
-        )
+    for folder, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if not is_bookkeeping(name))
+        pictures = [n for n in names if Path(n).suffix.lower() in SUFFIXES and not is_bookkeeping(n)]
+        if pictures:
+            first = Path(folder, min(pictures)).relative_to(path).as_posix()
+            warnings.warn(
+                f"{path} is read as {kind}, and the pictures in it are left out, as {first}; to read them, give them a folder of their own",
+                stacklevel=3,
+            )
+            return
 
 
 def check_images(spec: str | Path) -> None:

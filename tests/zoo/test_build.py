@@ -98,7 +98,7 @@ def test_the_recipes_are_those_of_the_bundled_twins() -> None:
             assert isinstance(trigger, BadCLIP) and trigger.size == recipe.trigger.size
         else:
             assert trigger == recipe.trigger
-        assert about["poison_rate"] == recipe.rate <= 0.2
+        assert about["poison_rate"] == recipe.rate <= (0.2 if name == "photos-wanet" else 0.1)
 
 
 def test_all_attacks_have_a_twin_and_four_kinds_three() -> None:
