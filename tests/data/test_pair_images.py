@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -143,3 +146,28 @@ def test_what_is_not_there_is_said_before_a_model_is_loaded(tmp_path: Path, spec
         check_images(tmp_path / spec)
     with pytest.raises(FileNotFoundError):
         open_images(tmp_path / spec, to_pixels(8), CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+@pytest.mark.parametrize("place", ["a.png", "dog/a.png"])
+def test_pictures_beside_files_of_many_pairs_are_left_out_with_a_warning(
+    everywhere: dict[str, Path], kind: str, place: str
+) -> None:
+    folder = everywhere["txt"].parent
+    if kind == "parquet":
+        (folder / "0.tar").unlink()
+        rows = {"image": [png(10), png(20), png(30)], "caption": ["dog", "teddy bear", "dog"]}
+        pq.write_table(pa.table(rows), folder / "0.parquet")
+    readers = (
+        lambda: open_images(folder, to_pixels(8), CLASSES),
+        lambda: open_pairs(folder, to_pixels(8), class_names=CLASSES),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [len(read()) for read in readers] == [3, 3]
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_bytes(png(0))
+    said = f"is read as {kind}, and the pictures in it are left out, as {place};"
+    for read in readers:
+        with pytest.warns(UserWarning, match=said):
+            assert len(read()) == 3

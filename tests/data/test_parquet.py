@@ -117,22 +117,6 @@ def test_a_test_part_without_labels_has_none(tmp_path: Path, label: int | None) 
     assert ParquetPairs(path, need_captions=False).labels is None
 
 
-@pytest.mark.parametrize("place", ["a.jpg", "dog/a.jpg"])
-def test_pictures_beside_the_files_are_left_out_with_a_warning(tmp_path: Path, place: str) -> None:
-    write(tmp_path / "x.parquet", {"image": structs(2), "label": [0, 1]})
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).write_bytes(encoded(1))
-    for read in (
-        lambda: open_images(tmp_path, to_pixels(), ()),
-        lambda: open_pairs(tmp_path, class_names=("cat", "dog")),
-    ):
-        with pytest.warns(
-            UserWarning,
-            match=f"is read as parquet, and the pictures in it are left out, as {re.escape(place)};",
-        ):
-            assert len(read()) == 2
-
-
 def test_labels_that_are_names(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"image": structs(3), "cls": ["dog", "cat", "dog"]})
     pairs = ParquetPairs(path, templates=TEMPLATES)
