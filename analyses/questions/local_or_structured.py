@@ -2,7 +2,7 @@
 
 Paper:     He et al. (2025), Finding 1, of local *structured* patches against global *noise*: two things change at once.
 Command:   python -m analyses.local_or_structured --model-family shapes
-Run time:  about 3 minutes, one thread.
+Run time:  about 6 minutes, one thread.
 Expected:  if the paper's reading is right, extent decides; structure alone could explain its data too.
 Writes:    analyses/results/FAMILY/local_or_structured.json, local_or_structured-kinds.png, local_or_structured-paths.png
 
