@@ -280,6 +280,15 @@ def _said(point: Point) -> str:
     return f"{point.value:+.1f} [{point.low:+.1f}, {point.high:+.1f}]"
 
 
+def _by_extent(record: Mapping[str, Any], key: str) -> str:
+    values: dict[str, list[float]] = {}
+    for (extent, _), found in cells(record, key).items():
+        values.setdefault(extent, []).extend(found)
+    return " and ".join(
+        f"{mean(found):.1f} points more for {extent} triggers" for extent, found in values.items()
+    )
+
+
 def finding(record: Mapping[str, Any]) -> str:
     parts = []
     for key, unit in MEASURES.items():
@@ -292,17 +301,11 @@ def finding(record: Mapping[str, Any]) -> str:
         deciding = ", ".join(EFFECTS[name] for name in sure) or "nothing"
         words = ", ".join(f"{EFFECTS[name]} {_said(point)}" for name, point in found.items())
         parts.append(f"{unit}: {words} (beyond chance: {deciding})")
-    matched: dict[str, list[float]] = {}
-    for (extent, _), found in cells(record, "matched").items():
-        matched.setdefault(extent, []).extend(found)
-    where = " and ".join(
-        f"{mean(found):.1f} points more for {extent} triggers" for extent, found in matched.items()
-    )
     faint = [model["faint_left"]["as it is"] for model in record["found"]["models"].values()]
     return (
         f"{'; '.join(parts)}. {len(record['found']['models'])} models, with {min(faint):.1f} to {max(faint):.1f} points of attack success at the "
-        f"energy of the faintest. At equal clean accuracy {where} are left without MLPs than without "
-        "heads: where both are far above zero, heads carry both kinds. The paper's reading is that extent alone "
+        f"energy of the faintest. At equal clean accuracy {_by_extent(record, 'matched')} are left without MLPs than without heads, and "
+        f"{_by_extent(record, 'faint')} where all are as faint: where both are far above zero, heads carry both kinds. The paper's reading is that extent alone "
         "decides, with all measures higher for local triggers. Triggers of other sizes, or a deeper tower, could change the answer."
     )
 
