@@ -172,7 +172,7 @@ CONCLUDES = (
     "some images alone, and several targets at once need not stand out.",
     "How often it is right is known for small models alone. With a threshold from other models it named the attacker's class in 10 of 20 "
     "backdoored ones (50 % [30, 70]) and suspected none of 12 clean ones (0 % [0, 24]). At the default, which was chosen while 8 of them "
-    "were looked at, it named 17 of 20. So its confidence is low, and moderate beside a reference that does not show the same.",
+    "were looked at, it named 16 of 20. So its confidence is low, and moderate beside a reference that does not show the same.",
     "It looks at the classes named; a target that is none of them stays unseen.",
 )
 """What a scan with clean images alone can and cannot conclude."""
