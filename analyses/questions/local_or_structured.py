@@ -47,15 +47,15 @@ MEASURES = {
     "share": "share of the contribution toward the target that heads make, %",
     "gap": "attack left without MLPs less without heads, points",
     "matched": "the same at equal clean accuracy, points",
-    "causal": "attack left without MLPs less without heads, causal, points",
     "faint": "the same at equal clean accuracy, all triggers as faint as the faintest, points",
+    "causal": "attack left without MLPs less without heads, causal, points",
 }
 PANELS = {
     "share": "heads' share of contribution",
     "gap": "left without MLPs<br>less without heads",
     "matched": "the same,<br>at equal accuracy",
-    "causal": "the same,<br>causal",
     "faint": "the same,<br>equal accuracy,<br>equally faint",
+    "causal": "left without MLPs<br>less without heads,<br>causal",
 }
 PARTS = {"heads": heads, "mlps": mlps}
 NAMES = {"heads": "heads", "mlps": "MLPs"}
